@@ -1,0 +1,145 @@
+"""Batches: their identity, their plan, their options and their life cycle."""
+
+import hashlib
+import re
+import unicodedata
+from enum import StrEnum
+from typing import Annotated, Any
+
+import msgspec
+
+from batch_orchestration.domain.chunks import Chunk, chunk_key
+
+#: Long enough to recognise the file, short enough for file names and the UI.
+SLUG_MAX_LENGTH = 40
+ID_HASH_DIGITS = 8
+METADATA_MAX_PAIRS = 16
+#: Of one line of a batch file, unless a setting says otherwise.
+MAX_LINE_BYTES = 16 * 2**20
+
+_NOT_SLUG = re.compile(r"[^a-z0-9]+")
+
+
+class BatchStatus(StrEnum):
+    """OpenAI's eight words for the life of a batch."""
+
+    VALIDATING = "validating"
+    #: The *file* was unusable; a batch with failed requests is still `completed`.
+    FAILED = "failed"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+
+class LinePolicy(StrEnum):
+    """What faulty lines do to the rest of their file."""
+
+    #: Each becomes a row of the error file; the rest runs.
+    LENIENT = "lenient"
+    #: One is enough to refuse the file.
+    STRICT = "strict"
+
+
+Metadata = Annotated[dict[str, str], msgspec.Meta(max_length=METADATA_MAX_PAIRS)]
+
+
+class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the author may say about a batch: the side-car `<name>.meta.json` or CLI flags.
+
+    Attributes:
+        model: Served model that answers every request of the batch, whatever their bodies say.
+        priority: Higher runs earlier.
+        metadata: Up to 16 pairs, echoed back in the report and by `status`.
+        completion_window: For example `24h`; recorded with the batch.
+    """
+
+    model: str | None = None
+    priority: Annotated[int, msgspec.Meta(ge=-1000, le=1000)] = 0
+    metadata: Metadata = {}
+    completion_window: Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]*[smhd]$")] = "24h"
+
+
+class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything decided at admission; it never changes afterwards.
+
+    Attributes:
+        batch_id: Readable and unique: file stem and first digits of the identity.
+        identity: See `identity`.
+        file_name: What the author called the file.
+        sha256: Of the kept input (uncompressed), hexadecimal.
+        size_bytes: Of the kept input (uncompressed).
+        requests: Non-blank lines, faulty ones included.
+        faulty: How many of them were refused at admission.
+        max_line_bytes: Longer lines were refused at admission.
+        settings: What answers depend on, by name; its hash is `settings_hash`.
+        created_at: POSIX seconds.
+    """
+
+    batch_id: str
+    identity: str
+    file_name: str
+    sha256: str
+    size_bytes: int
+    requests: int
+    faulty: int
+    chunks: tuple[Chunk, ...]
+    options: BatchOptions
+    settings: dict[str, Any]
+    created_at: float
+    max_line_bytes: int = MAX_LINE_BYTES
+
+    @property
+    def chunk_keys(self) -> list[str]:
+        """Partition keys of all chunks, in file order."""
+        return [chunk_key(self.batch_id, chunk.number) for chunk in self.chunks]
+
+    @property
+    def settings_hash(self) -> str:
+        """Hash of what answers depend on."""
+        return settings_hash(self.settings)
+
+
+def slug(file_name: str) -> str:
+    """Return the file's stem as lower-case ASCII fit for ids; `batch` if nothing is left.
+
+    Directories and the endings `.jsonl`, `.jsonl.gz` are dropped.
+    """
+    stem = re.split(r"[/\\]", file_name)[-1]
+    stem = re.sub(r"\.jsonl(\.gz)?$", "", stem, flags=re.IGNORECASE)
+    ascii_stem = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
+    return _NOT_SLUG.sub("-", ascii_stem.lower()).strip("-")[:SLUG_MAX_LENGTH].strip("-") or "batch"
+
+
+def identity(sha256: str, options: BatchOptions) -> str:
+    """Return what makes two drops the same batch: content and options, not the name.
+
+    Args:
+        sha256: Of the uncompressed content, hexadecimal.
+        options: Options of the drop.
+    """
+    return hashlib.sha256(
+        sha256.encode() + msgspec.json.encode(options, order="sorted")
+    ).hexdigest()
+
+
+def batch_id(file_name: str, identity: str, *, digits: int = ID_HASH_DIGITS) -> str:
+    """Return a readable id: the file's slug and the first digits of the identity."""
+    return f"{slug(file_name)}-{identity[:digits]}"
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """Return 16 hexadecimal digits that change with any setting that answers depend on."""
+    return hashlib.sha256(msgspec.json.encode(settings, order="sorted")).hexdigest()[:16]
+
+
+def settings_difference(planned: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """Return one line per setting that differs: `name: planned → present`."""
+    missing = "(not set)"
+    return [
+        f"{name}: {planned.get(name, missing)!r} → {present.get(name, missing)!r}"
+        for name in sorted(planned.keys() | present.keys())
+        if planned.get(name, missing) != present.get(name, missing)
+    ]

@@ -1,0 +1,114 @@
+"""What is committed: requests with their outcome, and the figures of a chunk and of a batch."""
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchOptions, BatchStatus
+from batch_orchestration.domain.outcomes import Outcome
+
+
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Who answered: one run's pass over a chunk with one engine.
+
+    Attributes:
+        run_id: Dagster's, or `admission` for what was refused before any run.
+        engine: Kind of engine; empty if none was asked.
+        settings_hash: Of the settings in force; differs from the batch's where a run was forced.
+    """
+
+    run_id: str
+    engine: str = ""
+    engine_version: str = ""
+    model: str = ""
+    settings_hash: str = ""
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One failed attempt, for the history of a dead letter; `at` in POSIX seconds."""
+
+    at: float
+    code: str
+    message: str
+
+
+class SettledRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request with its outcome.
+
+    Attributes:
+        index: Place in the batch, from 0; with the batch id it is the key of everything.
+        line: Line number in the file, from 1.
+        custom_id: None only where the line did not give one.
+        endpoint: Empty where the line was unreadable.
+        body: The request's body; the whole line where it was unreadable. Empty for a completion
+            that is read back from the store: the kept input has it.
+        attempts: How often it was submitted; 0 if refused at admission.
+        failed_attempts: Those before the last one, oldest first.
+        settled_at: POSIX seconds.
+    """
+
+    index: int
+    line: int
+    custom_id: str | None
+    endpoint: str
+    body: bytes
+    outcome: Outcome
+    attempts: int
+    failed_attempts: tuple[Attempt, ...]
+    settled_at: float
+    provenance: Provenance
+
+
+class ChunkReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of one committed chunk.
+
+    Attributes:
+        attempts: Submissions in all; more than `requests` means that some were retried.
+        seconds: From its first submission to its last outcome, summed over passes.
+        committed_at: POSIX seconds.
+        run_id: Of the run that committed it.
+        engine_rung: The rung of the engine's memory ladder on which the chunk was completed; None
+            if that is not known, or not ours to set.
+    """
+
+    batch_id: str
+    number: int
+    requests: int
+    completed: int
+    failed: int
+    prompt_tokens: int
+    completion_tokens: int
+    attempts: int
+    seconds: float
+    committed_at: float
+    run_id: str
+    failures_by_code: dict[str, int] = {}
+    engine_rung: str | None = None
+
+
+class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch as the store knows it; counts are of committed chunks only.
+
+    Attributes:
+        times: POSIX seconds at which a status was reached, by status word.
+        chunks_committed: How many of `chunks` are.
+    """
+
+    batch_id: str
+    file_name: str
+    identity: str
+    status: BatchStatus
+    total: int
+    completed: int
+    failed: int
+    chunks: int
+    chunks_committed: int
+    prompt_tokens: int
+    completion_tokens: int
+    options: BatchOptions
+    settings_hash: str
+    model: str
+    times: dict[str, float]
+
+    @property
+    def pending(self) -> int:
+        """Requests without a committed outcome."""
+        return self.total - self.completed - self.failed

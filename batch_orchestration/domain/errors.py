@@ -1,0 +1,115 @@
+"""Exceptions: what makes the engine, the store, a file or the code unusable.
+
+A single request that goes wrong is not here: that is a value (`domain.outcomes.Failure`).
+
+    BatchOrchestrationError
+    ├── FileRefused              a dropped file of which nothing can be used
+    ├── FileStillChanging        a claimed file that somebody was still writing
+    ├── ClaimNotFound            no claimed file of that id
+    ├── BatchNotFound            no batch of that id
+    ├── PlanMismatch             settings or input are not those that the batch was planned with
+    ├── AccountingError          a batch whose requests and outcomes do not add up
+    ├── DeadLetterError          dead letters that cannot be replayed or discarded as asked
+    ├── EngineError
+    │   ├── EngineStartFailed    the engine did not become ready
+    │   ├── EngineDied           the engine is gone; what was in flight is unanswered
+    │   └── EngineSick           the engine lives and fails nearly everything it is given
+    └── StorageError
+        ├── DiskFull             nothing was recorded; make room and try again
+        ├── JournalInUse         another process is writing this journal
+        ├── OutboxUnwritable     output and error files cannot be written
+        ├── JournalError         a second outcome, or a record that could not be read back
+        ├── OutcomeMismatch      a chunk's outcomes are not one-to-one with its requests
+        ├── StoreLocked          the DuckDB file stayed locked past the deadline
+        └── StoreDamaged         the DuckDB file cannot be read; `recover` makes it anew
+"""
+
+from batch_orchestration.domain.rungs import Exhaustion
+
+
+class BatchOrchestrationError(Exception):
+    """Base of every exception that this package raises on purpose."""
+
+
+class FileRefused(BatchOrchestrationError):
+    """Nothing in the file can be used."""
+
+
+class FileStillChanging(BatchOrchestrationError):
+    """The file changed while it was read; it is not complete yet."""
+
+
+class ClaimNotFound(BatchOrchestrationError):
+    """No claimed file has this id, and none ever had."""
+
+
+class BatchNotFound(BatchOrchestrationError):
+    """No batch has this id."""
+
+
+class PlanMismatch(BatchOrchestrationError):
+    """The settings or the kept input differ from those that the batch was planned with."""
+
+
+class AccountingError(BatchOrchestrationError):
+    """A request of the batch has no outcome, or more than one."""
+
+
+class DeadLetterError(BatchOrchestrationError):
+    """The dead letters cannot be replayed or discarded as asked; nothing was changed."""
+
+
+class EngineError(BatchOrchestrationError):
+    """The engine is unusable.
+
+    Attributes:
+        exhaustion: How it ran out of memory, if that is why.
+    """
+
+    def __init__(self, message: str, *, exhaustion: Exhaustion | None = None) -> None:
+        super().__init__(message)
+        self.exhaustion = exhaustion
+
+
+class EngineStartFailed(EngineError):
+    """The engine did not become ready; the message carries its last log lines."""
+
+
+class EngineDied(EngineError):
+    """The engine is gone, and with it everything in flight."""
+
+
+class EngineSick(EngineError):
+    """The engine answers, but fails nearly everything; feeding it on would only burn attempts."""
+
+
+class StorageError(BatchOrchestrationError):
+    """The journal or the store is unusable."""
+
+
+class DiskFull(StorageError):
+    """There is no room to write; nothing was recorded, and trying again later is safe."""
+
+
+class JournalInUse(StorageError):
+    """Another process is writing this journal."""
+
+
+class JournalError(StorageError):
+    """A record would give a request a second outcome, or could not be read back."""
+
+
+class OutcomeMismatch(StorageError):
+    """The outcomes of a chunk are not one-to-one with its requests; nothing was committed."""
+
+
+class OutboxUnwritable(StorageError):
+    """Output and error files cannot be written; the answers are safe in the store."""
+
+
+class StoreLocked(StorageError):
+    """Another process kept the DuckDB file locked past the deadline."""
+
+
+class StoreDamaged(StorageError):
+    """The DuckDB file cannot be read; it is left as it is for `recover` to set aside."""
