@@ -1,0 +1,1 @@
+"""All that touches the disk: the data folder, the journals and the store; all SQL is here."""

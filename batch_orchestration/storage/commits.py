@@ -1,0 +1,196 @@
+"""Statements of one transaction: what a batch and a chunk are made of in the store."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import duckdb
+import msgspec
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.commits import ChunkReport, SettledRequest
+from batch_orchestration.domain.errors import BatchNotFound, OutcomeMismatch
+from batch_orchestration.domain.outcomes import Completion
+from batch_orchestration.storage import letters, rows
+
+OF_CHUNK = "WHERE batch_id = ? AND chunk = ?"
+_FAILED = f"{OF_CHUNK} AND {letters.UNRESOLVED}"
+
+
+def insert_batch(db: duckdb.DuckDBPyConnection, plan: BatchPlan, at: float) -> None:
+    """Insert a batch in progress, and its chunks as pending."""
+    batch = rows.batch_row(plan, at)
+    marks = ", ".join("?" * len(batch))
+    db.execute(f"INSERT INTO batches ({', '.join(batch)}) VALUES ({marks})", list(batch.values()))
+    chunks = [
+        {
+            "batch_id": plan.batch_id,
+            "chunk": chunk.number,
+            "first_index": chunk.first_index,
+            "requests": chunk.requests,
+            "status": "pending",
+        }
+        for chunk in plan.chunks
+    ]
+    rows.insert(db, "chunks", rows.PLANNED_CHUNKS, chunks)
+
+
+class ChunkOutcomes:
+    """The rows of one chunk, ready to be written: made before the file is opened."""
+
+    def __init__(self, batch_id: str, number: int, settled: Iterable[SettledRequest]) -> None:
+        self.batch_id = batch_id
+        self.number = number
+        self.results: list[rows.Row] = []
+        self.failed: list[rows.Row] = []
+        for request in settled:
+            if isinstance(request.outcome, Completion):
+                self.results.append(rows.result_row(batch_id, number, request, request.outcome))
+            else:
+                failed = rows.failed_row(batch_id, number, request, request.outcome)
+                self.failed.append(letters.new_letter(failed))
+
+    def check_one_to_one(self, db: duckdb.DuckDBPyConnection) -> None:
+        """Raise unless each request of the planned chunk has exactly one row."""
+        key = [self.batch_id, self.number]
+        found = rows.select(db, "chunks", ["first_index", "requests"], OF_CHUNK, key)
+        if not found:
+            raise BatchNotFound(f"the store has no chunk {self.batch_id}/{self.number:05d}")
+        first = found[0]["first_index"]
+        planned = set(range(first, first + found[0]["requests"]))
+        given = [row["request_index"] for row in (*self.results, *self.failed)]
+        if set(given) != planned or len(given) != len(planned):
+            raise OutcomeMismatch(
+                f"{self.batch_id}/{self.number:05d} has {len(planned)} requests, not "
+                f"{len(given)} outcomes: missing {sorted(planned.difference(given))[:5]}, "
+                f"unknown {sorted(set(given) - planned)[:5]}, "
+                f"{len(given) - len(set(given))} repeated"
+            )
+
+    def replace(self, db: duckdb.DuckDBPyConnection, *, run_id: str) -> None:
+        """Write the rows in place of those that the chunk may have.
+
+        What people did about a dead letter stands: its rows are left as they are. And no dead
+        letter vanishes: one that has an answer now stays as `resolved`.
+        """
+        key = [self.batch_id, self.number]
+        before = rows.select(db, "failed_requests", [*letters.LETTERS], OF_CHUNK, key)
+        kept = [row for row in before if row["replay"] is not None or row["state"] == "discarded"]
+        touched = [row["request_index"] for row in kept]
+        others = f"{OF_CHUNK} AND request_index NOT IN (SELECT unnest(?::BIGINT[]))"
+        db.execute(f"DELETE FROM results {others}", [*key, touched])
+        db.execute(f"DELETE FROM failed_requests {others}", [*key, touched])
+        protected = set(touched)
+        results = [row for row in self.results if row["request_index"] not in protected]
+        failed = [row for row in self.failed if row["request_index"] not in protected]
+        answered = {row["request_index"]: row for row in results}
+        resolved = [
+            letters.resolved_by_commit(row, answered[row["request_index"]])
+            for row in before
+            if row["request_index"] in answered
+        ]
+        rows.insert(db, "results", rows.RESULTS, results)
+        letters.insert_letters(db, [*failed, *resolved])
+        letters.insert_events(
+            db,
+            [
+                *map(letters.dead_event, failed),
+                *(letters.resolved_event(row, run_id=run_id) for row in resolved),
+            ],
+        )
+
+
+def update_chunk(
+    db: duckdb.DuckDBPyConnection,
+    batch_id: str,
+    number: int,
+    *,
+    run_id: str,
+    at: float,
+    seconds: float,
+    engine_rung: str | None,
+) -> None:
+    """Note that the chunk is committed, with the figures of its rows."""
+    db.execute(
+        "UPDATE chunks SET status = 'committed', seconds = ?, committed_at = ?, run_id = ?,"
+        f" engine_rung = ? {OF_CHUNK}",
+        [seconds, rows.timestamp(at), run_id, engine_rung, batch_id, number],
+    )
+    count_chunk(db, batch_id, number)
+
+
+def count_chunk(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> None:
+    """Set the chunk's figures from its rows."""
+    key = [batch_id, number]
+    codes = failure_counts(db, OF_CHUNK, key)
+    db.execute(
+        f"""
+        UPDATE chunks SET
+            completed = (SELECT count(*) FROM results {OF_CHUNK}),
+            failed = (SELECT count(*) FROM failed_requests {_FAILED}),
+            prompt_tokens = (SELECT coalesce(sum(prompt_tokens), 0) FROM results {OF_CHUNK}),
+            completion_tokens =
+                (SELECT coalesce(sum(completion_tokens), 0) FROM results {OF_CHUNK}),
+            attempts = (SELECT coalesce(sum(attempts), 0) FROM results {OF_CHUNK})
+                + (SELECT coalesce(sum(attempts), 0) FROM failed_requests {_FAILED}),
+            failures_by_code = ?
+        {OF_CHUNK}
+        """,
+        [*(key * 6), msgspec.json.encode(codes).decode(), *key],
+    )
+
+
+def update_batch(db: duckdb.DuckDBPyConnection, batch_id: str) -> None:
+    """Set the batch's figures from its chunks."""
+    ((*figures,),) = db.execute(
+        """
+        SELECT count(*), sum(completed), sum(failed), sum(prompt_tokens), sum(completion_tokens)
+        FROM chunks WHERE batch_id = ? AND status = 'committed'
+        """,
+        [batch_id],
+    ).fetchall()
+    db.execute(
+        """
+        UPDATE batches SET chunks_committed = ?, completed = ?, failed = ?, prompt_tokens = ?,
+            completion_tokens = ? WHERE batch_id = ?
+        """,
+        [*figures, batch_id],
+    )
+
+
+def failure_counts(
+    db: duckdb.DuckDBPyConnection, where: str, parameters: Sequence[Any]
+) -> dict[str, int]:
+    """Return how many failed requests of `where` have each code, the most frequent first."""
+    return dict(
+        db.execute(
+            f"SELECT code, count(*) FROM failed_requests {where} AND {letters.UNRESOLVED}"
+            " GROUP BY code"
+            " ORDER BY count(*) DESC, code",
+            list(parameters),
+        ).fetchall()
+    )
+
+
+def chunk_reports(
+    db: duckdb.DuckDBPyConnection, where: str, parameters: Sequence[Any]
+) -> list[ChunkReport]:
+    """Return the figures of the committed chunks of `where`, in order."""
+    rest = f"{where} AND status = 'committed' ORDER BY chunk"
+    found = rows.select(db, "chunks", rows.CHUNK_REPORTS, rest, parameters)
+    return [rows.chunk_report(row) for row in found]
+
+
+def settled_requests(
+    db: duckdb.DuckDBPyConnection, batch_id: str, number: int
+) -> list[SettledRequest]:
+    """Return the requests of a committed chunk in index order."""
+    found = [
+        row
+        for table, columns, where in (
+            ("results", rows.RESULTS, OF_CHUNK),
+            ("failed_requests", rows.FAILED_REQUESTS, _FAILED),
+        )
+        for row in rows.select(db, table, [*columns], where, [batch_id, number])
+    ]
+    found.sort(key=lambda row: row["request_index"])
+    return [rows.settled_request(row) for row in found]

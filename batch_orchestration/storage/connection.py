@@ -1,0 +1,247 @@
+"""Connections to the DuckDB file: short, one transaction each, and patient with whoever is inside.
+
+DuckDB lets one process at a time into a file for writing, and shuts out everybody else meanwhile,
+readers included; a reader shuts out writers. Nobody queues. So our own writers queue at a lock file
+beside it, and everyone retries, with jitter, until a deadline.
+"""
+
+import contextlib
+import logging
+import random
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from os import getpid
+from pathlib import Path
+
+import duckdb
+from filelock import FileLock, Timeout
+
+from batch_orchestration.domain.errors import (
+    DiskFull,
+    StorageError,
+    StoreDamaged,
+    StoreLocked,
+)
+from batch_orchestration.storage.files import disk_errors, sync_folder
+
+logger = logging.getLogger(__name__)
+
+DEADLINE_SECONDS = 600.0
+#: Readers of ours are done within this; a wait that is longer is worth a line in the log.
+QUIET_SECONDS = 0.5
+REPORT_INTERVAL_SECONDS = 10.0
+_FIRST_PAUSE_SECONDS = 0.01
+_LONGEST_PAUSE_SECONDS = 0.25
+
+#: What DuckDB says if another process is inside, and if this process is, in the other mode.
+_LOCKED = ("Could not set lock on file", "different configuration than existing connections")
+_HOLDER = re.compile(r"\(PID (\d+)\)")
+_DAMAGED = ("Corrupt", "not a valid DuckDB", "checksum", "deserialize", "enough bytes")
+
+#: Within a process, a file cannot be open for reading and for writing at once: one at a time.
+_inside: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, *, deadline_seconds: float = DEADLINE_SECONDS
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open the file for one transaction, committed at the end of a body that does not raise.
+
+    Raises:
+        StoreLocked: Others kept it locked past the deadline.
+        DiskFull: There is no room; nothing was committed.
+        StorageError: It cannot be written, is damaged, or DuckDB refused a statement.
+    """
+    wait = _Wait(path, "write", deadline_seconds)
+    with _queue(path, wait), _transaction(path, wait, read_only=False) as connection:
+        yield connection
+
+
+@contextlib.contextmanager
+def creating(
+    path: Path, *, deadline_seconds: float = DEADLINE_SECONDS
+) -> Iterator[duckdb.DuckDBPyConnection | None]:
+    """Make the file, as `writing` does, unless there is one: then yield None.
+
+    It appears with all that the body puts into it: of a process that is killed right after it
+    created a DuckDB file, nothing remains that DuckDB would open.
+    """
+    wait = _Wait(path, "create", deadline_seconds)
+    unfinished = path.with_name(f".{path.name}.new")
+    log = path.with_name(f"{unfinished.name}.wal")
+    with _queue(path, wait):
+        if path.exists() and path.stat().st_size:
+            yield None
+            return
+        with disk_errors(path):
+            unfinished.unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
+        with _transaction(unfinished, wait, read_only=False) as connection:
+            yield connection
+        if log.exists():
+            raise StorageError(f"{path} could not be made: DuckDB left {log.name} behind")
+        with disk_errors(path):
+            unfinished.replace(path)
+            sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, deadline_seconds: float = DEADLINE_SECONDS) -> Iterator[None]:
+    """Keep all other writers of ours waiting, while the body puts another file in its place.
+
+    Raises:
+        StoreLocked: Others were writing past the deadline.
+    """
+    with _queue(path, _Wait(path, "replace", deadline_seconds)):
+        yield
+
+
+@contextlib.contextmanager
+def reading(
+    path: Path, *, deadline_seconds: float = DEADLINE_SECONDS
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open an existing file read-only for one transaction.
+
+    Raises:
+        StoreLocked: Others kept it locked past the deadline.
+        StoreDamaged: It cannot be read.
+        StorageError: It is missing, or DuckDB refused a statement.
+    """
+    with _transaction(path, _Wait(path, "read", deadline_seconds), read_only=True) as connection:
+        yield connection
+
+
+class _Wait:
+    """Patience up to a deadline, which says now and then for what."""
+
+    def __init__(self, path: Path, purpose: str, deadline_seconds: float) -> None:
+        self._path = path
+        self._purpose = purpose
+        self._started = time.monotonic()
+        self._deadline = self._started + deadline_seconds
+        self._next_report = self._started + QUIET_SECONDS
+        self._reported = False
+
+    def until(self, enter: Callable[[], str | None]) -> None:
+        """Call `enter` until it returns None; else it returns who is in the way."""
+        pause = _FIRST_PAUSE_SECONDS
+        while holder := enter():
+            now = time.monotonic()
+            if now >= self._deadline:
+                raise StoreLocked(
+                    f"gave up after {now - self._started:.0f} s of waiting to {self._purpose} "
+                    f"{self._path}: held by {holder}"
+                )
+            self._report(now, holder)
+            time.sleep(min(pause * random.uniform(0.5, 1.0), self._deadline - now))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+        if self._reported:
+            waited = time.monotonic() - self._started
+            logger.info("waited %.1f s to %s %s", waited, self._purpose, self._path)
+            self._reported = False
+
+    def _report(self, now: float, holder: str) -> None:
+        if now < self._next_report:
+            return
+        logger.warning(
+            "pid %d has waited %.1f s to %s %s, held by %s; it will wait %.0f s more",
+            *(getpid(), now - self._started, self._purpose, self._path, holder),
+            self._deadline - now,
+        )
+        self._reported = True
+        self._next_report = now + REPORT_INTERVAL_SECONDS
+
+
+@contextlib.contextmanager
+def _queue(path: Path, wait: _Wait) -> Iterator[None]:
+    """Be the one writer of ours."""
+    queue = FileLock(path.with_name(f"{path.name}.lock"))
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wait.until(lambda: _enter_queue(queue))
+    try:
+        yield
+    finally:
+        queue.release()
+
+
+def _enter_queue(queue: FileLock) -> str | None:
+    """Become the one writer of ours; else return who is."""
+    owner = Path(queue.lock_file)
+    try:
+        queue.acquire(timeout=_LONGEST_PAUSE_SECONDS, poll_interval=_FIRST_PAUSE_SECONDS)
+    except Timeout:
+        with contextlib.suppress(OSError, ValueError):
+            return _process(int(owner.read_text()))
+        return "another writer of ours"
+    # Only for the others' log: a full disk is noticed by what matters.
+    with contextlib.suppress(OSError):
+        owner.write_text(str(getpid()))
+    return None
+
+
+@contextlib.contextmanager
+def _transaction(
+    path: Path, wait: _Wait, *, read_only: bool
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    inside = _inside[path.resolve()]
+    opened: list[duckdb.DuckDBPyConnection] = []
+
+    def enter() -> str | None:
+        if not inside.acquire(timeout=_LONGEST_PAUSE_SECONDS):
+            return "another thread of this process"
+        try:
+            opened.append(duckdb.connect(path, read_only=read_only))
+        except duckdb.Error as error:
+            inside.release()
+            if not any(words in str(error) for words in _LOCKED):
+                raise
+            holder = _HOLDER.search(str(error))
+            return _process(int(holder[1]) if holder else getpid())
+        except BaseException:
+            inside.release()
+            raise
+        return None
+
+    with _duckdb_errors(path):
+        wait.until(enter)
+        try:
+            # Closing rolls back what was not committed. It is not left to the garbage collector:
+            # an exception that is kept somewhere would keep the file locked.
+            with contextlib.closing(opened[0]) as connection:
+                connection.execute("BEGIN TRANSACTION")
+                yield connection
+                connection.execute("COMMIT")
+        finally:
+            inside.release()
+
+
+@contextlib.contextmanager
+def _duckdb_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except duckdb.Error as error:
+        reason = str(error).strip()
+        if "No space left" in reason or "File too large" in reason:
+            raise DiskFull(f"no room to write {path}: {reason}") from error
+        refused = isinstance(error, duckdb.ProgrammingError)
+        if not refused and any(word in reason for word in _DAMAGED):
+            raise StoreDamaged(
+                f"the store {path} is damaged: {reason}\nNothing is lost: `python -m"
+                " batch_orchestration recover` sets it aside and makes it anew from the plans and"
+                " journals"
+            ) from error
+        raise StorageError(f"{path}: {reason}") from error
+
+
+def _process(pid: int) -> str:
+    """Return pid and command of a process, for people."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except (OSError, UnicodeDecodeError):
+        command = ""
+    return f"pid {pid} ({command[:80] or 'command unknown'})"

@@ -1,0 +1,218 @@
+"""The data folder, and files that appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.chunks import chunk_key
+from batch_orchestration.domain.errors import BatchNotFound, DiskFull, StorageError
+from batch_orchestration.storage.lines import RawLine, new_digest, read_chunk, read_lines
+
+__all__ = [
+    "DataFolder",
+    "RawLine",
+    "atomic_writer",
+    "disk_errors",
+    "full_disk",
+    "new_digest",
+    "read_chunk",
+    "read_lines",
+    "sync_folder",
+    "write_atomically",
+]
+
+#: No blocks, no quota, or the process's own limit on the size of files.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+#: Temporary names stay well below the 255 bytes that file systems allow.
+_NAME_KEPT = 40
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """The folder named by the setting `data_dir`: where everything of ours lies.
+
+    Attributes:
+        root: Made absolute.
+    """
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root).resolve())
+
+    @property
+    def inbox(self) -> Path:
+        """Where users drop files."""
+        return self.root / "inbox"
+
+    @property
+    def rejected(self) -> Path:
+        """Dropped files of which nothing could be used, with their reasons."""
+        return self.inbox / "rejected"
+
+    @property
+    def claims(self) -> Path:
+        """Dropped files that are ours to read, not yet admitted."""
+        return self.root / "claims"
+
+    @property
+    def batches(self) -> Path:
+        """One folder per batch: kept input, plan, progress."""
+        return self.root / "batches"
+
+    @property
+    def journals(self) -> Path:
+        """One folder per batch: a journal per chunk."""
+        return self.root / "journals"
+
+    @property
+    def outbox(self) -> Path:
+        """One folder per batch: output, errors, report."""
+        return self.root / "outbox"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of engines and runs."""
+        return self.root / "logs"
+
+    @property
+    def duckdb(self) -> Path:
+        """The store's file."""
+        return self.root / "batch.duckdb"
+
+    @property
+    def rungs(self) -> Path:
+        """Which memory settings worked, by engine."""
+        return self.root / "rungs.json"
+
+    def create(self) -> None:
+        """Make every folder that is missing."""
+        for folder in (
+            *(self.inbox, self.rejected, self.claims, self.batches),
+            *(self.journals, self.outbox, self.logs),
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def plan_path(self, batch_id: str) -> Path:
+        """Where the plan of a batch is kept."""
+        return self.batches / _folder_name(batch_id) / "plan.json"
+
+    def input_path(self, batch_id: str) -> Path:
+        """Where the input is kept, uncompressed; an original `.gz` lies beside it."""
+        return self.batches / _folder_name(batch_id) / "input.jsonl"
+
+    def progress_path(self, batch_id: str) -> Path:
+        """Where the run of a batch says how far it is."""
+        return self.batches / _folder_name(batch_id) / "progress.json"
+
+    def journal_path(self, batch_id: str, number: int) -> Path:
+        """Where outcomes of a chunk are recorded."""
+        return self.journals / _folder_name(batch_id) / f"{number:05d}.journal"
+
+    def outbox_path(self, batch_id: str) -> Path:
+        """Folder of a batch's output files."""
+        return self.outbox / _folder_name(batch_id)
+
+    def write_plan(self, plan: BatchPlan) -> None:
+        """Keep a plan, durably; the folder of the batch is made if it is missing."""
+        write_atomically(self.plan_path(plan.batch_id), msgspec.json.encode(plan) + b"\n")
+
+    def read_plan(self, batch_id: str) -> BatchPlan:
+        """Return the plan of a batch.
+
+        Raises:
+            BatchNotFound: There is none.
+            StorageError: It is damaged.
+        """
+        path = self.plan_path(batch_id)
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=BatchPlan)
+        except FileNotFoundError:
+            raise BatchNotFound(f"no batch {batch_id!r} in {self.batches}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise StorageError(f"the plan {path} is damaged: {error}") from error
+
+    def batch_ids(self) -> list[str]:
+        """Return the ids of all planned batches, sorted."""
+        return sorted(path.parent.name for path in self.batches.glob("*/plan.json"))
+
+
+def _folder_name(batch_id: str) -> str:
+    # What cannot be in a partition key (`/`, `..`) has no business in a path either.
+    try:
+        chunk_key(batch_id, 0)
+    except ValueError:
+        raise BatchNotFound(f"not a batch id: {batch_id!r}") from None
+    return batch_id
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file durably: readers and crashes see the old content or the new, nothing between."""
+    with atomic_writer(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Open a stream that becomes `path`, durably, at the end of a body that does not raise.
+
+    Missing folders are made. If the body raises, `path` is as before and no rest is left.
+
+    Raises:
+        DiskFull: There is no room, whether found by the body or at the end.
+        StorageError: The folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name[:_NAME_KEPT]}.{secrets.token_hex(6)}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = temporary.open("xb")
+    try:
+        # Closing writes what is left in the buffer, and may be what finds the disk full.
+        with full_disk(path), file:
+            yield file
+            with disk_errors(path):
+                file.flush()
+                os.fsync(file.fileno())
+        with disk_errors(path):
+            temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make creations and renames in a folder survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk into `DiskFull`, and let every other one pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise DiskFull(f"no room to write {path}: {error.strerror}") from error
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system into `StorageError`, a full disk into `DiskFull`."""
+    try:
+        with full_disk(path):
+            yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

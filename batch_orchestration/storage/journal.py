@@ -1,0 +1,203 @@
+"""The journal of a chunk: which requests were submitted, and what became of them, as it happens.
+
+It is the truth about a chunk until the chunk is committed to the store.
+"""
+
+import contextlib
+import fcntl
+import os
+import threading
+from pathlib import Path
+from typing import Self
+
+from batch_orchestration.domain.commits import Attempt, Provenance
+from batch_orchestration.domain.errors import JournalError, JournalInUse
+from batch_orchestration.domain.outcomes import Failure, Outcome
+from batch_orchestration.storage.files import disk_errors, sync_folder
+from batch_orchestration.storage.records import (
+    FailedAttemptRecord,
+    OutcomeRecord,
+    PassRecord,
+    Record,
+    SubmittedRecord,
+    SuspectedRecord,
+    encode_record,
+    read_records,
+)
+from batch_orchestration.storage.replay import (
+    JournalEntry,
+    JournalState,
+    read_journal,
+    replay_journal,
+)
+
+__all__ = ["Journal", "JournalEntry", "JournalState", "read_journal", "replay_journal"]
+
+
+class Journal:
+    """The journal of a chunk, opened for writing by this process alone.
+
+    Every record is with the operating system when its method returns, and so survives the end of
+    this process; it survives a power loss after `sync`. If a method raises `DiskFull`, nothing was
+    recorded, and it can be called again. Threads may share a journal.
+
+    Attributes:
+        state: What replay found, kept up to date with what this pass records.
+    """
+
+    def __init__(self, path: Path, descriptor: int, state: JournalState) -> None:
+        self.state = state
+        self._path = path
+        self._descriptor: int | None = descriptor
+        self._ordinal = state.passes + 1
+        self._writing = threading.Lock()
+
+    @classmethod
+    def open(
+        cls, path: Path, *, batch_id: str, number: int, provenance: Provenance, at: float
+    ) -> Self:
+        """Lock a journal, replay it and begin a pass; missing files and folders are made.
+
+        Raises:
+            JournalInUse: Somebody else has it open; the message names the process.
+            StorageError: It cannot be written, or belongs to another chunk.
+        """
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                _lock(descriptor, path)
+                if os.fstat(descriptor).st_size == 0:
+                    sync_folder(path.parent)
+                    sync_folder(path.parent.parent)
+                journal = cls(path, descriptor, replay_journal(path, batch_id, number))
+                journal._begin_pass(batch_id, number, provenance, at)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return journal
+
+    @staticmethod
+    def probe(path: Path) -> None:
+        """Find out whether an existing journal is being written.
+
+        Raises:
+            JournalInUse: It is; the message names the process.
+        """
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            _lock(descriptor, path)
+        finally:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def record_submitted(self, index: int, attempt: int, at: float) -> None:
+        """Record that a request is about to be submitted for the `attempt`-th time, from 1."""
+        self._append(SubmittedRecord(ordinal=self._ordinal, index=index, attempt=attempt, at=at))
+
+    def record_failed_attempt(self, index: int, failure: Failure, attempt: int, at: float) -> None:
+        """Record that an attempt failed and that the request will be tried again."""
+        failed = Attempt(at=at, code=str(failure.code), message=failure.message)
+        self._append(
+            FailedAttemptRecord(
+                ordinal=self._ordinal, index=index, attempt=attempt, at=at, failed=failed
+            )
+        )
+
+    def record_suspected(self, index: int, group: str, attempt: int, at: float) -> None:
+        """Record that the engine died while it had the request, and in which group to test it."""
+        self._append(
+            SuspectedRecord(ordinal=self._ordinal, index=index, attempt=attempt, at=at, group=group)
+        )
+
+    def record_outcome(self, index: int, outcome: Outcome, attempt: int, at: float) -> None:
+        """Record what became of a request, at most once per request.
+
+        Args:
+            index: Of the request.
+            outcome: Its completion or failure.
+            attempt: Which submission it came from; 0 if the request never was submitted.
+            at: POSIX seconds.
+
+        Raises:
+            JournalError: It has an outcome already, or this one cannot be read back.
+        """
+        self._append(
+            OutcomeRecord(
+                ordinal=self._ordinal, index=index, attempt=attempt, at=at, outcome=outcome
+            )
+        )
+
+    def sync(self) -> None:
+        """Make all records so far survive a power loss."""
+        with self._writing, disk_errors(self._path):
+            os.fdatasync(self._open_descriptor())
+
+    def close(self) -> None:
+        """Release the lock. Closing twice does nothing."""
+        with self._writing:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+
+    def _begin_pass(self, batch_id: str, number: int, provenance: Provenance, at: float) -> None:
+        self._append(
+            PassRecord(
+                ordinal=self._ordinal,
+                batch_id=batch_id,
+                number=number,
+                pid=os.getpid(),
+                at=at,
+                provenance=provenance,
+            )
+        )
+
+    def _append(self, record: Record) -> None:
+        try:
+            data = encode_record(record)
+        except (ValueError, RecursionError) as error:
+            raise JournalError(f"{self._path}: this could not be read back: {error}") from error
+        with self._writing:
+            if not isinstance(record, PassRecord) and record.index in self.state.settled:
+                raise JournalError(f"{self._path}: request {record.index} has an outcome already")
+            with disk_errors(self._path):
+                _append_whole(self._open_descriptor(), data)
+            self.state.apply(record)
+
+    def _open_descriptor(self) -> int:
+        if self._descriptor is None:
+            raise JournalError(f"{self._path} is closed")
+        return self._descriptor
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    # Of the open file, not of a lock file beside it: the kernel frees it with the process, and
+    # the latest pass record tells who the owner is.
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = "another process"
+        for record in read_records(path):
+            if isinstance(record, PassRecord):
+                owner = f"pid {record.pid} (run {record.provenance.run_id})"
+        raise JournalInUse(f"{path} is being written by {owner}") from None
+
+
+def _append_whole(descriptor: int, data: bytes) -> None:
+    """Append all of `data` or nothing; only one process writes, so the end is ours."""
+    size = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, data)
+        while written < len(data):
+            # The disk is full, or nearly: the next write tells.
+            written += os.write(descriptor, data[written:])
+    except OSError:
+        # Were this to fail too, the torn record would end where the next one begins.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, size)
+        raise

@@ -1,0 +1,98 @@
+"""Moving users' files without ever overwriting one, whatever they are called."""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from batch_orchestration.storage.files import sync_folder
+
+#: What Linux allows in one name, in bytes.
+NAME_MAX_BYTES = 255
+_ENDING = re.compile(
+    r"(\.jsonl(\.gz)?|\.[^.\s]{1,10})?(\.(meta|errors)\.json)?$", flags=re.IGNORECASE
+)
+#: File systems without hard links (exFAT, some network ones) answer with one of these.
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+
+
+def readable_name(name: str) -> str:
+    """Return a name that can be written as UTF-8: bytes that are not become `?`."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def fit_name(stem: str, ending: str, *, max_bytes: int = NAME_MAX_BYTES) -> str:
+    """Return `stem + ending`, the stem cut where the file system would refuse the length."""
+    room = max_bytes - len(ending.encode())
+    return stem.encode()[:room].decode(errors="ignore") + ending
+
+
+def numbered_names(name: str, *, max_bytes: int = NAME_MAX_BYTES) -> Iterator[str]:
+    """Yield `x.jsonl`, `x (2).jsonl`, `x (3).jsonl`, … without end."""
+    name = readable_name(name)
+    match = _ENDING.search(name, 1)  # from 1: a leading dot is no ending
+    ending = match[0] if match else ""
+    stem = name.removesuffix(ending)
+    yield fit_name(stem, ending, max_bytes=max_bytes)
+    number = 2
+    while True:
+        yield fit_name(stem, f" ({number}){ending}", max_bytes=max_bytes)
+        number += 1
+
+
+def move_into(source: Path, folder: Path, name: str) -> Path:
+    """Move a file into a folder under the first free name, durably, and return where it is.
+
+    A crash in the middle can leave it in both places, never in none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for free_name in numbered_names(name):
+        target = folder / free_name
+        if move_if_free(source, target):
+            sync_folder(folder)
+            return target
+    raise AssertionError("names never run out")
+
+
+def move_if_free(source: Path, target: Path) -> bool:
+    """Move a file unless the target is taken; say whether it was moved.
+
+    A target that is the very same file was left by a crash: the move is completed.
+
+    Raises:
+        FileNotFoundError: The source is gone.
+    """
+    try:
+        # rename(2) overwrites without a word; link(2) does not.
+        os.link(source, target, follow_symlinks=False)
+    except FileExistsError:
+        if is_taken(target, by_other_than=source):
+            return False
+        source.unlink()
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if is_taken(target, by_other_than=source):
+            return False
+        source.rename(target)
+    else:
+        source.unlink()
+    return True
+
+
+def is_taken(target: Path, *, by_other_than: Path) -> bool:
+    """Whether a name belongs to another file than this one."""
+    try:
+        stats = target.lstat()
+    except FileNotFoundError:
+        return False
+    return not os.path.samestat(stats, by_other_than.lstat())
+
+
+def move_over(source: Path, target: Path) -> None:
+    """Rename onto the target if the source is still there: safe to repeat."""
+    with contextlib.suppress(FileNotFoundError):
+        source.replace(target)
+        sync_folder(target.parent)

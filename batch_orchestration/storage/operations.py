@@ -1,0 +1,142 @@
+"""What was done to the dead letters of a batch, as files: the truth that the store projects.
+
+They lie beside the journals of the batch, in `dead_letters/`: `00001-replay.json` with
+`00001-replay.journal`, `00002-discard.json`, and so on in their order. A replay that is not over is
+named `00001-replay.open.json`, so that open ones are found without reading all.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from filelock import BaseFileLock, FileLock
+
+from batch_orchestration.domain.commits import Provenance
+from batch_orchestration.domain.dead_letters import Discard, Operation, Replay
+from batch_orchestration.domain.errors import DeadLetterError, JournalInUse, StorageError
+from batch_orchestration.storage.files import DataFolder, disk_errors, write_atomically
+from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal
+from batch_orchestration.storage.store import Store
+
+_FOLDER = "dead_letters"
+_OPEN = ".open.json"
+_decoder: msgspec.json.Decoder[Replay | Discard] = msgspec.json.Decoder(Replay | Discard)
+
+
+class Operations:
+    """The operations on the dead letters of one batch.
+
+    Args:
+        folder: The data folder.
+        batch_id: Of the batch.
+    """
+
+    def __init__(self, folder: DataFolder, batch_id: str) -> None:
+        self.batch_id = batch_id
+        self._path = folder.journal_path(batch_id, 0).parent / _FOLDER
+        self._lock_path = folder.plan_path(batch_id).with_name("dead-letters.lock")
+
+    def lock(self) -> BaseFileLock:
+        """Return the lock under which operations are added, closed and applied."""
+        return FileLock(self._lock_path)
+
+    def all(self) -> list[Operation]:
+        """Return the operations in their order.
+
+        Raises:
+            StorageError: One cannot be read.
+        """
+        found = {operation.number: operation for operation in map(_read, self._files())}
+        return [found[number] for number in sorted(found)]
+
+    def get(self, number: int) -> Replay:
+        """Return a replay.
+
+        Raises:
+            DeadLetterError: There is none of that number.
+        """
+        for operation in self.all():
+            if operation.number == number and isinstance(operation, Replay):
+                return operation
+        raise DeadLetterError(f"batch {self.batch_id} has no replay {number}")
+
+    def apply_to(self, store: Store) -> None:
+        """Bring the dead letters in the store up to date; nothing is opened if nothing was done.
+
+        Without the lock, an operation that is added meanwhile may wait for the next time.
+        """
+        if operations := self.all():
+            store.apply_operations(self.batch_id, operations, self.outcomes)
+
+    def next_number(self) -> int:
+        """Return the number of the next operation; the lock is held."""
+        return max((_number(path) for path in self._files()), default=0) + 1
+
+    def add(self, operation: Operation) -> None:
+        """Keep an operation, durably."""
+        ending = _OPEN if isinstance(operation, Replay) else ".json"
+        write_atomically(self._file(operation, ending), msgspec.json.encode(operation))
+
+    def close(self, replay: Replay, *, at: float) -> None:
+        """Keep that a replay is over."""
+        closed = msgspec.structs.replace(replay, closed_at=at)
+        write_atomically(self._file(replay, ".json"), msgspec.json.encode(closed))
+        open_file = self._file(replay, _OPEN)
+        with disk_errors(open_file):
+            open_file.unlink(missing_ok=True)
+
+    def outcomes(self, replay: Replay) -> Iterator[JournalEntry]:
+        """Yield the outcomes that a replay has so far."""
+        return read_journal(self._file(replay, ".journal"))
+
+    def open_journal(self, replay: Replay, *, provenance: Provenance, at: float) -> Journal:
+        """Open the journal of a replay for writing.
+
+        Raises:
+            JournalInUse: Somebody else is at work on this replay.
+        """
+        return Journal.open(
+            self._file(replay, ".journal"),
+            batch_id=f"{self.batch_id}/replay",
+            number=replay.number,
+            provenance=provenance,
+            at=at,
+        )
+
+    def running(self, replay: Replay) -> bool:
+        """Whether somebody is at work on a replay now."""
+        if not self._file(replay, ".journal").exists():
+            return False
+        try:
+            Journal.probe(self._file(replay, ".journal"))
+        except JournalInUse:
+            return True
+        return False
+
+    def _file(self, operation: Operation, ending: str) -> Path:
+        kind = "replay" if isinstance(operation, Replay) else "discard"
+        return self._path / f"{operation.number:05d}-{kind}{ending}"
+
+    def _files(self) -> list[Path]:
+        # Of a replay that was just closed, the closed one counts.
+        return sorted(self._path.glob("*.json"), key=lambda path: not path.name.endswith(_OPEN))
+
+
+def open_replays(folder: DataFolder) -> list[tuple[str, int]]:
+    """Return batch id and number of every replay that is not over."""
+    return sorted(
+        (path.parent.parent.name, _number(path))
+        for path in folder.journals.glob(f"*/{_FOLDER}/*-replay{_OPEN}")
+        if not path.with_name(path.name.removesuffix(_OPEN) + ".json").exists()
+    )
+
+
+def _number(path: Path) -> int:
+    return int(path.name.split("-")[0])
+
+
+def _read(path: Path) -> Operation:
+    try:
+        return _decoder.decode(path.read_bytes())
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path} is damaged: {error}") from error

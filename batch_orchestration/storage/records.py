@@ -1,0 +1,158 @@
+"""Records of a journal, and the framing that keeps damage from spreading.
+
+A record is RS (0x1E), eight hexadecimal digits of CRC-32, a space, JSON, a line break: the idea of
+RFC 7464. Valid JSON never contains RS, so whatever is torn or garbage ends where the next record
+begins. A line break may occur within the JSON, for answers are kept byte for byte.
+"""
+
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.domain.commits import Attempt, Provenance
+from batch_orchestration.domain.outcomes import Failure, Outcome
+
+RECORD_SEPARATOR = b"\x1e"
+FORMAT = 1
+_BLOCK_BYTES = 2**20
+_HEAD_BYTES = len(b"01234567 ")
+_HEAD = re.compile(rb"([0-9a-f]{8}) ")
+
+
+class PassRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="pass"):
+    """A writer opened the journal; records that carry its `ordinal` are its own."""
+
+    ordinal: int
+    batch_id: str
+    number: int
+    pid: int
+    at: float
+    provenance: Provenance
+    format: int = FORMAT
+
+
+class _RequestRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Something that happened to one request in the pass `ordinal`."""
+
+    ordinal: int
+    index: int
+    attempt: int
+    at: float
+
+
+class SubmittedRecord(_RequestRecord, frozen=True, kw_only=True, tag="submitted"):
+    """The request is about to be given to the engine."""
+
+
+class FailedAttemptRecord(_RequestRecord, frozen=True, kw_only=True, tag="failed_attempt"):
+    """An attempt failed, and the request is not given up."""
+
+    failed: Attempt
+
+
+class SuspectedRecord(_RequestRecord, frozen=True, kw_only=True, tag="suspected"):
+    """The engine died while it had the request, which is to be tested in this group."""
+
+    group: str
+
+
+class OutcomeRecord(_RequestRecord, frozen=True, kw_only=True, tag="outcome", omit_defaults=True):
+    """What became of the request."""
+
+    outcome: Outcome
+    #: In the file only: msgspec cannot decode a Raw that is optional, but none or one of them.
+    failure_body: tuple[msgspec.Raw, ...] = ()
+
+
+Record = PassRecord | SubmittedRecord | FailedAttemptRecord | SuspectedRecord | OutcomeRecord
+
+_encode = msgspec.json.Encoder().encode
+_decoder = msgspec.json.Decoder(Record)
+
+
+def encode_record(record: Record) -> bytes:
+    """Return the bytes to append for a record.
+
+    Raises:
+        ValueError, RecursionError: It could not be read back: a body is not JSON, a text not
+            Unicode, or it is nested too deeply.
+    """
+    payload = _encode(_with_body_apart(record))
+    # A raw body is not looked at by the encoder, but one that is not JSON would be lost at replay.
+    _decoder.decode(payload)
+    return b"%s%08x %s\n" % (RECORD_SEPARATOR, zlib.crc32(payload), payload)
+
+
+def read_records(path: Path) -> Iterator[Record | None]:
+    """Yield every intact record of a journal in order, and None for each unreadable piece.
+
+    Holds one piece in memory: usually a record, at worst a run of garbage.
+    """
+    for piece in _pieces(path):
+        payload = _payload(piece)
+        if payload is None:
+            yield None
+            continue
+        try:
+            yield _with_body_inside(_decoder.decode(payload))
+        except (ValueError, RecursionError):
+            yield None
+        if len(piece) > _HEAD_BYTES + len(payload) + len(b"\n"):
+            yield None
+
+
+def _with_body_apart(record: Record) -> Record:
+    if not isinstance(record, OutcomeRecord) or not isinstance(record.outcome, Failure):
+        return record
+    if (body := record.outcome.body) is None:
+        return record
+    bodiless = msgspec.structs.replace(record.outcome, body=None)
+    return msgspec.structs.replace(record, outcome=bodiless, failure_body=(body,))
+
+
+def _with_body_inside(record: Record) -> Record:
+    if not isinstance(record, OutcomeRecord) or not record.failure_body:
+        return record
+    (body,) = record.failure_body
+    whole = msgspec.structs.replace(record.outcome, body=body)
+    return msgspec.structs.replace(record, outcome=whole, failure_body=())
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Yield what stands between separators; empty pieces are left out."""
+    unfinished: list[bytes] = []
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            first, *others = block.split(RECORD_SEPARATOR)
+            unfinished.append(first)
+            for other in others:
+                if piece := b"".join(unfinished):
+                    yield piece
+                unfinished = [other]
+    if piece := b"".join(unfinished):
+        yield piece
+
+
+def _payload(piece: bytes) -> bytes | None:
+    """Return the JSON at the beginning of a piece if its checksum holds.
+
+    Garbage may follow the record's line break: every line break could be that one.
+    """
+    head = _HEAD.match(piece)
+    if head is None:
+        return None
+    expected = int(head[1], 16)
+    body = piece[head.end() :]
+    if zlib.crc32(body.removesuffix(b"\n")) == expected:
+        return body.removesuffix(b"\n")
+    checksum = start = 0
+    while (line_break := body.find(b"\n", start)) >= 0:
+        checksum = zlib.crc32(body[start:line_break], checksum)
+        if checksum == expected:
+            return body[:line_break]
+        checksum = zlib.crc32(b"\n", checksum)
+        start = line_break + 1
+    return None

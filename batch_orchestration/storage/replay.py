@@ -1,0 +1,155 @@
+"""What a journal tells when it is read: the state of its chunk, and its outcomes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.domain.commits import Attempt, Provenance
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.outcomes import Completion, Outcome
+from batch_orchestration.storage.records import (
+    FailedAttemptRecord,
+    OutcomeRecord,
+    PassRecord,
+    Record,
+    SubmittedRecord,
+    SuspectedRecord,
+    read_records,
+)
+
+#: Of outcomes whose pass record was damaged: better unknown than somebody else's.
+UNKNOWN_PROVENANCE = Provenance(run_id="unknown")
+
+
+@dataclass
+class JournalState:
+    """What is known of the requests of a chunk.
+
+    Attributes:
+        settled: Indices with an outcome.
+        completed: How many of the settled ones are completions.
+        attempts: Submissions so far, by index.
+        failed_attempts: How many of these failed by themselves and were to be repeated, by index.
+        suspects: Test group of those that were in flight when an engine died, by index.
+        in_flight: Submitted by an earlier pass that ended without learning what became of them;
+            not changed by this pass.
+        dropped_records: Unreadable pieces that replay skipped.
+        passes: Number of the latest pass.
+    """
+
+    settled: set[int] = field(default_factory=set)
+    completed: int = 0
+    attempts: dict[int, int] = field(default_factory=dict)
+    failed_attempts: dict[int, int] = field(default_factory=dict)
+    suspects: dict[int, str] = field(default_factory=dict)
+    in_flight: set[int] = field(default_factory=set)
+    dropped_records: int = 0
+    passes: int = 0
+
+    def apply(self, record: Record) -> None:
+        """Take note of a record; after the first outcome of a request nothing changes it."""
+        self.passes = max(self.passes, record.ordinal)
+        if isinstance(record, PassRecord) or record.index in self.settled:
+            return
+        self.attempts[record.index] = max(self.attempts.get(record.index, 0), record.attempt)
+        if isinstance(record, OutcomeRecord):
+            self.settled.add(record.index)
+            self.suspects.pop(record.index, None)
+            self.completed += isinstance(record.outcome, Completion)
+        elif isinstance(record, FailedAttemptRecord):
+            self.failed_attempts[record.index] = self.failed_attempts.get(record.index, 0) + 1
+        elif isinstance(record, SuspectedRecord):
+            self.suspects[record.index] = record.group
+
+    def replay(self, record: Record) -> None:
+        """Take note of a record of an earlier pass."""
+        self.apply(record)
+        if isinstance(record, SubmittedRecord) and record.index not in self.settled:
+            self.in_flight.add(record.index)
+        elif not isinstance(record, PassRecord):
+            self.in_flight.discard(record.index)
+
+
+class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A settled request as its journal has it.
+
+    Attributes:
+        attempts: How often it was submitted.
+        failed_attempts: Those before the last one, oldest first.
+        settled_at: POSIX seconds.
+        first_submitted_at: POSIX seconds; None if it never was submitted.
+    """
+
+    index: int
+    outcome: Outcome
+    attempts: int
+    failed_attempts: tuple[Attempt, ...]
+    settled_at: float
+    provenance: Provenance
+    first_submitted_at: float | None
+
+
+def replay_journal(path: Path, batch_id: str, number: int) -> JournalState:
+    """Return the state of a chunk by its journal; a missing journal says nothing.
+
+    Needs no lock.
+
+    Raises:
+        StorageError: It is the journal of another chunk.
+    """
+    state = JournalState()
+    for record in read_records(path) if path.exists() else ():
+        if record is None:
+            state.dropped_records += 1
+            continue
+        if isinstance(record, PassRecord) and (record.batch_id, record.number) != (
+            batch_id,
+            number,
+        ):
+            raise StorageError(
+                f"{path} is the journal of {record.batch_id}/{record.number:05d}, "
+                f"not of {batch_id}/{number:05d}"
+            )
+        state.replay(record)
+    return state
+
+
+def read_journal(path: Path) -> Iterator[JournalEntry]:
+    """Yield the settled requests of a journal in index order, each once; its first outcome counts.
+
+    Needs no lock. A missing journal has no entries. Holds one chunk in memory.
+    """
+    provenances: dict[int, Provenance] = {}
+    submitted: dict[int, float] = {}
+    failed: dict[int, list[FailedAttemptRecord]] = {}
+    outcomes: dict[int, OutcomeRecord] = {}
+    attempts = JournalState()
+    for record in read_records(path) if path.exists() else ():
+        if record is None:
+            continue
+        if isinstance(record, PassRecord):
+            provenances[record.ordinal] = record.provenance
+        elif isinstance(record, SubmittedRecord):
+            submitted.setdefault(record.index, record.at)
+        elif isinstance(record, FailedAttemptRecord):
+            failed.setdefault(record.index, []).append(record)
+        elif isinstance(record, OutcomeRecord):
+            outcomes.setdefault(record.index, record)
+        attempts.apply(record)
+    for index in sorted(outcomes):
+        settled = outcomes.pop(index)
+        yield JournalEntry(
+            index=index,
+            outcome=settled.outcome,
+            attempts=attempts.attempts[index],
+            failed_attempts=tuple(
+                record.failed
+                for record in failed.get(index, ())
+                if record.attempt < attempts.attempts[index]
+            ),
+            settled_at=settled.at,
+            provenance=provenances.get(settled.ordinal, UNKNOWN_PROVENANCE),
+            first_submitted_at=submitted.get(index),
+        )

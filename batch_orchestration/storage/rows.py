@@ -1,0 +1,301 @@
+"""Domain values to rows of the store and back; nobody outside of storage knows of DataFrames."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+import msgspec
+
+from batch_orchestration.domain.batches import BatchOptions, BatchPlan, BatchStatus
+from batch_orchestration.domain.commits import (
+    Attempt,
+    BatchRecord,
+    ChunkReport,
+    Provenance,
+    SettledRequest,
+)
+from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Usage
+
+Row = dict[str, Any]
+
+# Types of DataFrame columns, told because a column of nothing but None has none to be guessed.
+_TEXT = "object"
+_INTEGER = "int64"
+_INTEGER_OR_NULL = "Int64"
+_REAL = "float64"
+_TIME = "datetime64[us]"
+
+_REQUEST = {
+    "batch_id": _TEXT,
+    "chunk": _INTEGER,
+    "request_index": _INTEGER,
+    "line": _INTEGER,
+    "custom_id": _TEXT,
+    "endpoint": _TEXT,
+}
+_HISTORY = {
+    "attempts": _INTEGER,
+    "failed_attempts": _TEXT,
+    "settled_at": _TIME,
+    "run_id": _TEXT,
+    "engine": _TEXT,
+    "engine_version": _TEXT,
+    "model": _TEXT,
+    "settings_hash": _TEXT,
+}
+#: Columns of `results`, with their types.
+RESULTS = {
+    **_REQUEST,
+    "http_status": _INTEGER,
+    "response": _TEXT,
+    "request_id": _TEXT,
+    "finish_reason": _TEXT,
+    "prompt_tokens": _INTEGER,
+    "completion_tokens": _INTEGER,
+    "latency_seconds": _REAL,
+    **_HISTORY,
+}
+#: Columns of `failed_requests`, with their types.
+FAILED_REQUESTS = {
+    **_REQUEST,
+    "code": _TEXT,
+    "message": _TEXT,
+    "http_status": _INTEGER_OR_NULL,
+    "response": _TEXT,
+    "request_id": _TEXT,
+    "latency_seconds": _REAL,
+    "body": _TEXT,
+    **_HISTORY,
+}
+#: Columns of `chunks` that are known at admission, with their types.
+PLANNED_CHUNKS = {
+    "batch_id": _TEXT,
+    "chunk": _INTEGER,
+    "first_index": _INTEGER,
+    "requests": _INTEGER,
+    "status": _TEXT,
+}
+
+decode_attempts = msgspec.json.Decoder(tuple[Attempt, ...]).decode
+
+
+def insert(
+    connection: duckdb.DuckDBPyConnection, table: str, columns: dict[str, str],
+    rows: Sequence[Row], rest: str = "",
+) -> None:  # fmt: skip
+    """Insert rows in bulk, each with every column; `rest` of the statement says which."""
+    # Here, because it takes half a second, which commands that only read should not pay.
+    import pandas as pd
+
+    frame = pd.DataFrame(
+        {
+            name: pd.Series([row[name] for row in rows], dtype=dtype)
+            for name, dtype in columns.items()
+        }
+    )
+    names = ", ".join(columns)
+    connection.register("incoming", frame)
+    connection.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM incoming {rest}")
+    connection.unregister("incoming")
+
+
+def select(
+    connection: duckdb.DuckDBPyConnection,
+    table: str,
+    columns: Sequence[str],
+    rest: str,
+    parameters: Sequence[Any] = (),
+) -> list[Row]:
+    """Return the rows of `SELECT columns FROM table rest`, by column name."""
+    rows = connection.execute(
+        f"SELECT {', '.join(columns)} FROM {table} {rest}", list(parameters)
+    ).fetchall()
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def timestamp(at: float) -> datetime:
+    """Return POSIX seconds as the store has them: UTC, without a zone."""
+    return datetime.fromtimestamp(at, UTC).replace(tzinfo=None)
+
+
+def posix_seconds(moment: datetime) -> float:
+    """Return what `timestamp` was given, to the microsecond."""
+    return moment.replace(tzinfo=UTC).timestamp()
+
+
+def text(value: bytes | str) -> str:
+    """Return text that the store can hold: what is not Unicode is replaced."""
+    if isinstance(value, str):
+        if value.isascii():
+            return value
+        value = value.encode(errors="surrogatepass")
+    return value.decode(errors="replace")
+
+
+def result_row(batch_id: str, number: int, request: SettledRequest, answer: Completion) -> Row:
+    """Return the row of an answered request."""
+    return {
+        **_request_columns(batch_id, number, request),
+        "http_status": answer.status,
+        "response": text(bytes(answer.body)),
+        "request_id": _text_or_null(answer.request_id),
+        "finish_reason": _text_or_null(answer.finish_reason),
+        "prompt_tokens": answer.usage.prompt_tokens,
+        "completion_tokens": answer.usage.completion_tokens,
+        "latency_seconds": answer.latency_seconds,
+    }
+
+
+def failed_row(batch_id: str, number: int, request: SettledRequest, failure: Failure) -> Row:
+    """Return the row of a failed request."""
+    return {
+        **_request_columns(batch_id, number, request),
+        "code": str(failure.code),
+        "message": text(failure.message),
+        "http_status": failure.status,
+        "response": None if failure.body is None else text(bytes(failure.body)),
+        "request_id": _text_or_null(failure.request_id),
+        "latency_seconds": failure.latency_seconds,
+        "body": text(request.body),
+    }
+
+
+def _text_or_null(value: str | None) -> str | None:
+    return None if value is None else text(value)
+
+
+def _request_columns(batch_id: str, number: int, request: SettledRequest) -> Row:
+    return {
+        "batch_id": batch_id,
+        "chunk": number,
+        "request_index": request.index,
+        "line": request.line,
+        "custom_id": _text_or_null(request.custom_id),
+        "endpoint": text(request.endpoint),
+        "attempts": request.attempts,
+        "failed_attempts": text(msgspec.json.encode(request.failed_attempts)),
+        "settled_at": timestamp(request.settled_at),
+        **{name: text(value) for name, value in msgspec.structs.asdict(request.provenance).items()},
+    }
+
+
+def settled_request(row: Row) -> SettledRequest:
+    """Return the request of a row of `results` or `failed_requests`."""
+    return SettledRequest(
+        index=row["request_index"],
+        line=row["line"],
+        custom_id=row["custom_id"],
+        endpoint=row["endpoint"],
+        body=row.get("body", "").encode(),
+        outcome=_failure(row) if "code" in row else _completion(row),
+        attempts=row["attempts"],
+        failed_attempts=decode_attempts(row["failed_attempts"]),
+        settled_at=posix_seconds(row["settled_at"]),
+        provenance=Provenance(**{name: row[name] for name in Provenance.__struct_fields__}),
+    )
+
+
+def _completion(row: Row) -> Completion:
+    return Completion(
+        status=row["http_status"],
+        body=msgspec.Raw(row["response"].encode()),
+        request_id=row["request_id"],
+        finish_reason=row["finish_reason"],
+        usage=Usage(prompt_tokens=row["prompt_tokens"], completion_tokens=row["completion_tokens"]),
+        latency_seconds=row["latency_seconds"],
+    )
+
+
+def _failure(row: Row) -> Failure:
+    return Failure(
+        code=FailureCode(row["code"]),
+        message=row["message"],
+        status=row["http_status"],
+        body=None if row["response"] is None else msgspec.Raw(row["response"].encode()),
+        request_id=row["request_id"],
+        latency_seconds=row["latency_seconds"],
+    )
+
+
+def batch_row(plan: BatchPlan, at: float) -> Row:
+    """Return the row of a batch that was just admitted."""
+    return {
+        "batch_id": plan.batch_id,
+        "identity": plan.identity,
+        "file_name": text(plan.file_name),
+        "sha256": plan.sha256,
+        "size_bytes": plan.size_bytes,
+        "requests": plan.requests,
+        "faulty": plan.faulty,
+        "chunks": len(plan.chunks),
+        "model": text(str(plan.settings.get("model", ""))),
+        "priority": plan.options.priority,
+        "options": text(msgspec.json.encode(plan.options)),
+        "settings": text(msgspec.json.encode(plan.settings)),
+        "settings_hash": plan.settings_hash,
+        "status": str(BatchStatus.IN_PROGRESS),
+        "created_at": timestamp(plan.created_at),
+        "in_progress_at": timestamp(at),
+        **dict.fromkeys(_BATCH_FIGURES, 0),
+    }
+
+
+_BATCH_FIGURES = (
+    "chunks_committed",
+    "completed",
+    "failed",
+    "prompt_tokens",
+    "completion_tokens",
+)
+#: Where the time is kept at which a batch reached a status.
+STATUS_TIMES = {
+    status: "created_at" if status is BatchStatus.VALIDATING else f"{status}_at"
+    for status in BatchStatus
+}
+#: Columns of `batches` that a `BatchRecord` is made of.
+BATCHES = (
+    *("batch_id", "file_name", "identity", "status", "requests", "chunks", "options"),
+    *("settings_hash", "model", *_BATCH_FIGURES, *STATUS_TIMES.values()),
+)
+
+
+def batch_record(row: Row) -> BatchRecord:
+    """Return the batch of a row of `batches`."""
+    return BatchRecord(
+        batch_id=row["batch_id"],
+        file_name=row["file_name"],
+        identity=row["identity"],
+        status=BatchStatus(row["status"]),
+        total=row["requests"],
+        chunks=row["chunks"],
+        options=msgspec.json.decode(row["options"], type=BatchOptions),
+        settings_hash=row["settings_hash"],
+        model=row["model"],
+        times={
+            str(status): posix_seconds(row[column])
+            for status, column in STATUS_TIMES.items()
+            if row[column] is not None
+        },
+        **{name: row[name] for name in _BATCH_FIGURES},
+    )
+
+
+#: Columns of `chunks` that a `ChunkReport` is made of.
+CHUNK_REPORTS = (
+    *("batch_id", "chunk", "requests", "completed", "failed", "prompt_tokens"),
+    *("completion_tokens", "attempts", "seconds", "committed_at", "run_id", "failures_by_code"),
+    "engine_rung",
+)
+
+
+def chunk_report(row: Row) -> ChunkReport:
+    """Return the figures of a row of `chunks` that is committed."""
+    return ChunkReport(
+        **{
+            **{name: value for name, value in row.items() if name != "chunk"},
+            "number": row["chunk"],
+            "committed_at": posix_seconds(row["committed_at"]),
+            "failures_by_code": msgspec.json.decode(row["failures_by_code"], type=dict[str, int]),
+        }
+    )

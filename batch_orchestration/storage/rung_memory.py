@@ -1,0 +1,73 @@
+"""Remembers which memory settings worked, from run to run: one small file in the data folder."""
+
+import logging
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.rungs import Rung
+from batch_orchestration.storage.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class Descent(msgspec.Struct, frozen=True, kw_only=True):
+    """How far down its ladder an engine had to go.
+
+    Attributes:
+        rungs: All below the configured settings, the one that worked last.
+        since: POSIX seconds at which that one worked first, or a higher one was last tried.
+    """
+
+    rungs: tuple[Rung, ...]
+    since: float
+
+
+class RungMemory:
+    """Descents by engine. It is a hint, not a truth: without it an engine finds its rung again.
+
+    Of two processes that write at once, one may forget what the other learnt.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def recall(self, engine: str) -> Descent | None:
+        """Return the descent of an engine; None if it works as configured, for all we know."""
+        return self._read().get(engine)
+
+    def remember(self, engine: str, rungs: tuple[Rung, ...], *, at: float) -> None:
+        """Note that an engine works on the last of the rungs, or as configured if there is none.
+
+        If that is known already, the time stands at which it was found.
+        """
+        descents = self._read()
+        known = descents.pop(engine, None)
+        if rungs == (() if known is None else known.rungs):
+            return
+        if rungs:
+            descents[engine] = Descent(rungs=rungs, since=at)
+        self._write(descents)
+
+    def note_trial(self, engine: str, *, at: float) -> None:
+        """Note that one rung higher is about to be tried."""
+        descents = self._read()
+        if known := descents.get(engine):
+            self._write(descents | {engine: Descent(rungs=known.rungs, since=at)})
+
+    def _read(self) -> dict[str, Descent]:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Descent])
+        except FileNotFoundError:
+            return {}
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            logger.warning("%s is of no use and will be replaced: %s", self._path, error)
+            return {}
+
+    def _write(self, descents: dict[str, Descent]) -> None:
+        content = msgspec.json.format(msgspec.json.encode(descents)) + b"\n"
+        try:
+            write_atomically(self._path, content)
+        except StorageError as error:
+            logger.warning("the next run will have to find its memory settings again: %s", error)

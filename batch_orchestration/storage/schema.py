@@ -1,0 +1,80 @@
+"""Brings a DuckDB file to the schema that this version reads and writes."""
+
+from importlib import resources
+from pathlib import Path
+
+import duckdb
+
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.storage.connection import DEADLINE_SECONDS, creating, reading, writing
+
+#: Files that this process found up to date, with their inode: a new file of that name is another.
+_current: set[tuple[Path, int]] = set()
+
+
+def migrate(path: Path, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
+    """Apply the migrations that a file lacks; a missing file is made. Cheap if there are none.
+
+    A file that is up to date is only read, so that people without write access can look at it.
+
+    Raises:
+        StorageError: It was written by a newer version, or cannot be opened.
+    """
+    if _identity(path) in _current:
+        return
+    if _identity(path) is None:
+        with creating(path, deadline_seconds=deadline_seconds) as connection:
+            if connection:
+                _apply(connection, path)
+    if _lacks_migrations(path, deadline_seconds):
+        with writing(path, deadline_seconds=deadline_seconds) as connection:
+            _apply(connection, path)
+    if identity := _identity(path):
+        _current.add(identity)
+
+
+def _identity(path: Path) -> tuple[Path, int] | None:
+    """Return what tells this file from another of its name; None if there is nothing in it."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return (path.resolve(), status.st_ino) if status.st_size else None
+
+
+def _migrations() -> dict[int, tuple[str, str]]:
+    """Return name and SQL of each migration by its number, in order."""
+    folder = resources.files("batch_orchestration.storage") / "migrations"
+    files = sorted(file.name for file in folder.iterdir() if file.name.endswith(".sql"))
+    return {int(name.split("_")[0]): (name, (folder / name).read_text()) for name in files}
+
+
+def _lacks_migrations(path: Path, deadline_seconds: float) -> bool:
+    with reading(path, deadline_seconds=deadline_seconds) as connection:
+        tables = connection.execute(
+            "SELECT 1 FROM information_schema.tables WHERE table_name = 'schema_migrations'"
+        ).fetchall()
+        return not tables or bool(_migrations().keys() - _applied(connection, path))
+
+
+def _applied(connection: duckdb.DuckDBPyConnection, path: Path) -> set[int]:
+    rows = connection.execute("SELECT version FROM schema_migrations").fetchall()
+    applied = {int(version) for (version,) in rows}
+    if unknown := applied - _migrations().keys():
+        raise StorageError(
+            f"{path} was written by a newer version of batch_orchestration "
+            f"(schema {max(unknown)}): upgrade, or use another data folder"
+        )
+    return applied
+
+
+def _apply(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS schema_migrations"
+        " (version INTEGER NOT NULL, name VARCHAR NOT NULL)"
+    )
+    applied = _applied(connection, path)
+    for version, (name, sql) in _migrations().items():
+        if version not in applied:
+            connection.execute(sql)
+            connection.execute("INSERT INTO schema_migrations VALUES (?, ?)", [version, name])

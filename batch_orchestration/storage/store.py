@@ -1,0 +1,244 @@
+"""The store: every query to the DuckDB file, in words of the domain."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from batch_orchestration.domain.batches import BatchPlan, BatchStatus
+from batch_orchestration.domain.commits import BatchRecord, ChunkReport, SettledRequest
+from batch_orchestration.domain.dead_letters import (
+    UNRESOLVED,
+    DeadLetter,
+    DeadLetterEvent,
+    Operation,
+    Replay,
+    Selection,
+)
+from batch_orchestration.domain.errors import BatchNotFound, StorageError
+from batch_orchestration.domain.outcomes import FailureCode
+from batch_orchestration.storage import (
+    commits,
+    connection,
+    letter_operations,
+    letters,
+    rows,
+    schema,
+)
+from batch_orchestration.storage.replay import JournalEntry
+
+
+class Store:
+    """Batches, chunks, results and failed requests in one DuckDB file, made when it is missing.
+
+    Each method opens the file, does one transaction and closes it; between them others can come in.
+    While the file is locked, methods wait. Processes and threads may share a store.
+
+    Every method raises `StoreLocked` if the wait is too long, and `StorageError` if the file is
+    damaged or cannot be used.
+
+    Args:
+        path: Of the file.
+        deadline_seconds: How long a method waits for others to leave the file.
+    """
+
+    def __init__(
+        self, path: Path, *, deadline_seconds: float = connection.DEADLINE_SECONDS
+    ) -> None:
+        self._path = path
+        self._deadline_seconds = deadline_seconds
+
+    def migrate(self) -> None:
+        """Bring the file to the present schema. Every other method does so first: it is cheap."""
+        schema.migrate(self._path, deadline_seconds=self._deadline_seconds)
+
+    def check_writable(self) -> None:
+        """Commit a change that changes nothing.
+
+        Raises:
+            DiskFull: There is no room.
+            StorageError: The file cannot be written.
+        """
+        with self._writing() as db:
+            db.execute("UPDATE schema_migrations SET name = name")
+
+    def add_batch(self, plan: BatchPlan, *, at: float) -> None:
+        """Add a batch that was admitted: in progress, all chunks pending. Twice is as once."""
+        with self._writing() as db:
+            known = rows.select(db, "batches", ["identity"], "WHERE batch_id = ?", [plan.batch_id])
+            if known and known[0]["identity"] != plan.identity:
+                raise StorageError(f"another batch has the id {plan.batch_id}")
+            if known:
+                return
+            commits.insert_batch(db, plan, at)
+
+    def commit_chunk(
+        self,
+        batch_id: str,
+        number: int,
+        requests: Iterable[SettledRequest],
+        *,
+        run_id: str,
+        at: float,
+        seconds: float,
+        engine_rung: str | None = None,
+    ) -> ChunkReport:
+        """Commit the outcomes of a chunk, all or nothing. Committing it again replaces them.
+
+        But what a replay or a discard did to a dead letter is not undone by it.
+
+        Args:
+            batch_id: Of the batch.
+            number: Of the chunk.
+            requests: Every request of the chunk, each once.
+            run_id: Of the run that commits.
+            at: POSIX seconds.
+            seconds: See `ChunkReport`.
+            engine_rung: See `ChunkReport`.
+
+        Raises:
+            OutcomeMismatch: A request is missing, repeated or not of this chunk.
+            BatchNotFound: The store does not have this chunk.
+        """
+        outcomes = commits.ChunkOutcomes(batch_id, number, requests)
+        with self._writing() as db:
+            outcomes.check_one_to_one(db)
+            outcomes.replace(db, run_id=run_id)
+            commits.update_chunk(
+                db, batch_id, number,
+                run_id=run_id, at=at, seconds=seconds, engine_rung=engine_rung,
+            )  # fmt: skip
+            commits.update_batch(db, batch_id)
+            (report,) = commits.chunk_reports(db, commits.OF_CHUNK, [batch_id, number])
+        return report
+
+    def chunk_reports(self, batch_id: str) -> dict[int, ChunkReport]:
+        """Return the figures of the committed chunks of a batch, by number."""
+        with self._reading() as db:
+            reports = commits.chunk_reports(db, "WHERE batch_id = ?", [batch_id])
+        return {report.number: report for report in reports}
+
+    def batch(self, batch_id: str) -> BatchRecord:
+        """Return a batch.
+
+        Raises:
+            BatchNotFound: The store does not have it.
+        """
+        if found := self._batches("WHERE batch_id = ?", [batch_id]):
+            return found[0]
+        raise BatchNotFound(f"no batch {batch_id!r} in {self._path}")
+
+    def batches(self) -> list[BatchRecord]:
+        """Return all batches, newest first."""
+        return self._batches("ORDER BY created_at DESC, batch_id")
+
+    def find_identity(self, identity: str) -> BatchRecord | None:
+        """Return the batch with this content and these options, if there is one."""
+        found = self._batches("WHERE identity = ?", [identity])
+        return found[0] if found else None
+
+    def set_status(self, batch_id: str, status: BatchStatus, *, at: float) -> None:
+        """Note that a batch reached a status; if it has that status already, nothing changes.
+
+        Raises:
+            BatchNotFound: The store does not have it.
+        """
+        with self._writing() as db:
+            if not rows.select(db, "batches", ["1"], "WHERE batch_id = ?", [batch_id]):
+                raise BatchNotFound(f"no batch {batch_id!r} in {self._path}")
+            db.execute(
+                f"UPDATE batches SET status = ?, {rows.STATUS_TIMES[status]} = ?"
+                " WHERE batch_id = ? AND status <> ?",
+                [str(status), rows.timestamp(at), batch_id, str(status)],
+            )
+
+    def settled(self, batch_id: str) -> Iterator[SettledRequest]:
+        """Yield the requests of the committed chunks in index order, holding a chunk at a time.
+
+        The file is not held between chunks. The body of an answered request is empty: the kept
+        input has it.
+        """
+        for number in sorted(self.chunk_reports(batch_id)):
+            with self._reading() as db:
+                chunk = commits.settled_requests(db, batch_id, number)
+            yield from chunk
+
+    def failures(self, batch_id: str, *, limit: int | None = None) -> list[SettledRequest]:
+        """Return the failed requests of the committed chunks in index order."""
+        found = self.dead_letters(batch_id, Selection(states=UNRESOLVED, limit=limit))
+        return [letter.request for letter in found]
+
+    def dead_letters(self, batch_id: str, selection: Selection) -> list[DeadLetter]:
+        """Return the dead letters that are meant, in index order."""
+        with self._reading() as db:
+            return letters.select_letters(db, batch_id, selection)
+
+    def dead_letter_codes(self, batch_id: str, selection: Selection) -> dict[int, FailureCode]:
+        """Return index and code of the dead letters that are meant: there may be very many."""
+        with self._reading() as db:
+            return letters.select_codes(db, batch_id, selection)
+
+    def dead_letter_events(self, batch_id: str, index: int | None = None) -> list[DeadLetterEvent]:
+        """Return the history of a batch's dead letters, or of one of them, oldest first."""
+        with self._reading() as db:
+            return letters.events(db, batch_id, index)
+
+    def apply_operations(
+        self,
+        batch_id: str,
+        operations: Iterable[Operation],
+        outcomes: Callable[[Replay], Iterable[JournalEntry]],
+    ) -> None:
+        """Bring the dead letters of a batch up to date with what was done to them.
+
+        All or nothing; applying the same operations again changes nothing.
+
+        Args:
+            batch_id: Of the batch.
+            operations: All of the batch, in their order.
+            outcomes: Reads the outcomes that a replay has so far.
+        """
+        with self._writing() as db:
+            for number in letter_operations.apply(db, operations, outcomes):
+                commits.count_chunk(db, batch_id, number)
+            commits.update_batch(db, batch_id)
+
+    def failure_counts(self, batch_id: str) -> dict[str, int]:
+        """Return how many requests failed with each code, the most frequent first."""
+        with self._reading() as db:
+            return commits.failure_counts(db, "WHERE batch_id = ?", [batch_id])
+
+    def check_sound(self) -> None:
+        """Read everything, so that damage shows.
+
+        Raises:
+            StoreDamaged: Something cannot be read.
+        """
+        with self._reading() as db:
+            for table in ("batches", "chunks", "results", "failed_requests", "dead_letter_events"):
+                db.execute(f"SELECT bit_xor(hash(everything)) FROM {table} everything").fetchall()
+
+    def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """Return column names and rows of a person's SQL, which can only read the store.
+
+        Raises:
+            StorageError: DuckDB refuses it; the message is DuckDB's.
+        """
+        with self._reading() as db:
+            found = db.execute(sql).fetchall()
+            return [column[0] for column in db.description or ()], found
+
+    def _batches(self, rest: str, parameters: Sequence[Any] = ()) -> list[BatchRecord]:
+        with self._reading() as db:
+            found = rows.select(db, "batches", rows.BATCHES, rest, parameters)
+        return [rows.batch_record(row) for row in found]
+
+    def _reading(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        self.migrate()
+        return connection.reading(self._path, deadline_seconds=self._deadline_seconds)
+
+    def _writing(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        self.migrate()
+        return connection.writing(self._path, deadline_seconds=self._deadline_seconds)

@@ -1,0 +1,185 @@
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from batch_orchestration.domain.commits import Provenance
+from batch_orchestration.domain.errors import JournalError, JournalInUse, StorageError
+from batch_orchestration.domain.outcomes import Completion, FailureCode
+from batch_orchestration.storage.journal import Journal, read_journal
+from batch_orchestration.storage.records import OutcomeRecord, encode_record
+from batch_orchestration_tests.builders import (
+    NOW,
+    make_completion,
+    make_failure,
+    make_provenance,
+)
+
+
+def open_journal(path: Path, provenance: Provenance | None = None) -> Journal:
+    return Journal.open(
+        path, batch_id="b", number=7, provenance=provenance or make_provenance(), at=NOW
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "b" / "00007.journal"
+
+
+def test_a_settled_request_is_read_back_with_its_history(path: Path) -> None:
+    with open_journal(path) as journal:
+        journal.record_submitted(3, 1, NOW)
+        journal.record_failed_attempt(3, make_failure(FailureCode.TIMEOUT), 1, NOW + 1)
+        journal.record_submitted(3, 2, NOW + 2)
+        journal.record_outcome(3, make_completion(), 2, NOW + 3)
+
+    (entry,) = read_journal(path)
+
+    assert (entry.index, entry.outcome, entry.attempts) == (3, make_completion(), 2)
+    assert [(attempt.at, attempt.code) for attempt in entry.failed_attempts] == [
+        (NOW + 1, "timeout")
+    ]
+    assert (entry.first_submitted_at, entry.settled_at) == (NOW, NOW + 3)
+    assert entry.provenance == make_provenance()
+
+
+def test_entries_come_in_index_order_and_only_settled_ones(path: Path) -> None:
+    with open_journal(path) as journal:
+        journal.record_submitted(9, 1, NOW)
+        for index in (5, 0, 3):
+            journal.record_outcome(index, make_completion(), 1, NOW)
+
+    assert [entry.index for entry in read_journal(path)] == [0, 3, 5]
+
+
+def test_a_missing_journal_has_no_entries(path: Path) -> None:
+    assert list(read_journal(path)) == []
+
+
+def test_every_outcome_belongs_to_the_pass_that_recorded_it(path: Path) -> None:
+    with open_journal(path, Provenance(run_id="admission")) as journal:
+        journal.record_outcome(0, make_failure(FailureCode.INVALID_JSON), 0, NOW)
+    with open_journal(path, make_provenance("run-2")) as journal:
+        journal.record_outcome(1, make_completion(), 1, NOW)
+
+    assert [entry.provenance.run_id for entry in read_journal(path)] == ["admission", "run-2"]
+
+
+def test_a_lost_pass_record_does_not_put_its_outcomes_on_another_pass(path: Path) -> None:
+    for run_id, index in (("run-1", 0), ("run-2", 1)):
+        with open_journal(path, make_provenance(run_id)) as journal:
+            journal.record_outcome(index, make_completion(), 1, NOW)
+    path.write_bytes(path.read_bytes().replace(b'"run_id":"run-2"', b'"run_id":"run-?"'))
+
+    with open_journal(path, make_provenance("run-3")) as journal:
+        journal.record_outcome(2, make_completion(), 1, NOW)
+
+    runs = [entry.provenance.run_id for entry in read_journal(path)]
+    assert runs == ["run-1", "unknown", "run-3"]
+
+
+def test_opening_tells_what_is_settled_in_flight_and_how_often_it_was_tried(path: Path) -> None:
+    with open_journal(path) as journal:
+        journal.record_outcome(0, make_failure(FailureCode.INVALID_JSON), 0, NOW)
+        for index in (1, 2, 3):
+            journal.record_submitted(index, 1, NOW)
+        journal.record_outcome(1, make_completion(), 1, NOW)
+        journal.record_failed_attempt(2, make_failure(FailureCode.TIMEOUT), 1, NOW)
+
+    with open_journal(path) as journal:
+        state = journal.state
+
+    assert state.settled == {0, 1}
+    assert state.in_flight == {3}
+    assert state.attempts == {0: 0, 1: 1, 2: 1, 3: 1}
+    assert state.dropped_records == 0
+
+
+def test_what_a_dead_pass_left_in_flight_stays_suspect_until_its_fate_is_known(path: Path) -> None:
+    with open_journal(path) as journal:
+        journal.record_submitted(1, 1, NOW)
+    open_journal(path).close()
+
+    with open_journal(path) as journal:
+        assert journal.state.in_flight == {1}
+        journal.record_outcome(1, make_completion(), 1, NOW)
+    with open_journal(path) as journal:
+        assert journal.state.in_flight == set()
+
+
+def test_a_second_outcome_is_refused_in_this_pass_and_in_the_next(path: Path) -> None:
+    with open_journal(path) as journal:
+        journal.record_outcome(1, make_completion("first"), 1, NOW)
+        with pytest.raises(JournalError, match="request 1 has an outcome already"):
+            journal.record_outcome(1, make_completion("second"), 1, NOW)
+    with open_journal(path) as journal, pytest.raises(JournalError):
+        journal.record_outcome(1, make_completion("third"), 1, NOW)
+
+    assert [entry.outcome for entry in read_journal(path)] == [make_completion("first")]
+
+
+def test_should_there_be_two_outcomes_after_all_the_first_counts(path: Path) -> None:
+    with open_journal(path) as journal:
+        journal.record_outcome(1, make_completion("first"), 1, NOW)
+    twin = OutcomeRecord(ordinal=1, index=1, attempt=2, at=NOW, outcome=make_completion("second"))
+    with path.open("ab") as file:
+        file.write(encode_record(twin))
+
+    (entry,) = read_journal(path)
+
+    assert (entry.outcome, entry.attempts) == (make_completion("first"), 1)
+
+
+@pytest.mark.parametrize("body", [b'{"a": \x1e}', b"not JSON", b"{", b""])
+def test_an_answer_that_could_not_be_read_back_is_refused_at_once(path: Path, body: bytes) -> None:
+    with open_journal(path) as journal:
+        with pytest.raises(JournalError):
+            journal.record_outcome(0, make_completion(body=msgspec.Raw(body)), 1, NOW)
+
+        assert journal.state.settled == set()
+    assert list(read_journal(path)) == []
+
+
+def test_answers_are_kept_byte_for_byte(path: Path) -> None:
+    body = msgspec.Raw('{\n  "text": "ü\\u001e\\n",\r\n\t"n": 1.50\n}'.encode())
+    with open_journal(path) as journal:
+        journal.record_outcome(0, make_completion(body=body), 1, NOW)
+
+    (entry,) = read_journal(path)
+
+    assert isinstance(entry.outcome, Completion)
+    assert bytes(entry.outcome.body) == bytes(body)
+
+
+def test_a_journal_has_one_writer_and_names_it(path: Path) -> None:
+    with open_journal(path), pytest.raises(JournalInUse, match=r"pid \d+ \(run run-1\)"):
+        open_journal(path, make_provenance("run-2"))
+
+    open_journal(path, make_provenance("run-2")).close()
+
+
+def test_the_journal_of_another_chunk_is_refused(path: Path) -> None:
+    open_journal(path).close()
+
+    with pytest.raises(StorageError, match="journal of b/00007, not of b/00008"):
+        Journal.open(path, batch_id="b", number=8, provenance=make_provenance(), at=NOW)
+    open_journal(path).close()
+
+
+def test_closing_twice_is_closing_and_a_closed_journal_takes_nothing(path: Path) -> None:
+    journal = open_journal(path)
+    journal.sync()
+
+    journal.close()
+    journal.close()
+
+    with pytest.raises(JournalError, match="closed"):
+        journal.record_submitted(0, 1, NOW)
+
+
+def test_a_journal_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "b").write_text("a file in the way")
+
+    with pytest.raises(StorageError, match="cannot write"):
+        open_journal(tmp_path / "b" / "00007.journal")
