@@ -1,0 +1,1 @@
+"""Engines: whatever answers requests, behind one small protocol."""

@@ -1,0 +1,46 @@
+"""Reads the log of a server: its last lines, and those that say what went wrong."""
+
+import re
+from pathlib import Path
+
+#: Enough for the tracebacks of all processes of a server that fails to start.
+TAIL_BYTES = 256 * 1024
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+#: `ValueError: …`, `MemoryError`, and the second line of pydantic's.
+_CAUSE = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Exit)(?:: .+)?|Value error, .+")
+#: vLLM's `(EngineCore pid=7) ERROR 11-23 19:30:00 [core.py:100] `.
+_PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d )?(\[[^\]]*\] )?")
+
+
+def last_lines(
+    path: Path, count: int, *, start: int = 0, tail_bytes: int = TAIL_BYTES
+) -> list[str]:
+    """Return the last non-blank lines after byte `start`; of a progress bar its latest state."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(start, size - tail_bytes))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    lines = (_ANSI.sub("", line.rstrip().split("\r")[-1]) for line in text.split("\n"))
+    return [line for line in lines if line.strip()][-count:]
+
+
+def message_of(line: str) -> str:
+    """Return a line without what vLLM's logger puts before each."""
+    return _PREFIX.sub("", line).strip()
+
+
+def causes(lines: list[str]) -> list[str]:
+    """Return the exceptions that the lines tell of, each once, in order.
+
+    The root cause of a failed start is often dozens of lines above the end of the log.
+    """
+    found: dict[str, None] = {}
+    for line in lines:
+        message = message_of(line)
+        if _CAUSE.fullmatch(message):
+            found[message] = None
+    return list(found)

@@ -1,0 +1,266 @@
+"""The engine that is a server of our own: started, watched and ended by this process."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import aiohttp
+
+from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
+from batch_orchestration.domain.outcomes import Completion, Outcome
+from batch_orchestration.domain.rungs import Exhaustion, Ladder
+from batch_orchestration.engines import exhaustion, logs
+from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.engines.process import EngineProcess, free_port
+from batch_orchestration.engines.server import ServerEngine
+
+logger = logging.getLogger(__name__)
+
+#: Each start takes another port; that three in a row are snatched away does not happen by chance.
+PORT_ATTEMPTS = 3
+#: A server that takes long is asked less often.
+POLL_SECONDS, POLL_MAX_SECONDS = 0.05, 0.5
+PROGRESS_SECONDS = 10.0
+LOG_LINES_IN_ERROR = 30
+LAST_WORDS = 3
+CAUSES = 3
+ALL_LINES = 10**9
+
+Launch = Callable[[int, str], tuple[Sequence[str], Mapping[str, str]]]
+"""From port and API key to command and additional environment."""
+
+
+class _PortTaken(Exception):
+    """Somebody else was quicker to bind the port."""
+
+
+class OwnServerEngine(Engine):
+    """A server as a child process, and the engine behind it.
+
+    Args:
+        kind: For `EngineIdentity`.
+        launch: Says how to start the server; may raise `EngineStartFailed`.
+        ladder: Whose rung `launch` reads.
+        log_path: Where the server's output goes; appended to.
+        record_path: Where its processes are recorded; beside the log if not given. Two engines at
+            a time need two records.
+        timeout_seconds: Of one attempt of one request.
+        start_timeout_seconds: Until the server must be ready.
+        connections: To the server at a time.
+        choose_port: Returns a port to try.
+    """
+
+    def __init__(
+        self,
+        *,
+        kind: str,
+        launch: Launch,
+        ladder: Ladder,
+        log_path: Path,
+        record_path: Path | None = None,
+        timeout_seconds: float = 1800.0,
+        start_timeout_seconds: float = 900.0,
+        connections: int = 1024,
+        choose_port: Callable[[], int] = free_port,
+    ) -> None:
+        self._kind = kind
+        self._launch = launch
+        self.ladder = ladder
+        self._process = EngineProcess(
+            name=f"{kind} engine",
+            log_path=log_path,
+            record_path=record_path or log_path.with_suffix(".process.json"),
+        )
+        self._timeout_seconds = timeout_seconds
+        self._start_timeout_seconds = start_timeout_seconds
+        self._connections = connections
+        self._choose_port = choose_port
+        self._server: ServerEngine | None = None
+        self._stopped = False
+        self._kills_before = exhaustion.NO_KILLS
+        #: The server that died, and how its memory was exhausted: one finding for all in flight.
+        self._examined: tuple[ServerEngine, Exhaustion | None] | None = None
+        self._figures: dict[str, Any] = {}
+
+    async def start(self) -> EngineIdentity:
+        """Start the server, unless it runs, and wait until it is ready. See `Engine.start`."""
+        server = self._server
+        fits = await asyncio.to_thread(self.ladder.fit)
+        if fits and server and server.died is None and self._process.exit_reason() is None:
+            return await server.start()
+        self._stopped = False
+        await self.disconnect()
+        self._server = None
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._start_timeout_seconds):
+                server, identity = await self._start_on_some_port()
+        except TimeoutError as error:
+            self._fail(f"was not ready in {self._start_timeout_seconds:g} s", error)
+        except BaseException:
+            self._process.stop()
+            raise
+        self._server = server
+        self._figures |= {"start_seconds": round(time.monotonic() - began, 3)}
+        logger.info("%s is ready after %.1f s", self._process.name, time.monotonic() - began)
+        return identity
+
+    async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
+        """Submit one request to the server. See `Engine.answer`."""
+        if self._server is None:
+            raise EngineDied(f"{self._process.name} is not running")
+        try:
+            outcome = await self._server.answer(endpoint, body, request_id=request_id)
+        except EngineDied as death:
+            death.exhaustion = self._exhaustion_of(self._server)
+            raise
+        if isinstance(outcome, Completion):
+            self.ladder.note_answer()
+        return outcome
+
+    async def progress(self) -> float | None:
+        """Return how many tokens the server has worked through. See `Engine.progress`."""
+        return None if self._server is None else await self._server.progress()
+
+    async def disconnect(self) -> None:
+        """Close the connections of the running event loop."""
+        if self._server is not None:
+            await self._server.disconnect()
+
+    def stop(self) -> None:
+        """End the server with everything that it started. Stopping twice does nothing.
+
+        Raises:
+            EngineError: A process outlived SIGKILL.
+        """
+        self._stopped = True
+        self._process.stop()
+
+    def figures(self) -> dict[str, Any]:
+        """Return pid, port, number of starts, seconds of the latest one, and where the log is."""
+        return dict(self._figures)
+
+    def last_log_lines(self, count: int) -> list[str]:
+        """Return what the server wrote last, also after it has died."""
+        return self._process.last_log_lines(count)
+
+    async def _start_on_some_port(self) -> tuple[ServerEngine, EngineIdentity]:
+        for _ in range(PORT_ATTEMPTS):
+            port, key = self._choose_port(), secrets.token_urlsafe(32)
+            await self._spawn(port, key)
+            server = ServerEngine(
+                f"http://127.0.0.1:{port}",
+                api_key=key,
+                kind=self._kind,
+                timeout_seconds=self._timeout_seconds,
+                connections=self._connections,
+                gone=self._why_gone,
+            )
+            try:
+                await self._wait_until_ready(server, key)
+            except _PortTaken:
+                logger.info("port %d was taken meanwhile; trying another", port)
+                continue
+            return server, await server.start()
+        raise EngineStartFailed(f"{PORT_ATTEMPTS} ports in a row were taken by somebody else")
+
+    async def _spawn(self, port: int, key: str) -> None:
+        command, env = self._launch(port, key)
+        self._kills_before = exhaustion.count_kernel_kills()
+        await asyncio.to_thread(self._process.spawn, command, env)
+        if self._stopped:
+            raise EngineStartFailed(f"{self._process.name} was stopped while it started")
+        self._figures |= {
+            "pid": self._process.pid,
+            "port": port,
+            "log": str(self._process.log_path),
+            "starts": self._figures.get("starts", 0) + 1,
+        }
+        logger.info(
+            "starting %s (pid %s, port %d); its log is %s",
+            self._process.name,
+            self._process.pid,
+            port,
+            self._process.log_path,
+        )
+
+    async def _wait_until_ready(self, server: ServerEngine, key: str) -> None:
+        spoke_at = began = time.monotonic()
+        async with aiohttp.ClientSession() as session:
+            while not await server.healthy(session):
+                self._make_sure_it_runs()
+                self._process.note_members()
+                now = time.monotonic()
+                if now - spoke_at >= PROGRESS_SECONDS:
+                    spoke_at = now
+                    self._log_progress(now - began)
+                await asyncio.sleep(min(POLL_MAX_SECONDS, POLL_SECONDS + (now - began) / 20))
+            ours = await _knows_key(session, server.base_url, key)
+        self._make_sure_it_runs()
+        if not ours:
+            raise _PortTaken
+        self._process.note_members()
+
+    def _make_sure_it_runs(self) -> None:
+        reason = self._process.exit_reason()
+        if reason is None:
+            return
+        if self._stopped:
+            raise EngineStartFailed(f"{self._process.name} was stopped while it started")
+        if any("address already in use" in line.lower() for line in self.last_log_lines(200)):
+            raise _PortTaken
+        self._fail(f"{reason} before it was ready", None)
+
+    def _log_progress(self, seconds: float) -> None:
+        line = "".join(self.last_log_lines(1))
+        logger.info("still starting %s, %.0f s: %s", self._process.name, seconds, line)
+
+    def _fail(self, what: str, cause: BaseException | None) -> NoReturn:
+        """End the server and say why it is of no use, in its own words."""
+        lines, exhausted = self.last_log_lines(1000), self._recognise_exhaustion()
+        self._process.stop()
+        said = "".join(f"\n  {line}" for line in logs.causes(lines)[:CAUSES])
+        tail = "".join(f"\n  {line}" for line in lines[-LOG_LINES_IN_ERROR:])
+        raise EngineStartFailed(
+            f"{self._process.name} {what}.{said}\n"
+            f"Last lines of {self._process.log_path}:{tail or ' (empty)'}",
+            exhaustion=exhausted,
+        ) from cause
+
+    def _exhaustion_of(self, server: ServerEngine) -> Exhaustion | None:
+        if self._examined is None or self._examined[0] is not server:
+            self._examined = server, self._recognise_exhaustion()
+        return self._examined[1]
+
+    def _recognise_exhaustion(self) -> Exhaustion | None:
+        return exhaustion.recognise(
+            self._process.last_log_lines(ALL_LINES, tail_bytes=exhaustion.TAIL_BYTES),
+            exit_reason=self._process.exit_reason(),
+            before=self._kills_before,
+            now=exhaustion.count_kernel_kills(),
+        )
+
+    def _why_gone(self) -> str | None:
+        reason = self._process.exit_reason()
+        if reason is None:
+            return None
+        lines = self.last_log_lines(1000)
+        last_words = " | ".join(logs.causes(lines)[-CAUSES:] or lines[-LAST_WORDS:])
+        return f"{self._process.name} {reason}; its last words: {last_words}"
+
+
+async def _knows_key(session: aiohttp.ClientSession, base_url: str, key: str) -> bool:
+    """Whether the server on this port is ours: it accepts our key, and not just any."""
+    statuses = []
+    for candidate in (key, "not-the-key"):
+        headers = {"Authorization": f"Bearer {candidate}"}
+        try:
+            async with session.get(f"{base_url}/v1/models", headers=headers) as response:
+                statuses.append(response.status)
+        except aiohttp.ClientError:
+            return False
+    return statuses == [200, 401]

@@ -1,0 +1,163 @@
+"""One server as a child process: started with its whole process group, and ended with it."""
+
+import atexit
+import logging
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.engines import logs, process_records
+from batch_orchestration.engines.parent_guard import GUARD_VARIABLE
+from batch_orchestration.engines.process_records import ProcessRecord
+from batch_orchestration.engines.spawner import spawn_guarded
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_SECONDS = 15.0
+#: Without its API server vLLM's EngineCore does not act on SIGTERM; there is nothing to wait for.
+ORPHAN_GRACE_SECONDS = 1.0
+
+
+def free_port() -> int:
+    """Return a loopback port that was free a moment ago; somebody may take it before its user."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class EngineProcess:
+    """A server's process group, from `spawn` to `stop`; may be spawned again afterwards.
+
+    Every method may be called from any thread. The group ends with this object's `stop`, at the
+    interpreter's exit, or by the kernel when this process is killed; what is left over after all
+    that is ended by the next `spawn` with the same record path, in whatever process that is.
+    """
+
+    def __init__(self, *, name: str, log_path: Path, record_path: Path) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._record_path = record_path
+        self._lock = threading.RLock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._record: ProcessRecord | None = None
+        self._log_start = 0
+        self._exit: str | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Pid of the server, which is also the id of its process group; None if there is none."""
+        child = self._child
+        return None if child is None else child.pid
+
+    def spawn(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        """Start the server, after ending whatever is left of an earlier one.
+
+        Args:
+            command: Program and arguments.
+            env: Added to this process's own environment.
+
+        Raises:
+            EngineStartFailed: It cannot be started, or its record belongs to a living process.
+        """
+        with self._lock:
+            self.stop()
+            self._end_left_over()
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            environment = {**os.environ, **env, GUARD_VARIABLE: str(os.getpid())}
+            with self.log_path.open("ab") as log:
+                self._log_start = log.tell()
+                try:
+                    child = spawn_guarded(command, env=environment, output=log)
+                except OSError as error:
+                    raise EngineStartFailed(f"{command[0]} cannot be started: {error}") from error
+            self._child, self._exit = child, None
+            atexit.register(self._stop_at_exit, os.getpid())
+            self._write_record(child.pid, tuple(command))
+
+    def note_members(self) -> None:
+        """Record the processes that the server has started, so that they can be found later."""
+        with self._lock:
+            record = self._record
+            if self._child is None or record is None:
+                return
+            group = process_records.group_members(self._child.pid)
+            members = tuple(member for member in group if member != record.leader)
+            if members != record.members:
+                self._record = ProcessRecord(
+                    leader=record.leader,
+                    owner=record.owner,
+                    members=members,
+                    command=record.command,
+                )
+                process_records.write_record(self._record_path, self._record)
+
+    def exit_reason(self) -> str | None:
+        """Return how the server ended, in words; None while it runs or was never spawned."""
+        with self._lock:
+            if self._child is None:
+                return self._exit
+            # WNOWAIT: as long as the leader is not reaped, nobody else can get the group's id.
+            ended = os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
+                return None
+            if ended.si_code == os.CLD_EXITED:
+                return f"exited with status {ended.si_status}"
+            return f"was killed by {signal.Signals(ended.si_status).name}"
+
+    def stop(self, *, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
+        """End the whole process group and wait until it is gone. Stopping twice does nothing.
+
+        Raises:
+            EngineError: A process outlived SIGKILL; device memory may still be held.
+        """
+        with self._lock:
+            child = self._child
+            if child is None:
+                return
+            reason = self.exit_reason()
+            if reason is not None:
+                grace_seconds = min(grace_seconds, ORPHAN_GRACE_SECONDS)
+            self._exit = reason or "was stopped"
+            process_records.end_group(child.pid, grace_seconds=grace_seconds)
+            child.wait()
+            self._child = self._record = None
+            self._record_path.unlink(missing_ok=True)
+            atexit.unregister(self._stop_at_exit)
+            logger.info("%s (pid %d) is gone: it %s", self.name, child.pid, self._exit)
+
+    def last_log_lines(self, count: int, *, tail_bytes: int = logs.TAIL_BYTES) -> list[str]:
+        """Return the last lines that the server wrote since it was spawned."""
+        return logs.last_lines(self.log_path, count, start=self._log_start, tail_bytes=tail_bytes)
+
+    def _stop_at_exit(self, owner_pid: int) -> None:
+        # A forked child inherits the wish, but not the server.
+        if os.getpid() == owner_pid:
+            self.stop()
+
+    def _end_left_over(self) -> None:
+        record = process_records.read_record(self._record_path)
+        if record is None:
+            return
+        if process_records.is_running(record.owner):
+            if process_records.is_running(record.leader):
+                raise EngineStartFailed(
+                    f"{self._record_path} says that process {record.owner.pid}, which still runs, "
+                    f"has a server of its own (pid {record.leader.pid}) here; stop that one first"
+                )
+            return
+        if process_records.end_recorded(self._record_path):
+            logger.warning("ended what an earlier process had left of %s", self.name)
+
+    def _write_record(self, pid: int, command: tuple[str, ...]) -> None:
+        leader = process_records.identify(pid)
+        owner = process_records.identify(os.getpid())
+        if leader is None or owner is None:
+            return  # It has ended already; its parent will hear of it by `exit_reason`.
+        self._record = ProcessRecord(leader=leader, owner=owner, members=(), command=command)
+        process_records.write_record(self._record_path, self._record)

@@ -1,0 +1,278 @@
+"""The engine behind an OpenAI-compatible server: any of them, wherever it runs."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+
+from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
+from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
+from batch_orchestration.domain.rungs import Ladder, Rung
+from batch_orchestration.engines.answers import read_answer
+from batch_orchestration.engines.base import Engine, EngineIdentity
+
+logger = logging.getLogger(__name__)
+
+#: Below uvicorn's 5 s: the side that closes an idle connection first should be ours, or else a
+#: request is now and then sent into a connection that the server is just closing.
+KEEP_ALIVE_SECONDS = 4.0
+CONNECT_SECONDS = 30.0
+#: A server busy with tokenizing answers /health late, not never.
+HEALTH_SECONDS = 10.0
+HEALTH_POLL_SECONDS = 0.2
+UNAUTHORIZED = 401
+
+
+#: vLLM's counters of tokens read and written; they move with every step of the engine.
+TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+
+_T = TypeVar("_T")
+
+
+class _Model(msgspec.Struct):
+    id: str
+    owned_by: str = ""
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Version(msgspec.Struct):
+    version: str
+
+
+class _Connection:
+    """What belongs to one event loop.
+
+    Questions about the server have connections of their own: behind requests that hang they would
+    wait for one, and a living server would pass for dead.
+    """
+
+    def __init__(self, requests: aiohttp.ClientSession, questions: aiohttp.ClientSession) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.requests = requests
+        self.questions = questions
+        self.probing = asyncio.Lock()
+
+    async def close(self) -> None:
+        await self.requests.close()
+        await self.questions.close()
+
+
+class ServerEngine(Engine):
+    """An OpenAI-compatible server that somebody else runs.
+
+    Args:
+        base_url: With or without a trailing `/v1`.
+        kind: For `EngineIdentity`.
+        timeout_seconds: Of one attempt of one request, waiting for a connection included.
+        connections: How many at a time; more requests than that wait for one.
+        start_timeout_seconds: How long `start` waits for the server.
+        lost_after_seconds: A server that does not answer for so long, after a request was lost or
+            met by a 5xx, counts as dead.
+        gone: Tells why the server is certainly gone, if whoever runs it knows; asked before and
+            during the wait.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str = "",
+        kind: str = "remote",
+        timeout_seconds: float = 1800.0,
+        connections: int = 1024,
+        start_timeout_seconds: float = 900.0,
+        lost_after_seconds: float = 30.0,
+        gone: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._kind = kind
+        self._timeout_seconds = timeout_seconds
+        self._connections = connections
+        self._start_timeout_seconds = start_timeout_seconds
+        self._lost_after_seconds = lost_after_seconds
+        self._gone = gone
+        self._connection: _Connection | None = None
+        self._identity: EngineIdentity | None = None
+        self._start_seconds = 0.0
+        #: Its memory is not ours to set.
+        self.ladder = Ladder(Rung())
+        self._alive_at = 0.0
+        #: Why the server counts as dead; None while it does not.
+        self.died: str | None = None
+
+    async def start(self) -> EngineIdentity:
+        """Wait until the server answers; return who it is. See `Engine.start`."""
+        if self._identity is None or self.died is not None:
+            began = time.monotonic()
+            async with self._open_session() as session:
+                await self._wait_until_healthy(session, began + self._start_timeout_seconds)
+                self._identity = await self._identify(session)
+            self.died = None
+            self._start_seconds = time.monotonic() - began
+        return self._identity
+
+    async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
+        """Post one request and return what became of it. See `Engine.answer`."""
+        self._raise_if_dead()
+        outcome = await self._post(endpoint, body, request_id)
+        if isinstance(outcome, Failure):
+            if outcome.status is None or outcome.status >= 500:
+                await self._make_sure_it_lives(outcome)
+            elif outcome.status == UNAUTHORIZED:
+                # The deployment's fault, not the request's: no row of the batch should pay for it.
+                raise EngineDied(f"{self.base_url} refuses the API key: {outcome.message}")
+        return outcome
+
+    async def progress(self) -> float | None:
+        """Return how many tokens the server has worked through. See `Engine.progress`."""
+        try:
+            async with self._connected().questions.get(
+                f"{self.base_url}/metrics", timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS)
+            ) as response:
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+        counters = [float(line.split()[-1]) for line in text.splitlines() if _is_token_count(line)]
+        return sum(counters) if counters else time.monotonic()
+
+    async def disconnect(self) -> None:
+        """Close the connections of the running event loop."""
+        connection, self._connection = self._connection, None
+        if connection is not None and connection.loop is asyncio.get_running_loop():
+            await connection.close()
+
+    def stop(self) -> None:
+        """Forget the server; it goes on running, as it is not ours."""
+        self._identity = None
+
+    def figures(self) -> dict[str, Any]:
+        """Return address and seconds that `start` waited."""
+        return {"base_url": self.base_url, "start_seconds": round(self._start_seconds, 3)}
+
+    async def healthy(self, session: aiohttp.ClientSession) -> bool:
+        """Whether the server answers `/health`, be it only to say that it has no such page."""
+        try:
+            async with session.get(
+                f"{self.base_url}/health", timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS)
+            ) as response:
+                return response.status < 500
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=self._connections, keepalive_timeout=KEEP_ALIVE_SECONDS
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={**self._headers, "Content-Type": "application/json"},
+            timeout=aiohttp.ClientTimeout(
+                total=self._timeout_seconds, sock_connect=CONNECT_SECONDS
+            ),
+        )
+
+    def _connected(self) -> _Connection:
+        if self._connection is None or self._connection.loop is not asyncio.get_running_loop():
+            self._connection = _Connection(self._open_session(), self._open_session())
+        return self._connection
+
+    async def _post(self, endpoint: str, body: bytes, request_id: str) -> Outcome:
+        began = time.perf_counter()
+        try:
+            async with self._connected().requests.post(
+                self.base_url + endpoint, data=body, headers={"X-Request-Id": request_id}
+            ) as response:
+                content = await response.read()
+        except aiohttp.ClientError as error:  # first: some of them are TimeoutErrors, too
+            code, message = FailureCode.CONNECTION_LOST, f"{type(error).__name__}: {error}"
+        except TimeoutError:
+            code, message = FailureCode.TIMEOUT, f"no answer in {self._timeout_seconds:g} s"
+        else:
+            seconds = time.perf_counter() - began
+            return read_answer(response.status, response.headers, content, seconds)
+        return Failure(code=code, message=message, latency_seconds=time.perf_counter() - began)
+
+    async def _make_sure_it_lives(self, failure: Failure) -> None:
+        """Ask the server for a sign of life that is younger than the failure; one asks for all.
+
+        Raises:
+            EngineDied: There was none.
+        """
+        failed_at = time.monotonic()
+        connection = self._connected()
+        async with connection.probing:
+            self._raise_if_dead()
+            if self._alive_at >= failed_at:
+                return
+            asked_at = time.monotonic()
+            reason = await self._why_dead(connection.questions)
+            if reason is None:
+                self._alive_at = asked_at
+                return
+            self.died = f"{reason}; noticed by a request that failed: {failure.message}"
+        self._raise_if_dead()
+
+    async def _why_dead(self, session: aiohttp.ClientSession) -> str | None:
+        deadline = time.monotonic() + self._lost_after_seconds
+        while (reason := self._gone()) is None:
+            if await self.healthy(session):
+                return self._gone()
+            if time.monotonic() > deadline:
+                return f"{self.base_url} gave no sign of life for {self._lost_after_seconds:g} s"
+            await asyncio.sleep(HEALTH_POLL_SECONDS)
+        return reason
+
+    def _raise_if_dead(self) -> None:
+        if self.died is not None:
+            raise EngineDied(self.died)
+
+    async def _wait_until_healthy(self, session: aiohttp.ClientSession, deadline: float) -> None:
+        waiting = False
+        while not await self.healthy(session):
+            if time.monotonic() > deadline:
+                raise EngineStartFailed(
+                    f"{self.base_url} did not answer in {self._start_timeout_seconds:g} s"
+                )
+            if not waiting:
+                waiting = True
+                logger.info("waiting for %s, which does not answer yet", self.base_url)
+            await asyncio.sleep(HEALTH_POLL_SECONDS)
+
+    async def _identify(self, session: aiohttp.ClientSession) -> EngineIdentity:
+        models = await self._ask(session, "/v1/models", _Models)
+        if not models.data:
+            raise EngineStartFailed(f"{self.base_url} serves no model")
+        version = "unknown"
+        with contextlib.suppress(EngineStartFailed):
+            number = (await self._ask(session, "/version", _Version)).version
+            version = f"{models.data[0].owned_by} {number}".strip()
+        return EngineIdentity(
+            kind=self._kind, version=version, models=tuple(model.id for model in models.data)
+        )
+
+    async def _ask(self, session: aiohttp.ClientSession, page: str, kind: type[_T]) -> _T:
+        """Read one of the server's pages about itself."""
+        url = self.base_url + page
+        try:
+            async with session.get(
+                url, timeout=aiohttp.ClientTimeout(total=CONNECT_SECONDS)
+            ) as response:
+                content = await response.read()
+                response.raise_for_status()
+            return msgspec.json.decode(content, type=kind)
+        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+            raise EngineStartFailed(f"{url} is of no use: {error!r}") from error
+
+
+def _is_token_count(line: str) -> bool:
+    """Whether a line of Prometheus's text format is one of `TOKEN_COUNTERS`."""
+    return line.partition("{")[0].partition(" ")[0] in TOKEN_COUNTERS

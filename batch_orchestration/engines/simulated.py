@@ -1,0 +1,135 @@
+"""The simulated engine: an OpenAI-compatible server that computes nothing and fails on request.
+
+`python -m batch_orchestration.engines.simulated --port 8000` serves it by itself.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from batch_orchestration.domain.rungs import Ladder, Rung
+from batch_orchestration.engines.own_server import OwnServerEngine
+from batch_orchestration.engines.process import free_port
+
+API_KEY_VARIABLE = "SIMULATED_ENGINE_API_KEY"
+DEFAULT_MODEL = "simulated-model"
+CONTEXT_TOKENS = 8192
+MAX_NUM_SEQS = 256
+
+
+class SimulatedEngine(OwnServerEngine):
+    """A child process that answers like vLLM, at once and always the same.
+
+    What it does wrong is said by the object `simulate` of a request's body (`Faults`) and by the
+    control file (`Conditions`).
+
+    Args:
+        log_path: See `OwnServerEngine`, as for everything that is not listed here.
+        models: Names that it answers to.
+        context_tokens: Longer requests are refused.
+        max_num_seqs: How many requests run at a time; the others wait.
+        control_path: See `Conditions`; need not exist.
+        startup_seconds: How long it takes to become ready.
+        startup_error: Say this and exit, instead of becoming ready.
+        make_ladder: Given the top of a ladder whose rungs lower `max_num_seqs`.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_path: Path,
+        record_path: Path | None = None,
+        models: Sequence[str] = (DEFAULT_MODEL,),
+        context_tokens: int = CONTEXT_TOKENS,
+        max_num_seqs: int = MAX_NUM_SEQS,
+        control_path: Path | None = None,
+        startup_seconds: float = 0.0,
+        startup_error: str = "",
+        make_ladder: Callable[[Rung], Ladder] = Ladder,
+        timeout_seconds: float = 1800.0,
+        start_timeout_seconds: float = 60.0,
+        connections: int = 1024,
+        choose_port: Callable[[], int] = free_port,
+    ) -> None:
+        ladder = make_ladder(Rung(max_num_seqs=min(max_num_seqs, connections)))
+        arguments = ["--context-tokens", str(context_tokens)]
+        arguments += [part for model in models for part in ("--model", model)]
+        arguments += ["--startup-seconds", str(startup_seconds), "--startup-error", startup_error]
+        if control_path is not None:
+            arguments += ["--control", str(control_path.resolve())]
+
+        def launch(port: int, key: str) -> tuple[Sequence[str], Mapping[str, str]]:
+            command = [
+                sys.executable,
+                "-m",
+                "batch_orchestration.engines.simulated",
+                "--port",
+                str(port),
+                *arguments,
+                "--max-num-seqs",
+                str(ladder.flags.get("max-num-seqs", max_num_seqs)),
+            ]
+            return command, {API_KEY_VARIABLE: key, "PYTHONUNBUFFERED": "1"}
+
+        super().__init__(
+            kind="simulated",
+            launch=launch,
+            ladder=ladder,
+            log_path=log_path,
+            record_path=record_path,
+            timeout_seconds=timeout_seconds,
+            start_timeout_seconds=start_timeout_seconds,
+            connections=connections,
+            choose_port=choose_port,
+        )
+
+
+def main() -> None:
+    """Serve until a signal says otherwise."""
+    arguments = _parser().parse_args()
+    if arguments.startup_error:
+        sys.exit(f"RuntimeError: {arguments.startup_error}")
+    time.sleep(arguments.startup_seconds)
+    # Only the server needs them, and starting this module should not wait for them.
+    from aiohttp import web
+
+    from batch_orchestration.engines.simulated_server import SimulatedServer
+
+    server = SimulatedServer(
+        models=tuple(arguments.model or [DEFAULT_MODEL]),
+        context_tokens=arguments.context_tokens,
+        max_num_seqs=arguments.max_num_seqs,
+        api_key=os.environ.get(API_KEY_VARIABLE, ""),
+        control_path=arguments.control,
+    )
+    web.run_app(
+        server.app(),
+        host=arguments.host,
+        port=arguments.port,
+        access_log=None,
+        # A request that hangs must not keep the server from ending, nor outlive its client.
+        shutdown_timeout=0.1,
+        handler_cancellation=True,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Simulated OpenAI-compatible server.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--model", action="append", help="name to answer to; repeatable")
+    parser.add_argument("--context-tokens", type=int, default=CONTEXT_TOKENS)
+    parser.add_argument("--max-num-seqs", type=int, default=MAX_NUM_SEQS)
+    parser.add_argument(
+        "--control", type=Path, help="JSON file of conditions, read when it changes"
+    )
+    parser.add_argument("--startup-seconds", type=float, default=0.0)
+    parser.add_argument("--startup-error", default="", help="say this and exit")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

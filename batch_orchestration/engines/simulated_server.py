@@ -1,0 +1,295 @@
+"""The simulated engine's server: OpenAI's API, answers made of hashes, faults on request."""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import math
+import os
+import random
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+from aiohttp import web
+
+from batch_orchestration import __version__
+from batch_orchestration.engines.simulated_answers import (
+    FINGERPRINT,
+    Faults,
+    Refused,
+    answer_body,
+    digest,
+    error_body,
+    read_faults,
+)
+
+#: Torch's words, so that it is recognised like the real thing.
+OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate it all ({} running)"
+#: Bigger than any line that admission lets pass by default.
+MAX_BODY_BYTES = 64 * 2**20
+Rate = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Conditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What holds for all requests: the control file, read again whenever it changes.
+
+    Attributes:
+        latency_seconds: Median of the time that an answer takes.
+        latency_sigma: Of its logarithm: 0 means always the same, 1 a long tail.
+        statuses: HTTP status to share of the attempts that are answered with it.
+        drops: Share of the attempts whose connection is dropped.
+        overloaded_above: With more requests at a time, the surplus is answered 429.
+        dies_above: With more requests running at a time (those beyond `max_num_seqs` wait) the
+            server runs out of memory and dies.
+        unhealthy: `/health` answers 503.
+    """
+
+    latency_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    latency_sigma: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    statuses: dict[int, Rate] = {}
+    drops: Rate = 0.0
+    overloaded_above: int | None = None
+    dies_above: int | None = None
+    unhealthy: bool = False
+
+
+class SimulatedServer:
+    """One server: its models, its conditions, and what it is working on.
+
+    Args:
+        models: Names that it answers to.
+        context_tokens: Longer requests are refused.
+        max_num_seqs: How many requests run at a time; the others wait.
+        api_key: Asked for by everything below `/v1`, if there is one.
+        control_path: See `Conditions`. Attempts at requests with `fail_first` are noted beside it
+            (`<name>.attempts`), so that a request may kill the server once and not for ever.
+    """
+
+    def __init__(
+        self,
+        *,
+        models: tuple[str, ...],
+        context_tokens: int,
+        max_num_seqs: int,
+        api_key: str,
+        control_path: Path | None,
+    ) -> None:
+        self._models = models
+        self._context_tokens = context_tokens
+        self._slots = asyncio.Semaphore(max_num_seqs)
+        self._api_key = api_key
+        self._control = _ControlFile(control_path)
+        self._attempts = _Attempts(
+            control_path and control_path.with_name(f"{control_path.name}.attempts")
+        )
+        self._accepted = 0
+        self._running = 0
+        self._tokens = 0
+
+    def app(self) -> web.Application:
+        """Return the web application."""
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[self._authenticate])
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/version", self._version)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/v1/models", self._list_models)
+        for endpoint in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
+            app.router.add_post(endpoint, self._answer)
+        return app
+
+    @web.middleware
+    async def _authenticate(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        sent = request.headers.get("Authorization", "").encode()
+        known = hmac.compare_digest(sent, f"Bearer {self._api_key}".encode())
+        if request.path.startswith("/v1") and self._api_key and not known:
+            return _json({"error": "Unauthorized"}, status=401)
+        return await handler(request)
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response(status=503 if self._control.read().unhealthy else 200)
+
+    async def _version(self, _request: web.Request) -> web.Response:
+        return _json({"version": __version__, "system_fingerprint": FINGERPRINT})
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        waiting = self._accepted - self._running
+        return web.Response(
+            text=f"vllm:num_requests_running {self._running}\n"
+            f"vllm:num_requests_waiting {waiting}\n"
+            f"vllm:generation_tokens_total {self._tokens}\n"
+        )
+
+    async def _list_models(self, _request: web.Request) -> web.Response:
+        models = [{"id": m, "object": "model", "owned_by": FINGERPRINT} for m in self._models]
+        return _json({"object": "list", "data": models})
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        conditions = self._control.read()
+        with self._accept():
+            surplus = conditions.overloaded_above
+            if surplus is not None and self._accepted > surplus:
+                return _error(429, "too many requests at a time")
+            try:
+                return await self._answer_content(request, await request.read(), conditions)
+            except Refused as refusal:
+                return _error(refusal.status, str(refusal), refusal.code)
+
+    async def _answer_content(
+        self, request: web.Request, content: bytes, conditions: Conditions
+    ) -> web.StreamResponse:
+        body = _decode(content)
+        faults = read_faults(body)
+        answer = answer_body(
+            request.path, body, models=self._models, context_tokens=self._context_tokens
+        )
+        attempt = self._attempts.count(content, durably=faults.fail_first is not None)
+        dice = random.Random(f"{digest(body)} {attempt}")
+        async with self._run():
+            most = conditions.dies_above
+            if faults.exhaust_memory or (most is not None and self._running > most):
+                _end_at_once(OUT_OF_MEMORY.format(self._running))
+            await asyncio.sleep(_latency(dice, faults, conditions))
+            if faults.fail_first is not None and attempt > faults.fail_first:
+                faults = Faults()
+            spoilt = await _spoil(request, _chance(dice, conditions) or faults)
+        if spoilt is not None:
+            return spoilt
+        self._tokens += answer["usage"]["total_tokens"]
+        # As vLLM does with --enable-request-id-headers.
+        echo = {name: request.headers[name] for name in ["X-Request-Id"] if name in request.headers}
+        return _json(answer, headers=echo)
+
+    @contextlib.contextmanager
+    def _accept(self) -> Iterator[None]:
+        self._accepted += 1
+        try:
+            yield
+        finally:
+            self._accepted -= 1
+
+    @contextlib.asynccontextmanager
+    async def _run(self) -> AsyncIterator[None]:
+        async with self._slots:
+            self._running += 1
+            try:
+                yield
+            finally:
+                self._running -= 1
+
+
+class _ControlFile:
+    """The conditions, as last read; an unreadable file leaves them as they were."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._seen: tuple[int, int] | None = None
+        self._conditions = Conditions()
+
+    def read(self) -> Conditions:
+        if self._path is None:
+            return self._conditions
+        try:
+            stat = self._path.stat()
+            seen = (stat.st_mtime_ns, stat.st_ino)
+            if seen != self._seen:
+                self._conditions = msgspec.json.decode(self._path.read_bytes(), type=Conditions)
+                self._seen = seen
+        except FileNotFoundError:
+            self._conditions, self._seen = Conditions(), None
+        except msgspec.DecodeError as error:
+            sys.stderr.write(f"{self._path}: {error}\n")
+        return self._conditions
+
+
+class _Attempts:
+    """How often each body came; noted on disk where that must survive the server."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self._counts = Counter(lines)
+
+    def count(self, content: bytes, *, durably: bool) -> int:
+        key = hashlib.sha256(content).hexdigest()[:32]
+        self._counts[key] += 1
+        if durably and self._path is not None:
+            with self._path.open("a") as file:
+                file.write(f"{key}\n")
+        return self._counts[key]
+
+
+def _latency(dice: random.Random, faults: Faults, conditions: Conditions) -> float:
+    if faults.latency_seconds is not None:
+        return faults.latency_seconds
+    return conditions.latency_seconds * math.exp(conditions.latency_sigma * dice.gauss())
+
+
+def _chance(dice: random.Random, conditions: Conditions) -> Faults | None:
+    """Throw the dice for one attempt; the shares of all faults share one throw."""
+    throw = dice.random() - conditions.drops
+    if throw < 0:
+        return Faults(drop=True)
+    for status, share in conditions.statuses.items():
+        throw -= share
+        if throw < 0:
+            return Faults(status=status)
+    return None
+
+
+async def _spoil(request: web.Request, faults: Faults) -> web.StreamResponse | None:
+    """Do what the faults say; return what is answered instead of the answer, if anything."""
+    if faults.die:
+        _end_at_once("asked to die")
+    if faults.hang:
+        await asyncio.Event().wait()
+    if faults.drop and request.transport is not None:
+        request.transport.abort()
+    if faults.garbage:
+        return web.Response(body=b'{"choices": [', content_type="application/json")
+    if faults.status is None:
+        return None
+    if faults.error is not None:
+        response = _json(faults.error, status=faults.status)
+    else:
+        response = _error(faults.status, f"simulated status {faults.status}")
+    if faults.retry_after is not None:
+        response.headers["Retry-After"] = str(faults.retry_after)
+    return response
+
+
+def _end_at_once(reason: str) -> NoReturn:
+    """Die as a process that the kernel kills dies: without a word to the clients."""
+    sys.stderr.write(f"simulated death: {reason}\n")
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise SystemExit(1)
+
+
+def _decode(content: bytes) -> dict[str, Any]:
+    try:
+        body: dict[str, Any] = msgspec.json.decode(content, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Refused(400, f"the body is not a JSON object: {error}") from error
+    return body
+
+
+def _json(
+    value: dict[str, Any], *, status: int = 200, headers: dict[str, str] | None = None
+) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(value),
+        status=status,
+        headers=headers,
+        content_type="application/json",
+    )
+
+
+def _error(status: int, message: str, code: str | None = None) -> web.Response:
+    return _json(error_body(status, message, code), status=status)

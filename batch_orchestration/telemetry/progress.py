@@ -1,0 +1,50 @@
+"""The progress file: what a run tells every second, beside and never through the store."""
+
+from pathlib import Path
+
+import msgspec
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a batch is, as the run that works on it sees it.
+
+    Attributes:
+        pid: Of the run worker.
+        updated_at: POSIX seconds; an old one means that nobody is working.
+        phase: `starting engine`, `feeding`, `committing`, `done` or `stopped`.
+        total: Requests of the batch; `completed` and `failed` have an outcome.
+        eta_seconds: Until the last outcome at the present rate; None while there is no rate.
+    """
+
+    batch_id: str
+    run_id: str
+    pid: int
+    updated_at: float
+    phase: str
+    total: int
+    completed: int
+    failed: int
+    in_flight: int
+    prompt_tokens: int
+    completion_tokens: int
+    requests_per_second: float
+    output_tokens_per_second: float
+    eta_seconds: float | None
+
+
+def write_progress(path: Path, progress: Progress) -> None:
+    """Replace the progress file; readers see the old one or the new one, whole.
+
+    Not fsynced: after a power loss the next run writes it anew.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(msgspec.json.encode(progress))
+    temporary.replace(path)
+
+
+def read_progress(path: Path) -> Progress | None:
+    """Return the last progress written, or None if there is none that can be read."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Progress)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None

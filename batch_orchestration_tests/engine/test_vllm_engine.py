@@ -1,0 +1,145 @@
+"""Real vLLM on a CPU keeps the contract, dies, comes back, and refuses what it cannot serve."""
+
+import asyncio
+import os
+import shutil
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
+from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
+from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration_tests.engine_contract import (
+    EngineContract,
+    ask,
+    chat,
+    parse,
+)
+from batch_orchestration_tests.engine_processes import engine_core_pid
+from batch_orchestration_tests.packaged_models import embedding_model_folder
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "green"]}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+def engine(vllm_engine: VllmEngine) -> VllmEngine:
+    return vllm_engine
+
+
+class TestContract(EngineContract):
+    pass
+
+
+def test_the_identity_has_vllms_version(engine: VllmEngine) -> None:
+    identity = asyncio.run(engine.start())
+
+    assert identity.kind == "vllm"
+    assert identity.version.startswith("vllm 0.")
+    assert identity.models == ("tiny",)
+
+
+def test_bodies_pass_through_unchanged(engine: VllmEngine) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "colour", "schema": SCHEMA}}
+    body = chat(
+        "Which?", n=2, logprobs=True, seed=1, temperature=1, max_tokens=60, response_format=schema
+    )
+
+    [outcome] = ask(engine, body)
+
+    choices = parse(outcome)["choices"]
+    assert len(choices) == 2
+    assert "colour" in choices[0]["message"]["content"]
+    assert choices[0]["logprobs"]["content"]
+
+
+def test_an_impossible_schema_is_refused_and_harms_nobody(engine: VllmEngine) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+
+    refused, answered = ask(engine, chat("Hello.", response_format=schema), chat("Hello."))
+
+    assert refused.status == 400
+    assert isinstance(answered, Completion)
+
+
+def test_a_killed_engine_core_is_the_death_of_all_in_flight_and_can_be_started_again(
+    engine: VllmEngine,
+) -> None:
+    bodies = [chat(f"{n}", max_tokens=480, ignore_eos=True) for n in range(20)]
+    core = engine_core_pid(engine)
+
+    async def kill_meanwhile() -> tuple[list[object], float]:
+        calls = [
+            asyncio.create_task(engine.answer("/v1/chat/completions", body, request_id=f"r{n}"))
+            for n, body in enumerate(bodies)
+        ]
+        await asyncio.sleep(0.3)
+        os.kill(core, 9)
+        began = time.monotonic()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        seconds = time.monotonic() - began
+        await engine.disconnect()
+        return list(outcomes), seconds
+
+    outcomes, seconds = asyncio.run(kill_meanwhile())
+    asyncio.run(engine.start())
+    answers = ask(engine, *bodies)
+
+    assert all(isinstance(outcome, EngineDied) for outcome in outcomes)
+    assert seconds < 20
+    assert all(isinstance(answer, Completion) for answer in answers)
+    assert engine_core_pid(engine) != core
+
+
+@pytest.mark.parametrize("spoilt", ["config.json", "model.safetensors"])
+def test_a_model_that_does_not_load_fails_the_start_with_the_reason(
+    tiny_model: Path, tmp_path: Path, spoilt: str
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / spoilt).write_text('{"model_type": "no-such-architecture"}')
+    engine = VllmEngine(str(folder), device="cpu", log_path=tmp_path / "engine.log")
+
+    with pytest.raises(EngineStartFailed) as caught:
+        asyncio.run(engine.start())
+
+    reason = {"config.json": "no-such-architecture", "model.safetensors": "Error"}[spoilt]
+    assert "exited with status 1 before it was ready" in str(caught.value)
+    assert reason in str(caught.value).partition("Last lines")[0]
+    assert not (tmp_path / "engine.process.json").exists()
+
+
+def test_a_pooling_model_answers_embeddings(tmp_path: Path) -> None:
+    engine = VllmEngine(
+        str(embedding_model_folder()),
+        served_model_name="minilm",
+        device="cpu",
+        args={"runner": "pooling", "max-model-len": 256},
+        log_path=tmp_path / "engine.log",
+    )
+    texts = ["The cat sat down.", "A kitten took a seat.", "Bonds fell on Monday."]
+    bodies = [msgspec.json.encode({"model": "minilm", "input": text}) for text in texts]
+
+    try:
+        asyncio.run(engine.start())
+        outcomes = ask(engine, *bodies, endpoint="/v1/embeddings")
+        [too_long] = ask(
+            engine, msgspec.json.encode({"input": "cat " * 999}), endpoint="/v1/embeddings"
+        )
+    finally:
+        engine.stop()
+
+    cat, kitten, bonds = (np.array(parse(outcome)["data"][0]["embedding"]) for outcome in outcomes)
+    assert cat @ kitten > 0.5 > 0.3 > cat @ bonds
+    assert all(isinstance(o, Completion) and o.usage.prompt_tokens > 3 for o in outcomes)
+    assert isinstance(too_long, Failure)
+    assert too_long.code == FailureCode.CONTEXT_LENGTH_EXCEEDED

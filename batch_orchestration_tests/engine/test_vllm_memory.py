@@ -1,0 +1,44 @@
+"""Real vLLM on a CPU whose KV cache is too small for the model's context."""
+
+from pathlib import Path
+
+import pytest
+
+from batch_orchestration.domain.outcomes import Completion
+from batch_orchestration.domain.rungs import Ladder
+from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration_tests.workbench import Workbench
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+#: Of the 2,048 tokens of the tiny model's context it holds 1,408, says vLLM.
+SMALL_CACHE_BYTES = 800 * 1024
+
+
+def test_a_cache_too_small_for_the_context_is_enough_for_what_the_batch_needs(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    bench = Workbench(tmp_path)
+    plan = bench.admitted(20)
+    told = []
+    engine = VllmEngine(
+        str(tiny_model),
+        device="cpu",
+        args={"kv-cache-memory-bytes": SMALL_CACHE_BYTES},
+        make_ladder=lambda top: Ladder(top, worked=told.append),
+        log_path=tmp_path / "engine.log",
+    )
+
+    try:
+        bench.run(plan, engine, model_aliases={"*": "tiny"}, max_tokens_cap=8)
+    finally:
+        engine.stop()
+
+    answers = [settled.outcome for settled in bench.store.settled(plan.batch_id)]
+    assert len(answers) == 20
+    assert all(isinstance(answer, Completion) for answer in answers)
+    assert engine.figures()["starts"] == 2
+    [[rung]] = told
+    assert 1024 < rung.max_model_len <= 1408
+    reports = bench.store.chunk_reports(plan.batch_id).values()
+    assert {r.engine_rung for r in reports} == {f"max-model-len {rung.max_model_len}"}
