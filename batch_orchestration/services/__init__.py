@@ -1,0 +1,1 @@
+"""Use cases over engine and store."""

@@ -1,0 +1,290 @@
+"""Admission: a claimed file becomes a batch, or is set aside with its reasons.
+
+The steps are ordered so that a crash between any two is made good by admitting the claim again:
+everything is prepared in the claim's work folder, the author's file is moved there, and one rename
+makes that folder the batch's. The store is told last; until then `register_planned_batches` finds
+the batch on the disk.
+"""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchOptions, BatchPlan, LinePolicy, identity
+from batch_orchestration.domain.errors import ClaimNotFound, FileRefused, FileStillChanging
+from batch_orchestration.domain.requests import Fault
+from batch_orchestration.services.batch_files import Fingerprint, is_gzip_name, open_batch_file
+from batch_orchestration.services.claims import Claim, ClaimFolder
+from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
+from batch_orchestration.services.refusals import next_step, refusal, write_errors_file
+from batch_orchestration.services.registration import (
+    admission_lock,
+    free_batch_id,
+    register_batch,
+    register_unlisted,
+    write_fault_journals,
+)
+from batch_orchestration.services.sidecars import read_options, sidecar_beside
+from batch_orchestration.services.verdicts import (
+    Admission,
+    Admitted,
+    AlreadyAdmitted,
+    Rejected,
+    Released,
+    Verdict,
+)
+from batch_orchestration.storage.files import (
+    DataFolder,
+    full_disk,
+    sync_folder,
+    write_atomically,
+)
+from batch_orchestration.storage.moves import fit_name, move_over
+from batch_orchestration.storage.store import Store
+
+#: Faults that a verdict carries along for logs and the UI; the errors file lists all.
+_FAULTS_IN_VERDICT = 20
+_BLOCK_BYTES = 2**20
+_decode_fault = msgspec.json.Decoder(Fault).decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionSettings:
+    """The settings that admission depends on.
+
+    Attributes:
+        model_required: False if an alias `*` supplies a missing `model`.
+        answer_settings: What answers depend on, by name; fixed in the plan.
+    """
+
+    requests_per_chunk: int
+    max_line_bytes: int
+    line_policy: LinePolicy = LinePolicy.LENIENT
+    model_required: bool = True
+    answer_settings: Mapping[str, Any]
+
+    def rules(self, options: BatchOptions) -> ReadingRules:
+        """Return what the lines of a file with these options must keep to."""
+        return ReadingRules(
+            requests_per_chunk=self.requests_per_chunk,
+            max_line_bytes=self.max_line_bytes,
+            model_required=self.model_required and options.model is None,
+        )
+
+
+def admit(
+    claim: Claim,
+    *,
+    folder: DataFolder,
+    store: Store,
+    settings: AdmissionSettings,
+    clock: Callable[[], float] = time.time,
+) -> Admission:
+    """Make a claimed file a batch, or find out why it cannot be one.
+
+    Idempotent by claim: after a crash it carries on, once settled it repeats the verdict. Memory
+    does not grow with the file but by about 150 bytes per request (to find duplicate ids).
+
+    Raises:
+        FileStillChanging: Somebody was writing the file; it is back in the inbox.
+        ClaimNotFound: There is no such claim.
+        StorageError: Something could not be written; the claim stays and can be admitted again.
+    """
+    place = ClaimFolder(folder, claim.claim_id)
+    with place.lock():
+        verdict = place.settled_verdict()
+        if verdict is None:
+            verdict = _Admission(place, folder, store, settings, clock).settle()
+        else:
+            place.sweep()
+    if isinstance(verdict, Released):
+        raise FileStillChanging(str(verdict))
+    return verdict
+
+
+class _Admission:
+    """The admission of one claim, whose lock is held."""
+
+    def __init__(
+        self,
+        place: ClaimFolder,
+        folder: DataFolder,
+        store: Store,
+        settings: AdmissionSettings,
+        clock: Callable[[], float],
+    ) -> None:
+        self._place = place
+        self._folder = folder
+        self._store = store
+        self._settings = settings
+        self._clock = clock
+        self._spool = place.work / "faults.jsonl"
+
+    def settle(self) -> Verdict:
+        user_file = self._place.restore()
+        verdict = self._place.verdict() if user_file is None else self._decide(user_file)
+        if verdict is None:
+            raise ClaimNotFound(f"claim {self._place.claim_id} holds no file")
+        self._finish(verdict)
+        self._place.settle()
+        return verdict
+
+    def _decide(self, user_file: Path) -> Verdict:
+        """Reach a verdict and move the author's file accordingly."""
+        self._place.clear_work()
+        before = Fingerprint.of(user_file)
+        reading: BatchFileReading | None = None
+        try:
+            try:
+                options = read_options(self._place.sidecar())
+                reading = BatchFileReading(self._settings.rules(options))
+                self._read(user_file, reading)
+                self._refuse_if_unusable(reading)
+            except FileRefused as refused:
+                before.verify()
+                return self._reject(user_file, str(refused), reading)
+            before.verify()
+            return self._admit(user_file, before, reading, options)
+        except FileStillChanging as changing:
+            return self._release(user_file, str(changing))
+
+    def _read(self, user_file: Path, reading: BatchFileReading) -> None:
+        path = self._expand(user_file) if is_gzip_name(user_file.name) else user_file
+        encode = msgspec.json.encode
+        with (
+            open_batch_file(path) as file,
+            full_disk(self._spool),
+            self._spool.open("wb") as spool,
+        ):
+            for parsed in reading.read(file):
+                if isinstance(parsed, Fault):
+                    spool.write(encode(parsed) + b"\n")
+
+    def _expand(self, user_file: Path) -> Path:
+        target = self._place.work / "input.jsonl"
+        with open_batch_file(user_file) as source, full_disk(target), target.open("wb") as file:
+            shutil.copyfileobj(source, file, _BLOCK_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+        return target
+
+    def _faults(self) -> Iterator[Fault]:
+        if self._spool.exists():
+            with self._spool.open("rb") as spool:
+                yield from map(_decode_fault, spool)
+
+    def _refuse_if_unusable(self, reading: BatchFileReading) -> None:
+        reason = refusal(
+            reading,
+            line_policy=self._settings.line_policy,
+            requests_per_chunk=self._settings.requests_per_chunk,
+        )
+        if reason is not None:
+            raise FileRefused(reason)
+
+    def _admit(
+        self,
+        user_file: Path,
+        before: Fingerprint,
+        reading: BatchFileReading,
+        options: BatchOptions,
+    ) -> Verdict:
+        name = self._place.file_name(user_file)
+        key = identity(reading.sha256, options)
+        with admission_lock(self._folder):
+            register_unlisted(self._folder, self._store, at=self._clock())
+            if (first := self._store.find_identity(key)) is not None:
+                return self._keep_duplicate(user_file, name, first.batch_id)
+            plan = BatchPlan(
+                batch_id=free_batch_id(self._folder, name, key),
+                identity=key,
+                file_name=name,
+                sha256=reading.sha256,
+                size_bytes=reading.size_bytes,
+                requests=reading.requests,
+                faulty=reading.faulty,
+                chunks=reading.chunks,
+                options=options,
+                settings=dict(self._settings.answer_settings),
+                created_at=self._clock(),
+                max_line_bytes=self._settings.max_line_bytes,
+            )
+            return self._commit(user_file, before, plan)
+
+    def _commit(self, user_file: Path, before: Fingerprint, plan: BatchPlan) -> Admitted:
+        work = self._place.work
+        write_fault_journals(work, plan, self._faults(), at=self._clock())
+        write_atomically(work / "plan.json", msgspec.json.encode(plan) + b"\n")
+        self._spool.unlink()
+        verdict = Admitted(
+            batch_id=plan.batch_id,
+            file_name=plan.file_name,
+            requests=plan.requests,
+            faulty=plan.faulty,
+            chunks=len(plan.chunks),
+        )
+        self._place.decide(verdict)
+        before.verify()
+        self._place.take_in(user_file)
+        work.rename(self._folder.plan_path(plan.batch_id).parent)
+        sync_folder(self._folder.batches)
+        return verdict
+
+    def _keep_duplicate(self, user_file: Path, name: str, first_id: str) -> AlreadyAdmitted:
+        return self._place.set_aside(
+            user_file,
+            self._folder.plan_path(first_id).parent / "duplicates",
+            lambda target: AlreadyAdmitted(batch_id=first_id, file_name=name, kept_as=str(target)),
+        )
+
+    def _reject(self, user_file: Path, reason: str, reading: BatchFileReading | None) -> Rejected:
+        faults = tuple(itertools.islice(self._faults(), _FAULTS_IN_VERDICT))
+        return self._place.set_aside(
+            user_file,
+            self._folder.rejected,
+            lambda target: Rejected(
+                file_name=self._place.file_name(user_file),
+                reason=reason,
+                error_count=reading.faulty if reading else 0,
+                errors=faults,
+                rejected_path=str(target),
+                errors_path=str(target.with_name(fit_name(target.name, ".errors.json"))),
+                next_step=next_step(target),
+            ),
+        )
+
+    def _release(self, user_file: Path, reason: str) -> Released:
+        return self._place.set_aside(
+            user_file,
+            self._folder.inbox,
+            lambda target: Released(
+                file_name=self._place.file_name(user_file),
+                reason=reason,
+                released_path=str(target),
+            ),
+        )
+
+    def _finish(self, verdict: Verdict) -> None:
+        """Do what follows the move of the author's file; safe to repeat."""
+        match verdict:
+            case Admitted():
+                with admission_lock(self._folder):
+                    register_batch(self._folder, self._store, verdict.batch_id, at=self._clock())
+                beside = self._folder.input_path(verdict.batch_id)
+            case AlreadyAdmitted():
+                beside = Path(verdict.kept_as)
+            case Rejected():
+                write_errors_file(verdict, self._faults())
+                beside = Path(verdict.rejected_path)
+            case Released():
+                self._place.release_sidecar()
+                return
+        if (sidecar := self._place.sidecar()) is not None:
+            move_over(sidecar, sidecar_beside(beside))

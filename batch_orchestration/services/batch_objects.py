@@ -1,0 +1,100 @@
+"""A batch as OpenAI's API writes one: what `--json` prints."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from batch_orchestration.domain.requests import Request, parse_line
+from batch_orchestration.services.status import BatchView
+from batch_orchestration.storage.files import DataFolder, read_lines
+from batch_orchestration.telemetry.progress import Progress
+
+#: Faulty lines at the head of a file that are skipped in search of its endpoint.
+_LINES_READ = 100
+_LINE_BYTES = 2**20
+_TIMES = (
+    "in_progress",
+    "finalizing",
+    "completed",
+    "failed",
+    "expired",
+    "cancelling",
+    "cancelled",
+)
+
+
+def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
+    """Return OpenAI's Batch object, with paths in place of file ids.
+
+    Times are whole POSIX seconds. `progress` is ours, and null unless a run is at work.
+    """
+    batch_id = view.batch_id
+    return {
+        "id": batch_id,
+        "object": "batch",
+        "endpoint": _endpoint(folder.input_path(batch_id)),
+        "engine": view.engine or None,
+        "model": view.model or None,
+        "errors": None,
+        "file_name": view.plan.file_name,
+        "input_file": str(folder.input_path(batch_id)),
+        "output_file": _path(view.output_file),
+        "error_file": _path(view.error_file),
+        "completion_window": view.options.completion_window,
+        "status": str(view.status),
+        "created_at": int(view.plan.created_at),
+        **{f"{word}_at": _whole(view.times.get(word)) for word in _TIMES},
+        "request_counts": {
+            "total": view.total,
+            "completed": view.completed,
+            "failed": view.failed,
+        },
+        "usage": {
+            "input_tokens": view.prompt_tokens,
+            "output_tokens": view.completion_tokens,
+            "total_tokens": view.prompt_tokens + view.completion_tokens,
+        },
+        "metadata": dict(view.options.metadata),
+        "priority": view.options.priority,
+        "progress": _progress(view.live),
+        "store_problem": view.store_problem,
+    }
+
+
+def _progress(live: Progress | None) -> dict[str, Any] | None:
+    if live is None:
+        return None
+    return {
+        "run_id": live.run_id,
+        "phase": live.phase,
+        "in_flight": live.in_flight,
+        "requests_per_second": live.requests_per_second,
+        "output_tokens_per_second": live.output_tokens_per_second,
+        "eta_seconds": live.eta_seconds,
+        "updated_at": int(live.updated_at),
+    }
+
+
+def _endpoint(input_path: Path) -> str | None:
+    """Return the endpoint of the first usable request: one batch seldom has two."""
+    try:
+        with input_path.open("rb") as file:
+            for line in itertools.islice(read_lines(file, _LINE_BYTES), _LINES_READ):
+                if line.blank or line.too_long:
+                    continue
+                request = parse_line(
+                    line.data, index=line.index, line=line.line, model_required=False
+                )
+                if isinstance(request, Request):
+                    return request.endpoint
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _whole(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds)

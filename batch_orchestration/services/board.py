@@ -1,0 +1,92 @@
+"""The board: everything that lies between the inbox and the outbox, at one moment."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.services.claims import Claim
+from batch_orchestration.services.inbox import Inbox, Waiting
+from batch_orchestration.services.status import BatchView, view_batches
+from batch_orchestration.services.verdicts import Rejected, Verdict
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+#: Older ones are found in the folder.
+REJECTED_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """What there is.
+
+    Attributes:
+        batches: Newest first.
+        waiting: Dropped files that are not claimed yet, each with a reason.
+        claims: Files that are being read.
+        rejected: The last few files that were refused and are still there, newest first.
+    """
+
+    batches: tuple[BatchView, ...]
+    waiting: tuple[Waiting, ...]
+    claims: tuple[Claim, ...]
+    rejected: tuple[Rejected, ...]
+
+    @property
+    def store_problem(self) -> str | None:
+        """Why the store could not be asked; None if it could."""
+        return next((view.store_problem for view in self.batches if view.store_problem), None)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever dropped."""
+        return not (self.batches or self.waiting or self.claims or self.rejected)
+
+
+def read_board(*, folder: DataFolder, store: Store, settle_seconds: float, now: float) -> Board:
+    """Return the board; a folder that does not exist yet is an empty one.
+
+    Args:
+        folder: The data folder; nothing in it is changed.
+        store: If it is locked, files tell what they can.
+        settle_seconds: How long a dropped file must rest before it is claimed.
+        now: POSIX seconds.
+    """
+    inbox = Inbox(folder, settle_seconds=settle_seconds)
+    waiting, claims = [], []
+    if folder.inbox.is_dir() and folder.claims.is_dir():
+        waiting = inbox.waiting(now=now)
+        waiting += [
+            Waiting(path, "complete; the inbox sensor will take it")
+            for path in inbox.ready_files(now=now)
+        ]
+        claims = inbox.claims()
+    return Board(
+        batches=tuple(view_batches(folder=folder, store=store, now=now)),
+        waiting=tuple(waiting),
+        claims=tuple(claims),
+        rejected=tuple(itertools.islice(rejections(folder), REJECTED_SHOWN)),
+    )
+
+
+def rejections(folder: DataFolder) -> Iterator[Rejected]:
+    """Yield what was refused and has not been taken away since, newest first."""
+    verdicts = sorted(
+        (folder.claims / ".settled").glob("*.json"),
+        key=lambda path: path.stat().st_mtime,
+        reverse=True,
+    )
+    for path in verdicts:
+        verdict = _read_verdict(path)
+        if isinstance(verdict, Rejected) and Path(verdict.rejected_path).exists():
+            yield verdict
+
+
+def _read_verdict(path: Path) -> Verdict | None:
+    with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
+        verdict: Verdict = msgspec.json.decode(path.read_bytes(), type=Verdict)
+        return verdict
+    return None

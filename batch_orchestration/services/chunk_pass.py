@@ -1,0 +1,166 @@
+"""One execution of a chunk's pending requests: its journal, and what is still unsettled."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.chunks import Chunk, chunk_key
+from batch_orchestration.domain.commits import Provenance
+from batch_orchestration.domain.errors import PlanMismatch
+from batch_orchestration.domain.outcomes import Failure, Outcome
+from batch_orchestration.domain.requests import Request, parse_line
+from batch_orchestration.storage.files import DataFolder, RawLine, read_chunk
+from batch_orchestration.storage.journal import Journal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkRef:
+    """A chunk and where its pieces lie."""
+
+    plan: BatchPlan
+    chunk: Chunk
+    input_path: Path
+    journal_path: Path
+
+    @classmethod
+    def of(cls, plan: BatchPlan, number: int, folder: DataFolder) -> "ChunkRef":
+        """Locate a chunk of a plan.
+
+        Raises:
+            PlanMismatch: The plan has no chunk of that number.
+        """
+        if not 0 <= number < len(plan.chunks):
+            raise PlanMismatch(
+                f"batch {plan.batch_id} has {len(plan.chunks)} chunks; there is no chunk {number}"
+            )
+        return cls(
+            plan=plan,
+            chunk=plan.chunks[number],
+            input_path=folder.input_path(plan.batch_id),
+            journal_path=folder.journal_path(plan.batch_id, number),
+        )
+
+    @property
+    def key(self) -> str:
+        """Its partition key."""
+        return chunk_key(self.plan.batch_id, self.chunk.number)
+
+    def lines(self) -> Iterator[RawLine]:
+        """Read its non-blank lines from the kept input.
+
+        Raises:
+            PlanMismatch: They are not those that were admitted.
+        """
+        return read_chunk(self.input_path, self.chunk, self.plan.max_line_bytes)
+
+    @property
+    def indices(self) -> range:
+        """The request indices that it holds."""
+        return range(self.chunk.first_index, self.chunk.first_index + self.chunk.requests)
+
+
+class RequestPass:
+    """One execution of requests of a batch: writes their journal, and settles each of them once.
+
+    Attributes:
+        unsettled: Indices of the requests that have no outcome yet.
+    """
+
+    def __init__(self, batch_id: str, indices: Iterable[int], journal: Journal) -> None:
+        self.batch_id = batch_id
+        self.journal = journal
+        self.unsettled = set(indices) - journal.state.settled
+
+    def pending_request(self, request: Request) -> "PendingRequest":
+        """Return a request with what its journal says of earlier attempts."""
+        state = self.journal.state
+        return PendingRequest(
+            request=request,
+            chunk=self,
+            submissions=state.attempts.get(request.index, 0),
+            failed_attempts=state.failed_attempts.get(request.index, 0),
+            suspect_group=state.suspects.get(request.index),
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Whether every request has an outcome."""
+        return not self.unsettled
+
+
+class ChunkPass(RequestPass):
+    """One execution of a chunk."""
+
+    def __init__(self, ref: ChunkRef, *, provenance: Provenance) -> None:
+        self.ref = ref
+        journal = Journal.open(
+            ref.journal_path,
+            batch_id=ref.plan.batch_id,
+            number=ref.chunk.number,
+            provenance=provenance,
+            at=time.time(),
+        )
+        super().__init__(ref.plan.batch_id, ref.indices, journal)
+
+    def pending(self) -> Iterator["PendingRequest"]:
+        """Read what has no outcome yet, in file order.
+
+        Raises:
+            PlanMismatch: The kept input is not the one that was admitted.
+        """
+        for line in self.ref.lines():
+            if line.index not in self.unsettled:
+                continue
+            request = parse_line(line.data, index=line.index, line=line.line, model_required=False)
+            if not isinstance(request, Request):
+                raise PlanMismatch(
+                    f"{self.ref.input_path} line {line.line} should have been refused at"
+                    f" admission: {request.message}"
+                )
+            yield self.pending_request(request)
+
+
+@dataclass(kw_only=True, eq=False)
+class PendingRequest:
+    """A request on its way, with what its journal says of earlier attempts.
+
+    Attributes:
+        submissions: How often it was given to an engine, in all passes.
+        failed_attempts: How many of these it failed by itself; an engine's death is none.
+        suspect_group: Where it is tested, if an engine died while it had the request.
+        in_flight: Whether the engine has it now.
+    """
+
+    request: Request
+    chunk: RequestPass
+    submissions: int
+    failed_attempts: int
+    suspect_group: str | None = None
+    in_flight: bool = False
+
+    def submit(self) -> None:
+        """Record that the request is about to be given to the engine."""
+        self.chunk.journal.record_submitted(self.request.index, self.submissions + 1, time.time())
+        self.submissions += 1
+
+    def fail_attempt(self, failure: Failure) -> None:
+        """Record a failed attempt that another one will follow."""
+        self.chunk.journal.record_failed_attempt(
+            self.request.index, failure, self.submissions, time.time()
+        )
+
+    def suspect(self, group: str) -> None:
+        """Record that the engine died while it had the request."""
+        self.suspect_group = group
+        self.chunk.journal.record_suspected(
+            self.request.index, group, self.submissions, time.time()
+        )
+
+    def settle(self, outcome: Outcome) -> None:
+        """Record the outcome; only then does it count."""
+        self.chunk.journal.record_outcome(
+            self.request.index, outcome, self.submissions, time.time()
+        )
+        self.chunk.unsettled.remove(self.request.index)

@@ -1,0 +1,223 @@
+"""Claims: dropped files that are ours to read, and what a crash may leave of them.
+
+    claims/<claim id>/<the author's file>            ours to read
+                      <its side-car>
+                      verdict.json                   what was decided, before it is carried out
+                      work/                          what will be the batch's folder
+    claims/.settled/<claim id>.json                  the verdict, once it is carried out
+
+The author's file is moved last and by one rename. So while it lies in the claim everything else
+there can be made again, and once it is gone the verdict says what is left to do.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import filelock
+import msgspec
+
+from batch_orchestration.domain.errors import ClaimNotFound
+from batch_orchestration.services.batch_files import is_gzip_name
+from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
+from batch_orchestration.services.verdicts import Admitted, Released, Verdict
+from batch_orchestration.storage.files import DataFolder, sync_folder, write_atomically
+from batch_orchestration.storage.moves import (
+    is_taken,
+    move_if_free,
+    move_into,
+    numbered_names,
+    readable_name,
+)
+
+SomeVerdict = TypeVar("SomeVerdict", bound=Verdict)
+_decode_verdict = msgspec.json.Decoder(Verdict).decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A dropped file that is ours to read.
+
+    Attributes:
+        claim_id: Readable and unique, fit for run keys and tags.
+        path: Where the file lies (or lay, once it is settled).
+        sidecar: The side-car that came with it.
+        file_name: What the author called the file.
+    """
+
+    claim_id: str
+    path: Path
+    sidecar: Path | None
+    file_name: str
+
+
+class ClaimFolder:
+    """The folder of one claim; knows which of its states it is in."""
+
+    def __init__(self, folder: DataFolder, claim_id: str) -> None:
+        self.claim_id = claim_id
+        self._folder = folder
+        self.root = folder.claims / claim_id
+        self.work = self.root / "work"
+        self._verdict_path = self.root / "verdict.json"
+        self._settled_path = folder.claims / ".settled" / f"{claim_id}.json"
+        self._lock_path = folder.claims / ".locks" / f"{claim_id}.lock"
+
+    def user_file(self) -> Path | None:
+        """Return the author's file, if it still lies here."""
+        return next((path for path in self._files() if is_batch_file_name(path.name)), None)
+
+    def file_name(self, user_file: Path) -> str:
+        """Return what the author called the file, fit for JSON."""
+        return readable_name(user_file.name)
+
+    def sidecar(self) -> Path | None:
+        """Return the author's side-car, if it still lies here."""
+        if (user_file := self.user_file()) is not None:
+            return find_sidecar(user_file)
+        return next((p for p in self._files() if p.name.endswith(SIDECAR_ENDING)), None)
+
+    def holds_only_sidecar(self) -> bool:
+        """Whether the author's file is not here: never arrived, or went back to the inbox."""
+        verdict = self.verdict()
+        return self.user_file() is None and (verdict is None or isinstance(verdict, Released))
+
+    def release_sidecar(self) -> None:
+        """Put the side-car back into the inbox, beside the released file if there is one."""
+        if (sidecar := self.sidecar()) is None:
+            return
+        verdict = self.verdict()
+        name = sidecar.name
+        if isinstance(verdict, Released):
+            name = sidecar_beside(Path(verdict.released_path)).name
+        move_into(sidecar, self._folder.inbox, name)
+
+    def verdict(self) -> Verdict | None:
+        """Return what was decided but perhaps not carried out."""
+        return _read_verdict(self._verdict_path)
+
+    def settled_verdict(self) -> Verdict | None:
+        """Return what was decided and carried out."""
+        return _read_verdict(self._settled_path)
+
+    def decide(self, verdict: Verdict) -> None:
+        """Keep a verdict, before anything is moved."""
+        write_atomically(self._verdict_path, msgspec.json.encode(verdict))
+
+    def restore(self) -> Path | None:
+        """Put the author's file back if a crash left it half moved; return where it lies."""
+        if (user_file := self.user_file()) is not None:
+            return user_file
+        verdict = self.verdict()
+        if not isinstance(verdict, Admitted):
+            return None
+        half_moved = self.work / kept_name(verdict.file_name)
+        return half_moved.rename(self.root / verdict.file_name) if half_moved.exists() else None
+
+    def take_in(self, user_file: Path) -> None:
+        """Move the author's file into the work folder: the last step but one of admission."""
+        with user_file.open("rb") as file:  # whoever copied it may not have
+            os.fsync(file.fileno())
+        user_file.rename(self.work / kept_name(user_file.name))
+        sync_folder(self.work)
+
+    def set_aside(
+        self, user_file: Path, folder: Path, verdict_at: Callable[[Path], SomeVerdict]
+    ) -> SomeVerdict:
+        """Move the author's file into a folder, never over another, and return the verdict.
+
+        Args:
+            user_file: The author's file.
+            folder: Made if it is missing.
+            verdict_at: Says what the verdict is for a file that is put there; it is kept first.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        targets = (folder / name for name in numbered_names(user_file.name))
+        for target in targets:
+            if is_taken(target, by_other_than=user_file):
+                continue
+            verdict = verdict_at(target)
+            self.decide(verdict)
+            if move_if_free(user_file, target):
+                sync_folder(folder)
+                return verdict
+        raise AssertionError("names never run out")
+
+    def clear_work(self) -> None:
+        """Make an empty work folder; only while the author's file lies outside of it."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+
+    def settle(self) -> None:
+        """Say that the verdict is carried out, and remove the claim."""
+        self._settled_path.parent.mkdir(exist_ok=True)
+        self._verdict_path.replace(self._settled_path)
+        sync_folder(self._settled_path.parent)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what is left of a claim that is settled or never came about."""
+        if self._settled_path.exists():
+            shutil.rmtree(self.work, ignore_errors=True)
+            for rest in self.root.glob(".*.tmp"):  # of a write that a crash cut short
+                rest.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # whatever else is there is not ours to remove
+            self.root.rmdir()
+        self._lock_path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self, *, timeout_seconds: float = -1) -> Iterator[None]:
+        """Hold the claim against other processes; a process that dies lets go of it.
+
+        Raises:
+            TimeoutError: Another process holds it for longer.
+        """
+        self._lock_path.parent.mkdir(exist_ok=True)
+        with filelock.FileLock(self._lock_path, timeout=timeout_seconds):
+            yield
+
+    def _files(self) -> list[Path]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            return sorted(Path(e.path) for e in entries if e.is_file(follow_symlinks=False))
+        return []
+
+
+def kept_name(file_name: str) -> str:
+    """Return what the author's file is called in the folder of its batch."""
+    return "input.jsonl.gz" if is_gzip_name(file_name) else "input.jsonl"
+
+
+def is_batch_file_name(name: str) -> bool:
+    """Whether a name ends as batch files do, in any case."""
+    return name.lower().endswith((".jsonl", ".jsonl.gz"))
+
+
+def find_claim(folder: DataFolder, claim_id: str) -> Claim:
+    """Return a claim by its id, also one that is settled: `admit` then repeats its verdict.
+
+    Raises:
+        ClaimNotFound: There never was one.
+    """
+    if claim_id in ("", ".", "..") or "/" in claim_id:
+        raise ClaimNotFound(f"not a claim id: {claim_id!r}")
+    place = ClaimFolder(folder, claim_id)
+    if (path := place.user_file()) is not None:
+        sidecar = place.sidecar()
+        name = readable_name(path.name)
+        return Claim(claim_id=claim_id, path=path, sidecar=sidecar, file_name=name)
+    if (verdict := place.verdict() or place.settled_verdict()) is None:
+        raise ClaimNotFound(f"no claim {claim_id!r} in {folder.claims}")
+    name = verdict.file_name
+    return Claim(claim_id=claim_id, path=place.root / name, sidecar=None, file_name=name)
+
+
+def _read_verdict(path: Path) -> Verdict | None:
+    try:
+        verdict: Verdict = _decode_verdict(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    return verdict

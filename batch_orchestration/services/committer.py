@@ -1,0 +1,185 @@
+"""Commits complete chunks, beside the feed and never in front of it."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from batch_orchestration.domain.commits import ChunkReport, SettledRequest
+from batch_orchestration.domain.errors import DiskFull, StorageError, StoreLocked
+from batch_orchestration.domain.requests import parse_line
+from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.storage.journal import JournalEntry, read_journal
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+#: A commit takes a tenth of a second; what takes longer waits for a lock and may be left.
+STOP_SECONDS = 10.0
+#: After a wait for a lock, or while the disk is full.
+RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """A chunk that the store holds; `reused` if it held it before this run asked."""
+
+    report: ChunkReport
+    reused: bool
+
+
+class Committer:
+    """A thread that takes complete chunks in order and commits each in one transaction.
+
+    A locked store or a full disk delays it, with a word in the log, for as long as that lasts:
+    the journals are safe, and the feed goes on.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        batch_id: str,
+        run_id: str,
+        known: Callable[[Iterable[ChunkReport]], None],
+    ) -> None:
+        self._store = store
+        self._batch_id = batch_id
+        self._run_id = run_id
+        self._tell_known = known
+        self._waiting: queue.SimpleQueue[tuple[ChunkRef, str | None] | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._known: dict[int, ChunkReport] = {}
+        #: What came of each chunk, in the order of commit; an exception ends it; then None.
+        self.results: queue.SimpleQueue[Committed | BaseException | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def add(self, ref: ChunkRef, *, engine_rung: str | None = None) -> None:
+        """Queue a chunk whose journal is complete and closed."""
+        self._waiting.put((ref, engine_rung))
+
+    def finish(self) -> None:
+        """Say that nothing more will be added."""
+        self._waiting.put(None)
+
+    def stop(self) -> None:
+        """Give up what is queued (its journals stay) and wait a while for the commit in work."""
+        self._stopping.set()
+        self._waiting.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(STOP_SECONDS)
+
+    @property
+    def backlog(self) -> int:
+        """Complete chunks that wait for their commit."""
+        return self._waiting.qsize()
+
+    def _run(self) -> None:
+        try:
+            self._when_possible(self._learn_known)
+            while (chunk := self._waiting.get()) is not None and not self._stopping.is_set():
+                self._when_possible(partial(self._commit, *chunk))
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
+            self.results.put(error)
+        finally:
+            self.results.put(None)
+
+    def _when_possible(self, step: Callable[[], None]) -> None:
+        while not self._stopping.is_set():
+            try:
+                step()
+            except (StoreLocked, DiskFull) as obstacle:
+                logger.warning(
+                    "commits of batch %s wait (%d complete chunks); answers are safe in the"
+                    " journals and the feed goes on: %s",
+                    self._batch_id,
+                    self.backlog,
+                    obstacle,
+                )
+                self._stopping.wait(RETRY_SECONDS)
+            else:
+                return
+
+    def _learn_known(self) -> None:
+        self._known = self._store.chunk_reports(self._batch_id)
+        self._tell_known(self._known.values())
+
+    def _commit(self, ref: ChunkRef, engine_rung: str | None) -> None:
+        if (report := self._known.get(ref.chunk.number)) is not None:
+            self.results.put(Committed(report=report, reused=True))
+            return
+        entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
+        crash_point(CrashPoint.BEFORE_COMMIT)
+        report = self._store.commit_chunk(
+            self._batch_id,
+            ref.chunk.number,
+            settled_requests(ref, entries),
+            run_id=self._run_id,
+            at=time.time(),
+            seconds=busy_seconds(entries.values()),
+            engine_rung=engine_rung,
+        )
+        crash_point(CrashPoint.AFTER_COMMIT)
+        self._known[ref.chunk.number] = report
+        logger.info(
+            "committed %s: %d answered, %d failed, %d attempts in %.1f s",
+            ref.key,
+            report.completed,
+            report.failed,
+            report.attempts,
+            report.seconds,
+        )
+        self.results.put(Committed(report=report, reused=False))
+
+
+def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> list[SettledRequest]:
+    """Join a chunk's journal with its lines of the kept input, in file order.
+
+    Raises:
+        StorageError: A request of the chunk has no outcome in the journal.
+        PlanMismatch: The kept input is not the one that was admitted.
+    """
+    settled = []
+    for line in ref.lines():
+        entry = entries.get(line.index)
+        if entry is None:
+            raise StorageError(
+                f"{ref.journal_path} has no outcome of request {line.index} (line {line.line});"
+                f" run chunk {ref.key} again"
+            )
+        request = parse_line(line.data, index=line.index, line=line.line, model_required=False)
+        settled.append(
+            SettledRequest(
+                index=line.index,
+                line=line.line,
+                custom_id=request.custom_id,
+                endpoint=getattr(request, "endpoint", ""),
+                body=bytes(getattr(request, "body", line.data)),
+                outcome=entry.outcome,
+                attempts=entry.attempts,
+                failed_attempts=entry.failed_attempts,
+                settled_at=entry.settled_at,
+                provenance=entry.provenance,
+            )
+        )
+    return settled
+
+
+def busy_seconds(entries: Iterable[JournalEntry]) -> float:
+    """Return the time from first submission to last outcome, summed over the passes."""
+    spans: dict[str, tuple[float, float]] = {}
+    for entry in entries:
+        if entry.first_submitted_at is None:
+            continue
+        run_id = entry.provenance.run_id
+        first, last = spans.get(run_id, (entry.first_submitted_at, entry.settled_at))
+        spans[run_id] = (min(first, entry.first_submitted_at), max(last, entry.settled_at))
+    return sum(last - first for first, last in spans.values())

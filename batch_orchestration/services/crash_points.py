@@ -1,0 +1,77 @@
+"""Named places at which a test lets this process, or its engine, die by SIGKILL.
+
+Nothing happens unless the environment variable `CRASH_POINT` names one of them: `before_commit`
+dies when it is reached first, `before_commit:3` the third time. It is no setting, and on purpose
+has no `BATCH_` in its name: no deployment ever needs it.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from enum import StrEnum
+
+VARIABLE = "CRASH_POINT"
+
+
+class CrashPoint(StrEnum):
+    """The steps of a request's life between which an accident makes a difference."""
+
+    #: The journal does not know yet that it is about to be sent.
+    BEFORE_SUBMIT = "before_submit"
+    #: The journal knows; the engine may have it or not.
+    AFTER_SUBMIT = "after_submit"
+    #: The answer is there, but nowhere on disk.
+    BEFORE_OUTCOME = "before_outcome"
+    #: The journal has it; nobody has counted it.
+    AFTER_OUTCOME = "after_outcome"
+    #: The engine died, and one more of the requests that it had is marked as suspect.
+    AFTER_SUSPECT = "after_suspect"
+    #: The chunk's journal is complete; the store has nothing of it.
+    BEFORE_COMMIT = "before_commit"
+    #: The store has the chunk; the run does not know.
+    AFTER_COMMIT = "after_commit"
+    #: The run knows; Dagster does not.
+    BEFORE_EVENT = "before_event"
+    #: All output is written and fsynced; none of it can be seen.
+    BEFORE_ERRORS_RENAME = "before_errors_rename"
+    #: `errors.jsonl` can be seen, `output.jsonl` cannot.
+    BEFORE_OUTPUT_RENAME = "before_output_rename"
+    #: Both can be seen, the report cannot.
+    BEFORE_REPORT_RENAME = "before_report_rename"
+    #: All three can be seen; the store still says that the batch is being finalized.
+    AFTER_RENAMES = "after_renames"
+
+
+def die() -> None:
+    """End this process as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+#: What happens at the point; a test that kills the engine instead puts that in its place.
+accident: Callable[[], None] = die
+
+
+def crash_point(point: CrashPoint) -> None:
+    """Do nothing, unless a test has named this point."""
+    if _armed is not None:
+        _armed.reach(point)
+
+
+class _Armed:
+    """A point that was named, and how often it may still be passed unharmed."""
+
+    def __init__(self, text: str) -> None:
+        name, _, number = text.partition(":")
+        self._point = CrashPoint(name)
+        self._left = int(number or 1)
+
+    def reach(self, point: CrashPoint) -> None:
+        if point is not self._point:
+            return
+        self._left -= 1
+        if self._left == 0:
+            accident()
+
+
+#: A name that is none of the points is an error at import.
+_armed = _Armed(os.environ[VARIABLE]) if VARIABLE in os.environ else None

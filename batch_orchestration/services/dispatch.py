@@ -1,0 +1,209 @@
+"""Dispatch: which runs each unfinished batch needs next, decided from what is durable.
+
+Dagster's runs come in as plain `KnownRun`s; nothing is remembered between two calls. A batch that
+keeps failing is left alone until a person steps in.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.commits import BatchRecord, ChunkReport
+from batch_orchestration.storage.store import Store
+
+#: Failed runs in a row, without a commit in between, after which a person is asked.
+MAX_FAILURES = 3
+#: Wait after the first failure, doubled by each further one, up to the longest.
+BACKOFF_SECONDS = 30.0
+LONGEST_BACKOFF_SECONDS = 900.0
+#: Dagster creates runs one by one, and one over 200 partitions takes it 3 to 5 s.
+MAX_NEW_RUNS = 4
+
+UNFINISHED = frozenset({BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING})
+
+
+class RunState(StrEnum):
+    """What became of a run, as far as dispatch cares."""
+
+    #: Queued, running, or about to be retried by Dagster itself.
+    LIVE = "live"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    #: Ended by a person, or hopeless without one.
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownRun:
+    """A run of a batch, as Dagster tells it.
+
+    Attributes:
+        chunks: Numbers of the chunks that it is about; None for a run that makes the output.
+        ended_at: POSIX seconds; 0 while it is live.
+        reason: Why it was stopped.
+    """
+
+    run_id: str
+    batch_id: str
+    chunks: range | None
+    state: RunState
+    ended_at: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeededRun:
+    """A run that a batch needs.
+
+    Attributes:
+        chunks: Consecutive chunks to answer; None for the run that makes the output.
+        attempt: How many runs of this batch ended before.
+    """
+
+    batch: BatchRecord
+    chunks: range | None
+    attempt: int
+
+    @property
+    def key(self) -> str:
+        """Unique for this attempt, so that it is started once however often it is asked for."""
+        what = f"{self.chunks[0]:05d}-{self.chunks[-1]:05d}" if self.chunks else "output"
+        return f"{self.batch.batch_id}/{what}#{self.attempt}"
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        if not self.chunks:
+            return f"{self.batch.batch_id}, output"
+        return f"{self.batch.batch_id}, chunks {self.chunks[0]} to {self.chunks[-1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatch:
+    """What is needed next, and why the rest has to wait: one line per reason."""
+
+    needed: tuple[NeededRun, ...]
+    waiting: tuple[str, ...]
+
+
+def unfinished_batches(store: Store) -> list[BatchRecord]:
+    """Return the batches that still need runs: by priority, then in the order of admission.
+
+    Raises:
+        StorageError: The store cannot be read.
+    """
+    unfinished = [record for record in store.batches() if record.status in UNFINISHED]
+    return sorted(
+        unfinished, key=lambda batch: (-batch.options.priority, min(batch.times.values()))
+    )
+
+
+def dispatch(
+    batches: Iterable[BatchRecord],
+    runs: Iterable[KnownRun],
+    *,
+    reports: Callable[[str], Mapping[int, ChunkReport]],
+    chunks_per_run: int,
+    now: float,
+) -> Dispatch:
+    """Decide which runs are needed, at most `MAX_NEW_RUNS` of them.
+
+    Asking again before the runs show among `runs` gives the same runs with the same keys.
+
+    Args:
+        batches: Those of `unfinished_batches`.
+        runs: All runs of these batches that Dagster knows, in any order.
+        reports: Looks up the committed chunks of a batch: `Store.chunk_reports`.
+        chunks_per_run: Upper bound of the chunks in a run.
+        now: POSIX seconds.
+
+    Raises:
+        StorageError: The store cannot be read.
+    """
+    runs_by_batch: dict[str, list[KnownRun]] = {}
+    for run in runs:
+        runs_by_batch.setdefault(run.batch_id, []).append(run)
+    needed: list[NeededRun] = []
+    waiting: list[str] = []
+    for batch in batches:
+        known = runs_by_batch.get(batch.batch_id, [])
+        committed = reports(batch.batch_id)
+        last_commit_at = max((report.committed_at for report in committed.values()), default=0.0)
+        for run_needed in _remaining(batch, committed, known, chunks_per_run):
+            reason = _reason_to_wait(run_needed, known, last_commit_at=last_commit_at, now=now)
+            if reason is None:
+                needed.append(run_needed)
+            else:
+                waiting.append(f"{run_needed.title}: {reason}")
+    return Dispatch(needed=tuple(needed[:MAX_NEW_RUNS]), waiting=tuple(waiting))
+
+
+def backoff_left(failures: int, ended_at: float, *, now: float) -> float:
+    """Return seconds until what failed so often in a row may be tried again; negative if it may."""
+    delay = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(failures - 1, 20))
+    return ended_at + delay - now
+
+
+def _remaining(
+    batch: BatchRecord, committed: Iterable[int], known: Sequence[KnownRun], chunks_per_run: int
+) -> Iterator[NeededRun]:
+    """Yield what no live run is about: runs over missing chunks, or the one for the output."""
+    live = [run for run in known if run.state is RunState.LIVE]
+    attempt = len(known) - len(live)
+    missing = sorted(set(range(batch.chunks)).difference(committed))
+    if not missing and all(run.chunks is not None for run in live):
+        yield NeededRun(batch=batch, chunks=None, attempt=attempt)
+    open_numbers = [n for n in missing if all(n not in (run.chunks or ()) for run in live)]
+    for chunks in _consecutive(open_numbers, chunks_per_run):
+        yield NeededRun(batch=batch, chunks=chunks, attempt=attempt)
+
+
+def _consecutive(numbers: Sequence[int], longest: int) -> Iterator[range]:
+    """Cut ascending numbers into ranges without gaps, none across a multiple of `longest`.
+
+    The fixed grid keeps a later attempt on the range of the first one.
+    """
+    for _, places in groupby(enumerate(numbers), key=lambda p: (p[1] - p[0], p[1] // longest)):
+        members = [number for _, number in places]
+        yield range(members[0], members[-1] + 1)
+
+
+def _reason_to_wait(
+    needed: NeededRun, known: Sequence[KnownRun], *, last_commit_at: float, now: float
+) -> str | None:
+    before = sorted(
+        (run for run in known if run.state is not RunState.LIVE and _same_work(run, needed)),
+        key=lambda run: run.ended_at,
+    )
+    if not before:
+        return None
+    latest = before[-1]
+    if latest.state is RunState.STOPPED:
+        return f"waits for a person: run {latest.run_id[:8]} {latest.reason}. {_way_on(needed)}"
+    failures = [
+        run for run in before if run.state is RunState.FAILED and run.ended_at > last_commit_at
+    ]
+    if len(failures) >= MAX_FAILURES:
+        return (
+            f"waits for a person: {len(failures)} runs failed in a row, the latest is"
+            f" {latest.run_id[:8]}. Mend the cause that its page shows. {_way_on(needed)}"
+        )
+    if failures:
+        wait = backoff_left(len(failures), latest.ended_at, now=now)
+        if wait > 0:
+            return f"run {latest.run_id[:8]} failed; next attempt in {wait:.0f} s"
+    return None
+
+
+def _same_work(run: KnownRun, needed: NeededRun) -> bool:
+    if run.chunks is None or needed.chunks is None:
+        return run.chunks is None and needed.chunks is None
+    return run.chunks.start < needed.chunks.stop and needed.chunks.start < run.chunks.stop
+
+
+def _way_on(needed: NeededRun) -> str:
+    if needed.chunks is None:
+        return f"To go on, materialize partition {needed.batch.batch_id} of batch_output"
+    return "To go on, re-execute that run or materialize the missing partitions of chunk_results"

@@ -1,0 +1,334 @@
+"""Keeps the engine busy: a bounded window of requests in flight that runs across chunks."""
+
+import asyncio
+import logging
+import random
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from batch_orchestration.domain.breaker import Breaker, BreakerPolicy
+from batch_orchestration.domain.errors import (
+    DiskFull,
+    EngineDied,
+    EngineError,
+    EngineSick,
+    EngineStartFailed,
+)
+from batch_orchestration.domain.isolation import (
+    LABEL_END,
+    Isolation,
+    is_confirmation,
+    to_confirm,
+)
+from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
+from batch_orchestration.domain.overrides import Overrides, prepare_body
+from batch_orchestration.domain.retries import RetryPolicy, retry_delay
+from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.services.chunk_pass import PendingRequest
+from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.services.easing import Easing
+from batch_orchestration.services.hang_watch import HangWatch
+
+logger = logging.getLogger(__name__)
+
+#: Between looks at a breaker that is open.
+BREAKER_POLL_SECONDS = 0.2
+#: Between looks at a disk that is full.
+DISK_POLL_SECONDS = 1.0
+COMPLAINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """How much is given to the engine, and how often a request or the engine gets another chance.
+
+    Attributes:
+        in_flight: Requests given to the engine at a time.
+        engine_restarts: How often a dead engine is started anew before the run gives up.
+        hang_seconds: Without any sign of progress the engine counts as dead after this, or after
+            a multiple of the latencies seen, if that is longer.
+    """
+
+    in_flight: int
+    retry: RetryPolicy
+    breaker: BreakerPolicy
+    engine_restarts: int
+    hang_seconds: float
+
+
+class Feeder:
+    """Draws pending requests from a source and settles each of them.
+
+    A request that waits for its next attempt keeps its place in the window, so that an engine
+    in trouble is fed less.
+
+    When the engine dies, what it had in flight is suspect and is tested apart (see
+    `domain.isolation`); the death costs no request an attempt. Suspects and fresh requests take
+    turns and never share a window. A fresh turn lasts at least as long as the turn of suspects
+    before it, so that fresh work gets half of the time whatever is wrong with the suspects.
+
+    An engine that ran out of memory makes no suspects, but is started anew with gentler settings
+    (see `services.easing`), until there are none.
+
+    A source that yields `DiskFull` in place of a request is asked again when there may be room.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: Iterator[PendingRequest | DiskFull],
+        *,
+        window: Window,
+        overrides: Overrides,
+        settled: Callable[[PendingRequest, Outcome], None],
+        started: Callable[[EngineIdentity], None] = lambda identity: None,
+    ) -> None:
+        self._engine = engine
+        self._source = source
+        self._window = window
+        self._overrides = overrides
+        self._settled = settled
+        self._started = started
+        self._served: tuple[str, ...] = ()
+        self._easing = Easing(engine.ladder, in_flight=window.in_flight)
+        self._breaker = Breaker(window.breaker)
+        self._hang_watch = HangWatch(engine, floor_seconds=window.hang_seconds)
+        self._isolation: Isolation[PendingRequest] = Isolation()
+        #: Drawn from the source and without an outcome, in the order of drawing.
+        self._unanswered: dict[PendingRequest, None] = {}
+        #: Fresh requests that a dead engine left, but did not have.
+        self._again: deque[PendingRequest] = deque()
+        self._source_is_dry = False
+        self._complained_at = -COMPLAINT_SECONDS
+        self.restarts = 0
+        self.in_flight = 0
+
+    async def feed(self) -> None:
+        """Settle everything that the source yields.
+
+        Raises:
+            EngineStartFailed: The engine did not become ready.
+            EngineDied: It died more often than it may be restarted.
+            EngineSick: It lives, but fails nearly everything.
+        """
+        loop = asyncio.get_running_loop()
+        await self._start()
+        suspects_took = 0.0
+        while self._isolation or not self._fresh_is_over:
+            if self._isolation:
+                began = loop.time()
+                await self._run_turn_of_suspects(*self._isolation.next_group())
+                suspects_took = loop.time() - began
+            await self._run_turn_of_fresh(loop.time() + suspects_took)
+
+    @property
+    def _fresh_is_over(self) -> bool:
+        return self._source_is_dry and not self._again
+
+    def _fresh(self, until: float) -> Iterator[PendingRequest | DiskFull]:
+        """Yield fresh requests: to the end, or while suspects wait for at most so long."""
+        loop = asyncio.get_running_loop()
+        while not self._isolation or loop.time() < until:
+            if self._again:
+                yield self._again.popleft()
+            elif (pending := next(self._source, None)) is None:
+                self._source_is_dry = True
+                return
+            elif isinstance(pending, DiskFull) or pending.suspect_group is None:
+                yield pending
+            else:
+                self._isolation.add(pending.suspect_group, pending)
+
+    async def _run_turn_of_fresh(self, until: float) -> None:
+        death = await self._run_window(self._fresh(until))
+        if death is None:
+            return
+        left, self._unanswered = list(self._unanswered), {}
+        suspects = [pending for pending in left if pending.in_flight]
+        if await self._easing.ease(death):
+            self._again.extend(left)
+        else:
+            self._again.extend(pending for pending in left if not pending.in_flight)
+            logger.warning("%d requests were in flight and are suspect: %s", len(suspects), death)
+            label = f"{secrets.token_hex(4)}{LABEL_END}"
+            await self._suspect(label if len(suspects) > 1 else to_confirm(label), suspects)
+        for pending in left:
+            pending.in_flight = False
+        await self._restart(death)
+
+    async def _run_turn_of_suspects(self, label: str, group: list[PendingRequest]) -> None:
+        logger.info("testing %d suspects apart (group %s)", len(group), label)
+        untested = iter(group)
+        death = await self._run_window(untested)
+        if death is None:
+            return
+        left, self._unanswered = [*self._unanswered, *untested], {}
+        for pending in left:
+            pending.in_flight = False
+        if await self._easing.ease(death):
+            for pending in left:
+                self._isolation.add(label, pending)
+        elif len(group) > 1:
+            await self._suspect(label, left)
+        elif death.exhaustion or is_confirmation(label):
+            await self._convict(group[0], death)
+        else:
+            # Somebody else may have killed the engine just then.
+            await self._suspect(to_confirm(label), group)
+        await self._restart(death)
+
+    async def _suspect(self, label: str, suspects: list[PendingRequest]) -> None:
+        for pending, group in self._isolation.split(label, suspects).items():
+            await self._durably(partial(pending.suspect, group))
+            crash_point(CrashPoint.AFTER_SUSPECT)
+
+    async def _convict(self, pending: PendingRequest, death: EngineDied) -> None:
+        logger.error("request %d kills the engine", pending.request.index)
+        failure = Failure(
+            code=FailureCode.OUT_OF_MEMORY if death.exhaustion else FailureCode.ENGINE_KILLED,
+            message=f"the engine died whenever it had this request alone: {death}",
+        )
+        if death.exhaustion:
+            self._easing.note_culprit()
+        await self._durably(partial(pending.settle, failure))
+        self._settled(pending, failure)
+
+    async def _restart(self, death: EngineDied) -> None:
+        self._count_restart(death)
+        await self._start()
+
+    async def _start(self) -> None:
+        """Start the engine, on a gentler rung if its memory does not suffice."""
+        while True:
+            try:
+                identity = await self._engine.start()
+            except EngineStartFailed as failure:
+                if not await self._easing.ease(failure):
+                    raise
+                self._count_restart(failure)
+            else:
+                self._served = identity.models
+                # The old engine may have died of a probe, which then never ends.
+                self._breaker = Breaker(self._window.breaker)
+                return self._started(identity)
+
+    def _count_restart(self, death: EngineError) -> None:
+        self.restarts += 1
+        if self.restarts > self._window.engine_restarts:
+            raise EngineDied(
+                f"the engine died {self.restarts} times in this run and may be restarted"
+                f" {self._window.engine_restarts} times (BATCH_ENGINE_RESTARTS);"
+                f" {len(self._isolation)} requests are suspect, the next run goes on with them."
+                f" Last death: {death}"
+            ) from death
+        logger.warning("restart %d of %d", self.restarts, self._window.engine_restarts)
+
+    async def _run_window(self, requests: Iterator[PendingRequest | DiskFull]) -> EngineDied | None:
+        """Settle the requests; return the engine's death, if that ended it."""
+        slots = asyncio.Semaphore(self._easing.in_flight)
+        try:
+            async with (
+                self._hang_watch.watching(lambda: self.in_flight),
+                asyncio.TaskGroup() as group,
+            ):
+                while True:
+                    await slots.acquire()
+                    while isinstance(pending := next(requests, None), DiskFull):
+                        await self._wait_for_room(pending)
+                    if pending is None:
+                        return None
+                    self._unanswered[pending] = None
+                    task = group.create_task(self._settle(pending))
+                    task.add_done_callback(lambda _: slots.release())
+        except* EngineDied as deaths:
+            death = first_leaf(deaths)
+        assert isinstance(death, EngineDied)
+        return death
+
+    async def _settle(self, pending: PendingRequest) -> None:
+        outcome = await self._answer(pending)
+        crash_point(CrashPoint.BEFORE_OUTCOME)
+        await self._durably(partial(pending.settle, outcome))
+        crash_point(CrashPoint.AFTER_OUTCOME)
+        del self._unanswered[pending]
+        self._settled(pending, outcome)
+
+    async def _answer(self, pending: PendingRequest) -> Outcome:
+        request = pending.request
+        body = prepare_body(
+            request.body, request.endpoint, overrides=self._overrides, served=self._served
+        )
+        while True:
+            outcome = await self._submit(pending, body)
+            if not isinstance(outcome, Failure):
+                return outcome
+            pending.failed_attempts += 1
+            delay = retry_delay(
+                outcome,
+                attempts=pending.failed_attempts,
+                policy=self._window.retry,
+                jitter=random.random(),
+            )
+            if delay is None:
+                return outcome
+            await self._durably(partial(pending.fail_attempt, outcome))
+            await asyncio.sleep(delay)
+
+    async def _submit(self, pending: PendingRequest, body: bytes) -> Outcome:
+        await self._breaker_permits()
+        batch_id, index = pending.chunk.batch_id, pending.request.index
+        crash_point(CrashPoint.BEFORE_SUBMIT)
+        await self._durably(pending.submit)
+        crash_point(CrashPoint.AFTER_SUBMIT)
+        self.in_flight += 1
+        pending.in_flight = True
+        try:
+            outcome = await self._engine.answer(
+                pending.request.endpoint,
+                body,
+                request_id=f"{batch_id}-{index}-{pending.submissions}",
+            )
+            # Not in a `finally`: what a dead engine had stays marked.
+            pending.in_flight = False
+        finally:
+            self.in_flight -= 1
+        self._hang_watch.note_progress()
+        failed = isinstance(outcome, Failure) and outcome.retryable
+        self._breaker.record(failed=failed, now=asyncio.get_running_loop().time())
+        return outcome
+
+    async def _durably(self, record: Callable[[], None]) -> None:
+        """Write to a journal; while the disk is full wait for room, and with it the window."""
+        while True:
+            try:
+                return record()
+            except DiskFull as full:
+                await self._wait_for_room(full)
+
+    async def _wait_for_room(self, full: DiskFull) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._complained_at > COMPLAINT_SECONDS:
+            self._complained_at = now
+            logger.warning("paused until there is room, nothing is lost: %s", full)
+        await asyncio.sleep(DISK_POLL_SECONDS)
+
+    async def _breaker_permits(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._breaker.may_submit(loop.time()):
+            if self._breaker.gave_up:
+                raise EngineSick(
+                    "the engine fails nearly everything it is given, and failed"
+                    f" {self._window.breaker.probes} probes in a row; what was answered is kept,"
+                    " and the batch goes on where it stopped once the engine is well"
+                )
+            await asyncio.sleep(BREAKER_POLL_SECONDS)
+
+
+def first_leaf(error: BaseException) -> BaseException:
+    """Return the first exception of a group that is not a group: what a caller can act on."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,65 @@
+"""Memory ladders that outlive a run, and what the chunks of a run need of them."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from batch_orchestration.domain.batches import settings_hash
+from batch_orchestration.domain.needs import Needs, needs_of
+from batch_orchestration.domain.requests import Request, parse_line
+from batch_orchestration.domain.rungs import Ladder, Rung
+from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.storage.rung_memory import RungMemory
+
+logger = logging.getLogger(__name__)
+
+
+def remembered_ladder(
+    top: Rung,
+    *,
+    memory: RungMemory,
+    model: str,
+    device: str,
+    args: Mapping[str, Any],
+    retry_seconds: float,
+    clock: Callable[[], float] = time.time,
+) -> Ladder:
+    """Return a ladder that begins where the last run of the same engine found that it works.
+
+    After `retry_seconds` there it begins one rung higher: what filled the memory may be gone.
+    """
+    configured = {"args": dict(args), "top": msgspec.to_builtins(top)}
+    engine = f"{model} on {device} ({settings_hash(configured)})"
+    descent = memory.recall(engine)
+    rungs = () if descent is None else descent.rungs
+    if descent is not None and clock() - descent.since >= retry_seconds:
+        # If the trial fails, the next one waits for its time again.
+        memory.note_trial(engine, at=clock())
+        rungs = rungs[:-1]
+    ladder = Ladder(top, descent=rungs, worked=partial(_remember, memory, engine, clock))
+    if descent is not None:
+        logger.info("memory settings by what worked before: %s", ladder.description)
+    return ladder
+
+
+def chunk_needs(refs: Sequence[ChunkRef], *, max_tokens_cap: int | None) -> Needs:
+    """Read the chunks and return what their requests need."""
+    return needs_of(_requests(refs), max_tokens_cap=max_tokens_cap)
+
+
+def _requests(refs: Iterable[ChunkRef]) -> Iterator[Request]:
+    for ref in refs:
+        for line in ref.lines():
+            request = parse_line(line.data, index=line.index, line=line.line, model_required=False)
+            if isinstance(request, Request):
+                yield request
+
+
+def _remember(
+    memory: RungMemory, engine: str, clock: Callable[[], float], rungs: Iterable[Rung]
+) -> None:
+    memory.remember(engine, tuple(rungs), at=clock())

@@ -1,0 +1,178 @@
+"""One pass over a batch file: requests and faults line by line, chunks, hash and counts."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from batch_orchestration.domain.chunks import Chunk
+from batch_orchestration.domain.outcomes import FailureCode
+from batch_orchestration.domain.requests import (
+    UTF8_BOM,
+    Fault,
+    Request,
+    parse_line,
+    too_long_fault,
+)
+from batch_orchestration.storage.lines import RawLine, new_digest, read_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingRules:
+    """What a line must keep to.
+
+    Attributes:
+        model_required: False if something else than the body says which model answers.
+    """
+
+    requests_per_chunk: int
+    max_line_bytes: int
+    model_required: bool = True
+
+
+class BatchFileReading:
+    """Reads a batch file once, from its first byte, and keeps its figures.
+
+    Of the file it holds one line, and 16 bytes of hash per usable request to find duplicates:
+    about 150 bytes of memory each. Its chunks cover every byte of the file exactly once.
+    The figures are those of what has been read so far.
+    """
+
+    def __init__(self, rules: ReadingRules) -> None:
+        self.requests = 0
+        self.faults_by_code: Counter[FailureCode] = Counter()
+        self.lines = 0
+        self.size_bytes = 0
+        #: The first bytes that are not white space: they tell other formats from JSON lines.
+        self.beginning = b""
+        self._rules = rules
+        self._sha256 = hashlib.sha256()
+        self._chunks = _ChunkCutter(rules.requests_per_chunk)
+        self._first_lines: dict[bytes, int] = {}
+
+    def read(self, file: BinaryIO) -> Iterator[Request | Fault]:
+        """Yield what each non-blank line is, in file order.
+
+        Of several usable requests with one `custom_id` the first stands; the others are faults.
+        """
+        for line in read_lines(file, self._rules.max_line_bytes, observe=self._observe):
+            self.lines, self.size_bytes = line.line, line.end
+            self._chunks.add(line)
+            if line.blank:
+                continue
+            self.requests += 1
+            self.beginning = self.beginning or line.data.removeprefix(UTF8_BOM).lstrip()[:16]
+            parsed = self._refuse_duplicate(self._parse(line))
+            if isinstance(parsed, Fault):
+                self.faults_by_code[parsed.code] += 1
+            yield parsed
+
+    @property
+    def faulty(self) -> int:
+        """How many of the requests cannot be used."""
+        return self.faults_by_code.total()
+
+    @property
+    def usable(self) -> int:
+        """How many of the requests an engine can be asked."""
+        return self.requests - self.faulty
+
+    @property
+    def sha256(self) -> str:
+        """Of all bytes, hexadecimal."""
+        return self._sha256.hexdigest()
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The chunks, in file order; none if there is no request."""
+        return self._chunks.all()
+
+    def _observe(self, data: bytes) -> None:
+        self._sha256.update(data)
+        self._chunks.observe(data)
+
+    def _parse(self, line: RawLine) -> Request | Fault:
+        if line.too_long:
+            return too_long_fault(
+                line.data,
+                index=line.index,
+                line=line.line,
+                size_bytes=line.end - line.start,
+                max_line_bytes=self._rules.max_line_bytes,
+            )
+        model_required = self._rules.model_required
+        return parse_line(
+            line.data, index=line.index, line=line.line, model_required=model_required
+        )
+
+    def _refuse_duplicate(self, parsed: Request | Fault) -> Request | Fault:
+        if isinstance(parsed, Fault):
+            return parsed
+        # Ids are up to 512 characters; of a hash of 128 bits no two will ever be the same.
+        key = hashlib.blake2b(parsed.custom_id.encode(), digest_size=16).digest()
+        first_line = self._first_lines.setdefault(key, parsed.line)
+        if first_line == parsed.line:
+            return parsed
+        return Fault(
+            index=parsed.index,
+            line=parsed.line,
+            custom_id=parsed.custom_id,
+            code=FailureCode.DUPLICATE_CUSTOM_ID,
+            message=f"`custom_id` is already that of line {first_line}",
+        )
+
+
+class _ChunkCutter:
+    """Cuts a file into chunks while it is read; bytes are observed before their line is added.
+
+    Blank lines belong to the chunk before them, those at the top of the file to the first.
+    """
+
+    def __init__(self, requests_per_chunk: int) -> None:
+        self._requests_per_chunk = requests_per_chunk
+        self._done: list[Chunk] = []
+        self._first = RawLine(1, 0, 0, 0, b"", too_long=False, blank=True)
+        self._requests = 0
+        self._end = 0
+        #: Of the chunk up to the last line added, and with the bytes observed since.
+        self._digest, self._digest_with_next = new_digest(), new_digest()
+        #: Of a chunk that would begin with the bytes observed since.
+        self._digest_of_next = new_digest()
+
+    def observe(self, data: bytes) -> None:
+        self._digest_with_next.update(data)
+        if self._full:
+            self._digest_of_next.update(data)
+
+    def add(self, line: RawLine) -> None:
+        if self._full and not line.blank:
+            self._done.append(self._cut())
+            self._first, self._requests = line, 0
+            self._digest_with_next = self._digest_of_next
+        self._requests += not line.blank
+        self._end = line.end
+        if self._full:
+            self._digest = self._digest_with_next.copy()
+            self._digest_of_next = new_digest()
+
+    def all(self) -> tuple[Chunk, ...]:
+        if not self._requests:
+            return ()
+        self._digest = self._digest_with_next
+        return (*self._done, self._cut())
+
+    @property
+    def _full(self) -> bool:
+        return self._requests == self._requests_per_chunk
+
+    def _cut(self) -> Chunk:
+        return Chunk(
+            number=len(self._done),
+            first_index=self._first.index,
+            requests=self._requests,
+            first_line=self._first.line,
+            start=self._first.start,
+            end=self._end,
+            digest=self._digest.hexdigest(),
+        )

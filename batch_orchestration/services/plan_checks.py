@@ -1,0 +1,48 @@
+"""Whether a batch is still the one that was planned: its settings and its kept input."""
+
+import logging
+from collections.abc import Mapping
+
+from batch_orchestration.domain.batches import BatchPlan, settings_difference
+from batch_orchestration.domain.errors import PlanMismatch
+from batch_orchestration.storage.files import DataFolder
+
+logger = logging.getLogger(__name__)
+
+
+def check_input_size(plan: BatchPlan, folder: DataFolder) -> None:
+    """Compare the size of the kept input with the plan's.
+
+    The bytes of each chunk are verified where they are read; this finds bytes behind the last
+    chunk, which a copy adds that stalled for longer than the inbox waits.
+
+    Raises:
+        PlanMismatch: Something was appended or cut off after admission.
+    """
+    path = folder.input_path(plan.batch_id)
+    present = path.stat().st_size
+    if present != plan.size_bytes:
+        raise PlanMismatch(
+            f"{path} has {present:,} bytes, but {plan.size_bytes:,} when it was admitted: it was"
+            " still being written. Drop the complete file again; it will be a batch of its own."
+        )
+
+
+def check_settings(plan: BatchPlan, present: Mapping[str, object], *, force: bool) -> None:
+    """Compare the settings in force with those that the batch was planned with.
+
+    Raises:
+        PlanMismatch: They differ and the run is not forced; the message shows the difference.
+    """
+    difference = settings_difference(plan.settings, dict(present))
+    if not difference:
+        return
+    shown = "\n  ".join(difference)
+    if force:
+        logger.warning("batch %s runs with other settings:\n  %s", plan.batch_id, shown)
+        return
+    raise PlanMismatch(
+        f"settings differ from those that batch {plan.batch_id} was planned with"
+        f" (planned → present):\n  {shown}\n"
+        "Restore them, or launch the chunks with `force: true` to mix answers of both."
+    )

@@ -1,0 +1,99 @@
+"""Recount: what the files in the outbox hold, read anew and held against the plan."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.output_lines import output_line_id
+from batch_orchestration.services.assembly import OutboxFiles
+
+
+class _LineHead(msgspec.Struct):
+    id: str
+
+
+_decode_head = msgspec.json.Decoder(_LineHead).decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recount:
+    """How the files compare with the plan.
+
+    Attributes:
+        total: Requests of the plan.
+        completed: Lines of the output file.
+        failed: Lines of the error file.
+        problem: The first request that is missing, or line that belongs to none; None if each
+            request has exactly one line.
+    """
+
+    total: int
+    completed: int
+    failed: int
+    problem: str | None
+
+
+def recount(plan: BatchPlan, files: OutboxFiles) -> Recount:
+    """Look for each request of the plan, in order, in exactly one of the two files.
+
+    Memory does not grow with the files: both are in input order and read side by side.
+    """
+    with ExitStack() as stack:
+        outputs, errors = _Lines(files.output, stack), _Lines(files.errors, stack)
+        problem = None
+        for index in range(plan.requests):
+            expected = output_line_id(plan.batch_id, index)
+            if not (outputs.take(expected) or errors.take(expected)):
+                problem = f"request {index} has no line where it belongs: {outputs} and {errors}"
+                break
+        else:
+            if outputs.rest or errors.rest:
+                problem = f"there are lines of no request: {outputs} and {errors}"
+        return Recount(
+            total=plan.requests,
+            completed=outputs.count(),
+            failed=errors.count(),
+            problem=problem,
+        )
+
+
+class _Lines:
+    """The lines of one file, one of them looked at."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self._name = path.name
+        self._ids = _line_ids(path, stack)
+        self._taken = 0
+        self._head = next(self._ids, None)
+
+    def __str__(self) -> str:
+        return f"{self._name} line {self._taken + 1} is {self._head or 'its end'}"
+
+    @property
+    def rest(self) -> bool:
+        """Whether a line is left."""
+        return self._head is not None
+
+    def take(self, line_id: str) -> bool:
+        """Go on to the next line if this one has that id."""
+        if self._head != line_id:
+            return False
+        self._taken += 1
+        self._head = next(self._ids, None)
+        return True
+
+    def count(self) -> int:
+        """Return the number of lines, those not yet looked at included."""
+        return self._taken + (1 if self.rest else 0) + sum(1 for _ in self._ids)
+
+
+def _line_ids(path: Path, stack: ExitStack) -> Iterator[str]:
+    for line in stack.enter_context(path.open("rb")):
+        try:
+            yield _decode_head(line).id
+        except msgspec.DecodeError as error:
+            yield f"unreadable ({error})"

@@ -1,0 +1,201 @@
+"""Recovery: makes the store anew from plans, kept inputs, journals and what people did since.
+
+All of these are kept for as long as their batch is, so nothing that was committed is lost with the
+DuckDB file. Only the store knew when and by whom chunks were committed (now: their last outcome),
+on which rung of the engine (now: unknown), and when the batch reached its status (its files).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError, StoreLocked
+from batch_orchestration.services.assembly import OutboxFiles, assemble
+from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.services.committer import busy_seconds, settled_requests
+from batch_orchestration.services.registration import admission_lock, register_batch
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.journal import read_journal
+from batch_orchestration.storage.operations import Operations
+from batch_orchestration.storage.remaking import remake
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveredBatch:
+    """What was rebuilt of a batch.
+
+    Attributes:
+        chunks: Those that are committed again, of `of_chunks`.
+        unfinished: Outcomes in the journals of the other chunks; their runs go on with them.
+        operations: Replays and discards that were applied again.
+        problems: What could not be rebuilt, one line each.
+    """
+
+    batch_id: str
+    status: str = ""
+    chunks: int = 0
+    of_chunks: int = 0
+    completed: int = 0
+    failed: int = 0
+    unfinished: int = 0
+    operations: int = 0
+    problems: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What was wrong, where the old file is now, and what was rebuilt."""
+
+    problem: str
+    set_aside: Path | None
+    batches: Sequence[RecoveredBatch]
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing that could not be rebuilt."""
+        return not any(batch.problems for batch in self.batches)
+
+
+def find_problem(*, folder: DataFolder, store: Store) -> str | None:
+    """Return what is wrong with the store; None if it can be read and knows every batch.
+
+    Raises:
+        StoreLocked: It cannot be asked now.
+    """
+    planned = folder.batch_ids()
+    if not folder.duckdb.exists():
+        return f"{folder.duckdb} is missing" if planned else None
+    try:
+        store.check_sound()
+        known = {record.batch_id for record in store.batches()}
+    except StoreLocked:
+        raise
+    except StorageError as error:
+        return str(error).splitlines()[0]
+    if unknown := sorted(set(planned) - known):
+        return f"{folder.duckdb} does not know batches: {', '.join(unknown[:5])}"
+    return None
+
+
+def recover(
+    *, folder: DataFolder, problem: str, clock: Callable[[], float], deadline_seconds: float = 600.0
+) -> Recovery:
+    """Make the store anew, whatever is left of it; the old file is set aside, never deleted.
+
+    Runs may go on meanwhile: their commits wait. Batches that were delivered are assembled again.
+
+    Args:
+        folder: The data folder.
+        problem: Why; see `find_problem`.
+        clock: POSIX seconds.
+        deadline_seconds: How long to wait for those who write to the store now.
+
+    Raises:
+        StoreLocked: Others kept writing.
+        StorageError: Nothing can be written; the old file is as it was.
+    """
+    rebuilt: list[_Rebuilding] = []
+
+    def fill(store: Store) -> None:
+        for batch_id in folder.batch_ids():
+            rebuilding = _Rebuilding(batch_id, folder, store)
+            rebuilding.run()
+            rebuilt.append(rebuilding)
+
+    folder.create()
+    # No batch comes into being meanwhile: it would be missing from the new file.
+    with admission_lock(folder):
+        set_aside = remake(folder.duckdb, fill, at=clock(), deadline_seconds=deadline_seconds)
+    store = Store(folder.duckdb, deadline_seconds=deadline_seconds)
+    batches = [rebuilding.deliver_again(store) for rebuilding in rebuilt]
+    return Recovery(problem=problem, set_aside=set_aside, batches=batches)
+
+
+class _Rebuilding:
+    """Rebuilds one batch; what goes wrong with it does not keep the others from theirs."""
+
+    def __init__(self, batch_id: str, folder: DataFolder, store: Store) -> None:
+        self._batch_id = batch_id
+        self._folder = folder
+        self._store = store
+        self._chunks = self._of_chunks = self._unfinished = self._operations = 0
+        self._problems: list[str] = []
+
+    def run(self) -> None:
+        """Rebuild its rows."""
+        try:
+            plan = self._folder.read_plan(self._batch_id)
+            register_batch(self._folder, self._store, self._batch_id, at=plan.created_at)
+        except BatchOrchestrationError as error:
+            self._problems.append(str(error))
+            return
+        self._of_chunks = len(plan.chunks)
+        for number in range(len(plan.chunks)):
+            ref = ChunkRef.of(plan, number, self._folder)
+            try:
+                self._commit(ref)
+            except BatchOrchestrationError as error:
+                self._problems.append(f"chunk {number}: {error}")
+        try:
+            operations = Operations(self._folder, self._batch_id)
+            operations.apply_to(self._store)
+            self._operations = len(operations.all())
+        except BatchOrchestrationError as error:
+            self._problems.append(f"replays and discards: {error}")
+
+    def _commit(self, ref: ChunkRef) -> None:
+        entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
+        if not set(ref.indices) <= entries.keys():
+            # Of a chunk that was committed, this is the loss of a journal.
+            self._unfinished += len(entries)
+            return
+        last = max(entries.values(), key=lambda entry: entry.settled_at)
+        self._store.commit_chunk(
+            self._batch_id,
+            ref.chunk.number,
+            settled_requests(ref, entries),
+            run_id=last.provenance.run_id,
+            at=last.settled_at,
+            seconds=busy_seconds(entries.values()),
+        )
+        self._chunks += 1
+
+    def deliver_again(self, store: Store) -> RecoveredBatch:
+        """Write the files of a batch that was delivered; return what came of it all."""
+        output = OutboxFiles(self._folder.outbox_path(self._batch_id)).output
+        missing = self._of_chunks - self._chunks
+        if output.exists() and missing and not self._problems:
+            self._problems.append(
+                f"{missing} chunks were delivered, but their journals are not complete: their"
+                f" requests are asked again; keep a copy of {output.parent}"
+            )
+        elif output.exists() and not self._problems:
+            delivered_at = output.stat().st_mtime
+            try:
+                assemble(
+                    self._batch_id, folder=self._folder, store=store, clock=lambda: delivered_at
+                )
+            except BatchOrchestrationError as error:
+                self._problems.append(str(error))
+        return self._result(store)
+
+    def _result(self, store: Store) -> RecoveredBatch:
+        if not self._of_chunks:
+            return RecoveredBatch(batch_id=self._batch_id, problems=tuple(self._problems))
+        record = store.batch(self._batch_id)
+        return RecoveredBatch(
+            batch_id=self._batch_id,
+            status=str(BatchStatus(record.status)),
+            chunks=self._chunks,
+            of_chunks=self._of_chunks,
+            completed=record.completed,
+            failed=record.failed,
+            unfinished=self._unfinished,
+            operations=self._operations,
+            problems=tuple(self._problems),
+        )

@@ -1,0 +1,86 @@
+"""Why a whole file is refused, in words for its author, and the errors file beside it."""
+
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from batch_orchestration.domain.batches import LinePolicy
+from batch_orchestration.domain.requests import Fault
+from batch_orchestration.services.line_reading import BatchFileReading
+from batch_orchestration.services.verdicts import Rejected
+from batch_orchestration.storage.files import atomic_writer
+
+#: A chunk's number has five digits.
+MAX_CHUNKS = 100_000
+#: What files begin with that are something else than JSON lines.
+_OTHER_FORMATS = (
+    (b"[", "it looks like one JSON array; one object per line is needed"),
+    (b"{\n", "it looks like JSON spread over many lines; one object per line is needed"),
+    (b"{\r\n", "it looks like JSON spread over many lines; one object per line is needed"),
+    (b"\x1f\x8b", "it looks like gzip; its name must then end in .jsonl.gz"),
+    (b"PK\x03\x04", "it looks like a zip archive; gzip (.jsonl.gz) is read, zip is not"),
+    (b"\xff\xfe", "it looks like UTF-16; save it as UTF-8"),
+    (b"\xfe\xff", "it looks like UTF-16; save it as UTF-8"),
+)
+
+
+def refusal(
+    reading: BatchFileReading, *, line_policy: LinePolicy, requests_per_chunk: int
+) -> str | None:
+    """Return why a file that has been read cannot be a batch; None if it can."""
+    if not reading.size_bytes:
+        return "the file is empty"
+    if not reading.requests:
+        return "the file has only blank lines"
+    if not reading.usable:
+        hint = _hint(reading.beginning)
+        return f"none of its {reading.requests:,} requests can be used{hint and f': {hint}'}"
+    if line_policy is LinePolicy.STRICT and reading.faulty:
+        return (
+            f"{reading.faulty:,} of its {reading.requests:,} requests are faulty,"
+            " and the line policy is strict"
+        )
+    if len(reading.chunks) > MAX_CHUNKS:
+        return (
+            f"{reading.requests:,} requests in chunks of {requests_per_chunk} are more than"
+            f" {MAX_CHUNKS:,} chunks; raise BATCH_REQUESTS_PER_CHUNK"
+        )
+    return None
+
+
+def next_step(rejected_path: Path) -> str:
+    """Return what the author of a rejected file can do."""
+    command = f"python -m batch_orchestration validate {shlex.quote(str(rejected_path))}"
+    return f"Correct the file, check it with `{command}`, and drop it into the inbox again."
+
+
+def write_errors_file(verdict: Rejected, faults: Iterable[Fault]) -> None:
+    """Write all faults of a rejected file beside it, streaming, as one JSON object."""
+    head = {
+        "file": verdict.file_name,
+        "reason": verdict.reason,
+        "next": verdict.next_step,
+        "error_count": verdict.error_count,
+    }
+    with atomic_writer(Path(verdict.errors_path)) as file:
+        file.write(_json(head).removesuffix(b"}") + b', "errors": [')
+        separator = b"\n"
+        for fault in faults:
+            entry = {
+                "line": fault.line,
+                "custom_id": fault.custom_id,
+                "code": fault.code,
+                "message": fault.message,
+            }
+            file.write(separator + _json(entry))
+            separator = b",\n"
+        file.write(b"\n]}\n")
+
+
+def _hint(beginning: bytes) -> str:
+    return next((hint for magic, hint in _OTHER_FORMATS if beginning.startswith(magic)), "")
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()

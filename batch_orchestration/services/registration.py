@@ -1,0 +1,86 @@
+"""Making a batch known: its id, the journals of its faulty lines, its row in the store.
+
+A batch exists from the moment its folder does; everything here can be repeated.
+"""
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import filelock
+
+from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchPlan, batch_id
+from batch_orchestration.domain.commits import Provenance
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.requests import Fault
+from batch_orchestration.storage.files import DataFolder, sync_folder
+from batch_orchestration.storage.journal import Journal
+from batch_orchestration.storage.store import Store
+
+#: Stands in journals where otherwise a run's id does.
+ADMISSION_RUN_ID = "admission"
+_STAGED_JOURNALS = "journals"
+
+
+def admission_lock(folder: DataFolder) -> filelock.BaseFileLock:
+    """Return the lock under which batches come into being, one after the other."""
+    return filelock.FileLock(folder.claims / ".admission.lock")
+
+
+def free_batch_id(folder: DataFolder, file_name: str, identity: str) -> str:
+    """Return the id of a new batch: longer than usual where another batch has the short one."""
+    for digits in range(ID_HASH_DIGITS, len(identity) + 1):
+        candidate = batch_id(file_name, identity, digits=digits)
+        places = (
+            folder.plan_path(candidate).parent,
+            folder.journal_path(candidate, 0).parent,
+            folder.outbox_path(candidate),
+        )
+        if not any(place.exists() for place in places):
+            return candidate
+    raise StorageError(f"every id for {file_name} is taken, the longest is {candidate}")
+
+
+def write_fault_journals(
+    work: Path, plan: BatchPlan, faults: Iterable[Fault], *, at: float
+) -> None:
+    """Settle faulty lines, so that the run finds them answered: journals beside the plan.
+
+    Args:
+        work: Folder that will be the batch's.
+        plan: Of the batch.
+        faults: In file order.
+        at: POSIX seconds.
+    """
+    provenance = Provenance(run_id=ADMISSION_RUN_ID, settings_hash=plan.settings_hash)
+    size = plan.chunks[0].requests  # of every chunk but the last
+    for number, of_chunk in itertools.groupby(faults, key=lambda fault: fault.index // size):
+        path = work / _STAGED_JOURNALS / f"{number:05d}.journal"
+        with Journal.open(
+            path, batch_id=plan.batch_id, number=number, provenance=provenance, at=at
+        ) as journal:
+            for fault in of_chunk:
+                journal.record_outcome(fault.index, fault.as_failure(), 0, at)
+            journal.sync()
+
+
+def register_batch(folder: DataFolder, store: Store, batch_id: str, *, at: float) -> None:
+    """Put the journals of a planned batch in their place and tell the store of it."""
+    plan = folder.read_plan(batch_id)
+    staged = folder.plan_path(batch_id).parent / _STAGED_JOURNALS
+    if staged.exists():
+        staged.rename(folder.journal_path(batch_id, 0).parent)
+        sync_folder(folder.journals)
+    store.add_batch(plan, at=at)
+
+
+def register_unlisted(folder: DataFolder, store: Store, *, at: float) -> list[str]:
+    """Tell the store of batches that a crash kept from it, and return their ids.
+
+    Also what fills a store that was lost. Call it under `admission_lock`.
+    """
+    known = {record.batch_id for record in store.batches()}
+    unlisted = [planned for planned in folder.batch_ids() if planned not in known]
+    for planned in unlisted:
+        register_batch(folder, store, planned, at=at)
+    return unlisted

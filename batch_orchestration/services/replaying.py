@@ -1,0 +1,227 @@
+"""Replays: dead letters are sent through the engine again, and the output is made anew.
+
+Like a chunk, a replay has a journal of its own: each outcome is durable the moment it exists, and
+whoever runs the replay again goes on where it stopped. At the end all outcomes are applied to the
+store in one transaction, then the files are assembled, and only then the replay is closed.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from batch_orchestration.domain.batches import BatchPlan, settings_hash
+from batch_orchestration.domain.commits import Provenance
+from batch_orchestration.domain.dead_letters import Replay
+from batch_orchestration.domain.errors import DiskFull, JournalError, JournalInUse, PlanMismatch
+from batch_orchestration.domain.needs import needs_of
+from batch_orchestration.domain.outcomes import Completion
+from batch_orchestration.domain.requests import Fault, Request
+from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.services.assembly import AssemblyReport, assemble
+from batch_orchestration.services.chunk_pass import PendingRequest, RequestPass
+from batch_orchestration.services.chunk_runner import SYNC_SECONDS, Feeding
+from batch_orchestration.services.feeder import Feeder, first_leaf
+from batch_orchestration.services.original_lines import original_lines
+from batch_orchestration.services.plan_checks import check_settings
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.journal import Journal
+from batch_orchestration.storage.operations import Operations
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayReport:
+    """What became of a replay.
+
+    Attributes:
+        answered: Requests that now are in the output file.
+        failed: Those that failed again and are dead as before.
+        assembly: Of the files that were made anew; None while the batch has pending chunks.
+    """
+
+    replay: Replay
+    answered: int
+    failed: int
+    assembly: AssemblyReport | None
+
+
+def run_replay(
+    batch_id: str,
+    number: int,
+    *,
+    engine: Engine,
+    folder: DataFolder,
+    store: Store,
+    run_id: str,
+    feeding: Feeding,
+    clock: Callable[[], float] = time.time,
+) -> ReplayReport:
+    """Answer what the replay has not answered yet, apply the outcomes and make the files anew.
+
+    Running it again does what is left to do; of a replay that is over, that is nothing. The engine
+    is started only if a request is pending, and is left running.
+
+    Raises:
+        BatchNotFound: There is no such batch.
+        DeadLetterError: It has no such replay.
+        JournalInUse: Somebody else is at work on it.
+        PlanMismatch: Settings or kept input are not those of the plan.
+        EngineError: The engine did not start, or died too often; what was answered is kept.
+        StorageError: A journal or the store is unusable.
+    """
+    plan, operations = folder.read_plan(batch_id), Operations(folder, batch_id)
+    replay = operations.get(number)
+    if replay.closed_at is None:
+        check_settings(plan, feeding.answer_settings, force=replay.force)
+        try:
+            if len(list(operations.outcomes(replay))) < len(replay.indices):
+                _ReplayRun(plan, replay, operations, engine, folder, run_id, feeding).feed()
+        finally:
+            with operations.lock():
+                operations.apply_to(store)
+    assembly = _assemble_if_complete(plan, folder, store, clock)
+    with operations.lock():
+        replay = operations.get(number)
+        if replay.closed_at is None:
+            operations.close(replay, at=clock())
+    return _report(operations.get(number), operations, assembly)
+
+
+def _assemble_if_complete(
+    plan: BatchPlan, folder: DataFolder, store: Store, clock: Callable[[], float]
+) -> AssemblyReport | None:
+    record = store.batch(plan.batch_id)
+    if record.chunks_committed < record.chunks:
+        return None
+    return assemble(plan.batch_id, folder=folder, store=store, clock=clock)
+
+
+def _report(
+    replay: Replay, operations: Operations, assembly: AssemblyReport | None
+) -> ReplayReport:
+    outcomes = [entry.outcome for entry in operations.outcomes(replay)]
+    answered = sum(isinstance(outcome, Completion) for outcome in outcomes)
+    failed = len(outcomes) - answered
+    logger.info(
+        "%s: replay %d answered %d, failed %d", replay.batch_id, replay.number, answered, failed
+    )
+    return ReplayReport(replay=replay, answered=answered, failed=failed, assembly=assembly)
+
+
+class _ReplayRun:
+    """One run's work on a replay."""
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        replay: Replay,
+        operations: Operations,
+        engine: Engine,
+        folder: DataFolder,
+        run_id: str,
+        feeding: Feeding,
+    ) -> None:
+        self._plan = plan
+        self._replay = replay
+        self._operations = operations
+        self._engine = engine
+        self._folder = folder
+        self._run_id = run_id
+        self._feeding = feeding
+        self._identity: EngineIdentity | None = None
+        self._journal: Journal | None = None
+
+    def feed(self) -> None:
+        """Settle every request of the replay."""
+        if self._operations.running(self._replay):
+            raise JournalInUse(
+                f"replay {self._replay.number} of batch {self._plan.batch_id} is running already"
+            )
+        try:
+            asyncio.run(self._feed())
+        except BaseExceptionGroup as group:
+            raise first_leaf(group) from group
+
+    async def _feed(self) -> None:
+        cap = self._feeding.max_tokens_cap
+        self._engine.ladder.expect(lambda: needs_of(self._requests(), max_tokens_cap=cap))
+        feeder = Feeder(
+            self._engine,
+            self._pending(),
+            window=self._feeding.window,
+            overrides=self._feeding.overrides(
+                self._replay.overrides.get("model", self._plan.options.model)
+            ),
+            settled=lambda pending, outcome: None,
+            started=self._started,
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                ticker = group.create_task(self._sync())
+                await feeder.feed()
+                ticker.cancel()
+            if self._journal is not None:
+                self._journal.sync()
+        finally:
+            if self._journal is not None:
+                self._journal.close()
+            await self._engine.disconnect()
+
+    def _started(self, identity: EngineIdentity) -> None:
+        self._identity = identity
+
+    def _requests(self) -> Iterator[Request]:
+        for line in original_lines(
+            self._plan, self._replay.indices, self._folder, overrides=self._replay.overrides
+        ):
+            if isinstance(line.parsed, Fault):
+                raise PlanMismatch(
+                    f"{self._folder.input_path(self._plan.batch_id)} line {line.raw.line} cannot"
+                    f" be replayed: {line.parsed.message}"
+                )
+            yield line.parsed
+
+    def _pending(self) -> Iterator[PendingRequest | DiskFull]:
+        while self._journal is None:
+            try:
+                self._journal = self._open_journal()
+            except DiskFull as full:
+                yield full
+        replay_pass = RequestPass(self._plan.batch_id, self._replay.indices, self._journal)
+        pending = frozenset(replay_pass.unsettled)
+        for request in self._requests():
+            if request.index in pending:
+                yield replay_pass.pending_request(request)
+
+    def _open_journal(self) -> Journal:
+        identity = self._identity
+        assert identity is not None
+        present = dict(self._feeding.answer_settings)
+        if self._replay.overrides:
+            present["replay_overrides"] = self._replay.overrides
+        provenance = Provenance(
+            run_id=self._run_id,
+            engine=identity.kind,
+            engine_version=identity.version,
+            model=identity.models[0] if identity.models else "",
+            settings_hash=settings_hash(present),
+        )
+        # Under the lock, because a discard looks there whether the journal is being written.
+        with self._operations.lock():
+            if self._operations.get(self._replay.number).closed_at is not None:
+                raise JournalError(f"replay {self._replay.number} was closed meanwhile")
+            return self._operations.open_journal(
+                self._replay, provenance=provenance, at=time.time()
+            )
+
+    async def _sync(self) -> None:
+        while True:
+            await asyncio.sleep(SYNC_SECONDS)
+            if self._journal is not None:
+                with contextlib.suppress(JournalError, DiskFull):
+                    await asyncio.to_thread(self._journal.sync)

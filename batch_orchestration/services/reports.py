@@ -1,0 +1,185 @@
+"""`report.md`: a finished batch, for the person who looks at it at three in the morning."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.commits import BatchRecord, ChunkReport
+from batch_orchestration.services.tallies import Tally
+
+#: More chunks than these are summed up by the slowest.
+CHUNKS_SHOWN = 20
+#: A message that repeats a whole prompt tells too much and helps nobody.
+MESSAGE_LENGTH = 200
+
+Row = Sequence[object]
+
+
+def render_report(
+    plan: BatchPlan,
+    record: BatchRecord,
+    tally: Tally,
+    chunks: Mapping[int, ChunkReport],
+    *,
+    outbox: str,
+) -> str:
+    """Return the report as Markdown; the same figures always give the same text.
+
+    It holds ids, codes and messages, never prompts or answers.
+
+    Args:
+        plan: Of the batch.
+        record: Of the batch; only times that a second assembly does not change are read.
+        tally: Of all its requests.
+        chunks: Their reports by number.
+        outbox: Folder of the files, as a person would write it.
+    """
+    sections = [
+        f"# {plan.batch_id}",
+        _headline(tally),
+        _summary(plan, record, tally),
+        _failures(plan.batch_id, tally),
+        _engines(plan, tally),
+        _chunks(list(chunks.values())),
+        _files(outbox, tally),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _headline(tally: Tally) -> str:
+    text = f"{tally.completed:,} of {tally.total:,} requests answered, {tally.failed:,} failed."
+    if tally.simulated:
+        text += (
+            "\n\n> **Simulated engine.** These answers were made up to try the machinery out; "
+            "no model was asked."
+        )
+    return text
+
+
+def _summary(plan: BatchPlan, record: BatchRecord, tally: Tally) -> str:
+    rows: list[Row] = [
+        ("File", plan.file_name),
+        ("Requests", f"{tally.total:,}"),
+        ("Answered", f"{tally.completed:,}"),
+        ("Failed", f"{tally.failed:,} ({tally.failure_rate:.2%})"),
+        ("Refused at admission", f"{plan.faulty:,}"),
+        ("Prompt tokens", f"{tally.prompt_tokens:,}"),
+        ("Completion tokens", f"{tally.completion_tokens:,}"),
+        ("Attempts", f"{tally.attempts:,} for {tally.submitted:,} submitted requests"),
+        ("Admitted", _moment(plan.created_at)),
+    ]
+    if tally.first_at is not None and tally.last_at is not None:
+        rows += [
+            ("First submission", _moment(tally.first_at)),
+            ("Last outcome", _moment(tally.last_at)),
+            ("Duration", duration(tally.run_seconds)),
+            ("Wait before it", duration(max(0.0, tally.first_at - plan.created_at))),
+            ("Requests per second", f"{tally.requests_per_second:,.2f}"),
+            ("Output tokens per second", f"{tally.output_tokens_per_second:,.1f}"),
+        ]
+    rows += [(f"Metadata `{key}`", value) for key, value in record.options.metadata.items()]
+    return "## Figures\n\n" + _table(("", ""), rows)
+
+
+def _failures(batch_id: str, tally: Tally) -> str:
+    if not tally.failed:
+        return ""
+    rows = [
+        (f"`{code}`", f"{count:,}", example.custom_id or f"(line {example.line})", example.message)
+        if place == 0
+        else ("", "", example.custom_id or f"(line {example.line})", example.message)
+        for code, count in sorted(tally.failures_by_code.items(), key=lambda item: -item[1])
+        for place, example in enumerate(tally.examples[code])
+    ]
+    return (
+        "## Failures\n\n"
+        + _table(("Code", "Requests", "First of them", "Message"), rows)
+        + f"\n\nAll of them: `python -m batch_orchestration failures {batch_id}`. "
+        "What a code means and what helps: `docs/failure-modes.md`."
+    )
+
+
+def _engines(plan: BatchPlan, tally: Tally) -> str:
+    rows = [
+        (
+            use.engine,
+            use.version,
+            use.model,
+            f"`{use.settings_hash}`" + ("" if use.settings_hash == plan.settings_hash else " (!)"),
+            f"{count:,}",
+        )
+        for use, count in sorted(tally.engines.items())
+    ]
+    if not rows:
+        return "## Engine\n\nNone was asked: no request was usable."
+    text = "## Engine\n\n" + _table(("Engine", "Version", "Model", "Settings", "Requests"), rows)
+    if any(use.settings_hash != plan.settings_hash for use in tally.engines):
+        text += f"\n\n(!) Not the settings of the plan, `{plan.settings_hash}`: "
+        text += "the run was forced, or a replay changed the requests."
+    return text
+
+
+def _chunks(chunks: list[ChunkReport]) -> str:
+    heading = f"## Chunks ({len(chunks):,})\n\n"
+    shown = sorted(chunks, key=lambda chunk: chunk.number)
+    if len(chunks) > CHUNKS_SHOWN:
+        shown = sorted(chunks, key=lambda chunk: (-chunk.seconds, chunk.number))[:CHUNKS_SHOWN]
+        heading += f"The {CHUNKS_SHOWN} slowest:\n\n"
+    columns = ("Chunk", "Requests", "Failed", "Attempts", "Output tokens", "Seconds", "Tokens/s")
+    return heading + _table(
+        columns,
+        (
+            (
+                f"{chunk.number:05d}",
+                f"{chunk.requests:,}",
+                f"{chunk.failed:,}",
+                f"{chunk.attempts:,}",
+                f"{chunk.completion_tokens:,}",
+                f"{chunk.seconds:,.1f}",
+                f"{chunk.completion_tokens / chunk.seconds:,.1f}" if chunk.seconds else "",
+            )
+            for chunk in shown
+        ),
+    )
+
+
+def _files(outbox: str, tally: Tally) -> str:
+    return (
+        "## Files\n\n"
+        f"In `{outbox}`, lines in the order of the input:\n\n"
+        f"- `output.jsonl`: {tally.completed:,} answers\n"
+        f"- `errors.jsonl`: {tally.failed:,} failures\n"
+    ).rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Return a duration for people: `48.2 s`, `3 min 20 s`, `2 h 5 min`."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def _moment(posix_seconds: float) -> str:
+    return datetime.fromtimestamp(posix_seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _table(header: Row, rows: Iterable[Row]) -> str:
+    lines = [_line(header), _line(["---"] * len(header))]
+    lines += [_line(row) for row in rows]
+    return "\n".join(lines)
+
+
+def _line(cells: Row) -> str:
+    return "| " + " | ".join(_cell(str(cell)) for cell in cells) + " |"
+
+
+def _cell(text: str) -> str:
+    """Keep foreign text from breaking the table or the page."""
+    flat = " ".join(text.split())
+    if len(flat) > MESSAGE_LENGTH:
+        flat = flat[: MESSAGE_LENGTH - 1] + "…"
+    return flat.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,126 @@
+"""How far a batch is while a run works on it: counted, written to the progress file, logged."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.commits import ChunkReport
+from batch_orchestration.domain.outcomes import Completion, Outcome
+from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.telemetry.meter import Meter
+from batch_orchestration.telemetry.progress import Progress, write_progress
+
+logger = logging.getLogger(__name__)
+
+#: One line a minute tells a reader enough of a job that runs for hours.
+LOG_SECONDS = 60.0
+
+
+class RunProgress:
+    """Adds up what is committed, what earlier passes left in journals, and what arrives now.
+
+    Used from the feed's thread; `snapshot` and `learn_committed` from any.
+    """
+
+    def __init__(
+        self, plan: BatchPlan, path: Path, *, run_id: str, chunks: Sequence[ChunkRef]
+    ) -> None:
+        self.phase = "starting engine"
+        self.in_flight: Callable[[], int] = lambda: 0
+        self._plan = plan
+        self._path = path
+        self._run_id = run_id
+        self._mine = {ref.chunk.number for ref in chunks}
+        self._meter = Meter()
+        #: Settled in chunks that are not this run's: completed, failed.
+        self._elsewhere = (0, 0)
+        #: Settled by earlier passes in chunks of this run: completed, failed.
+        self._found = [0, 0]
+        self._logged_at = time.monotonic()
+
+    def learn_committed(self, reports: Iterable[ChunkReport]) -> None:
+        """Take note of the chunks that the store holds."""
+        others = [report for report in reports if report.number not in self._mine]
+        self._elsewhere = (
+            sum(report.completed for report in others),
+            sum(report.failed for report in others),
+        )
+
+    def count_found(self, completed: int, failed: int) -> None:
+        """Count what earlier passes have settled in one of this run's chunks."""
+        self._found[0] += completed
+        self._found[1] += failed
+
+    def count(self, outcome: Outcome) -> None:
+        """Count an outcome that has just become durable."""
+        if isinstance(outcome, Completion):
+            self._meter.completed += 1
+            self._meter.prompt_tokens += outcome.usage.prompt_tokens
+            self._meter.completion_tokens += outcome.usage.completion_tokens
+        else:
+            self._meter.failed += 1
+
+    def begin_feeding(self) -> None:
+        """Note that the engine is ready: rates count from now."""
+        self._meter.forget_rates()
+        self._meter.sample(time.monotonic())
+        self.write("feeding")
+
+    def tick(self) -> None:
+        """Sample the rates and write the progress file; call about once a second."""
+        self._meter.sample(time.monotonic())
+        self.write(self.phase)
+        if time.monotonic() - self._logged_at >= LOG_SECONDS:
+            self._logged_at = time.monotonic()
+            self._log()
+
+    def write(self, phase: str) -> None:
+        """Write the progress file. A full disk here must not stop the run."""
+        self.phase = phase
+        try:
+            write_progress(self._path, self.snapshot())
+        except OSError as error:
+            logger.warning("cannot write %s: %s", self._path, error)
+
+    def snapshot(self) -> Progress:
+        """Return how far the batch is now."""
+        completed = self._elsewhere[0] + self._found[0] + self._meter.completed
+        failed = self._elsewhere[1] + self._found[1] + self._meter.failed
+        pending = self._plan.requests - completed - failed
+        requests_per_second, tokens_per_second = self._meter.rates()
+        return Progress(
+            batch_id=self._plan.batch_id,
+            run_id=self._run_id,
+            pid=os.getpid(),
+            updated_at=time.time(),
+            phase=self.phase,
+            total=self._plan.requests,
+            completed=completed,
+            failed=failed,
+            in_flight=self.in_flight(),
+            prompt_tokens=self._meter.prompt_tokens,
+            completion_tokens=self._meter.completion_tokens,
+            requests_per_second=requests_per_second,
+            output_tokens_per_second=tokens_per_second,
+            eta_seconds=pending / requests_per_second if requests_per_second else None,
+        )
+
+    def _log(self) -> None:
+        now = self.snapshot()
+        done = now.completed + now.failed
+        logger.info(
+            "%s: %d of %d requests done (%.1f %%), %d failed, %d in flight,"
+            " %.1f requests/s, %.0f output tokens/s, ETA %s",
+            now.batch_id,
+            done,
+            now.total,
+            100 * done / now.total,
+            now.failed,
+            now.in_flight,
+            now.requests_per_second,
+            now.output_tokens_per_second,
+            "unknown" if now.eta_seconds is None else f"{now.eta_seconds:.0f} s",
+        )

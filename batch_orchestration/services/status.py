@@ -1,0 +1,188 @@
+"""How batches are: what the store knows, joined with what their runs tell meanwhile."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchOptions, BatchPlan, BatchStatus
+from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.errors import BatchNotFound, StoreLocked
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+from batch_orchestration.telemetry.progress import Progress, read_progress
+
+#: A run writes its progress each second; after this many without a word it is not to be trusted.
+STALE_SECONDS = 10.0
+#: Nothing more happens to a batch in one of these.
+FINAL = frozenset(
+    {BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED, BatchStatus.CANCELLED}
+)
+_RESTING_PHASES = frozenset({"done", "stopped"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchView:
+    """One batch at one moment.
+
+    Attributes:
+        status: Only a guess, from files, where `store_problem` is set.
+        completed: With an outcome, committed or not; so is `failed`.
+        times: POSIX seconds at which a status was reached, by status word.
+        progress: The run's own words, if it left any; the batch may be further since.
+        progress_age: Seconds since then.
+        store_problem: Why the store could not be asked; None if it could.
+    """
+
+    plan: BatchPlan
+    status: BatchStatus
+    completed: int
+    failed: int
+    prompt_tokens: int
+    completion_tokens: int
+    model: str
+    times: dict[str, float]
+    output_file: Path | None
+    error_file: Path | None
+    progress: Progress | None
+    progress_age: float | None
+    store_problem: str | None
+
+    @property
+    def batch_id(self) -> str:
+        """Its id."""
+        return self.plan.batch_id
+
+    @property
+    def options(self) -> BatchOptions:
+        """What its author said about it."""
+        return self.plan.options
+
+    @property
+    def engine(self) -> str:
+        """Kind of engine that its plan asks for."""
+        return str(self.plan.settings.get("engine", ""))
+
+    @property
+    def total(self) -> int:
+        """Requests of the batch."""
+        return self.plan.requests
+
+    @property
+    def done(self) -> int:
+        """Requests with an outcome."""
+        return self.completed + self.failed
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.status in FINAL
+
+    @property
+    def live(self) -> Progress | None:
+        """What a run tells that is still at work; None if there is none or it fell silent."""
+        if self.final or self.progress is None or self.progress.phase in _RESTING_PHASES:
+            return None
+        return None if self.silent_seconds else self.progress
+
+    @property
+    def silent_seconds(self) -> float | None:
+        """How long a run that never said it stopped has been silent; None if it has not."""
+        if self.final or self.progress is None or self.progress.phase in _RESTING_PHASES:
+            return None
+        age = self.progress_age or 0.0
+        return age if age > STALE_SECONDS else None
+
+
+def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -> BatchView:
+    """Return how a batch is; if the store is locked, what its files tell.
+
+    Raises:
+        BatchNotFound: There is neither plan nor record.
+    """
+    plan = folder.read_plan(batch_id)
+    try:
+        view = _from_record(plan, store.batch(batch_id), folder)
+    except BatchNotFound:
+        # Admission writes the plan first and the record right after.
+        view = _from_plan(plan, folder, problem=None, status=BatchStatus.VALIDATING)
+    except StoreLocked as locked:
+        view = _from_plan(plan, folder, problem=str(locked))
+    return with_progress(view, folder=folder, now=now)
+
+
+def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchView]:
+    """Return all batches, newest first."""
+    plans = {batch_id: folder.read_plan(batch_id) for batch_id in folder.batch_ids()}
+    problem = None
+    try:
+        # A folder without batches needs no store, and looking at it must not make one.
+        records = {record.batch_id: record for record in store.batches()} if plans else {}
+    except StoreLocked as locked:
+        records, problem = {}, str(locked)
+    views = (
+        _from_record(plan, records[batch_id], folder)
+        if batch_id in records
+        else _from_plan(plan, folder, problem=problem)
+        for batch_id, plan in plans.items()
+    )
+    now_views = (with_progress(view, folder=folder, now=now) for view in views)
+    return sorted(now_views, key=lambda view: view.plan.created_at, reverse=True)
+
+
+def with_progress(view: BatchView, *, folder: DataFolder, now: float) -> BatchView:
+    """Return the view brought up to date by the progress file alone: the store is not touched."""
+    if view.final and not view.store_problem:
+        return view
+    progress = read_progress(folder.progress_path(view.batch_id))
+    if progress is None:
+        return view
+    age = max(0.0, now - progress.updated_at)
+    view = replace(view, progress=progress, progress_age=age)
+    # A run counts what is in journals too; the store may be ahead of a run that is gone.
+    if progress.completed + progress.failed <= view.done:
+        return view
+    return replace(view, completed=progress.completed, failed=progress.failed)
+
+
+def _from_record(plan: BatchPlan, record: BatchRecord, folder: DataFolder) -> BatchView:
+    return replace(
+        _from_plan(plan, folder, problem=None, status=record.status),
+        completed=record.completed,
+        failed=record.failed,
+        prompt_tokens=record.prompt_tokens,
+        completion_tokens=record.completion_tokens,
+        model=record.model,
+        times=dict(record.times),
+    )
+
+
+def _from_plan(
+    plan: BatchPlan, folder: DataFolder, *, problem: str | None, status: BatchStatus | None = None
+) -> BatchView:
+    outbox = folder.outbox_path(plan.batch_id)
+    output_file = _if_there(outbox / "output.jsonl")
+    guess = BatchStatus.COMPLETED if output_file else BatchStatus.IN_PROGRESS
+    return BatchView(
+        plan=plan,
+        status=status or guess,
+        completed=0,
+        failed=0,
+        prompt_tokens=0,
+        completion_tokens=0,
+        model="",
+        times={},
+        output_file=output_file,
+        error_file=_if_there(outbox / "errors.jsonl"),
+        progress=None,
+        progress_age=None,
+        store_problem=problem,
+    )
+
+
+def _if_there(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def find_identity(identity: str, *, folder: DataFolder) -> str | None:
+    """Return the id of the batch with this identity, from the plans alone; None if none has."""
+    alike = (name for name in folder.batch_ids() if identity[:ID_HASH_DIGITS] in name)
+    return next((name for name in alike if folder.read_plan(name).identity == identity), None)

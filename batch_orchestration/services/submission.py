@@ -1,0 +1,98 @@
+"""Submission: a person's file is copied into the inbox, whole or not at all."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchOptions
+from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.services.batch_files import Fingerprint
+from batch_orchestration.services.inbox import reason_to_ignore
+from batch_orchestration.services.sidecars import (
+    SIDECAR_ENDING,
+    find_sidecar,
+    read_options,
+    sidecar_beside,
+)
+from batch_orchestration.storage.files import DataFolder, disk_errors, sync_folder
+from batch_orchestration.storage.moves import NAME_MAX_BYTES, move_if_free, numbered_names
+
+_BLOCK_BYTES = 2**20
+#: Of a drive and folders, should a path come from Windows: only the last part is a name.
+_FOLDERS = re.compile(r".*[/\\]")
+
+
+def submit(path: Path, options: BatchOptions | None, folder: DataFolder) -> Path:
+    """Copy a batch file into the inbox and return where it lies; the original stays as it is.
+
+    Never overwrites a file of the inbox: the second `a.jsonl` becomes `a (2).jsonl`. Memory does
+    not grow with the file.
+
+    Args:
+        path: Named `*.jsonl` or `*.jsonl.gz`.
+        options: What the author says of the batch; None to take the side-car beside `path`.
+        folder: Its missing folders are made.
+
+    Raises:
+        FileRefused: The inbox would not take it, for its name or kind or for its side-car.
+        FileStillChanging: Somebody was writing it meanwhile.
+        FileNotFoundError: It is not there.
+        StorageError: The inbox cannot be written.
+    """
+    source = path.resolve(strict=True)
+    name = _FOLDERS.sub("", path.name)
+    if reason := reason_to_ignore(name, source.stat().st_mode):
+        raise FileRefused(f"{name}: {reason}")
+    folder.create()
+    if source.parent == folder.inbox:
+        raise FileRefused(f"{name} is in the inbox already")
+    if options is None:
+        options = read_options(find_sidecar(path))
+    with _temporary(folder.inbox) as copy, _temporary(folder.inbox) as sidecar:
+        _copy(source, copy)
+        if options != BatchOptions():
+            sidecar.write_bytes(msgspec.json.encode(options) + b"\n")
+        target = _drop(copy, sidecar, folder.inbox, name)
+        sync_folder(folder.inbox)
+    return target
+
+
+def _copy(source: Path, target: Path) -> None:
+    before = Fingerprint.of(source)
+    with source.open("rb") as original, disk_errors(target), target.open("xb") as file:
+        shutil.copyfileobj(original, file, _BLOCK_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
+    before.verify()
+
+
+def _drop(copy: Path, sidecar: Path, inbox: Path, name: str) -> Path:
+    """Give the finished copy its name, after its side-car: no tick may see it without."""
+    for free_name in numbered_names(name, max_bytes=NAME_MAX_BYTES - len(SIDECAR_ENDING)):
+        target = inbox / free_name
+        beside = sidecar_beside(target)
+        if target.exists() or find_sidecar(target) is not None:
+            continue
+        if sidecar.exists() and not move_if_free(sidecar, beside):
+            continue
+        if move_if_free(copy, target):
+            return target
+        if not sidecar.exists():
+            beside.rename(sidecar)
+    raise AssertionError("names never run out")
+
+
+@contextlib.contextmanager
+def _temporary(inbox: Path) -> Iterator[Path]:
+    # A leading dot: the inbox does not look at it.
+    path = inbox / f".submit-{secrets.token_hex(8)}.tmp"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""Validation: what admission would say of a file, without admitting it."""
+
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchOptions
+from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.domain.requests import Fault
+from batch_orchestration.services.admission import AdmissionSettings
+from batch_orchestration.services.batch_files import Fingerprint, open_batch_file
+from batch_orchestration.services.inbox import reason_to_ignore
+from batch_orchestration.services.line_reading import BatchFileReading
+from batch_orchestration.services.refusals import refusal
+from batch_orchestration.services.sidecars import find_sidecar, read_options
+
+#: Faults that a report lists; of the others it only has the number.
+MAX_LISTED_FAULTS = 1000
+
+
+class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What admission would say of a file.
+
+    Attributes:
+        refusal: Why the whole file would be rejected; None if it would become a batch.
+        size_bytes: Uncompressed.
+        lines: Blank ones included.
+        requests: Non-blank lines, faulty ones included.
+        chunks: Into how many it would be cut.
+        faults: The first of them, in file order.
+        faults_not_listed: How many more there are.
+    """
+
+    file_name: str
+    refusal: str | None
+    size_bytes: int
+    lines: int
+    requests: int
+    faulty: int
+    chunks: int
+    faults_by_code: dict[str, int]
+    faults: tuple[Fault, ...]
+    faults_not_listed: int
+
+    @property
+    def flawless(self) -> bool:
+        """Whether every request would be asked."""
+        return self.refusal is None and not self.faulty
+
+
+def validate(
+    path: Path,
+    *,
+    settings: AdmissionSettings,
+    options: BatchOptions | None = None,
+    max_listed_faults: int = MAX_LISTED_FAULTS,
+) -> ValidationReport:
+    """Read a file as admission would; nothing is moved, kept or admitted.
+
+    Args:
+        path: `*.jsonl` or `*.jsonl.gz`, anywhere; its side-car is read too.
+        settings: As admission has them.
+        options: In the side-car's place.
+        max_listed_faults: How many are listed; all are counted.
+
+    Raises:
+        FileStillChanging: Somebody was writing the file meanwhile.
+        FileNotFoundError: It is not there.
+    """
+    faults: list[Fault] = []
+    reading = BatchFileReading(settings.rules(options or BatchOptions()))
+    before = Fingerprint.of(path.resolve(strict=True))
+    reason = reason_to_ignore(path.name, path.stat().st_mode)
+    if reason is None:
+        try:
+            if options is None:
+                options = read_options(find_sidecar(path))
+                reading = BatchFileReading(settings.rules(options))
+            reason = _read(path, reading, settings, faults, max_listed_faults)
+        except FileRefused as refused:
+            reason = str(refused)
+    before.verify()
+    return ValidationReport(
+        file_name=path.name,
+        refusal=reason,
+        size_bytes=reading.size_bytes,
+        lines=reading.lines,
+        requests=reading.requests,
+        faulty=reading.faulty,
+        chunks=len(reading.chunks),
+        faults_by_code={str(code): count for code, count in reading.faults_by_code.items()},
+        faults=tuple(faults),
+        faults_not_listed=reading.faulty - len(faults),
+    )
+
+
+def _read(
+    path: Path,
+    reading: BatchFileReading,
+    settings: AdmissionSettings,
+    faults: list[Fault],
+    max_listed_faults: int,
+) -> str | None:
+    with open_batch_file(path) as file:
+        for parsed in reading.read(file):
+            if isinstance(parsed, Fault) and len(faults) < max_listed_faults:
+                faults.append(parsed)
+    return refusal(
+        reading,
+        line_policy=settings.line_policy,
+        requests_per_chunk=settings.requests_per_chunk,
+    )

@@ -1,0 +1,203 @@
+"""Deployment settings: the only reader of the environment.
+
+Every setting is a `BATCH_*` variable, or a line of `.env` in the working directory. An unknown
+`BATCH_*` variable is an error, so that a misspelt limit is not a limit silently left off.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from dotenv import dotenv_values
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from batch_orchestration.domain.batches import MAX_LINE_BYTES, LinePolicy
+
+PREFIX = "BATCH_"
+ENV_FILE = ".env"
+
+
+class EngineKind(StrEnum):
+    """Which engine answers."""
+
+    VLLM = "vllm"
+    REMOTE = "remote"
+    SIMULATED = "simulated"
+
+
+class Device(StrEnum):
+    """What vLLM computes on. A CPU is never fallen back to: it is chosen."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class Settings(BaseSettings):
+    """What is in force. `python -m batch_orchestration config` prints it with its origin."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=ENV_FILE, extra="ignore", frozen=True, protected_namespaces=()
+    )
+
+    data_dir: Path = Field(Path("data"), description="Folder of inbox, outbox, store and journals.")
+
+    # The inbox
+    settle_seconds: float = Field(
+        5.0, ge=0, description="A dropped file is complete when size and mtime rest this long."
+    )
+    line_policy: LinePolicy = Field(
+        LinePolicy.LENIENT, description="lenient: bad lines fail alone; strict: file refused."
+    )
+    max_line_bytes: int = Field(
+        MAX_LINE_BYTES, ge=1, description="A longer line is refused unread."
+    )
+    requests_per_chunk: int = Field(1000, ge=1, description="Requests per chunk (= partition).")
+
+    # What is asked
+    model_aliases: dict[str, str] = Field(
+        default_factory=dict,
+        description='Names in `body.model` to names that the engine serves, as JSON; "*" = any.',
+    )
+    max_tokens_cap: int | None = Field(
+        None, ge=1, description="Upper bound put on every request's max_tokens."
+    )
+
+    # The engine
+    engine: EngineKind = Field(EngineKind.VLLM, description="vllm, remote or simulated.")
+    device: Device = Field(Device.CUDA, description="cuda or cpu; never guessed.")
+    model: str = Field("", description="Folder or hub name of the model that vLLM serves.")
+    served_model_name: str = Field(
+        "", description="Name to serve it under; default: its last part."
+    )
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description='Further flags of the vLLM server as JSON: {"max-model-len": 4096}.',
+    )
+    base_url: str = Field("", description="Of a running OpenAI-compatible server (engine=remote).")
+    api_key: SecretStr = Field(SecretStr(""), description="Key of that server.")
+    engine_start_timeout_seconds: float = Field(900, gt=0, description="Until the engine is ready.")
+    engine_restarts: int = Field(30, ge=0, description="Restarts of a dead engine in one run.")
+    rung_retry_seconds: float = Field(
+        86_400, ge=0, description="After so long on gentler memory settings a higher rung is tried."
+    )
+    breaker_last: int = Field(
+        50, ge=1, description="Attempts looked at to tell whether the engine is sick."
+    )
+    breaker_failure_rate: float = Field(
+        0.5, ge=0, le=1, description="Share of them that fails, above which feeding pauses."
+    )
+    breaker_pause_seconds: float = Field(
+        10, gt=0, description="Before the first probe of a sick engine; doubles each time."
+    )
+    breaker_probes: int = Field(
+        5, ge=1, description="Failed probes in a row after which the run fails."
+    )
+    hang_seconds: float = Field(
+        120, gt=0, description="Without outcome or token for so long, the engine counts as stuck."
+    )
+
+    # Feeding it
+    in_flight: int = Field(256, ge=1, description="Requests given to the engine at a time.")
+    request_timeout_seconds: float = Field(1800, gt=0, description="One attempt of one request.")
+    max_attempts: int = Field(5, ge=1, description="Attempts of a request before it is given up.")
+    retry_base_delay_seconds: float = Field(0.5, ge=0, description="Back-off before attempt 2.")
+    retry_max_delay_seconds: float = Field(30.0, ge=0, description="Back-off grows up to this.")
+    chunks_per_run: int = Field(200, ge=1, le=500, description="Chunks that one run takes at most.")
+
+    failure_budget: float = Field(
+        0.05, ge=0, le=1, description="Share of failed requests above which a check warns."
+    )
+    owner: str = Field("team:inference", description="Owner shown in Dagster.")
+
+    @model_validator(mode="after")
+    def _engine_is_complete(self) -> "Settings":
+        if self.engine is EngineKind.REMOTE and not self.base_url:
+            raise ValueError("BATCH_ENGINE=remote needs BATCH_BASE_URL")
+        return self
+
+    def answer_settings(self) -> dict[str, Any]:
+        """Return what answers depend on, by name: the part of the settings that a plan fixes."""
+        return {
+            "engine": str(self.engine),
+            "model": self.model if self.engine is EngineKind.VLLM else self.base_url,
+            "engine_args": self.engine_args,
+            "model_aliases": self.model_aliases,
+            "max_tokens_cap": self.max_tokens_cap,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingInForce:
+    """One setting, for people: its variable, its value as text and who set it.
+
+    Attributes:
+        value: Secrets are masked; empty where there is no value.
+        origin: `environment`, `.env` or `default`.
+    """
+
+    variable: str
+    value: str
+    origin: str
+    description: str
+
+
+def load_settings() -> Settings:
+    """Read the settings from environment and `.env`.
+
+    Raises:
+        pydantic.ValidationError: A value is out of range or of the wrong type.
+        ValueError: There is a `BATCH_*` variable that is no setting.
+    """
+    known = {_variable(name) for name in Settings.model_fields}
+    given = _given(os.environ) | _given(dotenv_values(ENV_FILE))
+    if unknown := sorted(given - known):
+        raise ValueError("\n".join(_unknown(variable, known) for variable in unknown))
+    return Settings()
+
+
+def settings_in_force(settings: Settings) -> list[SettingInForce]:
+    """Return every setting with its value and where that came from, in order of definition."""
+    by_environment, by_file = _given(os.environ), _given(dotenv_values(ENV_FILE))
+
+    def origin(variable: str) -> str:
+        if variable in by_environment:
+            return "environment"
+        return ENV_FILE if variable in by_file else "default"
+
+    return [
+        SettingInForce(
+            variable=_variable(name),
+            value=_as_text(getattr(settings, name)),
+            origin=origin(_variable(name)),
+            description=field.description or "",
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def _unknown(variable: str, known: Iterable[str]) -> str:
+    alike = difflib.get_close_matches(variable, known, n=1)
+    hint = f"; did you mean {alike[0]}?" if alike else ""
+    return f"{variable} is not a setting{hint}"
+
+
+def _variable(field_name: str) -> str:
+    return f"{PREFIX}{field_name}".upper()
+
+
+def _given(variables: Mapping[str, str | None]) -> set[str]:
+    return {name.upper() for name in variables if name.upper().startswith(PREFIX)}
+
+
+def _as_text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)

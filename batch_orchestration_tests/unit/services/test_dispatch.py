@@ -1,0 +1,197 @@
+"""Dispatch: which runs are asked for, and when a batch is left alone."""
+
+from dataclasses import replace
+
+import pytest
+
+from batch_orchestration.domain.batches import BatchOptions, BatchStatus
+from batch_orchestration.domain.commits import BatchRecord, ChunkReport
+from batch_orchestration.services.dispatch import (
+    BACKOFF_SECONDS,
+    LONGEST_BACKOFF_SECONDS,
+    MAX_FAILURES,
+    MAX_NEW_RUNS,
+    KnownRun,
+    RunState,
+    backoff_left,
+    dispatch,
+)
+from batch_orchestration_tests.builders import NOW
+
+BATCH = "candidates-3f9a2c17"
+
+
+def make_record(batch_id=BATCH, *, chunks=5, committed=0, priority=0):
+    return BatchRecord(
+        batch_id=batch_id,
+        file_name="candidates.jsonl",
+        identity=batch_id,
+        status=BatchStatus.IN_PROGRESS,
+        total=chunks,
+        completed=committed,
+        failed=0,
+        chunks=chunks,
+        chunks_committed=committed,
+        prompt_tokens=0,
+        completion_tokens=0,
+        options=BatchOptions(priority=priority),
+        settings_hash="",
+        model="",
+        times={"in_progress": NOW},
+    )
+
+
+def make_reports(numbers, *, at=NOW):
+    return {
+        number: ChunkReport(
+            batch_id=BATCH,
+            number=number,
+            requests=1,
+            completed=1,
+            failed=0,
+            prompt_tokens=0,
+            completion_tokens=0,
+            attempts=1,
+            seconds=1.0,
+            committed_at=at,
+            run_id="run",
+        )
+        for number in numbers
+    }
+
+
+def make_run(chunks, state=RunState.FAILED, *, ended_at=NOW, **fields):
+    numbers = None if chunks is None else range(*chunks)
+    return KnownRun(
+        run_id="0123456789",
+        batch_id=BATCH,
+        chunks=numbers,
+        state=state,
+        ended_at=ended_at,
+        **fields,
+    )
+
+
+def decide(runs=(), *, chunks=5, committed=(), commits_at=NOW, per_run=200, now=NOW):
+    record = make_record(chunks=chunks, committed=len(committed))
+    reports = make_reports(committed, at=commits_at)
+    return dispatch([record], runs, reports=lambda _: reports, chunks_per_run=per_run, now=now)
+
+
+def ranges(verdict):
+    return [
+        needed.chunks and (needed.chunks.start, needed.chunks.stop) for needed in verdict.needed
+    ]
+
+
+def test_a_new_batch_is_cut_into_runs():
+    assert ranges(decide(chunks=5, per_run=2)) == [(0, 2), (2, 4), (4, 5)]
+
+
+def test_no_more_runs_are_asked_for_than_dagster_can_create_in_a_tick():
+    assert len(decide(chunks=100, per_run=1).needed) == MAX_NEW_RUNS
+
+
+def test_a_run_has_no_gaps_and_keeps_to_the_grid_of_the_first_attempt():
+    assert ranges(decide(chunks=9, committed=[0, 1, 5], per_run=4)) == [
+        (2, 4),
+        (4, 5),
+        (6, 8),
+        (8, 9),
+    ]
+
+
+def test_what_a_live_run_is_about_is_not_asked_for_again():
+    live = make_run((2, 4), RunState.LIVE)
+
+    assert ranges(decide([live], chunks=5)) == [(0, 2), (4, 5)]
+
+
+def test_the_output_is_asked_for_once_every_chunk_is_committed():
+    assert ranges(decide(chunks=2, committed=[0, 1])) == [None]
+    assert ranges(decide([make_run(None, RunState.LIVE)], chunks=2, committed=[0, 1])) == []
+
+
+def test_a_live_run_over_committed_chunks_does_not_hold_up_the_output():
+    live = make_run((0, 2), RunState.LIVE)
+
+    assert ranges(decide([live], chunks=2, committed=[0, 1])) == [None]
+
+
+def test_asking_twice_gives_the_same_key_and_an_ended_run_another():
+    first, again = decide().needed[0], decide().needed[0]
+    later = decide([make_run((0, 5))], now=NOW + 3600).needed[0]
+
+    assert first.key == again.key == f"{BATCH}/00000-00004#0"
+    assert later.key == f"{BATCH}/00000-00004#1"
+
+
+def test_after_a_failure_the_next_attempt_waits_longer_each_time():
+    once = decide([make_run((0, 5))], now=NOW + BACKOFF_SECONDS - 1)
+    twice = [make_run((0, 5), ended_at=NOW - 100), make_run((0, 5))]
+
+    assert not once.needed
+    assert "next attempt in 1 s" in once.waiting[0]
+    assert decide([make_run((0, 5))], now=NOW + BACKOFF_SECONDS).needed
+    assert not decide(twice, now=NOW + BACKOFF_SECONDS).needed
+    assert decide(twice, now=NOW + 2 * BACKOFF_SECONDS).needed
+
+
+def test_the_wait_has_an_upper_bound():
+    assert backoff_left(10_000, NOW, now=NOW) == LONGEST_BACKOFF_SECONDS
+
+
+def test_a_batch_that_keeps_failing_waits_for_a_person():
+    failures = [make_run((0, 5), ended_at=NOW + number) for number in range(MAX_FAILURES)]
+
+    verdict = decide(failures, commits_at=0, now=NOW + 10**6)
+
+    assert not verdict.needed
+    assert "waits for a person" in verdict.waiting[0]
+    assert "missing partitions of chunk_results" in verdict.waiting[0]
+
+
+def test_failures_before_the_latest_commit_do_not_count():
+    failures = [make_run((0, 5), ended_at=NOW - number) for number in range(1, MAX_FAILURES + 1)]
+
+    assert ranges(decide(failures, committed=[0], commits_at=NOW)) == [(1, 5)]
+
+
+def test_failures_of_the_output_do_not_count_against_chunks_nor_the_other_way_round():
+    failed_output = [make_run(None, ended_at=NOW + 1) for _ in range(MAX_FAILURES)]
+
+    assert decide(failed_output, chunks=2).needed
+    assert not decide(failed_output, chunks=2, committed=[0, 1], now=NOW + 10**6).needed
+    assert decide([make_run((0, 2), ended_at=NOW + 1)], chunks=2, committed=[0, 1]).needed
+
+
+@pytest.mark.parametrize("later_failure", [0, -1])
+def test_a_stopped_run_is_not_started_again(later_failure):
+    stopped = make_run((0, 5), RunState.STOPPED, ended_at=NOW, reason="was terminated")
+    earlier = make_run((0, 5), ended_at=NOW + later_failure - 1)
+
+    verdict = decide([stopped, earlier], now=NOW + 10**6)
+
+    assert not verdict.needed
+    assert "was terminated" in verdict.waiting[0]
+
+
+def test_stopping_one_run_leaves_the_others_of_its_batch_alone():
+    stopped = make_run((0, 2), RunState.STOPPED, reason="was terminated")
+
+    assert ranges(decide([stopped], chunks=4, per_run=2)) == [(2, 4)]
+
+
+def test_a_stopped_run_that_was_executed_again_no_longer_counts():
+    stopped = make_run((0, 5), RunState.STOPPED, ended_at=NOW - 10)
+    failed_since = replace(stopped, state=RunState.FAILED, ended_at=NOW)
+
+    assert decide([stopped, failed_since], now=NOW + BACKOFF_SECONDS).needed
+
+
+def test_batches_come_in_the_order_given():
+    records = [make_record("b-00000001"), make_record("a-00000002")]
+
+    verdict = dispatch(records, [], reports=lambda _: {}, chunks_per_run=200, now=NOW)
+
+    assert [needed.batch.batch_id for needed in verdict.needed] == ["b-00000001", "a-00000002"]
