@@ -1,0 +1,122 @@
+"""The commands. Each reads its arguments, asks a service, and prints a table or JSON."""
+
+from typing import Any
+
+import click
+
+from batch_orchestration import __version__
+from batch_orchestration.cli import tables
+from batch_orchestration.cli.context import Commands, Context, json_option, open_context, print_json
+from batch_orchestration.cli.dead_letters import discard, failures, replay
+from batch_orchestration.cli.recovering import recover
+from batch_orchestration.cli.submitting import submit, validate
+from batch_orchestration.cli.watching import watch_batch
+from batch_orchestration.services.batch_objects import batch_object
+from batch_orchestration.services.board import Board, read_board
+from batch_orchestration.services.status import view_batch
+from batch_orchestration.settings import settings_in_force
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Batch inference with vLLM, run by Dagster.
+
+    Settings are BATCH_* variables or lines of .env; `config` lists them. Exit codes: 0 done,
+    1 failed, 2 wrong usage.
+    """
+
+
+main.add_command(submit)
+main.add_command(validate)
+main.add_command(watch_batch)
+main.add_command(failures)
+main.add_command(replay)
+main.add_command(discard)
+main.add_command(recover)
+
+
+@main.command()
+@click.argument("batch_id", metavar="[BATCH]", required=False)
+@json_option
+def status(batch_id: str | None, as_json: bool) -> None:
+    """Show all batches and what waits in the inbox, or one BATCH in full."""
+    context = open_context()
+    if batch_id is None:
+        _show_board(context, as_json=as_json)
+        return
+    view = view_batch(batch_id, folder=context.folder, store=context.store, now=context.clock())
+    if as_json:
+        print_json(batch_object(view, folder=context.folder))
+        return
+    _say_store_problem(view.store_problem)
+    known = not view.store_problem and view.failed
+    by_code = context.store.failure_counts(batch_id) if known else {}
+    context.console.print(tables.batch_details(view, by_code))
+
+
+@main.command()
+@click.argument("sql")
+@json_option
+def query(sql: str, as_json: bool) -> None:
+    """Ask the store by SQL, read-only; tables: batches, chunks, results, failed_requests.
+
+    And dead_letter_events, the history of failed_requests.
+    """
+    context = open_context()
+    columns, rows = context.store.query(sql)
+    if as_json:
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        context.console.print(tables.query_table(columns, rows))
+
+
+@main.command()
+@json_option
+def config(as_json: bool) -> None:
+    """Print every setting, its value, and where that came from."""
+    context = open_context()
+    rows = settings_in_force(context.settings)
+    if as_json:
+        print_json(rows)
+    else:
+        context.console.print(tables.settings_table(rows))
+
+
+def _show_board(context: Context, *, as_json: bool) -> None:
+    board = read_board(
+        folder=context.folder,
+        store=context.store,
+        settle_seconds=context.settings.settle_seconds,
+        now=context.clock(),
+    )
+    if as_json:
+        print_json(_board_object(board, context))
+        return
+    if board.empty:
+        click.echo(
+            f"No batches yet in {context.folder.root}.\n"
+            "Drop a .jsonl file into its inbox/, or: python -m batch_orchestration submit FILE"
+        )
+        return
+    _say_store_problem(board.store_problem)
+    for table in tables.board_tables(board):
+        context.console.print(table)
+
+
+def _say_store_problem(problem: str | None) -> None:
+    if problem:
+        click.echo(
+            f"The store cannot be asked now; this is from the runs' files: {problem}", err=True
+        )
+
+
+def _board_object(board: Board, context: Context) -> dict[str, Any]:
+    return {
+        "object": "list",
+        "data": [batch_object(view, folder=context.folder) for view in board.batches],
+        "waiting": [{"path": path, "reason": reason} for path, reason in board.waiting],
+        "claims": [{"claim_id": c.claim_id, "file_name": c.file_name} for c in board.claims],
+        "rejected": list(board.rejected),
+        "store_problem": board.store_problem,
+    }

@@ -1,0 +1,128 @@
+"""What every command needs: settings, folder, store, and errors turned into exit codes."""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from pydantic import ValidationError
+from rich.console import Console
+
+from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.settings import PREFIX, Settings, load_settings
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+#: A person waits for the answer: say soon that the store is locked, and by whom.
+STORE_DEADLINE_SECONDS = 3.0
+
+#: Columns of tables that go into a file or a pipe.
+PIPED_WIDTH = 200
+#: pydantic-settings names the field in prose, and only there.
+_UNPARSED_FIELD = re.compile(r'error parsing value for field "(\w+)"')
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class SettingsRefused(click.ClickException):
+    """Settings cannot be used: the mistake is in how we were called."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    """A group whose commands fail with a sentence and exit code 1, not with a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except BatchOrchestrationError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The deployment that a command works on.
+
+    Attributes:
+        clock: POSIX seconds.
+        sleep: Waits so many seconds; watching is made of it.
+    """
+
+    settings: Settings
+    folder: DataFolder
+    store: Store
+    console: Console
+    clock: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
+
+
+def open_context() -> Context:
+    """Return the context that the command was called with, else that of the environment.
+
+    Raises:
+        SettingsRefused: A setting cannot be used.
+    """
+    given = click.get_current_context(silent=True)
+    if given and isinstance(given.obj, Context):
+        return given.obj
+    # Waiting for the store is logged for services; commands say it themselves.
+    logging.getLogger("batch_orchestration").addHandler(logging.NullHandler())
+    settings = settings_or_refusal()
+    folder = DataFolder(settings.data_dir)
+    store = Store(folder.duckdb, deadline_seconds=STORE_DEADLINE_SECONDS)
+    return Context(settings=settings, folder=folder, store=store, console=_console())
+
+
+def _console() -> Console:
+    console = Console()
+    # rich takes 80 columns where there is no terminal; ids must not be folded there.
+    return console if console.is_terminal else Console(width=max(console.width, PIPED_WIDTH))
+
+
+def settings_or_refusal() -> Settings:
+    """Read the settings.
+
+    Raises:
+        SettingsRefused: With a line for each that cannot be used.
+    """
+    try:
+        return load_settings()
+    except ValidationError as error:
+        raise SettingsRefused("\n".join(_complaints(error))) from error
+    except ValueError as error:
+        field = _UNPARSED_FIELD.search(str(error))
+        complaint = f"{_variable((field[1],))}: not JSON" if field else str(error)
+        raise SettingsRefused(complaint) from error
+
+
+def json_option(command: F) -> F:
+    """Add `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def print_json(value: object, *, lines: bool = False) -> None:
+    """Print a value as JSON, indented for people unless it is one of several `lines`."""
+    encoded = msgspec.json.encode(value, enc_hook=str)
+    if not lines:
+        encoded = msgspec.json.format(encoded, indent=2)
+    sys.stdout.write(encoded.decode() + "\n")
+    sys.stdout.flush()
+
+
+def _complaints(error: ValidationError) -> Sequence[str]:
+    # The values are left out: one of them may be a secret.
+    return [
+        f"{_variable(detail['loc'])}: {detail['msg'].removeprefix('Value error, ')}"
+        for detail in error.errors(include_input=False, include_url=False)
+    ]
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    return f"{PREFIX}{location[0]}".upper() if location else "settings"

@@ -1,0 +1,310 @@
+"""`failures`, `replay` and `discard`: what people do about failed requests."""
+
+import os
+import pwd
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from batch_orchestration.cli import tables
+from batch_orchestration.cli.context import Context, json_option, open_context, print_json
+from batch_orchestration.domain.dead_letters import (
+    UNRESOLVED,
+    DeadLetter,
+    DeadLetterState,
+    Selection,
+)
+from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.services import dead_letters
+from batch_orchestration.services.configuration import admission_settings
+from batch_orchestration.storage.operations import open_replays
+
+SHOWN_AT_FIRST = 50
+LOOK_SECONDS = 1.0
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def selecting(command: F) -> F:
+    """Add what selects failed requests."""
+    for option in (
+        click.option(
+            "--custom-id", "custom_ids", multiple=True, help="Only this request; repeatable."
+        ),
+        click.option(
+            "--code",
+            "codes",
+            multiple=True,
+            type=click.Choice([str(code) for code in FailureCode]),
+            metavar="CODE",
+            help="Only failures with this code; repeatable.",
+        ),
+        click.argument("batch_id", metavar="BATCH"),
+    ):
+        command = option(command)
+    return command
+
+
+_limit = click.option("--limit", type=click.IntRange(min=1), help="So many at most.")
+_states = click.option(
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice([str(state) for state in DeadLetterState]),
+    help="Only failures in this state; repeatable.",
+)
+
+
+@click.command()
+@selecting
+@_states
+@_limit
+@click.option(
+    "--as-input",
+    "as_input",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write their original lines as a new batch file; by default those that are dead.",
+)
+@click.option(
+    "--include-faulty", is_flag=True, help="Also lines that never were requests (--as-input)."
+)
+@json_option
+def failures(
+    batch_id: str,
+    codes: tuple[str, ...],
+    custom_ids: tuple[str, ...],
+    states: tuple[str, ...],
+    limit: int | None,
+    as_input: Path | None,
+    include_faulty: bool,
+    as_json: bool,
+) -> None:
+    """List the failed requests of BATCH in input order, with codes and messages.
+
+    While the batch runs, these are the ones in chunks that are committed already. Those that a
+    replay has answered are listed with --state resolved.
+    """
+    context = open_context()
+    context.folder.read_plan(batch_id)
+    context.store.batch(batch_id)
+    selection = _selection(codes, custom_ids, states, limit, default=UNRESOLVED)
+    if as_input is not None:
+        dead = msgspec.structs.replace(selection, states=selection.states if states else _DEAD)
+        _write_input(batch_id, dead, as_input, context, include_faulty, as_json=as_json)
+        return
+    shown = limit or (None if as_json else SHOWN_AT_FIRST)
+    found = context.store.dead_letters(batch_id, msgspec.structs.replace(selection, limit=shown))
+    if as_json:
+        print_json([_object(letter) for letter in found])
+        return
+    if not found:
+        meant = "" if selection == Selection(states=UNRESOLVED) else " that is meant"
+        click.echo(f"No request of {batch_id}{meant} has failed.")
+        return
+    context.console.print(tables.failures_table(found))
+    everything = msgspec.structs.replace(selection, limit=None)
+    count = len(context.store.dead_letter_codes(batch_id, everything))
+    if count > len(found):
+        click.echo(f"{count - len(found):,} more: --limit {count} shows all.")
+
+
+@click.command()
+@selecting
+@_limit
+@click.option("--max-tokens", type=click.IntRange(min=1), help="New token limit of each request.")
+@click.option("--model", help="Served model that shall answer.")
+@click.option(
+    "--set", "fields", multiple=True, metavar="FIELD=JSON", help="Another field of the body."
+)
+@click.option("--force", is_flag=True, help="Although settings differ from the batch's.")
+@click.option("--wait", is_flag=True, help="Wait until it is over.")
+@json_option
+def replay(
+    batch_id: str,
+    codes: tuple[str, ...],
+    custom_ids: tuple[str, ...],
+    limit: int | None,
+    max_tokens: int | None,
+    model: str | None,
+    fields: tuple[str, ...],
+    force: bool,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    """Send failed requests of BATCH to the engine again; answers move to its output file.
+
+    This command only asks for it, and Dagster runs it (`replay_sensor`, job
+    `replay_failed_requests`): two engines on one device would take each other's memory, and only
+    Dagster's pool `gpu` knows whether the device is free. The request is kept on disk, so it does
+    not matter whether Dagster runs now.
+    """
+    context = open_context()
+    given = {"max_tokens": max_tokens, "model": model}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    asked = dead_letters.request_replay(
+        batch_id,
+        _selection(codes, custom_ids, (), limit, default=_DEAD),
+        folder=context.folder,
+        store=context.store,
+        actor=_person(),
+        at=context.clock(),
+        overrides=overrides | _fields(fields),
+        model_required=admission_settings(context.settings).model_required,
+        force=force,
+    )
+    numbers = [replay.number for replay in asked.replays]
+    if not as_json:
+        _say_left_out(asked.left_out)
+        names = ", ".join(map(str, numbers))
+        click.echo(f"{asked.requests:,} requests wait for the engine, as replay {names}.")
+        click.echo("Dagster starts it (`make dev`) as soon as the engine is free.")
+    if wait:
+        _wait_for(batch_id, numbers, context)
+    if as_json:
+        print_json(
+            {
+                "batch_id": batch_id,
+                "replays": numbers,
+                "requests": asked.requests,
+                "left_out": asked.left_out,
+            }
+        )
+    elif wait:
+        counts = context.store.batch(batch_id)
+        click.echo(f"{counts.completed:,} answered, {counts.failed:,} failed.")
+
+
+@click.command()
+@selecting
+@_limit
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice([str(DeadLetterState.DEAD), str(DeadLetterState.REPLAYING)]),
+    help="With `replaying`: take them back from a replay that is not at work.",
+)
+@click.option("--reason", required=True, help="Why; it is all that will be known later.")
+def discard(
+    batch_id: str,
+    codes: tuple[str, ...],
+    custom_ids: tuple[str, ...],
+    limit: int | None,
+    states: tuple[str, ...],
+    reason: str,
+) -> None:
+    """Give up failed requests of BATCH: they stay in its error file, but need nobody any more."""
+    context = open_context()
+    count = dead_letters.discard(
+        batch_id,
+        _selection(codes, custom_ids, states, limit, default=_DEAD),
+        reason=reason,
+        folder=context.folder,
+        store=context.store,
+        actor=_person(),
+        at=context.clock(),
+    )
+    click.echo(f"{count:,} failed requests of {batch_id} are discarded.")
+
+
+_DEAD = (DeadLetterState.DEAD,)
+
+
+def _selection(
+    codes: Sequence[str],
+    custom_ids: Sequence[str],
+    states: Sequence[str],
+    limit: int | None,
+    *,
+    default: tuple[DeadLetterState, ...],
+) -> Selection:
+    return Selection(
+        codes=tuple(map(FailureCode, codes)),
+        custom_ids=tuple(custom_ids),
+        states=tuple(map(DeadLetterState, states)) or default,
+        limit=limit,
+    )
+
+
+def _fields(pairs: Sequence[str]) -> dict[str, Any]:
+    fields = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        try:
+            fields[name] = msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
+            raise click.BadParameter(f"--set {name}: not JSON: {error}") from error
+        if not (name and separator):
+            raise click.BadParameter(f"--set {pair}: expected FIELD=JSON")
+    return fields
+
+
+def _write_input(
+    batch_id: str,
+    selection: Selection,
+    path: Path,
+    context: Context,
+    include_faulty: bool,
+    *,
+    as_json: bool,
+) -> None:
+    written = dead_letters.as_input(
+        batch_id,
+        selection,
+        path,
+        folder=context.folder,
+        store=context.store,
+        include_faulty=include_faulty,
+    )
+    if as_json:
+        print_json({"file": str(path), "requests": written.written, "left_out": written.left_out})
+        return
+    _say_left_out(written.left_out)
+    click.echo(f"{written.written:,} requests are in {path}.")
+
+
+def _say_left_out(left_out: Sequence[dead_letters.LeftOut]) -> None:
+    for letter in left_out[:SHOWN_AT_FIRST]:
+        click.echo(f"left out: {letter}", err=True)
+    if len(left_out) > SHOWN_AT_FIRST:
+        click.echo(f"left out: {len(left_out) - SHOWN_AT_FIRST:,} more", err=True)
+
+
+def _wait_for(batch_id: str, numbers: Sequence[int], context: Context) -> None:
+    mine = {(batch_id, number) for number in numbers}
+    while mine.intersection(open_replays(context.folder)):
+        context.sleep(LOOK_SECONDS)
+
+
+def _person() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
+
+
+def _object(letter: DeadLetter) -> dict[str, Any]:
+    request, failure = letter.request, letter.request.outcome
+    assert isinstance(failure, Failure)
+    return {
+        "custom_id": request.custom_id,
+        "line": request.line,
+        "index": request.index,
+        "endpoint": request.endpoint or None,
+        "code": failure.code,
+        "message": failure.message,
+        "status_code": failure.status,
+        "attempts": request.attempts,
+        "failed_attempts": request.failed_attempts,
+        "state": letter.state,
+        "first_failed_at": letter.first_failed_at,
+        "last_failed_at": letter.last_failed_at,
+        "replay": letter.replay,
+        "resolved_at": letter.resolved_at,
+        "discarded_at": letter.discarded_at,
+        "discard_reason": letter.discard_reason,
+    }

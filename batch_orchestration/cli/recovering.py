@@ -1,0 +1,51 @@
+"""`recover`: a damaged or missing store is made anew."""
+
+import click
+
+from batch_orchestration.cli.context import json_option, open_context, print_json
+from batch_orchestration.services import recovery
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Although the store is sound.")
+@json_option
+def recover(force: bool, as_json: bool) -> None:
+    """Make the store (batch.duckdb) anew from plans, kept inputs and journals.
+
+    The old file is renamed to batch.duckdb.damaged-TIME and never deleted. Runs may go on.
+    """
+    context = open_context()
+    problem = recovery.find_problem(folder=context.folder, store=context.store)
+    if problem is None and not force:
+        if as_json:
+            print_json({"problem": None, "set_aside": None, "batches": []})
+        else:
+            click.echo("The store is sound and knows every batch: nothing to do.")
+        return
+    done = recovery.recover(
+        folder=context.folder, problem=problem or "asked for by --force", clock=context.clock
+    )
+    if as_json:
+        print_json(done)
+    else:
+        _say(done)
+    if not done.complete:
+        raise click.ClickException("not everything could be rebuilt, see above")
+
+
+def _say(done: recovery.Recovery) -> None:
+    click.echo(f"Was wrong: {done.problem}")
+    if done.set_aside:
+        click.echo(f"Old file: {done.set_aside}")
+    for batch in done.batches:
+        click.echo(
+            f"{batch.batch_id}: {batch.status or 'not rebuilt'}, {batch.chunks:,} of"
+            f" {batch.of_chunks:,} chunks committed ({batch.completed:,} answered,"
+            f" {batch.failed:,} failed), {batch.operations:,} replays and discards applied"
+        )
+        if batch.unfinished:
+            click.echo(f"  {batch.unfinished:,} outcomes wait in journals for their chunk's run")
+        for problem in batch.problems:
+            click.echo(f"  could not be rebuilt: {problem}")
+    if not done.batches:
+        click.echo("There is no batch; the store is new and empty.")

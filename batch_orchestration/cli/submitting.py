@@ -1,0 +1,178 @@
+"""`submit` and `validate`: the author's side of the inbox."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from batch_orchestration.cli import tables
+from batch_orchestration.cli.context import Context, json_option, open_context, print_json
+from batch_orchestration.cli.watching import finish, follow_shown
+from batch_orchestration.domain.batches import BatchOptions, batch_id, identity
+from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.services import submission, validation
+from batch_orchestration.services.batch_files import open_batch_file
+from batch_orchestration.services.board import rejections
+from batch_orchestration.services.configuration import admission_settings
+from batch_orchestration.services.sidecars import find_sidecar, read_options
+from batch_orchestration.services.status import find_identity
+
+#: A running sensor takes a settled file within a few ticks of five seconds, started ones apart.
+PATIENCE_SECONDS = 30.0
+LOOK_SECONDS = 1.0
+_BLOCK_BYTES = 2**20
+
+_file_argument = click.argument(
+    "file", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+
+
+@click.command()
+@_file_argument
+@click.option("--model", help="Served model that answers every request.")
+@click.option("--priority", type=int, help="Higher runs earlier; default 0.")
+@click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Echoed back; repeatable.")
+@click.option("--completion-window", metavar="DURATION", help="Recorded; default 24h.")
+@click.option("--wait", is_flag=True, help="Watch the batch until it ends.")
+@json_option
+def submit(
+    file: Path,
+    model: str | None,
+    priority: int | None,
+    metadata: tuple[str, ...],
+    completion_window: str | None,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    """Put a copy of FILE into the inbox.
+
+    What is given here wins over a side-car (NAME.meta.json) beside FILE.
+    """
+    context = open_context()
+    given = {
+        "model": model,
+        "priority": priority,
+        "metadata": _pairs(metadata),
+        "completion_window": completion_window,
+    }
+    options = _options(file, {name: value for name, value in given.items() if value is not None})
+    sent = send(file, options, context)
+    _say_sent(sent, as_json=as_json, lines=wait)
+    if wait:
+        admitted_as = sent.wait_until_admitted()
+        finish(follow_shown(admitted_as, context, as_json=as_json), as_json=as_json)
+
+
+@click.command()
+@_file_argument
+@json_option
+def validate(file: Path, as_json: bool) -> None:
+    """Check FILE as admission would, without admitting it; exit 1 if a line is faulty."""
+    context = open_context()
+    report = validation.validate(file, settings=admission_settings(context.settings))
+    if as_json:
+        print_json(report)
+    else:
+        tables.print_validation(context.console, report)
+    if report.refusal is not None:
+        raise click.ClickException(f"{file}: would be rejected: {report.refusal}")
+    if report.faulty:
+        faulty = f"{report.faulty:,} of {report.requests:,} requests"
+        raise click.ClickException(f"{file}: {faulty} would fail unasked; the rest would run")
+
+
+def send(file: Path, options: BatchOptions, context: Context) -> "Submission":
+    """Put a copy of a file into the inbox, unless it is a batch already."""
+    key = content_identity(file, options)
+    rejected_before = frozenset(r.rejected_path for r in rejections(context.folder))
+    inbox_path, known = None, find_identity(key, folder=context.folder)
+    if known is None:
+        inbox_path = submission.submit(file, options, context.folder)
+        known = batch_id(inbox_path.name, key)
+    return Submission(context, key, known, inbox_path, rejected_before)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A file on its way through the inbox.
+
+    Attributes:
+        batch_id: Of the batch that the file will be, or is already.
+        inbox_path: Where the copy was put; None if the same batch was admitted before.
+    """
+
+    context: Context
+    identity: str
+    batch_id: str
+    inbox_path: Path | None
+    rejected_before: frozenset[str]
+
+    def wait_until_admitted(self) -> str:
+        """Return the id of the batch, once it is one.
+
+        Raises:
+            FileRefused: The file was rejected; the message says why and what to do.
+        """
+        started, reminded = self.context.clock(), False
+        while (found := find_identity(self.identity, folder=self.context.folder)) is None:
+            self._raise_if_rejected()
+            untouched = self.inbox_path is not None and self.inbox_path.exists()
+            overdue = self.context.clock() - started > PATIENCE_SECONDS
+            if untouched and overdue and not reminded:
+                click.echo("Nobody takes the file. Is Dagster running? `make dev`", err=True)
+                reminded = True
+            self.context.sleep(LOOK_SECONDS)
+        return found
+
+    def _raise_if_rejected(self) -> None:
+        for rejected in rejections(self.context.folder):
+            if rejected.rejected_path in self.rejected_before or self.inbox_path is None:
+                continue
+            if rejected.file_name == self.inbox_path.name:
+                raise FileRefused(str(rejected))
+
+
+def _say_sent(sent: Submission, *, as_json: bool, lines: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "batch_id": sent.batch_id,
+                "inbox_file": sent.inbox_path,
+                "already_admitted": sent.inbox_path is None,
+            },
+            lines=lines,
+        )
+    elif sent.inbox_path is None:
+        click.echo(f"The same content and options are a batch already: {sent.batch_id}")
+    else:
+        click.echo(
+            f"Submitted as {sent.inbox_path}\n"
+            f"It becomes batch {sent.batch_id}: python -m batch_orchestration status"
+        )
+
+
+def _options(file: Path, given: dict[str, Any]) -> BatchOptions:
+    said = msgspec.to_builtins(read_options(find_sidecar(file)))
+    try:
+        return msgspec.convert(said | given, BatchOptions)
+    except msgspec.ValidationError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _pairs(metadata: tuple[str, ...]) -> dict[str, str] | None:
+    pairs = dict(pair.partition("=")[::2] for pair in metadata)
+    if any("=" not in pair for pair in metadata) or "" in pairs:
+        raise click.UsageError("--metadata takes KEY=VALUE")
+    return pairs or None
+
+
+def content_identity(file: Path, options: BatchOptions) -> str:
+    """Return the identity that a file's batch has, or would have."""
+    digest = hashlib.sha256()
+    with open_batch_file(file) as content:
+        while block := content.read(_BLOCK_BYTES):
+            digest.update(block)
+    return identity(digest.hexdigest(), options)

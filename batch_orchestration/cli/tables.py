@@ -1,0 +1,174 @@
+"""Tables for people: batches, one batch, failures, settings, query results."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from batch_orchestration.cli.watching import describe, eta, figures
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.dead_letters import DeadLetter
+from batch_orchestration.domain.outcomes import Failure
+from batch_orchestration.services.board import Board
+from batch_orchestration.services.status import BatchView
+from batch_orchestration.services.tallies import SIMULATED
+from batch_orchestration.services.validation import ValidationReport
+from batch_orchestration.settings import SettingInForce
+
+MESSAGE_LENGTH = 300
+
+
+def batches_table(views: Iterable[BatchView]) -> Table:
+    """Return one row per batch."""
+    table = _table("Batch", "Status", "Done", "Failed", "Tokens/s", "ETA", "Priority", "Created")
+    for view in views:
+        tokens = f"{view.live.output_tokens_per_second:,.0f}" if view.live else ""
+        table.add_row(
+            Text(view.batch_id),
+            Text(describe(view)),
+            f"{view.done:,}/{view.total:,}",
+            f"{view.failed:,}",
+            tokens,
+            eta(view) if view.live else "",
+            str(view.options.priority),
+            moment(view.plan.created_at),
+        )
+    return table
+
+
+def board_tables(board: Board) -> Iterator[RenderableType]:
+    """Yield a table for each part of the board that is not empty."""
+    if board.batches:
+        yield batches_table(board.batches)
+    if board.waiting or board.claims:
+        table = _table("In the inbox", "Why it waits")
+        for path, reason in board.waiting:
+            table.add_row(Text(path.name), Text(reason))
+        for claim in board.claims:
+            table.add_row(Text(claim.file_name), "claimed; its run reads it now or waits to")
+        yield table
+    if board.rejected:
+        table = _table("Rejected", "Why", "What to do")
+        for rejected in board.rejected:
+            table.add_row(Text(rejected.file_name), Text(rejected.reason), Text(rejected.next_step))
+        yield table
+
+
+def batch_details(view: BatchView, failures_by_code: dict[str, int]) -> RenderableType:
+    """Return all that is known about one batch."""
+    simulated = view.engine == SIMULATED
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    rows = [
+        ("Batch", view.batch_id),
+        ("Status", describe(view)),
+        ("File", view.plan.file_name),
+        ("Requests", f"{view.total:,}: {view.completed:,} answered, {view.failed:,} failed, "
+                     f"{view.total - view.done:,} pending"),
+        ("Run", "  ".join(figures(view)) if view.live else ""),
+        ("Tokens", f"{view.prompt_tokens:,} prompt, {view.completion_tokens:,} completion"),
+        ("Failures", ", ".join(f"{code} {count:,}" for code, count in failures_by_code.items())),
+        ("Engine", f"{view.engine}: answers are made up" if simulated else view.engine),
+        ("Model", view.model),
+        ("Chunks", f"{len(view.plan.chunks):,}"),
+        ("Priority", str(view.options.priority)),
+        ("Window", view.options.completion_window),
+        ("Metadata", ", ".join(f"{key}={text}" for key, text in view.options.metadata.items())),
+        ("Created", moment(view.plan.created_at)),
+        *(
+            (word.replace("_", " ").capitalize(), moment(at))
+            for word, at in view.times.items()
+            if word != BatchStatus.VALIDATING
+        ),
+        ("Output", str(view.output_file or "")),
+        ("Errors", str(view.error_file or "")),
+        ("Report", str(view.output_file.with_name("report.md")) if view.output_file else ""),
+    ]  # fmt: skip
+    for name, value in rows:
+        if value:
+            grid.add_row(name, Text(value))
+    if view.failed:
+        hint = f"Failed requests: python -m batch_orchestration failures {view.batch_id}"
+        return Group(grid, Text(hint, style="dim"))
+    return grid
+
+
+def failures_table(failures: Iterable[DeadLetter]) -> Table:
+    """Return one row per failed request."""
+    table = _table("Line", "custom_id", "Code", "HTTP", "Attempts", "State", "Message")
+    for letter in failures:
+        request, failure = letter.request, letter.request.outcome
+        if isinstance(failure, Failure):
+            table.add_row(
+                str(request.line),
+                Text(request.custom_id or ""),
+                str(failure.code),
+                str(failure.status or ""),
+                str(request.attempts),
+                str(letter.state),
+                Text(shortened(failure.message)),
+            )
+    return table
+
+
+def print_validation(console: Console, report: ValidationReport) -> None:
+    """Print what admission would say of a file."""
+    if report.faults:
+        table = _table("Line", "custom_id", "Code", "What is wrong")
+        for fault in report.faults:
+            custom_id = Text(fault.custom_id or "")
+            table.add_row(str(fault.line), custom_id, str(fault.code), Text(fault.message))
+        console.print(table)
+    if report.faults_not_listed:
+        console.print(f"… and {report.faults_not_listed:,} more")
+    if report.refusal is None:
+        console.print(
+            f"{report.file_name}: {report.requests:,} requests, {report.faulty:,} of them faulty; "
+            f"chunks: {report.chunks:,}",
+            highlight=False,
+            markup=False,
+        )
+
+
+def settings_table(settings: Iterable[SettingInForce]) -> Table:
+    """Return one row per setting."""
+    table = _table("Setting", "Value", "From", "What it is")
+    table.columns[0].no_wrap = True
+    for setting in settings:
+        style = "" if setting.origin == "default" else "bold"
+        table.add_row(
+            Text(setting.variable, style),
+            Text(setting.value, style),
+            setting.origin,
+            Text(setting.description),
+        )
+    return table
+
+
+def query_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Return a query's result."""
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(*(Text("" if value is None else str(value)) for value in row))
+    return table
+
+
+def moment(posix_seconds: float) -> str:
+    """Return a time for people, in their time zone."""
+    return datetime.fromtimestamp(posix_seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def shortened(text: str) -> str:
+    """Return the text on one line, cut where it becomes too much for a table."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= MESSAGE_LENGTH else flat[: MESSAGE_LENGTH - 1] + "…"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
+    return table

@@ -1,0 +1,181 @@
+"""Following a batch: looking at it again and again, and showing what changed."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import datetime
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from batch_orchestration.cli.context import Context, json_option, open_context, print_json
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.services.batch_objects import batch_object
+from batch_orchestration.services.reports import duration
+from batch_orchestration.services.status import BatchView, view_batch, with_progress
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+LOOK_SECONDS = 1.0
+#: Every look at the store shuts out its writers for a moment; progress files shut out nobody.
+STORE_SECONDS = 4.0
+#: Between two lines where there is no terminal to draw on.
+LINE_SECONDS = 5.0
+
+Show = Callable[[BatchView], None]
+
+
+@click.command("watch")
+@click.argument("batch_id", metavar="BATCH")
+@json_option
+def watch_batch(batch_id: str, as_json: bool) -> None:
+    """Show the progress of BATCH until it ends; exit 0 if it is completed, else 1.
+
+    Stopping to watch does not stop the batch. With --json, one line of JSON per look.
+    """
+    finish(follow_shown(batch_id, open_context(), as_json=as_json), as_json=as_json)
+
+
+def follow_shown(batch_id: str, context: Context, *, as_json: bool = False) -> BatchView:
+    """Follow a batch on the terminal, or as JSON lines; return how it ended."""
+
+    def look(show: Show) -> BatchView:
+        return follow(
+            batch_id,
+            folder=context.folder,
+            store=context.store,
+            show=show,
+            clock=context.clock,
+            sleep=context.sleep,
+        )
+
+    if as_json:
+        return look(lambda view: print_json(batch_object(view, folder=context.folder), lines=True))
+    with display(context.console, clock=context.clock) as show:
+        return look(show)
+
+
+def finish(view: BatchView, *, as_json: bool) -> None:
+    """Say where the files are, and end the command as the batch ended.
+
+    Raises:
+        ClickException: It is not completed.
+    """
+    if view.output_file and not as_json:
+        click.echo(f"Output: {view.output_file}\nErrors: {view.error_file}")
+    if view.status is not BatchStatus.COMPLETED:
+        raise click.ClickException(f"batch {view.batch_id} ended as {view.status}")
+
+
+def follow(
+    batch_id: str,
+    *,
+    folder: DataFolder,
+    store: Store,
+    show: Show,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> BatchView:
+    """Show a batch until nothing more happens to it; return how it ended.
+
+    Raises:
+        BatchNotFound: There is no such batch.
+    """
+    view = view_batch(batch_id, folder=folder, store=store, now=clock())
+    store_asked_at = clock()
+    show(view)
+    # Without the store, `final` is a guess.
+    while not view.final or view.store_problem:
+        sleep(LOOK_SECONDS)
+        if clock() - store_asked_at >= STORE_SECONDS:
+            view = view_batch(batch_id, folder=folder, store=store, now=clock())
+            store_asked_at = clock()
+        else:
+            view = with_progress(view, folder=folder, now=clock())
+        show(view)
+    return view
+
+
+@contextlib.contextmanager
+def display(console: Console, *, clock: Callable[[], float]) -> Iterator[Show]:
+    """Hand out what shows a view: a live bar on a terminal, else a line every few seconds."""
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=4) as live:
+            yield lambda view: live.update(live_panel(view))
+    else:
+        yield _line_printer(console, clock)
+
+
+def live_panel(view: BatchView) -> RenderableType:
+    """Return the live picture of a batch: what it does, how far it is, how fast."""
+    bar = Table.grid(padding=(0, 1), expand=True)
+    bar.add_column(ratio=1)
+    bar.add_column(no_wrap=True)
+    colour = "red" if view.status in (BatchStatus.FAILED, BatchStatus.EXPIRED) else "green"
+    bar.add_row(
+        ProgressBar(total=max(view.total, 1), completed=view.done, complete_style=colour),
+        f"{view.done:,}/{view.total:,}",
+    )
+    return Group(
+        Text.assemble((view.batch_id, "bold"), "  ", describe(view)),
+        bar,
+        Text("  ".join(figures(view)), style="dim"),
+    )
+
+
+def describe(view: BatchView) -> str:
+    """Return in a few words what happens to a batch now."""
+    if view.final:
+        return str(view.status)
+    if view.live:
+        return f"{view.status}: {view.live.phase}"
+    if view.silent_seconds and view.progress:
+        return (
+            f"{view.status}: no word from its run (pid {view.progress.pid}) for "
+            f"{duration(view.silent_seconds)}"
+        )
+    if view.status is BatchStatus.IN_PROGRESS:
+        waits_for = "its output to be assembled" if view.done == view.total else "a run"
+        return f"{view.status}: waiting for {waits_for}"
+    return str(view.status)
+
+
+def figures(view: BatchView) -> list[str]:
+    """Return failures, and of a run that is at work its rates and when it will be done."""
+    texts = [f"{view.failed:,} failed"]
+    if view.live and (view.live.in_flight or view.live.requests_per_second):
+        texts += [
+            f"{view.live.in_flight:,} in flight",
+            f"{view.live.requests_per_second:,.1f} requests/s",
+            f"{view.live.output_tokens_per_second:,.0f} tokens/s",
+            f"ETA {eta(view)}",
+        ]
+    if view.store_problem:
+        texts.append("store locked: counts may be behind")
+    return texts
+
+
+def eta(view: BatchView) -> str:
+    """Return when the batch will be done, as a duration; `?` while nobody knows."""
+    if view.live is None or view.live.eta_seconds is None:
+        return "?"
+    seconds = view.live.eta_seconds
+    return f"{seconds:.0f} s" if seconds < 60 else duration(seconds)
+
+
+def _line_printer(console: Console, clock: Callable[[], float]) -> Show:
+    printed_at, printed_status = float("-inf"), ""
+
+    def show(view: BatchView) -> None:
+        nonlocal printed_at, printed_status
+        if clock() - printed_at < LINE_SECONDS and view.status == printed_status:
+            return
+        printed_at, printed_status = clock(), view.status
+        moment = datetime.fromtimestamp(printed_at).astimezone().strftime("%H:%M:%S")
+        parts = [moment, view.batch_id, describe(view), f"{view.done:,}/{view.total:,}"]
+        console.print("  ".join(parts + figures(view)), soft_wrap=True, highlight=False)
+
+    return show

@@ -1,0 +1,31 @@
+"""The composition root: everything that Dagster loads, put together from the settings."""
+
+import dagster as dg
+
+from batch_orchestration.defs import assets, checks, jobs, replays, sensors
+from batch_orchestration.defs.resources import GpuResource
+from batch_orchestration.settings import Settings, load_settings
+
+
+def definitions(settings: Settings) -> dg.Definitions:
+    """Return all definitions, for a deployment with these settings."""
+    owned = dg.map_asset_specs(
+        lambda spec: spec.replace_attributes(owners=[settings.owner]),
+        [assets.batch_manifest, assets.chunk_results, assets.batch_output],
+    )
+    return dg.Definitions(
+        assets=owned,
+        asset_checks=[checks.every_request_has_an_outcome, checks.failure_rate_within_budget],
+        jobs=[
+            *(jobs.admit_batch, jobs.submit_batch, jobs.answer_chunks, jobs.deliver_batch),
+            replays.replay_failed_requests,
+        ],
+        sensors=[sensors.inbox_sensor, sensors.dispatch_sensor, replays.replay_sensor],
+        resources={"settings": settings, "gpu": GpuResource.of(settings)},
+        # Retries of a step keep the engine loaded, and a killed run worker leaves no orphaned step
+        # behind that holds the device.
+        executor=dg.in_process_executor,
+    )
+
+
+defs = definitions(load_settings())

@@ -1,0 +1,178 @@
+"""Assets: what a batch leaves behind, from the admitted file to the delivered answers."""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import dagster as dg
+from pydantic import Field
+
+from batch_orchestration import __version__
+from batch_orchestration.defs.events import (
+    MANIFEST_KEY,
+    chunk_materialization,
+    output_metadata,
+    progress_observation,
+)
+from batch_orchestration.defs.partitions import BATCH_TAG, batches, chunks
+from batch_orchestration.defs.resources import (
+    GpuResource,
+    SettingsResource,
+    data_folder,
+    feeding,
+    open_store,
+)
+from batch_orchestration.defs.runs import ask_person, claim_batch
+from batch_orchestration.domain.batches import settings_hash
+from batch_orchestration.domain.chunks import parse_chunk_key
+from batch_orchestration.domain.errors import BatchNotFound, EngineError, PlanMismatch, StorageError
+from batch_orchestration.services.assembly import assemble
+from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
+from batch_orchestration.services.crash_points import CrashPoint, crash_point
+
+#: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
+CHUNKS_PER_BACKFILL_RUN = 200
+#: Within one run, where the engine stays loaded if it can. What has an outcome is not asked again.
+STEP_RETRIES = 2
+STEP_RETRY_SECONDS = 5.0
+#: For lineage only: Dagster would otherwise look for the same key in both sets of partitions, and
+#: refuse backfills because it is not there.
+ACROSS_SETS = dg.AllPartitionMapping()
+
+batch_manifest = dg.AssetSpec(
+    MANIFEST_KEY,
+    description=(
+        "**What was admitted**: a batch's file, read and cut into chunks.\n\n"
+        "Materialized by the job `admit_batch` for each complete file in the inbox, never by hand. "
+        "Each committed chunk adds an observation: done, total, tokens per second, ETA. A file "
+        "that does not show here waits in the inbox (the ticks of `inbox_sensor` say why) or lies "
+        "in `inbox/rejected` with its reasons beside it."
+    ),
+    group_name="inbox",
+    kinds={"json"},
+    partitions_def=batches,
+)
+
+
+class ChunkRunConfig(dg.Config):
+    """How the chunks of a run are answered."""
+
+    force: bool = Field(
+        False,
+        description=(
+            "Go on although settings differ from those that the batch was planned with; the "
+            "answers then are a mix, and each says which settings it came from."
+        ),
+    )
+
+
+@dg.asset(
+    deps=[dg.AssetDep(batch_manifest, partition_mapping=ACROSS_SETS)],
+    partitions_def=chunks,
+    group_name="inference",
+    kinds={"vllm", "duckdb"},
+    pool="gpu",
+    backfill_policy=dg.BackfillPolicy.multi_run(CHUNKS_PER_BACKFILL_RUN),
+    # Each chunk is reported when it is committed; an output would report all of them at the end.
+    output_required=False,
+)
+def chunk_results(
+    context: dg.AssetExecutionContext,
+    config: ChunkRunConfig,
+    gpu: GpuResource,
+    settings: SettingsResource,
+) -> Iterator[dg.MaterializeResult[None]]:
+    """**Answers and failures of up to 1,000 requests**, committed to DuckDB.
+
+    A partition is green once every one of its requests has an outcome, failed ones included; it
+    turns green the moment it is committed, not when its run ends. Failed requests are rows of
+    `failed_requests` (`python -m batch_orchestration failures BATCH`), never a failed chunk.
+
+    **If a partition is red or missing**, its run ended before it was done: nothing is lost, every
+    answer so far is in the journal. `dispatch_sensor` starts it again by itself; after three
+    failures it waits for you and its ticks say why. Materializing any selection of partitions is
+    always safe: what has an outcome is not asked again.
+    """
+    force, present = config.force, gpu.in_force(settings)
+    selection = _selection(context)
+    claim_batch(context.instance, context.run, list(selection))
+    commits = run_chunks(
+        selection,
+        engine=gpu.for_run(context.run.run_id, present),
+        folder=data_folder(present),
+        store=open_store(present),
+        run_id=context.run.run_id,
+        feeding=feeding(present),
+        force=force,
+    )
+    # Closed at once when the run is terminated, so that the journals are flushed.
+    with closing(commits):
+        _report(context, commits, settings_hash(present.answer_settings()))
+    yield from ()
+
+
+def _selection(context: dg.AssetExecutionContext) -> dict[str, list[int]]:
+    """Return chunk numbers by batch.
+
+    A range is a slice of all keys in the order of insertion; of a run that belongs to a batch only
+    the batch's own keys count.
+    """
+    only = context.run.tags.get(BATCH_TAG)
+    selection: dict[str, list[int]] = {}
+    for key in context.partition_keys:
+        batch_id, number = parse_chunk_key(key)
+        if only in (None, batch_id):
+            selection.setdefault(batch_id, []).append(number)
+    return selection
+
+
+def _report(
+    context: dg.AssetExecutionContext, commits: Iterator[CommittedChunk], settings_hash: str
+) -> None:
+    """Tell Dagster of each chunk the moment it is committed.
+
+    Also of those that an earlier run committed: Dagster planned them anew and would otherwise call
+    them failed.
+    """
+    try:
+        for commit in commits:
+            crash_point(CrashPoint.BEFORE_EVENT)
+            context.log_event(
+                chunk_materialization(context.asset_key, commit, settings_hash=settings_hash)
+            )
+            context.log_event(progress_observation(commit))
+    except (BatchNotFound, PlanMismatch) as error:
+        ask_person(context.instance, context.run.run_id, str(error))
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+    except (EngineError, StorageError) as error:
+        retries = context.op_execution_context.retry_number
+        # Not by a RetryPolicy: that would also start again what a person terminated.
+        raise dg.RetryRequested(
+            max_retries=STEP_RETRIES, seconds_to_wait=STEP_RETRY_SECONDS * 2**retries
+        ) from error
+
+
+@dg.asset(
+    deps=[dg.AssetDep(chunk_results, partition_mapping=ACROSS_SETS)],
+    partitions_def=batches,
+    group_name="delivery",
+    kinds={"json"},
+    code_version=__version__,
+)
+def batch_output(
+    context: dg.AssetExecutionContext, settings: SettingsResource
+) -> dg.MaterializeResult[None]:
+    """**The delivered files of a batch**: `output.jsonl`, `errors.jsonl` and `report.md`.
+
+    Written to `outbox/<batch>` when every request has an outcome, whole or not at all, in the
+    order of the input. Materializing it again writes the same files.
+
+    **If it failed**, nothing is lost: the answers are in DuckDB. Usually the outbox is full or not
+    writable; mend that and materialize this partition.
+    """
+    batch_id = context.partition_key
+    claim_batch(context.instance, context.run, [batch_id])
+    report = assemble(
+        batch_id, folder=data_folder(settings), store=open_store(settings), clock=time.time
+    )
+    return dg.MaterializeResult(metadata=output_metadata(report))

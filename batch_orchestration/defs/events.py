@@ -1,0 +1,122 @@
+"""What Dagster is told: the events about batches and chunks, with figures that plot."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import dagster as dg
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.chunks import chunk_key
+from batch_orchestration.domain.commits import ChunkReport
+from batch_orchestration.services.assembly import AssemblyReport
+from batch_orchestration.services.chunk_runner import CommittedChunk
+
+Metadata = dict[str, dg.MetadataValue | str | int | float | bool]
+
+MANIFEST_KEY = dg.AssetKey("batch_manifest")
+
+
+def manifest_materialization(plan: BatchPlan, input_file: Path) -> dg.AssetMaterialization:
+    """Say that a batch was admitted, with what was found in its file."""
+    metadata: Metadata = {
+        "requests": plan.requests,
+        "faulty": plan.faulty,
+        "chunks": len(plan.chunks),
+        "size_bytes": plan.size_bytes,
+        "priority": plan.options.priority,
+        "completion_window": plan.options.completion_window,
+        "file_name": plan.file_name,
+        "sha256": plan.sha256,
+        "settings_hash": plan.settings_hash,
+        "input_file": dg.MetadataValue.path(input_file),
+        "settings": dg.MetadataValue.json(plan.settings),
+    }
+    if plan.options.metadata:
+        metadata["metadata"] = dg.MetadataValue.json(plan.options.metadata)
+    if plan.options.model:
+        metadata["model"] = plan.options.model
+    return dg.AssetMaterialization(MANIFEST_KEY, partition=plan.batch_id, metadata=metadata)
+
+
+def chunk_materialization(
+    key: dg.AssetKey, commit: CommittedChunk, *, settings_hash: str
+) -> dg.AssetMaterialization:
+    """Say that a chunk is committed: every one of its requests has an outcome."""
+    report = commit.report
+    metadata: Metadata = {
+        "dagster/partition_row_count": report.requests,
+        "completed": report.completed,
+        "failed": report.failed,
+        "attempts": report.attempts,
+        "prompt_tokens": report.prompt_tokens,
+        "completion_tokens": report.completion_tokens,
+        "duration_seconds": round(report.seconds, 3),
+        "settings_hash": settings_hash,
+        **_rates(report),
+    }
+    if report.failures_by_code:
+        metadata["failures_by_code"] = _counts_table(report.failures_by_code)
+    if report.engine_rung is not None:
+        metadata["engine_rung"] = report.engine_rung
+    if commit.reused:
+        metadata["committed_by_run"] = report.run_id
+    elif commit.engine is not None:
+        metadata["engine"] = commit.engine.kind
+        metadata["engine_version"] = commit.engine.version
+        metadata["model"] = ", ".join(commit.engine.models)
+    partition = chunk_key(report.batch_id, report.number)
+    return dg.AssetMaterialization(key, partition=partition, metadata=metadata)
+
+
+def progress_observation(commit: CommittedChunk) -> dg.AssetObservation:
+    """Say how far a batch is: its partition of `batch_manifest` plots it over time."""
+    metadata: Metadata = {
+        "done": commit.done,
+        "total": commit.total,
+        "percent": round(100 * commit.done / commit.total, 2),
+        "completed": commit.completed,
+        "failed": commit.failed,
+        "output_tokens_per_second": round(commit.output_tokens_per_second, 3),
+    }
+    if commit.eta_seconds is not None:
+        metadata["eta_seconds"] = round(commit.eta_seconds, 1)
+    return dg.AssetObservation(MANIFEST_KEY, partition=commit.report.batch_id, metadata=metadata)
+
+
+def output_metadata(report: AssemblyReport) -> Metadata:
+    """Return the figures of a delivered batch."""
+    tally, files = report.tally, report.files
+    metadata: Metadata = {
+        "dagster/partition_row_count": tally.total,
+        "completed": tally.completed,
+        "failed": tally.failed,
+        "failure_rate": round(tally.failure_rate, 6),
+        "prompt_tokens": tally.prompt_tokens,
+        "completion_tokens": tally.completion_tokens,
+        "attempts": tally.attempts,
+        "wall_seconds": round(tally.run_seconds, 3),
+        "requests_per_second": round(tally.requests_per_second, 3),
+        "output_tokens_per_second": round(tally.output_tokens_per_second, 3),
+        "output_file": dg.MetadataValue.path(files.output),
+        "error_file": dg.MetadataValue.path(files.errors),
+        "report": dg.MetadataValue.md(report.text),
+    }
+    if tally.failures_by_code:
+        metadata["failures_by_code"] = _counts_table(tally.failures_by_code)
+    return metadata
+
+
+def _rates(report: ChunkReport) -> Metadata:
+    if report.seconds <= 0:
+        return {}
+    return {
+        "requests_per_second": round(report.requests / report.seconds, 3),
+        "output_tokens_per_second": round(report.completion_tokens / report.seconds, 3),
+    }
+
+
+def _counts_table(counts: Mapping[str, int]) -> dg.MetadataValue:
+    rows = sorted(counts.items(), key=lambda item: -item[1])
+    return dg.MetadataValue.table(
+        [dg.TableRecord({"code": code, "requests": count}) for code, count in rows]
+    )

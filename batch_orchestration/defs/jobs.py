@@ -1,0 +1,96 @@
+"""Jobs: admitting a claimed file, submitting one by hand, and the two that dispatch asks for."""
+
+from pathlib import Path
+
+import dagster as dg
+import msgspec
+from pydantic import Field
+
+from batch_orchestration.defs.assets import batch_output, chunk_results
+from batch_orchestration.defs.events import manifest_materialization
+from batch_orchestration.defs.partitions import add_partitions
+from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
+from batch_orchestration.domain.batches import BatchOptions
+from batch_orchestration.domain.errors import BatchOrchestrationError, FileStillChanging
+from batch_orchestration.services.admission import admit
+from batch_orchestration.services.configuration import admission_settings
+from batch_orchestration.services.inbox import Inbox
+from batch_orchestration.services.submission import submit
+from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted
+
+
+class AdmitConfig(dg.Config):
+    """Which claimed file to admit."""
+
+    claim_id: str = Field(description="Name of a folder in `claims` of the data folder.")
+
+
+class SubmitConfig(dg.Config):
+    """A batch file, and what its author says about it."""
+
+    path: str = Field(description="File on this machine, .jsonl or .jsonl.gz; it is copied.")
+    model: str | None = Field(
+        None, description="Served model that answers every request, whatever the bodies say."
+    )
+    priority: int = Field(0, description="-1000 to 1000; higher runs earlier.")
+    metadata: dict[str, str] = Field({}, description="Up to 16 pairs, echoed in the report.")
+    completion_window: str = Field("24h", description="For example 24h; recorded.")
+
+
+@dg.op
+def admit_claim(
+    context: dg.OpExecutionContext, config: AdmitConfig, settings: SettingsResource
+) -> None:
+    """Read a claimed file: it becomes a batch, or goes to `inbox/rejected` with its faults."""
+    folder, store = data_folder(settings), open_store(settings)
+    claim = Inbox(folder, settle_seconds=settings.settle_seconds).claim(config.claim_id)
+    try:
+        verdict = admit(claim, folder=folder, store=store, settings=admission_settings(settings))
+    except FileStillChanging as still_changing:
+        context.log.warning(str(still_changing))
+        return
+    context.log.info(str(verdict))
+    if isinstance(verdict, Admitted | AlreadyAdmitted):
+        plan = folder.read_plan(verdict.batch_id)
+        # First, because the partitions say that all of this is done.
+        context.log_event(manifest_materialization(plan, folder.input_path(plan.batch_id)))
+        add_partitions(context.instance, plan)
+
+
+@dg.op
+def submit_file(
+    context: dg.OpExecutionContext, config: SubmitConfig, settings: SettingsResource
+) -> None:
+    """Copy a file into the inbox, with its side-car; `inbox_sensor` admits it from there."""
+    given = config.model_dump(exclude={"path"})
+    try:
+        options = msgspec.convert(given, BatchOptions)
+        dropped = submit(Path(config.path), options, data_folder(settings))
+    except (msgspec.ValidationError, BatchOrchestrationError, OSError) as error:
+        raise dg.Failure(description=f"{config.path}: {error}", allow_retries=False) from error
+    context.log.info(f"{config.path} is in the inbox as {dropped}")
+    context.add_output_metadata({"inbox_file": dg.MetadataValue.path(dropped)})
+
+
+@dg.job
+def admit_batch() -> None:
+    """Make a batch of a claimed file. `inbox_sensor` asks for it; there is no need to launch it."""
+    admit_claim()
+
+
+@dg.job
+def submit_batch() -> None:
+    """Submit a file by hand: give its path, and perhaps model, priority, metadata and window."""
+    submit_file()
+
+
+answer_chunks = dg.define_asset_job(
+    "answer_chunks",
+    selection=[chunk_results],
+    description="Answer consecutive chunks with one engine. dispatch_sensor asks for it.",
+)
+deliver_batch = dg.define_asset_job(
+    "deliver_batch",
+    selection=[batch_output],
+    description="Write a batch's output files and check them. dispatch_sensor asks for it.",
+)

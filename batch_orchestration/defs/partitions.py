@@ -1,0 +1,71 @@
+"""Partitions: a key per batch and a key per chunk, and the run tags that say which are meant."""
+
+from collections.abc import Mapping
+
+import dagster as dg
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.chunks import chunk_key, parse_chunk_key
+from batch_orchestration.domain.commits import BatchRecord
+
+batches = dg.DynamicPartitionsDefinition(name="batches")
+chunks = dg.DynamicPartitionsDefinition(name="chunks")
+
+#: Dagster has no public names for these tags. Only consecutive keys fit into one run.
+PARTITION_TAG = "dagster/partition"
+RANGE_START_TAG = "dagster/asset_partition_range_start"
+RANGE_END_TAG = "dagster/asset_partition_range_end"
+PRIORITY_TAG = "dagster/priority"
+#: Ours: the runs page filters by them.
+BATCH_TAG = "batch"
+MODEL_TAG = "model"
+
+
+def add_partitions(instance: dg.DagsterInstance, plan: BatchPlan) -> None:
+    """Make a batch and its chunks known to Dagster; doing it again does nothing.
+
+    The batch comes last: if its key is there, so are those of its chunks.
+    """
+    # One call, because ranges are slices in the order of insertion.
+    instance.add_dynamic_partitions(str(chunks.name), plan.chunk_keys)
+    instance.add_dynamic_partitions(str(batches.name), [plan.batch_id])
+
+
+def has_partitions(instance: dg.DagsterInstance, batch_id: str) -> bool:
+    """Whether `add_partitions` was done for the batch."""
+    return instance.has_dynamic_partition(str(batches.name), batch_id)
+
+
+def batch_tags(batch: BatchRecord) -> dict[str, str]:
+    """Return the tags of every run about this batch."""
+    model = batch.options.model or batch.model
+    return {
+        BATCH_TAG: batch.batch_id,
+        PRIORITY_TAG: str(batch.options.priority),
+        **({MODEL_TAG: model} if model else {}),
+    }
+
+
+def range_tags(batch_id: str, numbers: range) -> dict[str, str]:
+    """Return the tags of a run over consecutive chunks."""
+    return {
+        RANGE_START_TAG: chunk_key(batch_id, numbers[0]),
+        RANGE_END_TAG: chunk_key(batch_id, numbers[-1]),
+    }
+
+
+def chunks_by_batch(tags: Mapping[str, str]) -> dict[str, range]:
+    """Return which chunks a run is about, by its tags; nothing if it is not about chunks.
+
+    Of a range across batches only the first and the last are told, the first with an open end.
+    """
+    first = tags.get(RANGE_START_TAG) or tags.get(PARTITION_TAG, "")
+    last = tags.get(RANGE_END_TAG) or first
+    try:
+        first_batch, first_number = parse_chunk_key(first)
+        last_batch, last_number = parse_chunk_key(last)
+    except ValueError:
+        return {}
+    if first_batch == last_batch:
+        return {first_batch: range(first_number, last_number + 1)}
+    return {first_batch: range(first_number, 100_000), last_batch: range(last_number + 1)}

@@ -1,0 +1,213 @@
+"""Replays of dead letters: the job that runs them, and the sensor that asks for it."""
+
+import time
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from batch_orchestration.defs.assets import batch_output
+from batch_orchestration.defs.checks import check_again
+from batch_orchestration.defs.events import output_metadata
+from batch_orchestration.defs.partitions import BATCH_TAG
+from batch_orchestration.defs.resources import (
+    GpuResource,
+    SettingsResource,
+    data_folder,
+    feeding,
+    open_store,
+)
+from batch_orchestration.defs.runs import ask_person, run_state
+from batch_orchestration.domain.dead_letters import Selection
+from batch_orchestration.domain.errors import BatchNotFound, DeadLetterError, PlanMismatch
+from batch_orchestration.domain.outcomes import FailureCode
+from batch_orchestration.domain.overrides import ANY_MODEL
+from batch_orchestration.services.dead_letters import request_replay
+from batch_orchestration.services.dispatch import MAX_FAILURES, RunState, backoff_left
+from batch_orchestration.services.replaying import ReplayReport, run_replay
+from batch_orchestration.settings import Settings
+from batch_orchestration.storage.operations import open_replays
+
+REPLAY_TAG = "replay"
+INTERVAL_SECONDS = 5
+
+
+class ReplayConfig(dg.Config):
+    """Which failed requests to send to the engine again, and with what changes."""
+
+    batch: str = Field(description="Id of the batch.")
+    codes: list[str] = Field([], description="Only failures with these codes; none: any code.")
+    custom_ids: list[str] = Field([], description="Only these requests; none: any.")
+    limit: int | None = Field(None, ge=1, description="So many at most, in input order.")
+    max_tokens: int | None = Field(None, ge=1, description="New token limit of each request.")
+    overrides: dict[str, Any] = Field(
+        {}, description="Fields of the body and their new values; null removes a field."
+    )
+    force: bool = Field(False, description="Go on although settings differ from the batch's.")
+    replay: int | None = Field(
+        None, description="Go on with this replay, whatever else is said; set by replay_sensor."
+    )
+
+    def changes(self) -> dict[str, Any]:
+        """Return all fields of the body that are replaced."""
+        return self.overrides | ({"max_tokens": self.max_tokens} if self.max_tokens else {})
+
+    def selection(self) -> Selection:
+        """Return which dead letters are meant.
+
+        Raises:
+            DeadLetterError: There is no such code.
+        """
+        try:
+            codes = tuple(map(FailureCode, self.codes))
+        except ValueError as error:
+            known = ", ".join(FailureCode)
+            raise DeadLetterError(f"{error}; codes are {known}") from error
+        return Selection(codes=codes, custom_ids=tuple(self.custom_ids), limit=self.limit)
+
+
+@dg.op(
+    pool="gpu",
+    retry_policy=dg.RetryPolicy(
+        max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS
+    ),
+)
+def replay_dead_letters(
+    context: dg.OpExecutionContext,
+    config: ReplayConfig,
+    gpu: GpuResource,
+    settings: SettingsResource,
+) -> None:
+    """Send dead letters to the engine again and make the batch's files anew.
+
+    Each answer is kept the moment it is there; a run that is started again goes on where it was.
+    """
+    present = gpu.in_force(settings)
+    try:
+        for number in _numbers(context, config, present):
+            tag = {BATCH_TAG: config.batch, REPLAY_TAG: _tag(config.batch, number)}
+            context.instance.add_run_tags(context.run.run_id, tag)
+            report = run_replay(
+                config.batch,
+                number,
+                engine=gpu.for_run(context.run.run_id, present),
+                folder=data_folder(present),
+                store=open_store(present),
+                run_id=context.run.run_id,
+                feeding=feeding(present),
+            )
+            _tell(context, report, present)
+    except (BatchNotFound, PlanMismatch, DeadLetterError) as error:
+        ask_person(context.instance, context.run.run_id, str(error))
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+
+
+def _numbers(context: dg.OpExecutionContext, config: ReplayConfig, settings: Settings) -> list[int]:
+    if config.replay is not None:
+        return [config.replay]
+    # The same for each try of the step and each retry of the run.
+    request_key = context.run.root_run_id or context.run.run_id
+    asked = request_replay(
+        config.batch,
+        config.selection(),
+        folder=data_folder(settings),
+        store=open_store(settings),
+        actor=request_key,
+        at=time.time(),
+        overrides=config.changes(),
+        model_required=ANY_MODEL not in settings.model_aliases,
+        force=config.force,
+        request_key=request_key,
+    )
+    for left_out in asked.left_out:
+        context.log.warning(f"cannot be replayed: {left_out}")
+    return [replay.number for replay in asked.replays]
+
+
+def _tell(context: dg.OpExecutionContext, report: ReplayReport, settings: Settings) -> None:
+    replay = report.replay
+    context.log.info(
+        f"replay {replay.number} of {replay.batch_id}: {report.answered} answered, "
+        f"{report.failed} failed again"
+    )
+    if report.assembly is None:
+        return
+    metadata = output_metadata(report.assembly)
+    metadata |= {
+        "replay": replay.number,
+        "replay_answered": report.answered,
+        "replay_failed": report.failed,
+    }
+    context.log_event(
+        dg.AssetMaterialization(batch_output.key, partition=replay.batch_id, metadata=metadata)
+    )
+    for evaluation in check_again(replay.batch_id, settings):
+        # Dagster takes it; only its annotation does not say so.
+        context.log_event(evaluation)  # type: ignore[arg-type]
+
+
+@dg.job
+def replay_failed_requests() -> None:
+    """Replay failed requests of a batch: all, or those with certain codes or custom_ids.
+
+    Answers move from `errors.jsonl` to `output.jsonl`; what fails again stays, with its history.
+    """
+    replay_dead_letters()
+
+
+@dg.sensor(
+    job=replay_failed_requests,
+    minimum_interval_seconds=INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description=(
+        "Asks for the run of each replay that is not over: of those asked for on the command "
+        "line, and of those whose run was lost. **A skipped tick says which wait, and why.**"
+    ),
+)
+def replay_sensor(
+    context: dg.SensorEvaluationContext, settings: SettingsResource
+) -> dg.SensorResult | dg.SkipReason:
+    """Decide from the replays on disk and Dagster's runs, so that it does not matter who died."""
+    now = time.time()
+    requests: list[dg.RunRequest] = []
+    reasons: list[str] = []
+    for batch_id, number in open_replays(data_folder(settings)):
+        request = _request(context.instance, batch_id, number, now=now)
+        if isinstance(request, str):
+            reasons.append(f"replay {number} of {batch_id}: {request}")
+        else:
+            requests.append(request)
+    if not requests:
+        return dg.SkipReason("; ".join(reasons) or "no replay is asked for")
+    return dg.SensorResult(run_requests=requests)
+
+
+def _request(
+    instance: dg.DagsterInstance, batch_id: str, number: int, *, now: float
+) -> dg.RunRequest | str:
+    """Return the run that a replay needs, or why not now."""
+    tag = _tag(batch_id, number)
+    records = instance.get_run_records(dg.RunsFilter(tags={REPLAY_TAG: tag}))
+    states = [(state, record) for record in records if (state := run_state(record, now=now))]
+    ended = [record.end_time or 0.0 for state, record in states if state is not RunState.LIVE]
+    if len(ended) < len(states):
+        return "is running, or waits for the engine"
+    stopped = any(state is RunState.STOPPED for state, _ in states)
+    if stopped or len(ended) >= MAX_FAILURES:
+        return (
+            "waits for a person: its last run failed or was terminated. Re-execute that run, or"
+            " take the requests back: `discard --state replaying`"
+        )
+    if ended and (wait := backoff_left(len(ended), max(ended), now=now)) > 0:
+        return f"failed; next attempt in {wait:.0f} s"
+    config = {"config": {"batch": batch_id, "replay": number}}
+    return dg.RunRequest(
+        run_key=f"{tag}#{len(ended)}",
+        job_name=replay_failed_requests.name,
+        run_config={"ops": {replay_dead_letters.name: config}},
+        tags={BATCH_TAG: batch_id, REPLAY_TAG: tag},
+    )
+
+
+def _tag(batch_id: str, number: int) -> str:
+    return f"{batch_id}/{number}"

@@ -1,0 +1,176 @@
+"""Resources: what the definitions are given, all of it built from `Settings`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field, PrivateAttr
+
+from batch_orchestration.domain.breaker import BreakerPolicy
+from batch_orchestration.domain.retries import RetryPolicy
+from batch_orchestration.domain.rungs import Ladder, Rung
+from batch_orchestration.engines.base import Engine
+from batch_orchestration.engines.process_records import end_recorded
+from batch_orchestration.engines.server import ServerEngine
+from batch_orchestration.engines.simulated import DEFAULT_MODEL, SimulatedEngine
+from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.services.chunk_runner import Feeding
+from batch_orchestration.services.ladders import remembered_ladder
+from batch_orchestration.settings import Device, EngineKind, Settings
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.rung_memory import RungMemory
+from batch_orchestration.storage.store import Store
+
+#: The deployment's settings, as they are; the run's record never shows them.
+SettingsResource = dg.ResourceParam[Settings]
+
+
+def data_folder(settings: Settings) -> DataFolder:
+    """Return the data folder, made if it is missing."""
+    folder = DataFolder(settings.data_dir)
+    folder.create()
+    return folder
+
+
+def open_store(settings: Settings, *, deadline_seconds: float = 600.0) -> Store:
+    """Return the store; waiting for a locked file ends after the deadline."""
+    return Store(data_folder(settings).duckdb, deadline_seconds=deadline_seconds)
+
+
+def feeding(settings: Settings) -> Feeding:
+    """Return how chunks are fed to the engine."""
+    return Feeding(
+        in_flight=settings.in_flight,
+        retry=RetryPolicy(
+            max_attempts=settings.max_attempts,
+            base_delay_seconds=settings.retry_base_delay_seconds,
+            max_delay_seconds=settings.retry_max_delay_seconds,
+        ),
+        engine_restarts=settings.engine_restarts,
+        hang_seconds=settings.hang_seconds,
+        breaker=BreakerPolicy(
+            last=settings.breaker_last,
+            failure_rate=settings.breaker_failure_rate,
+            pause_seconds=settings.breaker_pause_seconds,
+            probes=settings.breaker_probes,
+        ),
+        model_aliases=settings.model_aliases,
+        max_tokens_cap=settings.max_tokens_cap,
+        answer_settings=settings.answer_settings(),
+    )
+
+
+class GpuResource(dg.ConfigurableResource):
+    """The engine that answers requests, and the device under it.
+
+    Nothing is started before a chunk has something pending. The engine is kept from one retry of
+    the step to the next and stopped, with its whole process group, when the run ends.
+    """
+
+    engine: str = Field(description="vllm, remote or simulated.")
+    device: str = Field(description="cuda or cpu, for vLLM; never guessed.")
+    model: str = Field(description="Folder or hub name of the model that vLLM serves.")
+    served_model_name: str = Field(description="Name to serve it under; default: its last part.")
+    engine_args: dict[str, Any] = Field(description='vLLM server flags, {"max-model-len": 4096}.')
+    base_url: str = Field(description="Of a running OpenAI-compatible server, for remote.")
+    api_key: str = Field(description="Key of that server.")
+    start_timeout_seconds: float = Field(description="Until the engine is ready.")
+    request_timeout_seconds: float = Field(description="One attempt of one request.")
+
+    _engine: Engine | None = PrivateAttr(None)
+
+    @classmethod
+    def of(cls, settings: Settings) -> "GpuResource":
+        """Return the resource that the settings describe."""
+        return cls(
+            engine=str(settings.engine),
+            device=str(settings.device),
+            model=settings.model,
+            served_model_name=settings.served_model_name,
+            engine_args=settings.engine_args,
+            base_url=settings.base_url,
+            # Shown by its name; an EnvVar without a value would be an error.
+            api_key=dg.EnvVar("BATCH_API_KEY") if settings.api_key.get_secret_value() else "",
+            start_timeout_seconds=settings.engine_start_timeout_seconds,
+            request_timeout_seconds=settings.request_timeout_seconds,
+        )
+
+    def in_force(self, settings: Settings) -> Settings:
+        """Return the settings with what the launchpad changed about the engine."""
+        return settings.model_copy(
+            update={
+                "engine": EngineKind(self.engine),
+                "device": Device(self.device),
+                "model": self.model,
+                "served_model_name": self.served_model_name,
+                "engine_args": self.engine_args,
+                "base_url": self.base_url,
+            }
+        )
+
+    def for_run(self, run_id: str, settings: Settings) -> Engine:
+        """Return the run's engine, not started yet; the same one each time.
+
+        Engines that a killed run left behind are ended first: they hold device memory.
+        """
+        if self._engine is None:
+            logs = data_folder(settings).logs / "engines"
+            for record in sorted(logs.glob("*.process.json")):
+                end_recorded(record)
+            self._engine = self._build(logs / f"{run_id}.log", settings)
+        return self._engine
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["GpuResource"]:
+        """Hand the resource to a run and stop its engine however the run ends."""
+        try:
+            yield self
+        finally:
+            if self._engine is not None:
+                self._engine.stop()
+
+    def _build(self, log_path: Path, settings: Settings) -> Engine:
+        match EngineKind(self.engine):
+            case EngineKind.VLLM:
+                return VllmEngine(
+                    self.model,
+                    log_path=log_path,
+                    served_model_name=self.served_model_name,
+                    device=self.device,
+                    args=self.engine_args,
+                    make_ladder=partial(self._ladder, settings),
+                    timeout_seconds=self.request_timeout_seconds,
+                    start_timeout_seconds=self.start_timeout_seconds,
+                    connections=settings.in_flight,
+                )
+            case EngineKind.REMOTE:
+                return ServerEngine(
+                    self.base_url,
+                    api_key=self.api_key,
+                    timeout_seconds=self.request_timeout_seconds,
+                    start_timeout_seconds=self.start_timeout_seconds,
+                    connections=settings.in_flight,
+                )
+            case EngineKind.SIMULATED:
+                return SimulatedEngine(
+                    log_path=log_path,
+                    models=[self.served_model_name or DEFAULT_MODEL],
+                    control_path=data_folder(settings).root / "simulated.json",
+                    make_ladder=partial(self._ladder, settings),
+                    timeout_seconds=self.request_timeout_seconds,
+                    start_timeout_seconds=self.start_timeout_seconds,
+                    connections=settings.in_flight,
+                )
+
+    def _ladder(self, settings: Settings, top: Rung) -> Ladder:
+        return remembered_ladder(
+            top,
+            memory=RungMemory(data_folder(settings).rungs),
+            model=self.model or self.engine,
+            device=self.device,
+            args=self.engine_args,
+            retry_seconds=settings.rung_retry_seconds,
+        )

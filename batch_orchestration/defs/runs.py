@@ -1,0 +1,95 @@
+"""Dagster's runs as dispatch sees them: which are live, and how the others ended."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import dagster as dg
+
+from batch_orchestration.defs.partitions import BATCH_TAG, PARTITION_TAG, chunks_by_batch
+from batch_orchestration.services.dispatch import KnownRun, RunState
+
+WILL_RETRY_TAG = "dagster/will_retry"
+RETRIED_BY_TAG = "dagster/auto_retry_run_id"
+#: Run tag: why it makes no sense to try again. Begins with the run's id, for a re-execution
+#: inherits the tags of its parent.
+ASKS_PERSON_TAG = "batch_orchestration/asks_person"
+#: Dagster's own retry shows within seconds; after this long nobody is coming.
+RETRY_SHOWS_SECONDS = 300.0
+_REASON_LENGTH = 200
+
+#: Not `NOT_STARTED`: such a run was created but never queued, and asking for it again queues it.
+LIVE_STATUSES = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+_ENDED_STATUSES = [
+    dg.DagsterRunStatus.SUCCESS,
+    dg.DagsterRunStatus.FAILURE,
+    dg.DagsterRunStatus.CANCELED,
+]
+
+
+def known_runs(
+    instance: dg.DagsterInstance, batch_ids: Sequence[str], *, now: float
+) -> list[KnownRun]:
+    """Return the runs of these batches: all live ones, and the ended ones that carry their tag."""
+    if not batch_ids:
+        return []
+    live = instance.get_run_records(dg.RunsFilter(statuses=LIVE_STATUSES))
+    ended = instance.get_run_records(
+        dg.RunsFilter(statuses=_ENDED_STATUSES, tags={BATCH_TAG: list(batch_ids)})
+    )
+    return [known for record in (*live, *ended) for known in _known(record, now)]
+
+
+def run_state(record: dg.RunRecord, *, now: float) -> RunState | None:
+    """Return what became of a run; None if Dagster's retry of it has taken its place."""
+    run = record.dagster_run
+    if run.status in LIVE_STATUSES:
+        return RunState.LIVE
+    if run.status is dg.DagsterRunStatus.SUCCESS:
+        return RunState.SUCCEEDED
+    if run.status is dg.DagsterRunStatus.CANCELED or _question(run):
+        return RunState.STOPPED
+    if run.tags.get(WILL_RETRY_TAG) == "true":
+        if RETRIED_BY_TAG in run.tags:
+            return None
+        if now - (record.end_time or 0.0) < RETRY_SHOWS_SECONDS:
+            return RunState.LIVE
+    return RunState.FAILED
+
+
+def ask_person(instance: dg.DagsterInstance, run_id: str, reason: str) -> None:
+    """Keep dispatch from trying again what this run failed at, until a person has looked."""
+    text = f"{run_id}: {reason.splitlines()[0][:_REASON_LENGTH]}"
+    instance.add_run_tags(run_id, {ASKS_PERSON_TAG: text})
+
+
+def claim_batch(instance: dg.DagsterInstance, run: dg.DagsterRun, batch_ids: Sequence[str]) -> None:
+    """Tag a run that a person launched with its batch, as those of `dispatch_sensor` are."""
+    if BATCH_TAG not in run.tags and len(batch_ids) == 1:
+        instance.add_run_tags(run.run_id, {BATCH_TAG: batch_ids[0]})
+
+
+def _known(record: dg.RunRecord, now: float) -> Iterator[KnownRun]:
+    run, state = record.dagster_run, run_state(record, now=now)
+    if state is None:
+        return
+    work: Mapping[str, range | None] = chunks_by_batch(run.tags)
+    if not work and (batch_id := run.tags.get(PARTITION_TAG)):
+        work = {batch_id: None}
+    for batch_id, chunks in work.items():
+        yield KnownRun(
+            run_id=run.run_id,
+            batch_id=batch_id,
+            chunks=chunks,
+            state=state,
+            ended_at=record.end_time or 0.0,
+            reason=_question(run) or "was terminated",
+        )
+
+
+def _question(run: dg.DagsterRun) -> str | None:
+    run_id, separator, reason = run.tags.get(ASKS_PERSON_TAG, "").partition(": ")
+    return reason if separator and run_id == run.run_id else None

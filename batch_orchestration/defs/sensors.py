@@ -1,0 +1,177 @@
+"""Sensors: from the inbox to admission, and from the store to the runs that batches need."""
+
+import time
+from collections.abc import Iterable, Sequence
+
+import dagster as dg
+
+from batch_orchestration.defs.events import manifest_materialization
+from batch_orchestration.defs.jobs import (
+    AdmitConfig,
+    admit_batch,
+    admit_claim,
+    answer_chunks,
+    deliver_batch,
+)
+from batch_orchestration.defs.partitions import (
+    add_partitions,
+    batch_tags,
+    has_partitions,
+    range_tags,
+)
+from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
+from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
+from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.services.claims import Claim
+from batch_orchestration.services.dispatch import (
+    NeededRun,
+    RunState,
+    backoff_left,
+    dispatch,
+    unfinished_batches,
+)
+from batch_orchestration.services.inbox import Inbox
+from batch_orchestration.storage.files import DataFolder
+
+CLAIM_TAG = "claim"
+#: The shortest interval that Dagster's sensor loop can keep.
+INTERVAL_SECONDS = 5
+#: A tick has 60 s in all; who holds the store longer is told of in the tick.
+STORE_DEADLINE_SECONDS = 5.0
+#: More would not be read.
+SHOWN_REASONS = 20
+
+
+@dg.sensor(
+    job=admit_batch,
+    minimum_interval_seconds=INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description=(
+        "Claims each complete file of the inbox and asks for its admission by `admit_batch`. "
+        "A skipped tick says which files wait, and why."
+    ),
+)
+def inbox_sensor(
+    context: dg.SensorEvaluationContext, settings: SettingsResource
+) -> dg.SensorResult | dg.SkipReason:
+    """Claim what is complete and ask for its admission; only look and rename, read nothing."""
+    inbox = Inbox(data_folder(settings), settle_seconds=settings.settle_seconds)
+    now = time.time()
+    inbox.claim_ready(now=now)
+    reasons = [f"{waiting.path.name}: {waiting.reason}" for waiting in inbox.waiting(now=now)]
+    requests = []
+    for claim in inbox.claims():
+        request = _admission(context.instance, claim, now=now)
+        if isinstance(request, str):
+            reasons.append(request)
+        else:
+            requests.append(request)
+    return _result(context, requests, reasons, idle=f"nothing new in {data_folder(settings).inbox}")
+
+
+def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.RunRequest | str:
+    """Return the run that admits a claim, or why not now.
+
+    Asked for until the claim is gone, always with the key of the present attempt: so that a file
+    is neither lost nor admitted twice, whatever is killed in between.
+    """
+    records = instance.get_run_records(dg.RunsFilter(tags={CLAIM_TAG: claim.claim_id}))
+    states = [(state, record) for record in records if (state := run_state(record, now=now))]
+    ended = [record.end_time or 0.0 for state, record in states if state is not RunState.LIVE]
+    if len(ended) < len(states):
+        return f"{claim.file_name}: being admitted"
+    if ended and (wait := backoff_left(len(ended), max(ended), now=now)) > 0:
+        return f"{claim.file_name}: {len(ended)} admissions failed; the next in {wait:.0f} s"
+    return dg.RunRequest(
+        run_key=f"{claim.claim_id}#{len(ended)}",
+        run_config=dg.RunConfig({admit_claim.name: AdmitConfig(claim_id=claim.claim_id)}),
+        tags={CLAIM_TAG: claim.claim_id},
+    )
+
+
+@dg.sensor(
+    jobs=[answer_chunks, deliver_batch],
+    minimum_interval_seconds=INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description=(
+        "Asks for the runs that each unfinished batch needs next: chunks first, then its output. "
+        "Failed runs are tried again with growing pauses. A skipped tick says which batches "
+        "wait, and why; where a person is needed it says for what."
+    ),
+)
+def dispatch_sensor(
+    context: dg.SensorEvaluationContext, settings: SettingsResource
+) -> dg.SensorResult | dg.SkipReason:
+    """Decide from the store and from Dagster's runs, so that it does not matter what was killed."""
+    now = time.time()
+    store = open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS)
+    try:
+        batches = _known_to_dagster(
+            context.instance, unfinished_batches(store), data_folder(settings)
+        )
+        verdict = dispatch(
+            batches,
+            known_runs(context.instance, [batch.batch_id for batch in batches], now=now),
+            reports=store.chunk_reports,
+            chunks_per_run=settings.chunks_per_run,
+            now=now,
+        )
+    except StorageError as error:
+        return dg.SkipReason(f"the store cannot be read now: {error}")
+    idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
+    requests = [_request(needed) for needed in verdict.needed]
+    return _result(context, requests, verdict.waiting, idle=idle)
+
+
+def _known_to_dagster(
+    instance: dg.DagsterInstance, batches: Iterable[BatchRecord], folder: DataFolder
+) -> list[BatchRecord]:
+    """Return the batches that have their partitions, after making those that got lost.
+
+    They are missing when an admission was killed between store and partitions, or when Dagster's
+    own storage was wiped.
+    """
+    known: list[BatchRecord] = []
+    unknown: list[BatchRecord] = []
+    for batch in batches:
+        (known if has_partitions(instance, batch.batch_id) else unknown).append(batch)
+    live = dg.RunsFilter(job_name=admit_batch.name, statuses=LIVE_STATUSES)
+    if unknown and not instance.get_runs(live, limit=1):
+        for batch in unknown:
+            plan = folder.read_plan(batch.batch_id)
+            event = manifest_materialization(plan, folder.input_path(plan.batch_id))
+            instance.report_runless_asset_event(event)
+            add_partitions(instance, plan)
+        return [*known, *unknown]
+    return known
+
+
+def _request(needed: NeededRun) -> dg.RunRequest:
+    batch_id, tags = needed.batch.batch_id, batch_tags(needed.batch)
+    if needed.chunks is None:
+        return dg.RunRequest(
+            needed.key, job_name=deliver_batch.name, partition_key=batch_id, tags=tags
+        )
+    tags |= range_tags(batch_id, needed.chunks)
+    return dg.RunRequest(needed.key, job_name=answer_chunks.name, tags=tags)
+
+
+def _result(
+    context: dg.SensorEvaluationContext,
+    requests: Sequence[dg.RunRequest],
+    reasons: Sequence[str],
+    *,
+    idle: str,
+) -> dg.SensorResult | dg.SkipReason:
+    """Return the requests, or the reasons why there are none; in either case the log has both."""
+    shown = [*reasons[:SHOWN_REASONS]]
+    if len(reasons) > SHOWN_REASONS:
+        shown.append(f"and {len(reasons) - SHOWN_REASONS} more")
+    if not requests:
+        return dg.SkipReason("; ".join(shown) or idle)
+    for request in requests:
+        context.log.info(f"asks for {request.job_name or admit_batch.name}: {request.run_key}")
+    for reason in shown:
+        context.log.info(f"waits: {reason}")
+    return dg.SensorResult(run_requests=list(requests))

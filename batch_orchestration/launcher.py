@@ -1,0 +1,166 @@
+"""The run launcher: each run is a detached process of this machine, and its health can be checked.
+
+Dagster's default launcher hands runs to the code server and knows nothing of them once that is
+gone: after a reboot, or a `kill -9` of everything, its runs stay "started" for ever and keep the
+`gpu` pool. This one records who the worker is on the run itself, so that any later daemon can
+tell whether it still lives. Workers survive a restart of Dagster.
+
+The instance imports this module (`dagster.yaml`) before there is any code location, so the package
+must be installed.
+"""
+
+import os
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import dagster as dg
+import msgspec
+from dagster._core.launcher.base import (
+    CheckRunHealthResult,
+    LaunchRunContext,
+    RunLauncher,
+    WorkerStatus,
+)
+from dagster._grpc.types import ExecuteRunArgs
+from dagster._serdes import ConfigurableClass, ConfigurableClassData
+
+from batch_orchestration.engines.process_records import ProcessIdentity, identify, is_running
+from batch_orchestration.settings import load_settings
+
+#: Run tag with pid, start time and boot id of the run's worker. Dagster's UI hides this prefix.
+WORKER_TAG = ".dagster/batch_orchestration/worker"
+#: How much of a dead worker's log is shown with the run's failure.
+SHOWN_LOG_LINES = 20
+
+
+class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass):
+    """Starts each run in a session of its own and finds it again by pid, start time and boot id.
+
+    Config `log_dir`: folder of the workers' logs; default `<data folder>/logs/runs`.
+    """
+
+    def __init__(
+        self, log_dir: str | None = None, inst_data: ConfigurableClassData | None = None
+    ) -> None:
+        self._inst_data = inst_data
+        self._log_dir = log_dir
+        self._workers: dict[str, subprocess.Popen[bytes]] = {}
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @property
+    def inst_data(self) -> ConfigurableClassData | None:
+        """What Dagster needs to build the same launcher in another process."""
+        return self._inst_data
+
+    @classmethod
+    def config_type(cls) -> dict[str, Any]:
+        """Return the config that `dagster.yaml` may give."""
+        return {"log_dir": dg.Field(dg.StringSource, is_required=False)}
+
+    @classmethod
+    def from_config_value(
+        cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
+    ) -> Self:
+        """Build the launcher from `dagster.yaml`."""
+        return cls(inst_data=inst_data, **config_value)
+
+    def launch_run(self, context: LaunchRunContext) -> None:
+        """Start the worker, detached: neither Ctrl-C nor the end of Dagster reaches it."""
+        self._reap()
+        run_id = context.dagster_run.run_id
+        log_path = self._log_path(run_id)
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            worker = subprocess.Popen(
+                self._command(context),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._workers[run_id] = worker
+        if identity := identify(worker.pid):
+            self._instance.add_run_tags(
+                run_id, {WORKER_TAG: msgspec.json.encode(identity).decode()}
+            )
+        self._instance.report_engine_event(
+            f"Started run worker {worker.pid}; what it says outside of steps is in {log_path}",
+            context.dagster_run,
+            cls=self.__class__,
+        )
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        """Yes: this is what the default launcher lacks."""
+        return True
+
+    def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
+        """Tell whether the very process that was started for the run is still there."""
+        self._reap()
+        identity = _recorded_worker(run)
+        if identity is None:
+            return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "no run worker was recorded")
+        if is_running(identity):
+            return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=str(identity.pid))
+        return CheckRunHealthResult(
+            WorkerStatus.FAILED,
+            f"run worker {identity.pid} is gone",
+            run_worker_id=str(identity.pid),
+        )
+
+    def get_run_worker_debug_info(
+        self, run: dg.DagsterRun, include_container_logs: bool | None = True
+    ) -> str | None:
+        """Return the last lines of the worker's log, or None if it said nothing."""
+        try:
+            with self._log_path(run.run_id).open(errors="replace") as log:
+                tail = "".join(deque(log, maxlen=SHOWN_LOG_LINES))
+        except FileNotFoundError:
+            return None
+        return f"Last lines of {self._log_path(run.run_id)}:\n{tail}" if tail else None
+
+    def terminate(self, run_id: str) -> bool:
+        """Ask the worker to stop: it flushes, stops its engine and ends the run as canceled."""
+        run = self._instance.get_run_by_id(run_id)
+        if run is None or run.is_finished:
+            return False
+        self._instance.report_run_canceling(run)
+        identity = _recorded_worker(run)
+        if identity is not None and is_running(identity):
+            os.kill(identity.pid, signal.SIGINT)
+        else:
+            self._instance.report_run_canceled(run, "Canceled; the run worker was already gone.")
+        return True
+
+    def _command(self, context: LaunchRunContext) -> Sequence[str]:
+        origin = context.job_code_origin
+        assert origin is not None, "a run that can be launched knows its code"
+        command = ExecuteRunArgs(
+            job_origin=origin,
+            run_id=context.dagster_run.run_id,
+            instance_ref=self._instance.get_ref(),
+            set_exit_code_on_failure=True,
+        ).get_command_args()
+        if command[0] == "dagster":
+            # By name it would be looked up in PATH, where another environment may come first.
+            return [origin.repository_origin.executable_path, "-m", *command]
+        return command
+
+    def _log_path(self, run_id: str) -> Path:
+        folder = Path(self._log_dir) if self._log_dir else load_settings().data_dir / "logs/runs"
+        return folder.resolve() / f"{run_id}.log"
+
+    def _reap(self) -> None:
+        """Let the kernel forget workers that ended; they stay zombies until somebody asks."""
+        for run_id, worker in list(self._workers.items()):
+            if worker.poll() is not None:
+                del self._workers[run_id]
+
+
+def _recorded_worker(run: dg.DagsterRun) -> ProcessIdentity | None:
+    text = run.tags.get(WORKER_TAG)
+    return msgspec.json.decode(text, type=ProcessIdentity) if text else None

@@ -1,0 +1,254 @@
+"""Real Dagster: `dagster dev` in a deployment folder of its own, started, asked, killed."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dagster as dg
+import msgspec
+import yaml
+
+from batch_orchestration.engines.process_records import ProcessIdentity, is_running
+from batch_orchestration.launcher import WORKER_TAG
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.integration.dagster_client import DagsterClient, Run
+
+REPOSITORY = Path(__file__).parents[2]
+SETTINGS = {
+    "BATCH_ENGINE": "simulated",
+    "BATCH_MODEL_ALIASES": '{"*": "simulated-model"}',
+    "BATCH_SETTLE_SECONDS": "0.5",
+}
+START_SECONDS = 120.0
+STOP_SECONDS = 40.0
+
+T = TypeVar("T")
+
+
+class DagsterProcesses(DagsterClient):
+    """One deployment: a folder with the repository's own `dagster.yaml`, polling faster."""
+
+    def __init__(self, root: Path, settings: Mapping[str, str]) -> None:
+        super().__init__(_free_port())
+        self.root = root
+        self.folder = DataFolder(root / "data")
+        self.folder.create()
+        self._settings = {**SETTINGS, **settings}
+        self._dev: subprocess.Popen[bytes] | None = None
+        instance = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
+        instance["run_monitoring"]["poll_interval_seconds"] = 1
+        (root / "dagster.yaml").write_text(yaml.safe_dump(instance))
+        shutil.copy(REPOSITORY / "pyproject.toml", root)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.folder.duckdb, deadline_seconds=30)
+
+    # --- processes --------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run `dagster dev`, no arguments but the port, and wait until it answers."""
+        with (self.root / "dagster-dev.log").open("ab") as log:
+            self._dev = subprocess.Popen(
+                [sys.executable, "-m", "dagster", "dev", "--port", str(self.port)],
+                cwd=self.root,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # Started by a shell with `&` we would hand down an ignored SIGINT, with which
+                # Dagster ignores SIGTERM, too.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+        wait_until(self._answers, START_SECONDS, f"dagster dev answers:\n{self.log_tail()}")
+
+    def stop(self) -> None:
+        """Stop everything that was started here, whatever state it is in."""
+        if self._dev is not None:
+            self._dev.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                self._dev.wait(STOP_SECONDS)
+            self._kill_session()
+        for worker in self._live_workers():
+            kill(worker)
+
+    def kill_everything(self) -> None:
+        """`kill -9` of web server, daemon, code server and run workers: a power cut, but for us."""
+        workers = self._live_workers()
+        self._kill_session()
+        for worker in workers:
+            kill(worker)
+
+    def kill_worker(self, run: Run) -> None:
+        """`kill -9` of the worker of a run."""
+        kill(self._workers()[run.run_id])
+
+    def kill_daemon(self) -> None:
+        """`kill -9` of the daemon alone."""
+        assert self._dev is not None
+        (daemon,) = [
+            pid
+            for pid in _session_members(self._dev.pid)
+            if b"dagster._daemon" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        _signal(daemon, signal.SIGKILL)
+
+    def is_up(self) -> bool:
+        """Whether `dagster dev` has not ended."""
+        return self._dev is not None and self._dev.poll() is None
+
+    def log_tail(self, lines: int = 40) -> str:
+        path = self.root / "dagster-dev.log"
+        text = path.read_text(errors="replace") if path.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def _kill_session(self) -> None:
+        if self._dev is None:
+            return
+        # `dagster dev` leads a session of its own, and all but the run workers stay in it.
+        for pid in _session_members(self._dev.pid):
+            _signal(pid, signal.SIGKILL)
+        self._dev.wait(STOP_SECONDS)
+        self._dev = None
+
+    def _workers(self) -> dict[str, ProcessIdentity]:
+        """The workers on record, by run id, read behind the back of whatever still runs."""
+        # The instance's folders are relative to the deployment's.
+        with chdir(self.root), dg.DagsterInstance.from_config(str(self.root)) as instance:
+            tags = {run.run_id: run.tags for run in instance.get_runs(limit=200)}
+        return {
+            run_id: msgspec.json.decode(tags[run_id][WORKER_TAG], type=ProcessIdentity)
+            for run_id in tags
+            if WORKER_TAG in tags[run_id]
+        }
+
+    def _live_workers(self) -> list[ProcessIdentity]:
+        return [worker for worker in self._workers().values() if is_running(worker)]
+
+    def _environment(self) -> dict[str, str]:
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("BATCH_", "DAGSTER_"))
+        }
+        return {**kept, **self._settings}
+
+    def _answers(self) -> bool:
+        assert self._dev is not None
+        assert self._dev.poll() is None, f"dagster dev ended:\n{self.log_tail()}"
+        query = """{ workspaceOrError { ... on Workspace { locationEntries {
+            locationOrLoadError { __typename ... on PythonError { message } } } } } }"""
+        try:
+            entries = self.graphql(query)["workspaceOrError"]["locationEntries"]
+        except OSError:
+            return False
+        located = [entry["locationOrLoadError"] for entry in entries]
+        failed = [location for location in located if location and "message" in location]
+        assert not failed, failed
+        return bool(located) and all(located)
+
+    # --- use --------------------------------------------------------------------------------------
+
+    def drop(self, name: str, content: bytes) -> None:
+        """Put a file into the inbox, as a careful person does."""
+        temporary = self.folder.inbox / f".{name}"
+        temporary.write_bytes(content)
+        temporary.rename(self.folder.inbox / name)
+
+    def simulate(self, **conditions: Any) -> None:
+        """Set what holds for all requests to the simulated engine."""
+        path = self.folder.root / "simulated.json"
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(conditions))
+        temporary.replace(path)
+
+    # --- waiting ----------------------------------------------------------------------------------
+
+    def wait_for_batch(self, stem: str, *, seconds: float = 90.0) -> str:
+        """Wait until a batch of this name is admitted and Dagster has its partitions."""
+
+        def known() -> str | None:
+            for key in self.partitions("batch_manifest")["materialized"]:
+                if key.startswith(f"{stem}-"):
+                    return key
+            return None
+
+        return self.wait_until(known, seconds, f"{stem} is admitted")
+
+    def wait_for_status(self, batch_id: str, status: str, *, seconds: float = 120.0) -> None:
+        self.wait_until(
+            lambda: self.store.batch(batch_id).status == status, seconds, f"{batch_id} is {status}"
+        )
+
+    def wait_for_run(self, run_id: str, *, seconds: float = 90.0) -> Run:
+        def ended() -> Run | None:
+            run = next(run for run in self.runs() if run.run_id == run_id)
+            return run if run.ended else None
+
+        return self.wait_until(ended, seconds, f"run {run_id} ends")
+
+    def wait_until(self, condition: Callable[[], T | None], seconds: float, what: str) -> T:
+        try:
+            return wait_until(condition, seconds, what)
+        except AssertionError as error:
+            runs = "\n".join(f"{run.run_id} {run.job} {run.status}" for run in self.runs())
+            raise AssertionError(f"{error}\n{runs}\n{self.log_tail()}") from error
+
+
+@contextmanager
+def dagster_dev(root: Path, **settings: str) -> Iterator[DagsterProcesses]:
+    """Run `dagster dev` in a folder until the end of the block."""
+    processes = DagsterProcesses(root, settings)
+    try:
+        processes.start()
+        yield processes
+    finally:
+        processes.stop()
+
+
+def wait_until(condition: Callable[[], T | None], seconds: float, what: str) -> T:
+    """Return the first true value of the condition."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.25)
+    return value
+
+
+def kill(process: ProcessIdentity) -> None:
+    """`kill -9` of exactly this process."""
+    if is_running(process):
+        _signal(process.pid, signal.SIGKILL)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _session_members(session: int) -> list[int]:
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(ProcessLookupError):
+                if os.getsid(int(entry.name)) == session:
+                    members.append(int(entry.name))
+    return members
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,129 @@
+"""Replays as Dagster runs them, with the simulated engine."""
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from batch_orchestration.domain.dead_letters import Selection
+from batch_orchestration.services.dead_letters import request_replay
+from batch_orchestration.storage.operations import open_replays
+from batch_orchestration_tests.builders import NOW, make_body, make_line
+from batch_orchestration_tests.integration.deployment import Deployment
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    with closing(Deployment(tmp_path, failure_budget=0.1)) as deployment:
+        yield deployment
+
+
+def delivered(deployment: Deployment) -> str:
+    """A delivered batch of eight requests, two of which the engine has refused."""
+    lines = [
+        make_line(n, body=make_body(f"question {n}", **({"max_tokens": -1} if n in (1, 6) else {})))
+        for n in range(8)
+    ]
+    batch_id = deployment.admit("candidates.jsonl", b"".join(lines))
+    for _ in range(2):
+        for request in deployment.requests("dispatch_sensor"):
+            assert deployment.run(request).success
+    assert deployment.store.batch(batch_id).failed == 2
+    return batch_id
+
+
+def lines(deployment: Deployment, batch_id: str, name: str) -> list[str]:
+    path = deployment.folder.outbox_path(batch_id) / name
+    return [json.loads(line)["custom_id"] for line in path.read_text().splitlines()]
+
+
+def launch(deployment: Deployment, **config: object) -> dg.ExecuteInProcessResult:
+    run_config = {"ops": {"replay_dead_letters": {"config": config}}}
+    return deployment.run(dg.RunRequest(job_name="replay_failed_requests", run_config=run_config))
+
+
+def test_a_launched_replay_delivers_the_answers(deployment: Deployment) -> None:
+    batch_id = delivered(deployment)
+    assert lines(deployment, batch_id, "errors.jsonl") == ["request-1", "request-6"]
+
+    result = launch(deployment, batch=batch_id, codes=["engine_refused"], max_tokens=16)
+
+    assert result.success
+    assert lines(deployment, batch_id, "errors.jsonl") == []
+    assert lines(deployment, batch_id, "output.jsonl") == [f"request-{n}" for n in range(8)]
+    event = deployment.instance.get_latest_materialization_event(dg.AssetKey("batch_output"))
+    assert event is not None
+    assert event.asset_materialization is not None
+    assert event.asset_materialization.partition == batch_id
+    metadata = event.asset_materialization.metadata
+    assert metadata["replay_answered"].value == 2
+    assert metadata["failed"].value == 0
+    assert {check.check_name: check.passed for check in result.get_asset_check_evaluations()} == {
+        "every_request_has_an_outcome": True,
+        "failure_rate_within_budget": True,
+    }
+
+
+def test_a_replay_of_nothing_fails_with_the_reason_and_is_not_tried_again(
+    deployment: Deployment,
+) -> None:
+    batch_id = delivered(deployment)
+
+    unknown = launch(deployment, batch=batch_id, codes=["nonsense"])
+    none = launch(deployment, batch=batch_id, codes=["timeout"])
+
+    for result, reason in ((unknown, "codes are"), (none, "no dead letter that is meant")):
+        assert not result.success
+        (failure,) = result.get_step_failure_events()
+        assert reason in str(failure.step_failure_data.error_display_string)
+
+
+def test_the_sensor_starts_what_was_asked_for_elsewhere_once(deployment: Deployment) -> None:
+    batch_id = delivered(deployment)
+    assert deployment.reason("replay_sensor") == "no replay is asked for"
+    request_replay(
+        batch_id,
+        Selection(),
+        folder=deployment.folder,
+        store=deployment.store,
+        actor="tester",
+        at=NOW,
+        overrides={"max_tokens": 16},
+    )
+
+    (request,) = deployment.requests("replay_sensor")
+    (again,) = deployment.requests("replay_sensor")
+
+    assert request.run_key == again.run_key
+    assert deployment.run(request).success
+    assert open_replays(deployment.folder) == []
+    assert deployment.reason("replay_sensor") == "no replay is asked for"
+    assert lines(deployment, batch_id, "errors.jsonl") == []
+
+
+def test_a_replay_that_cannot_run_waits_for_a_person(deployment: Deployment) -> None:
+    batch_id = delivered(deployment)
+    request_replay(
+        batch_id,
+        Selection(),
+        folder=deployment.folder,
+        store=deployment.store,
+        actor="tester",
+        at=NOW,
+    )
+    (request,) = deployment.requests("replay_sensor")
+    deployment.folder.input_path(batch_id).rename(deployment.folder.root / "away")
+
+    assert not deployment.run(request).success
+
+    assert "waits for a person" in deployment.reason("replay_sensor")
+
+
+def test_replays_take_turns_at_the_gpu(deployment: Deployment) -> None:
+    job = deployment.repository.get_job("replay_failed_requests")
+
+    assert job.get_node_named("replay_dead_letters").definition.pool == "gpu"
+    assert job.executor_def is dg.in_process_executor
