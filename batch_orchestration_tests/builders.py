@@ -1,0 +1,170 @@
+"""Builders of domain values for tests: each with sensible defaults, each argument overridable."""
+
+import hashlib
+import io
+import json
+from typing import Any
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchOptions, BatchPlan, batch_id, identity
+from batch_orchestration.domain.chunks import Chunk
+from batch_orchestration.domain.commits import Attempt, Provenance, SettledRequest
+from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome, Usage
+from batch_orchestration.storage.files import DataFolder, new_digest, read_lines
+
+ENDPOINT = "/v1/chat/completions"
+MODEL = "demo-model"
+#: Any instant; a whole number, so that it survives every representation of time.
+NOW = 1_760_000_000.0
+
+
+def make_body(text: str = "hello", **fields: Any) -> dict[str, Any]:
+    """A chat body that asks `text`."""
+    return {"model": MODEL, "messages": [{"role": "user", "content": text}], **fields}
+
+
+def make_line(number: int = 0, **fields: Any) -> bytes:
+    """One line of a batch file, with its line break; a field set to `...` is left out."""
+    envelope = {
+        "custom_id": f"request-{number}",
+        "method": "POST",
+        "url": ENDPOINT,
+        "body": make_body(f"question {number}"),
+        **fields,
+    }
+    given = {name: value for name, value in envelope.items() if value is not ...}
+    return json.dumps(given, ensure_ascii=False).encode() + b"\n"
+
+
+def make_input(requests: int) -> bytes:
+    """A batch file of so many usable lines."""
+    return b"".join(make_line(number) for number in range(requests))
+
+
+def make_plan(
+    content: bytes,
+    *,
+    file_name: str = "candidates.jsonl",
+    requests_per_chunk: int = 10,
+    faulty: int = 0,
+    options: BatchOptions | None = None,
+    settings: dict[str, Any] | None = None,
+) -> BatchPlan:
+    """The plan of a batch file, every line break of which ends a line."""
+    options = options or BatchOptions()
+    sha256 = hashlib.sha256(content).hexdigest()
+    chunks = make_chunks(content, requests_per_chunk=requests_per_chunk)
+    return BatchPlan(
+        batch_id=batch_id(file_name, identity(sha256, options)),
+        identity=identity(sha256, options),
+        file_name=file_name,
+        sha256=sha256,
+        size_bytes=len(content),
+        requests=sum(chunk.requests for chunk in chunks),
+        faulty=faulty,
+        chunks=chunks,
+        options=options,
+        settings=settings or {"engine": "simulated", "model": MODEL},
+        created_at=NOW,
+    )
+
+
+def make_chunks(content: bytes, *, requests_per_chunk: int = 10) -> tuple[Chunk, ...]:
+    """Cut a file after every so many requests; trailing blank lines belong to the last chunk."""
+    lines = list(read_lines(io.BytesIO(content), max_line_bytes=2**24))
+    requests = [line for line in lines if not line.blank]
+    firsts = requests[::requests_per_chunk]
+    starts = [0, *(line.start for line in firsts[1:])]
+    ends = [*starts[1:], len(content)]
+    chunks = []
+    for number, (first, start, end) in enumerate(zip(firsts, starts, ends, strict=False)):
+        digest = new_digest()
+        digest.update(content[start:end])
+        chunk = Chunk(
+            number=number,
+            first_index=first.index,
+            requests=len(requests[first.index : first.index + requests_per_chunk]),
+            first_line=1 if start == 0 else first.line,
+            start=start,
+            end=end,
+            digest=digest.hexdigest(),
+        )
+        chunks.append(chunk)
+    return tuple(chunks)
+
+
+def make_batch(folder: DataFolder, requests: int, *, requests_per_chunk: int = 10) -> BatchPlan:
+    """Keep input and plan of a batch in a data folder, as admission does; the store is not told."""
+    folder.create()
+    content = make_input(requests)
+    plan = make_plan(content, requests_per_chunk=requests_per_chunk)
+    folder.write_plan(plan)
+    folder.input_path(plan.batch_id).write_bytes(content)
+    return plan
+
+
+def make_completion(text: str = "42", **fields: Any) -> Completion:
+    """A chat completion that says `text`."""
+    answer = {"choices": [{"message": {"role": "assistant", "content": text}}]}
+    values = {
+        "status": 200,
+        "body": msgspec.Raw(json.dumps(answer, ensure_ascii=False).encode()),
+        "request_id": "chatcmpl-1",
+        "finish_reason": "stop",
+        "usage": Usage(prompt_tokens=7, completion_tokens=3),
+        "latency_seconds": 0.25,
+    }
+    return Completion(**{**values, **fields})
+
+
+def make_failure(code: FailureCode = FailureCode.ENGINE_REFUSED, **fields: Any) -> Failure:
+    """A failure that the engine answered with 400."""
+    values = {
+        "message": "the engine said no",
+        "status": 400,
+        "body": msgspec.Raw(b'{"error": {"message": "the engine said no"}}'),
+        "request_id": "chatcmpl-2",
+        "latency_seconds": 0.125,
+    }
+    return Failure(code=code, **{**values, **fields})
+
+
+def make_provenance(run_id: str = "run-1", **fields: Any) -> Provenance:
+    """A run of the simulated engine."""
+    values = {
+        "engine": "simulated",
+        "engine_version": "simulated 1",
+        "model": MODEL,
+        "settings_hash": "0123456789abcdef",
+    }
+    return Provenance(run_id=run_id, **{**values, **fields})
+
+
+def make_attempt(code: FailureCode = FailureCode.TIMEOUT, *, at: float = NOW) -> Attempt:
+    """A failed attempt."""
+    return Attempt(at=at, code=str(code), message="no answer in 1 s")
+
+
+def make_settled(index: int = 0, outcome: Outcome | None = None, **fields: Any) -> SettledRequest:
+    """A settled request: a completion at the first attempt."""
+    values = {
+        "line": index + 1,
+        "custom_id": f"request-{index}",
+        "endpoint": ENDPOINT,
+        "body": json.dumps(make_body(f"question {index}")).encode(),
+        "outcome": make_completion(f"answer {index}") if outcome is None else outcome,
+        "attempts": 1,
+        "failed_attempts": (),
+        "settled_at": NOW,
+        "provenance": make_provenance(),
+    }
+    return SettledRequest(index=index, **{**values, **fields})
+
+
+def make_settled_chunk(chunk: Chunk, *, failing: tuple[int, ...] = ()) -> list[SettledRequest]:
+    """Settle every request of a chunk; those with an index in `failing` fail."""
+    return [
+        make_settled(index, make_failure() if index in failing else None)
+        for index in range(chunk.first_index, chunk.first_index + chunk.requests)
+    ]

@@ -1,0 +1,48 @@
+"""Runs the one batch of a data folder to its end, and on the way has the accident it is told of.
+
+Run as a program: `CRASH_POINT=… python -m batch_orchestration_tests.fault.crashing_batch FOLDER
+RUN_ID VICTIM`. With `engine` as VICTIM the engine is killed at the point instead of this process,
+and the file `accident` says that it was.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from batch_orchestration.services import crash_points
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.fault.mixed_batches import (
+    engine_leaders,
+    run_to_the_end,
+    simulated_engine,
+)
+
+
+def kill_the_engine_instead(folder: DataFolder) -> None:
+    """Let the accident befall the engine."""
+
+    def kill_engine() -> None:
+        # There is none where the engine has just died by itself.
+        for leader in engine_leaders(folder):
+            os.kill(leader, signal.SIGKILL)
+        (folder.root / "accident").touch()
+
+    crash_points.accident = kill_engine
+
+
+def main(root: Path, run_id: str, victim: str) -> None:
+    folder = DataFolder(root)
+    if victim == "engine":
+        kill_the_engine_instead(folder)
+    (batch_id,) = folder.batch_ids()
+    engine = simulated_engine(folder)
+    try:
+        run_to_the_end(batch_id, folder, Store(folder.duckdb), engine, run_id=run_id)
+    finally:
+        engine.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

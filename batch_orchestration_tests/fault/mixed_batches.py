@@ -1,0 +1,124 @@
+"""Batches with a bit of everything that goes wrong, and what must be true of them in the end."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.retries import RetryPolicy
+from batch_orchestration.engines.process_records import is_running, read_record
+from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.services.assembly import OutboxFiles, assemble
+from batch_orchestration.services.chunk_runner import run_chunks
+from batch_orchestration.services.recount import recount
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.journal import read_journal
+from batch_orchestration.storage.records import OutcomeRecord, read_records
+from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.builders import MODEL, NOW, make_body, make_line
+from batch_orchestration_tests.workbench import make_feeding
+
+#: Names the submission, of which a disturbed batch has more than an undisturbed one.
+_REQUEST_ID = re.compile(rb'("request_id":"[^"]*)-\d+"')
+
+
+def mixed_input(requests: int, *, name: str = "mixed") -> bytes:
+    """A batch file: mostly plain requests; some refused, some that fail at first, some unusable."""
+    return b"".join(_line(name, number) for number in range(requests))
+
+
+def _line(name: str, number: int) -> bytes:
+    if number % 37 == 11:
+        return b"{not json\n"
+    faults: dict[str, object] = {}
+    if number % 13 == 5:
+        faults = {"status": 400}
+    elif number % 17 == 3:
+        faults = {"status": 503, "fail_first": 1}
+    fields = {"simulate": faults} if faults else {}
+    body = make_body(f"{name}: question {number}", **fields)
+    return make_line(number, custom_id=f"{name}-{number}", body=body)
+
+
+def simulated_engine(folder: DataFolder, *, name: str = "engine") -> SimulatedEngine:
+    """A real child server; its record lies where those of all runs lie."""
+    return SimulatedEngine(
+        log_path=folder.logs / "engines" / f"{name}.log",
+        models=[MODEL],
+        control_path=folder.root / "simulated.json",
+    )
+
+
+def engine_leaders(folder: DataFolder) -> list[int]:
+    """Pids of the engines of this folder, by what was recorded when they were started."""
+    records = map(read_record, (folder.logs / "engines").glob("*.process.json"))
+    return [record.leader.pid for record in records if record and is_running(record.leader)]
+
+
+def run_to_the_end(
+    batch_id: str,
+    folder: DataFolder,
+    store: Store,
+    engine: SimulatedEngine,
+    *,
+    run_id: str,
+    in_flight: int = 8,
+) -> None:
+    """Answer what is pending and assemble the output, as the runs of a batch do."""
+    plan = folder.read_plan(batch_id)
+    commits = run_chunks(
+        {batch_id: range(len(plan.chunks))},
+        engine=engine,
+        folder=folder,
+        store=store,
+        run_id=run_id,
+        feeding=make_feeding(
+            in_flight=in_flight,
+            engine_restarts=1_000,
+            retry=RetryPolicy(max_attempts=4, base_delay_seconds=0.0),
+        ),
+    )
+    for _ in commits:
+        pass
+    assemble(batch_id, folder=folder, store=store, clock=lambda: NOW)
+
+
+def durable_outcomes(folder: DataFolder, plan: BatchPlan) -> dict[int, tuple[str, float]]:
+    """By request index: the run that gave it its outcome, and when, by the journals."""
+    return {
+        entry.index: (entry.provenance.run_id, round(entry.settled_at, 3))
+        for path in _journals(folder, plan)
+        for entry in read_journal(path)
+    }
+
+
+def assert_accounted(folder: DataFolder, store: Store, plan: BatchPlan) -> None:
+    """Every request has exactly one outcome, in journals, store and files, and the counts agree."""
+    everyone = list(range(plan.requests))
+    recorded = Counter(
+        record.index
+        for path in _journals(folder, plan)
+        for record in read_records(path)
+        if isinstance(record, OutcomeRecord)
+    )
+    assert sorted(recorded) == everyone
+    assert set(recorded.values()) == {1}
+    assert [settled.index for settled in store.settled(plan.batch_id)] == everyone
+    batch = store.batch(plan.batch_id)
+    assert batch.completed + batch.failed == plan.requests
+    counts = recount(plan, OutboxFiles(folder.outbox_path(plan.batch_id)))
+    assert counts.problem is None
+    assert (counts.completed, counts.failed) == (batch.completed, batch.failed)
+
+
+def answers(folder: DataFolder, batch_id: str) -> tuple[bytes, bytes]:
+    """Both output files; of the ids that the engine gave, which submission it was is left out."""
+    files = OutboxFiles(folder.outbox_path(batch_id))
+    output, errors = (
+        _REQUEST_ID.sub(rb'\1"', path.read_bytes()) for path in (files.output, files.errors)
+    )
+    return output, errors
+
+
+def _journals(folder: DataFolder, plan: BatchPlan) -> list[Path]:
+    return [folder.journal_path(plan.batch_id, chunk.number) for chunk in plan.chunks]

@@ -1,0 +1,311 @@
+"""Batches in an endless row while chaos kills whatever works on them; then the books are checked.
+
+`make soak MINUTES=3 SEED=7`, or `python -m batch_orchestration_tests.fault.soak --minutes 3`. With
+Dagster its daemon is among the victims; `--stage workers` does without, and gets many more kills
+into the same time.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.builders import MODEL
+from batch_orchestration_tests.children import ROOT
+from batch_orchestration_tests.fault.mixed_batches import (
+    answers,
+    assert_accounted,
+    engine_leaders,
+    mixed_input,
+    run_to_the_end,
+    simulated_engine,
+)
+from batch_orchestration_tests.inbox_bench import InboxBench
+from batch_orchestration_tests.integration.dagster_processes import (
+    DagsterProcesses,
+    dagster_dev,
+    wait_until,
+)
+
+PER_CHUNK = 20
+#: So many batches are always unfinished: a kill never finds everything idle.
+UNFINISHED = 2
+DRAIN_SECONDS = 300.0
+POLL_SECONDS = 0.2
+#: Of the simulated engine; long enough for full windows, and with a tail.
+CONDITIONS = {"latency_seconds": 0.1, "latency_sigma": 0.5}
+
+
+class Stage(Protocol):
+    """Whatever answers batches, and can be killed piece by piece."""
+
+    folder: DataFolder
+    #: How likely each kind of victim is.
+    victims: Mapping[str, int]
+    #: The shortest and the longest time between two kills.
+    pause_seconds: tuple[float, float]
+    #: Per batch.
+    requests: int
+
+    @property
+    def store(self) -> Store:
+        """The store of the data folder."""
+
+    def submit(self, name: str, content: bytes) -> None:
+        """Let a batch file in."""
+
+    def strike(self, victim: str) -> bool:
+        """Kill one process of this kind; say whether there was one."""
+
+    def tend(self) -> None:
+        """Start again what a person or a supervisor would."""
+
+
+class Workers:
+    """One worker process that is started again whenever it is found dead."""
+
+    victims: ClassVar = {"worker": 1, "engine": 1}
+    pause_seconds = (0.5, 4.0)
+    requests = 240
+
+    def __init__(self, root: Path) -> None:
+        self._bench = InboxBench(root, requests_per_chunk=PER_CHUNK)
+        self.folder, self.store = self._bench.folder, self._bench.store
+        self._worker: subprocess.Popen[bytes] | None = None
+
+    def submit(self, name: str, content: bytes) -> None:
+        self._bench.plan_of(name, content)
+
+    def strike(self, victim: str) -> bool:
+        if victim == "engine":
+            return _kill_an_engine(self.folder)
+        assert self._worker is not None
+        alive = self._worker.poll() is None
+        self._worker.kill()
+        return alive
+
+    def tend(self) -> None:
+        if self._worker is not None and self._worker.poll() in (None, 0):
+            return
+        if self._worker is not None:
+            # It may be killed, but never fail by itself.
+            assert self._worker.returncode == -signal.SIGKILL, self.log()
+        command = [sys.executable, "-m", "batch_orchestration_tests.fault.soak_worker"]
+        with (self.folder.logs / "worker.log").open("ab") as log:
+            self._worker = subprocess.Popen(
+                [*command, str(self.folder.root)], cwd=ROOT, stdout=log, stderr=log
+            )
+
+    def stop(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.wait()
+
+    def log(self) -> str:
+        return (self.folder.logs / "worker.log").read_text()[-3000:]
+
+
+class Dagster:
+    """`dagster dev` in a folder of its own; the real daemon, sensors, launcher and retries."""
+
+    victims: ClassVar = {"worker": 3, "engine": 3, "daemon": 1, "everything": 1}
+    pause_seconds = (3.0, 9.0)
+    #: A run takes Dagster six seconds to start; it should then have something to do for a while.
+    requests = 800
+
+    def __init__(self, processes: DagsterProcesses) -> None:
+        self._processes = processes
+        self.folder = processes.folder
+
+    @property
+    def store(self) -> Store:
+        return self._processes.store
+
+    def submit(self, name: str, content: bytes) -> None:
+        self._processes.drop(name, content)
+
+    def strike(self, victim: str) -> bool:
+        if victim == "engine":
+            return _kill_an_engine(self.folder)
+        if victim == "worker":
+            started = [run for run in self._processes.runs() if run.status == "STARTED"]
+            for run in started:
+                self._processes.kill_worker(run)
+            return bool(started)
+        if victim == "daemon":
+            self._processes.kill_daemon()
+            # `dagster dev` gives up without its daemon; the run workers go on.
+            wait_until(lambda: not self._processes.is_up(), 60, "dagster dev is gone")
+        else:
+            self._processes.kill_everything()
+        return True
+
+    def tend(self) -> None:
+        if not self._processes.is_up():
+            self._processes.start()
+
+
+@dataclass
+class Figures:
+    """What a soak came to."""
+
+    seed: int
+    seconds: float = 0.0
+    batches: int = 0
+    requests: int = 0
+    completed: int = 0
+    failed: int = 0
+    submissions: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    kills: Counter[str] = field(default_factory=Counter)
+
+
+@contextmanager
+def opened(stage: str, root: Path) -> Iterator[Stage]:
+    """Set a stage up in a folder, and clear it away."""
+    if stage == "dagster":
+        settings = {
+            "BATCH_MODEL_ALIASES": "{}",
+            "BATCH_SERVED_MODEL_NAME": MODEL,
+            "BATCH_REQUESTS_PER_CHUNK": str(PER_CHUNK),
+            "BATCH_IN_FLIGHT": "8",
+        }
+        with dagster_dev(root, **settings) as processes:
+            yield Dagster(processes)
+        return
+    workers = Workers(root)
+    try:
+        yield workers
+    finally:
+        workers.stop()
+
+
+def soak(stage: Stage, *, seconds: float, seed: int) -> Figures:
+    """Keep batches coming and processes dying; then let the stage finish, and check everything.
+
+    Raises:
+        AssertionError: A request has no outcome, or two, or another than undisturbed.
+    """
+    print(f"seed {seed}", flush=True)
+    (stage.folder.root / "simulated.json").write_text(json.dumps(CONDITIONS))
+    figures, contents, began = Figures(seed=seed), dict[str, bytes](), time.monotonic()
+    strikes = _strikes(stage, seed)
+    strike_at, victim = next(strikes)
+    while (now := time.monotonic()) < began + seconds:
+        stage.tend()
+        if len(contents) - _completed(stage) < UNFINISHED:
+            name = f"soak-{len(contents):03d}.jsonl"
+            contents[name] = mixed_input(stage.requests, name=name)
+            stage.submit(name, contents[name])
+        # Whoever is to die next may have to be born first.
+        if now > strike_at and stage.strike(victim):
+            figures.kills[victim] += 1
+            print(f"{now - began:6.1f} s  kill -9 of: {victim}", flush=True)
+            strike_at, victim = next(strikes)
+        time.sleep(POLL_SECONDS)
+    _drain(stage, len(contents))
+    figures.seconds = time.monotonic() - began
+    _check(stage, contents, figures)
+    return figures
+
+
+def _strikes(stage: Stage, seed: int) -> Iterator[tuple[float, str]]:
+    """Yield when to strike next, and whom, without end."""
+    dice = random.Random(seed)
+    while True:
+        (victim,) = dice.choices([*stage.victims], [*stage.victims.values()])
+        yield time.monotonic() + dice.uniform(*stage.pause_seconds), victim
+
+
+def _completed(stage: Stage) -> int:
+    return sum(batch.status is BatchStatus.COMPLETED for batch in stage.store.batches())
+
+
+def _drain(stage: Stage, batches: int) -> None:
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while (completed := _completed(stage)) < batches:
+        assert time.monotonic() < deadline, f"only {completed} of {batches} batches complete"
+        stage.tend()
+        time.sleep(POLL_SECONDS)
+
+
+def _check(stage: Stage, contents: Mapping[str, bytes], figures: Figures) -> None:
+    """Compare every batch with the same one undisturbed, and count."""
+    plans = {plan.file_name: plan for plan in map(stage.folder.read_plan, stage.folder.batch_ids())}
+    assert plans.keys() == contents.keys()
+    with tempfile.TemporaryDirectory(prefix="soak-undisturbed-") as root:
+        undisturbed = _undisturbed(Path(root), contents)
+        for name, plan in plans.items():
+            disturbed = answers(stage.folder, plan.batch_id)
+            lines = [json.loads(line) for file in disturbed for line in file.splitlines()]
+            different = {line["id"] for line in lines}
+            figures.lost += plan.requests - len(different)
+            figures.duplicated += len(lines) - len(different)
+            assert_accounted(stage.folder, stage.store, plan)
+            for file, calm in zip(disturbed, answers(undisturbed, plan.batch_id), strict=True):
+                differences = sorted(set(file.splitlines()) ^ set(calm.splitlines()))
+                assert file == calm, f"{name} is not as undisturbed: {differences}"
+    for batch in stage.store.batches():
+        figures.batches += 1
+        figures.requests += batch.total
+        figures.completed += batch.completed
+        figures.failed += batch.failed
+        reports = stage.store.chunk_reports(batch.batch_id).values()
+        figures.submissions += sum(report.attempts for report in reports)
+
+
+def _undisturbed(root: Path, contents: Mapping[str, bytes]) -> DataFolder:
+    bench = InboxBench(root, requests_per_chunk=PER_CHUNK)
+    engine = simulated_engine(bench.folder)
+    try:
+        for name, content in contents.items():
+            plan = bench.plan_of(name, content)
+            run_to_the_end(
+                plan.batch_id, bench.folder, bench.store, engine, run_id="calm", in_flight=32
+            )
+    finally:
+        engine.stop()
+    return bench.folder
+
+
+def _kill_an_engine(folder: DataFolder) -> bool:
+    leaders = engine_leaders(folder)
+    for leader in leaders:
+        with suppress(ProcessLookupError):
+            os.kill(leader, signal.SIGKILL)
+    return bool(leaders)
+
+
+def main() -> None:
+    """Soak for a while and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32))
+    parser.add_argument("--stage", choices=["dagster", "workers"], default="dagster")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-") as root,
+        opened(options.stage, Path(root)) as stage,
+    ):
+        print(soak(stage, seconds=60 * options.minutes, seed=options.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""A run worker without Dagster: takes unfinished batches from the store until it is killed.
+
+Run as a program: `python -m batch_orchestration_tests.fault.soak_worker FOLDER`.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.fault.mixed_batches import run_to_the_end, simulated_engine
+
+
+def main(root: Path) -> None:
+    folder = DataFolder(root)
+    store = Store(folder.duckdb, deadline_seconds=60.0)
+    engine = simulated_engine(folder)
+    while True:
+        for batch in store.batches():
+            if batch.status is BatchStatus.COMPLETED:
+                continue
+            # An engine killed while it starts fails the step, which Dagster then tries again.
+            with contextlib.suppress(EngineStartFailed):
+                run_to_the_end(
+                    batch.batch_id, folder, store, engine, run_id=f"worker-{os.getpid()}"
+                )
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,89 @@
+"""An engine that does not get ready says why, in time, and leaves nothing behind."""
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.engines.process import free_port
+from batch_orchestration.engines.simulated import SimulatedEngine
+
+
+def test_an_engine_that_exits_while_it_starts_says_why(tmp_path: Path) -> None:
+    engine = SimulatedEngine(log_path=tmp_path / "engine.log", startup_error="the model is broken")
+
+    with pytest.raises(EngineStartFailed, match="RuntimeError: the model is broken"):
+        asyncio.run(engine.start())
+
+    assert not (tmp_path / "engine.process.json").exists()
+
+
+def test_an_engine_that_never_gets_ready_fails_within_the_limit(tmp_path: Path) -> None:
+    engine = SimulatedEngine(
+        log_path=tmp_path / "engine.log", startup_seconds=300, start_timeout_seconds=1.0
+    )
+    began = time.monotonic()
+
+    with pytest.raises(EngineStartFailed, match="was not ready in 1 s"):
+        asyncio.run(engine.start())
+
+    assert time.monotonic() - began < 15
+    assert not (tmp_path / "engine.process.json").exists()
+
+
+def test_a_port_taken_by_a_stranger_is_given_up_for_another(tmp_path: Path) -> None:
+    stranger = SimulatedEngine(log_path=tmp_path / "stranger.log")
+    asyncio.run(stranger.start())
+    taken = stranger.figures()["port"]
+    ports = iter([taken, free_port()])
+    engine = SimulatedEngine(log_path=tmp_path / "engine.log", choose_port=lambda: next(ports))
+
+    try:
+        asyncio.run(engine.start())
+
+        assert engine.figures()["starts"] == 2
+        assert engine.figures()["port"] != taken
+    finally:
+        engine.stop()
+        stranger.stop()
+
+
+def test_ports_that_are_always_taken_fail_the_start(tmp_path: Path) -> None:
+    stranger = SimulatedEngine(log_path=tmp_path / "stranger.log")
+    asyncio.run(stranger.start())
+    taken = stranger.figures()["port"]
+    engine = SimulatedEngine(log_path=tmp_path / "engine.log", choose_port=lambda: taken)
+
+    try:
+        with pytest.raises(EngineStartFailed, match="3 ports in a row"):
+            asyncio.run(engine.start())
+    finally:
+        stranger.stop()
+
+
+def test_an_engine_can_be_stopped_while_it_starts(tmp_path: Path) -> None:
+    engine = SimulatedEngine(log_path=tmp_path / "engine.log", startup_seconds=300)
+    threading.Timer(0.5, engine.stop).start()
+
+    with pytest.raises(EngineStartFailed, match="was stopped while it started"):
+        asyncio.run(engine.start())
+
+    assert not (tmp_path / "engine.process.json").exists()
+
+
+def test_a_cancelled_start_leaves_no_process(tmp_path: Path) -> None:
+    engine = SimulatedEngine(log_path=tmp_path / "engine.log", startup_seconds=300)
+
+    async def cancel() -> None:
+        start = asyncio.create_task(engine.start())
+        await asyncio.sleep(0.5)
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+
+    asyncio.run(cancel())
+
+    assert engine.figures()["starts"] == 1
+    assert not (tmp_path / "engine.process.json").exists()

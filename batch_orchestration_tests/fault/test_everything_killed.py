@@ -1,0 +1,58 @@
+"""`kill -9` of Dagster's processes: all at once, as a power cut would, or the daemon alone."""
+
+import pytest
+
+from batch_orchestration_tests.builders import make_input
+from batch_orchestration_tests.fault.accidents import (
+    assert_undisturbed,
+    durable_outcomes,
+    wait_for_answering,
+    wait_for_outcomes,
+)
+from batch_orchestration_tests.integration.dagster_processes import dagster_dev, wait_until
+
+REQUESTS = 60
+
+
+@pytest.mark.timeout(240)
+def test_after_everything_was_killed_a_restart_finishes_the_batch(tmp_path):
+    with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="20", BATCH_IN_FLIGHT="4") as dagster:
+        dagster.simulate(latency_seconds=0.3)
+        dagster.drop("a.jsonl", make_input(REQUESTS))
+        batch_id = dagster.wait_for_batch("a")
+        lost = wait_for_answering(dagster, batch_id)
+        wait_for_outcomes(dagster, batch_id, 25)
+
+        dagster.kill_everything()
+        before = durable_outcomes(dagster, batch_id)
+        dagster.start()
+
+        dagster.wait_for_status(batch_id, "completed")
+        assert 25 <= len(before) < REQUESTS
+        assert_undisturbed(dagster, batch_id, REQUESTS, before)
+        runs = {run.run_id: run for run in dagster.runs("answer_chunks", batch=batch_id)}
+        assert runs.pop(lost.run_id).status == "FAILURE"
+        assert [run.status for run in runs.values()] == ["SUCCESS"]
+
+
+@pytest.mark.timeout(240)
+def test_a_run_goes_on_while_dagster_is_gone(tmp_path):
+    """`dagster dev` gives up when its daemon dies; the run worker does not notice."""
+    with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="20", BATCH_IN_FLIGHT="4") as dagster:
+        dagster.simulate(latency_seconds=0.3)
+        dagster.drop("a.jsonl", make_input(REQUESTS))
+        batch_id = dagster.wait_for_batch("a")
+        run = wait_for_answering(dagster, batch_id)
+        wait_for_outcomes(dagster, batch_id, 5)
+
+        dagster.kill_daemon()
+        before = durable_outcomes(dagster, batch_id)
+        wait_until(lambda: not dagster.is_up(), 60, "dagster dev is gone")
+        wait_until(lambda: len(dagster.store.chunk_reports(batch_id)) == 3, 60, "all is committed")
+        dagster.start()
+
+        dagster.wait_for_status(batch_id, "completed")
+        assert len(before) < REQUESTS
+        assert_undisturbed(dagster, batch_id, REQUESTS, before)
+        (answering,) = dagster.runs("answer_chunks", batch=batch_id)
+        assert (answering.run_id, answering.status) == (run.run_id, "SUCCESS")

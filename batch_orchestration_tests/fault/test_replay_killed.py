@@ -1,0 +1,68 @@
+"""A replay that is killed with SIGKILL at any moment loses no answer and asks none twice."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from batch_orchestration.domain.dead_letters import Selection
+from batch_orchestration.storage.operations import open_replays
+from batch_orchestration_tests.children import child
+from batch_orchestration_tests.letter_bench import LetterBench
+from batch_orchestration_tests.scripted_engine import ScriptedEngine
+
+FAILING = tuple(range(0, 30, 2))
+
+RUN_REPLAY = """
+    import os, sys
+    os.environ["CRASH_POINT"] = sys.argv[3]
+    from pathlib import Path
+    from batch_orchestration.services.replaying import run_replay
+    from batch_orchestration.storage.files import DataFolder
+    from batch_orchestration.storage.store import Store
+    from batch_orchestration_tests.scripted_engine import ScriptedEngine
+    from batch_orchestration_tests.workbench import make_feeding
+    folder = DataFolder(Path(sys.argv[1]))
+    run_replay(sys.argv[2], 1, engine=ScriptedEngine(), folder=folder, store=Store(folder.duckdb),
+               run_id="killed", feeding=make_feeding(in_flight=4))
+"""
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "before_submit:1",
+        "after_submit:6",
+        "before_outcome:5",
+        "after_outcome:1",
+        "after_outcome:9",
+        "after_outcome:15",
+        "before_errors_rename",
+        "before_output_rename",
+        "before_report_rename",
+        "after_renames",
+    ],
+)
+def test_a_killed_replay_goes_on_where_it_stopped(tmp_path: Path, point: str) -> None:
+    assert "CRASH_POINT" not in os.environ
+    bench = LetterBench(tmp_path, failing=FAILING, requests=40)
+    bench.assemble()
+    bench.ask()
+
+    with child(RUN_REPLAY, tmp_path, bench.batch_id, point) as process:
+        assert process.wait(timeout=60) == -9
+
+    assert open_replays(bench.folder) == [(bench.batch_id, 1)]
+    assert set(bench.states().values()) <= {"replaying", "resolved"}
+    bench.assert_accounts_add_up()
+    (journal,) = bench.folder.journals.glob("*/dead_letters/*.journal")
+    answered = journal.read_bytes().count(b'"type":"outcome"')
+    engine = ScriptedEngine()
+    report = bench.replay(1, engine)
+    assert (report.answered, report.failed) == (len(FAILING), 0)
+    assert engine.submissions.total() == len(FAILING) - answered
+    assert bench.states() == dict.fromkeys(FAILING, "resolved")
+    assert len(bench.lines("output.jsonl")) == 40
+    assert bench.lines("errors.jsonl") == []
+    assert bench.store.dead_letters(bench.batch_id, Selection()) == []
+    bench.assert_accounts_add_up()

@@ -1,0 +1,91 @@
+"""An engine within the test's process: answers at once, fails and dies on cue."""
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
+from batch_orchestration.domain.outcomes import Completion, Outcome, Usage
+from batch_orchestration.domain.rungs import Ladder, Rung
+from batch_orchestration.engines.base import EngineIdentity
+
+#: Given body and how often it was submitted before: an outcome, an exception, or None for "yes".
+Script = Callable[[bytes, int], Outcome | BaseException | None]
+
+
+def answer_to(body: bytes) -> Completion:
+    """Return the one answer that this engine gives to a body."""
+    asked = msgspec.json.encode(msgspec.json.decode(body))
+    text = hashlib.sha256(asked).hexdigest()[:8]
+    answer = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+    return Completion(
+        status=200,
+        body=msgspec.Raw(msgspec.json.encode(answer)),
+        finish_reason="stop",
+        usage=Usage(prompt_tokens=3, completion_tokens=2),
+    )
+
+
+class ScriptedEngine:
+    """Counts what it is asked; `script` decides what becomes of each submission."""
+
+    def __init__(
+        self,
+        script: Script = lambda body, times: None,
+        *,
+        starts_fail: int = 0,
+        ladder: Ladder | None = None,
+    ) -> None:
+        self.ladder = ladder or Ladder(Rung())
+        self._script = script
+        self._starts_fail = starts_fail
+        self._life = 0
+        self.alive = False
+        self.starts = 0
+        self.submissions: Counter[bytes] = Counter()
+        self.in_flight = 0
+        self.most_in_flight = 0
+
+    async def start(self) -> EngineIdentity:
+        if not self.alive:
+            self.starts += 1
+            if self.starts <= self._starts_fail:
+                raise EngineStartFailed("scripted: does not become ready")
+            self.alive = True
+            self._life += 1
+        return EngineIdentity(kind="scripted", version="1", models=("tiny",))
+
+    async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
+        life = self._life
+        times = self.submissions[body]
+        self.submissions[body] += 1
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(0)
+            result = self._script(body, times)
+            if isinstance(result, EngineDied):
+                self.alive = False
+            if not self.alive or life != self._life:
+                raise EngineDied("scripted: the engine is gone")
+            if isinstance(result, BaseException):
+                raise result
+            return result or answer_to(body)
+        finally:
+            self.in_flight -= 1
+
+    async def progress(self) -> float | None:
+        return None
+
+    async def disconnect(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.alive = False
+
+    def figures(self) -> dict[str, Any]:
+        return {}

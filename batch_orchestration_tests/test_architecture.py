@@ -1,0 +1,109 @@
+"""Rules about the code that no linter knows: sizes, and who reads the environment.
+
+Who may import whom is in `pyproject.toml` (import-linter); what importing the definitions loads is
+in `integration/test_definitions.py`.
+"""
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+CODE = [ROOT / folder for folder in ("batch_orchestration", "scripts", "benchmarks")]
+TESTS = [ROOT / "batch_orchestration_tests"]
+FILE_LINES, TEST_FILE_LINES = 400, 500
+#: Docstrings do not count: nobody shall save on them.
+FUNCTION_LINES = 50
+
+#: Longer than that, and why.
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+
+#: Besides `settings.py`, and why.
+READ_THE_ENVIRONMENT = {
+    "batch_orchestration/settings.py": "the deployment's settings",
+    "batch_orchestration/services/crash_points.py": "for tests only, and no setting on purpose",
+    "batch_orchestration/engines/process.py": "passes all of it on to the engine",
+    "batch_orchestration/engines/vllm.py": "adds to a variable of vLLM's",
+    "batch_orchestration/engines/parent_guard.py": "runs within the engine's processes",
+    "batch_orchestration/engines/simulated.py": "is the engine's process",
+}
+
+
+def sources(folders: list[Path]) -> Iterator[tuple[str, str]]:
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            yield str(path.relative_to(ROOT)), path.read_text()
+
+
+def functions(source: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` to the end, those of its own docstring left out."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        docstring = function.body[0]
+        lines -= (docstring.end_lineno or 0) - docstring.lineno + 1
+    return lines
+
+
+@pytest.mark.parametrize(("folders", "budget"), [(CODE, FILE_LINES), (TESTS, TEST_FILE_LINES)])
+def test_no_file_is_longer_than_a_person_can_keep_in_mind(folders: list[Path], budget: int) -> None:
+    long = {name for name, text in sources(folders) if len(text.splitlines()) > budget}
+
+    assert long <= LONG_FILES.keys()
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    long = {
+        f"{name}:{function.name} ({lines_of(function)} lines)"
+        for name, text in sources([*CODE, *TESTS])
+        for function in functions(text)
+        if lines_of(function) > FUNCTION_LINES and f"{name}:{function.name}" not in LONG_FUNCTIONS
+    }
+
+    assert long == set()
+
+
+def test_the_lists_of_exceptions_name_what_is_there() -> None:
+    everything = dict(sources([*CODE, *TESTS]))
+
+    assert LONG_FILES.keys() <= everything.keys()
+    assert READ_THE_ENVIRONMENT.keys() <= everything.keys()
+    assert {name.partition(":")[0] for name in LONG_FUNCTIONS} <= everything.keys()
+
+
+def test_nobody_else_reads_the_environment() -> None:
+    """Else a setting could be in force that `config` does not show."""
+    readers = {
+        name
+        for name, text in sources([ROOT / "batch_orchestration"])
+        if any(word in text for word in ("os.environ", "os.getenv", "import environ"))
+    }
+
+    assert readers == READ_THE_ENVIRONMENT.keys()
+
+
+def test_workspace_dagster_and_dg_load_the_same_module() -> None:
+    """The two tables of `pyproject.toml` win over `workspace.yaml` without a word."""
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    (workspace,) = yaml.safe_load((ROOT / "workspace.yaml").read_text())["load_from"]
+
+    assert (
+        workspace["python_module"]["module_name"]
+        == tools["dagster"]["module_name"]
+        == tools["dg"]["project"]["code_location_target_module"]
+    )
+    assert (
+        workspace["python_module"]["location_name"]
+        == tools["dagster"]["code_location_name"]
+        == tools["dg"]["project"]["code_location_name"]
+    )

@@ -1,0 +1,71 @@
+"""A data folder with a store, and chunks run in it: what tests of the chunk runner stand at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.retries import RetryPolicy
+from batch_orchestration.engines.base import Engine
+from batch_orchestration.services.chunk_runner import CommittedChunk, Feeding, run_chunks
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.builders import NOW, make_batch
+
+SETTINGS = {"engine": "simulated", "model": "demo-model"}
+
+
+def make_feeding(**fields: Any) -> Feeding:
+    """Feeding without waits between attempts."""
+    values: dict[str, Any] = {
+        "in_flight": 8,
+        "retry": RetryPolicy(max_attempts=3, base_delay_seconds=0.0),
+        "engine_restarts": 2,
+        "model_aliases": {},
+        "max_tokens_cap": None,
+        "answer_settings": SETTINGS,
+    }
+    return Feeding(**{**values, **fields})
+
+
+class Workbench:
+    """One data folder; `run` is what the op of `chunk_results` does."""
+
+    def __init__(self, root: Path, *, lock_seconds: float = 60.0) -> None:
+        self.folder = DataFolder(root)
+        self.folder.create()
+        self.store = Store(self.folder.duckdb, deadline_seconds=lock_seconds)
+
+    def admitted(self, requests: int, *, requests_per_chunk: int = 10) -> BatchPlan:
+        """A batch of usable requests, ready to run."""
+        plan = make_batch(self.folder, requests, requests_per_chunk=requests_per_chunk)
+        self.store.add_batch(plan, at=NOW)
+        return plan
+
+    def run(
+        self,
+        plan: BatchPlan,
+        engine: Engine,
+        *,
+        numbers: Sequence[int] | None = None,
+        run_id: str = "run-1",
+        force: bool = False,
+        **feeding: Any,
+    ) -> list[CommittedChunk]:
+        """Run chunks of a batch to the end."""
+        chosen = range(len(plan.chunks)) if numbers is None else numbers
+        return list(
+            run_chunks(
+                {plan.batch_id: chosen},
+                engine=engine,
+                folder=self.folder,
+                store=self.store,
+                run_id=run_id,
+                feeding=make_feeding(**feeding),
+                force=force,
+            )
+        )
+
+    def indices(self, plan: BatchPlan) -> list[int]:
+        """Indices of all committed requests, in the store's order."""
+        return [settled.index for settled in self.store.settled(plan.batch_id)]
