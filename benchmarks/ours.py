@@ -1,0 +1,107 @@
+"""Our own path from an input file to committed answers, for the benchmarks to time."""
+
+import asyncio
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from batch_orchestration.domain.batches import MAX_LINE_BYTES
+from batch_orchestration.domain.overrides import ANY_MODEL
+from batch_orchestration.domain.retries import RetryPolicy
+from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.services.admission import AdmissionSettings, admit
+from batch_orchestration.services.assembly import assemble
+from batch_orchestration.services.chunk_runner import Feeding, run_chunks
+from batch_orchestration.services.inbox import Inbox
+from batch_orchestration.services.submission import submit
+from batch_orchestration.services.verdicts import Admitted
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+
+def answer_file(file: Path, *, model: Path, flags: Mapping[str, Any], chunk: int) -> float:
+    """Return seconds from the first request sent to the last chunk committed."""
+    with _answered(file, model=model, flags=flags, chunk=chunk) as (seconds, _):
+        return seconds
+
+
+def answer_lines(file: Path, *, model: Path, flags: Mapping[str, Any], chunk: int) -> list[str]:
+    """Return the lines of the output file."""
+    with _answered(file, model=model, flags=flags, chunk=chunk) as (_, output):
+        return output.read_text().splitlines()
+
+
+@contextlib.contextmanager
+def _answered(
+    file: Path, *, model: Path, flags: Mapping[str, Any], chunk: int
+) -> Iterator[tuple[float, Path]]:
+    with tempfile.TemporaryDirectory(prefix="benchmark-ours-") as root:
+        folder = DataFolder(Path(root))
+        folder.create()
+        store = Store(folder.duckdb)
+        batch = _admit(file, folder, store, chunk)
+        engine = VllmEngine(
+            str(model), log_path=folder.logs / "engine.log", device="cpu", args=flags
+        )
+        try:
+            asyncio.run(_warm_up(engine))
+            seconds = _run(batch, engine, folder, store, model.name)
+        finally:
+            engine.stop()
+        report = assemble(batch.batch_id, folder=folder, store=store, clock=time.time)
+        assert report.tally.failed == 0, f"{report.tally.failed} requests failed"
+        yield seconds, folder.outbox_path(batch.batch_id) / "output.jsonl"
+
+
+def _run(
+    batch: Admitted, engine: VllmEngine, folder: DataFolder, store: Store, served: str
+) -> float:
+    started = time.perf_counter()
+    for _ in run_chunks(
+        {batch.batch_id: range(batch.chunks)},
+        engine=engine,
+        folder=folder,
+        store=store,
+        run_id=f"benchmark-{os.getpid()}",
+        feeding=feeding(served=served),
+    ):
+        pass
+    return time.perf_counter() - started
+
+
+def _admit(file: Path, folder: DataFolder, store: Store, chunk: int) -> Admitted:
+    submit(file, None, folder)
+    (claim,) = Inbox(folder, settle_seconds=0).claim_ready(now=time.time() + 1)
+    settings = AdmissionSettings(
+        requests_per_chunk=chunk,
+        max_line_bytes=MAX_LINE_BYTES,
+        model_required=False,
+        answer_settings={},
+    )
+    verdict = admit(claim, folder=folder, store=store, settings=settings)
+    assert isinstance(verdict, Admitted), verdict
+    return verdict
+
+
+def feeding(*, served: str, max_tokens_cap: int | None = None) -> Feeding:
+    """Return how the benchmarks feed: the default window, every model name meaning `served`."""
+    return Feeding(
+        in_flight=256,
+        retry=RetryPolicy(),
+        engine_restarts=0,
+        model_aliases={ANY_MODEL: served},
+        max_tokens_cap=max_tokens_cap,
+        answer_settings={},
+    )
+
+
+async def _warm_up(engine: VllmEngine) -> None:
+    """Let the engine answer once, as the other rivals do before they are timed."""
+    identity = await engine.start()
+    body = f'{{"model": "{identity.models[0]}", "prompt": "a", "max_tokens": 2}}'
+    await engine.answer("/v1/completions", body.encode(), request_id="warm-up")
+    await engine.disconnect()
