@@ -53,7 +53,7 @@ def admit_claim(
     if isinstance(verdict, Admitted | AlreadyAdmitted):
         plan = folder.read_plan(verdict.batch_id)
         # First, because the partitions say that all of this is done.
-        context.log_event(manifest_materialization(plan, folder.input_path(plan.batch_id)))
+        context.log_event(manifest_materialization(plan, folder.input_path_of(plan)))
         add_partitions(context.instance, plan)
 
 

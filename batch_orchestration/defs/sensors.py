@@ -140,7 +140,7 @@ def _known_to_dagster(
     if unknown and not instance.get_runs(live, limit=1):
         for batch in unknown:
             plan = folder.read_plan(batch.batch_id)
-            event = manifest_materialization(plan, folder.input_path(plan.batch_id))
+            event = manifest_materialization(plan, folder.input_path_of(plan))
             instance.report_runless_asset_event(event)
             add_partitions(instance, plan)
         return [*known, *unknown]

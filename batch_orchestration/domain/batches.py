@@ -16,6 +16,9 @@ ID_HASH_DIGITS = 8
 METADATA_MAX_PAIRS = 16
 #: Of one line of a batch file, unless a setting says otherwise.
 MAX_LINE_BYTES = 16 * 2**20
+#: OpenAI's limits on a batch, unless settings say otherwise; the bytes are of the expanded file.
+MAX_REQUESTS_PER_BATCH = 50_000
+MAX_FILE_BYTES = 200 * 2**20
 
 _NOT_SLUG = re.compile(r"[^a-z0-9]+")
 
@@ -43,6 +46,15 @@ class LinePolicy(StrEnum):
     STRICT = "strict"
 
 
+class OnOversize(StrEnum):
+    """What becomes of a file with more requests than a batch may have."""
+
+    #: Consecutive parts, each a batch, delivered as one.
+    SPLIT = "split"
+    #: It is refused.
+    REJECT = "reject"
+
+
 Metadata = Annotated[dict[str, str], msgspec.Meta(max_length=METADATA_MAX_PAIRS)]
 
 
@@ -62,8 +74,25 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     completion_window: Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]*[smhd]$")] = "24h"
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of a submission a batch is.
+
+    Attributes:
+        submission: Id of the submission.
+        number: Place in the file, from 1.
+        of: How many parts there are.
+    """
+
+    submission: str
+    number: int
+    of: int
+
+
 class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything decided at admission; it never changes afterwards.
+
+    Of a part, request indices and chunk numbers count from 0 within the part; line numbers, byte
+    ranges, `sha256` and `size_bytes` are those of the whole kept input.
 
     Attributes:
         batch_id: Readable and unique: file stem and first digits of the identity.
@@ -76,6 +105,8 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
         max_line_bytes: Longer lines were refused at admission.
         settings: What answers depend on, by name; its hash is `settings_hash`.
         created_at: POSIX seconds.
+        source: Who submitted it.
+        part: None for a batch that is a file of its own.
     """
 
     batch_id: str
@@ -90,6 +121,13 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, Any]
     created_at: float
     max_line_bytes: int = MAX_LINE_BYTES
+    source: str = "inbox"
+    part: Part | None = None
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the kept input that are this batch's own: all, unless it is a part."""
+        return self.chunks[-1].end - self.chunks[0].start if self.chunks else 0
 
     @property
     def chunk_keys(self) -> list[str]:

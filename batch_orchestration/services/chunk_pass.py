@@ -38,7 +38,7 @@ class ChunkRef:
         return cls(
             plan=plan,
             chunk=plan.chunks[number],
-            input_path=folder.input_path(plan.batch_id),
+            input_path=folder.input_path_of(plan),
             journal_path=folder.journal_path(plan.batch_id, number),
         )
 

@@ -213,7 +213,7 @@ def as_input(
             if isinstance(line.parsed, Fault) and not include_faulty:
                 left_out.append(_left_out(line, line.parsed.message))
                 continue
-            for block in _bytes_of(line.raw, folder.input_path(batch_id)):
+            for block in _bytes_of(line.raw, folder.input_path_of(plan)):
                 file.write(block)
             written += 1
         if not written:

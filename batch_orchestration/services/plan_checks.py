@@ -19,7 +19,7 @@ def check_input_size(plan: BatchPlan, folder: DataFolder) -> None:
     Raises:
         PlanMismatch: Something was appended or cut off after admission.
     """
-    path = folder.input_path(plan.batch_id)
+    path = folder.input_path_of(plan)
     present = path.stat().st_size
     if present != plan.size_bytes:
         raise PlanMismatch(

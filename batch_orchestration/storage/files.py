@@ -7,13 +7,14 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import chunk_key
 from batch_orchestration.domain.errors import BatchNotFound, DiskFull, StorageError
+from batch_orchestration.domain.submissions import Submission, submission_of
 from batch_orchestration.storage.lines import RawLine, new_digest, read_chunk, read_lines
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 #: Temporary names stay well below the 255 bytes that file systems allow.
 _NAME_KEPT = 40
+
+Kept = TypeVar("Kept", BatchPlan, Submission)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class DataFolder:
         return self.root / "batches"
 
     @property
+    def submissions(self) -> Path:
+        """One folder per file that was split: kept input, and the parts that wait."""
+        return self.root / "submissions"
+
+    @property
     def journals(self) -> Path:
         """One folder per batch: a journal per chunk."""
         return self.root / "journals"
@@ -96,7 +104,7 @@ class DataFolder:
     def create(self) -> None:
         """Make every folder that is missing."""
         for folder in (
-            *(self.inbox, self.rejected, self.claims, self.batches),
+            *(self.inbox, self.rejected, self.claims, self.batches, self.submissions),
             *(self.journals, self.outbox, self.logs),
         ):
             folder.mkdir(parents=True, exist_ok=True)
@@ -106,8 +114,35 @@ class DataFolder:
         return self.batches / _folder_name(batch_id) / "plan.json"
 
     def input_path(self, batch_id: str) -> Path:
-        """Where the input is kept, uncompressed; an original `.gz` lies beside it."""
+        """Where the input of a batch that is no part is kept; an original `.gz` lies beside it.
+
+        Whoever opens it asks `input_path_of`, which knows of parts.
+        """
         return self.batches / _folder_name(batch_id) / "input.jsonl"
+
+    def input_path_of(self, plan: BatchPlan) -> Path:
+        """Where the kept input of a planned batch lies, uncompressed: of a part, the whole file."""
+        if plan.part is not None:
+            return self.submission_input_path(plan.part.submission)
+        return self.input_path(plan.batch_id)
+
+    def submission_path(self, submission_id: str) -> Path:
+        """Where a submission is described."""
+        return self.submissions / _folder_name(submission_id) / "submission.json"
+
+    def submission_input_path(self, submission_id: str) -> Path:
+        """Where the one input of all parts is kept, uncompressed."""
+        return self.submissions / _folder_name(submission_id) / "input.jsonl"
+
+    def waiting_part_path(self, part_id: str) -> Path:
+        """The folder of a part that is not admitted yet; it becomes that of the batch.
+
+        Raises:
+            BatchNotFound: The id is none of a part.
+        """
+        if (submission_id := submission_of(part_id)) is None:
+            raise BatchNotFound(f"not a part of a submission: {part_id!r}")
+        return self.submission_path(submission_id).parent / "parts" / _folder_name(part_id)
 
     def progress_path(self, batch_id: str) -> Path:
         """Where the run of a batch says how far it is."""
@@ -132,17 +167,53 @@ class DataFolder:
             BatchNotFound: There is none.
             StorageError: It is damaged.
         """
-        path = self.plan_path(batch_id)
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=BatchPlan)
-        except FileNotFoundError:
-            raise BatchNotFound(f"no batch {batch_id!r} in {self.batches}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise StorageError(f"the plan {path} is damaged: {error}") from error
+        found = _read(self.plan_path(batch_id), BatchPlan)
+        if found is None:
+            raise BatchNotFound(f"no batch {batch_id!r} in {self.batches}")
+        return found
+
+    def read_waiting_part(self, part_id: str) -> BatchPlan | None:
+        """Return the plan of a part that is not admitted yet; None if there is none that waits.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        if submission_of(part_id) is None:
+            return None
+        return _read(self.waiting_part_path(part_id) / "plan.json", BatchPlan)
+
+    def read_submission(self, submission_id: str) -> Submission:
+        """Return what a submission is.
+
+        Raises:
+            BatchNotFound: There is none.
+            StorageError: It is damaged.
+        """
+        found = _read(self.submission_path(submission_id), Submission)
+        if found is None:
+            raise BatchNotFound(f"no submission {submission_id!r} in {self.submissions}")
+        return found
 
     def batch_ids(self) -> list[str]:
         """Return the ids of all planned batches, sorted."""
         return sorted(path.parent.name for path in self.batches.glob("*/plan.json"))
+
+    def submission_ids(self) -> list[str]:
+        """Return the ids of all submissions, sorted."""
+        return sorted(path.parent.name for path in self.submissions.glob("*/submission.json"))
+
+    def waiting_part_ids(self) -> list[str]:
+        """Return the ids of all parts that are not admitted yet, in no particular order."""
+        return [path.parent.name for path in self.submissions.glob("*/parts/*/plan.json")]
+
+
+def _read(path: Path, kind: type[Kept]) -> Kept | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path} is damaged: {error}") from error
 
 
 def _folder_name(batch_id: str) -> str:
