@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from batch_orchestration.domain.batches import MAX_LINE_BYTES, LinePolicy
+from batch_orchestration.domain.batches import MAX_LINE_BYTES, MAX_PRIORITY, LinePolicy
+from batch_orchestration.domain.sources import REJECTED
 
 PREFIX = "BATCH_"
 ENV_FILE = ".env"
@@ -50,6 +51,10 @@ class Settings(BaseSettings):
     # The inbox
     settle_seconds: float = Field(
         5.0, ge=0, description="A dropped file is complete when size and mtime rest this long."
+    )
+    inbox_priorities: dict[str, int] = Field(
+        default_factory=lambda: {"high": 10, "low": -10},
+        description="Sub-folders of the inbox whose files have this priority, as JSON.",
     )
     line_policy: LinePolicy = Field(
         LinePolicy.LENIENT, description="lenient: bad lines fail alone; strict: file refused."
@@ -120,6 +125,16 @@ class Settings(BaseSettings):
         if self.engine is EngineKind.REMOTE and not self.base_url:
             raise ValueError("BATCH_ENGINE=remote needs BATCH_BASE_URL")
         return self
+
+    @field_validator("inbox_priorities")
+    @classmethod
+    def _names_of_folders(cls, priorities: dict[str, int]) -> dict[str, int]:
+        for name, priority in priorities.items():
+            if not name or name[0] in ".~" or "/" in name or name.casefold() == REJECTED:
+                raise ValueError(f"{name!r} cannot be a priority folder")
+            if abs(priority) > MAX_PRIORITY:
+                raise ValueError(f"priority {priority} is not within {MAX_PRIORITY} of 0")
+        return priorities
 
     def answer_settings(self) -> dict[str, Any]:
         """Return what answers depend on, by name: the part of the settings that a plan fixes."""

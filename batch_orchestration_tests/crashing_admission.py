@@ -26,6 +26,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR
 
 SCENARIOS: dict[str, tuple[str, bytes]] = {
     "admitted": ("a b.jsonl", CONTENT),
+    "folder": ("alice/high/a b.jsonl", CONTENT),
     "gzip": ("a b.jsonl.gz", compress(CONTENT, mtime=0)),
     "rejected": ("a b.jsonl", b"not json\nat all\n"),
     "rejected_gzip": ("a b.jsonl.gz", compress(b"not json\nat all\n", mtime=0)),
@@ -82,6 +83,7 @@ def report(bench: InboxBench, number: int, content: bytes) -> None:
         "sidecars": [str(p.relative_to(root)) for p in files if p.read_bytes() == META],
         "batches": [record.batch_id for record in bench.store.batches()],
         "planned": [plan.batch_id for plan in plans],
+        "sources": [plan.source for plan in plans],
         "priorities": [plan.options.priority for plan in plans],
         "failures": [[entry.index for entry in bench.settled(plan)] for plan in plans],
         "verdicts": sorted(type(verdict).__name__ for verdict in verdicts),

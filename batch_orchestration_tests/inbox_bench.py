@@ -15,6 +15,7 @@ from batch_orchestration_tests.builders import NOW
 
 #: Later than any file of a test, however long the test takes.
 LATER = 4_000_000_000.0
+PRIORITIES = {"high": 10, "low": -10}
 
 
 def make_admission_settings(**fields: Any) -> AdmissionSettings:
@@ -34,15 +35,16 @@ class InboxBench:
         self.folder = DataFolder(root)
         self.folder.create()
         self.store = Store(self.folder.duckdb, deadline_seconds=60.0)
-        self.inbox = Inbox(self.folder, settle_seconds=5.0)
+        self.inbox = Inbox(self.folder, settle_seconds=5.0, priorities=PRIORITIES)
         self.settings = make_admission_settings(**settings)
 
     def drop(self, name: str, content: bytes, *, meta: bytes | None = None) -> Path:
         """Put a file, and perhaps its side-car, into the inbox."""
         path = self.folder.inbox / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         if meta is not None:
-            path.with_name(f"{name}.meta.json").write_bytes(meta)
+            path.with_name(f"{path.name}.meta.json").write_bytes(meta)
         return path
 
     def claim(self, name: str, content: bytes, *, meta: bytes | None = None) -> Claim:

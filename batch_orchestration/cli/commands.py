@@ -13,6 +13,7 @@ from batch_orchestration.cli.submitting import submit, validate
 from batch_orchestration.cli.watching import watch_batch
 from batch_orchestration.services.batch_objects import batch_object
 from batch_orchestration.services.board import Board, read_board
+from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.status import view_batch
 from batch_orchestration.settings import settings_in_force
 
@@ -87,7 +88,7 @@ def _show_board(context: Context, *, as_json: bool) -> None:
     board = read_board(
         folder=context.folder,
         store=context.store,
-        settle_seconds=context.settings.settle_seconds,
+        inbox=open_inbox(context.settings, context.folder),
         now=context.clock(),
     )
     if as_json:
@@ -115,7 +116,7 @@ def _board_object(board: Board, context: Context) -> dict[str, Any]:
     return {
         "object": "list",
         "data": [batch_object(view, folder=context.folder) for view in board.batches],
-        "waiting": [{"path": path, "reason": reason} for path, reason in board.waiting],
+        "waiting": [{"path": path, "reason": reason} for path, _, reason in board.waiting],
         "claims": [{"claim_id": c.claim_id, "file_name": c.file_name} for c in board.claims],
         "rejected": list(board.rejected),
         "store_problem": board.store_problem,

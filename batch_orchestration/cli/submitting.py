@@ -36,6 +36,7 @@ _file_argument = click.argument(
 @click.option("--priority", type=int, help="Higher runs earlier; default 0.")
 @click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Echoed back; repeatable.")
 @click.option("--completion-window", metavar="DURATION", help="Recorded; default 24h.")
+@click.option("--user", help="Who submits it; the engine is shared fairly between users.")
 @click.option("--wait", is_flag=True, help="Watch the batch until it ends.")
 @json_option
 def submit(
@@ -44,6 +45,7 @@ def submit(
     priority: int | None,
     metadata: tuple[str, ...],
     completion_window: str | None,
+    user: str | None,
     wait: bool,
     as_json: bool,
 ) -> None:
@@ -57,6 +59,7 @@ def submit(
         "priority": priority,
         "metadata": _pairs(metadata),
         "completion_window": completion_window,
+        "user": user,
     }
     options = _options(file, {name: value for name, value in given.items() if value is not None})
     sent = send(file, options, context)

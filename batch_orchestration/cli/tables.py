@@ -44,8 +44,8 @@ def board_tables(board: Board) -> Iterator[RenderableType]:
         yield batches_table(board.batches)
     if board.waiting or board.claims:
         table = _table("In the inbox", "Why it waits")
-        for path, reason in board.waiting:
-            table.add_row(Text(path.name), Text(reason))
+        for _, name, reason in board.waiting:
+            table.add_row(Text(name), Text(reason))
         for claim in board.claims:
             table.add_row(Text(claim.file_name), "claimed; its run reads it now or waits to")
         yield table

@@ -13,8 +13,7 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.errors import BatchOrchestrationError, FileStillChanging
 from batch_orchestration.services.admission import admit
-from batch_orchestration.services.configuration import admission_settings
-from batch_orchestration.services.inbox import Inbox
+from batch_orchestration.services.configuration import admission_settings, open_inbox
 from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted
 
@@ -35,6 +34,7 @@ class SubmitConfig(dg.Config):
     priority: int = Field(0, description="-1000 to 1000; higher runs earlier.")
     metadata: dict[str, str] = Field({}, description="Up to 16 pairs, echoed in the report.")
     completion_window: str = Field("24h", description="For example 24h; recorded.")
+    user: str | None = Field(None, description="Who submits it; sources share the engine fairly.")
 
 
 @dg.op
@@ -43,7 +43,7 @@ def admit_claim(
 ) -> None:
     """Read a claimed file: it becomes a batch, or goes to `inbox/rejected` with its faults."""
     folder, store = data_folder(settings), open_store(settings)
-    claim = Inbox(folder, settle_seconds=settings.settle_seconds).claim(config.claim_id)
+    claim = open_inbox(settings, folder).claim(config.claim_id)
     try:
         verdict = admit(claim, folder=folder, store=store, settings=admission_settings(settings))
     except FileStillChanging as still_changing:

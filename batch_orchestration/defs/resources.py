@@ -32,6 +32,8 @@ def data_folder(settings: Settings) -> DataFolder:
     """Return the data folder, made if it is missing."""
     folder = DataFolder(settings.data_dir)
     folder.create()
+    for name in settings.inbox_priorities:  # so that nobody has to know what they may be called
+        (folder.inbox / name).mkdir(exist_ok=True)
     return folder
 
 

@@ -24,6 +24,7 @@ from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.services.claims import Claim
+from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dispatch import (
     NeededRun,
     RunState,
@@ -31,7 +32,6 @@ from batch_orchestration.services.dispatch import (
     dispatch,
     unfinished_batches,
 )
-from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.storage.files import DataFolder
 
 CLAIM_TAG = "claim"
@@ -56,10 +56,10 @@ def inbox_sensor(
     context: dg.SensorEvaluationContext, settings: SettingsResource
 ) -> dg.SensorResult | dg.SkipReason:
     """Claim what is complete and ask for its admission; only look and rename, read nothing."""
-    inbox = Inbox(data_folder(settings), settle_seconds=settings.settle_seconds)
+    inbox = open_inbox(settings, data_folder(settings))
     now = time.time()
     inbox.claim_ready(now=now)
-    reasons = [f"{waiting.path.name}: {waiting.reason}" for waiting in inbox.waiting(now=now)]
+    reasons = [f"{waiting.name}: {waiting.reason}" for waiting in inbox.waiting(now=now)]
     requests = []
     for claim in inbox.claims():
         request = _admission(context.instance, claim, now=now)

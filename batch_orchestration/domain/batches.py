@@ -9,17 +9,22 @@ from typing import Annotated, Any
 import msgspec
 
 from batch_orchestration.domain.chunks import Chunk, chunk_key
+from batch_orchestration.domain.sources import DEFAULT_SOURCE, SOURCE_MAX_LENGTH
 
 #: Long enough to recognise the file, short enough for file names and the UI.
 SLUG_MAX_LENGTH = 40
 ID_HASH_DIGITS = 8
 METADATA_MAX_PAIRS = 16
+#: In either direction.
+MAX_PRIORITY = 1000
 #: Of one line of a batch file, unless a setting says otherwise.
 MAX_LINE_BYTES = 16 * 2**20
 #: OpenAI's limits on a batch, unless settings say otherwise; the bytes are of the expanded file.
 MAX_REQUESTS_PER_BATCH = 50_000
 MAX_FILE_BYTES = 200 * 2**20
 
+#: Options that came later: at their default they do not change the identity of older batches.
+_LATER_OPTIONS = ("user",)
 _NOT_SLUG = re.compile(r"[^a-z0-9]+")
 
 
@@ -56,6 +61,7 @@ class OnOversize(StrEnum):
 
 
 Metadata = Annotated[dict[str, str], msgspec.Meta(max_length=METADATA_MAX_PAIRS)]
+User = Annotated[str, msgspec.Meta(pattern="^[^\\x00-\\x1f]+$", max_length=SOURCE_MAX_LENGTH)]
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,12 +72,19 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         priority: Higher runs earlier.
         metadata: Up to 16 pairs, echoed back in the report and by `status`.
         completion_window: For example `24h`; recorded with the batch.
+        user: Who submits it; else the folder of the inbox says so.
     """
 
     model: str | None = None
-    priority: Annotated[int, msgspec.Meta(ge=-1000, le=1000)] = 0
+    priority: Annotated[int, msgspec.Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     metadata: Metadata = {}
     completion_window: Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]*[smhd]$")] = "24h"
+    user: User | None = None
+
+    @property
+    def source(self) -> str:
+        """Who submits the batch: one of those between whom the engine is shared fairly."""
+        return self.user or DEFAULT_SOURCE
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +118,7 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
         max_line_bytes: Longer lines were refused at admission.
         settings: What answers depend on, by name; its hash is `settings_hash`.
         created_at: POSIX seconds.
-        source: Who submitted it.
+        source: Who submitted it, see `BatchOptions.source`.
         part: None for a batch that is a file of its own.
     """
 
@@ -121,7 +134,7 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, Any]
     created_at: float
     max_line_bytes: int = MAX_LINE_BYTES
-    source: str = "inbox"
+    source: str = DEFAULT_SOURCE
     part: Part | None = None
 
     @property
@@ -158,9 +171,11 @@ def identity(sha256: str, options: BatchOptions) -> str:
         sha256: Of the uncompressed content, hexadecimal.
         options: Options of the drop.
     """
-    return hashlib.sha256(
-        sha256.encode() + msgspec.json.encode(options, order="sorted")
-    ).hexdigest()
+    said = msgspec.to_builtins(options)
+    for name in _LATER_OPTIONS:
+        if said[name] is None:
+            del said[name]
+    return hashlib.sha256(sha256.encode() + msgspec.json.encode(said, order="sorted")).hexdigest()
 
 
 def batch_id(file_name: str, identity: str, *, digits: int = ID_HASH_DIGITS) -> str:

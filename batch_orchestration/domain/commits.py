@@ -109,6 +109,11 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     times: dict[str, float]
 
     @property
+    def source(self) -> str:
+        """Who submitted it."""
+        return self.options.source
+
+    @property
     def pending(self) -> int:
         """Requests without a committed outcome."""
         return self.total - self.completed - self.failed

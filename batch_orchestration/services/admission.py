@@ -143,7 +143,7 @@ class _Admission:
         reading: BatchFileReading | None = None
         try:
             try:
-                options = read_options(self._place.sidecar())
+                options = read_options(self._place.sidecar(), self._place.origin())
                 reading = BatchFileReading(self._settings.rules(options))
                 self._read(user_file, reading)
                 self._refuse_if_unusable(reading)
@@ -215,6 +215,7 @@ class _Admission:
                 settings=dict(self._settings.answer_settings),
                 created_at=self._clock(),
                 max_line_bytes=self._settings.max_line_bytes,
+                source=options.source,
             )
             return self._commit(user_file, before, plan)
 
@@ -263,7 +264,7 @@ class _Admission:
     def _release(self, user_file: Path, reason: str) -> Released:
         return self._place.set_aside(
             user_file,
-            self._folder.inbox,
+            self._place.inbox_folder(),
             lambda target: Released(
                 file_name=self._place.file_name(user_file),
                 reason=reason,

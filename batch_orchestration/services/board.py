@@ -46,21 +46,20 @@ class Board:
         return not (self.batches or self.waiting or self.claims or self.rejected)
 
 
-def read_board(*, folder: DataFolder, store: Store, settle_seconds: float, now: float) -> Board:
+def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) -> Board:
     """Return the board; a folder that does not exist yet is an empty one.
 
     Args:
         folder: The data folder; nothing in it is changed.
         store: If it is locked, files tell what they can.
-        settle_seconds: How long a dropped file must rest before it is claimed.
+        inbox: Of this folder.
         now: POSIX seconds.
     """
-    inbox = Inbox(folder, settle_seconds=settle_seconds)
     waiting, claims = [], []
     if folder.inbox.is_dir() and folder.claims.is_dir():
         waiting = inbox.waiting(now=now)
         waiting += [
-            Waiting(path, "complete; the inbox sensor will take it")
+            Waiting(path, inbox.name_of(path), "complete; the inbox sensor will take it")
             for path in inbox.ready_files(now=now)
         ]
         claims = inbox.claims()

@@ -1,6 +1,7 @@
 """Claims: dropped files that are ours to read, and what a crash may leave of them.
 
-    claims/<claim id>/<the author's file>            ours to read
+    claims/<claim id>/claim.json                     where the file came from, before it is moved
+                      <the author's file>            ours to read
                       <its side-car>
                       verdict.json                   what was decided, before it is carried out
                       work/                          what will be the batch's folder
@@ -22,6 +23,7 @@ import filelock
 import msgspec
 
 from batch_orchestration.domain.errors import ClaimNotFound
+from batch_orchestration.domain.sources import Origin
 from batch_orchestration.services.batch_files import is_gzip_name
 from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
 from batch_orchestration.services.verdicts import Admitted, Released, Verdict
@@ -47,12 +49,14 @@ class Claim:
         path: Where the file lies (or lay, once it is settled).
         sidecar: The side-car that came with it.
         file_name: What the author called the file.
+        origin: Where it was dropped, and when.
     """
 
     claim_id: str
     path: Path
     sidecar: Path | None
     file_name: str
+    origin: Origin
 
 
 class ClaimFolder:
@@ -64,8 +68,25 @@ class ClaimFolder:
         self.root = folder.claims / claim_id
         self.work = self.root / "work"
         self._verdict_path = self.root / "verdict.json"
+        self._origin_path = self.root / "claim.json"
         self._settled_path = folder.claims / ".settled" / f"{claim_id}.json"
         self._lock_path = folder.claims / ".locks" / f"{claim_id}.lock"
+
+    def create(self, origin: Origin) -> None:
+        """Make the claim's folder, which durably says where its file will come from."""
+        self.root.mkdir()
+        write_atomically(self._origin_path, msgspec.json.encode(origin))
+
+    def origin(self) -> Origin:
+        """Return where the file came from; the inbox itself, if nobody wrote it down."""
+        try:
+            return msgspec.json.decode(self._origin_path.read_bytes(), type=Origin)
+        except FileNotFoundError:
+            return Origin()
+
+    def inbox_folder(self) -> Path:
+        """Return the folder of the inbox that the file came from."""
+        return self._folder.inbox / self.origin().folder
 
     def user_file(self) -> Path | None:
         """Return the author's file, if it still lies here."""
@@ -91,10 +112,10 @@ class ClaimFolder:
         if (sidecar := self.sidecar()) is None:
             return
         verdict = self.verdict()
-        name = sidecar.name
+        beside = self.inbox_folder() / sidecar.name
         if isinstance(verdict, Released):
-            name = sidecar_beside(Path(verdict.released_path)).name
-        move_into(sidecar, self._folder.inbox, name)
+            beside = sidecar_beside(Path(verdict.released_path))
+        move_into(sidecar, beside.parent, beside.name)
 
     def verdict(self) -> Verdict | None:
         """Return what was decided but perhaps not carried out."""
@@ -163,6 +184,8 @@ class ClaimFolder:
         """Remove what is left of a claim that is settled or never came about."""
         if self._settled_path.exists():
             shutil.rmtree(self.work, ignore_errors=True)
+        if self.user_file() is None and self.sidecar() is None:
+            self._origin_path.unlink(missing_ok=True)
             for rest in self.root.glob(".*.tmp"):  # of a write that a crash cut short
                 rest.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # whatever else is there is not ours to remove
@@ -206,13 +229,27 @@ def find_claim(folder: DataFolder, claim_id: str) -> Claim:
         raise ClaimNotFound(f"not a claim id: {claim_id!r}")
     place = ClaimFolder(folder, claim_id)
     if (path := place.user_file()) is not None:
-        sidecar = place.sidecar()
-        name = readable_name(path.name)
-        return Claim(claim_id=claim_id, path=path, sidecar=sidecar, file_name=name)
+        return claimed(place, path)
     if (verdict := place.verdict() or place.settled_verdict()) is None:
         raise ClaimNotFound(f"no claim {claim_id!r} in {folder.claims}")
-    name = verdict.file_name
-    return Claim(claim_id=claim_id, path=place.root / name, sidecar=None, file_name=name)
+    return Claim(
+        claim_id=claim_id,
+        path=place.root / verdict.file_name,
+        sidecar=None,
+        file_name=verdict.file_name,
+        origin=place.origin(),
+    )
+
+
+def claimed(place: ClaimFolder, user_file: Path) -> Claim:
+    """Return the claim on a file that lies in its folder."""
+    return Claim(
+        claim_id=place.claim_id,
+        path=user_file,
+        sidecar=place.sidecar(),
+        file_name=place.file_name(user_file),
+        origin=place.origin(),
+    )
 
 
 def _read_verdict(path: Path) -> Verdict | None:

@@ -2,7 +2,16 @@
 
 from batch_orchestration.domain.overrides import ANY_MODEL
 from batch_orchestration.services.admission import AdmissionSettings
+from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.settings import Settings
+from batch_orchestration.storage.files import DataFolder
+
+
+def open_inbox(settings: Settings, folder: DataFolder) -> Inbox:
+    """Return the inbox of a data folder."""
+    return Inbox(
+        folder, settle_seconds=settings.settle_seconds, priorities=settings.inbox_priorities
+    )
 
 
 def admission_settings(settings: Settings) -> AdmissionSettings:

@@ -9,6 +9,7 @@ import msgspec
 from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.errors import FileRefused
 from batch_orchestration.domain.requests import UTF8_BOM
+from batch_orchestration.domain.sources import DEFAULT_SOURCE, Origin
 from batch_orchestration.storage.moves import NAME_MAX_BYTES, fit_name
 
 SIDECAR_ENDING = ".meta.json"
@@ -42,24 +43,37 @@ def find_sidecar(file: Path) -> Path | None:
     return next((path for path in beside if path.is_file() and not path.is_symlink()), None)
 
 
-def read_options(sidecar: Path | None) -> BatchOptions:
-    """Return what a side-car says; without one, the defaults.
+def read_options(sidecar: Path | None, origin: Origin | None = None) -> BatchOptions:
+    """Return what a side-car says; of what it leaves open, what the folder of the inbox says.
+
+    Args:
+        sidecar: None if there is none.
+        origin: Where the file was dropped; None for one that was not.
 
     Raises:
         FileRefused: It is not JSON, or a field is unknown or out of range; the message names it.
     """
+    origin = origin or Origin()
+    user = None if origin.source == DEFAULT_SOURCE else origin.source
     if sidecar is None:
-        return BatchOptions()
+        return BatchOptions(priority=origin.priority, user=user)
     with sidecar.open("rb") as file:
         content = file.read(SIDECAR_MAX_BYTES + 1)
     if len(content) > SIDECAR_MAX_BYTES:
         raise FileRefused(f"side-car {sidecar.name}: larger than {SIDECAR_MAX_BYTES:,} bytes")
     try:
-        return msgspec.json.decode(content.removeprefix(UTF8_BOM), type=BatchOptions)
+        content = content.removeprefix(UTF8_BOM)
+        said = msgspec.json.decode(content, type=BatchOptions)
+        names = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError as error:
         raise FileRefused(f"side-car {sidecar.name}: {_named(str(error))}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FileRefused(f"side-car {sidecar.name}: not JSON: {error}") from error
+    return msgspec.structs.replace(
+        said,
+        priority=said.priority if "priority" in names else origin.priority,
+        user=said.user or user,
+    )
 
 
 def _named(message: str) -> str:

@@ -13,7 +13,7 @@ import msgspec
 from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.errors import FileRefused
 from batch_orchestration.services.batch_files import Fingerprint
-from batch_orchestration.services.inbox import reason_to_ignore
+from batch_orchestration.services.dropped_files import reason_to_ignore
 from batch_orchestration.services.sidecars import (
     SIDECAR_ENDING,
     find_sidecar,
@@ -50,7 +50,7 @@ def submit(path: Path, options: BatchOptions | None, folder: DataFolder) -> Path
     if reason := reason_to_ignore(name, source.stat().st_mode):
         raise FileRefused(f"{name}: {reason}")
     folder.create()
-    if source.parent == folder.inbox:
+    if folder.inbox in source.parents and folder.rejected not in source.parents:
         raise FileRefused(f"{name} is in the inbox already")
     if options is None:
         options = read_options(find_sidecar(path))

@@ -9,7 +9,7 @@ from batch_orchestration.domain.errors import FileRefused
 from batch_orchestration.domain.requests import Fault
 from batch_orchestration.services.admission import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, open_batch_file
-from batch_orchestration.services.inbox import reason_to_ignore
+from batch_orchestration.services.dropped_files import reason_to_ignore
 from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.refusals import refusal
 from batch_orchestration.services.sidecars import find_sidecar, read_options

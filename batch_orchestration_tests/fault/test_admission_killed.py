@@ -27,10 +27,15 @@ def accidents(scenario: str, folder: Path, *, stride: int) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("scenario", "ending", "stride"), [("admitted", "", 1), ("gzip", ".gz", 4)]
+    ("scenario", "ending", "stride", "source"),
+    [
+        ("admitted", "", 1, "inbox"),
+        ("folder", "", 3, "alice"),
+        ("gzip", ".gz", 4, "inbox"),
+    ],
 )
 def test_a_file_becomes_one_batch_with_its_options_and_its_failures(
-    tmp_path, scenario, ending, stride
+    tmp_path, scenario, ending, stride, source
 ):
     for found in accidents(scenario, tmp_path, stride=stride):
         [batch] = found["batches"]
@@ -39,6 +44,7 @@ def test_a_file_becomes_one_batch_with_its_options_and_its_failures(
         assert len(found["copies"]) == 1, found
         assert found["sidecars"] == [f"batches/{batch}/input.jsonl.meta.json"], found
         assert (found["priorities"], found["failures"]) == ([7], [[15]]), found
+        assert found["sources"] == [source], found
         assert found["verdicts"] == ["Admitted"], found
         assert found["claims"] == [], found
 

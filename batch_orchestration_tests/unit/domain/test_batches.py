@@ -1,5 +1,7 @@
 """Identity of a batch, and the settings that its answers depend on."""
 
+import hashlib
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -48,6 +50,15 @@ def test_the_same_content_with_the_same_options_is_the_same_batch() -> None:
     assert one == other
 
 
+def test_options_that_came_later_leave_the_identity_of_older_batches_as_it_was() -> None:
+    """Else a file that was answered before an upgrade would be answered once more after it."""
+    said = b'{"completion_window":"24h","metadata":{},"model":null,"priority":0}'
+
+    before = hashlib.sha256(b"ab" * 32 + said).hexdigest()
+
+    assert identity("ab" * 32, BatchOptions()) == before
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -55,6 +66,7 @@ def test_the_same_content_with_the_same_options_is_the_same_batch() -> None:
         BatchOptions(metadata={"run": "2"}),
         BatchOptions(completion_window="48h"),
         BatchOptions(model="other"),
+        BatchOptions(user="alice"),
     ],
 )
 def test_other_options_make_another_batch(options: BatchOptions) -> None:
@@ -69,6 +81,8 @@ def test_other_options_make_another_batch(options: BatchOptions) -> None:
         b'{"metadata": {"a": 1}}',
         b'{"completion_window": "soon"}',
         b'{"prioritty": 1}',
+        b'{"user": ""}',
+        b'{"user": "a\\nb"}',
         msgspec.json.encode({"metadata": {str(n): "x" for n in range(17)}}),
     ],
 )
