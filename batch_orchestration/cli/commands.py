@@ -47,13 +47,14 @@ def status(batch_id: str | None, as_json: bool) -> None:
         _show_board(context, as_json=as_json)
         return
     view = view_batch(batch_id, folder=context.folder, store=context.store, now=context.clock())
+    events = [] if view.store_problem else context.store.batch_events(batch_id)
     if as_json:
-        print_json(batch_object(view, folder=context.folder))
+        print_json(batch_object(view, folder=context.folder) | {"events": events})
         return
     _say_store_problem(view.store_problem)
     known = not view.store_problem and view.failed
     by_code = context.store.failure_counts(batch_id) if known else {}
-    context.console.print(tables.batch_details(view, by_code))
+    context.console.print(tables.batch_details(view, by_code, events))
 
 
 @main.command()
@@ -62,7 +63,7 @@ def status(batch_id: str | None, as_json: bool) -> None:
 def query(sql: str, as_json: bool) -> None:
     """Ask the store by SQL, read-only; tables: batches, chunks, results, failed_requests.
 
-    And dead_letter_events, the history of failed_requests.
+    And their histories: batch_events, dead_letter_events.
     """
     context = open_context()
     columns, rows = context.store.query(sql)

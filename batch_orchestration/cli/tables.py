@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_orchestration.cli.watching import describe, eta, figures
-from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.dead_letters import DeadLetter
+from batch_orchestration.domain.lifecycle import BatchEvent
 from batch_orchestration.domain.outcomes import Failure
 from batch_orchestration.services.board import Board
 from batch_orchestration.services.status import BatchView
@@ -56,7 +56,9 @@ def board_tables(board: Board) -> Iterator[RenderableType]:
         yield table
 
 
-def batch_details(view: BatchView, failures_by_code: dict[str, int]) -> RenderableType:
+def batch_details(
+    view: BatchView, failures_by_code: dict[str, int], events: Sequence[BatchEvent]
+) -> RenderableType:
     """Return all that is known about one batch."""
     simulated = view.engine == SIMULATED
     grid = Table.grid(padding=(0, 2))
@@ -78,11 +80,6 @@ def batch_details(view: BatchView, failures_by_code: dict[str, int]) -> Renderab
         ("Window", view.options.completion_window),
         ("Metadata", ", ".join(f"{key}={text}" for key, text in view.options.metadata.items())),
         ("Created", moment(view.plan.created_at)),
-        *(
-            (word.replace("_", " ").capitalize(), moment(at))
-            for word, at in view.times.items()
-            if word != BatchStatus.VALIDATING
-        ),
         ("Output", str(view.output_file or "")),
         ("Errors", str(view.error_file or "")),
         ("Report", str(view.output_file.with_name("report.md")) if view.output_file else ""),
@@ -90,10 +87,23 @@ def batch_details(view: BatchView, failures_by_code: dict[str, int]) -> Renderab
     for name, value in rows:
         if value:
             grid.add_row(name, Text(value))
+    parts: list[RenderableType] = [grid]
+    if events:
+        parts += [Text(), events_table(events)]
     if view.failed:
         hint = f"Failed requests: python -m batch_orchestration failures {view.batch_id}"
-        return Group(grid, Text(hint, style="dim"))
-    return grid
+        parts.append(Text(hint, style="dim"))
+    return Group(*parts)
+
+
+def events_table(events: Iterable[BatchEvent]) -> Table:
+    """Return one row per status that a batch was in."""
+    table = _table("Since", "Status", "By", "Why")
+    for event in events:
+        table.add_row(
+            moment(event.at), str(event.to_status), Text(event.actor), Text(shortened(event.reason))
+        )
+    return table
 
 
 def failures_table(failures: Iterable[DeadLetter]) -> Table:

@@ -173,6 +173,10 @@ def batch_output(
     batch_id = context.partition_key
     claim_batch(context.instance, context.run, [batch_id])
     report = assemble(
-        batch_id, folder=data_folder(settings), store=open_store(settings), clock=time.time
+        batch_id,
+        folder=data_folder(settings),
+        store=open_store(settings),
+        clock=time.time,
+        actor=context.run.run_id,
     )
     return dg.MaterializeResult(metadata=output_metadata(report))

@@ -22,6 +22,8 @@ MAX_LINE_BYTES = 16 * 2**20
 #: OpenAI's limits on a batch, unless settings say otherwise; the bytes are of the expanded file.
 MAX_REQUESTS_PER_BATCH = 50_000
 MAX_FILE_BYTES = 200 * 2**20
+#: For example `24h` or `1h30m`; `domain.lifecycle.window_seconds` reads it.
+DURATION = r"^([1-9][0-9]{0,8}[smhd])+\Z"
 
 #: Options that came later: at their default they do not change the identity of older batches.
 _LATER_OPTIONS = ("user",)
@@ -71,14 +73,15 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         model: Served model that answers every request of the batch, whatever their bodies say.
         priority: Higher runs earlier.
         metadata: Up to 16 pairs, echoed back in the report and by `status`.
-        completion_window: For example `24h`; recorded with the batch.
+        completion_window: For example `24h` or `1h30m`, from admission; what has no answer then
+            is not asked any more.
         user: Who submits it; else the folder of the inbox says so.
     """
 
     model: str | None = None
     priority: Annotated[int, msgspec.Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     metadata: Metadata = {}
-    completion_window: Annotated[str, msgspec.Meta(pattern="^[1-9][0-9]*[smhd]$")] = "24h"
+    completion_window: Annotated[str, msgspec.Meta(pattern=DURATION)] = "24h"
     user: User | None = None
 
     @property

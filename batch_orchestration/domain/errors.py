@@ -10,6 +10,7 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
     ├── PlanMismatch             settings or input are not those that the batch was planned with
     ├── AccountingError          a batch whose requests and outcomes do not add up
     ├── DeadLetterError          dead letters that cannot be replayed or discarded as asked
+    ├── IllegalTransition        a batch whose status does not allow what was asked
     ├── EngineError
     │   ├── EngineStartFailed    the engine did not become ready
     │   ├── EngineDied           the engine is gone; what was in flight is unanswered
@@ -57,6 +58,10 @@ class AccountingError(BatchOrchestrationError):
 
 class DeadLetterError(BatchOrchestrationError):
     """The dead letters cannot be replayed or discarded as asked; nothing was changed."""
+
+
+class IllegalTransition(BatchOrchestrationError):
+    """The status of the batch does not allow what was asked; nothing was changed."""
 
 
 class EngineError(BatchOrchestrationError):

@@ -58,13 +58,25 @@ class AssemblyReport:
 
 
 def assemble(
-    batch_id: str, *, folder: DataFolder, store: Store, clock: Callable[[], float]
+    batch_id: str,
+    *,
+    folder: DataFolder,
+    store: Store,
+    clock: Callable[[], float],
+    actor: str = "assembly",
 ) -> AssemblyReport:
     """Write output, errors and report of a batch; it then is `completed`.
 
     Both files appear whole and fsynced, in input order, and only if every request of the plan is
     in exactly one of them. `errors.jsonl` is there even if it is empty. Doing it again writes the
     same bytes, also after an interruption at any point; two callers take turns.
+
+    Args:
+        batch_id: Of the batch.
+        folder: The data folder.
+        store: The store.
+        clock: POSIX seconds.
+        actor: Run or person, for the batch's history.
 
     Raises:
         BatchNotFound: There is no such batch.
@@ -80,7 +92,10 @@ def assemble(
         _require_all_committed(record)
         _make_writable(files)
         if record.status is not BatchStatus.COMPLETED:
-            store.set_status(batch_id, BatchStatus.FINALIZING, at=clock())
+            reason = "every request has an outcome"
+            store.set_status(
+                batch_id, BatchStatus.FINALIZING, at=clock(), actor=actor, reason=reason
+            )
         try:
             tally = _write_files(plan, store.settled(batch_id), files)
             chunks = store.chunk_reports(batch_id)
@@ -91,7 +106,10 @@ def assemble(
         except DiskFull as error:
             raise _unwritable(files, str(error)) from error
         if record.status is not BatchStatus.COMPLETED:
-            store.set_status(batch_id, BatchStatus.COMPLETED, at=clock())
+            reason = f"{tally.completed:,} answered, {tally.failed:,} failed"
+            store.set_status(
+                batch_id, BatchStatus.COMPLETED, at=clock(), actor=actor, reason=reason
+            )
     logger.info(
         "%s: %d answered, %d failed, in %s", batch_id, tally.completed, tally.failed, files.folder
     )

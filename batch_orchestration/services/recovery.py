@@ -24,6 +24,9 @@ from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
+#: Stands in a batch's history where otherwise a run's id does.
+ACTOR = "recovery"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveredBatch:
@@ -178,7 +181,11 @@ class _Rebuilding:
             delivered_at = output.stat().st_mtime
             try:
                 assemble(
-                    self._batch_id, folder=self._folder, store=store, clock=lambda: delivered_at
+                    self._batch_id,
+                    folder=self._folder,
+                    store=store,
+                    clock=lambda: delivered_at,
+                    actor=ACTOR,
                 )
             except BatchOrchestrationError as error:
                 self._problems.append(str(error))

@@ -84,7 +84,7 @@ def run_replay(
         finally:
             with operations.lock():
                 operations.apply_to(store)
-    assembly = _assemble_if_complete(plan, folder, store, clock)
+    assembly = _assemble_if_complete(plan, folder, store, clock, run_id)
     with operations.lock():
         replay = operations.get(number)
         if replay.closed_at is None:
@@ -93,12 +93,12 @@ def run_replay(
 
 
 def _assemble_if_complete(
-    plan: BatchPlan, folder: DataFolder, store: Store, clock: Callable[[], float]
+    plan: BatchPlan, folder: DataFolder, store: Store, clock: Callable[[], float], run_id: str
 ) -> AssemblyReport | None:
     record = store.batch(plan.batch_id)
     if record.chunks_committed < record.chunks:
         return None
-    return assemble(plan.batch_id, folder=folder, store=store, clock=clock)
+    return assemble(plan.batch_id, folder=folder, store=store, clock=clock, actor=run_id)
 
 
 def _report(

@@ -6,16 +6,13 @@ from pathlib import Path
 from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchOptions, BatchPlan, BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import BatchNotFound, StoreLocked
+from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration.telemetry.progress import Progress, read_progress
 
 #: A run writes its progress each second; after this many without a word it is not to be trusted.
 STALE_SECONDS = 10.0
-#: Nothing more happens to a batch in one of these.
-FINAL = frozenset(
-    {BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED, BatchStatus.CANCELLED}
-)
 _RESTING_PHASES = frozenset({"done", "stopped"})
 
 

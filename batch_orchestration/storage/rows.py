@@ -260,6 +260,15 @@ BATCHES = (
 )
 
 
+def status_times(row: Row) -> dict[str, float]:
+    """Return when each status was reached, by status word."""
+    return {
+        str(status): posix_seconds(row[column])
+        for status, column in STATUS_TIMES.items()
+        if row[column] is not None
+    }
+
+
 def batch_record(row: Row) -> BatchRecord:
     """Return the batch of a row of `batches`."""
     return BatchRecord(
@@ -272,11 +281,7 @@ def batch_record(row: Row) -> BatchRecord:
         options=msgspec.json.decode(row["options"], type=BatchOptions),
         settings_hash=row["settings_hash"],
         model=row["model"],
-        times={
-            str(status): posix_seconds(row[column])
-            for status, column in STATUS_TIMES.items()
-            if row[column] is not None
-        },
+        times=status_times(row),
         **{name: row[name] for name in _BATCH_FIGURES},
     )
 

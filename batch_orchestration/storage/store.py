@@ -18,6 +18,7 @@ from batch_orchestration.domain.dead_letters import (
     Selection,
 )
 from batch_orchestration.domain.errors import BatchNotFound, StorageError
+from batch_orchestration.domain.lifecycle import BatchEvent
 from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.storage import (
     commits,
@@ -26,8 +27,14 @@ from batch_orchestration.storage import (
     letters,
     rows,
     schema,
+    statuses,
 )
 from batch_orchestration.storage.replay import JournalEntry
+
+_TABLES = (
+    *("batches", "chunks", "results", "failed_requests"),
+    *("dead_letter_events", "batch_events"),
+)
 
 
 class Store:
@@ -64,7 +71,7 @@ class Store:
         with self._writing() as db:
             db.execute("UPDATE schema_migrations SET name = name")
 
-    def add_batch(self, plan: BatchPlan, *, at: float) -> None:
+    def add_batch(self, plan: BatchPlan, *, at: float, actor: str = "admission") -> None:
         """Add a batch that was admitted: in progress, all chunks pending. Twice is as once."""
         with self._writing() as db:
             known = rows.select(db, "batches", ["identity"], "WHERE batch_id = ?", [plan.batch_id])
@@ -73,6 +80,7 @@ class Store:
             if known:
                 return
             commits.insert_batch(db, plan, at)
+            statuses.record_admission(db, plan, at=at, actor=actor)
 
     def commit_chunk(
         self,
@@ -139,20 +147,29 @@ class Store:
         found = self._batches("WHERE identity = ?", [identity])
         return found[0] if found else None
 
-    def set_status(self, batch_id: str, status: BatchStatus, *, at: float) -> None:
-        """Note that a batch reached a status; if it has that status already, nothing changes.
+    def set_status(
+        self, batch_id: str, status: BatchStatus, *, at: float, actor: str, reason: str
+    ) -> None:
+        """Bring a batch into a status; if it has that status already, nothing changes.
+
+        Args:
+            batch_id: Of the batch.
+            status: The new one.
+            at: POSIX seconds.
+            actor: Run, person or sensor that does it.
+            reason: Why, for people.
 
         Raises:
             BatchNotFound: The store does not have it.
+            IllegalTransition: Its status does not allow this one; nothing changed.
         """
         with self._writing() as db:
-            if not rows.select(db, "batches", ["1"], "WHERE batch_id = ?", [batch_id]):
-                raise BatchNotFound(f"no batch {batch_id!r} in {self._path}")
-            db.execute(
-                f"UPDATE batches SET status = ?, {rows.STATUS_TIMES[status]} = ?"
-                " WHERE batch_id = ? AND status <> ?",
-                [str(status), rows.timestamp(at), batch_id, str(status)],
-            )
+            statuses.change_status(db, batch_id, status, at=at, actor=actor, reason=reason)
+
+    def batch_events(self, batch_id: str) -> list[BatchEvent]:
+        """Return every status that a batch was in, oldest first, with who and why."""
+        with self._reading() as db:
+            return statuses.events(db, batch_id)
 
     def settled(self, batch_id: str) -> Iterator[SettledRequest]:
         """Yield the requests of the committed chunks in index order, holding a chunk at a time.
@@ -217,7 +234,7 @@ class Store:
             StoreDamaged: Something cannot be read.
         """
         with self._reading() as db:
-            for table in ("batches", "chunks", "results", "failed_requests", "dead_letter_events"):
+            for table in _TABLES:
                 db.execute(f"SELECT bit_xor(hash(everything)) FROM {table} everything").fetchall()
 
     def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:

@@ -1,5 +1,6 @@
 """Assembly: output and error files from the store, all or nothing."""
 
+import contextlib
 import errno
 import json
 import signal
@@ -8,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from batch_orchestration.domain.batches import BatchStatus
@@ -280,7 +282,8 @@ def test_killed_between_the_two_renames_is_mended_by_the_rerun(folder, store):
     whole = read_outbox(plan, folder)
     (folder.outbox_path(plan.batch_id) / "output.jsonl").unlink()
     (folder.outbox_path(plan.batch_id) / "report.md").unlink()
-    store.set_status(plan.batch_id, BatchStatus.FINALIZING, at=NOW)
+    with contextlib.closing(duckdb.connect(folder.duckdb)) as killed:
+        killed.execute("UPDATE batches SET status = 'finalizing', completed_at = NULL")
 
     assembled(plan, folder, store)
 

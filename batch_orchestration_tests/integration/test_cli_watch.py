@@ -16,6 +16,11 @@ from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import NOW, make_input
 from batch_orchestration_tests.command_line import CommandLine
 
+PATHS = {
+    BatchStatus.CANCELLED: (BatchStatus.CANCELLING, BatchStatus.CANCELLED),
+    BatchStatus.EXPIRED: (BatchStatus.FINALIZING, BatchStatus.EXPIRED),
+}
+
 HOLD_STORE = """
 import sys, duckdb
 connection = duckdb.connect(sys.argv[1])
@@ -140,12 +145,29 @@ def test_watch_ends_with_0_and_says_where_the_files_are(cli, tmp_path):
     assert "errors.jsonl" in text
 
 
-@pytest.mark.parametrize("status", [BatchStatus.FAILED, BatchStatus.CANCELLED, BatchStatus.EXPIRED])
+@pytest.mark.parametrize("status", [BatchStatus.CANCELLED, BatchStatus.EXPIRED])
 def test_watch_ends_with_1_if_the_batch_did_not_complete(cli, tmp_path, status):
     plan = cli.admit_batch(tmp_path)
-    cli.store.set_status(plan.batch_id, status, at=NOW)
+    for step in PATHS[status]:
+        cli.store.set_status(plan.batch_id, step, at=NOW, actor="tester", reason="")
 
     assert f"ended as {status}" in cli.run("watch", plan.batch_id, exit_code=1).stderr
+
+
+def test_status_shows_how_a_batch_came_to_where_it_is(cli, tmp_path):
+    plan = cli.admit_batch(tmp_path)
+    cli.settle(plan)
+    cli.assemble(plan)
+
+    text = cli.run("status", plan.batch_id).stdout
+    events = cli.json("status", plan.batch_id)["events"]
+
+    assert "every request has an outcome" in text
+    assert [event["to_status"] for event in events] == [
+        *("validating", "in_progress", "finalizing", "completed")
+    ]
+    assert events[-1]["actor"] == "assembly"
+    assert events[-1]["reason"] == "3 answered, 0 failed"
 
 
 def test_watch_of_an_unknown_batch_ends_with_1(cli):

@@ -93,37 +93,11 @@ def test_what_is_not_there_is_not_found(store: Store) -> None:
     with pytest.raises(BatchNotFound):
         store.batch("none")
     with pytest.raises(BatchNotFound):
-        store.set_status("none", BatchStatus.COMPLETED, at=NOW)
+        store.set_status("none", BatchStatus.COMPLETED, at=NOW, actor="run-1", reason="")
     with pytest.raises(BatchNotFound):
         store.commit_chunk("none", 0, [make_settled()], run_id="r", at=NOW, seconds=0)
     assert store.batches() == []
     assert list(store.settled("none")) == []
-
-
-def test_a_status_keeps_the_time_at_which_it_was_reached(store: Store) -> None:
-    batch_id = admitted(store).batch_id
-
-    store.set_status(batch_id, BatchStatus.FINALIZING, at=NOW + 5.25)
-    store.set_status(batch_id, BatchStatus.FINALIZING, at=NOW + 9)
-    store.set_status(batch_id, BatchStatus.COMPLETED, at=NOW + 10)
-
-    record = store.batch(batch_id)
-    assert record.status is BatchStatus.COMPLETED
-    assert record.times == {
-        "validating": NOW,
-        "in_progress": NOW + 1,
-        "finalizing": NOW + 5.25,
-        "completed": NOW + 10,
-    }
-
-
-def test_every_status_has_a_column_for_its_time(store: Store) -> None:
-    batch_id = admitted(store).batch_id
-
-    for second, status in enumerate(BatchStatus):
-        store.set_status(batch_id, status, at=NOW + second)
-
-    assert set(store.batch(batch_id).times) == {str(status) for status in BatchStatus}
 
 
 def test_a_commit_reports_the_figures_of_its_chunk(store: Store) -> None:
