@@ -115,6 +115,14 @@ class Settings(BaseSettings):
     retry_max_delay_seconds: float = Field(30.0, ge=0, description="Back-off grows up to this.")
     chunks_per_run: int = Field(200, ge=1, le=500, description="Chunks that one run takes at most.")
 
+    # Estimates
+    price_per_gpu_hour: float | None = Field(
+        None, ge=0, description="In any currency; estimates then say what a batch costs."
+    )
+    strict_windows: bool = Field(
+        False, description="Refuse a batch that by the estimate cannot end within its window."
+    )
+
     failure_budget: float = Field(
         0.05, ge=0, le=1, description="Share of failed requests above which a check warns."
     )

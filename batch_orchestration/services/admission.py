@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ from batch_orchestration.domain.errors import ClaimNotFound, FileRefused, FileSt
 from batch_orchestration.domain.requests import Fault
 from batch_orchestration.services.batch_files import Fingerprint, is_gzip_name, open_batch_file
 from batch_orchestration.services.claims import Claim, ClaimFolder
+from batch_orchestration.services.estimates import (
+    EstimateSettings,
+    expected_ahead,
+    read_knowledge,
+    record_estimate,
+    write_estimate,
+)
+from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration.services.refusals import next_step, refusal, write_errors_file
 from batch_orchestration.services.registration import (
@@ -62,6 +70,7 @@ class AdmissionSettings:
     Attributes:
         model_required: False if an alias `*` supplies a missing `model`.
         answer_settings: What answers depend on, by name; fixed in the plan.
+        estimating: What estimates depend on.
     """
 
     requests_per_chunk: int
@@ -69,6 +78,7 @@ class AdmissionSettings:
     line_policy: LinePolicy = LinePolicy.LENIENT
     model_required: bool = True
     answer_settings: Mapping[str, Any]
+    estimating: EstimateSettings = field(default_factory=EstimateSettings)
 
     def rules(self, options: BatchOptions) -> ReadingRules:
         """Return what the lines of a file with these options must keep to."""
@@ -144,9 +154,11 @@ class _Admission:
         try:
             try:
                 options = read_options(self._place.sidecar(), self._place.origin())
-                reading = BatchFileReading(self._settings.rules(options))
+                intake = self._intake(options)
+                reading = BatchFileReading(self._settings.rules(options), examine=intake.examine)
                 self._read(user_file, reading)
                 self._refuse_if_unusable(reading)
+                self._keep_estimate(intake, reading, options)
             except FileRefused as refused:
                 before.verify()
                 return self._reject(user_file, str(refused), reading)
@@ -154,6 +166,27 @@ class _Admission:
             return self._admit(user_file, before, reading, options)
         except FileStillChanging as changing:
             return self._release(user_file, str(changing))
+
+    def _intake(self, options: BatchOptions) -> Intake:
+        estimating = self._settings.estimating
+        knowledge = read_knowledge(self._store.estimates, estimating.engine)
+        return Intake(options, settings=estimating, knowledge=knowledge)
+
+    def _keep_estimate(
+        self, intake: Intake, reading: BatchFileReading, options: BatchOptions
+    ) -> None:
+        """Write down what the batch will take, in the folder that will be the batch's.
+
+        Raises:
+            FileRefused: That is more than its completion window, and windows are strict.
+        """
+        profile = intake.profile()
+        ahead = expected_ahead(self._folder, self._store, priority=options.priority)
+        estimate = intake.estimate(
+            profile, ahead_seconds=ahead, at=self._clock(), seed=reading.sha256
+        )
+        intake.refuse_if_too_late(estimate)
+        write_estimate(self._place.work, profile, estimate)
 
     def _read(self, user_file: Path, reading: BatchFileReading) -> None:
         path = self._expand(user_file) if is_gzip_name(user_file.name) else user_file
@@ -278,6 +311,7 @@ class _Admission:
             case Admitted():
                 with admission_lock(self._folder):
                     register_batch(self._folder, self._store, verdict.batch_id, at=self._clock())
+                record_estimate(self._folder, self._store, verdict.batch_id)
                 beside = self._folder.input_path(verdict.batch_id)
             case AlreadyAdmitted():
                 beside = Path(verdict.kept_as)

@@ -1,10 +1,21 @@
 """What services are given, taken from the deployment's settings: the same for CLI and Dagster."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from batch_orchestration.domain.errors import EngineStartFailed
 from batch_orchestration.domain.overrides import ANY_MODEL
+from batch_orchestration.engines.simulated import DEFAULT_MODEL
+from batch_orchestration.engines.vllm import CPU_ARGS, model_folder, top_rung
 from batch_orchestration.services.admission import AdmissionSettings
+from batch_orchestration.services.estimates import EngineInForce, EstimateSettings
 from batch_orchestration.services.inbox import Inbox
-from batch_orchestration.settings import Settings
+from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
+
+#: Flags by which vLLM answers to other names than the one that we give it.
+_NAMING_FLAGS = frozenset({"served-model-name", "lora-modules", "enable-lora", "config"})
 
 
 def open_inbox(settings: Settings, folder: DataFolder) -> Inbox:
@@ -22,4 +33,66 @@ def admission_settings(settings: Settings) -> AdmissionSettings:
         line_policy=settings.line_policy,
         model_required=ANY_MODEL not in settings.model_aliases,
         answer_settings=settings.answer_settings(),
+        estimating=estimate_settings(settings),
     )
+
+
+def estimate_settings(settings: Settings) -> EstimateSettings:
+    """Return what estimates depend on."""
+    return EstimateSettings(
+        engine=engine_in_force(settings),
+        max_tokens_cap=settings.max_tokens_cap,
+        price_per_gpu_hour=settings.price_per_gpu_hour,
+        strict_windows=settings.strict_windows,
+    )
+
+
+def engine_in_force(settings: Settings) -> EngineInForce:
+    """Return the engine that will answer, as far as estimates and limits depend on it."""
+    match settings.engine:
+        case EngineKind.VLLM:
+            return _vllm_in_force(settings)
+        case EngineKind.REMOTE:
+            return EngineInForce(
+                kind="remote",
+                model=settings.base_url,
+                device="remote",
+                at_a_time=settings.in_flight,
+            )
+        case EngineKind.SIMULATED:
+            name = settings.served_model_name or DEFAULT_MODEL
+            return EngineInForce(
+                kind="simulated",
+                model=name,
+                device="simulated",
+                served=(name,),
+                at_a_time=settings.in_flight,
+            )
+
+
+def _vllm_in_force(settings: Settings) -> EngineInForce:
+    args = {name.lstrip("-").replace("_", "-"): v for name, v in settings.engine_args.items()}
+    device = str(settings.device)
+    rung = top_rung(settings.model, device=device, args=args, in_flight=settings.in_flight)
+    return EngineInForce(
+        kind="vllm",
+        model=settings.model,
+        device=device,
+        args={**(CPU_ARGS if device == "cpu" else {}), **args},
+        folder=_folder(settings.model),
+        served=_served(settings, args),
+        at_a_time=rung.max_num_seqs or settings.in_flight,
+    )
+
+
+def _folder(model: str) -> Path | None:
+    try:
+        return model_folder(model)
+    except EngineStartFailed:
+        return None
+
+
+def _served(settings: Settings, args: Mapping[str, Any]) -> tuple[str, ...] | None:
+    if not settings.model or _NAMING_FLAGS & args.keys():
+        return None
+    return (settings.served_model_name or settings.model.rstrip("/").rpartition("/")[2],)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -37,9 +37,18 @@ class BatchFileReading:
     Of the file it holds one line, and 16 bytes of hash per usable request to find duplicates:
     about 150 bytes of memory each. Its chunks cover every byte of the file exactly once.
     The figures are those of what has been read so far.
+
+    Args:
+        rules: For its lines.
+        examine: Sees each request that is usable so far, and has the last word on it.
     """
 
-    def __init__(self, rules: ReadingRules) -> None:
+    def __init__(
+        self,
+        rules: ReadingRules,
+        *,
+        examine: Callable[[Request], Request | Fault] = lambda request: request,
+    ) -> None:
         self.requests = 0
         self.faults_by_code: Counter[FailureCode] = Counter()
         self.lines = 0
@@ -47,6 +56,7 @@ class BatchFileReading:
         #: The first bytes that are not white space: they tell other formats from JSON lines.
         self.beginning = b""
         self._rules = rules
+        self._examine = examine
         self._sha256 = hashlib.sha256()
         self._chunks = _ChunkCutter(rules.requests_per_chunk)
         self._first_lines: dict[bytes, int] = {}
@@ -64,6 +74,8 @@ class BatchFileReading:
             self.requests += 1
             self.beginning = self.beginning or line.data.removeprefix(UTF8_BOM).lstrip()[:16]
             parsed = self._refuse_duplicate(self._parse(line))
+            if isinstance(parsed, Request):
+                parsed = self._examine(parsed)
             if isinstance(parsed, Fault):
                 self.faults_by_code[parsed.code] += 1
             yield parsed

@@ -29,6 +29,7 @@ from batch_orchestration.storage import (
     schema,
     statuses,
 )
+from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.replay import JournalEntry
 
 _TABLES = (
@@ -56,6 +57,8 @@ class Store:
     ) -> None:
         self._path = path
         self._deadline_seconds = deadline_seconds
+        #: What was expected of batches, and what was measured.
+        self.estimates = EstimateTables(path, deadline_seconds=deadline_seconds)
 
     def migrate(self) -> None:
         """Bring the file to the present schema. Every other method does so first: it is cheap."""

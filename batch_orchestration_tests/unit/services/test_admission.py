@@ -46,9 +46,11 @@ def test_a_flawless_file_becomes_a_batch(bench):
     assert (record.status, record.total, record.chunks) == (BatchStatus.IN_PROGRESS, 25, 3)
     assert bench.files_of(bench.folder.claims) == set()
     assert bench.files_of(bench.folder.batches / plan.batch_id) == {
+        "estimate.json",
         "input.jsonl",
         "input.jsonl.meta.json",
         "plan.json",
+        "profile.json",
     }
 
 

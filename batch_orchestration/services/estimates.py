@@ -1,0 +1,232 @@
+"""Estimates of batches: made at admission, kept beside the plan and in the store, asked by others.
+
+`estimate.json` is written with the plan; `expected_tokens` and `expected_seconds` read it, so the
+queue can ask each tick without touching the store.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchOptions, BatchPlan, BatchStatus, settings_hash
+from batch_orchestration.domain.estimates import Band, Estimate, TokenHistory, estimate
+from batch_orchestration.domain.throughput import Throughput, throughput
+from batch_orchestration.domain.token_profile import Profiler, TokenProfile
+from batch_orchestration.services.prompt_counting import PromptCounter, prompt_counter
+from batch_orchestration.storage.estimates import EngineFacts, EstimateTables
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+_T = TypeVar("_T")
+
+logger = logging.getLogger(__name__)
+
+PROFILE, ESTIMATE = "profile.json", "estimate.json"
+#: Bytes of a batch file per token where nothing else is known: JSON and all.
+BYTES_PER_TOKEN = 4
+_UNFINISHED = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInForce:
+    """The engine that will answer, as far as estimates and limits depend on it.
+
+    Attributes:
+        kind: `vllm`, `remote` or `simulated`.
+        model: Folder or hub name; the address of a remote engine.
+        device: `cuda` or `cpu`; the kind of any other engine than vLLM.
+        args: Flags of its server, without leading dashes.
+        folder: Of the model; None if it is not on this machine.
+        served: Names that it answers to; None where only the engine knows.
+        at_a_time: Requests that it computes together at most.
+    """
+
+    kind: str = ""
+    model: str = ""
+    device: str = ""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    served: tuple[str, ...] | None = None
+    at_a_time: int = 256
+
+    @property
+    def key(self) -> dict[str, str]:
+        """What measurements of it are kept by."""
+        return {"engine": self.kind, "model": self.model, "device": self.device}
+
+    @property
+    def args_hash(self) -> str:
+        """Of its flags: facts hold for the same ones only."""
+        return settings_hash({"args": dict(self.args)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateSettings:
+    """The settings that estimates depend on.
+
+    Attributes:
+        price_per_gpu_hour: In whatever currency the owner thinks; None if nobody said.
+        strict_windows: Refuse what cannot meet its completion window.
+    """
+
+    engine: EngineInForce = field(default_factory=EngineInForce)
+    max_tokens_cap: int | None = None
+    price_per_gpu_hour: float | None = None
+    strict_windows: bool = False
+
+    @property
+    def counter(self) -> PromptCounter | None:
+        """What counts prompts for the model; None if nothing here can."""
+        return prompt_counter(self.engine.folder)
+
+    def profiler(self) -> Profiler:
+        """Return what profiles one batch."""
+        counter = self.counter
+        if counter is None:
+            return Profiler(max_tokens_cap=self.max_tokens_cap)
+        return Profiler(max_tokens_cap=self.max_tokens_cap, count_tokens=counter.prompt_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What the store has learned of an engine and its model; of a new one nothing."""
+
+    history: TokenHistory = field(default_factory=TokenHistory)
+    throughput: Throughput | None = None
+    facts: EngineFacts | None = None
+
+
+def read_knowledge(tables: EstimateTables, engine: EngineInForce) -> Knowledge:
+    """Return what the store has learned of an engine and its model."""
+    runs = tables.runs(**engine.key)
+    return Knowledge(
+        history=TokenHistory(tables.answered(engine.model)),
+        throughput=throughput([run.measurement for run in runs]),
+        facts=tables.facts(**engine.key, args_hash=engine.args_hash),
+    )
+
+
+def estimate_profile(
+    profile: TokenProfile,
+    options: BatchOptions,
+    *,
+    knowledge: Knowledge,
+    settings: EstimateSettings,
+    ahead_seconds: float = 0.0,
+    at: float,
+    seed: str = "",
+) -> Estimate:
+    """Return what a batch with this profile will take.
+
+    Args:
+        ahead_seconds: Until what is before it in the queue is done.
+        at: POSIX seconds.
+        seed: Of the draws, for example the file's hash.
+    """
+    found = estimate(
+        profile,
+        history=knowledge.history,
+        throughput=knowledge.throughput,
+        at_a_time=settings.engine.at_a_time,
+        seed=seed,
+    )
+    price = settings.price_per_gpu_hour
+    return msgspec.structs.replace(
+        found,
+        start_seconds=None if knowledge.facts is None else knowledge.facts.start_seconds,
+        ahead_seconds=round(ahead_seconds, 3),
+        window_seconds=window_seconds(options),
+        price=None
+        if price is None or found.seconds is None
+        else found.seconds.scaled(price / 3600),
+        created_at=at,
+    )
+
+
+def window_seconds(options: BatchOptions) -> float:
+    """Return the length of a completion window."""
+    return float(int(options.completion_window[:-1]) * _UNITS[options.completion_window[-1]])
+
+
+def write_estimate(batch_folder: Path, profile: TokenProfile, estimate: Estimate) -> None:
+    """Keep profile and estimate in the folder that is, or will be, the batch's.
+
+    Not fsynced: without them a batch is only estimated less well.
+    """
+    (batch_folder / PROFILE).write_bytes(msgspec.json.encode(profile) + b"\n")
+    (batch_folder / ESTIMATE).write_bytes(msgspec.json.encode(estimate) + b"\n")
+
+
+def read_profile(folder: DataFolder, batch_id: str) -> TokenProfile | None:
+    """Return the profile of a batch; None if none was kept."""
+    return _read(folder, batch_id, PROFILE, TokenProfile)
+
+
+def read_estimate(folder: DataFolder, batch_id: str) -> Estimate | None:
+    """Return the estimate that was made of a batch when it was admitted; None if none was kept."""
+    return _read(folder, batch_id, ESTIMATE, Estimate)
+
+
+def record_estimate(folder: DataFolder, store: Store, batch_id: str) -> None:
+    """Tell the store of a batch's estimate; twice is as once."""
+    if (estimate := read_estimate(folder, batch_id)) is not None:
+        store.estimates.add_estimate(batch_id, estimate)
+
+
+def expected_tokens(plan: BatchPlan, *, folder: DataFolder, pending: int | None = None) -> int:
+    """Return the tokens, prompt and answer together, expected of a batch.
+
+    Args:
+        plan: Of the batch.
+        pending: Only of so many of its requests.
+    """
+    estimate = read_estimate(folder, plan.batch_id)
+    tokens = plan.size_bytes // BYTES_PER_TOKEN if estimate is None else estimate.tokens
+    if pending is None or not plan.requests:
+        return tokens
+    return round(tokens * pending / plan.requests)
+
+
+def expected_seconds(
+    plan: BatchPlan, *, folder: DataFolder, pending: int | None = None
+) -> Band | None:
+    """Return how long a batch will keep the engine busy; None while nobody has measured it.
+
+    Args:
+        plan: Of the batch.
+        pending: Only so many of its requests.
+    """
+    estimate = read_estimate(folder, plan.batch_id)
+    if estimate is None or estimate.seconds is None:
+        return None
+    if pending is None or not plan.requests:
+        return estimate.seconds
+    return estimate.seconds.scaled(pending / plan.requests)
+
+
+def expected_ahead(folder: DataFolder, store: Store, *, priority: int) -> float:
+    """Return the seconds that unfinished batches of this priority or a higher one will take."""
+    seconds = 0.0
+    for record in store.batches():
+        if record.status not in _UNFINISHED or record.options.priority < priority:
+            continue
+        estimate = read_estimate(folder, record.batch_id)
+        if estimate is not None and estimate.seconds is not None:
+            seconds += estimate.seconds.mid * record.pending / record.total
+    return seconds
+
+
+def _read(folder: DataFolder, batch_id: str, name: str, kind: type[_T]) -> _T | None:
+    path = folder.plan_path(batch_id).with_name(name)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        logger.warning("%s is of no use: %s", path, error)
+        return None

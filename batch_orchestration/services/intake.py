@@ -1,0 +1,82 @@
+"""What admission learns of a file's requests, beyond what is wrong with their lines."""
+
+from batch_orchestration.domain.batches import BatchOptions
+from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.domain.estimates import Estimate
+from batch_orchestration.domain.requests import Fault, Request
+from batch_orchestration.domain.token_profile import TokenProfile
+from batch_orchestration.services.estimates import (
+    EstimateSettings,
+    Knowledge,
+    estimate_profile,
+)
+from batch_orchestration.services.reports import duration
+
+
+class Intake:
+    """Looks at each usable request of one file while it is read.
+
+    Args:
+        options: Of the batch that the file will be.
+        settings: Of the deployment.
+        knowledge: What the store has learned of its engine.
+    """
+
+    def __init__(
+        self, options: BatchOptions, *, settings: EstimateSettings, knowledge: Knowledge
+    ) -> None:
+        self._options = options
+        self._settings = settings
+        self._knowledge = knowledge
+        self._profiler = settings.profiler()
+
+    def examine(self, request: Request) -> Request | Fault:
+        """Take note of a request, and return it."""
+        self._profiler.add(request)
+        return request
+
+    def profile(self) -> TokenProfile:
+        """Return the profile of what was read so far."""
+        return self._profiler.profile()
+
+    def estimate(
+        self,
+        profile: TokenProfile | None = None,
+        *,
+        ahead_seconds: float = 0.0,
+        at: float,
+        seed: str = "",
+    ) -> Estimate:
+        """Return what the batch, or the part of it with another profile, will take."""
+        return estimate_profile(
+            profile or self.profile(),
+            self._options,
+            knowledge=self._knowledge,
+            settings=self._settings,
+            ahead_seconds=ahead_seconds,
+            at=at,
+            seed=seed,
+        )
+
+    def refuse_if_too_late(self, estimate: Estimate) -> None:
+        """Refuse a batch that cannot meet its completion window, if windows are strict.
+
+        Raises:
+            FileRefused: With the numbers.
+        """
+        if self._settings.strict_windows and estimate.cannot_meet_window:
+            warning = window_warning(estimate)
+            raise FileRefused(f"{warning}, and windows are strict (BATCH_STRICT_WINDOWS)")
+
+
+def window_warning(estimate: Estimate) -> str | None:
+    """Return a sentence about a completion window that will hardly be met; None if it will."""
+    done = estimate.until_done
+    if done is None or estimate.window_seconds is None or not estimate.may_miss_window:
+        return None
+    verdict = "cannot" if estimate.cannot_meet_window else "may not"
+    return (
+        f"by the estimate it {verdict} end within its completion window of"
+        f" {duration(estimate.window_seconds)}: {duration(done.low)} to {duration(done.high)},"
+        f" {duration(estimate.ahead_seconds)} of them behind other batches"
+    )

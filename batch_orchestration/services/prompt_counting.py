@@ -1,0 +1,148 @@
+"""Counts prompts as vLLM will: with the model's own tokenizer and chat template.
+
+The library `tokenizers` comes with vLLM. Where it, or the model's `tokenizer.json`, is not at hand,
+nothing is counted and estimates rest on characters.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from batch_orchestration.domain.token_profile import prompt_texts
+
+logger = logging.getLogger(__name__)
+
+#: What ChatML puts around a message, and around the whole, where no template can be rendered.
+TOKENS_PER_MESSAGE, TOKENS_PER_CONVERSATION = 4, 3
+#: Of a sampled prompt so much is tokenized; the rest is taken to be like it.
+CHARACTERS_TOKENIZED = 50_000
+_CHAT = "/v1/chat/completions"
+
+Render = Callable[[Sequence[Mapping[str, Any]]], str]
+
+
+class PromptCounter:
+    """Counts tokens for one model.
+
+    Args:
+        encode: Returns how many tokens a text has, with or without the special tokens that the
+            model puts around a text.
+        render: Makes a conversation the text that the model sees; None if nobody knows how.
+    """
+
+    def __init__(self, encode: Callable[[str, bool], int], render: Render | None) -> None:
+        self._encode = encode
+        self._render = render
+
+    def text_tokens(self, text: str) -> int:
+        """Return the tokens of a text by itself, exactly."""
+        return self._encode(text, False)
+
+    def prompt_tokens(self, endpoint: str, body: Mapping[str, Any]) -> int | None:
+        """Return about how many tokens the prompt of a body has; None if it has no text."""
+        texts = prompt_texts(endpoint, body)
+        if not texts:
+            return None
+        if endpoint != _CHAT:
+            return sum(self._estimate(text, special=True) for text in texts)
+        if self._render is not None and (rendered := self._rendered(body)) is not None:
+            return self._estimate(rendered, special=False)
+        around = TOKENS_PER_CONVERSATION + TOKENS_PER_MESSAGE * len(body["messages"])
+        return around + sum(self._estimate(text, special=False) for text in texts)
+
+    def _estimate(self, text: str, *, special: bool) -> int:
+        if len(text) <= CHARACTERS_TOKENIZED:
+            return self._encode(text, special)
+        beginning = self._encode(text[:CHARACTERS_TOKENIZED], special)
+        return round(beginning * len(text) / CHARACTERS_TOKENIZED)
+
+    def _rendered(self, body: Mapping[str, Any]) -> str | None:
+        messages = [
+            {**message, "content": "".join(prompt_texts(_CHAT, {"messages": [message]}))}
+            for message in body["messages"]
+            if isinstance(message, dict)
+        ]
+        try:
+            return None if self._render is None else self._render(messages)
+        except Exception as error:  # noqa: BLE001 - a template is a program of somebody else's
+            logger.debug("the chat template does not render: %s", error)
+            return None
+
+
+def prompt_counter(folder: Path | None) -> PromptCounter | None:
+    """Return what counts for the model in a folder; None if nothing here can."""
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    return _load(folder, (folder / "tokenizer.json").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(folder: Path, modified: int) -> PromptCounter | None:
+    try:
+        # Comes with vLLM; where only a remote engine is asked, it need not be there.
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except ImportError:
+        return None
+    except Exception as error:  # noqa: BLE001 - the library raises Exception itself
+        logger.warning("no use of %s/tokenizer.json: %s", folder, error)
+        return None
+    # Embedding models come with both; the engine uses neither.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def encode(text: str, special: bool) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=special).ids)
+
+    return PromptCounter(encode, _template(folder))
+
+
+def _template(folder: Path) -> Render | None:
+    config = _read_json(folder / "tokenizer_config.json")
+    source = _template_source(folder, config)
+    if source is None:
+        return None
+    try:
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        template = environment.from_string(source)
+    except Exception as error:  # noqa: BLE001 - see above
+        logger.warning("no use of the chat template of %s: %s", folder, error)
+        return None
+    special = {
+        name: token.get("content", "") if isinstance(token, dict) else token or ""
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        for token in [config.get(name)]
+    }
+
+    def render(messages: Sequence[Mapping[str, Any]]) -> str:
+        return template.render(messages=messages, add_generation_prompt=True, **special)
+
+    return render
+
+
+def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source}
+        source = named.get("default")
+    return source if isinstance(source, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError):
+        return {}

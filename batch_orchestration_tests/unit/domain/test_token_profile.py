@@ -1,0 +1,138 @@
+"""Profiles: what is counted of every request, what is sampled, and that both are the file's own."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from batch_orchestration.domain.requests import Request
+from batch_orchestration.domain.token_profile import (
+    SAMPLE_PER_SHAPE,
+    Profiler,
+    TokenProfile,
+    shape_of_request,
+)
+
+CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
+
+
+def make_request(
+    index: int = 0, *, endpoint: str = CHAT, text: str = "hello", **fields: Any
+) -> Request:
+    asked = (
+        {"input": text}
+        if endpoint == EMBEDDINGS
+        else {"messages": [{"role": "user", "content": text}]}
+    )
+    body = json.dumps({"model": "m", **asked, **fields}).encode()
+    return Request(
+        index=index,
+        line=index + 1,
+        custom_id=f"r{index}",
+        endpoint=endpoint,
+        body=msgspec.Raw(body),
+    )
+
+
+def profile_of(requests: list[Request], **arguments: Any) -> TokenProfile:
+    profiler = Profiler(**arguments)
+    for request in requests:
+        profiler.add(request)
+    return profiler.profile()
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        ({}, "chat, text, uncapped"),
+        ({"max_tokens": 1}, "chat, text, one token"),
+        ({"max_completion_tokens": 64}, "chat, text, short"),
+        ({"max_tokens": 65}, "chat, text, long"),
+        ({"max_tokens": "many"}, "chat, text, uncapped"),
+        ({"response_format": {"type": "json_schema"}, "max_tokens": 9}, "chat, JSON, short"),
+        ({"response_format": {"type": "text"}}, "chat, text, uncapped"),
+        ({"structured_outputs": {"choice": ["a"]}}, "chat, JSON, uncapped"),
+    ],
+)
+def test_a_shape_says_what_kind_of_answer_is_asked_for(fields: dict[str, Any], shape: str) -> None:
+    assert shape_of_request(make_request(**fields), max_tokens_cap=None) == shape
+
+
+def test_the_cap_of_the_deployment_is_part_of_the_shape() -> None:
+    assert shape_of_request(make_request(), max_tokens_cap=8) == "chat, text, short"
+    assert shape_of_request(make_request(endpoint=EMBEDDINGS), max_tokens_cap=8) == "embedding"
+
+
+def test_every_request_is_counted_and_so_many_of_each_shape_are_sampled() -> None:
+    requests = [make_request(i, max_tokens=1 if i % 10 == 0 else 100) for i in range(5000)]
+
+    profile = profile_of(requests)
+
+    sampled = [request.shape for request in profile.sample]
+    assert profile.requests == 5000
+    assert profile.shapes["chat, text, one token"].requests == 500
+    assert profile.shapes["chat, text, long"].size_bytes == sum(
+        len(request.body) for request in requests if request.index % 10
+    )
+    assert {shape: sampled.count(shape) for shape in profile.shapes} == dict.fromkeys(
+        profile.shapes, SAMPLE_PER_SHAPE
+    )
+
+
+def test_the_sample_depends_on_the_file_alone_and_favours_no_place() -> None:
+    requests = [make_request(i) for i in range(4000)]
+
+    first, second = profile_of(requests), profile_of(requests)
+
+    indices = [request.index for request in first.sample]
+    assert first == second
+    assert 1700 < sum(indices) / len(indices) < 2300
+
+
+def test_prompts_are_only_counted_for_the_sample() -> None:
+    asked: list[str] = []
+
+    def count_tokens(endpoint: str, body: Any) -> int:
+        asked.append(endpoint)
+        return 7
+
+    profile = profile_of([make_request(i) for i in range(20_000)], count_tokens=count_tokens)
+
+    assert {request.prompt_tokens for request in profile.sample} == {7}
+    assert len(asked) < 2500
+
+
+def test_a_part_has_its_share_and_its_own_sample() -> None:
+    profile = profile_of([make_request(i) for i in range(100)])
+
+    part = profile.part(40, 20)
+
+    assert part.requests == 20
+    assert [request.index for request in part.sample] == list(range(20))
+
+
+def test_a_part_borrows_the_sample_of_a_shape_that_it_has_none_of() -> None:
+    requests = [make_request(i, max_tokens=1 if i == 0 else 100) for i in range(1000)]
+
+    part = profile_of(requests).part(500, 500)
+
+    borrowed = [request for request in part.sample if request.shape.endswith("one token")]
+    assert [request.index for request in borrowed] == [-1]
+
+
+def test_texts_of_parts_and_of_lists_are_all_counted() -> None:
+    parts = make_request(0)
+    parts = msgspec.structs.replace(
+        parts,
+        body=msgspec.Raw(
+            b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "abc"},'
+            b' {"type": "image_url", "image_url": {}}]}, {"role": "user"}, 3]}'
+        ),
+    )
+    many = make_request(1, endpoint=EMBEDDINGS)
+    many = msgspec.structs.replace(many, body=msgspec.Raw(b'{"input": ["ab", "cd", [1, 2]]}'))
+
+    profile = profile_of([parts, many])
+
+    assert [request.characters for request in profile.sample] == [3, 4]
