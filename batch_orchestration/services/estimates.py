@@ -102,7 +102,9 @@ class Knowledge:
 
 
 def read_knowledge(tables: EstimateTables, engine: EngineInForce) -> Knowledge:
-    """Return what the store has learned of an engine and its model."""
+    """Return what the store has learned of an engine and its model; nothing if there is none."""
+    if not tables.exist:
+        return Knowledge()
     runs = tables.runs(**engine.key)
     return Knowledge(
         history=TokenHistory(tables.answered(engine.model)),

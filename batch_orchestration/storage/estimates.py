@@ -112,6 +112,11 @@ class EstimateTables:
         self._path = path
         self._deadline_seconds = deadline_seconds
 
+    @property
+    def exist(self) -> bool:
+        """Whether there is a store: looking for what it learned must not make one."""
+        return self._path.exists()
+
     def add_estimate(self, batch_id: str, estimate: Estimate) -> None:
         """Keep the estimate of a batch, unless there is one."""
         row = _estimate_row(batch_id, estimate)
