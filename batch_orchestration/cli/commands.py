@@ -9,6 +9,7 @@ from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Commands, Context, json_option, open_context, print_json
 from batch_orchestration.cli.dead_letters import discard, failures, replay
 from batch_orchestration.cli.recovering import recover
+from batch_orchestration.cli.results import results
 from batch_orchestration.cli.submitting import submit, validate
 from batch_orchestration.cli.watching import watch_batch
 from batch_orchestration.services.batch_objects import batch_object
@@ -35,6 +36,7 @@ main.add_command(failures)
 main.add_command(replay)
 main.add_command(discard)
 main.add_command(recover)
+main.add_command(results)
 
 
 @main.command()
@@ -63,7 +65,8 @@ def status(batch_id: str | None, as_json: bool) -> None:
 def query(sql: str, as_json: bool) -> None:
     """Ask the store by SQL, read-only; tables: batches, chunks, results, failed_requests.
 
-    And their histories: batch_events, dead_letter_events.
+    And their histories: batch_events, dead_letter_events. The view request_outcomes has both
+    answered and failed requests, with their status.
     """
     context = open_context()
     columns, rows = context.store.query(sql)

@@ -8,12 +8,12 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_orchestration.cli.watching import describe, eta, figures
+from batch_orchestration.domain.commits import SIMULATED
 from batch_orchestration.domain.dead_letters import DeadLetter
 from batch_orchestration.domain.lifecycle import BatchEvent
 from batch_orchestration.domain.outcomes import Failure
 from batch_orchestration.services.board import Board
 from batch_orchestration.services.status import BatchView
-from batch_orchestration.services.tallies import SIMULATED
 from batch_orchestration.services.validation import ValidationReport
 from batch_orchestration.settings import SettingInForce
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 
 import dagster as dg
 from pydantic import Field
@@ -12,6 +13,7 @@ from batch_orchestration.defs.events import (
     MANIFEST_KEY,
     chunk_materialization,
     output_metadata,
+    partial_output_metadata,
     progress_observation,
 )
 from batch_orchestration.defs.partitions import BATCH_TAG, batches, chunks
@@ -22,13 +24,13 @@ from batch_orchestration.defs.resources import (
     feeding,
     open_store,
 )
-from batch_orchestration.defs.runs import ask_person, claim_batch
+from batch_orchestration.defs.runs import ask_person, claim_batch, mark_partial
 from batch_orchestration.domain.batches import settings_hash
 from batch_orchestration.domain.chunks import parse_chunk_key
 from batch_orchestration.domain.errors import BatchNotFound, EngineError, PlanMismatch, StorageError
-from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
 CHUNKS_PER_BACKFILL_RUN = 200
@@ -167,16 +169,23 @@ def batch_output(
     Written to `outbox/<batch>` when every request has an outcome, whole or not at all, in the
     order of the input. Materializing it again writes the same files.
 
+    Materialized while the batch is not finished, it writes what is there so far to
+    `output.partial.jsonl` and `errors.partial.jsonl`, marked by `partial` in the metadata. The
+    batch goes on undisturbed, and its delivery removes them.
+
     **If it failed**, nothing is lost: the answers are in DuckDB. Usually the outbox is full or not
     writable; mend that and materialize this partition.
     """
     batch_id = context.partition_key
     claim_batch(context.instance, context.run, [batch_id])
-    report = assemble(
+    report = deliver_what_is_there(
         batch_id,
         folder=data_folder(settings),
         store=open_store(settings),
         clock=time.time,
         actor=context.run.run_id,
+        on_partial=partial(mark_partial, context.instance, context.run.run_id),
     )
+    if isinstance(report, PartialReport):
+        return dg.MaterializeResult(metadata=partial_output_metadata(report))
     return dg.MaterializeResult(metadata=output_metadata(report))

@@ -18,8 +18,9 @@ def every_request_has_an_outcome(
 ) -> dg.AssetCheckResult:
     """Each request of the batch has exactly one line, in `output.jsonl` or in `errors.jsonl`.
 
-    Counted anew from the files on disk against the plan. **If it fails**, do not use the files:
-    materialize this partition of `batch_output` again; if it still fails, that is a bug.
+    Counted anew from the files on disk against the plan. Of partial files, only that no request
+    has more than one line. **If it fails**, do not use the files: materialize this partition of
+    `batch_output` again; if it still fails, that is a bug.
     """
     return _accounts(_recount(context.partition_key, settings))
 
@@ -27,10 +28,18 @@ def every_request_has_an_outcome(
 def _accounts(counts: Recount) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         passed=counts.problem is None,
-        description=counts.problem
-        or f"{counts.completed:,} + {counts.failed:,} = {counts.total:,}",
+        description=counts.problem or _sum(counts),
         metadata=_metadata(counts),
     )
+
+
+def _sum(counts: Recount) -> str:
+    if counts.partial:
+        return (
+            f"partial: {counts.completed:,} + {counts.failed:,} = {counts.done:,}"
+            f" of {counts.total:,}"
+        )
+    return f"{counts.completed:,} + {counts.failed:,} = {counts.total:,}"
 
 
 @dg.asset_check(asset=batch_output, partitions_def=batches)
@@ -65,7 +74,8 @@ def check_again(batch_id: str, settings: Settings) -> Iterator[dg.AssetCheckEval
 
 
 def _failure_rate(counts: Recount, settings: Settings) -> dg.AssetCheckResult:
-    rate = counts.failed / counts.total if counts.total else 0.0
+    counted = counts.done if counts.partial else counts.total
+    rate = counts.failed / counted if counted else 0.0
     return dg.AssetCheckResult(
         passed=rate <= settings.failure_budget,
         severity=dg.AssetCheckSeverity.WARN,
@@ -80,4 +90,9 @@ def _recount(batch_id: str, settings: Settings) -> Recount:
 
 
 def _metadata(counts: Recount) -> dict[str, int | float]:
-    return {"total": counts.total, "completed": counts.completed, "failed": counts.failed}
+    return {
+        "total": counts.total,
+        "completed": counts.completed,
+        "failed": counts.failed,
+        "partial": counts.partial,
+    }

@@ -10,6 +10,7 @@ from batch_orchestration.domain.chunks import chunk_key
 from batch_orchestration.domain.commits import ChunkReport
 from batch_orchestration.services.assembly import AssemblyReport
 from batch_orchestration.services.chunk_runner import CommittedChunk
+from batch_orchestration.services.partial_output import PartialReport
 
 Metadata = dict[str, dg.MetadataValue | str | int | float | bool]
 
@@ -87,6 +88,7 @@ def output_metadata(report: AssemblyReport) -> Metadata:
     """Return the figures of a delivered batch."""
     tally, files = report.tally, report.files
     metadata: Metadata = {
+        "partial": False,
         "dagster/partition_row_count": tally.total,
         "completed": tally.completed,
         "failed": tally.failed,
@@ -104,6 +106,22 @@ def output_metadata(report: AssemblyReport) -> Metadata:
     if tally.failures_by_code:
         metadata["failures_by_code"] = _counts_table(tally.failures_by_code)
     return metadata
+
+
+def partial_output_metadata(report: PartialReport) -> Metadata:
+    """Return the figures of what was written of an unfinished batch."""
+    tally, files = report.tally, report.files
+    return {
+        "partial": True,
+        "done": tally.total,
+        "total": report.total,
+        "dagster/partition_row_count": tally.total,
+        "completed": tally.completed,
+        "failed": tally.failed,
+        "status": str(report.status),
+        "output_file": dg.MetadataValue.path(files.partial_output),
+        "error_file": dg.MetadataValue.path(files.partial_errors),
+    }
 
 
 def _rates(report: ChunkReport) -> Metadata:

@@ -12,6 +12,8 @@ RETRIED_BY_TAG = "dagster/auto_retry_run_id"
 #: Run tag: why it makes no sense to try again. Begins with the run's id, for a re-execution
 #: inherits the tags of its parent.
 ASKS_PERSON_TAG = "batch_orchestration/asks_person"
+#: Run tag: a run of `batch_output` that wrote partial files. Begins with the run's id, as above.
+PARTIAL_TAG = "batch_orchestration/partial"
 #: Dagster's own retry shows within seconds; after this long nobody is coming.
 RETRY_SHOWS_SECONDS = 300.0
 _REASON_LENGTH = 200
@@ -66,6 +68,11 @@ def ask_person(instance: dg.DagsterInstance, run_id: str, reason: str) -> None:
     instance.add_run_tags(run_id, {ASKS_PERSON_TAG: text})
 
 
+def mark_partial(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Tell dispatch that this run does not deliver its batch, however it ends."""
+    instance.add_run_tags(run_id, {PARTIAL_TAG: run_id})
+
+
 def claim_batch(instance: dg.DagsterInstance, run: dg.DagsterRun, batch_ids: Sequence[str]) -> None:
     """Tag a run that a person launched with its batch, as those of `dispatch_sensor` are."""
     if BATCH_TAG not in run.tags and len(batch_ids) == 1:
@@ -74,7 +81,7 @@ def claim_batch(instance: dg.DagsterInstance, run: dg.DagsterRun, batch_ids: Seq
 
 def _known(record: dg.RunRecord, now: float) -> Iterator[KnownRun]:
     run, state = record.dagster_run, run_state(record, now=now)
-    if state is None:
+    if state is None or run.tags.get(PARTIAL_TAG) == run.run_id:
         return
     work: Mapping[str, range | None] = chunks_by_batch(run.tags)
     if not work and (batch_id := run.tags.get(PARTITION_TAG)):

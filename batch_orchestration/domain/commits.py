@@ -5,6 +5,9 @@ import msgspec
 from batch_orchestration.domain.batches import BatchOptions, BatchStatus
 from batch_orchestration.domain.outcomes import Outcome
 
+#: `Provenance.engine` of the engine that makes answers up.
+SIMULATED = "simulated"
+
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
     """Who answered: one run's pass over a chunk with one engine.

@@ -18,7 +18,12 @@ from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.reports import render_report
 from batch_orchestration.services.tallies import Tally
-from batch_orchestration.storage.files import DataFolder, atomic_writer, write_atomically
+from batch_orchestration.storage.files import (
+    DataFolder,
+    atomic_writer,
+    disk_errors,
+    write_atomically,
+)
 from batch_orchestration.storage.operations import Operations
 from batch_orchestration.storage.store import Store
 
@@ -27,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OutboxFiles:
-    """What a finished batch leaves in its folder of the outbox."""
+    """What a batch leaves in its folder of the outbox, finished or not."""
 
     folder: Path
 
@@ -40,6 +45,21 @@ class OutboxFiles:
     def errors(self) -> Path:
         """One line per failed request; empty if there is none."""
         return self.folder / "errors.jsonl"
+
+    @property
+    def partial_output(self) -> Path:
+        """Those that were answered when somebody asked, while the batch is not delivered yet."""
+        return self.folder / "output.partial.jsonl"
+
+    @property
+    def partial_errors(self) -> Path:
+        """The same for those that had failed."""
+        return self.folder / "errors.partial.jsonl"
+
+    @property
+    def partial(self) -> bool:
+        """Whether there are partial files: the batch then is not delivered."""
+        return self.partial_output.exists() or self.partial_errors.exists()
 
     @property
     def report(self) -> Path:
@@ -69,7 +89,8 @@ def assemble(
 
     Both files appear whole and fsynced, in input order, and only if every request of the plan is
     in exactly one of them. `errors.jsonl` is there even if it is empty. Doing it again writes the
-    same bytes, also after an interruption at any point; two callers take turns.
+    same bytes, also after an interruption at any point; two callers take turns. Partial files are
+    removed.
 
     Args:
         batch_id: Of the batch.
@@ -85,12 +106,11 @@ def assemble(
     """
     plan = folder.read_plan(batch_id)
     files = OutboxFiles(folder.outbox_path(batch_id))
-    # Not in the outbox, which belongs to people.
-    with FileLock(folder.plan_path(batch_id).with_name("assembly.lock")):
+    with FileLock(assembly_lock_path(batch_id, folder)):
         Operations(folder, batch_id).apply_to(store)
         record = store.batch(batch_id)
         _require_all_committed(record)
-        _make_writable(files)
+        make_writable(files)
         if record.status is not BatchStatus.COMPLETED:
             reason = "every request has an outcome"
             store.set_status(
@@ -103,8 +123,9 @@ def assemble(
             crash_point(CrashPoint.BEFORE_REPORT_RENAME)
             write_atomically(files.report, text.encode())
             crash_point(CrashPoint.AFTER_RENAMES)
+            _remove_partial_files(files)
         except DiskFull as error:
-            raise _unwritable(files, str(error)) from error
+            raise unwritable(files, str(error)) from error
         if record.status is not BatchStatus.COMPLETED:
             reason = f"{tally.completed:,} answered, {tally.failed:,} failed"
             store.set_status(
@@ -114,6 +135,12 @@ def assemble(
         "%s: %d answered, %d failed, in %s", batch_id, tally.completed, tally.failed, files.folder
     )
     return AssemblyReport(batch_id=batch_id, files=files, tally=tally, text=text)
+
+
+def assembly_lock_path(batch_id: str, folder: DataFolder) -> Path:
+    """Return the lock under which files of a batch are delivered."""
+    # Not in the outbox, which belongs to people.
+    return folder.plan_path(batch_id).with_name("assembly.lock")
 
 
 def _require_all_committed(record: BatchRecord) -> None:
@@ -130,16 +157,34 @@ def _write_files(plan: BatchPlan, settled: Iterable[SettledRequest], files: Outb
     tally = Tally()
     with atomic_writer(files.output) as output:
         with atomic_writer(files.errors) as errors:
-            for request in _each_once(plan, settled):
-                target = output if isinstance(request.outcome, Completion) else errors
-                target.write(output_line(plan.batch_id, request))
-                tally.count(request)
-            # Whatever can fail shall fail before the first of the two is renamed.
-            _flush(output)
-            _flush(errors)
+            write_lines(plan.batch_id, _each_once(plan, settled), output, errors, tally)
             crash_point(CrashPoint.BEFORE_ERRORS_RENAME)
         crash_point(CrashPoint.BEFORE_OUTPUT_RENAME)
     return tally
+
+
+def write_lines(
+    batch_id: str,
+    settled: Iterable[SettledRequest],
+    output: BinaryIO,
+    errors: BinaryIO,
+    tally: Tally,
+) -> None:
+    """Write each request to one of two files, durably, and count it."""
+    for request in settled:
+        target = output if isinstance(request.outcome, Completion) else errors
+        target.write(output_line(batch_id, request))
+        tally.count(request)
+    # Whatever can fail shall fail before the first of the two is renamed.
+    _flush(output)
+    _flush(errors)
+
+
+def _remove_partial_files(files: OutboxFiles) -> None:
+    """Remove what was written of a batch before it was finished."""
+    with disk_errors(files.folder):
+        files.partial_output.unlink(missing_ok=True)
+        files.partial_errors.unlink(missing_ok=True)
 
 
 def _each_once(plan: BatchPlan, settled: Iterable[SettledRequest]) -> Iterator[SettledRequest]:
@@ -164,7 +209,7 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _make_writable(files: OutboxFiles) -> None:
+def make_writable(files: OutboxFiles) -> None:
     """Find out now, not after an hour of writing, and clear what a killed assembly left."""
     probe = files.folder / ".probe"
     try:
@@ -172,13 +217,14 @@ def _make_writable(files: OutboxFiles) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise _unwritable(files, error.strerror or str(error)) from error
+        raise unwritable(files, error.strerror or str(error)) from error
     for left_over in files.folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             left_over.unlink()
 
 
-def _unwritable(files: OutboxFiles, reason: str) -> OutboxUnwritable:
+def unwritable(files: OutboxFiles, reason: str) -> OutboxUnwritable:
+    """Return the error that says what to do about it."""
     return OutboxUnwritable(
         f"cannot write to {files.folder}: {reason}. All answers are safe in the store: "
         f"make room or mend the permissions, then materialize batch_output for "

@@ -13,6 +13,7 @@ from batch_orchestration.domain.errors import DiskFull, StorageError, StoreLocke
 from batch_orchestration.domain.requests import parse_line
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.storage.files import RawLine
 from batch_orchestration.storage.journal import JournalEntry, read_journal
 from batch_orchestration.storage.store import Store
 
@@ -155,22 +156,25 @@ def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> list[Se
                 f"{ref.journal_path} has no outcome of request {line.index} (line {line.line});"
                 f" run chunk {ref.key} again"
             )
-        request = parse_line(line.data, index=line.index, line=line.line, model_required=False)
-        settled.append(
-            SettledRequest(
-                index=line.index,
-                line=line.line,
-                custom_id=request.custom_id,
-                endpoint=getattr(request, "endpoint", ""),
-                body=bytes(getattr(request, "body", line.data)),
-                outcome=entry.outcome,
-                attempts=entry.attempts,
-                failed_attempts=entry.failed_attempts,
-                settled_at=entry.settled_at,
-                provenance=entry.provenance,
-            )
-        )
+        settled.append(joined(line, entry))
     return settled
+
+
+def joined(line: RawLine, entry: JournalEntry) -> SettledRequest:
+    """Join a line of the kept input with its outcome."""
+    request = parse_line(line.data, index=line.index, line=line.line, model_required=False)
+    return SettledRequest(
+        index=line.index,
+        line=line.line,
+        custom_id=request.custom_id,
+        endpoint=getattr(request, "endpoint", ""),
+        body=bytes(getattr(request, "body", line.data)),
+        outcome=entry.outcome,
+        attempts=entry.attempts,
+        failed_attempts=entry.failed_attempts,
+        settled_at=entry.settled_at,
+        provenance=entry.provenance,
+    )
 
 
 def busy_seconds(entries: Iterable[JournalEntry]) -> float:

@@ -177,6 +177,9 @@ def _reason_to_wait(
         (run for run in known if run.state is not RunState.LIVE and _same_work(run, needed)),
         key=lambda run: run.ended_at,
     )
+    if needed.chunks is None:
+        # Earlier there was nothing to deliver: such a run was to write partial files.
+        before = [run for run in before if run.ended_at > last_commit_at]
     if not before:
         return None
     latest = before[-1]

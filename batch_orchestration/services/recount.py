@@ -29,19 +29,29 @@ class Recount:
         failed: Lines of the error file.
         problem: The first request that is missing, or line that belongs to none; None if each
             request has exactly one line.
+        partial: Whether the files are partial ones, in which requests may be missing.
     """
 
     total: int
     completed: int
     failed: int
     problem: str | None
+    partial: bool = False
+
+    @property
+    def done(self) -> int:
+        """Lines in both files."""
+        return self.completed + self.failed
 
 
 def recount(plan: BatchPlan, files: OutboxFiles) -> Recount:
     """Look for each request of the plan, in order, in exactly one of the two files.
 
-    Memory does not grow with the files: both are in input order and read side by side.
+    Where there are partial files these are meant, and a request may be in neither of them. Memory
+    does not grow with the files: both are in input order and read side by side.
     """
+    if files.partial:
+        return _recount_partial(plan, files)
     with ExitStack() as stack:
         outputs, errors = _Lines(files.output, stack), _Lines(files.errors, stack)
         problem = None
@@ -59,6 +69,33 @@ def recount(plan: BatchPlan, files: OutboxFiles) -> Recount:
             failed=errors.count(),
             problem=problem,
         )
+
+
+def _recount_partial(plan: BatchPlan, files: OutboxFiles) -> Recount:
+    with ExitStack() as stack:
+        outputs = _Lines(files.partial_output, stack)
+        errors = _Lines(files.partial_errors, stack)
+        for index in range(plan.requests):
+            expected = output_line_id(plan.batch_id, index)
+            if outputs.take(expected):
+                if errors.take(expected):
+                    return _counted(plan, outputs, errors, f"request {index} is in both files")
+            else:
+                errors.take(expected)
+        problem = None
+        if outputs.rest or errors.rest:
+            problem = f"a line is of no request, comes twice or out of order: {outputs}, {errors}"
+        return _counted(plan, outputs, errors, problem)
+
+
+def _counted(plan: BatchPlan, outputs: "_Lines", errors: "_Lines", problem: str | None) -> Recount:
+    return Recount(
+        total=plan.requests,
+        completed=outputs.count(),
+        failed=errors.count(),
+        problem=problem,
+        partial=True,
+    )
 
 
 class _Lines:

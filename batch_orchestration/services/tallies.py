@@ -3,13 +3,11 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from batch_orchestration.domain.commits import SettledRequest
+from batch_orchestration.domain.commits import SIMULATED, SettledRequest
 from batch_orchestration.domain.outcomes import Completion, Failure
 
 #: Enough to recognise a cause, few enough to read at night.
 EXAMPLES_PER_CODE = 3
-#: `Provenance.engine` of the engine that makes answers up.
-SIMULATED = "simulated"
 
 
 @dataclass(frozen=True, order=True)

@@ -6,6 +6,7 @@ begins. A line break may occur within the JSON, for answers are kept byte for by
 """
 
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,12 +87,17 @@ def encode_record(record: Record) -> bytes:
     return b"%s%08x %s\n" % (RECORD_SEPARATOR, zlib.crc32(payload), payload)
 
 
-def read_records(path: Path) -> Iterator[Record | None]:
+def read_records(path: Path, *, end: int | None = None) -> Iterator[Record | None]:
     """Yield every intact record of a journal in order, and None for each unreadable piece.
 
     Holds one piece in memory: usually a record, at worst a run of garbage.
+
+    Args:
+        path: Of the journal.
+        end: Read no further than this many bytes: journals only grow, so that the size at one
+            moment is a picture of that moment. A record that it cuts is an unreadable piece.
     """
-    for piece in _pieces(path):
+    for piece in _pieces(path, end):
         payload = _payload(piece)
         if payload is None:
             yield None
@@ -121,11 +127,13 @@ def _with_body_inside(record: Record) -> Record:
     return msgspec.structs.replace(record, outcome=whole, failure_body=())
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+def _pieces(path: Path, end: int | None) -> Iterator[bytes]:
     """Yield what stands between separators; empty pieces are left out."""
     unfinished: list[bytes] = []
+    left = sys.maxsize if end is None else end
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
+        while block := file.read(min(left, _BLOCK_BYTES)):
+            left -= len(block)
             first, *others = block.split(RECORD_SEPARATOR)
             unfinished.append(first)
             for other in others:

@@ -91,16 +91,18 @@ class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
     first_submitted_at: float | None
 
 
-def replay_journal(path: Path, batch_id: str, number: int) -> JournalState:
+def replay_journal(
+    path: Path, batch_id: str, number: int, *, end: int | None = None
+) -> JournalState:
     """Return the state of a chunk by its journal; a missing journal says nothing.
 
-    Needs no lock.
+    Needs no lock. `end` is that of `read_records`.
 
     Raises:
         StorageError: It is the journal of another chunk.
     """
     state = JournalState()
-    for record in read_records(path) if path.exists() else ():
+    for record in read_records(path, end=end) if path.exists() else ():
         if record is None:
             state.dropped_records += 1
             continue
@@ -116,17 +118,18 @@ def replay_journal(path: Path, batch_id: str, number: int) -> JournalState:
     return state
 
 
-def read_journal(path: Path) -> Iterator[JournalEntry]:
+def read_journal(path: Path, *, end: int | None = None) -> Iterator[JournalEntry]:
     """Yield the settled requests of a journal in index order, each once; its first outcome counts.
 
-    Needs no lock. A missing journal has no entries. Holds one chunk in memory.
+    Needs no lock. A missing journal has no entries. Holds one chunk in memory. `end` is that of
+    `read_records`.
     """
     provenances: dict[int, Provenance] = {}
     submitted: dict[int, float] = {}
     failed: dict[int, list[FailedAttemptRecord]] = {}
     outcomes: dict[int, OutcomeRecord] = {}
     attempts = JournalState()
-    for record in read_records(path) if path.exists() else ():
+    for record in read_records(path, end=end) if path.exists() else ():
         if record is None:
             continue
         if isinstance(record, PassRecord):

@@ -196,6 +196,13 @@ def settled_request(row: Row) -> SettledRequest:
     )
 
 
+def as_stored(batch_id: str, number: int, request: SettledRequest) -> SettledRequest:
+    """Return a request as the store will give it back once its chunk is committed."""
+    if isinstance(request.outcome, Completion):
+        return settled_request(result_row(batch_id, number, request, request.outcome))
+    return settled_request(failed_row(batch_id, number, request, request.outcome))
+
+
 def _completion(row: Row) -> Completion:
     return Completion(
         status=row["http_status"],

@@ -181,9 +181,12 @@ class Store:
         input has it.
         """
         for number in sorted(self.chunk_reports(batch_id)):
-            with self._reading() as db:
-                chunk = commits.settled_requests(db, batch_id, number)
-            yield from chunk
+            yield from self.settled_in(batch_id, number)
+
+    def settled_in(self, batch_id: str, number: int) -> list[SettledRequest]:
+        """Return the requests of one committed chunk, as `settled` does; else nothing."""
+        with self._reading() as db:
+            return commits.settled_requests(db, batch_id, number)
 
     def failures(self, batch_id: str, *, limit: int | None = None) -> list[SettledRequest]:
         """Return the failed requests of the committed chunks in index order."""

@@ -7,7 +7,7 @@ import pytest
 
 from batch_orchestration.defs import assets
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
-from batch_orchestration.defs.runs import ASKS_PERSON_TAG
+from batch_orchestration.defs.runs import ASKS_PERSON_TAG, PARTIAL_TAG, mark_partial
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.settings import EngineKind
 from batch_orchestration_tests.builders import make_input, make_line
@@ -233,14 +233,74 @@ def test_the_output_carries_report_files_and_checks(deployment):
     assert deployment.statuses("batch_output") == {batch_id}
 
 
-def test_output_of_an_unfinished_batch_is_refused(deployment):
-    batch_id = deployment.admit("a.jsonl", make_input(12))
-    request = dg.RunRequest(job_name="deliver_batch", partition_key=batch_id)
+def deliver_by_hand(deployment, batch_id):
+    return deployment.run(dg.RunRequest(job_name="deliver_batch", partition_key=batch_id))
 
+
+def outbox(deployment, batch_id):
+    return {path.name for path in deployment.folder.outbox_path(batch_id).iterdir()}
+
+
+def test_output_of_an_unfinished_batch_is_partial_and_changes_nothing(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12) + b"not json\n")
+    deployment.run(chunk_run(batch_id, range(1)))
+    before = deployment.store.batch(batch_id)
+
+    result = deliver_by_hand(deployment, batch_id)
+
+    assert result.success
+    metadata = materializations(result, "batch_output")[batch_id]
+    assert (metadata["partial"], metadata["done"], metadata["total"]) == (True, 6, 13)
+    assert (metadata["completed"], metadata["failed"]) == (5, 1)
+    assert outbox(deployment, batch_id) == {"output.partial.jsonl", "errors.partial.jsonl"}
+    (check, _) = result.get_asset_check_evaluations()
+    assert (check.passed, check.description) == (True, "partial: 5 + 1 = 6 of 13")
+    assert deployment.store.batch(batch_id) == before
+
+
+def test_a_partial_output_does_not_stand_in_for_the_delivery(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    deployment.run(chunk_run(batch_id, range(1)))
+    deliver_by_hand(deployment, batch_id)
+    deployment.run(chunk_run(batch_id, range(1, 3)))
+
+    (request,) = deployment.requests("dispatch_sensor")
     result = deployment.run(request)
 
-    assert not result.success
-    assert not deployment.folder.outbox_path(batch_id).exists()
+    assert request.job_name == "deliver_batch"
+    metadata = materializations(result, "batch_output")[batch_id]
+    assert (metadata["partial"], metadata["completed"]) == (False, 12)
+    assert outbox(deployment, batch_id) == {"output.jsonl", "errors.jsonl", "report.md"}
+    assert deployment.store.batch(batch_id).status is BatchStatus.COMPLETED
+
+
+def test_a_partial_output_that_still_runs_or_failed_does_not_hold_up_the_delivery(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    deployment.run(chunk_run(batch_id, range(3)))
+    for status in (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE):
+        tags = {BATCH_TAG: batch_id, "dagster/partition": batch_id}
+        run = deployment.instance.create_run_for_job(
+            deployment.repository.get_job("deliver_batch"), tags=tags, status=status
+        )
+        mark_partial(deployment.instance, run.run_id)
+
+    (request,) = deployment.requests("dispatch_sensor")
+
+    assert request.job_name == "deliver_batch"
+
+
+def test_a_partial_run_that_is_executed_again_at_the_end_is_the_delivery(deployment):
+    """A re-execution inherits the tags of its parent."""
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    deployment.run(chunk_run(batch_id, range(3)))
+    tags = {BATCH_TAG: batch_id, "dagster/partition": batch_id, PARTIAL_TAG: "the-parent"}
+    deployment.instance.create_run_for_job(
+        deployment.repository.get_job("deliver_batch"),
+        tags=tags,
+        status=dg.DagsterRunStatus.STARTED,
+    )
+
+    assert deployment.reason("dispatch_sensor") == "batches at work: 1"
 
 
 def submission(path, **options):

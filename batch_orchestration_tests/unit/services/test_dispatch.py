@@ -195,3 +195,12 @@ def test_batches_come_in_the_order_given():
     verdict = dispatch(records, [], reports=lambda _: {}, chunks_per_run=200, now=NOW)
 
     assert [needed.batch.batch_id for needed in verdict.needed] == ["b-00000001", "a-00000002"]
+
+
+def test_what_ended_before_the_last_commit_was_no_delivery():
+    """It was to write partial files, and a person terminated it: that stops nothing."""
+    stopped = make_run(None, RunState.STOPPED, ended_at=NOW - 1, reason="was terminated")
+    later = replace(stopped, ended_at=NOW + 1)
+
+    assert decide([stopped], chunks=2, committed=[0, 1], commits_at=NOW).needed
+    assert not decide([later], chunks=2, committed=[0, 1], commits_at=NOW).needed

@@ -74,3 +74,48 @@ def test_a_torn_last_line_is_found(plan, files):
     files.output.write_bytes(files.output.read_bytes()[:-200])
 
     assert "unreadable" in recount(plan, files).problem
+
+
+# --- partial files --------------------------------------------------------------------------------
+
+
+def write_partial(files, plan, answered, failed):
+    for path, indices in ((files.partial_output, answered), (files.partial_errors, failed)):
+        lines = [output_line(plan.batch_id, make_settled(index)) for index in indices]
+        path.write_bytes(b"".join(lines))
+
+
+def test_partial_files_are_meant_where_there_are_any(plan, files):
+    write_partial(files, plan, [0, 3], [4])
+
+    counts = recount(plan, files)
+
+    assert (counts.total, counts.completed, counts.failed, counts.done) == (6, 2, 1, 3)
+    assert (counts.partial, counts.problem) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("answered", "failed"),
+    [
+        ([0, 3, 3], [4]),
+        ([3, 0], [4]),
+        ([0, 3], [3, 4]),
+        ([0, 7], [4]),
+    ],
+    ids=["twice", "out of order", "in both", "of no request"],
+)
+def test_partial_files_with_a_line_too_much_are_found(plan, files, answered, failed):
+    write_partial(files, plan, answered, failed)
+
+    counts = recount(plan, files)
+
+    assert counts.problem
+    assert (counts.completed, counts.failed) == (len(answered), len(failed))
+
+
+def test_a_missing_half_of_partial_files_is_a_problem(plan, files):
+    write_partial(files, plan, [0, 3], [4])
+    files.partial_errors.unlink()
+
+    with pytest.raises(FileNotFoundError):
+        recount(plan, files)

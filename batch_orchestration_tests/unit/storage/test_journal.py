@@ -6,7 +6,7 @@ import pytest
 from batch_orchestration.domain.commits import Provenance
 from batch_orchestration.domain.errors import JournalError, JournalInUse, StorageError
 from batch_orchestration.domain.outcomes import Completion, FailureCode
-from batch_orchestration.storage.journal import Journal, read_journal
+from batch_orchestration.storage.journal import Journal, read_journal, replay_journal
 from batch_orchestration.storage.records import OutcomeRecord, encode_record
 from batch_orchestration_tests.builders import (
     NOW,
@@ -183,3 +183,15 @@ def test_a_journal_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> Non
 
     with pytest.raises(StorageError, match="cannot write"):
         open_journal(tmp_path / "b" / "00007.journal")
+
+
+def test_the_size_at_one_moment_is_a_picture_of_that_moment(path: Path) -> None:
+    with open_journal(path) as journal:
+        journal.record_outcome(0, make_completion(), 1, NOW)
+        end = path.stat().st_size
+        journal.record_outcome(1, make_completion(), 1, NOW)
+
+    assert [entry.index for entry in read_journal(path, end=end)] == [0]
+    assert [entry.index for entry in read_journal(path, end=end + 40)] == [0]
+    assert list(read_journal(path, end=0)) == []
+    assert len(replay_journal(path, "b", 7, end=end).settled) == 1

@@ -1,0 +1,132 @@
+"""Partial results: the requests of a batch that have an outcome by now, in input order.
+
+Committed chunks come from the store, the others from their journals, which need no lock. The run
+that is at work notices nothing of it.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from batch_orchestration.domain.batches import BatchPlan, BatchStatus
+from batch_orchestration.domain.chunks import Chunk
+from batch_orchestration.domain.commits import SettledRequest
+from batch_orchestration.domain.errors import BatchNotFound
+from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.services.committer import joined
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.journal import read_journal, replay_journal
+from batch_orchestration.storage.rows import as_stored
+from batch_orchestration.storage.store import Store
+
+#: Between two looks at the store, so that a commit that waits for the file gets its turn: a writer
+#: of ours looks again after a quarter of a second at the latest.
+PAUSE_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedSoFar:
+    """Which requests of a batch had an outcome at one moment.
+
+    Attributes:
+        status: Of the batch.
+        committed: Numbers of the chunks that the store had.
+        journal_ends: Of each other chunk that was begun, how many bytes its journal had.
+        done: Requests with an outcome.
+    """
+
+    plan: BatchPlan
+    status: BatchStatus
+    committed: frozenset[int]
+    journal_ends: dict[int, int]
+    done: int
+
+    @property
+    def total(self) -> int:
+        """Requests of the batch."""
+        return self.plan.requests
+
+    @property
+    def partial(self) -> bool:
+        """Whether requests are missing."""
+        return self.done < self.total
+
+    @property
+    def all_committed(self) -> bool:
+        """Whether the batch can be delivered."""
+        return len(self.committed) == len(self.plan.chunks)
+
+
+def finished_so_far(batch_id: str, *, folder: DataFolder, store: Store) -> FinishedSoFar:
+    """Look which requests of a batch have an outcome now.
+
+    Raises:
+        BatchNotFound: There is no such batch.
+        StorageError: The store cannot be read.
+    """
+    plan = folder.read_plan(batch_id)
+    try:
+        status = store.batch(batch_id).status
+    except BatchNotFound:
+        # Admission writes the plan first and the record right after.
+        status = BatchStatus.VALIDATING
+    committed = store.chunk_reports(batch_id)
+    done = sum(report.requests for report in committed.values())
+    ends: dict[int, int] = {}
+    for chunk in plan.chunks:
+        if chunk.number in committed:
+            continue
+        ref = ChunkRef.of(plan, chunk.number, folder)
+        if end := _size(ref):
+            state = replay_journal(ref.journal_path, batch_id, chunk.number, end=end)
+            done += len(state.settled)
+            ends[chunk.number] = end
+    return FinishedSoFar(
+        plan=plan,
+        status=status,
+        committed=frozenset(committed),
+        journal_ends=ends,
+        done=done,
+    )
+
+
+def read_finished(
+    finished: FinishedSoFar, *, folder: DataFolder, store: Store
+) -> Iterator[SettledRequest]:
+    """Yield exactly the requests that `finished` counted, in input order, each once.
+
+    Each is as the store has it or will have it, so that its output line does not change any more
+    (a replay of a failed request aside). Holds a chunk at a time, and the store's file only while
+    one is read from it.
+
+    Raises:
+        StorageError: The store cannot be read.
+        PlanMismatch: The kept input is not the one that was admitted.
+    """
+    for chunk in finished.plan.chunks:
+        if chunk.number in finished.committed:
+            yield from store.settled_in(finished.plan.batch_id, chunk.number)
+            if finished.partial:
+                time.sleep(PAUSE_SECONDS)
+        elif chunk.number in finished.journal_ends:
+            yield from _from_journal(finished, chunk, folder)
+
+
+def _from_journal(
+    finished: FinishedSoFar, chunk: Chunk, folder: DataFolder
+) -> Iterator[SettledRequest]:
+    plan, number = finished.plan, chunk.number
+    ref = ChunkRef.of(plan, number, folder)
+    journal = read_journal(ref.journal_path, end=finished.journal_ends[number])
+    if not (entries := {entry.index: entry for entry in journal}):
+        return
+    for line in ref.lines():
+        if entry := entries.get(line.index):
+            yield as_stored(plan.batch_id, number, joined(line, entry))
+
+
+def _size(ref: ChunkRef) -> int:
+    try:
+        return ref.journal_path.stat().st_size
+    except FileNotFoundError:
+        return 0

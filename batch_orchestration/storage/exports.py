@@ -1,0 +1,104 @@
+"""Tables for other programs: flat rows as CSV or Parquet, written by DuckDB's own COPY."""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+
+import duckdb
+import msgspec
+
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.flat_outcomes import FlatOutcome
+from batch_orchestration.storage.files import disk_errors
+
+#: Columns of a table, with their types.
+COLUMNS = {
+    "custom_id": "VARCHAR",
+    "index": "BIGINT",
+    "line": "BIGINT",
+    "status": "VARCHAR",
+    "code": "VARCHAR",
+    "message": "VARCHAR",
+    "text": "VARCHAR",
+    "embedding_length": "BIGINT",
+    "finish_reason": "VARCHAR",
+    "prompt_tokens": "BIGINT",
+    "completion_tokens": "BIGINT",
+    "latency_seconds": "DOUBLE",
+    "attempts": "BIGINT",
+    "engine": "VARCHAR",
+    "model": "VARCHAR",
+    "simulated": "BOOLEAN",
+}
+#: DuckDB's buffer holds two rows of the greatest length that it is told to expect.
+_LEAST_ROW_BYTES = 2**20
+
+
+class TableFormat(StrEnum):
+    """A kind of table that can be written."""
+
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+def write_table(
+    rows: Iterable[FlatOutcome], path: Path, kind: TableFormat, *, metadata: Mapping[str, str]
+) -> None:
+    """Write rows as a table, in their order; it appears at `path` whole or not at all.
+
+    The rows pass through a temporary file beside it: memory does not grow with them.
+
+    Args:
+        rows: In the order of the table.
+        path: Of the table; it is replaced.
+        kind: CSV has a head and an empty field for null.
+        metadata: Goes into the file's own metadata, where the kind has any (Parquet).
+
+    Raises:
+        DiskFull: There is no room; `path` is as before.
+        StorageError: It cannot be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", dir=path.parent) as folder:
+            lines, table = Path(folder) / "rows.jsonl", Path(folder) / "table"
+            longest = _write_lines(rows, lines)
+            source = _source(lines, max_row_bytes=max(longest, _LEAST_ROW_BYTES))
+            _copy(source, table, kind, metadata)
+            table.replace(path)
+
+
+def _write_lines(rows: Iterable[FlatOutcome], path: Path) -> int:
+    """Write each row as a line of JSON; return the length of the longest."""
+    encode = msgspec.json.Encoder().encode
+    longest = 0
+    with path.open("wb") as file:
+        for row in rows:
+            longest = max(longest, file.write(encode(row) + b"\n"))
+    return longest
+
+
+def _source(lines: Path, *, max_row_bytes: int) -> str:
+    columns = ", ".join(f"{_quoted(name)}: '{type_}'" for name, type_ in COLUMNS.items())
+    return (
+        f"SELECT * FROM read_json({_quoted(str(lines))}, format = 'newline_delimited',"
+        f" columns = {{{columns}}}, maximum_object_size = {max_row_bytes})"
+    )
+
+
+def _copy(source: str, table: Path, kind: TableFormat, metadata: Mapping[str, str]) -> None:
+    options = "FORMAT csv, HEADER"
+    if kind is TableFormat.PARQUET:
+        pairs = ", ".join(f"{name}: {_quoted(value)}" for name, value in metadata.items())
+        options = f"FORMAT parquet, COMPRESSION zstd, KV_METADATA {{{pairs}}}"
+    try:
+        # One thread: buffers are per thread, and the processors belong to the engine.
+        with duckdb.connect(config={"threads": 1}) as connection:
+            connection.execute(f"COPY ({source}) TO {_quoted(str(table))} ({options})")
+    except duckdb.Error as error:
+        raise StorageError(f"the table could not be written: {str(error).strip()}") from error
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
