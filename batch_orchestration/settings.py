@@ -17,7 +17,14 @@ from dotenv import dotenv_values
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from batch_orchestration.domain.batches import MAX_LINE_BYTES, MAX_PRIORITY, LinePolicy
+from batch_orchestration.domain.batches import (
+    MAX_FILE_BYTES,
+    MAX_LINE_BYTES,
+    MAX_PRIORITY,
+    MAX_REQUESTS_PER_BATCH,
+    LinePolicy,
+    OnOversize,
+)
 from batch_orchestration.domain.sources import REJECTED
 
 PREFIX = "BATCH_"
@@ -61,6 +68,19 @@ class Settings(BaseSettings):
     )
     max_line_bytes: int = Field(
         MAX_LINE_BYTES, ge=1, description="A longer line is refused unread."
+    )
+    max_file_bytes: int = Field(
+        MAX_FILE_BYTES, ge=1, description="A larger file, expanded, is rejected."
+    )
+    max_requests_per_batch: int = Field(
+        MAX_REQUESTS_PER_BATCH, ge=1, description="A file with more becomes several batches."
+    )
+    on_oversize: OnOversize = Field(
+        OnOversize.SPLIT,
+        description="split: a file with more becomes parts; reject: it is refused.",
+    )
+    max_unfinished_batches: int = Field(
+        5, ge=1, description="With so many unfinished batches, parts of a split file wait."
     )
     requests_per_chunk: int = Field(1000, ge=1, description="Requests per chunk (= partition).")
 

@@ -137,7 +137,8 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     if report.refusal is None:
         console.print(
             f"{report.file_name}: {report.requests:,} requests, {report.faulty:,} of them faulty; "
-            f"chunks: {report.chunks:,}",
+            f"chunks: {report.chunks:,}"
+            + (f"; parts: {report.parts:,}" if report.parts > 1 else ""),
             highlight=False,
             markup=False,
         )

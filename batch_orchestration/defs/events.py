@@ -32,6 +32,9 @@ def manifest_materialization(plan: BatchPlan, input_file: Path) -> dg.AssetMater
         "input_file": dg.MetadataValue.path(input_file),
         "settings": dg.MetadataValue.json(plan.settings),
     }
+    if plan.part is not None:
+        metadata["submission"] = plan.part.submission
+        metadata["part"] = f"{plan.part.number} of {plan.part.of}"
     if plan.options.metadata:
         metadata["metadata"] = dg.MetadataValue.json(plan.options.metadata)
     if plan.options.model:

@@ -8,14 +8,15 @@ from pydantic import Field
 
 from batch_orchestration.defs.assets import batch_output, chunk_results
 from batch_orchestration.defs.events import manifest_materialization
-from batch_orchestration.defs.partitions import add_partitions
+from batch_orchestration.defs.partitions import SUBMISSION_TAG, add_partitions
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.errors import BatchOrchestrationError, FileStillChanging
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.configuration import admission_settings, open_inbox
 from batch_orchestration.services.submission import submit
-from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted
+from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted, Split
+from batch_orchestration.storage.files import DataFolder
 
 
 class AdmitConfig(dg.Config):
@@ -50,11 +51,18 @@ def admit_claim(
         context.log.warning(str(still_changing))
         return
     context.log.info(str(verdict))
-    if isinstance(verdict, Admitted | AlreadyAdmitted):
+    if isinstance(verdict, Split):
+        # `dispatch_sensor` admits its parts, and makes their partitions.
+        context.instance.add_run_tags(context.run.run_id, {SUBMISSION_TAG: verdict.submission})
+    elif isinstance(verdict, Admitted | AlreadyAdmitted) and _is_batch(folder, verdict.batch_id):
         plan = folder.read_plan(verdict.batch_id)
         # First, because the partitions say that all of this is done.
         context.log_event(manifest_materialization(plan, folder.input_path_of(plan)))
         add_partitions(context.instance, plan)
+
+
+def _is_batch(folder: DataFolder, batch_id: str) -> bool:
+    return folder.plan_path(batch_id).exists()
 
 
 @dg.op

@@ -7,6 +7,7 @@ import dagster as dg
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import chunk_key, parse_chunk_key
 from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.submissions import submission_of
 
 batches = dg.DynamicPartitionsDefinition(name="batches")
 chunks = dg.DynamicPartitionsDefinition(name="chunks")
@@ -19,6 +20,7 @@ PRIORITY_TAG = "dagster/priority"
 #: Ours: the runs page filters by them.
 BATCH_TAG = "batch"
 MODEL_TAG = "model"
+SUBMISSION_TAG = "submission"
 
 
 def add_partitions(instance: dg.DagsterInstance, plan: BatchPlan) -> None:
@@ -39,10 +41,12 @@ def has_partitions(instance: dg.DagsterInstance, batch_id: str) -> bool:
 def batch_tags(batch: BatchRecord) -> dict[str, str]:
     """Return the tags of every run about this batch."""
     model = batch.options.model or batch.model
+    submission = submission_of(batch.batch_id)
     return {
         BATCH_TAG: batch.batch_id,
         PRIORITY_TAG: str(batch.options.priority),
         **({MODEL_TAG: model} if model else {}),
+        **({SUBMISSION_TAG: submission} if submission else {}),
     }
 
 

@@ -32,6 +32,7 @@ from batch_orchestration.services.dispatch import (
     dispatch,
     unfinished_batches,
 )
+from batch_orchestration.services.parts import admit_parts
 from batch_orchestration.storage.files import DataFolder
 
 CLAIM_TAG = "claim"
@@ -106,10 +107,11 @@ def dispatch_sensor(
     """Decide from the store and from Dagster's runs, so that it does not matter what was killed."""
     now = time.time()
     store = open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS)
+    folder, limit = data_folder(settings), settings.max_unfinished_batches
     try:
-        batches = _known_to_dagster(
-            context.instance, unfinished_batches(store), data_folder(settings)
-        )
+        for part in admit_parts(folder, store, max_unfinished=limit, at=now):
+            context.log.info(f"admitted: {part.batch_id}, {part.requests:,} requests")
+        batches = _known_to_dagster(context.instance, unfinished_batches(store), folder)
         verdict = dispatch(
             batches,
             known_runs(context.instance, [batch.batch_id for batch in batches], now=now),
@@ -129,21 +131,24 @@ def _known_to_dagster(
 ) -> list[BatchRecord]:
     """Return the batches that have their partitions, after making those that got lost.
 
-    They are missing when an admission was killed between store and partitions, or when Dagster's
-    own storage was wiped.
+    They are missing when a part was just admitted, when an admission was killed between store and
+    partitions, or when Dagster's own storage was wiped.
     """
     known: list[BatchRecord] = []
     unknown: list[BatchRecord] = []
     for batch in batches:
         (known if has_partitions(instance, batch.batch_id) else unknown).append(batch)
     live = dg.RunsFilter(job_name=admit_batch.name, statuses=LIVE_STATUSES)
-    if unknown and not instance.get_runs(live, limit=1):
-        for batch in unknown:
-            plan = folder.read_plan(batch.batch_id)
-            event = manifest_materialization(plan, folder.input_path_of(plan))
-            instance.report_runless_asset_event(event)
-            add_partitions(instance, plan)
-        return [*known, *unknown]
+    being_admitted = bool(unknown) and bool(instance.get_runs(live, limit=1))
+    for batch in unknown:
+        plan = folder.read_plan(batch.batch_id)
+        # The run that admits a file makes its partitions itself; of a part nobody else does.
+        if being_admitted and plan.part is None:
+            continue
+        event = manifest_materialization(plan, folder.input_path_of(plan))
+        instance.report_runless_asset_event(event)
+        add_partitions(instance, plan)
+        known.append(batch)
     return known
 
 

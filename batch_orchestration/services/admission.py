@@ -1,9 +1,9 @@
-"""Admission: a claimed file becomes a batch, or is set aside with its reasons.
+"""Admission: a claimed file becomes a batch, or several, or is set aside with its reasons.
 
 The steps are ordered so that a crash between any two is made good by admitting the claim again:
 everything is prepared in the claim's work folder, the author's file is moved there, and one rename
-makes that folder the batch's. The store is told last; until then `register_planned_batches` finds
-the batch on the disk.
+makes that folder the batch's, or the submission's, whose parts wait in it. The store is told last;
+until then `register_unlisted` finds the batch on the disk.
 """
 
 import itertools
@@ -17,7 +17,15 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchOptions, BatchPlan, LinePolicy, identity
+from batch_orchestration.domain.batches import (
+    MAX_FILE_BYTES,
+    MAX_REQUESTS_PER_BATCH,
+    BatchOptions,
+    BatchPlan,
+    LinePolicy,
+    OnOversize,
+    identity,
+)
 from batch_orchestration.domain.errors import ClaimNotFound, FileRefused, FileStillChanging
 from batch_orchestration.domain.requests import Fault
 from batch_orchestration.services.batch_files import Fingerprint, is_gzip_name, open_batch_file
@@ -34,18 +42,21 @@ from batch_orchestration.services.line_reading import BatchFileReading, ReadingR
 from batch_orchestration.services.refusals import next_step, refusal, write_errors_file
 from batch_orchestration.services.registration import (
     admission_lock,
+    find_submission,
     free_batch_id,
     register_batch,
     register_unlisted,
     write_fault_journals,
 )
 from batch_orchestration.services.sidecars import read_options, sidecar_beside
+from batch_orchestration.services.splitting import write_submission
 from batch_orchestration.services.verdicts import (
     Admission,
     Admitted,
     AlreadyAdmitted,
     Rejected,
     Released,
+    Split,
     Verdict,
 )
 from batch_orchestration.storage.files import (
@@ -68,6 +79,8 @@ class AdmissionSettings:
     """The settings that admission depends on.
 
     Attributes:
+        max_file_bytes: Of the expanded content; not even a byte more is written anywhere.
+        max_requests_per_batch: What `on_oversize` goes by.
         model_required: False if an alias `*` supplies a missing `model`.
         answer_settings: What answers depend on, by name; fixed in the plan.
         estimating: What estimates depend on.
@@ -75,6 +88,9 @@ class AdmissionSettings:
 
     requests_per_chunk: int
     max_line_bytes: int
+    max_file_bytes: int = MAX_FILE_BYTES
+    max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH
+    on_oversize: OnOversize = OnOversize.SPLIT
     line_policy: LinePolicy = LinePolicy.LENIENT
     model_required: bool = True
     answer_settings: Mapping[str, Any]
@@ -85,7 +101,18 @@ class AdmissionSettings:
         return ReadingRules(
             requests_per_chunk=self.requests_per_chunk,
             max_line_bytes=self.max_line_bytes,
+            requests_per_batch=self.max_requests_per_batch,
             model_required=self.model_required and options.model is None,
+        )
+
+    def refusal(self, reading: BatchFileReading) -> str | None:
+        """Return why a file that has been read can be no batch, nor several; None if it can."""
+        return refusal(
+            reading,
+            line_policy=self.line_policy,
+            requests_per_chunk=self.requests_per_chunk,
+            max_requests_per_batch=self.max_requests_per_batch,
+            on_oversize=self.on_oversize,
         )
 
 
@@ -192,7 +219,7 @@ class _Admission:
         path = self._expand(user_file) if is_gzip_name(user_file.name) else user_file
         encode = msgspec.json.encode
         with (
-            open_batch_file(path) as file,
+            open_batch_file(path, max_bytes=self._settings.max_file_bytes) as file,
             full_disk(self._spool),
             self._spool.open("wb") as spool,
         ):
@@ -202,7 +229,12 @@ class _Admission:
 
     def _expand(self, user_file: Path) -> Path:
         target = self._place.work / "input.jsonl"
-        with open_batch_file(user_file) as source, full_disk(target), target.open("wb") as file:
+        limit = self._settings.max_file_bytes
+        with (
+            open_batch_file(user_file, max_bytes=limit) as source,
+            full_disk(target),
+            target.open("wb") as file,
+        ):
             shutil.copyfileobj(source, file, _BLOCK_BYTES)
             file.flush()
             os.fsync(file.fileno())
@@ -214,12 +246,7 @@ class _Admission:
                 yield from map(_decode_fault, spool)
 
     def _refuse_if_unusable(self, reading: BatchFileReading) -> None:
-        reason = refusal(
-            reading,
-            line_policy=self._settings.line_policy,
-            requests_per_chunk=self._settings.requests_per_chunk,
-        )
-        if reason is not None:
+        if (reason := self._settings.refusal(reading)) is not None:
             raise FileRefused(reason)
 
     def _admit(
@@ -233,8 +260,8 @@ class _Admission:
         key = identity(reading.sha256, options)
         with admission_lock(self._folder):
             register_unlisted(self._folder, self._store, at=self._clock())
-            if (first := self._store.find_identity(key)) is not None:
-                return self._keep_duplicate(user_file, name, first.batch_id)
+            if (first := self._admitted_before(key)) is not None:
+                return self._keep_duplicate(user_file, name, *first)
             plan = BatchPlan(
                 batch_id=free_batch_id(self._folder, name, key),
                 identity=key,
@@ -250,7 +277,17 @@ class _Admission:
                 max_line_bytes=self._settings.max_line_bytes,
                 source=options.source,
             )
+            if plan.requests > self._settings.max_requests_per_batch:
+                return self._split(user_file, before, plan)
             return self._commit(user_file, before, plan)
+
+    def _admitted_before(self, key: str) -> tuple[str, Path] | None:
+        """Return id and folder of the batch or submission with this identity, if there is one."""
+        if (batch := self._store.find_identity(key)) is not None:
+            return batch.batch_id, self._folder.plan_path(batch.batch_id).parent
+        if (submission := find_submission(key, folder=self._folder)) is not None:
+            return submission, self._folder.submission_path(submission).parent
+        return None
 
     def _commit(self, user_file: Path, before: Fingerprint, plan: BatchPlan) -> Admitted:
         work = self._place.work
@@ -264,17 +301,45 @@ class _Admission:
             faulty=plan.faulty,
             chunks=len(plan.chunks),
         )
+        self._take_in(user_file, before, verdict, self._folder.plan_path(plan.batch_id).parent)
+        return verdict
+
+    def _split(self, user_file: Path, before: Fingerprint, whole: BatchPlan) -> Split:
+        submission = write_submission(
+            self._place.work,
+            whole,
+            self._faults(),
+            requests_per_part=self._settings.max_requests_per_batch,
+            at=self._clock(),
+        )
+        self._spool.unlink()
+        verdict = Split(
+            submission=submission.submission_id,
+            file_name=submission.file_name,
+            parts=submission.parts,
+            requests=submission.requests,
+            faulty=submission.faulty,
+        )
+        place = self._folder.submission_path(submission.submission_id).parent
+        self._take_in(user_file, before, verdict, place)
+        return verdict
+
+    def _take_in(
+        self, user_file: Path, before: Fingerprint, verdict: Admitted | Split, target: Path
+    ) -> None:
+        """Carry the verdict out: the work folder, with the author's file, gets its place."""
         self._place.decide(verdict)
         before.verify()
         self._place.take_in(user_file)
-        work.rename(self._folder.plan_path(plan.batch_id).parent)
-        sync_folder(self._folder.batches)
-        return verdict
+        self._place.work.rename(target)
+        sync_folder(target.parent)
 
-    def _keep_duplicate(self, user_file: Path, name: str, first_id: str) -> AlreadyAdmitted:
+    def _keep_duplicate(
+        self, user_file: Path, name: str, first_id: str, place: Path
+    ) -> AlreadyAdmitted:
         return self._place.set_aside(
             user_file,
-            self._folder.plan_path(first_id).parent / "duplicates",
+            place / "duplicates",
             lambda target: AlreadyAdmitted(batch_id=first_id, file_name=name, kept_as=str(target)),
         )
 
@@ -313,6 +378,9 @@ class _Admission:
                     register_batch(self._folder, self._store, verdict.batch_id, at=self._clock())
                 record_estimate(self._folder, self._store, verdict.batch_id)
                 beside = self._folder.input_path(verdict.batch_id)
+            case Split():
+                # Its parts are admitted by `services.parts`, as there is room.
+                beside = self._folder.submission_input_path(verdict.submission)
             case AlreadyAdmitted():
                 beside = Path(verdict.kept_as)
             case Rejected():

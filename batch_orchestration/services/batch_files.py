@@ -2,13 +2,20 @@
 
 import contextlib
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self, cast
+from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
 from batch_orchestration.domain.errors import FileRefused, FileStillChanging
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+_MAX_BYTES_SETTING = "BATCH_MAX_FILE_BYTES"
+_BLOCK_BYTES = 2**17
 
 
 def is_gzip_name(name: str) -> bool:
@@ -17,23 +24,67 @@ def is_gzip_name(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def open_batch_file(path: Path) -> Iterator[BinaryIO]:
+def open_batch_file(path: Path, *, max_bytes: int | None = None) -> Iterator[BinaryIO]:
     """Open a batch file for reading, expanded on the way if its name ends in `.gz`.
 
+    Args:
+        path: Of the file.
+        max_bytes: Of its content, expanded; no more is ever read. None for no limit.
+
     Raises:
-        FileRefused: It may not be read, or is no whole gzip file; also raised by reads in the body.
+        FileRefused: It is too large, may not be read, or is no whole gzip file; also raised by
+            reads in the body.
     """
     try:
         with path.open("rb") as file:
             if is_gzip_name(path.name):
                 with gzip.GzipFile(fileobj=file) as expanded:
-                    yield cast(BinaryIO, expanded)
+                    yield _limited(expanded, max_bytes)
             else:
+                _check_size(path, max_bytes)
                 yield file
     except PermissionError as error:
         raise FileRefused(f"it cannot be read: {error.strerror}") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise FileRefused(f"it is not a whole gzip file: {error}") from error
+
+
+def _check_size(path: Path, max_bytes: int | None) -> None:
+    size = path.stat().st_size
+    if max_bytes is not None and size > max_bytes:
+        raise FileRefused(
+            f"it has {size:,} bytes, more than the {max_bytes:,} that {_MAX_BYTES_SETTING} allows;"
+            " cut it into several files, or raise the setting"
+        )
+
+
+def _limited(expanded: gzip.GzipFile, max_bytes: int | None) -> BinaryIO:
+    if max_bytes is None:
+        return cast(BinaryIO, expanded)
+    return io.BufferedReader(_Limited(expanded, max_bytes), _BLOCK_BYTES)
+
+
+class _Limited(io.RawIOBase):
+    """Refuses to expand more than so many bytes: a small file may hold any amount of them."""
+
+    def __init__(self, expanded: gzip.GzipFile, max_bytes: int) -> None:
+        self._expanded = expanded
+        self._max_bytes = self._left = max_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view = memoryview(buffer).cast("B")
+        data = self._expanded.read1(len(view))
+        self._left -= len(data)
+        if self._left < 0:
+            raise FileRefused(
+                f"it expands to more than the {self._max_bytes:,} bytes that {_MAX_BYTES_SETTING}"
+                " allows; cut it into several files, or raise the setting"
+            )
+        view[: len(data)] = data
+        return len(data)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ def admission_settings(settings: Settings) -> AdmissionSettings:
     return AdmissionSettings(
         requests_per_chunk=settings.requests_per_chunk,
         max_line_bytes=settings.max_line_bytes,
+        max_file_bytes=settings.max_file_bytes,
+        max_requests_per_batch=settings.max_requests_per_batch,
+        on_oversize=settings.on_oversize,
         line_policy=settings.line_policy,
         model_required=ANY_MODEL not in settings.model_aliases,
         answer_settings=settings.answer_settings(),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from batch_orchestration.domain.batches import MAX_REQUESTS_PER_BATCH
 from batch_orchestration.domain.chunks import Chunk
 from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.domain.requests import (
@@ -20,14 +21,16 @@ from batch_orchestration.storage.lines import RawLine, new_digest, read_lines
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingRules:
-    """What a line must keep to.
+    """What a line must keep to, and where the file is cut.
 
     Attributes:
+        requests_per_batch: No chunk reaches beyond a multiple of it.
         model_required: False if something else than the body says which model answers.
     """
 
     requests_per_chunk: int
     max_line_bytes: int
+    requests_per_batch: int = MAX_REQUESTS_PER_BATCH
     model_required: bool = True
 
 
@@ -58,7 +61,7 @@ class BatchFileReading:
         self._rules = rules
         self._examine = examine
         self._sha256 = hashlib.sha256()
-        self._chunks = _ChunkCutter(rules.requests_per_chunk)
+        self._chunks = _ChunkCutter(rules.requests_per_chunk, rules.requests_per_batch)
         self._first_lines: dict[bytes, int] = {}
 
     def read(self, file: BinaryIO) -> Iterator[Request | Fault]:
@@ -97,7 +100,7 @@ class BatchFileReading:
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
-        """The chunks, in file order; none if there is no request."""
+        """The chunks, in file order, numbered through all parts; none if there is no request."""
         return self._chunks.all()
 
     def _observe(self, data: bytes) -> None:
@@ -141,8 +144,9 @@ class _ChunkCutter:
     Blank lines belong to the chunk before them, those at the top of the file to the first.
     """
 
-    def __init__(self, requests_per_chunk: int) -> None:
+    def __init__(self, requests_per_chunk: int, requests_per_batch: int) -> None:
         self._requests_per_chunk = requests_per_chunk
+        self._requests_per_batch = requests_per_batch
         self._done: list[Chunk] = []
         self._first = RawLine(1, 0, 0, 0, b"", too_long=False, blank=True)
         self._requests = 0
@@ -176,7 +180,8 @@ class _ChunkCutter:
 
     @property
     def _full(self) -> bool:
-        return self._requests == self._requests_per_chunk
+        at_border = (self._first.index + self._requests) % self._requests_per_batch == 0
+        return self._requests == self._requests_per_chunk or (self._requests > 0 and at_border)
 
     def _cut(self) -> Chunk:
         return Chunk(

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from batch_orchestration.domain.batches import LinePolicy
+from batch_orchestration.domain.batches import LinePolicy, OnOversize
 from batch_orchestration.domain.requests import Fault
 from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.verdicts import Rejected
@@ -26,9 +26,14 @@ _OTHER_FORMATS = (
 
 
 def refusal(
-    reading: BatchFileReading, *, line_policy: LinePolicy, requests_per_chunk: int
+    reading: BatchFileReading,
+    *,
+    line_policy: LinePolicy,
+    requests_per_chunk: int,
+    max_requests_per_batch: int,
+    on_oversize: OnOversize,
 ) -> str | None:
-    """Return why a file that has been read cannot be a batch; None if it can."""
+    """Return why a file that has been read can be no batch, nor several; None if it can."""
     if not reading.size_bytes:
         return "the file is empty"
     if not reading.requests:
@@ -41,9 +46,16 @@ def refusal(
             f"{reading.faulty:,} of its {reading.requests:,} requests are faulty,"
             " and the line policy is strict"
         )
-    if len(reading.chunks) > MAX_CHUNKS:
+    if on_oversize is OnOversize.REJECT and reading.requests > max_requests_per_batch:
         return (
-            f"{reading.requests:,} requests in chunks of {requests_per_chunk} are more than"
+            f"its {reading.requests:,} requests are more than the {max_requests_per_batch:,} that"
+            " BATCH_MAX_REQUESTS_PER_BATCH allows, and BATCH_ON_OVERSIZE is reject; cut it into"
+            " several files, or have it split"
+        )
+    requests = min(reading.requests, max_requests_per_batch)
+    if requests > MAX_CHUNKS * requests_per_chunk:
+        return (
+            f"{requests:,} requests in chunks of {requests_per_chunk} are more than"
             f" {MAX_CHUNKS:,} chunks; raise BATCH_REQUESTS_PER_CHUNK"
         )
     return None

@@ -33,6 +33,7 @@ def free_batch_id(folder: DataFolder, file_name: str, identity: str) -> str:
         candidate = batch_id(file_name, identity, digits=digits)
         places = (
             folder.plan_path(candidate).parent,
+            folder.submission_path(candidate).parent,
             folder.journal_path(candidate, 0).parent,
             folder.outbox_path(candidate),
         )
@@ -41,10 +42,16 @@ def free_batch_id(folder: DataFolder, file_name: str, identity: str) -> str:
     raise StorageError(f"every id for {file_name} is taken, the longest is {candidate}")
 
 
-def write_fault_journals(
-    work: Path, plan: BatchPlan, faults: Iterable[Fault], *, at: float
-) -> None:
+def find_submission(identity: str, *, folder: DataFolder) -> str | None:
+    """Return the id of the submission with this identity; None if none has."""
+    alike = (name for name in folder.submission_ids() if identity[:ID_HASH_DIGITS] in name)
+    return next((name for name in alike if folder.read_submission(name).identity == identity), None)
+
+
+def write_fault_journals(work: Path, plan: BatchPlan, faults: Iterable[Fault], *, at: float) -> int:
     """Settle faulty lines, so that the run finds them answered: journals beside the plan.
+
+    Returns how many there are.
 
     Args:
         work: Folder that will be the batch's.
@@ -54,6 +61,7 @@ def write_fault_journals(
     """
     provenance = Provenance(run_id=ADMISSION_RUN_ID, settings_hash=plan.settings_hash)
     size = plan.chunks[0].requests  # of every chunk but the last
+    written = 0
     for number, of_chunk in itertools.groupby(faults, key=lambda fault: fault.index // size):
         path = work / _STAGED_JOURNALS / f"{number:05d}.journal"
         with Journal.open(
@@ -61,7 +69,9 @@ def write_fault_journals(
         ) as journal:
             for fault in of_chunk:
                 journal.record_outcome(fault.index, fault.as_failure(), 0, at)
+                written += 1
             journal.sync()
+    return written
 
 
 def register_batch(folder: DataFolder, store: Store, batch_id: str, *, at: float) -> None:

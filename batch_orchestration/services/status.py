@@ -7,6 +7,7 @@ from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchOptions, Bat
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import BatchNotFound, StoreLocked
 from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.services.registration import find_submission
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration.telemetry.progress import Progress, read_progress
@@ -180,6 +181,10 @@ def _if_there(path: Path) -> Path | None:
 
 
 def find_identity(identity: str, *, folder: DataFolder) -> str | None:
-    """Return the id of the batch with this identity, from the plans alone; None if none has."""
+    """Return the id of the batch or submission with this identity, from files alone.
+
+    None if none has.
+    """
     alike = (name for name in folder.batch_ids() if identity[:ID_HASH_DIGITS] in name)
-    return next((name for name in alike if folder.read_plan(name).identity == identity), None)
+    found = next((name for name in alike if folder.read_plan(name).identity == identity), None)
+    return found or find_submission(identity, folder=folder)

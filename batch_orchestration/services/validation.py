@@ -11,7 +11,6 @@ from batch_orchestration.services.admission import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, open_batch_file
 from batch_orchestration.services.dropped_files import reason_to_ignore
 from batch_orchestration.services.line_reading import BatchFileReading
-from batch_orchestration.services.refusals import refusal
 from batch_orchestration.services.sidecars import find_sidecar, read_options
 
 #: Faults that a report lists; of the others it only has the number.
@@ -27,6 +26,7 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
         lines: Blank ones included.
         requests: Non-blank lines, faulty ones included.
         chunks: Into how many it would be cut.
+        parts: How many batches it would become, one after the other.
         faults: The first of them, in file order.
         faults_not_listed: How many more there are.
     """
@@ -38,6 +38,7 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     faulty: int
     chunks: int
+    parts: int
     faults_by_code: dict[str, int]
     faults: tuple[Fault, ...]
     faults_not_listed: int
@@ -88,6 +89,7 @@ def validate(
         requests=reading.requests,
         faulty=reading.faulty,
         chunks=len(reading.chunks),
+        parts=-(-reading.requests // settings.max_requests_per_batch),
         faults_by_code={str(code): count for code, count in reading.faults_by_code.items()},
         faults=tuple(faults),
         faults_not_listed=reading.faulty - len(faults),
@@ -101,12 +103,8 @@ def _read(
     faults: list[Fault],
     max_listed_faults: int,
 ) -> str | None:
-    with open_batch_file(path) as file:
+    with open_batch_file(path, max_bytes=settings.max_file_bytes) as file:
         for parsed in reading.read(file):
             if isinstance(parsed, Fault) and len(faults) < max_listed_faults:
                 faults.append(parsed)
-    return refusal(
-        reading,
-        line_policy=settings.line_policy,
-        requests_per_chunk=settings.requests_per_chunk,
-    )
+    return settings.refusal(reading)

@@ -27,11 +27,36 @@ class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):
         )
 
 
-class AlreadyAdmitted(msgspec.Struct, frozen=True, kw_only=True, tag="already_admitted"):
-    """The same content with the same options is a batch already.
+class Split(msgspec.Struct, frozen=True, kw_only=True, tag="split"):
+    """The file has more requests than a batch may have: it is a submission, in several parts.
 
     Attributes:
-        batch_id: Of the first.
+        submission: Its id.
+        parts: Ids of the batches that it becomes as there is room, in file order.
+        requests: Non-blank lines, faulty ones included.
+        faulty: How many of them will be rows of the error file, unasked.
+    """
+
+    submission: str
+    file_name: str
+    parts: tuple[str, ...]
+    requests: int
+    faulty: int
+
+    def __str__(self) -> str:
+        refused = f", {self.faulty:,} of them refused by their line" if self.faulty else ""
+        return (
+            f"{self.file_name}: {self.requests:,} requests{refused}, more than a batch may have;"
+            f" split as {self.submission} into {len(self.parts)} parts, which are admitted one"
+            f" after the other and delivered as one file"
+        )
+
+
+class AlreadyAdmitted(msgspec.Struct, frozen=True, kw_only=True, tag="already_admitted"):
+    """The same content with the same options is a batch already, or a submission.
+
+    Attributes:
+        batch_id: Of the first, or of its submission.
         kept_as: Where the file was put.
     """
 
@@ -84,5 +109,5 @@ class Released(msgspec.Struct, frozen=True, kw_only=True, tag="released"):
         return f"{self.file_name}: {self.reason}; it is back in the inbox as {self.released_path}"
 
 
-Admission = Admitted | AlreadyAdmitted | Rejected
+Admission = Admitted | Split | AlreadyAdmitted | Rejected
 Verdict = Admission | Released

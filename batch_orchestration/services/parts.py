@@ -1,0 +1,114 @@
+"""Parts of submissions: those that wait, and their admission as room appears.
+
+A waiting part lies ready in its submission's folder, and one rename makes it a batch. So a crash
+at any point leaves it waiting, or a batch that the store has yet to be told of.
+"""
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+
+import filelock
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.errors import BatchNotFound
+from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.domain.submissions import submission_of
+from batch_orchestration.services.registration import (
+    admission_lock,
+    register_batch,
+    register_unlisted,
+)
+from batch_orchestration.storage.files import DataFolder, sync_folder
+from batch_orchestration.storage.store import Store
+
+#: Of a tick's 60 s; who admits a file holds the lock for as long as it takes to write its plan.
+_LOCK_TIMEOUT_SECONDS = 10.0
+
+
+def waiting_parts(folder: DataFolder) -> list[BatchPlan]:
+    """Return the parts that are not admitted yet: by priority, then by age, in file order."""
+    found = (folder.read_waiting_part(part_id) for part_id in folder.waiting_part_ids())
+    return sorted((plan for plan in found if plan is not None), key=_turn)
+
+
+def _turn(plan: BatchPlan) -> tuple[int, float, str, int]:
+    assert plan.part is not None
+    return (-plan.options.priority, plan.created_at, plan.part.submission, plan.part.number)
+
+
+def parts_with_room(
+    waiting: Sequence[BatchPlan], *, unfinished: int, max_unfinished: int
+) -> Sequence[BatchPlan]:
+    """Decide which of the waiting parts can be admitted now, given so many unfinished batches."""
+    return waiting[: max(0, max_unfinished - unfinished)]
+
+
+def admit_part(part_id: str, *, folder: DataFolder, store: Store, at: float) -> BatchPlan:
+    """Make a waiting part a batch, and return its plan; one that is a batch already stays so.
+
+    Raises:
+        BatchNotFound: There is no such part.
+        TimeoutError: A file is being admitted, and goes on for long.
+    """
+    with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
+        waiting, target = folder.waiting_part_path(part_id), folder.plan_path(part_id).parent
+        with contextlib.suppress(FileNotFoundError):  # admitted before
+            waiting.rename(target)
+            sync_folder(folder.batches)
+            sync_folder(waiting.parent)
+        register_batch(folder, store, part_id, at=at)
+    return folder.read_plan(part_id)
+
+
+def admit_parts(
+    folder: DataFolder, store: Store, *, max_unfinished: int, at: float
+) -> list[BatchPlan]:
+    """Admit the parts for which there is room; return them.
+
+    Also tells the store of those that a crash kept from it. Cheap where nothing was ever split.
+
+    Args:
+        folder: The data folder.
+        store: The store.
+        max_unfinished: With so many unfinished batches, parts wait.
+        at: POSIX seconds.
+
+    Raises:
+        StorageError: The store cannot be asked or told.
+    """
+    if not folder.submission_ids():
+        return []
+    records = store.batches()
+    with contextlib.suppress(filelock.Timeout):  # the next tick comes soon
+        if any(_unlisted(folder, {record.batch_id for record in records})):
+            with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
+                register_unlisted(folder, store, at=at)
+            records = store.batches()
+        unfinished = sum(record.status not in FINAL for record in records)
+        ready = parts_with_room(
+            waiting_parts(folder), unfinished=unfinished, max_unfinished=max_unfinished
+        )
+        return [admit_part(plan.batch_id, folder=folder, store=store, at=at) for plan in ready]
+    return []
+
+
+def _unlisted(folder: DataFolder, known: Collection[str]) -> Iterator[str]:
+    with os.scandir(folder.batches) as entries:
+        for entry in entries:
+            if submission_of(entry.name) is not None and entry.name not in known:
+                yield entry.name
+
+
+def plan_of(batch_id: str, *, folder: DataFolder) -> BatchPlan:
+    """Return the plan of a batch, also of a part that waits to be one.
+
+    Raises:
+        BatchNotFound: There is neither.
+    """
+    try:
+        return folder.read_plan(batch_id)
+    except BatchNotFound:
+        if (waiting := folder.read_waiting_part(batch_id)) is not None:
+            return waiting
+        raise
