@@ -133,7 +133,10 @@ class Settings(BaseSettings):
     max_attempts: int = Field(5, ge=1, description="Attempts of a request before it is given up.")
     retry_base_delay_seconds: float = Field(0.5, ge=0, description="Back-off before attempt 2.")
     retry_max_delay_seconds: float = Field(30.0, ge=0, description="Back-off grows up to this.")
-    chunks_per_run: int = Field(200, ge=1, le=500, description="Chunks that one run takes at most.")
+    chunks_per_run: int = Field(50, ge=1, le=500, description="Chunks that one run takes at most.")
+    priority_ageing_seconds: float = Field(
+        600, gt=0, description="Of waiting, for one more point of priority."
+    )
 
     # Estimates
     price_per_gpu_hour: float | None = Field(

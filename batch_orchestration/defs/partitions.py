@@ -38,13 +38,13 @@ def has_partitions(instance: dg.DagsterInstance, batch_id: str) -> bool:
     return instance.has_dynamic_partition(str(batches.name), batch_id)
 
 
-def batch_tags(batch: BatchRecord) -> dict[str, str]:
-    """Return the tags of every run about this batch."""
+def batch_tags(batch: BatchRecord, *, priority: int) -> dict[str, str]:
+    """Return the tags of every run about this batch; higher priorities go first."""
     model = batch.options.model or batch.model
     submission = submission_of(batch.batch_id)
     return {
         BATCH_TAG: batch.batch_id,
-        PRIORITY_TAG: str(batch.options.priority),
+        PRIORITY_TAG: str(priority),
         **({MODEL_TAG: model} if model else {}),
         **({SUBMISSION_TAG: submission} if submission else {}),
     }

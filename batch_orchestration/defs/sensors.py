@@ -23,6 +23,7 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.ordering import OrderPolicy
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dispatch import (
@@ -33,6 +34,7 @@ from batch_orchestration.services.dispatch import (
     unfinished_batches,
 )
 from batch_orchestration.services.parts import admit_parts
+from batch_orchestration.services.service_order import order_batches
 from batch_orchestration.storage.files import DataFolder
 
 CLAIM_TAG = "claim"
@@ -112,12 +114,16 @@ def dispatch_sensor(
         for part in admit_parts(folder, store, max_unfinished=limit, at=now):
             context.log.info(f"admitted: {part.batch_id}, {part.requests:,} requests")
         batches = _known_to_dagster(context.instance, unfinished_batches(store), folder)
+        policy = OrderPolicy(ageing_seconds=settings.priority_ageing_seconds)
+        places = order_batches(batches, store, now=now, policy=policy)
+        records = {batch.batch_id: batch for batch in batches}
         verdict = dispatch(
-            batches,
+            [records[place.candidate.id] for place in places],
             known_runs(context.instance, [batch.batch_id for batch in batches], now=now),
             reports=store.chunk_reports,
             chunks_per_run=settings.chunks_per_run,
             now=now,
+            priorities={place.candidate.id: place.points for place in places},
         )
     except StorageError as error:
         return dg.SkipReason(f"the store cannot be read now: {error}")
@@ -153,7 +159,8 @@ def _known_to_dagster(
 
 
 def _request(needed: NeededRun) -> dg.RunRequest:
-    batch_id, tags = needed.batch.batch_id, batch_tags(needed.batch)
+    batch_id = needed.batch.batch_id
+    tags = batch_tags(needed.batch, priority=needed.priority)
     if needed.chunks is None:
         return dg.RunRequest(
             needed.key, job_name=deliver_batch.name, partition_key=batch_id, tags=tags

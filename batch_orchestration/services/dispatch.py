@@ -18,8 +18,12 @@ MAX_FAILURES = 3
 #: Wait after the first failure, doubled by each further one, up to the longest.
 BACKOFF_SECONDS = 30.0
 LONGEST_BACKOFF_SECONDS = 900.0
-#: Dagster creates runs one by one, and one over 200 partitions takes it 3 to 5 s.
+#: Dagster creates runs one by one, and one over 50 partitions takes it a second.
 MAX_NEW_RUNS = 4
+#: Answering runs that wait for the engine, those of more urgent batches included, beyond which a
+#: batch gets no further one: enough for the engine to go on until the next tick, and so few that
+#: hardly any was asked for before what is urgent now.
+MAX_QUEUED_RUNS = 2
 
 UNFINISHED = frozenset({BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING})
 
@@ -43,6 +47,7 @@ class KnownRun:
         chunks: Numbers of the chunks that it is about; None for a run that makes the output.
         ended_at: POSIX seconds; 0 while it is live.
         reason: Why it was stopped.
+        queued: Whether it is live, but has not begun.
     """
 
     run_id: str
@@ -51,6 +56,7 @@ class KnownRun:
     state: RunState
     ended_at: float = 0.0
     reason: str = ""
+    queued: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +66,13 @@ class NeededRun:
     Attributes:
         chunks: Consecutive chunks to answer; None for the run that makes the output.
         attempt: How many runs of this batch ended before.
+        priority: Among the runs that wait for the engine; higher goes first.
     """
 
     batch: BatchRecord
     chunks: range | None
     attempt: int
+    priority: int
 
     @property
     def key(self) -> str:
@@ -89,15 +97,12 @@ class Dispatch:
 
 
 def unfinished_batches(store: Store) -> list[BatchRecord]:
-    """Return the batches that still need runs: by priority, then in the order of admission.
+    """Return the batches that still need runs, in no order.
 
     Raises:
         StorageError: The store cannot be read.
     """
-    unfinished = [record for record in store.batches() if record.status in UNFINISHED]
-    return sorted(
-        unfinished, key=lambda batch: (-batch.options.priority, min(batch.times.values()))
-    )
+    return [record for record in store.batches() if record.status in UNFINISHED]
 
 
 def dispatch(
@@ -107,17 +112,19 @@ def dispatch(
     reports: Callable[[str], Mapping[int, ChunkReport]],
     chunks_per_run: int,
     now: float,
+    priorities: Mapping[str, int] | None = None,
 ) -> Dispatch:
     """Decide which runs are needed, at most `MAX_NEW_RUNS` of them.
 
     Asking again before the runs show among `runs` gives the same runs with the same keys.
 
     Args:
-        batches: Those of `unfinished_batches`.
+        batches: The unfinished ones, in the order of service.
         runs: All runs of these batches that Dagster knows, in any order.
         reports: Looks up the committed chunks of a batch: `Store.chunk_reports`.
         chunks_per_run: Upper bound of the chunks in a run.
         now: POSIX seconds.
+        priorities: Of the runs, by batch id; without it that of the batch.
 
     Raises:
         StorageError: The store cannot be read.
@@ -127,16 +134,22 @@ def dispatch(
         runs_by_batch.setdefault(run.batch_id, []).append(run)
     needed: list[NeededRun] = []
     waiting: list[str] = []
+    queued = 0
     for batch in batches:
         known = runs_by_batch.get(batch.batch_id, [])
         committed = reports(batch.batch_id)
         last_commit_at = max((report.committed_at for report in committed.values()), default=0.0)
-        for run_needed in _remaining(batch, committed, known, chunks_per_run):
+        priority = (priorities or {}).get(batch.batch_id, batch.options.priority)
+        queued += sum(run.queued and run.chunks is not None for run in known)
+        for run_needed in _remaining(batch, committed, known, chunks_per_run, priority):
             reason = _reason_to_wait(run_needed, known, last_commit_at=last_commit_at, now=now)
-            if reason is None:
-                needed.append(run_needed)
-            else:
+            if reason is not None:
                 waiting.append(f"{run_needed.title}: {reason}")
+            elif run_needed.chunks is None:
+                needed.append(run_needed)
+            elif queued < MAX_QUEUED_RUNS:
+                queued += 1
+                needed.append(run_needed)
     return Dispatch(needed=tuple(needed[:MAX_NEW_RUNS]), waiting=tuple(waiting))
 
 
@@ -147,17 +160,21 @@ def backoff_left(failures: int, ended_at: float, *, now: float) -> float:
 
 
 def _remaining(
-    batch: BatchRecord, committed: Iterable[int], known: Sequence[KnownRun], chunks_per_run: int
+    batch: BatchRecord,
+    committed: Iterable[int],
+    known: Sequence[KnownRun],
+    chunks_per_run: int,
+    priority: int,
 ) -> Iterator[NeededRun]:
     """Yield what no live run is about: runs over missing chunks, or the one for the output."""
     live = [run for run in known if run.state is RunState.LIVE]
     attempt = len(known) - len(live)
     missing = sorted(set(range(batch.chunks)).difference(committed))
     if not missing and all(run.chunks is not None for run in live):
-        yield NeededRun(batch=batch, chunks=None, attempt=attempt)
+        yield NeededRun(batch=batch, chunks=None, attempt=attempt, priority=priority)
     open_numbers = [n for n in missing if all(n not in (run.chunks or ()) for run in live)]
     for chunks in _consecutive(open_numbers, chunks_per_run):
-        yield NeededRun(batch=batch, chunks=chunks, attempt=attempt)
+        yield NeededRun(batch=batch, chunks=chunks, attempt=attempt, priority=priority)
 
 
 def _consecutive(numbers: Sequence[int], longest: int) -> Iterator[range]:

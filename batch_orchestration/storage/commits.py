@@ -1,6 +1,7 @@
 """Statements of one transaction: what a batch and a chunk are made of in the store."""
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
 import duckdb
@@ -178,6 +179,18 @@ def chunk_reports(
     rest = f"{where} AND status = 'committed' ORDER BY chunk"
     found = rows.select(db, "chunks", rows.CHUNK_REPORTS, rest, parameters)
     return [rows.chunk_report(row) for row in found]
+
+
+def tokens_since(db: duckdb.DuckDBPyConnection, moment: datetime) -> dict[str, int]:
+    """Return the tokens of the chunks committed since then, by batch id."""
+    return {
+        batch_id: int(tokens)
+        for batch_id, tokens in db.execute(
+            "SELECT batch_id, sum(prompt_tokens + completion_tokens) FROM chunks"
+            " WHERE status = 'committed' AND committed_at >= ? GROUP BY batch_id",
+            [moment],
+        ).fetchall()
+    }
 
 
 def settled_requests(

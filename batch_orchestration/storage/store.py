@@ -131,6 +131,11 @@ class Store:
             reports = commits.chunk_reports(db, "WHERE batch_id = ?", [batch_id])
         return {report.number: report for report in reports}
 
+    def tokens_since(self, at: float) -> dict[str, int]:
+        """Return the tokens, prompt and answer, of the chunks committed since, by batch id."""
+        with self._reading() as db:
+            return commits.tokens_since(db, rows.timestamp(at))
+
     def batch(self, batch_id: str) -> BatchRecord:
         """Return a batch.
 

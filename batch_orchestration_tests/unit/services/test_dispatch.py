@@ -11,6 +11,7 @@ from batch_orchestration.services.dispatch import (
     LONGEST_BACKOFF_SECONDS,
     MAX_FAILURES,
     MAX_NEW_RUNS,
+    MAX_QUEUED_RUNS,
     KnownRun,
     RunState,
     backoff_left,
@@ -85,20 +86,58 @@ def ranges(verdict):
 
 
 def test_a_new_batch_is_cut_into_runs():
-    assert ranges(decide(chunks=5, per_run=2)) == [(0, 2), (2, 4), (4, 5)]
+    assert ranges(decide(chunks=3, per_run=2)) == [(0, 2), (2, 3)]
 
 
-def test_no_more_runs_are_asked_for_than_dagster_can_create_in_a_tick():
-    assert len(decide(chunks=100, per_run=1).needed) == MAX_NEW_RUNS
+def test_no_more_runs_wait_for_the_engine_than_are_useful():
+    """What runs does not wait; what is queued does."""
+    running = make_run((0, 1), RunState.LIVE)
+    queued = make_run((1, 2), RunState.LIVE, queued=True)
+
+    assert ranges(decide(chunks=100, per_run=1)) == [(0, 1), (1, 2)]
+    assert ranges(decide([running, queued], chunks=100, per_run=1)) == [(2, 3)]
+    assert ranges(decide([queued, queued], chunks=100, per_run=1)) == []
+
+
+def test_an_urgent_batch_gets_its_run_however_many_others_are_queued():
+    queued = [make_run((number, number + 1), RunState.LIVE, queued=True) for number in range(9)]
+    urgent, big = make_record("urgent-00000001", chunks=9), make_record(chunks=100)
+
+    verdict = dispatch(
+        [urgent, big],
+        queued,
+        reports=lambda _: {},
+        chunks_per_run=1,
+        now=NOW,
+        priorities={"urgent-00000001": 11},
+    )
+
+    assert [needed.batch.batch_id for needed in verdict.needed] == ["urgent-00000001"] * 2
+    assert [needed.priority for needed in verdict.needed] == [11, 11]
+
+
+def test_outputs_do_not_wait_behind_runs_that_wait_for_the_engine():
+    records = [make_record(f"done-{number:08d}", chunks=1) for number in range(MAX_NEW_RUNS + 1)]
+    queued = [make_run((0, 1), RunState.LIVE, queued=True)] * MAX_QUEUED_RUNS
+    done = make_reports([0])
+
+    verdict = dispatch(
+        [make_record(chunks=9), *records],
+        queued,
+        reports=lambda batch_id: {} if batch_id == BATCH else done,
+        chunks_per_run=1,
+        now=NOW,
+    )
+
+    assert [needed.chunks for needed in verdict.needed] == [None] * MAX_NEW_RUNS
 
 
 def test_a_run_has_no_gaps_and_keeps_to_the_grid_of_the_first_attempt():
-    assert ranges(decide(chunks=9, committed=[0, 1, 5], per_run=4)) == [
-        (2, 4),
-        (4, 5),
-        (6, 8),
-        (8, 9),
-    ]
+    first = decide(chunks=9, committed=[0, 1, 5], per_run=4)
+    live = [make_run((2, 4), RunState.LIVE), make_run((4, 5), RunState.LIVE)]
+
+    assert ranges(first) == [(2, 4), (4, 5)]
+    assert ranges(decide(live, chunks=9, committed=[0, 1, 5], per_run=4)) == [(6, 8), (8, 9)]
 
 
 def test_what_a_live_run_is_about_is_not_asked_for_again():
