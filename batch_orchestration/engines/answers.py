@@ -19,6 +19,8 @@ _CONTEXT_LENGTH = re.compile(
     r"|model's context length|exceeds? (the )?(available |model's )?context (size|length|window)",
     re.IGNORECASE,
 )
+#: How vLLM's engine, when it is told to end, finishes all that it has: status 200 and half a text.
+ABORTED = "abort"
 _SECONDS = re.compile(r"\d+(\.\d+)?", re.ASCII)
 _MODEL_NOT_FOUND = re.compile(
     r"model_not_found|\bmodel\b.*(does not exist|not found)|no such model", re.IGNORECASE
@@ -90,13 +92,19 @@ def _read_success(
         status=status,
         body=msgspec.Raw(body),
         request_id=_request_id(headers, answer.id),
-        finish_reason=answer.choices[0].finish_reason if answer.choices else None,
+        finish_reason=_finish_reason(answer.choices or []),
         usage=Usage(
             prompt_tokens=usage.prompt_tokens or 0,
             completion_tokens=usage.completion_tokens or 0,
         ),
         latency_seconds=latency_seconds,
     )
+
+
+def _finish_reason(choices: list[_Choice]) -> str | None:
+    """Return the first choice's, or `ABORTED` if any choice was: then the answer is not whole."""
+    reasons = [choice.finish_reason for choice in choices]
+    return ABORTED if ABORTED in reasons else next(iter(reasons), None)
 
 
 def _decode_answer(body: bytes) -> _Answer:

@@ -90,7 +90,8 @@ class OwnServerEngine(Engine):
         """Start the server, unless it runs, and wait until it is ready. See `Engine.start`."""
         server = self._server
         fits = await asyncio.to_thread(self.ladder.fit)
-        if fits and server and server.died is None and self._process.exit_reason() is None:
+        # Asked, not remembered: it may have died with nothing in flight that would have noticed.
+        if fits and server and await server.is_well():
             return await server.start()
         self._stopped = False
         await self.disconnect()

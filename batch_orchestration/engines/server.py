@@ -13,7 +13,7 @@ import msgspec
 from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
 from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.rungs import Ladder, Rung
-from batch_orchestration.engines.answers import read_answer
+from batch_orchestration.engines.answers import ABORTED, read_answer
 from batch_orchestration.engines.base import Engine, EngineIdentity
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class ServerEngine(Engine):
 
     async def start(self) -> EngineIdentity:
         """Wait until the server answers; return who it is. See `Engine.start`."""
-        if self._identity is None or self.died is not None:
+        if self._identity is None or not await self.is_well():
             began = time.monotonic()
             async with self._open_session() as session:
                 await self._wait_until_healthy(session, began + self._start_timeout_seconds)
@@ -119,6 +119,13 @@ class ServerEngine(Engine):
             self.died = None
             self._start_seconds = time.monotonic() - began
         return self._identity
+
+    async def is_well(self) -> bool:
+        """Whether the server lives, as far as it is known, and says so itself."""
+        if self.died is not None or self._gone() is not None:
+            return False
+        async with self._open_session() as session:
+            return await self.healthy(session) and self._gone() is None
 
     async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
         """Post one request and return what became of it. See `Engine.answer`."""
@@ -130,6 +137,10 @@ class ServerEngine(Engine):
             elif outcome.status == UNAUTHORIZED:
                 # The deployment's fault, not the request's: no row of the batch should pay for it.
                 raise EngineDied(f"{self.base_url} refuses the API key: {outcome.message}")
+        elif outcome.finish_reason == ABORTED:
+            # Nobody but the engine, on its way out: the request is answered by half.
+            self.died = self.died or f"{self.base_url} aborted what it had in flight"
+            self._raise_if_dead()
         return outcome
 
     async def progress(self) -> float | None:

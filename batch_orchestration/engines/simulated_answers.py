@@ -25,6 +25,7 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         drop: Close the connection without an answer.
         garbage: Answer 200 with something that is not JSON.
         hang: Never answer.
+        abort: Answer by half, as vLLM does with all that it has when it is told to end.
         die: End the whole server at once.
         exhaust_memory: End it as one that runs out of memory.
     """
@@ -37,6 +38,7 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drop: bool = False
     garbage: bool = False
     hang: bool = False
+    abort: bool = False
     die: bool = False
     exhaust_memory: bool = False
 

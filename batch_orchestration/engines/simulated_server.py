@@ -18,6 +18,7 @@ import msgspec
 from aiohttp import web
 
 from batch_orchestration import __version__
+from batch_orchestration.engines.answers import ABORTED
 from batch_orchestration.engines.simulated_answers import (
     FINGERPRINT,
     Faults,
@@ -158,9 +159,12 @@ class SimulatedServer:
             await asyncio.sleep(_latency(dice, faults, conditions))
             if faults.fail_first is not None and attempt > faults.fail_first:
                 faults = Faults()
-            spoilt = await _spoil(request, _chance(dice, conditions) or faults)
+            faults = _chance(dice, conditions) or faults
+            spoilt = await _spoil(request, faults)
         if spoilt is not None:
             return spoilt
+        if faults.abort:
+            answer["choices"][0]["finish_reason"] = ABORTED
         self._tokens += answer["usage"]["total_tokens"]
         # As vLLM does with --enable-request-id-headers.
         echo = {name: request.headers[name] for name in ["X-Request-Id"] if name in request.headers}

@@ -1,6 +1,8 @@
 """The simulated engine keeps the contract, and fails exactly as it is told."""
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +142,50 @@ def test_a_dead_engine_refuses_work_until_it_is_started_again(engine: SimulatedE
     assert isinstance(answered, Completion)
     # The attempt was noted on disk: this request kills once, not for ever.
     assert isinstance(survived, Completion)
+    assert engine.figures()["starts"] == 2
+
+
+def test_an_engine_that_died_unnoticed_is_started_anew(engine: SimulatedEngine) -> None:
+    os.kill(engine.figures()["pid"], signal.SIGKILL)
+
+    asyncio.run(engine.start())
+
+    [outcome] = ask(engine, chat("Hello."))
+    assert isinstance(outcome, Completion)
+    assert engine.figures()["starts"] == 2
+
+
+def test_an_engine_that_runs_but_is_not_well_is_started_anew(
+    engine: SimulatedEngine, set_conditions: Callable[..., None]
+) -> None:
+    set_conditions(unhealthy=True)
+
+    async def start_meanwhile() -> None:
+        start = asyncio.create_task(engine.start())
+        while engine.figures()["starts"] == 1 and not start.done():
+            await asyncio.sleep(0.02)
+        set_conditions()
+        await start
+
+    asyncio.run(start_meanwhile())
+
+    [outcome] = ask(engine, chat("Hello."))
+    assert isinstance(outcome, Completion)
+    assert engine.figures()["starts"] == 2
+
+
+def test_an_answer_by_half_is_the_death_of_the_engine_and_no_answer(
+    engine: SimulatedEngine,
+) -> None:
+    [aborted] = ask_and_catch(engine, chat("Hello.", simulate={"abort": True, "fail_first": 1}))
+    [refused] = ask_and_catch(engine, chat("Hello."))
+    asyncio.run(engine.start())
+    [answered] = ask(engine, chat("Hello."))
+
+    assert isinstance(aborted, EngineDied)
+    assert "aborted what it had in flight" in str(aborted)
+    assert isinstance(refused, EngineDied)
+    assert isinstance(answered, Completion)
     assert engine.figures()["starts"] == 2
 
 

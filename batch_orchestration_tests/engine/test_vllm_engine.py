@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
+from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration_tests.engine_contract import (
     EngineContract,
@@ -19,11 +20,17 @@ from batch_orchestration_tests.engine_contract import (
     chat,
     parse,
 )
-from batch_orchestration_tests.engine_processes import engine_core_pid
+from batch_orchestration_tests.engine_processes import (
+    count_running,
+    engine_core_pid,
+    wait_until_unwell,
+)
 from batch_orchestration_tests.packaged_models import embedding_model_folder
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
+#: As long as the context allows: a second or more.
+LONG = [chat(f"{n}", max_tokens=480, ignore_eos=True) for n in range(20)]
 SCHEMA = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "green"]}},
@@ -72,19 +79,17 @@ def test_an_impossible_schema_is_refused_and_harms_nobody(engine: VllmEngine) ->
     assert isinstance(answered, Completion)
 
 
+@pytest.mark.parametrize("killed_by", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_engine_core_is_the_death_of_all_in_flight_and_can_be_started_again(
-    engine: VllmEngine,
+    engine: VllmEngine, killed_by: signal.Signals
 ) -> None:
-    bodies = [chat(f"{n}", max_tokens=480, ignore_eos=True) for n in range(20)]
+    asyncio.run(engine.start())
     core = engine_core_pid(engine)
 
     async def kill_meanwhile() -> tuple[list[object], float]:
-        calls = [
-            asyncio.create_task(engine.answer("/v1/chat/completions", body, request_id=f"r{n}"))
-            for n, body in enumerate(bodies)
-        ]
-        await asyncio.sleep(0.3)
-        os.kill(core, 9)
+        calls = await submit_and_halt(engine, core)
+        os.kill(core, killed_by)
+        os.kill(core, signal.SIGCONT)
         began = time.monotonic()
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         seconds = time.monotonic() - began
@@ -92,12 +97,48 @@ def test_a_killed_engine_core_is_the_death_of_all_in_flight_and_can_be_started_a
         return list(outcomes), seconds
 
     outcomes, seconds = asyncio.run(kill_meanwhile())
-    asyncio.run(engine.start())
-    answers = ask(engine, *bodies)
 
-    assert all(isinstance(outcome, EngineDied) for outcome in outcomes)
-    assert seconds < 20
+    assert [type(outcome) for outcome in outcomes] == [EngineDied] * len(LONG)
+    assert seconds < 40
+
+    asyncio.run(engine.start())
+    answers = ask(engine, *LONG)
+
     assert all(isinstance(answer, Completion) for answer in answers)
+    assert engine_core_pid(engine) != core
+
+
+async def submit_and_halt(engine: VllmEngine, core: int) -> list[asyncio.Task[Outcome]]:
+    """Submit `LONG` and halt the core while it works on all of it, however slow this machine is."""
+    for _ in range(10):
+        calls = [
+            asyncio.create_task(engine.answer("/v1/chat/completions", body, request_id=f"r{n}"))
+            for n, body in enumerate(LONG)
+        ]
+        while await count_running(engine) < len(calls) and not any(c.done() for c in calls):
+            await asyncio.sleep(0.01)
+        os.kill(core, signal.SIGSTOP)
+        # What it had answered before is delivered by the time the server answers twice.
+        await count_running(engine)
+        if await count_running(engine) == len(calls) and not any(call.done() for call in calls):
+            return calls
+        os.kill(core, signal.SIGCONT)
+        await asyncio.gather(*calls)
+    raise AssertionError("the core was never seen at work on everything")
+
+
+def test_an_engine_core_that_was_killed_with_nothing_in_flight_is_noticed_by_the_next_start(
+    engine: VllmEngine,
+) -> None:
+    asyncio.run(engine.start())
+    core = engine_core_pid(engine)
+    os.kill(core, signal.SIGKILL)
+    wait_until_unwell(engine)
+
+    asyncio.run(engine.start())
+
+    [answer] = ask(engine, chat("Hello."))
+    assert isinstance(answer, Completion)
     assert engine_core_pid(engine) != core
 
 

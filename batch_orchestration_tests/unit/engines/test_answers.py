@@ -5,7 +5,7 @@ import pytest
 from multidict import CIMultiDict
 
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Usage
-from batch_orchestration.engines.answers import read_answer
+from batch_orchestration.engines.answers import ABORTED, read_answer
 
 CHAT = b'{"id": "chatcmpl-1", "choices": [{"index": 0, "finish_reason": "stop"}, {}], "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}}'  # noqa: E501
 
@@ -57,6 +57,12 @@ def test_an_answer_without_the_usual_fields_is_an_answer_all_the_same(body: byte
     assert bytes(outcome.body) == body
     assert outcome.usage == Usage()
     assert outcome.finish_reason is None
+
+
+def test_an_answer_is_aborted_if_any_of_its_choices_is() -> None:
+    body = b'{"choices": [{"finish_reason": "stop"}, {"finish_reason": "abort"}]}'
+
+    assert completion(body).finish_reason == ABORTED
 
 
 @pytest.mark.parametrize(
