@@ -106,6 +106,12 @@ def output_metadata(report: AssemblyReport) -> Metadata:
         "error_file": dg.MetadataValue.path(files.errors),
         "report": dg.MetadataValue.md(report.text),
     }
+    if report.submission is not None:
+        whole = report.submission
+        metadata["submission"] = whole.submission_id
+        metadata["submission_output_file"] = dg.MetadataValue.path(whole.files.output)
+        metadata["submission_error_file"] = dg.MetadataValue.path(whole.files.errors)
+        metadata["submission_report"] = dg.MetadataValue.md(whole.text)
     if tally.failures_by_code:
         metadata["failures_by_code"] = _counts_table(tally.failures_by_code)
     return metadata

@@ -13,9 +13,11 @@ from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.errors import DiskFull
 from batch_orchestration.services.assembly import (
     AssemblyReport,
-    OutboxFiles,
     assemble,
     assembly_lock_path,
+)
+from batch_orchestration.services.outbox import (
+    OutboxFiles,
     make_writable,
     unwritable,
     write_lines,

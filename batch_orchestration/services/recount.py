@@ -9,7 +9,7 @@ import msgspec
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.output_lines import output_line_id
-from batch_orchestration.services.assembly import OutboxFiles
+from batch_orchestration.services.outbox import OutboxFiles
 
 
 class _LineHead(msgspec.Struct):

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError, StoreLocked
-from batch_orchestration.services.assembly import OutboxFiles, assemble
+from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.committer import busy_seconds, settled_requests
+from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.registration import admission_lock, register_batch
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import read_journal

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord, ChunkReport
+from batch_orchestration.domain.submissions import Submission
 from batch_orchestration.services.tallies import Tally
 
 #: More chunks than these are summed up by the slowest.
@@ -150,6 +151,65 @@ def _files(outbox: str, tally: Tally) -> str:
         f"- `output.jsonl`: {tally.completed:,} answers\n"
         f"- `errors.jsonl`: {tally.failed:,} failures\n"
     ).rstrip()
+
+
+def render_submission_report(
+    submission: Submission,
+    parts: Sequence[BatchRecord],
+    failures_by_code: Mapping[str, int],
+    *,
+    outbox: str,
+) -> str:
+    """Return the report of a submission whose parts have all ended, as Markdown.
+
+    Args:
+        submission: What was split.
+        parts: In file order.
+        failures_by_code: Of all parts.
+        outbox: Folder of the submission's files, as a person would write it.
+    """
+    completed = sum(part.completed for part in parts)
+    failed = sum(part.failed for part in parts)
+    figures: list[Row] = [
+        ("File", submission.file_name),
+        ("Requests", f"{submission.requests:,}, in {len(parts):,} parts"),
+        ("Answered", f"{completed:,}"),
+        ("Failed", f"{failed:,} ({failed / max(1, submission.requests):.2%})"),
+        ("Refused at admission", f"{submission.faulty:,}"),
+        ("Prompt tokens", f"{sum(part.prompt_tokens for part in parts):,}"),
+        ("Completion tokens", f"{sum(part.completion_tokens for part in parts):,}"),
+        ("Split", _moment(submission.created_at)),
+        *((f"Metadata `{key}`", text) for key, text in submission.options.metadata.items()),
+    ]
+    codes = sorted(failures_by_code.items(), key=lambda item: -item[1])
+    rows = [
+        (
+            part.batch_id,
+            str(part.status),
+            f"{part.total:,}",
+            f"{part.completed:,}",
+            f"{part.failed:,}",
+            f"{part.completion_tokens:,}",
+        )
+        for part in parts
+    ]
+    head = ("Part", "Status", "Requests", "Answered", "Failed", "Completion tokens")
+    sections = [
+        f"# {submission.submission_id}",
+        f"{completed:,} of {submission.requests:,} requests answered, {failed:,} failed.",
+        "## Figures\n\n" + _table(("", ""), figures),
+        "## Failures\n\n"
+        + _table(("Code", "Requests"), [(f"`{code}`", f"{count:,}") for code, count in codes])
+        + f"\n\nAll of them: `python -m batch_orchestration failures {submission.submission_id}`."
+        if codes
+        else "",
+        "## Parts\n\n" + _table(head, rows) + "\n\nEach has a report of its own in its folder.",
+        "## Files\n\n"
+        f"In `{outbox}`, lines of all parts in the order of the input:\n\n"
+        f"- `output.jsonl`: {completed:,} answers\n"
+        f"- `errors.jsonl`: {failed:,} failures",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,7 @@ from batch_orchestration.domain.errors import (
     OutboxUnwritable,
     StorageError,
 )
-from batch_orchestration.services import assembly
+from batch_orchestration.services import outbox
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up_shows_no_file_and_the_rerun_works(folder, store, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(assembly, "_flush", no_room)
+        patched.setattr(outbox, "flush", no_room)
         with pytest.raises((OutboxUnwritable, StorageError), match="No space left"):
             assembled(plan, folder, store)
 

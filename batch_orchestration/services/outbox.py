@@ -1,0 +1,115 @@
+"""The outbox: the files that people get, and writing requests into them line by line."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.commits import SettledRequest
+from batch_orchestration.domain.errors import AccountingError, OutboxUnwritable
+from batch_orchestration.domain.outcomes import Completion
+from batch_orchestration.domain.output_lines import output_line
+from batch_orchestration.services.tallies import Tally
+
+
+@dataclass(frozen=True)
+class OutboxFiles:
+    """What a batch leaves in its folder of the outbox, finished or not."""
+
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        """One line per answered request."""
+        return self.folder / "output.jsonl"
+
+    @property
+    def errors(self) -> Path:
+        """One line per failed request; empty if there is none."""
+        return self.folder / "errors.jsonl"
+
+    @property
+    def partial_output(self) -> Path:
+        """Those that were answered when somebody asked, while the batch is not delivered yet."""
+        return self.folder / "output.partial.jsonl"
+
+    @property
+    def partial_errors(self) -> Path:
+        """The same for those that had failed."""
+        return self.folder / "errors.partial.jsonl"
+
+    @property
+    def partial(self) -> bool:
+        """Whether there are partial files: the batch then is not delivered."""
+        return self.partial_output.exists() or self.partial_errors.exists()
+
+    @property
+    def report(self) -> Path:
+        """The figures, for people."""
+        return self.folder / "report.md"
+
+
+def write_lines(
+    batch_id: str,
+    settled: Iterable[SettledRequest],
+    output: BinaryIO,
+    errors: BinaryIO,
+    tally: Tally,
+) -> None:
+    """Write each request to one of two files, durably, and count it."""
+    for request in settled:
+        target = output if isinstance(request.outcome, Completion) else errors
+        target.write(output_line(batch_id, request))
+        tally.count(request)
+    # Whatever can fail shall fail before the first of the two is renamed.
+    flush(output)
+    flush(errors)
+
+
+def each_once(plan: BatchPlan, settled: Iterable[SettledRequest]) -> Iterator[SettledRequest]:
+    """Pass on the requests 0, 1, 2, … of the plan, every one, none twice."""
+    expected = 0
+    for request in settled:
+        if request.index != expected:
+            kind = "has no outcome" if request.index > expected else "comes twice or out of order"
+            index = min(request.index, expected)
+            raise AccountingError(f"batch {plan.batch_id}: request {index} {kind} in the store")
+        yield request
+        expected += 1
+    if expected != plan.requests:
+        raise AccountingError(
+            f"batch {plan.batch_id}: the plan has {plan.requests} requests, "
+            f"the store has outcomes of {expected}"
+        )
+
+
+def flush(file: BinaryIO) -> None:
+    """Make what was written so far survive a power loss."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def make_writable(files: OutboxFiles) -> None:
+    """Find out now, not after an hour of writing, and clear what a killed assembly left."""
+    probe = files.folder / ".probe"
+    try:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise unwritable(files, error.strerror or str(error)) from error
+    for left_over in files.folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            left_over.unlink()
+
+
+def unwritable(files: OutboxFiles, reason: str) -> OutboxUnwritable:
+    """Return the error that says what to do about it."""
+    return OutboxUnwritable(
+        f"cannot write to {files.folder}: {reason}. All answers are safe in the store: "
+        f"make room or mend the permissions, then materialize batch_output for "
+        f"{files.folder.name} again"
+    )

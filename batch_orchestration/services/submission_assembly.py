@@ -1,0 +1,178 @@
+"""Assembly of a submission: the files of its parts as one, once the last of them ends."""
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+from filelock import FileLock
+
+from batch_orchestration.domain.batches import BatchPlan, BatchStatus
+from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.errors import AccountingError, DiskFull
+from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.domain.submissions import Submission
+from batch_orchestration.services.outbox import (
+    OutboxFiles,
+    each_once,
+    flush,
+    make_writable,
+    unwritable,
+    write_lines,
+)
+from batch_orchestration.services.reports import render_submission_report
+from batch_orchestration.services.tallies import Tally
+from batch_orchestration.storage.files import DataFolder, atomic_writer, write_atomically
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmissionReport:
+    """What was assembled of a whole submission; `text` is that of its `report.md`."""
+
+    submission_id: str
+    files: OutboxFiles
+    completed: int
+    failed: int
+    text: str
+
+
+@contextlib.contextmanager
+def part_ending(
+    plan: BatchPlan, status: BatchStatus, *, folder: DataFolder, store: Store
+) -> Iterator[SubmissionReport | None]:
+    """Deliver the submission if a part is the last to end; the body then makes its status final.
+
+    The part's own files are written. Because all of this is under the submission's lock, of two
+    parts that end at the same moment the second one sees the first; and because the status comes
+    last, a crash leaves a part that is not final, whose next delivery does it again. Yields None
+    for a batch that is no part, and while other parts are unfinished.
+
+    Raises:
+        AccountingError: Requests of the submission are missing; its files are as they were.
+        OutboxUnwritable: No room or no permission; nothing is lost, do it again.
+    """
+    if plan.part is None:
+        yield None
+        return
+    submission = folder.read_submission(plan.part.submission)
+    lock = folder.submission_path(submission.submission_id).with_name("assembly.lock")
+    with FileLock(lock):
+        records = _records(submission, store)
+        if plan.batch_id in records:
+            mine = msgspec.structs.replace(records[plan.batch_id], status=status)
+            records[plan.batch_id] = mine
+        ended = len(records) == len(submission.parts) and all(
+            record.status in FINAL for record in records.values()
+        )
+        yield _assemble(submission, records, folder, store) if ended else None
+
+
+def _records(submission: Submission, store: Store) -> dict[str, BatchRecord]:
+    """Return the parts that were admitted, by id, in file order."""
+    known = {record.batch_id: record for record in store.batches()}
+    return {part_id: known[part_id] for part_id in submission.parts if part_id in known}
+
+
+def _assemble(
+    submission: Submission, records: Mapping[str, BatchRecord], folder: DataFolder, store: Store
+) -> SubmissionReport:
+    files = OutboxFiles(folder.outbox_path(submission.submission_id))
+    make_writable(files)
+    try:
+        completed, failed = _write_files(submission, records, folder, store, files)
+        failures: Counter[str] = Counter()
+        for part_id in records:
+            failures.update(store.failure_counts(part_id))
+        text = render_submission_report(
+            submission, list(records.values()), failures, outbox=str(files.folder)
+        )
+        write_atomically(files.report, text.encode())
+    except DiskFull as error:
+        raise unwritable(files, str(error)) from error
+    logger.info(
+        "%s: all %d parts have ended: %d answered, %d failed, in %s",
+        submission.submission_id, len(records), completed, failed, files.folder,
+    )  # fmt: skip
+    return SubmissionReport(
+        submission_id=submission.submission_id,
+        files=files,
+        completed=completed,
+        failed=failed,
+        text=text,
+    )
+
+
+def _write_files(
+    submission: Submission,
+    records: Mapping[str, BatchRecord],
+    folder: DataFolder,
+    store: Store,
+    files: OutboxFiles,
+) -> tuple[int, int]:
+    """Write both files and return their lines; they appear only if the sum rule holds."""
+    completed = failed = 0
+    with atomic_writer(files.output) as output, atomic_writer(files.errors) as errors:
+        for part_id, record in records.items():
+            counts = _append_files(record, folder, output, errors)
+            if counts is None:
+                logger.warning("%s: its files are taken from the store", part_id)
+                counts = _append_rows(folder.read_plan(part_id), store, output, errors)
+            completed, failed = completed + counts[0], failed + counts[1]
+        if completed + failed != submission.requests:
+            raise AccountingError(
+                f"submission {submission.submission_id} has {submission.requests} requests, its"
+                f" parts have outcomes of {completed + failed}"
+            )
+        # Whatever can fail shall fail before the first of the two is renamed.
+        flush(output)
+        flush(errors)
+    return completed, failed
+
+
+def _append_files(
+    record: BatchRecord, folder: DataFolder, output: BinaryIO, errors: BinaryIO
+) -> tuple[int, int] | None:
+    """Copy what a part delivered; None, and nothing copied, if that is not what the store has.
+
+    The outbox belongs to people: they may have taken the files away, or edited them.
+    """
+    files = OutboxFiles(folder.outbox_path(record.batch_id))
+    before = output.tell(), errors.tell()
+    counts = _append(files.output, output), _append(files.errors, errors)
+    if counts == (record.completed, record.failed):
+        return counts
+    for file, position in zip((output, errors), before, strict=True):
+        file.seek(position)
+        file.truncate()
+    return None
+
+
+def _append(path: Path, target: BinaryIO) -> int:
+    """Copy a file and return its lines; -1 if it is not there or ends in the middle of a line."""
+    lines, last = 0, b""
+    try:
+        with path.open("rb") as source:
+            while block := source.read(_BLOCK_BYTES):
+                target.write(block)
+                lines, last = lines + block.count(b"\n"), block
+    except FileNotFoundError:
+        return -1
+    return lines if not last or last.endswith(b"\n") else -1
+
+
+def _append_rows(
+    plan: BatchPlan, store: Store, output: BinaryIO, errors: BinaryIO
+) -> tuple[int, int]:
+    tally = Tally()
+    settled = each_once(plan, store.settled(plan.batch_id))
+    write_lines(plan.batch_id, settled, output, errors, tally)
+    return tally.completed, tally.failed
