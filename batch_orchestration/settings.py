@@ -82,6 +82,9 @@ class Settings(BaseSettings):
     max_unfinished_batches: int = Field(
         5, ge=1, description="With so many unfinished batches, parts of a split file wait."
     )
+    journal_retention_days: float = Field(
+        30, ge=0, description="Journals are kept so long after delivery; `recover` needs them."
+    )
     requests_per_chunk: int = Field(1000, ge=1, description="Requests per chunk (= partition).")
 
     # What is asked

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 
 import dagster as dg
@@ -31,12 +31,14 @@ from batch_orchestration.domain.errors import BatchNotFound, EngineError, PlanMi
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
+from batch_orchestration.services.retention import prune_journals
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
 CHUNKS_PER_BACKFILL_RUN = 200
 #: Within one run, where the engine stays loaded if it can. What has an outcome is not asked again.
 STEP_RETRIES = 2
 STEP_RETRY_SECONDS = 5.0
+SECONDS_PER_DAY = 86_400.0
 #: For lineage only: Dagster would otherwise look for the same key in both sets of partitions, and
 #: refuse backfills because it is not there.
 ACROSS_SETS = dg.AllPartitionMapping()
@@ -188,4 +190,17 @@ def batch_output(
     )
     if isinstance(report, PartialReport):
         return dg.MaterializeResult(metadata=partial_output_metadata(report))
+    _prune(settings)
     return dg.MaterializeResult(metadata=output_metadata(report))
+
+
+def _prune(settings: SettingsResource) -> None:
+    """Remove old journals of other batches; that this cannot be done now harms no delivery."""
+    keep_seconds = settings.journal_retention_days * SECONDS_PER_DAY
+    with suppress(StorageError):
+        prune_journals(
+            folder=data_folder(settings),
+            store=open_store(settings),
+            now=time.time(),
+            keep_seconds=keep_seconds,
+        )

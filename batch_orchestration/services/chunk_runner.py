@@ -158,6 +158,7 @@ class _BatchRun:
         self._engine = engine
         self._feeding = feeding
         self._run_id = run_id
+        self._pruned = folder.pruned_path(plan.batch_id).exists()
         self._identity: EngineIdentity | None = None
         self._open: dict[RequestPass, ChunkRef] = {}
         self._progress = RunProgress(
@@ -269,6 +270,8 @@ class _BatchRun:
         self._identity = identity
 
     def _is_complete(self, ref: ChunkRef) -> bool:
+        if self._pruned:
+            return True  # Committed and delivered; `Committer` finds it in the store.
         state = replay_journal(ref.journal_path, self._plan.batch_id, ref.chunk.number)
         if len(state.settled) < ref.chunk.requests:
             return False

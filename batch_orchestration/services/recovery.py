@@ -81,7 +81,9 @@ def find_problem(*, folder: DataFolder, store: Store) -> str | None:
         raise
     except StorageError as error:
         return str(error).splitlines()[0]
-    if unknown := sorted(set(planned) - known):
+    if unknown := sorted(
+        batch_id for batch_id in set(planned) - known if not folder.pruned_path(batch_id).exists()
+    ):
         return f"{folder.duckdb} does not know batches: {', '.join(unknown[:5])}"
     return None
 
@@ -132,6 +134,12 @@ class _Rebuilding:
 
     def run(self) -> None:
         """Rebuild its rows."""
+        if self._folder.pruned_path(self._batch_id).exists():
+            self._problems.append(
+                "its journals were removed after BATCH_JOURNAL_RETENTION_DAYS; its answers are in"
+                f" {self._folder.outbox_path(self._batch_id)} only"
+            )
+            return
         try:
             plan = self._folder.read_plan(self._batch_id)
             register_batch(self._folder, self._store, self._batch_id, at=plan.created_at)

@@ -90,7 +90,12 @@ def register_unlisted(folder: DataFolder, store: Store, *, at: float) -> list[st
     Also what fills a store that was lost. Call it under `admission_lock`.
     """
     known = {record.batch_id for record in store.batches()}
-    unlisted = [planned for planned in folder.batch_ids() if planned not in known]
+    unlisted = [
+        planned
+        for planned in folder.batch_ids()
+        # Without journals it would be asked again, though it was delivered.
+        if planned not in known and not folder.pruned_path(planned).exists()
+    ]
     for planned in unlisted:
         register_batch(folder, store, planned, at=at)
     return unlisted

@@ -148,6 +148,10 @@ class DataFolder:
         """Where the run of a batch says how far it is."""
         return self.batches / _folder_name(batch_id) / "progress.json"
 
+    def pruned_path(self, batch_id: str) -> Path:
+        """What is there once the journals of a batch were removed on purpose."""
+        return self.batches / _folder_name(batch_id) / "pruned.json"
+
     def journal_path(self, batch_id: str, number: int) -> Path:
         """Where outcomes of a chunk are recorded."""
         return self.journals / _folder_name(batch_id) / f"{number:05d}.journal"
