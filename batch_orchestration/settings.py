@@ -129,6 +129,9 @@ class Settings(BaseSettings):
     hang_seconds: float = Field(
         120, gt=0, description="Without outcome or token for so long, the engine counts as stuck."
     )
+    gpu_max_temperature: float | None = Field(
+        None, gt=0, le=150, description="°C to start on; default: 5 below slowdown, else 85."
+    )
 
     # Feeding it
     in_flight: int = Field(256, ge=1, description="Requests given to the engine at a time.")

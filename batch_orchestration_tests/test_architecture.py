@@ -31,6 +31,7 @@ READ_THE_ENVIRONMENT = {
     "batch_orchestration/engines/vllm.py": "adds to a variable of vLLM's",
     "batch_orchestration/engines/parent_guard.py": "runs within the engine's processes",
     "batch_orchestration/engines/simulated.py": "is the engine's process",
+    "batch_orchestration/telemetry/gpu.py": "CUDA's own variable says which devices are meant",
 }
 
 

@@ -8,6 +8,7 @@ from batch_orchestration import __version__
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Commands, Context, json_option, open_context, print_json
 from batch_orchestration.cli.dead_letters import discard, failures, replay
+from batch_orchestration.cli.gpu import gpu
 from batch_orchestration.cli.recovering import recover
 from batch_orchestration.cli.results import results
 from batch_orchestration.cli.submitting import submit, validate
@@ -37,6 +38,7 @@ main.add_command(replay)
 main.add_command(discard)
 main.add_command(recover)
 main.add_command(results)
+main.add_command(gpu)
 
 
 @main.command()

@@ -27,7 +27,14 @@ from batch_orchestration.defs.resources import (
 from batch_orchestration.defs.runs import ask_person, claim_batch, mark_partial
 from batch_orchestration.domain.batches import settings_hash
 from batch_orchestration.domain.chunks import parse_chunk_key
-from batch_orchestration.domain.errors import BatchNotFound, EngineError, PlanMismatch, StorageError
+from batch_orchestration.domain.errors import (
+    BatchNotFound,
+    EngineError,
+    GpuUnhealthy,
+    PlanMismatch,
+    StorageError,
+)
+from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
@@ -148,6 +155,9 @@ def _report(
     except (BatchNotFound, PlanMismatch) as error:
         ask_person(context.instance, context.run.run_id, str(error))
         raise dg.Failure(description=str(error), allow_retries=False) from error
+    except GpuUnhealthy as unhealthy:
+        # Not a failure: nothing was asked. `dispatch_sensor` waits until the device is well.
+        context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: no engine was started: {unhealthy}")
     except (EngineError, StorageError) as error:
         retries = context.op_execution_context.retry_number
         # Not by a RetryPolicy: that would also start again what a person terminated.

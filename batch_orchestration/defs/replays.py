@@ -19,11 +19,18 @@ from batch_orchestration.defs.resources import (
 )
 from batch_orchestration.defs.runs import ask_person, run_state
 from batch_orchestration.domain.dead_letters import Selection
-from batch_orchestration.domain.errors import BatchNotFound, DeadLetterError, PlanMismatch
+from batch_orchestration.domain.errors import (
+    BatchNotFound,
+    DeadLetterError,
+    GpuUnhealthy,
+    PlanMismatch,
+)
 from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.domain.overrides import ANY_MODEL
+from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.dispatch import MAX_FAILURES, RunState, backoff_left
+from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.replaying import ReplayReport, run_replay
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.operations import open_replays
@@ -97,6 +104,8 @@ def replay_dead_letters(
                 feeding=feeding(present),
             )
             _tell(context, report, present)
+    except GpuUnhealthy as unhealthy:
+        context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: no engine was started: {unhealthy}")
     except (BatchNotFound, PlanMismatch, DeadLetterError) as error:
         ask_person(context.instance, context.run.run_id, str(error))
         raise dg.Failure(description=str(error), allow_retries=False) from error
@@ -171,7 +180,10 @@ def replay_sensor(
     now = time.time()
     requests: list[dg.RunRequest] = []
     reasons: list[str] = []
-    for batch_id, number in open_replays(data_folder(settings)):
+    replays = open_replays(data_folder(settings))
+    if replays and (problem := gpu_problem(settings)):
+        return dg.SkipReason(f"{WaitReason.GPU_UNHEALTHY}: {problem}")
+    for batch_id, number in replays:
         request = _request(context.instance, batch_id, number, now=now)
         if isinstance(request, str):
             reasons.append(f"replay {number} of {batch_id}: {request}")

@@ -1,5 +1,6 @@
 """Resources: what the definitions are given, all of it built from `Settings`."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,11 +19,14 @@ from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration.engines.simulated import DEFAULT_MODEL, SimulatedEngine
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.services.chunk_runner import Feeding
+from batch_orchestration.services.gpu_health import no_gate, require_healthy_gpu
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.rung_memory import RungMemory
 from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
 
 #: The deployment's settings, as they are; the run's record never shows them.
 SettingsResource = dg.ResourceParam[Settings]
@@ -116,12 +120,15 @@ class GpuResource(dg.ConfigurableResource):
     def for_run(self, run_id: str, settings: Settings) -> Engine:
         """Return the run's engine, not started yet; the same one each time.
 
-        Engines that a killed run left behind are ended first: they hold device memory.
+        Engines that a killed run left behind are ended first: they hold device memory. Whenever
+        it starts vLLM on a GPU, it looks whether that is healthy, and raises `GpuUnhealthy` if not.
         """
         if self._engine is None:
             logs = data_folder(settings).logs / "engines"
             for record in sorted(logs.glob("*.process.json")):
                 end_recorded(record)
+            if (without := no_gate(settings)) is not None:
+                logger.info(without)
             self._engine = self._build(logs / f"{run_id}.log", settings)
         return self._engine
 
@@ -144,6 +151,7 @@ class GpuResource(dg.ConfigurableResource):
                     device=self.device,
                     args=self.engine_args,
                     make_ladder=partial(self._ladder, settings),
+                    before_start=partial(require_healthy_gpu, settings),
                     timeout_seconds=self.request_timeout_seconds,
                     start_timeout_seconds=self.start_timeout_seconds,
                     connections=settings.in_flight,

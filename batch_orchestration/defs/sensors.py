@@ -24,6 +24,7 @@ from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.ordering import OrderPolicy
+from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dispatch import (
@@ -33,8 +34,10 @@ from batch_orchestration.services.dispatch import (
     dispatch,
     unfinished_batches,
 )
+from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.parts import admit_parts
 from batch_orchestration.services.service_order import order_batches
+from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 
 CLAIM_TAG = "claim"
@@ -124,12 +127,19 @@ def dispatch_sensor(
             chunks_per_run=settings.chunks_per_run,
             now=now,
             priorities={place.candidate.id: place.points for place in places},
+            no_engine=_no_engine(settings) if batches else None,
         )
     except StorageError as error:
         return dg.SkipReason(f"the store cannot be read now: {error}")
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
     requests = [_request(needed) for needed in verdict.needed]
     return _result(context, requests, verdict.waiting, idle=idle)
+
+
+def _no_engine(settings: Settings) -> str | None:
+    """Return why no engine can be started now; None if one can."""
+    problem = gpu_problem(settings)
+    return problem and f"{WaitReason.GPU_UNHEALTHY}: {problem}"
 
 
 def _known_to_dagster(

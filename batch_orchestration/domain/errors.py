@@ -11,6 +11,8 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
     ├── AccountingError          a batch whose requests and outcomes do not add up
     ├── DeadLetterError          dead letters that cannot be replayed or discarded as asked
     ├── IllegalTransition        a batch whose status does not allow what was asked
+    ├── GpuUnreadable            NVML is missing, or raised
+    ├── GpuUnhealthy             the gate is shut: no engine is started on this device now
     ├── EngineError
     │   ├── EngineStartFailed    the engine did not become ready
     │   ├── EngineDied           the engine is gone; what was in flight is unanswered
@@ -62,6 +64,14 @@ class DeadLetterError(BatchOrchestrationError):
 
 class IllegalTransition(BatchOrchestrationError):
     """The status of the batch does not allow what was asked; nothing was changed."""
+
+
+class GpuUnreadable(BatchOrchestrationError):
+    """What the GPUs are like could not be read; nothing may be concluded from that."""
+
+
+class GpuUnhealthy(BatchOrchestrationError):
+    """Something speaks against starting an engine on the device now; it waits, nothing failed."""
 
 
 class EngineError(BatchOrchestrationError):

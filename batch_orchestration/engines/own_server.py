@@ -48,6 +48,8 @@ class OwnServerEngine(Engine):
         log_path: Where the server's output goes; appended to.
         record_path: Where its processes are recorded; beside the log if not given. Two engines at
             a time need two records.
+        before_start: Called in a thread before each start, when nothing of an earlier server is
+            left; what it raises is what `start` raises, and no server is started.
         timeout_seconds: Of one attempt of one request.
         start_timeout_seconds: Until the server must be ready.
         connections: To the server at a time.
@@ -62,6 +64,7 @@ class OwnServerEngine(Engine):
         ladder: Ladder,
         log_path: Path,
         record_path: Path | None = None,
+        before_start: Callable[[], None] = lambda: None,
         timeout_seconds: float = 1800.0,
         start_timeout_seconds: float = 900.0,
         connections: int = 1024,
@@ -69,6 +72,7 @@ class OwnServerEngine(Engine):
     ) -> None:
         self._kind = kind
         self._launch = launch
+        self._before_start = before_start
         self.ladder = ladder
         self._process = EngineProcess(
             name=f"{kind} engine",
@@ -96,6 +100,8 @@ class OwnServerEngine(Engine):
         self._stopped = False
         await self.disconnect()
         self._server = None
+        await asyncio.to_thread(self._process.stop)
+        await asyncio.to_thread(self._before_start)
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._start_timeout_seconds):

@@ -32,6 +32,10 @@ CPU_ARGS = {"dtype": "float32", "enforce-eager": True, "kv-cache-memory-bytes": 
 #: Without it the first request for logprobs waits 7 to 13 s for a C++ compiler.
 CPU_ENV = {"TORCH_COMPILE_DISABLE": "1"}
 
+#: CUDA's own order is the fastest first. By this one its devices have the numbers that NVML gives
+#: them, so that the gate looks at those which the engine will use.
+CUDA_ENV = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
 #: vLLM 0.32, engine/arg_utils.py, get_batch_defaults, for a server on a GPU and on a CPU: the
 #: least of what it chooses by the device.
 DEFAULT_SEQUENCES = (256, 128)
@@ -67,6 +71,7 @@ class VllmEngine(OwnServerEngine):
         args: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         make_ladder: Callable[[Rung], Ladder] = Ladder,
+        before_start: Callable[[], None] = lambda: None,
         timeout_seconds: float = 1800.0,
         start_timeout_seconds: float = 900.0,
         connections: int = 1024,
@@ -91,6 +96,7 @@ class VllmEngine(OwnServerEngine):
             ladder=ladder,
             log_path=log_path,
             record_path=record_path,
+            before_start=before_start,
             timeout_seconds=timeout_seconds,
             start_timeout_seconds=start_timeout_seconds,
             connections=connections,
@@ -148,7 +154,7 @@ def server_env(model: str, key: str, *, device: str, env: Mapping[str, str]) -> 
     """Return what the server's environment has beyond ours; the key is in it, seen by nobody."""
     ours = {
         "VLLM_NO_USAGE_STATS": "1",
-        **(CPU_ENV if device == "cpu" else {}),
+        **(CPU_ENV if device == "cpu" else CUDA_ENV),
         **({} if model_folder(model) is None else {"HF_HUB_OFFLINE": "1"}),
     }
     merged = {**ours, **env, "VLLM_API_KEY": key}

@@ -113,6 +113,7 @@ def dispatch(
     chunks_per_run: int,
     now: float,
     priorities: Mapping[str, int] | None = None,
+    no_engine: str | None = None,
 ) -> Dispatch:
     """Decide which runs are needed, at most `MAX_NEW_RUNS` of them.
 
@@ -125,6 +126,7 @@ def dispatch(
         chunks_per_run: Upper bound of the chunks in a run.
         now: POSIX seconds.
         priorities: Of the runs, by batch id; without it that of the batch.
+        no_engine: Why no engine can be started now: then only outputs are made.
 
     Raises:
         StorageError: The store cannot be read.
@@ -143,6 +145,8 @@ def dispatch(
         queued += sum(run.queued and run.chunks is not None for run in known)
         for run_needed in _remaining(batch, committed, known, chunks_per_run, priority):
             reason = _reason_to_wait(run_needed, known, last_commit_at=last_commit_at, now=now)
+            if run_needed.chunks is not None:
+                reason = reason or no_engine
             if reason is not None:
                 waiting.append(f"{run_needed.title}: {reason}")
             elif run_needed.chunks is None:

@@ -100,7 +100,11 @@ def test_the_key_is_in_the_environment_and_not_on_the_command_line(
 
     env = server_env("org/model", "secret", device="cuda", env={})
 
-    assert env == {"VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": "secret"}
+    assert env == {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_API_KEY": "secret",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
 
 
 def test_a_local_folder_needs_no_hub_and_a_cpu_no_compiler(tmp_path: Path) -> None:

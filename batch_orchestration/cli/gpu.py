@@ -1,0 +1,100 @@
+"""`gpu`: what the devices report, and whether an engine may be started on them."""
+
+import click
+import msgspec
+from rich.table import Table
+
+from batch_orchestration.cli.context import json_option, open_context, print_json
+from batch_orchestration.domain.gpu import GpuFacts
+from batch_orchestration.services.gpu_health import GpuVerdict, examine
+
+_GIB = 2**30
+_NONE = "-"
+
+
+@click.command()
+@json_option
+def gpu(as_json: bool) -> None:
+    """Show the GPUs, and whether an engine may be started on them; exit 1 if not.
+
+    The verdict is that of the gate before each start of vLLM on BATCH_DEVICE=cuda.
+    """
+    context = open_context()
+    verdict = examine(context.settings)
+    if as_json:
+        print_json(_object(verdict))
+    else:
+        for device in verdict.devices:
+            context.console.print(_table(device))
+        _say(verdict)
+    if not verdict.healthy:
+        click.get_current_context().exit(1)
+
+
+def _say(verdict: GpuVerdict) -> None:
+    if verdict.unreadable:
+        click.echo(f"No device can be shown: {verdict.unreadable}", err=True)
+    elif not verdict.devices:
+        click.echo("There is no GPU, or CUDA_VISIBLE_DEVICES shows none.")
+    if verdict.no_gate:
+        click.echo(verdict.no_gate)
+        return
+    needed = verdict.need.memory_bytes
+    amount = "Memory needed" if needed is None else f"{needed / _GIB:.1f} GiB are needed"
+    click.echo(f"{amount}: {verdict.need.why}")
+    for reason in verdict.reasons:
+        click.echo(f"unhealthy: {reason}")
+    if verdict.healthy:
+        click.echo("healthy: an engine may be started")
+
+
+def _object(verdict: GpuVerdict) -> dict[str, object]:
+    return {
+        "healthy": verdict.healthy,
+        "reasons": verdict.reasons,
+        "no_gate": verdict.no_gate,
+        "unreadable": verdict.unreadable,
+        "need": msgspec.to_builtins(verdict.need),
+        "devices": [msgspec.to_builtins(device) for device in verdict.devices],
+    }
+
+
+def _table(device: GpuFacts) -> Table:
+    table = Table(title=f"GPU {device.index}: {device.name} ({device.uuid})", show_header=False)
+    for name, value in _rows(device):
+        table.add_row(name, value)
+    return table
+
+
+def _rows(device: GpuFacts) -> list[tuple[str, str]]:
+    throttled = device.throttle_reasons
+    return [
+        ("memory used", _gib(device.memory_used_bytes)),
+        ("memory free", _gib(device.memory_free_bytes)),
+        ("memory in all", _gib(device.memory_total_bytes)),
+        ("temperature", _with(device.temperature_celsius, "°C")),
+        ("slows down at", _with(device.slowdown_celsius, "°C")),
+        ("utilisation", _with(device.utilization_percent, "%")),
+        ("power", _with(device.power_watts, "W")),
+        ("SM clock", _with(device.sm_clock_mhz, "MHz")),
+        ("clock held down by", _NONE if throttled is None else ", ".join(throttled) or "nothing"),
+        ("uncorrectable memory errors", _with(device.ecc_uncorrectable_errors, "")),
+        ("remap pending", _with(device.remap_pending, "")),
+        ("remap failed", _with(device.remap_failed, "")),
+        ("recovery action", _with(device.recovery_action, "")),
+        ("MIG", _with(device.mig_enabled, "")),
+        *(
+            (f"process {process.pid}", f"{process.name or _NONE}, {_gib(process.memory_bytes)}")
+            for process in device.processes or ()
+        ),
+    ]
+
+
+def _gib(value: int | None) -> str:
+    return _NONE if value is None else f"{value / _GIB:.2f} GiB"
+
+
+def _with(value: object, unit: str) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return _NONE if value is None else f"{value} {unit}".strip()

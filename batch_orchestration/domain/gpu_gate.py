@@ -1,0 +1,170 @@
+"""The gate before work on a GPU: what speaks against starting an engine. It fails closed.
+
+What a device says it does not have is not held against it, but for its memory: without that nobody
+can tell whether the model fits. Whatever cannot be read, or cannot be true, is.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from batch_orchestration.domain.errors import GpuUnreadable
+from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
+
+#: Below the temperature at which the device slows itself down.
+SLOWDOWN_MARGIN_CELSIUS = 5
+#: For devices that do not tell that temperature: most slow down at 87 to 95.
+DEFAULT_MAX_CELSIUS = 85
+#: A process that computes holds several times as much for its CUDA context alone; the MPS server
+#: and agents that only look hold less.
+TOLERATED_BYTES = 64 * 2**20
+POSSIBLE_CELSIUS = range(-50, 151)
+_GIB = 2**30
+
+
+class GpuLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device may be at most.
+
+    Attributes:
+        max_celsius: None for 5 below its own slowdown threshold, or 85 if it tells none.
+    """
+
+    max_celsius: float | None = None
+
+
+class GpuNeed(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine needs.
+
+    Attributes:
+        devices: How many.
+        memory_bytes: Free on each of them; None if that is not known, and not judged.
+        why: How the number came about.
+    """
+
+    devices: int = 1
+    memory_bytes: int | None = None
+    why: str = ""
+
+
+def unhealthy_reasons(
+    readings: Sequence[GpuFacts] | GpuUnreadable,
+    *,
+    limits: GpuLimits,
+    need: GpuNeed,
+    own: frozenset[int] = frozenset(),
+) -> list[str]:
+    """Return what speaks against starting an engine now; empty if the devices are healthy.
+
+    Args:
+        readings: The devices that CUDA will show, in its order, or why they could not be read.
+        limits: Upper bounds.
+        need: Of the engine.
+        own: Pids of our own engines: no strangers, and they will give back what they hold.
+    """
+    if isinstance(readings, GpuUnreadable):
+        return [str(readings)]
+    if len(readings) < need.devices:
+        found = "none" if not readings else f"only {len(readings)}"
+        return [f"{need.devices} GPU(s) needed, {found} there (CUDA_VISIBLE_DEVICES counts)"]
+    return [
+        f"GPU {device.index} ({device.name}): {reason}"
+        for device in readings[: need.devices]
+        for reason in _reasons(device, limits, need, own)
+    ]
+
+
+def _reasons(
+    device: GpuFacts, limits: GpuLimits, need: GpuNeed, own: frozenset[int]
+) -> Iterator[str]:
+    nonsense = list(_nonsense(device))
+    yield from nonsense
+    if nonsense:
+        # What follows would be concluded from it.
+        return
+    yield from _heat(device, limits)
+    yield from _faults(device)
+    if device.mig_enabled and not device.mig_instance:
+        yield "it is cut into MIG instances; name one in CUDA_VISIBLE_DEVICES (MIG-…)"
+    for process in device.processes or ():
+        if process.pid not in own and _holds_memory(process):
+            yield f"{_described(process)}, which is none of ours"
+    yield from _memory(device, need, own)
+
+
+def _nonsense(device: GpuFacts) -> Iterator[str]:
+    for name in (
+        *("memory_total_bytes", "memory_used_bytes", "memory_free_bytes", "power_watts"),
+        *("sm_clock_mhz", "ecc_uncorrectable_errors", "utilization_percent"),
+    ):
+        value = getattr(device, name)
+        if value is not None and not value >= 0:
+            yield f"it reports nonsense: {name} is {value}"
+    total = device.memory_total_bytes
+    if total == 0:
+        yield "it reports nonsense: memory_total_bytes is 0"
+    for name in ("memory_used_bytes", "memory_free_bytes"):
+        value = getattr(device, name)
+        if None not in (value, total) and value > total:
+            yield f"it reports nonsense: {name} is {value} of {total}"
+    if device.utilization_percent is not None and device.utilization_percent > 100:
+        yield f"it reports nonsense: utilization_percent is {device.utilization_percent}"
+    for name in ("temperature_celsius", "slowdown_celsius"):
+        value = getattr(device, name)
+        if value is not None and not POSSIBLE_CELSIUS[0] <= value <= POSSIBLE_CELSIUS[-1]:
+            yield f"it reports nonsense: {name} is {value}"
+    for process in device.processes or ():
+        if process.memory_bytes is not None and process.memory_bytes < 0:
+            yield f"it reports nonsense: process {process.pid} holds {process.memory_bytes} bytes"
+
+
+def max_celsius(device: GpuFacts, limits: GpuLimits) -> float:
+    """Return the temperature above which nothing is started on a device."""
+    if limits.max_celsius is not None:
+        return limits.max_celsius
+    if device.slowdown_celsius is None:
+        return DEFAULT_MAX_CELSIUS
+    return device.slowdown_celsius - SLOWDOWN_MARGIN_CELSIUS
+
+
+def _heat(device: GpuFacts, limits: GpuLimits) -> Iterator[str]:
+    limit = max_celsius(device, limits)
+    if device.temperature_celsius is not None and device.temperature_celsius > limit:
+        yield f"{device.temperature_celsius} °C, {limit:g} °C allowed"
+
+
+def _faults(device: GpuFacts) -> Iterator[str]:
+    if device.ecc_uncorrectable_errors:
+        count = device.ecc_uncorrectable_errors
+        yield f"{count} uncorrectable memory errors (ECC) since the driver was loaded; reset it"
+    if device.remap_failed:
+        yield "a broken row of memory could not be remapped; the device is to be replaced"
+    if device.remap_pending:
+        yield "a broken row of memory waits to be remapped; reset it"
+    if device.recovery_action not in (None, "none"):
+        yield f"after a fault (Xid) the driver asks for {device.recovery_action}"
+
+
+def _holds_memory(process: GpuProcess) -> bool:
+    return process.memory_bytes is None or process.memory_bytes > TOLERATED_BYTES
+
+
+def _described(process: GpuProcess) -> str:
+    held = "memory, nobody tells how much"
+    if process.memory_bytes is not None:
+        held = f"{process.memory_bytes / _GIB:.1f} GiB"
+    return f"pid {process.pid} ({process.name or 'name unknown'}) holds {held}"
+
+
+def _memory(device: GpuFacts, need: GpuNeed, own: frozenset[int]) -> Iterator[str]:
+    if device.memory_free_bytes is None or device.memory_total_bytes is None:
+        yield "it does not report its memory"
+        return
+    if need.memory_bytes is None:
+        return
+    ours = sum(p.memory_bytes or 0 for p in device.processes or () if p.pid in own)
+    free = device.memory_free_bytes + ours
+    if free < need.memory_bytes:
+        yield (
+            f"{free / _GIB:.1f} GiB of {device.memory_total_bytes / _GIB:.1f} GiB are free,"
+            f" {need.memory_bytes / _GIB:.1f} GiB needed: {need.why}"
+        )

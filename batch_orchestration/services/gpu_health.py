@@ -1,0 +1,252 @@
+"""GPU health: may an engine be started on this machine's device now, and if not, why not."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from batch_orchestration.domain.errors import EngineStartFailed, GpuUnhealthy, GpuUnreadable
+from batch_orchestration.domain.gpu import GpuFacts
+from batch_orchestration.domain.gpu_gate import GpuLimits, GpuNeed, unhealthy_reasons
+from batch_orchestration.domain.model_memory import DTYPE_BYTES, MARGIN_SHARE, needed_bytes
+from batch_orchestration.engines.process_records import group_members, is_running, read_record
+from batch_orchestration.engines.vllm import model_folder
+from batch_orchestration.settings import Device, EngineKind, Settings
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.telemetry.gpu import read_gpus
+
+logger = logging.getLogger(__name__)
+
+#: NVML takes milliseconds for a device, and a second where the driver first has to wake it up.
+READ_SECONDS = 5.0
+#: After an engine ended the driver gives its memory back within a second or two; so long a run
+#: looks again before it believes that the device is not fit.
+PATIENCE_SECONDS = 6.0
+_LOOK_SECONDS = 1.0
+#: vLLM's flags that spread a model over devices.
+_SPREADING = ("tensor-parallel-size", "pipeline-parallel-size")
+#: Flags with which the weights on the device are not those of the files.
+_CHANGES_WEIGHTS = ("quantization", "cpu-offload-gb", "load-format", "hf-overrides")
+_GIB = 2**30
+
+Readings = Sequence[GpuFacts] | GpuUnreadable
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuVerdict:
+    """What the gate says, and from what.
+
+    Attributes:
+        no_gate: Why there is nothing to judge; None if there is.
+        devices: Those that CUDA shows; empty if they could not be read.
+        unreadable: Why they could not be read; None if they could.
+        reasons: What speaks against starting an engine; empty if nothing does.
+    """
+
+    no_gate: str | None
+    devices: tuple[GpuFacts, ...]
+    unreadable: str | None
+    need: GpuNeed
+    reasons: tuple[str, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether an engine may be started."""
+        return not self.reasons
+
+    @property
+    def problem(self) -> str | None:
+        """All reasons in one line; None if there is none."""
+        return "; ".join(self.reasons) or None
+
+
+class GpuReader:
+    """Asks NVML in a thread of its own, because a broken driver may never answer.
+
+    A thread that hangs is left alone, and nobody else is sent after it.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[GpuFacts]]) -> None:
+        self._read = read
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._since = 0.0
+        self._answer: Readings = ()
+
+    def readings(self, *, seconds: float) -> Readings:
+        """Return the devices, or why they could not be read within the time."""
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._since = time.monotonic()
+                self._thread = threading.Thread(target=self._ask, name="nvml", daemon=True)
+                self._thread.start()
+            thread, since = self._thread, self._since
+        thread.join(seconds)
+        if thread.is_alive():
+            waited = time.monotonic() - since
+            return GpuUnreadable(f"NVML has not answered for {waited:.0f} s; the driver may hang")
+        return self._answer
+
+    def _ask(self) -> None:
+        try:
+            self._answer = self._read()
+        except GpuUnreadable as error:
+            self._answer = error
+        except Exception as error:  # noqa: BLE001 - whatever it is, the device was not seen healthy
+            self._answer = GpuUnreadable(f"NVML's answer makes no sense: {error!r}")
+
+
+_reader = GpuReader(lambda: read_gpus())
+
+
+def gpu_problem(settings: Settings, *, seconds: float = READ_SECONDS) -> str | None:
+    """Return why no engine may be started now, in one line; None if it may, or no GPU is used.
+
+    Fails closed: what cannot be read within `seconds` is a problem. Starts no process.
+    """
+    if no_gate(settings) is not None:
+        return None
+    return examine(settings, seconds=seconds).problem
+
+
+def require_healthy_gpu(settings: Settings, *, seconds: float = READ_SECONDS) -> None:
+    """Return if an engine may be started now, after a little patience if need be.
+
+    Raises:
+        GpuUnhealthy: It may not.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while problem := gpu_problem(settings, seconds=seconds):
+        if time.monotonic() >= deadline:
+            raise GpuUnhealthy(problem)
+        time.sleep(_LOOK_SECONDS)
+
+
+def no_gate(settings: Settings) -> str | None:
+    """Return why the GPU is not looked at; None if it is.
+
+    Only the settings decide that, never what NVML says.
+    """
+    if settings.engine is not EngineKind.VLLM:
+        return f"no GPU gate applies: BATCH_ENGINE={settings.engine} uses no device of this machine"
+    if settings.device is not Device.CUDA:
+        return f"no GPU gate applies: BATCH_DEVICE={settings.device} was chosen"
+    return None
+
+
+def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
+    """Read the devices and judge them, if the settings ask for one."""
+    readings = _reader.readings(seconds=seconds)
+    unreadable = isinstance(readings, GpuUnreadable)
+    without = no_gate(settings)
+    need, reasons = GpuNeed(), list[str]()
+    if without is None:
+        own = own_pids(DataFolder(settings.data_dir))
+        need = engine_need(settings)
+        # It was judged before that engine was started, which now has what it needs.
+        judged = msgspec.structs.replace(need, memory_bytes=None) if own else need
+        limits = GpuLimits(max_celsius=settings.gpu_max_temperature)
+        reasons = unhealthy_reasons(readings, limits=limits, need=judged, own=own)
+    return GpuVerdict(
+        no_gate=without,
+        devices=() if isinstance(readings, GpuUnreadable) else tuple(readings),
+        unreadable=str(readings) if unreadable else None,
+        need=need,
+        reasons=tuple(reasons),
+    )
+
+
+def own_pids(folder: DataFolder) -> frozenset[int]:
+    """Return the pids of all running engines that a run of this data folder started."""
+    pids: set[int] = set()
+    for path in (folder.logs / "engines").glob("*.process.json"):
+        record = read_record(path)
+        if record is not None and any(map(is_running, (record.leader, *record.members))):
+            pids |= {member.pid for member in group_members(record.leader.pid)}
+    return frozenset(pids)
+
+
+def engine_need(settings: Settings) -> GpuNeed:
+    """Return what vLLM will need of the devices with these settings."""
+    args = {name.lstrip("-").replace("_", "-"): v for name, v in settings.engine_args.items()}
+    devices = 1
+    for flag in _SPREADING:
+        devices *= _count(args.get(flag))
+    unknown = _unknown_because(settings, args)
+    if unknown is not None:
+        return GpuNeed(devices=devices, why=unknown)
+    folder = Path(settings.model).expanduser()
+    config = _config(folder)
+    weights = (weight_bytes(folder) or 0) * _cast(config, str(args.get("dtype", "auto")))
+    kv_dtype = str(args.get("kv-cache-dtype", "auto"))
+    kv_bytes = DTYPE_BYTES.get(kv_dtype.split("_")[0], 2)
+    needed = needed_bytes(weights, config, kv_dtype_bytes=kv_bytes, devices=devices)
+    each = f" on each of {devices}" if devices > 1 else ""
+    return GpuNeed(
+        devices=devices,
+        memory_bytes=needed,
+        why=(
+            f"{weights / devices / _GIB:.1f} GiB of weights{each} + {MARGIN_SHARE:.0%}, 1 GiB for"
+            " the engine, and the smallest KV cache"
+        ),
+    )
+
+
+def weight_bytes(folder: Path) -> int | None:
+    """Return the size of a model's weights as its files have them; None if there are none.
+
+    Of several formats in one folder vLLM loads safetensors, by their index if there is one.
+    """
+    index = folder / "model.safetensors.index.json"
+    try:
+        return int(msgspec.json.decode(index.read_bytes())["metadata"]["total_size"])
+    except (OSError, msgspec.DecodeError, KeyError, TypeError, ValueError):
+        pass
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin"):
+        if files := list(folder.glob(pattern)):
+            return sum(path.stat().st_size for path in files)
+    return None
+
+
+def _unknown_because(settings: Settings, args: Mapping[str, Any]) -> str | None:
+    try:
+        folder = model_folder(settings.model)
+    except EngineStartFailed as error:
+        return f"not known: {error}"
+    if folder is None:
+        return f"not known: {settings.model} is the name of a model on a hub, not a folder"
+    if changed := [flag for flag in _CHANGES_WEIGHTS if args.get(flag) is not None]:
+        return f"not known: engine_args change the weights ({', '.join(changed)})"
+    if weight_bytes(folder) is None:
+        return f"not known: there are no weights in {folder}"
+    return None
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    try:
+        config = msgspec.json.decode((folder / "config.json").read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _cast(config: Mapping[str, Any], dtype: str) -> float:
+    """Return by how much weights shrink or grow when they are loaded.
+
+    vLLM's `auto` loads float32 as 16 bits. What is quantized in the files stays as it is.
+    """
+    shape = config.get("text_config") or config
+    stored = shape.get("torch_dtype") or shape.get("dtype") or config.get("torch_dtype")
+    if config.get("quantization_config") or stored not in DTYPE_BYTES:
+        return 1.0
+    target = DTYPE_BYTES.get(dtype, 2 if DTYPE_BYTES[stored] > 2 else DTYPE_BYTES[stored])
+    return target / DTYPE_BYTES[stored]
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 1

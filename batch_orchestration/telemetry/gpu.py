@@ -1,0 +1,226 @@
+"""What the NVIDIA driver tells of its GPUs, through NVML. The only module that knows `pynvml`.
+
+Xids come from NVML only as events, to who listens when they happen; what the driver concludes from
+them stays readable as the recovery action.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from batch_orchestration.domain.errors import GpuUnreadable
+from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
+
+VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
+T = TypeVar("T")
+
+#: NVML's bits, in `nvmlClocksEventReasons…`.
+_THROTTLE_REASONS = {
+    0x1: "gpu_idle",
+    0x2: "applications_clocks_setting",
+    0x4: "sw_power_cap",
+    0x8: "hw_slowdown",
+    0x10: "sync_boost",
+    0x20: "sw_thermal_slowdown",
+    0x40: "hw_thermal_slowdown",
+    0x80: "hw_power_brake_slowdown",
+    0x100: "display_clock_setting",
+}
+#: NVML's numbers, in `nvmlDeviceGpuRecoveryAction_t`.
+_RECOVERY_ACTIONS = {
+    0: "none",
+    1: "gpu_reset",
+    2: "node_reboot",
+    3: "drain_p2p",
+    4: "drain_and_reset",
+    5: "recover_imex_domain",
+    6: "bus_reset",
+    7: "system_reboot",
+}
+_MILLIWATTS = 1000
+
+
+def read_gpus() -> tuple[GpuFacts, ...]:
+    """Return the facts of the GPUs that CUDA shows to our processes, in its order.
+
+    `CUDA_VISIBLE_DEVICES` counts as CUDA reads it: indices, UUIDs or their beginnings, MIG UUIDs;
+    the list ends before the first that does not exist. Indices are those of the PCI bus, which the
+    engine is told to use as well.
+
+    Raises:
+        GpuUnreadable: NVML is missing or raised, be it for one device.
+    """
+    with _nvml() as nvml:
+        handles = _visible(nvml, os.environ)
+        return tuple(_facts_of(nvml, place, handle) for place, handle in enumerate(handles))
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    try:
+        import pynvml
+    except ImportError as error:
+        raise GpuUnreadable(
+            f"NVML cannot be asked, for pynvml is not installed: {error}"
+        ) from error
+    try:
+        pynvml.nvmlInit()
+        try:
+            yield pynvml
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise GpuUnreadable(f"NVML says: {error}") from error
+
+
+def _visible(nvml: Any, environ: Any) -> list[Any]:
+    """Return the handles of the devices that CUDA shows."""
+    count = nvml.nvmlDeviceGetCount()
+    named = environ.get(VISIBLE_VARIABLE)
+    if named is None:
+        return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    handles: list[Any] = []
+    uuids: list[str] = []
+    for word in named.split(","):
+        handle = _handle(nvml, word.strip(), count)
+        if handle is None:
+            break
+        uuid = _text(nvml.nvmlDeviceGetUUID(handle))
+        if uuid in uuids:
+            # CUDA then shows no device at all.
+            return []
+        uuids.append(uuid)
+        handles.append(handle)
+    return handles
+
+
+def _handle(nvml: Any, word: str, count: int) -> Any | None:
+    """Return the device that is named by a word of the variable; None if there is none."""
+    if word.isdigit():
+        return nvml.nvmlDeviceGetHandleByIndex(int(word)) if int(word) < count else None
+    if word.startswith("MIG-"):
+        try:
+            return nvml.nvmlDeviceGetHandleByUUID(word)
+        except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
+            return None
+    if not word.startswith("GPU-"):
+        return None
+    handles = (nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count))
+    found = [h for h in handles if _text(nvml.nvmlDeviceGetUUID(h)).startswith(word)]
+    return found[0] if len(found) == 1 else None
+
+
+def _facts_of(nvml: Any, place: int, handle: Any) -> GpuFacts:
+    try:
+        return _facts(nvml, handle)
+    except nvml.NVMLError as error:
+        raise GpuUnreadable(f"GPU {place} of those visible cannot be read: {error}") from error
+
+
+def _facts(nvml: Any, handle: Any) -> GpuFacts:
+    instance = bool(_reported(nvml, lambda: nvml.nvmlDeviceIsMigDeviceHandle(handle)))
+    # Of an instance NVML tells the memory; heat, power and faults are those of the whole device.
+    device = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if instance else handle
+    memory = _reported(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+    rates = _reported(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(device))
+    power = _reported(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(device))
+    remapped = _reported(nvml, lambda: nvml.nvmlDeviceGetRemappedRows(device))
+    mig = _reported(nvml, lambda: nvml.nvmlDeviceGetMigMode(device))
+    return GpuFacts(
+        index=nvml.nvmlDeviceGetIndex(device),
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        name=_text(nvml.nvmlDeviceGetName(handle)),
+        memory_total_bytes=memory and memory.total,
+        memory_used_bytes=memory and memory.used,
+        memory_free_bytes=memory and memory.free,
+        temperature_celsius=_reported(
+            nvml, lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)
+        ),
+        slowdown_celsius=_reported(
+            nvml,
+            lambda: nvml.nvmlDeviceGetTemperatureThreshold(
+                device, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
+            ),
+        ),
+        utilization_percent=rates and rates.gpu,
+        power_watts=None if power is None else power / _MILLIWATTS,
+        sm_clock_mhz=_reported(
+            nvml, lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)
+        ),
+        throttle_reasons=_throttle_reasons(nvml, device),
+        ecc_uncorrectable_errors=_reported(
+            nvml,
+            lambda: nvml.nvmlDeviceGetTotalEccErrors(
+                device, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+            ),
+        ),
+        remap_pending=None if remapped is None else bool(remapped[2]),
+        remap_failed=None if remapped is None else bool(remapped[3]),
+        recovery_action=_recovery_action(nvml, device),
+        processes=_processes(nvml, handle),
+        mig_enabled=None if mig is None else bool(mig[0]),
+        mig_instance=instance,
+    )
+
+
+def _reported(nvml: Any, ask: Callable[[], T]) -> T | None:
+    """Return what a device reports; None if it, or its driver, does not report this at all."""
+    try:
+        return ask()
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+        return None
+
+
+def _throttle_reasons(nvml: Any, device: Any) -> tuple[str, ...] | None:
+    bits = _reported(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(device))
+    if bits is None:
+        # The older driver's name of the same.
+        bits = _reported(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(device))
+    if bits is None:
+        return None
+    unknown = bits & ~sum(_THROTTLE_REASONS)
+    words = [word for bit, word in _THROTTLE_REASONS.items() if bits & bit]
+    return (*words, *([f"unknown_{unknown:#x}"] if unknown else []))
+
+
+def _recovery_action(nvml: Any, device: Any) -> str | None:
+    asked = [nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]
+    values = _reported(nvml, lambda: nvml.nvmlDeviceGetFieldValues(device, asked))
+    # A driver that is older than the field calls it an invalid argument.
+    known = (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_INVALID_ARGUMENT)
+    if values is None or values[0].nvmlReturn in known:
+        return None
+    if values[0].nvmlReturn != nvml.NVML_SUCCESS:
+        raise nvml.NVMLError(values[0].nvmlReturn)
+    action = values[0].value.uiVal
+    return _RECOVERY_ACTIONS.get(action, f"action_{action}")
+
+
+def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...] | None:
+    found: Sequence[Any] | None = _reported(
+        nvml, lambda: nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    )
+    if found is None:
+        return None
+    return tuple(
+        GpuProcess(
+            pid=process.pid,
+            name=_process_name(nvml, process.pid),
+            memory_bytes=process.usedGpuMemory,
+        )
+        for process in found
+    )
+
+
+def _process_name(nvml: Any, pid: int) -> str | None:
+    """Return the program of a process; the driver sees those of other containers too, or not."""
+    try:
+        return _text(nvml.nvmlSystemGetProcessName(pid)) or None
+    except nvml.NVMLError:
+        # It ended meanwhile, or is hidden from us: it is reported by its pid all the same.
+        return None
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
