@@ -13,7 +13,8 @@ from filelock import FileLock
 
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.errors import BatchOrchestrationError
-from batch_orchestration.services.assembly import OutboxFiles, assembly_lock_path
+from batch_orchestration.services.assembly import assembly_lock_path
+from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.recount import recount
 from batch_orchestration.storage.files import DataFolder, disk_errors, write_atomically
 from batch_orchestration.storage.operations import open_replays
