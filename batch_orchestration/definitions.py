@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from batch_orchestration.defs import assets, checks, jobs, replays, sensors
+from batch_orchestration.defs import assets, benchmarks, checks, jobs, replays, sensors
 from batch_orchestration.defs.resources import GpuResource
 from batch_orchestration.settings import Settings, load_settings
 
@@ -19,6 +19,7 @@ def definitions(settings: Settings) -> dg.Definitions:
         jobs=[
             *(jobs.admit_batch, jobs.submit_batch, jobs.answer_chunks, jobs.deliver_batch),
             replays.replay_failed_requests,
+            benchmarks.benchmark_engine,
         ],
         sensors=[sensors.inbox_sensor, sensors.dispatch_sensor, replays.replay_sensor],
         resources={"settings": settings, "gpu": GpuResource.of(settings)},

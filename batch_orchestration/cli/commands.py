@@ -8,6 +8,7 @@ from batch_orchestration import __version__
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Commands, Context, json_option, open_context, print_json
 from batch_orchestration.cli.dead_letters import discard, failures, replay
+from batch_orchestration.cli.estimates import estimates
 from batch_orchestration.cli.gpu import gpu
 from batch_orchestration.cli.recovering import recover
 from batch_orchestration.cli.results import results
@@ -16,6 +17,7 @@ from batch_orchestration.cli.watching import watch_batch
 from batch_orchestration.services.batch_objects import batch_object
 from batch_orchestration.services.board import Board, read_board
 from batch_orchestration.services.configuration import open_inbox
+from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.status import view_batch
 from batch_orchestration.settings import settings_in_force
 
@@ -39,6 +41,7 @@ main.add_command(discard)
 main.add_command(recover)
 main.add_command(results)
 main.add_command(gpu)
+main.add_command(estimates)
 
 
 @main.command()
@@ -58,7 +61,8 @@ def status(batch_id: str | None, as_json: bool) -> None:
     _say_store_problem(view.store_problem)
     known = not view.store_problem and view.failed
     by_code = context.store.failure_counts(batch_id) if known else {}
-    context.console.print(tables.batch_details(view, by_code, events))
+    estimate = read_estimate(context.folder, batch_id)
+    context.console.print(tables.batch_details(view, by_code, events, estimate))
 
 
 @main.command()
@@ -68,7 +72,8 @@ def query(sql: str, as_json: bool) -> None:
     """Ask the store by SQL, read-only; tables: batches, chunks, results, failed_requests.
 
     And their histories: batch_events, dead_letter_events. The view request_outcomes has both
-    answered and failed requests, with their status.
+    answered and failed requests, with their status. Of estimates: estimates, benchmarks,
+    answered_requests, engine_facts.
     """
     context = open_context()
     columns, rows = context.store.query(sql)

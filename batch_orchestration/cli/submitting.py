@@ -19,6 +19,7 @@ from batch_orchestration.services.board import rejections
 from batch_orchestration.services.configuration import admission_settings
 from batch_orchestration.services.sidecars import find_sidecar, read_options
 from batch_orchestration.services.status import find_identity
+from batch_orchestration.services.wording import estimate_rows
 
 #: A running sensor takes a settled file within a few ticks of five seconds, started ones apart.
 PATIENCE_SECONDS = 30.0
@@ -63,6 +64,8 @@ def submit(
     }
     options = _options(file, {name: value for name, value in given.items() if value is not None})
     sent = send(file, options, context)
+    if not as_json and sent.inbox_path is not None:
+        _say_estimate(file, options, context)
     _say_sent(sent, as_json=as_json, lines=wait)
     if wait:
         admitted_as = sent.wait_until_admitted()
@@ -75,7 +78,9 @@ def submit(
 def validate(file: Path, as_json: bool) -> None:
     """Check FILE as admission would, without admitting it; exit 1 if a line is faulty."""
     context = open_context()
-    report = validation.validate(file, settings=admission_settings(context.settings))
+    report = validation.validate(
+        file, settings=admission_settings(context.settings), tables=context.store.estimates
+    )
     if as_json:
         print_json(report)
     else:
@@ -136,6 +141,19 @@ class Submission:
                 continue
             if rejected.file_name == self.inbox_path.name:
                 raise FileRefused(str(rejected))
+
+
+def _say_estimate(file: Path, options: BatchOptions, context: Context) -> None:
+    report = validation.validate(
+        file,
+        settings=admission_settings(context.settings),
+        options=options,
+        tables=context.store.estimates,
+        max_listed_faults=0,
+    )
+    if report.estimate is not None:
+        for name, text in estimate_rows(report.estimate):
+            click.echo(f"{name}: {text}")
 
 
 def _say_sent(sent: Submission, *, as_json: bool, lines: bool) -> None:

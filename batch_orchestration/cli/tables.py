@@ -10,11 +10,13 @@ from rich.text import Text
 from batch_orchestration.cli.watching import describe, eta, figures
 from batch_orchestration.domain.commits import SIMULATED
 from batch_orchestration.domain.dead_letters import DeadLetter
+from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.lifecycle import BatchEvent
 from batch_orchestration.domain.outcomes import Failure
 from batch_orchestration.services.board import Board
 from batch_orchestration.services.status import BatchView
 from batch_orchestration.services.validation import ValidationReport
+from batch_orchestration.services.wording import estimate_rows
 from batch_orchestration.settings import SettingInForce
 
 MESSAGE_LENGTH = 300
@@ -57,7 +59,10 @@ def board_tables(board: Board) -> Iterator[RenderableType]:
 
 
 def batch_details(
-    view: BatchView, failures_by_code: dict[str, int], events: Sequence[BatchEvent]
+    view: BatchView,
+    failures_by_code: dict[str, int],
+    events: Sequence[BatchEvent],
+    estimate: Estimate | None = None,
 ) -> RenderableType:
     """Return all that is known about one batch."""
     simulated = view.engine == SIMULATED
@@ -79,6 +84,7 @@ def batch_details(
         ("Priority", str(view.options.priority)),
         ("Window", view.options.completion_window),
         ("Metadata", ", ".join(f"{key}={text}" for key, text in view.options.metadata.items())),
+        *(() if estimate is None else estimate_rows(estimate)),
         ("Created", moment(view.plan.created_at)),
         ("Output", str(view.output_file or "")),
         ("Errors", str(view.error_file or "")),
@@ -142,6 +148,9 @@ def print_validation(console: Console, report: ValidationReport) -> None:
             highlight=False,
             markup=False,
         )
+    if report.estimate is not None:
+        for name, text in estimate_rows(report.estimate):
+            console.print(f"{name}: {text}", highlight=False, markup=False)
 
 
 def settings_table(settings: Iterable[SettingInForce]) -> Table:

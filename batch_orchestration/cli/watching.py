@@ -14,8 +14,8 @@ from rich.text import Text
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.services.batch_objects import batch_object
-from batch_orchestration.services.reports import duration
 from batch_orchestration.services.status import BatchView, view_batch, with_progress
+from batch_orchestration.services.wording import duration
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 

@@ -8,16 +8,20 @@ import dagster as dg
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import chunk_key
 from batch_orchestration.domain.commits import ChunkReport
+from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.services.assembly import AssemblyReport
 from batch_orchestration.services.chunk_runner import CommittedChunk
 from batch_orchestration.services.partial_output import PartialReport
+from batch_orchestration.services.wording import estimate_rows, window_warning
 
 Metadata = dict[str, dg.MetadataValue | str | int | float | bool]
 
 MANIFEST_KEY = dg.AssetKey("batch_manifest")
 
 
-def manifest_materialization(plan: BatchPlan, input_file: Path) -> dg.AssetMaterialization:
+def manifest_materialization(
+    plan: BatchPlan, input_file: Path, estimate: Estimate | None = None
+) -> dg.AssetMaterialization:
     """Say that a batch was admitted, with what was found in its file."""
     metadata: Metadata = {
         "requests": plan.requests,
@@ -39,7 +43,26 @@ def manifest_materialization(plan: BatchPlan, input_file: Path) -> dg.AssetMater
         metadata["metadata"] = dg.MetadataValue.json(plan.options.metadata)
     if plan.options.model:
         metadata["model"] = plan.options.model
+    if estimate is not None:
+        metadata |= _expected(estimate)
     return dg.AssetMaterialization(MANIFEST_KEY, partition=plan.batch_id, metadata=metadata)
+
+
+def _expected(estimate: Estimate) -> Metadata:
+    metadata: Metadata = {
+        "expected_prompt_tokens": round(estimate.prompt_tokens.mid),
+        "expected_completion_tokens": round(estimate.completion_tokens.mid),
+        "estimate": dg.MetadataValue.md(
+            "\n".join(f"- {name}: {text}" for name, text in estimate_rows(estimate))
+        ),
+    }
+    if estimate.seconds is not None:
+        metadata["expected_seconds"] = estimate.seconds.mid
+    if estimate.price is not None:
+        metadata["expected_price"] = round(estimate.price.mid, 2)
+    if warning := window_warning(estimate):
+        metadata["warning"] = warning
+    return metadata
 
 
 def chunk_materialization(

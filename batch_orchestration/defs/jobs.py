@@ -14,6 +14,7 @@ from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.errors import BatchOrchestrationError, FileStillChanging
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.configuration import admission_settings, open_inbox
+from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted, Split
 from batch_orchestration.storage.files import DataFolder
@@ -57,7 +58,11 @@ def admit_claim(
     elif isinstance(verdict, Admitted | AlreadyAdmitted) and _is_batch(folder, verdict.batch_id):
         plan = folder.read_plan(verdict.batch_id)
         # First, because the partitions say that all of this is done.
-        context.log_event(manifest_materialization(plan, folder.input_path_of(plan)))
+        context.log_event(
+            manifest_materialization(
+                plan, folder.input_path_of(plan), read_estimate(folder, plan.batch_id)
+            )
+        )
         add_partitions(context.instance, plan)
 
 

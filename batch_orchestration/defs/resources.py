@@ -1,6 +1,7 @@
 """Resources: what the definitions are given, all of it built from `Settings`."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,8 @@ from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration.engines.simulated import DEFAULT_MODEL, SimulatedEngine
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.services.chunk_runner import Feeding
+from batch_orchestration.services.configuration import engine_in_force
+from batch_orchestration.services.engine_facts import remember_engine
 from batch_orchestration.services.gpu_health import no_gate, require_healthy_gpu
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.settings import Device, EngineKind, Settings
@@ -27,6 +30,8 @@ from batch_orchestration.storage.rung_memory import RungMemory
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
+#: At the end of a run; what the engine said of itself is worth no longer wait for the store.
+REMEMBER_SECONDS = 10.0
 
 #: The deployment's settings, as they are; the run's record never shows them.
 SettingsResource = dg.ResourceParam[Settings]
@@ -87,6 +92,7 @@ class GpuResource(dg.ConfigurableResource):
     request_timeout_seconds: float = Field(description="One attempt of one request.")
 
     _engine: Engine | None = PrivateAttr(None)
+    _settings: Settings | None = PrivateAttr(None)
 
     @classmethod
     def of(cls, settings: Settings) -> "GpuResource":
@@ -130,6 +136,7 @@ class GpuResource(dg.ConfigurableResource):
             if (without := no_gate(settings)) is not None:
                 logger.info(without)
             self._engine = self._build(logs / f"{run_id}.log", settings)
+            self._settings = settings
         return self._engine
 
     @contextmanager
@@ -140,6 +147,12 @@ class GpuResource(dg.ConfigurableResource):
         finally:
             if self._engine is not None:
                 self._engine.stop()
+                self._remember(self._engine)
+
+    def _remember(self, engine: Engine) -> None:
+        if self._settings is not None:
+            store = open_store(self._settings, deadline_seconds=REMEMBER_SECONDS)
+            remember_engine(engine, engine_in_force(self._settings), store, at=time.time())
 
     def _build(self, log_path: Path, settings: Settings) -> Engine:
         match EngineKind(self.engine):

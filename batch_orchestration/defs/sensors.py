@@ -34,6 +34,7 @@ from batch_orchestration.services.dispatch import (
     dispatch,
     unfinished_batches,
 )
+from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.parts import admit_parts
 from batch_orchestration.services.service_order import order_batches
@@ -161,7 +162,8 @@ def _known_to_dagster(
         # The run that admits a file makes its partitions itself; of a part nobody else does.
         if being_admitted and plan.part is None:
             continue
-        event = manifest_materialization(plan, folder.input_path_of(plan))
+        estimate = read_estimate(folder, plan.batch_id)
+        event = manifest_materialization(plan, folder.input_path_of(plan), estimate)
         instance.report_runless_asset_event(event)
         add_partitions(instance, plan)
         known.append(batch)

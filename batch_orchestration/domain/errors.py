@@ -16,7 +16,8 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
     ├── EngineError
     │   ├── EngineStartFailed    the engine did not become ready
     │   ├── EngineDied           the engine is gone; what was in flight is unanswered
-    │   └── EngineSick           the engine lives and fails nearly everything it is given
+    │   ├── EngineSick           the engine lives and fails nearly everything it is given
+    │   └── CalibrationFailed    the engine answers nothing that it is to be measured by
     └── StorageError
         ├── DiskFull             nothing was recorded; make room and try again
         ├── JournalInUse         another process is writing this journal
@@ -96,6 +97,10 @@ class EngineDied(EngineError):
 
 class EngineSick(EngineError):
     """The engine answers, but fails nearly everything; feeding it on would only burn attempts."""
+
+
+class CalibrationFailed(EngineError):
+    """The engine answers nothing that it is asked to be measured by."""
 
 
 class StorageError(BatchOrchestrationError):

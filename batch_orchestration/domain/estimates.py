@@ -129,6 +129,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         measurements: Of the engine's speed, on which the seconds rest.
         costs: For a look at the work that is left while it runs.
         price: Of the device for `seconds`; None if no price is set.
+        engine: What measurements of the engine are kept by; empty if that is not known.
+        at_a_time: Requests that it computes together at most.
         created_at: POSIX seconds.
     """
 
@@ -145,12 +147,29 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     costs: Costs | None = None
     expectations: dict[str, Expectation] = {}
     price: Band | None = None
+    engine: dict[str, str] = {}
+    at_a_time: int = 1
     created_at: float = 0.0
 
     @property
     def tokens(self) -> int:
         """Expected in all, prompts and answers."""
         return round(self.prompt_tokens.mid + self.completion_tokens.mid)
+
+    def part(self, share: float) -> "Estimate":
+        """Return the estimate of such a share of the requests, as a batch of their own."""
+        return msgspec.structs.replace(
+            self,
+            requests=round(self.requests * share),
+            prompt_tokens=self.prompt_tokens.scaled(share),
+            completion_tokens=self.completion_tokens.scaled(share),
+            seconds=None if self.seconds is None else self.seconds.scaled(share),
+            price=None if self.price is None else self.price.scaled(share),
+            expectations={
+                shape: msgspec.structs.replace(each, requests=round(each.requests * share))
+                for shape, each in self.expectations.items()
+            },
+        )
 
     @property
     def until_done(self) -> Band | None:
@@ -269,6 +288,7 @@ def estimate(
         measurements=0 if throughput is None else throughput.measurements,
         costs=None if throughput is None else throughput.costs,
         expectations=_expectations(models, sums),
+        at_a_time=at_a_time,
     )
 
 

@@ -112,7 +112,7 @@ class OwnServerEngine(Engine):
             self._process.stop()
             raise
         self._server = server
-        self._figures |= {"start_seconds": round(time.monotonic() - began, 3)}
+        self._figures |= {"start_seconds": round(time.monotonic() - began, 3), **server.facts}
         logger.info("%s is ready after %.1f s", self._process.name, time.monotonic() - began)
         return identity
 
@@ -148,7 +148,7 @@ class OwnServerEngine(Engine):
         self._process.stop()
 
     def figures(self) -> dict[str, Any]:
-        """Return pid, port, number of starts, seconds of the latest one, and where the log is."""
+        """Return pid, port, number of starts, seconds of the latest one, log, facts."""
         return dict(self._figures)
 
     def last_log_lines(self, count: int) -> list[str]:

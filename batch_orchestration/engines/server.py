@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -31,12 +32,17 @@ UNAUTHORIZED = 401
 #: vLLM's counters of tokens read and written; they move with every step of the engine.
 TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
+#: vLLM's gauge whose labels are the settings of its KV cache.
+CACHE_INFO = "vllm:cache_config_info{"
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
 _T = TypeVar("_T")
 
 
 class _Model(msgspec.Struct):
     id: str
     owned_by: str = ""
+    max_model_len: int | None = None
 
 
 class _Models(msgspec.Struct):
@@ -103,6 +109,8 @@ class ServerEngine(Engine):
         self._connection: _Connection | None = None
         self._identity: EngineIdentity | None = None
         self._start_seconds = 0.0
+        #: What the server tells of itself: names of models, longest request, size of the KV cache.
+        self.facts: dict[str, Any] = {}
         #: Its memory is not ours to set.
         self.ladder = Ladder(Rung())
         self._alive_at = 0.0
@@ -166,8 +174,9 @@ class ServerEngine(Engine):
         self._identity = None
 
     def figures(self) -> dict[str, Any]:
-        """Return address and seconds that `start` waited."""
-        return {"base_url": self.base_url, "start_seconds": round(self._start_seconds, 3)}
+        """Return address, seconds that `start` waited, and `facts`."""
+        waited = {"base_url": self.base_url, "start_seconds": round(self._start_seconds, 3)}
+        return waited | self.facts
 
     async def healthy(self, session: aiohttp.ClientSession) -> bool:
         """Whether the server answers `/health`, be it only to say that it has no such page."""
@@ -266,9 +275,22 @@ class ServerEngine(Engine):
         with contextlib.suppress(EngineStartFailed):
             number = (await self._ask(session, "/version", _Version)).version
             version = f"{models.data[0].owned_by} {number}".strip()
-        return EngineIdentity(
-            kind=self._kind, version=version, models=tuple(model.id for model in models.data)
-        )
+        names = tuple(model.id for model in models.data)
+        self.facts = {
+            "models": names,
+            "max_model_len": models.data[0].max_model_len,
+            "kv_cache_tokens": await self._kv_cache_tokens(session),
+        }
+        return EngineIdentity(kind=self._kind, version=version, models=names)
+
+    async def _kv_cache_tokens(self, session: aiohttp.ClientSession) -> int | None:
+        """Ask how many tokens the KV cache holds; None of a server that does not tell."""
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with session.get(
+                f"{self.base_url}/metrics", timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS)
+            ) as response:
+                return kv_cache_tokens(await response.text())
+        return None
 
     async def _ask(self, session: aiohttp.ClientSession, page: str, kind: type[_T]) -> _T:
         """Read one of the server's pages about itself."""
@@ -282,6 +304,14 @@ class ServerEngine(Engine):
             return msgspec.json.decode(content, type=kind)
         except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
             raise EngineStartFailed(f"{url} is of no use: {error!r}") from error
+
+
+def kv_cache_tokens(metrics: str) -> int | None:
+    """Return what the KV cache holds, by vLLM's page of metrics: its blocks times their size."""
+    line = next((text for text in metrics.splitlines() if text.startswith(CACHE_INFO)), "")
+    labels = dict(_LABEL.findall(line))
+    blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
+    return int(blocks) * int(size) if blocks.isdecimal() and size.isdecimal() else None
 
 
 def _is_token_count(line: str) -> bool:

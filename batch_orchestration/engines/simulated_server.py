@@ -128,7 +128,8 @@ class SimulatedServer:
         )
 
     async def _list_models(self, _request: web.Request) -> web.Response:
-        models = [{"id": m, "object": "model", "owned_by": FINGERPRINT} for m in self._models]
+        told = {"object": "model", "owned_by": FINGERPRINT, "max_model_len": self._context_tokens}
+        models = [{"id": m, **told} for m in self._models]
         return _json({"object": "list", "data": models})
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:

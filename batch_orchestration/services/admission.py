@@ -36,6 +36,7 @@ from batch_orchestration.services.estimates import (
     read_knowledge,
     record_estimate,
     write_estimate,
+    write_part_estimates,
 )
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
@@ -311,6 +312,11 @@ class _Admission:
             self._faults(),
             requests_per_part=self._settings.max_requests_per_batch,
             at=self._clock(),
+        )
+        write_part_estimates(
+            self._place.work,
+            submission.parts,
+            requests_per_part=self._settings.max_requests_per_batch,
         )
         self._spool.unlink()
         verdict = Split(

@@ -19,6 +19,7 @@ from batch_orchestration.services.outbox import (
     write_lines,
 )
 from batch_orchestration.services.reports import render_report
+from batch_orchestration.services.scoring import score_batch
 from batch_orchestration.services.submission_assembly import SubmissionReport, part_ending
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import (
@@ -91,7 +92,10 @@ def assemble(
         try:
             tally = _write_files(plan, store.settled(batch_id), files)
             chunks = store.chunk_reports(batch_id)
-            text = render_report(plan, record, tally, chunks, outbox=str(files.folder))
+            scored = score_batch(plan, tally, folder=folder, store=store, clock=clock)
+            text = render_report(
+                plan, record, tally, chunks, outbox=str(files.folder), scored=scored
+            )
             crash_point(CrashPoint.BEFORE_REPORT_RENAME)
             write_atomically(files.report, text.encode())
             crash_point(CrashPoint.AFTER_RENAMES)

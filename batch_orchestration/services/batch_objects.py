@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.domain.requests import Request, parse_line
+from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.status import BatchView
 from batch_orchestration.storage.files import DataFolder, read_lines
 from batch_orchestration.telemetry.progress import Progress
@@ -56,6 +57,7 @@ def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
         },
         "metadata": dict(view.options.metadata),
         "priority": view.options.priority,
+        "estimate": read_estimate(folder, batch_id),
         "progress": _progress(view.live),
         "store_problem": view.store_problem,
     }

@@ -26,7 +26,7 @@ from batch_orchestration.services.committer import Committed, Committer
 from batch_orchestration.services.feeder import Feeder, Window, first_leaf
 from batch_orchestration.services.ladders import chunk_needs
 from batch_orchestration.services.plan_checks import check_input_size, check_settings
-from batch_orchestration.services.run_progress import RunProgress
+from batch_orchestration.services.run_progress import RunProgress, remaining_work
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import JournalState, replay_journal
 from batch_orchestration.storage.store import Store
@@ -162,7 +162,12 @@ class _BatchRun:
         self._identity: EngineIdentity | None = None
         self._open: dict[RequestPass, ChunkRef] = {}
         self._progress = RunProgress(
-            plan, folder.progress_path(plan.batch_id), run_id=run_id, chunks=refs
+            plan,
+            folder.progress_path(plan.batch_id),
+            run_id=run_id,
+            chunks=refs,
+            remaining=remaining_work(folder, plan.batch_id),
+            max_tokens_cap=feeding.max_tokens_cap,
         )
         self._committer = Committer(
             store,
@@ -298,7 +303,7 @@ class _BatchRun:
                 yield full
 
     def _settled(self, pending: PendingRequest, outcome: Outcome) -> None:
-        self._progress.count(outcome)
+        self._progress.count(outcome, pending.request)
         self._seal_if_complete(pending.chunk)
 
     def _seal_if_complete(self, chunk_pass: RequestPass) -> None:

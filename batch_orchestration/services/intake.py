@@ -10,7 +10,7 @@ from batch_orchestration.services.estimates import (
     Knowledge,
     estimate_profile,
 )
-from batch_orchestration.services.reports import duration
+from batch_orchestration.services.wording import window_warning
 
 
 class Intake:
@@ -67,16 +67,3 @@ class Intake:
         if self._settings.strict_windows and estimate.cannot_meet_window:
             warning = window_warning(estimate)
             raise FileRefused(f"{warning}, and windows are strict (BATCH_STRICT_WINDOWS)")
-
-
-def window_warning(estimate: Estimate) -> str | None:
-    """Return a sentence about a completion window that will hardly be met; None if it will."""
-    done = estimate.until_done
-    if done is None or estimate.window_seconds is None or not estimate.may_miss_window:
-        return None
-    verdict = "cannot" if estimate.cannot_meet_window else "may not"
-    return (
-        f"by the estimate it {verdict} end within its completion window of"
-        f" {duration(estimate.window_seconds)}: {duration(done.low)} to {duration(done.high)},"
-        f" {duration(estimate.ahead_seconds)} of them behind other batches"
-    )

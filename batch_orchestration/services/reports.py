@@ -5,8 +5,12 @@ from datetime import UTC, datetime
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord, ChunkReport
+from batch_orchestration.domain.estimates import Band
 from batch_orchestration.domain.submissions import Submission
+from batch_orchestration.services.scoring import Scored
 from batch_orchestration.services.tallies import Tally
+from batch_orchestration.services.wording import duration as duration
+from batch_orchestration.services.wording import seconds_band, tokens_band
 
 #: More chunks than these are summed up by the slowest.
 CHUNKS_SHOWN = 20
@@ -23,6 +27,7 @@ def render_report(
     chunks: Mapping[int, ChunkReport],
     *,
     outbox: str,
+    scored: Scored | None = None,
 ) -> str:
     """Return the report as Markdown; the same figures always give the same text.
 
@@ -34,6 +39,7 @@ def render_report(
         tally: Of all its requests.
         chunks: Their reports by number.
         outbox: Folder of the files, as a person would write it.
+        scored: The estimate made at admission, beside what it took.
     """
     sections = [
         f"# {plan.batch_id}",
@@ -41,6 +47,7 @@ def render_report(
         _summary(plan, record, tally),
         _failures(plan.batch_id, tally),
         _engines(plan, tally),
+        _estimate(scored),
         _chunks(list(chunks.values())),
         _files(outbox, tally),
     ]
@@ -212,15 +219,35 @@ def render_submission_report(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def duration(seconds: float) -> str:
-    """Return a duration for people: `48.2 s`, `3 min 20 s`, `2 h 5 min`."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
+def _estimate(scored: Scored | None) -> str:
+    if scored is None:
+        return ""
+    score, past = scored.score, scored.calibration
+    rows = [
+        _compared("Prompt tokens", score.expected_prompt_tokens, score.actual_prompt_tokens),
+        _compared("Completion tokens", score.expected_tokens, score.actual_tokens),
+    ]
+    if score.expected_seconds is None:
+        rows.append(("Engine busy", "not known: never measured", duration(score.actual_seconds)))
+    else:
+        expected = seconds_band(score.expected_seconds)
+        rows.append(("Engine busy", expected, duration(score.actual_seconds)))
+    text = "## Estimate\n\nMade at admission; prompt tokens by "
+    text += f"{score.basis}. A band is meant to hold eight of ten.\n\n"
+    text += _table(("", "Expected (10 to 90 %)", "Actual"), rows)
+    if score.error is not None:
+        place = "inside" if score.inside else "outside"
+        text += f"\n\nThe time was off by {score.error:.0%}, {place} the band. "
+    if past.median_error is not None and past.inside is not None:
+        text += (
+            f"Over the last {past.with_seconds:,} batches up to this one: median error"
+            f" {past.median_error:.0%}, inside the band {past.inside:.0%}."
+        )
+    return text.rstrip()
+
+
+def _compared(name: str, band: Band, actual: int) -> Row:
+    return name, tokens_band(band), f"{actual:,}"
 
 
 def _moment(posix_seconds: float) -> str:

@@ -9,9 +9,14 @@ from pathlib import Path
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import ChunkReport
 from batch_orchestration.domain.outcomes import Completion, Outcome
+from batch_orchestration.domain.requests import Request
+from batch_orchestration.domain.token_profile import shape_of_request
 from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.services.estimates import read_estimate
+from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.telemetry.meter import Meter
 from batch_orchestration.telemetry.progress import Progress, write_progress
+from batch_orchestration.telemetry.remaining import RemainingWork
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +31,14 @@ class RunProgress:
     """
 
     def __init__(
-        self, plan: BatchPlan, path: Path, *, run_id: str, chunks: Sequence[ChunkRef]
+        self,
+        plan: BatchPlan,
+        path: Path,
+        *,
+        run_id: str,
+        chunks: Sequence[ChunkRef],
+        remaining: RemainingWork | None = None,
+        max_tokens_cap: int | None = None,
     ) -> None:
         self.phase = "starting engine"
         self.in_flight: Callable[[], int] = lambda: 0
@@ -35,6 +47,8 @@ class RunProgress:
         self._run_id = run_id
         self._mine = {ref.chunk.number for ref in chunks}
         self._meter = Meter()
+        self._remaining = remaining
+        self._cap = max_tokens_cap
         #: Settled in chunks that are not this run's: completed, failed.
         self._elsewhere = (0, 0)
         #: Settled by earlier passes in chunks of this run: completed, failed.
@@ -54,8 +68,11 @@ class RunProgress:
         self._found[0] += completed
         self._found[1] += failed
 
-    def count(self, outcome: Outcome) -> None:
+    def count(self, outcome: Outcome, request: Request) -> None:
         """Count an outcome that has just become durable."""
+        if self._remaining is not None:
+            shape = shape_of_request(request, max_tokens_cap=self._cap)
+            self._remaining.count(shape, outcome)
         if isinstance(outcome, Completion):
             self._meter.completed += 1
             self._meter.prompt_tokens += outcome.usage.prompt_tokens
@@ -67,11 +84,15 @@ class RunProgress:
         """Note that the engine is ready: rates count from now."""
         self._meter.forget_rates()
         self._meter.sample(time.monotonic())
+        if self._remaining is not None:
+            self._remaining.begin(time.monotonic())
         self.write("feeding")
 
     def tick(self) -> None:
         """Sample the rates and write the progress file; call about once a second."""
         self._meter.sample(time.monotonic())
+        if self._remaining is not None:
+            self._remaining.sample(time.monotonic())
         self.write(self.phase)
         if time.monotonic() - self._logged_at >= LOG_SECONDS:
             self._logged_at = time.monotonic()
@@ -105,8 +126,14 @@ class RunProgress:
             completion_tokens=self._meter.completion_tokens,
             requests_per_second=requests_per_second,
             output_tokens_per_second=tokens_per_second,
-            eta_seconds=pending / requests_per_second if requests_per_second else None,
+            eta_seconds=self._eta_seconds(pending, requests_per_second),
         )
+
+    def _eta_seconds(self, pending: int, requests_per_second: float) -> float | None:
+        """Return when all is done by the tokens that are left, else by counting requests."""
+        if self._remaining is not None:
+            return self._remaining.seconds_left(pending)
+        return pending / requests_per_second if requests_per_second else None
 
     def _log(self) -> None:
         now = self.snapshot()
@@ -124,3 +151,9 @@ class RunProgress:
             now.output_tokens_per_second,
             "unknown" if now.eta_seconds is None else f"{now.eta_seconds:.0f} s",
         )
+
+
+def remaining_work(folder: DataFolder, batch_id: str) -> RemainingWork | None:
+    """Return what tells when a batch will be done; None without an estimate of it."""
+    estimate = read_estimate(folder, batch_id)
+    return None if estimate is None else RemainingWork(estimate)

@@ -1,17 +1,24 @@
 """Validation: what admission would say of a file, without admitting it."""
 
+import contextlib
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from batch_orchestration.domain.batches import BatchOptions
-from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.domain.errors import FileRefused, StorageError
+from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.requests import Fault
 from batch_orchestration.services.admission import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, open_batch_file
 from batch_orchestration.services.dropped_files import reason_to_ignore
+from batch_orchestration.services.estimates import Knowledge, read_knowledge
+from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.sidecars import find_sidecar, read_options
+from batch_orchestration.storage.estimates import EstimateTables
 
 #: Faults that a report lists; of the others it only has the number.
 MAX_LISTED_FAULTS = 1000
@@ -29,6 +36,7 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
         parts: How many batches it would become, one after the other.
         faults: The first of them, in file order.
         faults_not_listed: How many more there are.
+        estimate: What the batch would take; None if it would be rejected.
     """
 
     file_name: str
@@ -42,6 +50,7 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
     faults_by_code: dict[str, int]
     faults: tuple[Fault, ...]
     faults_not_listed: int
+    estimate: Estimate | None = None
 
     @property
     def flawless(self) -> bool:
@@ -55,6 +64,8 @@ def validate(
     settings: AdmissionSettings,
     options: BatchOptions | None = None,
     max_listed_faults: int = MAX_LISTED_FAULTS,
+    tables: EstimateTables | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> ValidationReport:
     """Read a file as admission would; nothing is moved, kept or admitted.
 
@@ -63,21 +74,27 @@ def validate(
         settings: As admission has them.
         options: In the side-car's place.
         max_listed_faults: How many are listed; all are counted.
+        tables: What was learned of earlier batches.
+        clock: POSIX seconds.
 
     Raises:
         FileStillChanging: Somebody was writing the file meanwhile.
         FileNotFoundError: It is not there.
     """
     faults: list[Fault] = []
-    reading = BatchFileReading(settings.rules(options or BatchOptions()))
+    reading, estimate = BatchFileReading(settings.rules(options or BatchOptions())), None
     before = Fingerprint.of(path.resolve(strict=True))
     reason = reason_to_ignore(path.name, path.stat().st_mode)
     if reason is None:
         try:
             if options is None:
                 options = read_options(find_sidecar(path))
-                reading = BatchFileReading(settings.rules(options))
+            intake = _intake(options, settings, tables)
+            reading = BatchFileReading(settings.rules(options), examine=intake.examine)
             reason = _read(path, reading, settings, faults, max_listed_faults)
+            if reason is None:
+                estimate = intake.estimate(at=clock(), seed=reading.sha256)
+                intake.refuse_if_too_late(estimate)
         except FileRefused as refused:
             reason = str(refused)
     before.verify()
@@ -93,7 +110,19 @@ def validate(
         faults_by_code={str(code): count for code, count in reading.faults_by_code.items()},
         faults=tuple(faults),
         faults_not_listed=reading.faulty - len(faults),
+        estimate=estimate,
     )
+
+
+def _intake(
+    options: BatchOptions, settings: AdmissionSettings, tables: EstimateTables | None
+) -> Intake:
+    """Return what looks at the requests; a store that cannot be asked teaches nothing."""
+    estimating, knowledge = settings.estimating, Knowledge()
+    if tables is not None:
+        with contextlib.suppress(StorageError):
+            knowledge = read_knowledge(tables, estimating.engine)
+    return Intake(options, settings=estimating, knowledge=knowledge)
 
 
 def _read(

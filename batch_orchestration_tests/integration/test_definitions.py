@@ -16,7 +16,7 @@ from batch_orchestration.launcher import LocalProcessRunLauncher
 from batch_orchestration.settings import EngineKind, Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-JOBS = ("admit_batch", "submit_batch", "answer_chunks", "deliver_batch")
+JOBS = ("admit_batch", "submit_batch", "answer_chunks", "deliver_batch", "benchmark_engine")
 HEAVY = ["vllm", "torch", "transformers", "pynvml", "pandas"]
 
 

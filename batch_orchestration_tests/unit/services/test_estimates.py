@@ -20,7 +20,8 @@ from batch_orchestration.services.estimates import (
     window_seconds,
     write_estimate,
 )
-from batch_orchestration.services.intake import Intake, window_warning
+from batch_orchestration.services.intake import Intake
+from batch_orchestration.services.wording import window_warning
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration_tests.builders import NOW, make_batch, make_line
 

@@ -1,0 +1,215 @@
+"""Calibration: a few minutes of made-up prompts, from which the engine's costs are learned.
+
+Rounds differ in the length of prompts, the length of answers, and how many requests the engine has
+at a time, so that what each of them costs can be told apart.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from batch_orchestration.domain.errors import CalibrationFailed
+from batch_orchestration.domain.outcomes import Completion, Failure, Outcome
+from batch_orchestration.domain.throughput import Source, Throughput, throughput
+from batch_orchestration.engines.base import Engine
+from batch_orchestration.storage.estimates import EngineRun
+
+logger = logging.getLogger(__name__)
+
+CHAT, COMPLETION, EMBEDDING = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+#: Tokens of a prompt and of an answer, where the engine's context has room for them.
+SHORT_PROMPT, LONG_PROMPT = 30, 300
+SHORT_ANSWER, LONG_ANSWER = 4, 48
+#: Requests at a time where the engine is neither alone with one nor full.
+FEW = 8
+#: Of a token of English.
+CHARACTERS_PER_TOKEN = 4
+WORDS = (
+    *("river", "window", "purple", "seven", "garden", "letter", "under", "market", "silver"),
+    *("bridge", "yellow", "answer", "little", "morning", "paper", "station", "winter", "among"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """So many alike requests, so many of them at a time."""
+
+    prompt_tokens: int
+    answer_tokens: int
+    at_a_time: int
+    requests: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """What was measured, and the costs that follow from it."""
+
+    runs: tuple[EngineRun, ...]
+    throughput: Throughput | None
+    failed: int
+
+
+def rounds(*, requests: int, at_a_time: int, context_tokens: int | None) -> list[Round]:
+    """Return the rounds of a calibration, the most telling first.
+
+    Args:
+        requests: Of a round that keeps the engine busy.
+        at_a_time: Requests that the engine computes together at most.
+        context_tokens: Of the engine, if it tells.
+    """
+    room = context_tokens or 8 * LONG_PROMPT
+    long_prompt = max(SHORT_PROMPT, min(LONG_PROMPT, room // 8))
+    long_answer = max(SHORT_ANSWER, min(LONG_ANSWER, room // 8))
+    full = min(at_a_time, requests)
+    few = min(FEW, full)
+    plan = [
+        (SHORT_PROMPT, SHORT_ANSWER, full, requests),
+        (SHORT_PROMPT, long_answer, full, requests),
+        (long_prompt, SHORT_ANSWER, full, requests),
+        (SHORT_PROMPT, long_answer, 1, 1),
+        (long_prompt, long_answer, few, few),
+        (long_prompt, SHORT_ANSWER, 1, 2),
+        (long_prompt, long_answer, full, requests),
+        (SHORT_PROMPT, long_answer, few, few),
+    ]
+    return [
+        Round(prompt_tokens=prompt, answer_tokens=answer, at_a_time=at_a_time, requests=count)
+        for prompt, answer, at_a_time, count in plan
+    ]
+
+
+async def calibrate(
+    engine: Engine,
+    *,
+    model: str | None = None,
+    requests: int,
+    seconds: float,
+    at_a_time: int,
+    run_id: str,
+) -> CalibrationReport:
+    """Start the engine, measure it, and return what was found.
+
+    Args:
+        engine: Whose costs are learned; it is left running.
+        model: Served name to ask; the engine's first by default.
+        requests: Of a round that keeps it busy.
+        seconds: After so many no further round is begun.
+        at_a_time: Requests that it computes together at most.
+        run_id: Of the run that calibrates.
+
+    Raises:
+        EngineError: It did not start, or died.
+        CalibrationFailed: It answers none of what it is asked.
+    """
+    identity = await engine.start()
+    try:
+        served = model or identity.models[0]
+        ask = _Asker(engine, served, seed=run_id)
+        # The first request of an engine pays for what is made once.
+        await ask.choose_endpoint()
+        context = engine.figures().get("max_model_len")
+        began = time.monotonic()
+        found: list[EngineRun] = []
+        for planned in rounds(requests=requests, at_a_time=at_a_time, context_tokens=context):
+            if found and time.monotonic() - began > seconds:
+                break
+            run = await ask.measure(planned, engine=identity.kind, run_id=run_id)
+            if run is not None:
+                found.append(run)
+                logger.info("%s took %.2f s", planned, run.seconds)
+    finally:
+        await engine.disconnect()
+    if not found:
+        raise CalibrationFailed("the engine answered none of the made-up requests")
+    return CalibrationReport(
+        runs=tuple(found),
+        throughput=throughput([run.measurement for run in found]),
+        failed=ask.failed,
+    )
+
+
+class _Asker:
+    """Asks made-up requests, each beginning with other words: a prefix cache shall not help."""
+
+    def __init__(self, engine: Engine, model: str, *, seed: str) -> None:
+        self._engine = engine
+        self._model = model
+        self._dice = random.Random(seed)
+        self._endpoint = CHAT
+        self._asked = 0
+        self.failed = 0
+
+    async def choose_endpoint(self) -> None:
+        """Find out what the model is for.
+
+        Raises:
+            CalibrationFailed: It answers on no endpoint.
+        """
+        messages = []
+        for self._endpoint in (CHAT, COMPLETION, EMBEDDING):
+            outcome = await self._ask(SHORT_PROMPT, SHORT_ANSWER)
+            if isinstance(outcome, Completion):
+                return
+            messages.append(f"{self._endpoint}: {outcome.message}")
+        raise CalibrationFailed("the engine answers nothing: " + "; ".join(messages))
+
+    async def measure(self, planned: Round, *, engine: str, run_id: str) -> EngineRun | None:
+        """Ask one round; None if nothing was answered."""
+        waiting = iter(range(planned.requests))
+        outcomes: list[Outcome] = []
+        began = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(planned.at_a_time):
+                group.create_task(self._work_off(waiting, planned, outcomes))
+        took = time.monotonic() - began
+        answers = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+        self.failed += len(outcomes) - len(answers)
+        if not answers:
+            return None
+        return EngineRun(
+            run_id=run_id,
+            engine=engine,
+            rung=self._engine.ladder.description or "",
+            source=Source.CALIBRATION,
+            requests=len(answers),
+            prompt_tokens=sum(answer.usage.prompt_tokens for answer in answers),
+            completion_tokens=sum(answer.usage.completion_tokens for answer in answers),
+            longest=max(answer.usage.completion_tokens for answer in answers),
+            at_a_time=planned.at_a_time,
+            seconds=took,
+            measured_at=time.time(),
+        )
+
+    async def _work_off(
+        self, waiting: Iterator[int], planned: Round, outcomes: list[Outcome]
+    ) -> None:
+        outcomes.extend(
+            [await self._ask(planned.prompt_tokens, planned.answer_tokens) for _ in waiting]
+        )
+
+    async def _ask(self, prompt_tokens: int, answer_tokens: int) -> Completion | Failure:
+        self._asked += 1
+        body = self._body(self._text(prompt_tokens), answer_tokens)
+        return await self._engine.answer(
+            self._endpoint, msgspec.json.encode(body), request_id=f"calibration-{self._asked}"
+        )
+
+    def _text(self, tokens: int) -> str:
+        words = [str(self._asked), *self._dice.choices(WORDS, k=tokens)]
+        return " ".join(words)[: tokens * CHARACTERS_PER_TOKEN]
+
+    def _body(self, text: str, answer_tokens: int) -> dict[str, Any]:
+        if self._endpoint == EMBEDDING:
+            return {"model": self._model, "input": text}
+        # The second and third are vLLM's own; without them answers would end when they like.
+        limits = {"max_tokens": answer_tokens, "ignore_eos": True, "min_tokens": answer_tokens}
+        if self._endpoint == CHAT:
+            asked: Sequence[Any] | str = [{"role": "user", "content": text}]
+            return {"model": self._model, "messages": asked, **limits}
+        return {"model": self._model, "prompt": text, **limits}

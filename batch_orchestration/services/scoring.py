@@ -1,0 +1,89 @@
+"""Scores: what a batch took beside what it was expected to take, and what that teaches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.estimates import AnsweredRequest
+from batch_orchestration.domain.outcomes import FailureCode
+from batch_orchestration.domain.scores import Calibration, Score, calibration
+from batch_orchestration.domain.token_profile import TokenProfile
+from batch_orchestration.services.estimates import read_estimate, read_profile
+from batch_orchestration.services.tallies import Tally
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+#: Batches that the calibration looks back on.
+LAST_BATCHES = 20
+#: A batch that ended before its time says nothing about an estimate of the whole.
+_CUT_SHORT = (FailureCode.BATCH_CANCELLED, FailureCode.BATCH_EXPIRED)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A batch's score, and how estimates were up to then."""
+
+    score: Score
+    calibration: Calibration
+
+
+def score_batch(
+    plan: BatchPlan,
+    tally: Tally,
+    *,
+    folder: DataFolder,
+    store: Store,
+    clock: Callable[[], float],
+) -> Scored | None:
+    """Score the estimate of a batch whose requests all have an outcome, once.
+
+    What was measured and a sample of its answers are kept for the next estimates. Scoring again
+    returns the same. None without an estimate, without an answer, and of a batch cut short.
+    """
+    tables = store.estimates
+    estimate = read_estimate(folder, plan.batch_id)
+    if estimate is None or any(tally.failures_by_code[str(code)] for code in _CUT_SHORT):
+        return None
+    score = tables.score_of(plan.batch_id)
+    if score is None:
+        runs = tables.runs_of(plan.batch_id, at_a_time=estimate.at_a_time)
+        if not runs:
+            return None
+        score = Score(
+            batch_id=plan.batch_id,
+            scored_at=clock(),
+            requests=estimate.requests,
+            basis=estimate.basis,
+            expected_prompt_tokens=estimate.prompt_tokens,
+            actual_prompt_tokens=sum(run.prompt_tokens for run in runs),
+            expected_tokens=estimate.completion_tokens,
+            actual_tokens=sum(run.completion_tokens for run in runs),
+            expected_seconds=estimate.seconds,
+            actual_seconds=sum(run.seconds for run in runs),
+        )
+        tables.add_estimate(plan.batch_id, estimate)
+        profile = read_profile(folder, plan.batch_id)
+        tables.score(
+            score,
+            runs,
+            model=estimate.engine.get("model", ""),
+            device=estimate.engine.get("device", ""),
+            answered=[] if profile is None else _answered(plan.batch_id, profile, store),
+        )
+    past = tables.scores(limit=LAST_BATCHES, until=score.scored_at)
+    return Scored(score, calibration(past))
+
+
+def _answered(batch_id: str, profile: TokenProfile, store: Store) -> list[AnsweredRequest]:
+    sample = {request.index: request for request in profile.sample if request.index >= 0}
+    results = store.estimates.results_of(batch_id, list(sample))
+    return [
+        AnsweredRequest(
+            shape=sample[index].shape,
+            characters=sample[index].characters,
+            prompt_tokens=result.prompt_tokens,
+            completion_tokens=result.completion_tokens,
+            cut=result.cut,
+        )
+        for index, result in results.items()
+    ]

@@ -1,0 +1,88 @@
+"""When a batch will be done, by the tokens that are left and not by counting requests."""
+
+from collections import Counter, deque
+
+from batch_orchestration.domain.estimates import Estimate
+from batch_orchestration.domain.outcomes import Completion, Outcome
+from batch_orchestration.domain.throughput import GUESSED
+
+#: Long answers arrive in bursts: a shorter window would take each for a change of speed.
+WINDOW_SECONDS = 120.0
+#: What was expected of a shape counts as much as so many answers of it.
+EXPECTATION_WEIGHT = 5.0
+
+
+class RemainingWork:
+    """Learns from each answer what the others of its shape will take.
+
+    Work is counted in the estimate's costs, so that a prompt of 3,000 tokens with an answer of two
+    is not taken for one of 700 with an answer of a thousand.
+    """
+
+    def __init__(self, estimate: Estimate) -> None:
+        costs = estimate.costs or GUESSED
+        self._request = costs.request
+        self._prompt = costs.prompt_token
+        self._completion = costs.completion_token + costs.step / max(1, estimate.at_a_time)
+        self._expected = estimate.expectations
+        self._seen: Counter[str] = Counter()
+        self._work: dict[str, float] = {}
+        self._done = 0.0
+        self._samples: deque[tuple[float, float]] = deque()
+
+    def begin(self, now: float) -> None:
+        """Note that the engine is ready: speed counts from now."""
+        self._samples.clear()
+        self.sample(now)
+
+    def count(self, shape: str, outcome: Outcome) -> None:
+        """Take note of an outcome; one that is no answer took no work worth counting."""
+        self._seen[shape] += 1
+        if isinstance(outcome, Completion):
+            work = self._cost(outcome.usage.prompt_tokens, outcome.usage.completion_tokens)
+            self._work[shape] = self._work.get(shape, 0.0) + work
+            self._done += work
+
+    def sample(self, now: float) -> None:
+        """Remember how much is done at this moment; call about once a second."""
+        self._samples.append((now, self._done))
+        while len(self._samples) > 2 and now - self._samples[0][0] > WINDOW_SECONDS:
+            self._samples.popleft()
+
+    def seconds_left(self, pending: int) -> float | None:
+        """Return how long so many requests will take; None before the first answer."""
+        if not pending:
+            return 0.0
+        if len(self._samples) < 2:
+            return None
+        (start, before), (end, now) = self._samples[0], self._samples[-1]
+        if now <= before or end <= start:
+            return None
+        return self._pending_work(pending) / ((now - before) / (end - start))
+
+    def _pending_work(self, pending: int) -> float:
+        """Return the work of what is left, shape by shape.
+
+        What other runs have done is not known by shape: it is taken to be like what is left.
+        """
+        left = {
+            shape: max(0, expected.requests - self._seen[shape])
+            for shape, expected in self._expected.items()
+        }
+        requests = sum(left.values())
+        if not requests:
+            seen = self._seen.total()
+            return self._done / seen * pending if seen else 0.0
+        work = sum(count * self._each(shape) for shape, count in left.items())
+        return work * pending / requests
+
+    def _each(self, shape: str) -> float:
+        expected = self._expected[shape]
+        prior = self._cost(expected.prompt_tokens, expected.completion_tokens)
+        seen = self._seen[shape]
+        return (EXPECTATION_WEIGHT * prior + self._work.get(shape, 0.0)) / (
+            EXPECTATION_WEIGHT + seen
+        )
+
+    def _cost(self, prompt_tokens: float, completion_tokens: float) -> float:
+        return self._request + self._prompt * prompt_tokens + self._completion * completion_tokens
