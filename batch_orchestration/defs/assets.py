@@ -12,6 +12,7 @@ from batch_orchestration import __version__
 from batch_orchestration.defs.events import (
     MANIFEST_KEY,
     chunk_materialization,
+    lost_materializations,
     output_metadata,
     partial_output_metadata,
     progress_observation,
@@ -25,7 +26,7 @@ from batch_orchestration.defs.resources import (
     open_store,
 )
 from batch_orchestration.defs.runs import ask_person, claim_batch, mark_partial
-from batch_orchestration.domain.batches import settings_hash
+from batch_orchestration.domain.batches import BatchPlan, settings_hash
 from batch_orchestration.domain.chunks import parse_chunk_key
 from batch_orchestration.domain.errors import (
     BatchNotFound,
@@ -39,6 +40,7 @@ from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
 from batch_orchestration.services.retention import prune_journals
+from batch_orchestration.storage.store import Store
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
 CHUNKS_PER_BACKFILL_RUN = 200
@@ -190,10 +192,12 @@ def batch_output(
     """
     batch_id = context.partition_key
     claim_batch(context.instance, context.run, [batch_id])
+    folder, store = data_folder(settings), open_store(settings)
+    _report_lost(context, folder.read_plan(batch_id), store)
     report = deliver_what_is_there(
         batch_id,
-        folder=data_folder(settings),
-        store=open_store(settings),
+        folder=folder,
+        store=store,
         clock=time.time,
         actor=context.run.run_id,
         on_partial=partial(mark_partial, context.instance, context.run.run_id),
@@ -214,3 +218,14 @@ def _prune(settings: SettingsResource) -> None:
             now=time.time(),
             keep_seconds=keep_seconds,
         )
+
+
+def _report_lost(context: dg.AssetExecutionContext, plan: BatchPlan, store: Store) -> None:
+    """Make green what is committed: whose run was killed in between may have been another batch's.
+
+    The runs of the batch itself report all of their chunks whenever they are started again.
+    """
+    reports = store.chunk_reports(plan.batch_id)
+    known = context.instance.get_materialized_partitions(chunk_results.key)
+    for event in lost_materializations(chunk_results.key, plan, reports.values(), known):
+        context.log_event(event)

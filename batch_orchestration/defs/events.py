@@ -1,6 +1,6 @@
 """What Dagster is told: the events about batches and chunks, with figures that plot."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import dagster as dg
@@ -93,6 +93,29 @@ def chunk_materialization(
         metadata["model"] = ", ".join(commit.engine.models)
     partition = chunk_key(report.batch_id, report.number)
     return dg.AssetMaterialization(key, partition=partition, metadata=metadata)
+
+
+def lost_materializations(
+    key: dg.AssetKey, plan: BatchPlan, reports: Iterable[ChunkReport], known: Container[str]
+) -> Iterator[dg.AssetMaterialization]:
+    """Say of the committed chunks that Dagster does not know of that they are committed.
+
+    They are those that a run served for another batch and was killed before it could tell.
+    """
+    for report in reports:
+        if chunk_key(report.batch_id, report.number) not in known:
+            commit = CommittedChunk(
+                report=report,
+                reused=True,
+                engine=None,
+                done=plan.requests,
+                total=plan.requests,
+                completed=report.completed,
+                failed=report.failed,
+                output_tokens_per_second=0.0,
+                eta_seconds=None,
+            )
+            yield chunk_materialization(key, commit, settings_hash=plan.settings_hash)
 
 
 def progress_observation(commit: CommittedChunk) -> dg.AssetObservation:

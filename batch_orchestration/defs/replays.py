@@ -9,7 +9,7 @@ from pydantic import Field
 from batch_orchestration.defs.assets import batch_output
 from batch_orchestration.defs.checks import check_again
 from batch_orchestration.defs.events import output_metadata
-from batch_orchestration.defs.partitions import BATCH_TAG
+from batch_orchestration.defs.partitions import BATCH_TAG, PRIORITY_TAG
 from batch_orchestration.defs.resources import (
     GpuResource,
     SettingsResource,
@@ -36,6 +36,8 @@ from batch_orchestration.settings import Settings
 from batch_orchestration.storage.operations import open_replays
 
 REPLAY_TAG = "replay"
+#: Before every batch, however long that has waited: a person has asked for it and looks on.
+REPLAY_PRIORITY = 1_000_000
 INTERVAL_SECONDS = 5
 
 
@@ -155,7 +157,7 @@ def _tell(context: dg.OpExecutionContext, report: ReplayReport, settings: Settin
         context.log_event(evaluation)  # type: ignore[arg-type]
 
 
-@dg.job
+@dg.job(tags={PRIORITY_TAG: str(REPLAY_PRIORITY)})
 def replay_failed_requests() -> None:
     """Replay failed requests of a batch: all, or those with certain codes or custom_ids.
 

@@ -71,6 +71,7 @@ def feeding(settings: Settings) -> Feeding:
         model_aliases=settings.model_aliases,
         max_tokens_cap=settings.max_tokens_cap,
         answer_settings=settings.answer_settings(),
+        guest_chunks=settings.chunks_per_run,
     )
 
 

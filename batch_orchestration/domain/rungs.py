@@ -169,6 +169,11 @@ class Ladder:
             return None
         return ", ".join(f"{name} {value}" for name, value in self.flags.items()) or "as configured"
 
+    @property
+    def context_is_cut(self) -> bool:
+        """Whether the context was cut to what the requests expected need: others may not fit."""
+        return self.rung.max_model_len != self._top.max_model_len
+
     def expect(self, needs: Callable[[], Needs]) -> None:
         """Say what the next requests need; asked, at some cost, only when that matters."""
         self._needs = functools.cache(needs)

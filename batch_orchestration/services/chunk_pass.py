@@ -8,11 +8,14 @@ from pathlib import Path
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import Chunk, chunk_key
 from batch_orchestration.domain.commits import Provenance
-from batch_orchestration.domain.errors import PlanMismatch
+from batch_orchestration.domain.errors import DiskFull, JournalInUse, PlanMismatch
 from batch_orchestration.domain.outcomes import Failure, Outcome
 from batch_orchestration.domain.requests import Request, parse_line
 from batch_orchestration.storage.files import DataFolder, RawLine, read_chunk
 from batch_orchestration.storage.journal import Journal
+
+#: Why a request cannot be drawn just now; it may be drawn a moment later.
+Obstacle = DiskFull | JournalInUse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,27 +8,25 @@ import contextlib
 import logging
 import queue
 import threading
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from batch_orchestration.domain.batches import BatchPlan, settings_hash
 from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.domain.commits import ChunkReport, Provenance
-from batch_orchestration.domain.errors import DiskFull, JournalError
 from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.domain.overrides import Overrides
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.services.chunk_pass import ChunkPass, ChunkRef, PendingRequest, RequestPass
-from batch_orchestration.services.committer import Committed, Committer
+from batch_orchestration.services.batch_work import BatchWork
+from batch_orchestration.services.chunk_pass import ChunkRef, PendingRequest
+from batch_orchestration.services.committer import Committed, Results
 from batch_orchestration.services.feeder import Feeder, Window, first_leaf
 from batch_orchestration.services.ladders import chunk_needs
 from batch_orchestration.services.plan_checks import check_input_size, check_settings
-from batch_orchestration.services.run_progress import RunProgress, remaining_work
+from batch_orchestration.services.turns import Turns
 from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.journal import JournalState, replay_journal
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -48,6 +46,7 @@ class Feeding:
         engine_restarts: Of a dead engine, in one run.
         hang_seconds: Without a sign of progress, after which the engine counts as dead.
         answer_settings: What answers depend on now; compared with each batch's plan.
+        guest_chunks: Of more urgent batches, that a run serves beside its own at most.
     """
 
     in_flight: int
@@ -58,6 +57,7 @@ class Feeding:
     answer_settings: Mapping[str, object]
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
     hang_seconds: float = 120.0
+    guest_chunks: int = 50
 
     @property
     def window(self) -> Window:
@@ -79,7 +79,7 @@ class Feeding:
 
 @dataclass(frozen=True, kw_only=True)
 class CommittedChunk:
-    """A committed chunk, with how far its batch is.
+    """A committed chunk, with how far its batch is: the run's own, or one that was its guest.
 
     Attributes:
         reused: The store held it before this run.
@@ -113,6 +113,9 @@ def run_chunks(
     something is pending, and is left running. Closing the iterator stops the feed; every answer
     that arrived is kept.
 
+    Where it is the turn of others (see `services.turns`), their chunks are fed and yielded, too;
+    and where the run makes room for others it ends early, with chunks of its own left to do.
+
     Args:
         selection: Chunk numbers by batch id, in the order in which they are fed.
         force: Run although settings differ from the plan's; the rows carry the present hash.
@@ -140,7 +143,7 @@ def run_chunks(
 
 
 class _BatchRun:
-    """One run's work on the chunks of one batch."""
+    """One run's work on the chunks of one batch, and on those of its guests."""
 
     def __init__(
         self,
@@ -154,27 +157,26 @@ class _BatchRun:
         feeding: Feeding,
     ) -> None:
         self._refs = refs
-        self._plan = plan
         self._engine = engine
+        self._folder = folder
+        self._store = store
         self._feeding = feeding
         self._run_id = run_id
-        self._pruned = folder.pruned_path(plan.batch_id).exists()
+        self._settings_hash = settings_hash(dict(feeding.answer_settings))
         self._identity: EngineIdentity | None = None
-        self._open: dict[RequestPass, ChunkRef] = {}
-        self._progress = RunProgress(
-            plan,
-            folder.progress_path(plan.batch_id),
-            run_id=run_id,
-            chunks=refs,
-            remaining=remaining_work(folder, plan.batch_id),
-            max_tokens_cap=feeding.max_tokens_cap,
+        self._results: Results = queue.SimpleQueue()
+        self._own = self._work_on(plan, refs)
+        self._works = {plan.batch_id: self._own}
+        self._turns = Turns(
+            self._own,
+            folder=folder,
+            settings_hash=self._settings_hash,
+            most_guest_chunks=feeding.guest_chunks,
+            invite=self._invite,
+            cramped=lambda: engine.ladder.context_is_cut,
         )
-        self._committer = Committer(
-            store,
-            batch_id=plan.batch_id,
-            run_id=run_id,
-            known=self._progress.learn_committed,
-        )
+        self._ended = 0
+        self._feeder: Feeder | None = None
         self._loop = asyncio.new_event_loop()
         self._feed_task: asyncio.Task[None] | None = None
         self._feed_error: BaseException | None = None
@@ -182,7 +184,7 @@ class _BatchRun:
 
     def committed_chunks(self) -> Iterator[CommittedChunk]:
         """Feed and commit; yield each chunk as it is committed."""
-        self._committer.start()
+        self._own.committer.start()
         self._thread.start()
         try:
             while (committed := self._next_committed()) is not None:
@@ -194,17 +196,23 @@ class _BatchRun:
             self._stop()
 
     def _next_committed(self) -> Committed | None:
+        """Wait for the next commit; None when every committer has come to its end."""
         while True:
             try:
-                result = self._committer.results.get(timeout=WAIT_SECONDS)
+                result = self._results.get(timeout=WAIT_SECONDS)
             except queue.Empty:
                 continue
             if isinstance(result, BaseException):
                 raise result
-            return result
+            if result is not None:
+                return result
+            # Our own ends when nobody is invited any more; a guest's may have given up before.
+            self._ended += 1
+            if self._ended == len(self._works):
+                return None
 
     def _with_progress(self, committed: Committed) -> CommittedChunk:
-        progress = self._progress.snapshot()
+        progress = self._works[committed.report.batch_id].progress.snapshot()
         return CommittedChunk(
             report=committed.report,
             reused=committed.reused,
@@ -222,8 +230,10 @@ class _BatchRun:
             with contextlib.suppress(RuntimeError):  # The loop closed in between.
                 self._loop.call_soon_threadsafe(self._feed_task.cancel)
         self._thread.join()
-        self._committer.stop()
-        self._progress.write("done" if self._feed_error is None else "stopped")
+        for work in self._works.values():
+            work.committer.stop()
+            if work is self._own or work.progress.phase != "done":
+                work.progress.write("done" if self._feed_error is None else "stopped")
 
     def _run_feed(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -233,86 +243,86 @@ class _BatchRun:
         except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
             self._feed_error = error
         finally:
-            for chunk_pass in self._open:
-                chunk_pass.journal.close()
-            self._committer.finish()
+            for work in self._works.values():
+                work.close_journals()
+                work.committer.finish()
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
 
     async def _feed(self) -> None:
-        waiting = deque(self._refs)
-        while waiting and self._is_complete(waiting[0]):
-            self._committer.add(waiting.popleft())
-        if not waiting:
+        self._own.commit_what_is_complete()
+        if not self._own.can_draw:
             return
         try:
             async with asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._tick())
-                await self._answer_pending(waiting)
+                await self._answer_pending()
                 ticker.cancel()
         finally:
             await self._engine.disconnect()
 
-    async def _answer_pending(self, refs: Iterable[ChunkRef]) -> None:
-        self._progress.write("starting engine")
+    async def _answer_pending(self) -> None:
+        self._own.progress.write("starting engine")
         cap = self._feeding.max_tokens_cap
         self._engine.ladder.expect(partial(chunk_needs, self._refs, max_tokens_cap=cap))
-        feeder = Feeder(
+        self._feeder = Feeder(
             self._engine,
-            self._pending(refs),
+            self._turns.pending(),
             window=self._feeding.window,
-            overrides=self._feeding.overrides(self._plan.options.model),
+            overrides=self._overrides,
             settled=self._settled,
             started=self._started,
         )
-        self._progress.in_flight = lambda: feeder.in_flight
-        await feeder.feed()
-        self._progress.phase = "committing"
+        self._own.progress.in_flight = self._own_in_flight
+        await self._feeder.feed()
+        self._own.progress.phase = "committing"
+
+    def _own_in_flight(self) -> int:
+        """Return how many requests of our own the engine has."""
+        assert self._feeder is not None
+        guests = sum(guest.unanswered for guest in self._turns.guests.values())
+        return max(0, self._feeder.in_flight - guests)
 
     def _started(self, identity: EngineIdentity) -> None:
         if self._identity is None:
-            self._progress.begin_feeding()
+            self._own.progress.begin_feeding()
         self._identity = identity
 
-    def _is_complete(self, ref: ChunkRef) -> bool:
-        if self._pruned:
-            return True  # Committed and delivered; `Committer` finds it in the store.
-        state = replay_journal(ref.journal_path, self._plan.batch_id, ref.chunk.number)
-        if len(state.settled) < ref.chunk.requests:
-            return False
-        self._count_found(state)
-        return True
+    def _invite(self, batch_id: str) -> BatchWork:
+        """Begin to work on a guest.
 
-    def _count_found(self, state: JournalState) -> None:
-        self._progress.count_found(state.completed, len(state.settled) - state.completed)
+        Raises:
+            BatchNotFound: There is no such batch.
+            PlanMismatch: It is not for this engine, or its kept input has changed.
+        """
+        plan = self._folder.read_plan(batch_id)
+        check_settings(plan, self._feeding.answer_settings, force=False)
+        check_input_size(plan, self._folder)
+        guest = self._works[batch_id] = self._work_on(plan, None)
+        guest.progress.in_flight = lambda: guest.unanswered
+        guest.committer.start()
+        guest.progress.begin_feeding()
+        return guest
 
-    def _pending(self, refs: Iterable[ChunkRef]) -> Iterator[PendingRequest | DiskFull]:
-        for ref in refs:
-            chunk_pass = yield from self._opened(ref)
-            self._open[chunk_pass] = ref
-            self._count_found(chunk_pass.journal.state)
-            yield from chunk_pass.pending()
-            self._seal_if_complete(chunk_pass)
+    def _work_on(self, plan: BatchPlan, chunks: Sequence[ChunkRef] | None) -> BatchWork:
+        return BatchWork(
+            plan,
+            chunks,
+            folder=self._folder,
+            store=self._store,
+            run_id=self._run_id,
+            results=self._results,
+            provenance=self._provenance,
+            engine_rung=lambda: self._engine.ladder.description,
+            max_tokens_cap=self._feeding.max_tokens_cap,
+        )
 
-    def _opened(self, ref: ChunkRef) -> Generator[DiskFull, None, ChunkPass]:
-        """Open a chunk for writing; as long as the disk has no room, say so and try again."""
-        while True:
-            try:
-                return ChunkPass(ref, provenance=self._provenance())
-            except DiskFull as full:
-                yield full
+    def _overrides(self, pending: PendingRequest) -> Overrides:
+        plan = self._works[pending.chunk.batch_id].plan
+        return self._feeding.overrides(plan.options.model)
 
     def _settled(self, pending: PendingRequest, outcome: Outcome) -> None:
-        self._progress.count(outcome, pending.request)
-        self._seal_if_complete(pending.chunk)
-
-    def _seal_if_complete(self, chunk_pass: RequestPass) -> None:
-        if chunk_pass.complete and (ref := self._open.pop(chunk_pass, None)) is not None:
-            # A disk without room for the sync has none for the commit either, which waits for it.
-            with contextlib.suppress(DiskFull):
-                chunk_pass.journal.sync()
-            chunk_pass.journal.close()
-            self._committer.add(ref, engine_rung=self._engine.ladder.description)
+        self._works[pending.chunk.batch_id].settled(pending, outcome)
 
     def _provenance(self) -> Provenance:
         assert self._identity is not None
@@ -321,14 +331,20 @@ class _BatchRun:
             engine=self._identity.kind,
             engine_version=self._identity.version,
             model=self._identity.models[0] if self._identity.models else "",
-            settings_hash=settings_hash(dict(self._feeding.answer_settings)),
+            settings_hash=self._settings_hash,
         )
 
     async def _tick(self) -> None:
         while True:
-            self._progress.tick()
-            for chunk_pass in list(self._open):
-                # Closed in between: it was synced before.
-                with contextlib.suppress(JournalError, DiskFull):
-                    await asyncio.to_thread(chunk_pass.journal.sync)
+            self._own.progress.tick()
+            for batch_id, guest in list(self._turns.guests.items()):
+                if guest.has_left and self._feeder is not None and self._feeder.abandon(batch_id):
+                    guest.close_journals()
+                elif guest.is_open:
+                    guest.progress.tick()
+                elif guest.progress.phase != "done":
+                    # From now on its own run may write the file.
+                    guest.progress.write("done")
+            for work in list(self._works.values()):
+                await asyncio.to_thread(work.sync)
             await asyncio.sleep(SYNC_SECONDS)

@@ -33,11 +33,20 @@ class Committed:
     reused: bool
 
 
+#: What came of each chunk, in the order of commit; an exception ends it; then None.
+Results = queue.SimpleQueue[Committed | BaseException | None]
+
+
 class Committer:
     """A thread that takes complete chunks in order and commits each in one transaction.
 
     A locked store or a full disk delays it, with a word in the log, for as long as that lasts:
     the journals are safe, and the feed goes on.
+
+    Args:
+        known: Told, from this thread, what the store had when the work began.
+        results: Where it puts what came of each chunk; several can share it.
+        is_guest: What goes wrong then is left to the batch's own run, with a word in the log.
     """
 
     def __init__(
@@ -47,6 +56,8 @@ class Committer:
         batch_id: str,
         run_id: str,
         known: Callable[[Iterable[ChunkReport]], None],
+        results: Results | None = None,
+        is_guest: bool = False,
     ) -> None:
         self._store = store
         self._batch_id = batch_id
@@ -55,8 +66,10 @@ class Committer:
         self._waiting: queue.SimpleQueue[tuple[ChunkRef, str | None] | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._known: dict[int, ChunkReport] = {}
-        #: What came of each chunk, in the order of commit; an exception ends it; then None.
-        self.results: queue.SimpleQueue[Committed | BaseException | None] = queue.SimpleQueue()
+        self._is_guest = is_guest
+        #: Whether it ended by an error of which nobody else is told.
+        self.gave_up = False
+        self.results: Results = queue.SimpleQueue() if results is None else results
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
 
     def start(self) -> None:
@@ -89,7 +102,11 @@ class Committer:
             while (chunk := self._waiting.get()) is not None and not self._stopping.is_set():
                 self._when_possible(partial(self._commit, *chunk))
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
-            self.results.put(error)
+            if self._is_guest:
+                self.gave_up = True
+                logger.warning("%s is left to its own run: %s", self._batch_id, error)
+            else:
+                self.results.put(error)
         finally:
             self.results.put(None)
 
@@ -118,6 +135,8 @@ class Committer:
             self.results.put(Committed(report=report, reused=True))
             return
         entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
+        if self._others_answered(entries.values()) and self._committed_meanwhile(ref):
+            return
         crash_point(CrashPoint.BEFORE_COMMIT)
         report = self._store.commit_chunk(
             self._batch_id,
@@ -139,6 +158,17 @@ class Committer:
             report.seconds,
         )
         self.results.put(Committed(report=report, reused=False))
+
+    def _others_answered(self, entries: Iterable[JournalEntry]) -> bool:
+        return all(entry.provenance.run_id != self._run_id for entry in entries)
+
+    def _committed_meanwhile(self, ref: ChunkRef) -> bool:
+        """Whether another run has committed the chunk since; if so, its report is handed out."""
+        self._known |= self._store.chunk_reports(self._batch_id)
+        if (report := self._known.get(ref.chunk.number)) is None:
+            return False
+        self.results.put(Committed(report=report, reused=True))
+        return True
 
 
 def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> list[SettledRequest]:

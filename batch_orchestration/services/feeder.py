@@ -5,7 +5,7 @@ import logging
 import random
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +27,7 @@ from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.overrides import Overrides, prepare_body
 from batch_orchestration.domain.retries import RetryPolicy, retry_delay
 from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.services.chunk_pass import PendingRequest
+from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.easing import Easing
 from batch_orchestration.services.hang_watch import HangWatch
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: Between looks at a breaker that is open.
 BREAKER_POLL_SECONDS = 0.2
-#: Between looks at a disk that is full.
-DISK_POLL_SECONDS = 1.0
+#: Between looks at an obstacle: a disk that is full, a journal that somebody else writes.
+OBSTACLE_POLL_SECONDS = 1.0
 COMPLAINT_SECONDS = 60.0
 
 
@@ -73,16 +73,17 @@ class Feeder:
     An engine that ran out of memory makes no suspects, but is started anew with gentler settings
     (see `services.easing`), until there are none.
 
-    A source that yields `DiskFull` in place of a request is asked again when there may be room.
+    A source that yields an obstacle in place of a request, such as a full disk, is asked again
+    when it may be gone.
     """
 
     def __init__(
         self,
         engine: Engine,
-        source: Iterator[PendingRequest | DiskFull],
+        source: Iterator[PendingRequest | Obstacle],
         *,
         window: Window,
-        overrides: Overrides,
+        overrides: Callable[[PendingRequest], Overrides],
         settled: Callable[[PendingRequest, Outcome], None],
         started: Callable[[EngineIdentity], None] = lambda identity: None,
     ) -> None:
@@ -101,6 +102,9 @@ class Feeder:
         self._unanswered: dict[PendingRequest, None] = {}
         #: Fresh requests that a dead engine left, but did not have.
         self._again: deque[PendingRequest] = deque()
+        #: Those that are being answered now.
+        self._tasks: dict[PendingRequest, asyncio.Task[None]] = {}
+        self._abandoned: set[str] = set()
         self._source_is_dry = False
         self._complained_at = -COMPLAINT_SECONDS
         self.restarts = 0
@@ -124,20 +128,38 @@ class Feeder:
                 suspects_took = loop.time() - began
             await self._run_turn_of_fresh(loop.time() + suspects_took)
 
+    def abandon(self, batch_id: str) -> bool:
+        """Let go what was drawn of a batch; return whether none of it is being answered any more.
+
+        From then on nothing more is recorded about its requests.
+        """
+        self._abandoned.add(batch_id)
+        theirs = [task for pending, task in self._tasks.items() if self._is_abandoned(pending)]
+        for task in theirs:
+            task.cancel()
+        return not theirs
+
+    def _is_abandoned(self, pending: PendingRequest) -> bool:
+        return pending.chunk.batch_id in self._abandoned
+
+    def _not_abandoned(self, requests: Iterable[PendingRequest]) -> list[PendingRequest]:
+        return [pending for pending in requests if not self._is_abandoned(pending)]
+
     @property
     def _fresh_is_over(self) -> bool:
         return self._source_is_dry and not self._again
 
-    def _fresh(self, until: float) -> Iterator[PendingRequest | DiskFull]:
+    def _fresh(self, until: float) -> Iterator[PendingRequest | Obstacle]:
         """Yield fresh requests: to the end, or while suspects wait for at most so long."""
         loop = asyncio.get_running_loop()
         while not self._isolation or loop.time() < until:
             if self._again:
-                yield self._again.popleft()
+                if not self._is_abandoned(again := self._again.popleft()):
+                    yield again
             elif (pending := next(self._source, None)) is None:
                 self._source_is_dry = True
                 return
-            elif isinstance(pending, DiskFull) or pending.suspect_group is None:
+            elif isinstance(pending, Obstacle) or pending.suspect_group is None:
                 yield pending
             else:
                 self._isolation.add(pending.suspect_group, pending)
@@ -146,7 +168,7 @@ class Feeder:
         death = await self._run_window(self._fresh(until))
         if death is None:
             return
-        left, self._unanswered = list(self._unanswered), {}
+        left, self._unanswered = self._not_abandoned(self._unanswered), {}
         suspects = [pending for pending in left if pending.in_flight]
         if await self._easing.ease(death):
             self._again.extend(left)
@@ -161,11 +183,13 @@ class Feeder:
 
     async def _run_turn_of_suspects(self, label: str, group: list[PendingRequest]) -> None:
         logger.info("testing %d suspects apart (group %s)", len(group), label)
+        group = self._not_abandoned(group)
         untested = iter(group)
         death = await self._run_window(untested)
         if death is None:
             return
-        left, self._unanswered = [*self._unanswered, *untested], {}
+        left = self._not_abandoned([*self._unanswered, *untested])
+        self._unanswered = {}
         for pending in left:
             pending.in_flight = False
         if await self._easing.ease(death):
@@ -226,7 +250,7 @@ class Feeder:
             ) from death
         logger.warning("restart %d of %d", self.restarts, self._window.engine_restarts)
 
-    async def _run_window(self, requests: Iterator[PendingRequest | DiskFull]) -> EngineDied | None:
+    async def _run_window(self, requests: Iterator[PendingRequest | Obstacle]) -> EngineDied | None:
         """Settle the requests; return the engine's death, if that ended it."""
         slots = asyncio.Semaphore(self._easing.in_flight)
         try:
@@ -236,17 +260,21 @@ class Feeder:
             ):
                 while True:
                     await slots.acquire()
-                    while isinstance(pending := next(requests, None), DiskFull):
-                        await self._wait_for_room(pending)
+                    while isinstance(pending := next(requests, None), Obstacle):
+                        await self._wait(pending)
                     if pending is None:
                         return None
                     self._unanswered[pending] = None
-                    task = group.create_task(self._settle(pending))
-                    task.add_done_callback(lambda _: slots.release())
+                    task = self._tasks[pending] = group.create_task(self._settle(pending))
+                    task.add_done_callback(partial(self._ended, pending, slots))
         except* EngineDied as deaths:
             death = first_leaf(deaths)
         assert isinstance(death, EngineDied)
         return death
+
+    def _ended(self, pending: PendingRequest, slots: asyncio.Semaphore, _: object) -> None:
+        del self._tasks[pending]
+        slots.release()
 
     async def _settle(self, pending: PendingRequest) -> None:
         outcome = await self._answer(pending)
@@ -259,7 +287,7 @@ class Feeder:
     async def _answer(self, pending: PendingRequest) -> Outcome:
         request = pending.request
         body = prepare_body(
-            request.body, request.endpoint, overrides=self._overrides, served=self._served
+            request.body, request.endpoint, overrides=self._overrides(pending), served=self._served
         )
         while True:
             outcome = await self._submit(pending, body)
@@ -306,14 +334,14 @@ class Feeder:
             try:
                 return record()
             except DiskFull as full:
-                await self._wait_for_room(full)
+                await self._wait(full)
 
-    async def _wait_for_room(self, full: DiskFull) -> None:
+    async def _wait(self, obstacle: Obstacle) -> None:
         now = asyncio.get_running_loop().time()
         if now - self._complained_at > COMPLAINT_SECONDS:
             self._complained_at = now
-            logger.warning("paused until there is room, nothing is lost: %s", full)
-        await asyncio.sleep(DISK_POLL_SECONDS)
+            logger.warning("paused until this is over, nothing is lost: %s", obstacle)
+        await asyncio.sleep(OBSTACLE_POLL_SECONDS)
 
     async def _breaker_permits(self) -> None:
         loop = asyncio.get_running_loop()

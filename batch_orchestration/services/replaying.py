@@ -21,7 +21,7 @@ from batch_orchestration.domain.outcomes import Completion
 from batch_orchestration.domain.requests import Fault, Request
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.services.assembly import AssemblyReport, assemble
-from batch_orchestration.services.chunk_pass import PendingRequest, RequestPass
+from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest, RequestPass
 from batch_orchestration.services.chunk_runner import SYNC_SECONDS, Feeding
 from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.original_lines import original_lines
@@ -150,13 +150,14 @@ class _ReplayRun:
     async def _feed(self) -> None:
         cap = self._feeding.max_tokens_cap
         self._engine.ladder.expect(lambda: needs_of(self._requests(), max_tokens_cap=cap))
+        overrides = self._feeding.overrides(
+            self._replay.overrides.get("model", self._plan.options.model)
+        )
         feeder = Feeder(
             self._engine,
             self._pending(),
             window=self._feeding.window,
-            overrides=self._feeding.overrides(
-                self._replay.overrides.get("model", self._plan.options.model)
-            ),
+            overrides=lambda _: overrides,
             settled=lambda pending, outcome: None,
             started=self._started,
         )
@@ -186,7 +187,7 @@ class _ReplayRun:
                 )
             yield line.parsed
 
-    def _pending(self) -> Iterator[PendingRequest | DiskFull]:
+    def _pending(self) -> Iterator[PendingRequest | Obstacle]:
         while self._journal is None:
             try:
                 self._journal = self._open_journal()

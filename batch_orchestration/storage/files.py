@@ -97,6 +97,16 @@ class DataFolder:
         return self.root / "batch.duckdb"
 
     @property
+    def queue(self) -> Path:
+        """The queue as `dispatch_sensor` last saw it."""
+        return self.root / "queue.json"
+
+    @property
+    def paused(self) -> Path:
+        """There while the queue is paused."""
+        return self.root / "paused.json"
+
+    @property
     def rungs(self) -> Path:
         """Which memory settings worked, by engine."""
         return self.root / "rungs.json"

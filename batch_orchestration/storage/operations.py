@@ -5,6 +5,7 @@ They lie beside the journals of the batch, in `dead_letters/`: `00001-replay.jso
 named `00001-replay.open.json`, so that open ones are found without reading all.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,6 +130,15 @@ def open_replays(folder: DataFolder) -> list[tuple[str, int]]:
         for path in folder.journals.glob(f"*/{_FOLDER}/*-replay{_OPEN}")
         if not path.with_name(path.name.removesuffix(_OPEN) + ".json").exists()
     )
+
+
+def replay_asked_since(folder: DataFolder, at: float) -> bool:
+    """Whether a replay that is not over was asked for since then, POSIX seconds."""
+    for path in folder.journals.glob(f"*/{_FOLDER}/*-replay{_OPEN}"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime >= at:
+                return True
+    return False
 
 
 def _number(path: Path) -> int:

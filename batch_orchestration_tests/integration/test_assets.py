@@ -1,17 +1,23 @@
 """Assets and jobs: what a run reports to Dagster, and what it refuses to do."""
 
+import time
 from contextlib import ExitStack, closing
 
 import dagster as dg
+import msgspec
 import pytest
 
 from batch_orchestration.defs import assets
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
 from batch_orchestration.defs.runs import ASKS_PERSON_TAG, PARTIAL_TAG, mark_partial
 from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.queueing import QueueView
+from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.settings import EngineKind
 from batch_orchestration_tests.builders import make_input, make_line
 from batch_orchestration_tests.integration.deployment import Deployment
+from batch_orchestration_tests.turn_bench import PacedEngine, entry
+from batch_orchestration_tests.workbench import make_feeding
 
 
 @pytest.fixture
@@ -41,6 +47,66 @@ def materializations(result, asset="chunk_results"):
         for event in events
         if event.asset_key == dg.AssetKey(asset)
     }
+
+
+def show_queue(deployment, *batch_ids):
+    """A queue in which each is a point more urgent than the one after it."""
+    entries = [
+        entry(deployment.folder.read_plan(batch_id), effective=-place)
+        for place, batch_id in enumerate(batch_ids)
+    ]
+    view = QueueView(at=time.time(), entries=tuple(entries))
+    deployment.folder.queue.write_bytes(msgspec.json.encode(view))
+
+
+def test_a_run_reports_what_it_serves_of_a_more_urgent_batch(deployment):
+    """Its partitions, and how far it is; and it can be delivered at once."""
+    big = deployment.admit("big.jsonl", make_input(100))
+    urgent = deployment.admit("urgent.jsonl", make_input(12))
+    (deployment.folder.root / "simulated.json").write_text('{"latency_seconds": 0.1}')
+    show_queue(deployment, urgent, big)
+
+    result = deployment.run(chunk_run(big, range(20)))
+
+    assert result.success
+    told = materializations(result)
+    assert [key for key in told if urgent in key] == [f"{urgent}/{n:05d}" for n in range(3)]
+    assert len(told) == 23
+    assert deployment.store.batch(urgent).pending == 0
+    observed = [
+        event
+        for event in result.all_events
+        if event.event_type_value == "ASSET_OBSERVATION"
+        and event.asset_observation_data.asset_observation.partition == urgent
+    ]
+    assert len(observed) == 3
+    delivery = [r for r in deployment.requests("dispatch_sensor") if r.partition_key == urgent]
+    assert len(delivery) == 1
+
+
+def test_what_was_committed_but_never_told_is_told_at_delivery(deployment):
+    """The run that served it for another batch was killed in between."""
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    plan = deployment.folder.read_plan(batch_id)
+    engine = PacedEngine(seconds=0)
+    feeding = make_feeding(answer_settings=plan.settings)
+    for _ in run_chunks(
+        {batch_id: range(3)},
+        engine=engine,
+        folder=deployment.folder,
+        store=deployment.store,
+        run_id="killed",
+        feeding=feeding,
+    ):
+        pass
+    assert deployment.statuses("chunk_results") == set()
+
+    (request,) = deployment.requests("dispatch_sensor")
+    result = deployment.run(request)
+
+    assert result.success
+    assert deployment.statuses("chunk_results") == set(plan.chunk_keys)
+    assert {chunk["committed_by_run"] for chunk in materializations(result).values()} == {"killed"}
 
 
 def test_an_admitted_file_becomes_a_batch_with_its_partitions(deployment):

@@ -1,0 +1,229 @@
+"""One batch's part of a run: its chunks, open journals, progress file and commits."""
+
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.commits import ChunkReport, Provenance
+from batch_orchestration.domain.errors import DiskFull, JournalError, JournalInUse
+from batch_orchestration.domain.outcomes import Outcome
+from batch_orchestration.services.chunk_pass import (
+    ChunkPass,
+    ChunkRef,
+    Obstacle,
+    PendingRequest,
+    RequestPass,
+)
+from batch_orchestration.services.committer import Committer, Results
+from batch_orchestration.services.run_progress import RunProgress, remaining_work
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.journal import JournalState, replay_journal
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+class BatchWork:
+    """The chunks of one batch that a run feeds, in order, and what becomes of them.
+
+    Used from the feed's thread; the committer's tells it what the store has.
+
+    Args:
+        chunks: Chunks to feed; None for a guest: all that nobody has committed or is at work on.
+        results: Where what was committed is put.
+        provenance: Known once the engine is.
+        engine_rung: What the engine runs on now.
+
+    Attributes:
+        unanswered: Requests that were drawn and have no outcome yet.
+        chunks_drawn: Chunks that were opened.
+        has_left: Whether nothing of it is asked any more.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        chunks: Sequence[ChunkRef] | None,
+        *,
+        folder: DataFolder,
+        store: Store,
+        run_id: str,
+        results: Results,
+        provenance: Callable[[], Provenance],
+        engine_rung: Callable[[], str | None],
+        max_tokens_cap: int | None,
+    ) -> None:
+        self.plan = plan
+        self.is_guest = chunks is None
+        self.unanswered = 0
+        self.chunks_drawn = 0
+        self.has_left = False
+        self.progress = RunProgress(
+            plan,
+            folder.progress_path(plan.batch_id),
+            run_id=run_id,
+            chunks=chunks or (),
+            remaining=remaining_work(folder, plan.batch_id),
+            max_tokens_cap=max_tokens_cap,
+        )
+        self._folder = folder
+        self._pruned = folder.pruned_path(plan.batch_id).exists()
+        self._provenance = provenance
+        self._engine_rung = engine_rung
+        self._refs = deque(chunks or ())
+        #: Set by the committer's thread once it knows what the store has.
+        self._takeable: Sequence[ChunkRef] | None = None
+        self._open: dict[RequestPass, ChunkRef] = {}
+        self._drawing: ChunkPass | None = None
+        self._requests: Iterator[PendingRequest] = iter(())
+        #: How many chunks in a row somebody else was at work on.
+        self._in_use = 0
+        self.committer = Committer(
+            store,
+            batch_id=plan.batch_id,
+            run_id=run_id,
+            known=self._learn_committed,
+            results=results,
+            is_guest=self.is_guest,
+        )
+
+    @property
+    def mid_chunk(self) -> bool:
+        """Whether a chunk is begun and not all of its requests are drawn."""
+        return self._drawing is not None
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether there may be something to draw."""
+        self._take_in()
+        return self.mid_chunk or bool(self._refs)
+
+    def commit_what_is_complete(self) -> None:
+        """Pass on the first chunks to the committer, as long as their journals are complete."""
+        while self._refs and self._is_complete(self._refs[0]):
+            self.committer.add(self._refs.popleft())
+
+    def draw(self) -> PendingRequest | Obstacle | None:
+        """Return the next request of the chunk in hand, or of the next chunk.
+
+        None at the end of a chunk, and for a chunk of which nothing is left to ask.
+
+        Raises:
+            PlanMismatch: The kept input is not the one that was admitted.
+            StorageError: A journal is unusable.
+        """
+        if self._drawing is None:
+            if not self._refs:
+                return None
+            if (obstacle := self._begin_chunk()) is not None or self._drawing is None:
+                return obstacle
+        if (pending := next(self._requests, None)) is None:
+            drawn, self._drawing = self._drawing, None
+            self._seal_if_complete(drawn)
+            return None
+        self.unanswered += 1
+        return pending
+
+    def settled(self, pending: PendingRequest, outcome: Outcome) -> None:
+        """Count an outcome that has just become durable."""
+        self.unanswered -= 1
+        self.progress.count(outcome, pending.request)
+        self._seal_if_complete(pending.chunk)
+
+    def leave(self) -> None:
+        """Draw nothing more, not even the rest of the chunk in hand."""
+        self.has_left = True
+        self._refs.clear()
+        self._takeable = ()
+        self._drawing = None
+
+    def is_closing(self) -> bool:
+        """Whether somebody has decided that the batch ends early."""
+        return self._folder.plan_path(self.plan.batch_id).with_name("closing.json").exists()
+
+    def sync(self) -> None:
+        """Make what the open journals hold survive a power loss."""
+        for chunk_pass in list(self._open):
+            # Closed in between: it was synced before.
+            with contextlib.suppress(JournalError, DiskFull):
+                chunk_pass.journal.sync()
+
+    def close_journals(self) -> None:
+        """Let others write the journals of chunks that are not complete."""
+        while self._open:
+            self._open.popitem()[0].journal.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a chunk is begun and not complete."""
+        return bool(self._open)
+
+    def _take_in(self) -> None:
+        if self._takeable is not None and self.is_guest:
+            self._refs.extend(self._takeable)
+            self._takeable = ()
+
+    def _learn_committed(self, reports: Iterable[ChunkReport]) -> None:
+        known = list(reports)
+        self.progress.learn_committed(known)
+        if self.is_guest and self._takeable is None:
+            numbers = {report.number for report in known}
+            self._takeable = [
+                ChunkRef.of(self.plan, chunk.number, self._folder)
+                for chunk in self.plan.chunks
+                if chunk.number not in numbers
+            ]
+
+    def _begin_chunk(self) -> Obstacle | None:
+        """Open the next chunk for writing, unless there is an obstacle."""
+        ref = self._refs.popleft()
+        try:
+            chunk_pass = ChunkPass(ref, provenance=self._provenance())
+        except DiskFull as full:
+            self._refs.appendleft(ref)
+            return full
+        except JournalInUse as in_use:
+            return self._leave_alone(ref, in_use)
+        self._in_use = 0
+        self.chunks_drawn += 1
+        self.progress.phase = "feeding"
+        self._open[chunk_pass] = ref
+        self._count_found(chunk_pass.journal.state)
+        self._drawing, self._requests = chunk_pass, chunk_pass.pending()
+        return None
+
+    def _leave_alone(self, ref: ChunkRef, in_use: JournalInUse) -> JournalInUse | None:
+        """Leave a chunk to whoever is at work on it: a guest's for good, our own until it is free.
+
+        Our own others come first; only when somebody has all of them there is nothing but to wait.
+        """
+        if self.is_guest:
+            return None
+        self._refs.append(ref)
+        self._in_use += 1
+        if self._in_use < len(self._refs):
+            return None
+        self._in_use = 0
+        return in_use
+
+    def _is_complete(self, ref: ChunkRef) -> bool:
+        if self._pruned:
+            return True  # Committed and delivered; `Committer` finds it in the store.
+        state = replay_journal(ref.journal_path, self.plan.batch_id, ref.chunk.number)
+        if len(state.settled) < ref.chunk.requests:
+            return False
+        self._count_found(state)
+        return True
+
+    def _count_found(self, state: JournalState) -> None:
+        self.progress.count_found(state.completed, len(state.settled) - state.completed)
+
+    def _seal_if_complete(self, chunk_pass: RequestPass) -> None:
+        if chunk_pass.complete and (ref := self._open.pop(chunk_pass, None)) is not None:
+            # A disk without room for the sync has none for the commit either, which waits for it.
+            with contextlib.suppress(DiskFull):
+                chunk_pass.journal.sync()
+            chunk_pass.journal.close()
+            self.committer.add(ref, engine_rung=self._engine_rung())
