@@ -129,6 +129,10 @@ MINUTES ?= 3
 soak: setup ## answer batches for MINUTES=n while Dagster, workers and engines are killed at random
 	$(BIN)/python -m batch_orchestration_tests.fault.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
+.PHONY: big-file
+big-file: setup ## split, answer and deliver 200,000 requests with real Dagster, default limits, simulated engine
+	$(BIN)/python -m benchmarks.big_file
+
 .PHONY: lint
 lint: setup ## style, formatting, types, who may import whom, and whether Dagster loads it all
 	$(BIN)/ruff check
