@@ -20,6 +20,7 @@ from batch_orchestration.domain.dead_letters import (
 from batch_orchestration.domain.outcomes import Failure, FailureCode
 from batch_orchestration.services import dead_letters
 from batch_orchestration.services.configuration import admission_settings
+from batch_orchestration.services.submission_status import is_submission
 from batch_orchestration.storage.operations import open_replays
 
 SHOWN_AT_FIRST = 50
@@ -86,18 +87,19 @@ def failures(
     """List the failed requests of BATCH in input order, with codes and messages.
 
     While the batch runs, these are the ones in chunks that are committed already. Those that a
-    replay has answered are listed with --state resolved.
+    replay has answered are listed with --state resolved. BATCH may be a submission: then those of
+    all its parts are listed.
     """
     context = open_context()
-    context.folder.read_plan(batch_id)
-    context.store.batch(batch_id)
+    batches = _batches(batch_id, context)
     selection = _selection(codes, custom_ids, states, limit, default=UNRESOLVED)
     if as_input is not None:
         dead = msgspec.structs.replace(selection, states=selection.states if states else _DEAD)
         _write_input(batch_id, dead, as_input, context, include_faulty, as_json=as_json)
         return
     shown = limit or (None if as_json else SHOWN_AT_FIRST)
-    found = context.store.dead_letters(batch_id, msgspec.structs.replace(selection, limit=shown))
+    found = [letter for name in batches for letter in _letters(name, selection, shown, context)]
+    found = found[:shown]
     if as_json:
         print_json([_object(letter) for letter in found])
         return
@@ -107,7 +109,7 @@ def failures(
         return
     context.console.print(tables.failures_table(found))
     everything = msgspec.structs.replace(selection, limit=None)
-    count = len(context.store.dead_letter_codes(batch_id, everything))
+    count = sum(len(context.store.dead_letter_codes(name, everything)) for name in batches)
     if count > len(found):
         click.echo(f"{count - len(found):,} more: --limit {count} shows all.")
 
@@ -209,6 +211,22 @@ def discard(
         at=context.clock(),
     )
     click.echo(f"{count:,} failed requests of {batch_id} are discarded.")
+
+
+def _batches(name: str, context: Context) -> list[str]:
+    """Return the batch of that name, or the parts of a submission that are admitted."""
+    if is_submission(name, folder=context.folder):
+        known = {record.batch_id for record in context.store.batches()}
+        return [part for part in context.folder.read_submission(name).parts if part in known]
+    context.folder.read_plan(name)
+    context.store.batch(name)
+    return [name]
+
+
+def _letters(
+    batch_id: str, selection: Selection, limit: int | None, context: Context
+) -> list[DeadLetter]:
+    return context.store.dead_letters(batch_id, msgspec.structs.replace(selection, limit=limit))
 
 
 _DEAD = (DeadLetterState.DEAD,)

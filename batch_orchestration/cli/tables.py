@@ -23,12 +23,12 @@ MESSAGE_LENGTH = 300
 
 
 def batches_table(views: Iterable[BatchView]) -> Table:
-    """Return one row per batch."""
+    """Return one row per batch; parts stand indented below their submission."""
     table = _table("Batch", "Status", "Done", "Failed", "Tokens/s", "ETA", "Priority", "Created")
     for view in views:
         tokens = f"{view.live.output_tokens_per_second:,.0f}" if view.live else ""
         table.add_row(
-            Text(view.batch_id),
+            Text(f"{'  ' if view.plan.part else ''}{view.batch_id}"),
             Text(describe(view)),
             f"{view.done:,}/{view.total:,}",
             f"{view.failed:,}",
@@ -42,8 +42,8 @@ def batches_table(views: Iterable[BatchView]) -> Table:
 
 def board_tables(board: Board) -> Iterator[RenderableType]:
     """Yield a table for each part of the board that is not empty."""
-    if board.batches:
-        yield batches_table(board.batches)
+    if board.rows:
+        yield batches_table(board.rows)
     if board.waiting or board.claims:
         table = _table("In the inbox", "Why it waits")
         for _, name, reason in board.waiting:

@@ -4,9 +4,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from batch_orchestration.domain.batches import Part
 from batch_orchestration.domain.requests import Request, parse_line
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.status import BatchView
+from batch_orchestration.services.submission_status import SubmissionView, is_submission
 from batch_orchestration.storage.files import DataFolder, read_lines
 from batch_orchestration.telemetry.progress import Progress
 
@@ -60,7 +62,31 @@ def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
         "estimate": read_estimate(folder, batch_id),
         "progress": _progress(view.live),
         "store_problem": view.store_problem,
+        **_part(view.plan.part),
     }
+
+
+def submission_object(view: SubmissionView, *, folder: DataFolder) -> dict[str, Any]:
+    """Return a submission in the shape of a Batch object, with those of its parts."""
+    parts = [batch_object(part, folder=folder) for part in view.parts]
+    return whole_object(view.whole, folder=folder) | {"parts": parts}
+
+
+def whole_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
+    """Return the object of a batch, or of a submission that is viewed as one."""
+    shown = batch_object(view, folder=folder)
+    if not is_submission(view.batch_id, folder=folder):
+        return shown
+    kept = folder.submission_input_path(view.batch_id)
+    parts = folder.read_submission(view.batch_id).parts
+    described = {"object": "submission", "endpoint": _endpoint(kept), "input_file": str(kept)}
+    return shown | described | {"parts": list(parts)}
+
+
+def _part(part: Part | None) -> dict[str, Any]:
+    if part is None:
+        return {}
+    return {"submission": part.submission, "part": part.number, "parts": part.of}
 
 
 def _progress(live: Progress | None) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """How batches are: what the store knows, joined with what their runs tell meanwhile."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchOptions, Bat
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import BatchNotFound, StoreLocked
 from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.services.parts import plan_of
 from batch_orchestration.services.registration import find_submission
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
@@ -96,20 +98,23 @@ def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -
     Raises:
         BatchNotFound: There is neither plan nor record.
     """
-    plan = folder.read_plan(batch_id)
+    plan = plan_of(batch_id, folder=folder)
     try:
         view = _from_record(plan, store.batch(batch_id), folder)
     except BatchNotFound:
-        # Admission writes the plan first and the record right after.
+        # Admission writes the plan first and the record right after; a part waits for room.
         view = _from_plan(plan, folder, problem=None, status=BatchStatus.VALIDATING)
     except StoreLocked as locked:
         view = _from_plan(plan, folder, problem=str(locked))
     return with_progress(view, folder=folder, now=now)
 
 
-def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchView]:
-    """Return all batches, newest first."""
-    plans = {batch_id: folder.read_plan(batch_id) for batch_id in folder.batch_ids()}
+def view_batches(
+    *, folder: DataFolder, store: Store, now: float, only: Collection[str] | None = None
+) -> list[BatchView]:
+    """Return all batches, newest first, or only those with these ids, waiting parts included."""
+    batch_ids = folder.batch_ids() if only is None else only
+    plans = {batch_id: plan_of(batch_id, folder=folder) for batch_id in batch_ids}
     problem = None
     try:
         # A folder without batches needs no store, and looking at it must not make one.
@@ -124,6 +129,15 @@ def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchV
     )
     now_views = (with_progress(view, folder=folder, now=now) for view in views)
     return sorted(now_views, key=lambda view: view.plan.created_at, reverse=True)
+
+
+def view_planned(batch_id: str, *, folder: DataFolder) -> BatchView:
+    """Return what files alone tell of a batch, or of a part that waits to be one.
+
+    Raises:
+        BatchNotFound: There is neither.
+    """
+    return _from_plan(plan_of(batch_id, folder=folder), folder, problem=None)
 
 
 def with_progress(view: BatchView, *, folder: DataFolder, now: float) -> BatchView:
@@ -158,7 +172,9 @@ def _from_plan(
 ) -> BatchView:
     outbox = folder.outbox_path(plan.batch_id)
     output_file = _if_there(outbox / "output.jsonl")
-    guess = BatchStatus.COMPLETED if output_file else BatchStatus.IN_PROGRESS
+    admitted = folder.plan_path(plan.batch_id).exists()
+    guess = BatchStatus.IN_PROGRESS if admitted else BatchStatus.VALIDATING
+    guess = BatchStatus.COMPLETED if output_file else guess
     return BatchView(
         plan=plan,
         status=status or guess,

@@ -183,7 +183,10 @@ class DataFolder:
         """
         found = _read(self.plan_path(batch_id), BatchPlan)
         if found is None:
-            raise BatchNotFound(f"no batch {batch_id!r} in {self.batches}")
+            hint = ""
+            if self.submission_path(batch_id).exists():
+                hint = f": it is a submission; name one of its parts, as {batch_id}-p1of…"
+            raise BatchNotFound(f"no batch {batch_id!r} in {self.batches}{hint}")
         return found
 
     def read_waiting_part(self, part_id: str) -> BatchPlan | None:
