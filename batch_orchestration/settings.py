@@ -79,13 +79,39 @@ class Settings(BaseSettings):
         OnOversize.SPLIT,
         description="split: a file with more becomes parts; reject: it is refused.",
     )
-    max_unfinished_batches: int = Field(
-        5, ge=1, description="With so many unfinished batches, parts of a split file wait."
-    )
     journal_retention_days: float = Field(
         30, ge=0, description="Journals are kept so long after delivery; `recover` needs them."
     )
     requests_per_chunk: int = Field(1000, ge=1, description="Requests per chunk (= partition).")
+
+    # The queue
+    max_unfinished_batches: int = Field(
+        5, ge=1, description="With so many unfinished batches, files and parts wait."
+    )
+    max_queued_requests: int = Field(
+        100_000, ge=1, description="Unanswered requests of all unfinished batches together."
+    )
+    max_queued_tokens: int = Field(
+        1_000_000_000, ge=1, description="Tokens expected of them, prompt and answer."
+    )
+    disk_reserve_bytes: int = Field(
+        2 * 2**30, ge=0, description="Free disk space that admission leaves alone."
+    )
+    output_bytes_ratio: float = Field(
+        3.0, ge=0, description="Bytes that journals, store and output take per byte of input."
+    )
+    source_submissions_per_hour: float = Field(
+        60, gt=0, description="Files that one source may submit in the long run."
+    )
+    source_submissions_burst: float = Field(
+        20, ge=1, description="Files that one source may submit at once."
+    )
+    source_requests_per_hour: float = Field(
+        400_000, gt=0, description="Requests that one source may submit in the long run."
+    )
+    source_requests_burst: float = Field(
+        200_000, ge=1, description="Requests that one source may submit at once."
+    )
 
     # What is asked
     model_aliases: dict[str, str] = Field(
@@ -172,6 +198,16 @@ class Settings(BaseSettings):
             if abs(priority) > MAX_PRIORITY:
                 raise ValueError(f"priority {priority} is not within {MAX_PRIORITY} of 0")
         return priorities
+
+    @model_validator(mode="after")
+    def _a_batch_finds_room(self) -> "Settings":
+        if self.max_requests_per_batch > self.max_queued_requests:
+            raise ValueError(
+                f"BATCH_MAX_REQUESTS_PER_BATCH={self.max_requests_per_batch} is more than"
+                f" BATCH_MAX_QUEUED_REQUESTS={self.max_queued_requests}: such a batch would wait"
+                " for ever"
+            )
+        return self
 
     def answer_settings(self) -> dict[str, Any]:
         """Return what answers depend on, by name: the part of the settings that a plan fixes."""

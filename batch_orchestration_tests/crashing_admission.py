@@ -15,7 +15,10 @@ from gzip import compress
 from pathlib import Path
 from typing import Any
 
+from batch_orchestration.domain.room import Limits
 from batch_orchestration.services.claims import ClaimFolder
+from batch_orchestration.services.queue import claim_admissible
+from batch_orchestration.services.room import QueueRules
 from batch_orchestration_tests.builders import make_input, make_line
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 
@@ -31,11 +34,31 @@ SCENARIOS: dict[str, tuple[str, bytes]] = {
     "rejected": ("a b.jsonl", b"not json\nat all\n"),
     "rejected_gzip": ("a b.jsonl.gz", compress(b"not json\nat all\n", mtime=0)),
     "duplicate": ("a b.jsonl", CONTENT),
+    "held": ("alice/a b.jsonl", make_input(15)),
 }
+#: Beside the first batch, of 17 requests, the second file of `held` finds no room.
+ROOM_FOR_ONE = QueueRules(limits=Limits(queued_requests=20, disk_reserve_bytes=0))
+
+
+def bench_of(scenario: str, root: Path) -> InboxBench:
+    return InboxBench(root, queue=ROOM_FOR_ONE) if scenario == "held" else InboxBench(root)
+
+
+def claim_all(bench: InboxBench) -> None:
+    if bench.settings.queue is None:
+        bench.inbox.claim_ready(now=LATER)
+        return
+    claim_admissible(
+        folder=bench.folder,
+        store=bench.store,
+        inbox=bench.inbox,
+        rules=bench.settings.queue,
+        now=LATER,
+    )
 
 
 def admit_all(bench: InboxBench) -> None:
-    bench.inbox.claim_ready(now=LATER)
+    claim_all(bench)
     for claim in bench.inbox.claims():
         bench.admit(claim)
 
@@ -87,6 +110,7 @@ def report(bench: InboxBench, number: int, content: bytes) -> None:
         "priorities": [plan.options.priority for plan in plans],
         "failures": [[entry.index for entry in bench.settled(plan)] for plan in plans],
         "verdicts": sorted(type(verdict).__name__ for verdict in verdicts),
+        "surveys": [p.name for p in bench.folder.surveys.glob("*.json")],
         "claims": [p.name for p in bench.folder.claims.iterdir() if p.name[0] != "."],
         "locks": [p.name for p in (bench.folder.claims / ".locks").iterdir()],
         "errors": sorted(p.name for p in bench.folder.rejected.glob("*.errors.json")),
@@ -101,22 +125,22 @@ def main(scenario: str, base: Path, stride: int) -> None:
         root.mkdir()
 
         def prepare(root: Path = root) -> None:
-            bench = InboxBench(root)
-            if scenario == "duplicate":
+            bench = bench_of(scenario, root)
+            if scenario in ("duplicate", "held"):
                 bench.drop("first.jsonl", CONTENT, meta=META)
                 admit_all(bench)
             bench.drop(name, content, meta=META)
 
         def crash(root: Path = root, number: int = number) -> None:
-            bench = InboxBench(root)
+            bench = bench_of(scenario, root)
             bench.store.migrate()
             die_before_change(number, str(root))
             admit_all(bench)
 
         def recover(root: Path = root, number: int = number) -> None:
-            bench = InboxBench(root)
+            bench = bench_of(scenario, root)
             admit_all(bench)
-            bench.inbox.claim_ready(now=LATER)
+            claim_all(bench)
             report(bench, number, content)
 
         assert in_child(prepare) == 0

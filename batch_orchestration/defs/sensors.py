@@ -26,7 +26,7 @@ from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.ordering import OrderPolicy
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.claims import Claim
-from batch_orchestration.services.configuration import open_inbox
+from batch_orchestration.services.configuration import open_inbox, queue_rules
 from batch_orchestration.services.dispatch import (
     NeededRun,
     RunState,
@@ -36,7 +36,9 @@ from batch_orchestration.services.dispatch import (
 )
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.gpu_health import gpu_problem
+from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.parts import admit_parts
+from batch_orchestration.services.queue import claim_admissible
 from batch_orchestration.services.service_order import order_batches
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
@@ -63,10 +65,10 @@ def inbox_sensor(
     context: dg.SensorEvaluationContext, settings: SettingsResource
 ) -> dg.SensorResult | dg.SkipReason:
     """Claim what is complete and ask for its admission; only look and rename, read nothing."""
-    inbox = open_inbox(settings, data_folder(settings))
-    now = time.time()
-    inbox.claim_ready(now=now)
-    reasons = [f"{waiting.name}: {waiting.reason}" for waiting in inbox.waiting(now=now)]
+    folder = data_folder(settings)
+    inbox, now = open_inbox(settings, folder), time.time()
+    reasons = _claim(settings, inbox, now=now)
+    reasons += [f"{waiting.name}: {waiting.reason}" for waiting in inbox.waiting(now=now)]
     requests = []
     for claim in inbox.claims():
         request = _admission(context.instance, claim, now=now)
@@ -74,7 +76,22 @@ def inbox_sensor(
             reasons.append(request)
         else:
             requests.append(request)
-    return _result(context, requests, reasons, idle=f"nothing new in {data_folder(settings).inbox}")
+    return _result(context, requests, reasons, idle=f"nothing new in {folder.inbox}")
+
+
+def _claim(settings: Settings, inbox: Inbox, *, now: float) -> list[str]:
+    """Claim the files for which there is room; return why the others wait."""
+    try:
+        waiting = claim_admissible(
+            folder=data_folder(settings),
+            store=open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS),
+            inbox=inbox,
+            rules=queue_rules(settings),
+            now=now,
+        )
+    except StorageError as error:
+        return [f"files wait, for nobody knows whether there is room for them: {error}"]
+    return [f"{entry.id}: {entry.reason}, {entry.detail}" for entry in waiting]
 
 
 def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.RunRequest | str:

@@ -123,6 +123,7 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
         created_at: POSIX seconds.
         source: Who submitted it, see `BatchOptions.source`.
         part: None for a batch that is a file of its own.
+        arrived_at: In the inbox, POSIX seconds; 0 if that is not known.
     """
 
     batch_id: str
@@ -139,6 +140,7 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
     max_line_bytes: int = MAX_LINE_BYTES
     source: str = DEFAULT_SOURCE
     part: Part | None = None
+    arrived_at: float = 0.0
 
     @property
     def input_bytes(self) -> int:

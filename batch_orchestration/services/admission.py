@@ -10,28 +10,23 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from batch_orchestration.domain.batches import (
-    MAX_FILE_BYTES,
-    MAX_REQUESTS_PER_BATCH,
     BatchOptions,
     BatchPlan,
-    LinePolicy,
-    OnOversize,
     identity,
 )
 from batch_orchestration.domain.errors import ClaimNotFound, FileRefused, FileStillChanging
 from batch_orchestration.domain.requests import Fault
+from batch_orchestration.domain.room import Obstacle
+from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, is_gzip_name, open_batch_file
 from batch_orchestration.services.claims import Claim, ClaimFolder
 from batch_orchestration.services.estimates import (
-    EstimateSettings,
     expected_ahead,
     read_knowledge,
     record_estimate,
@@ -39,8 +34,8 @@ from batch_orchestration.services.estimates import (
     write_part_estimates,
 )
 from batch_orchestration.services.intake import Intake
-from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
-from batch_orchestration.services.refusals import next_step, refusal, write_errors_file
+from batch_orchestration.services.line_reading import BatchFileReading
+from batch_orchestration.services.refusals import next_step, write_errors_file
 from batch_orchestration.services.registration import (
     admission_lock,
     find_submission,
@@ -49,12 +44,19 @@ from batch_orchestration.services.registration import (
     register_unlisted,
     write_fault_journals,
 )
+from batch_orchestration.services.room import (
+    demand_of,
+    find_obstacle_to_file,
+    never_fits,
+)
 from batch_orchestration.services.sidecars import read_options, sidecar_beside
 from batch_orchestration.services.splitting import write_submission
+from batch_orchestration.services.surveys import keep_survey
 from batch_orchestration.services.verdicts import (
     Admission,
     Admitted,
     AlreadyAdmitted,
+    Held,
     Rejected,
     Released,
     Split,
@@ -73,48 +75,6 @@ from batch_orchestration.storage.store import Store
 _FAULTS_IN_VERDICT = 20
 _BLOCK_BYTES = 2**20
 _decode_fault = msgspec.json.Decoder(Fault).decode
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdmissionSettings:
-    """The settings that admission depends on.
-
-    Attributes:
-        max_file_bytes: Of the expanded content; not even a byte more is written anywhere.
-        max_requests_per_batch: What `on_oversize` goes by.
-        model_required: False if an alias `*` supplies a missing `model`.
-        answer_settings: What answers depend on, by name; fixed in the plan.
-        estimating: What estimates depend on.
-    """
-
-    requests_per_chunk: int
-    max_line_bytes: int
-    max_file_bytes: int = MAX_FILE_BYTES
-    max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH
-    on_oversize: OnOversize = OnOversize.SPLIT
-    line_policy: LinePolicy = LinePolicy.LENIENT
-    model_required: bool = True
-    answer_settings: Mapping[str, Any]
-    estimating: EstimateSettings = field(default_factory=EstimateSettings)
-
-    def rules(self, options: BatchOptions) -> ReadingRules:
-        """Return what the lines of a file with these options must keep to."""
-        return ReadingRules(
-            requests_per_chunk=self.requests_per_chunk,
-            max_line_bytes=self.max_line_bytes,
-            requests_per_batch=self.max_requests_per_batch,
-            model_required=self.model_required and options.model is None,
-        )
-
-    def refusal(self, reading: BatchFileReading) -> str | None:
-        """Return why a file that has been read can be no batch, nor several; None if it can."""
-        return refusal(
-            reading,
-            line_policy=self.line_policy,
-            requests_per_chunk=self.requests_per_chunk,
-            max_requests_per_batch=self.max_requests_per_batch,
-            on_oversize=self.on_oversize,
-        )
 
 
 def admit(
@@ -277,7 +237,10 @@ class _Admission:
                 created_at=self._clock(),
                 max_line_bytes=self._settings.max_line_bytes,
                 source=options.source,
+                arrived_at=self._place.origin().arrived_at,
             )
+            if (aside := self._wait(user_file, before, plan, reading)) is not None:
+                return aside
             if plan.requests > self._settings.max_requests_per_batch:
                 return self._split(user_file, before, plan)
             return self._commit(user_file, before, plan)
@@ -365,6 +328,42 @@ class _Admission:
             ),
         )
 
+    def _wait(
+        self, user_file: Path, before: Fingerprint, plan: BatchPlan, reading: BatchFileReading
+    ) -> Held | Rejected | None:
+        """Decide whether there is room; under the lock, so that no two take the last of it."""
+        rules, demand = self._settings.queue, demand_of(plan, self._place.work)
+        if rules is None:
+            return None
+        if (too_large := never_fits(demand, rules=rules)) is not None:
+            return self._reject(user_file, too_large, reading)
+        obstacle = find_obstacle_to_file(
+            plan,
+            demand,
+            folder=self._folder,
+            store=self._store,
+            rules=rules,
+            now=self._clock(),
+        )
+        if obstacle is None:
+            return None
+        before.verify()
+        # Before the file can be seen in the inbox: else it would be claimed and read once more.
+        keep_survey(self._folder, user_file, plan, demand, obstacle, at=self._clock())
+        return self._hold(user_file, obstacle)
+
+    def _hold(self, user_file: Path, obstacle: Obstacle) -> Held:
+        return self._place.set_aside(
+            user_file,
+            self._place.inbox_folder(),
+            lambda target: Held(
+                file_name=self._place.file_name(user_file),
+                reason=obstacle.reason,
+                detail=obstacle.detail,
+                released_path=str(target),
+            ),
+        )
+
     def _release(self, user_file: Path, reason: str) -> Released:
         return self._place.set_aside(
             user_file,
@@ -392,7 +391,7 @@ class _Admission:
             case Rejected():
                 write_errors_file(verdict, self._faults())
                 beside = Path(verdict.rejected_path)
-            case Released():
+            case Released() | Held():
                 self._place.release_sidecar()
                 return
         if (sidecar := self._place.sidecar()) is not None:

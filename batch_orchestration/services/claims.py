@@ -27,7 +27,7 @@ from batch_orchestration.domain.errors import ClaimNotFound
 from batch_orchestration.domain.sources import Origin
 from batch_orchestration.services.batch_files import is_gzip_name
 from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
-from batch_orchestration.services.verdicts import Admitted, Released, Split, Verdict
+from batch_orchestration.services.verdicts import Admitted, Held, Released, Split, Verdict
 from batch_orchestration.storage.files import DataFolder, sync_folder, write_atomically
 from batch_orchestration.storage.moves import (
     is_taken,
@@ -106,7 +106,8 @@ class ClaimFolder:
     def holds_only_sidecar(self) -> bool:
         """Whether the author's file is not here: never arrived, or went back to the inbox."""
         verdict = self.verdict()
-        return self.user_file() is None and (verdict is None or isinstance(verdict, Released))
+        went_back = isinstance(verdict, Released | Held)
+        return self.user_file() is None and (verdict is None or went_back)
 
     def release_sidecar(self) -> None:
         """Put the side-car back into the inbox, beside the released file if there is one."""
@@ -114,7 +115,7 @@ class ClaimFolder:
             return
         verdict = self.verdict()
         beside = self.inbox_folder() / sidecar.name
-        if isinstance(verdict, Released):
+        if isinstance(verdict, Released | Held):
             beside = sidecar_beside(Path(verdict.released_path))
         move_into(sidecar, beside.parent, beside.name)
 

@@ -1,16 +1,22 @@
 """What services are given, taken from the deployment's settings: the same for CLI and Dagster."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.domain.ordering import OrderPolicy
 from batch_orchestration.domain.overrides import ANY_MODEL
+from batch_orchestration.domain.rates import Rate, RateLimits
+from batch_orchestration.domain.room import Limits
 from batch_orchestration.engines.simulated import DEFAULT_MODEL
 from batch_orchestration.engines.vllm import CPU_ARGS, model_folder, top_rung
-from batch_orchestration.services.admission import AdmissionSettings
+from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.estimates import EngineInForce, EstimateSettings
+from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.inbox import Inbox
+from batch_orchestration.services.room import QueueRules
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 
@@ -37,6 +43,33 @@ def admission_settings(settings: Settings) -> AdmissionSettings:
         model_required=ANY_MODEL not in settings.model_aliases,
         answer_settings=settings.answer_settings(),
         estimating=estimate_settings(settings),
+        queue=queue_rules(settings),
+    )
+
+
+def queue_rules(settings: Settings) -> QueueRules:
+    """Return what may be in the queue."""
+    return QueueRules(
+        limits=Limits(
+            unfinished_batches=settings.max_unfinished_batches,
+            queued_requests=settings.max_queued_requests,
+            queued_tokens=settings.max_queued_tokens,
+            disk_reserve_bytes=settings.disk_reserve_bytes,
+            output_bytes_ratio=settings.output_bytes_ratio,
+        ),
+        rates=RateLimits(
+            submissions=Rate(
+                per_hour=settings.source_submissions_per_hour,
+                burst=settings.source_submissions_burst,
+            ),
+            requests=Rate(
+                per_hour=settings.source_requests_per_hour,
+                burst=settings.source_requests_burst,
+            ),
+        ),
+        most_requests=settings.max_requests_per_batch,
+        ordering=OrderPolicy(ageing_seconds=settings.priority_ageing_seconds),
+        device_problem=partial(gpu_problem, settings),
     )
 
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from batch_orchestration.domain.batches import BatchOptions
-from batch_orchestration.domain.errors import FileRefused
 from batch_orchestration.domain.sources import REJECTED, Origin, origin_in
 from batch_orchestration.services.claims import is_batch_file_name
-from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, read_options
+from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, options_said
+from batch_orchestration.services.surveys import Survey
 
 #: Of folders within the inbox.
 MAX_DEPTH = 2
@@ -37,6 +37,7 @@ class DroppedFile:
     Attributes:
         reason: Why it cannot be claimed; None if it is complete and may be.
         settling: Whether that is only because somebody may still be writing it.
+        survey: What was found in it, if it was read before.
     """
 
     path: Path
@@ -44,13 +45,11 @@ class DroppedFile:
     origin: Origin
     reason: str | None
     settling: bool = False
+    survey: Survey | None = None
 
     def options(self) -> BatchOptions:
-        """Return what is said about it; of a side-car that cannot be used, what the folder says."""
-        try:
-            return read_options(find_sidecar(self.path), self.origin)
-        except (FileRefused, OSError):
-            return read_options(None, self.origin)
+        """Return what is said about it."""
+        return options_said(find_sidecar(self.path), self.origin)
 
 
 def look(

@@ -244,6 +244,11 @@ def expected_ahead(folder: DataFolder, store: Store, *, priority: int) -> float:
     return seconds
 
 
+def read_estimate_in(batch_folder: Path) -> Estimate | None:
+    """Return the estimate that lies in a folder that is, or will be, a batch's."""
+    return _decoded(batch_folder / ESTIMATE, Estimate)
+
+
 def _read(folder: DataFolder, batch_id: str, name: str, kind: type[_T]) -> _T | None:
     found = _decoded(folder.plan_path(batch_id).with_name(name), kind)
     if found is None and submission_of(batch_id) is not None:

@@ -7,11 +7,13 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import filelock
+import msgspec
 
 from batch_orchestration.domain.batches import slug
 from batch_orchestration.domain.errors import ClaimNotFound
@@ -23,6 +25,7 @@ from batch_orchestration.services.claims import (
 )
 from batch_orchestration.services.dropped_files import DroppedFile, look
 from batch_orchestration.services.sidecars import find_sidecar
+from batch_orchestration.services.surveys import Surveys
 from batch_orchestration.storage.files import DataFolder, sync_folder
 from batch_orchestration.storage.moves import readable_name
 
@@ -30,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 #: Another tick that holds the inbox this long claims what there is; a tick has 60 s in all.
 _LOCK_TIMEOUT_SECONDS = 10.0
+
+
+#: Which of the dropped files may be claimed now, in their order.
+Choice = Callable[[Sequence[DroppedFile]], Sequence[DroppedFile]]
 
 
 class Waiting(NamedTuple):
@@ -66,21 +73,40 @@ class Inbox:
             if file.reason
         )
 
-    def claim_ready(self, *, now: float) -> list[Claim]:
-        """Move every complete file, with its side-car, to a claim of its own and return those.
+    def claim_ready(self, *, now: float, choose: Choice | None = None) -> list[Claim]:
+        """Move complete files, with their side-cars, to claims of their own and return those.
 
         Of two ticks at once one claims a file, the other goes without it.
+
+        Args:
+            now: POSIX seconds.
+            choose: Says which of the complete files there is room for; all of them without it. It
+                is asked while nobody else can claim.
         """
         lock = filelock.FileLock(self._folder.claims / ".inbox.lock")
         try:
             with lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS):
                 self._return_half_claimed()
-                ready = [file for file in self.look(now=now) if file.reason is None]
-                claims = [self._claim(file) for file in ready]
+                files = self.look(now=now)
+                chosen = files if choose is None else choose(files)
+                claims = [self._claim(file) for file in chosen if file.reason is None]
         except filelock.Timeout:
             logger.info("the inbox is being claimed by another process; it is left to it")
             return []
         return [claim for claim in claims if claim is not None]
+
+    def forget_gone(self) -> None:
+        """Remove what is known of files that are neither here nor claimed any more."""
+        surveys = Surveys(self._folder)
+        if surveys.empty:
+            return
+        files = [file.stats for file in self.look(now=0.0)]
+        for claim in self.claims():
+            with contextlib.suppress(FileNotFoundError):
+                files.append(claim.path.lstat())
+        # Once more, for one may have come back from its claim meanwhile.
+        files += [file.stats for file in self.look(now=0.0)]
+        surveys.forget_others(files)
 
     def claims(self) -> list[Claim]:
         """Return all claims that are not settled, the oldest first."""
@@ -100,16 +126,24 @@ class Inbox:
         return readable_name(str(path.relative_to(self._folder.inbox)))
 
     def look(self, *, now: float) -> list[DroppedFile]:
-        """Return what lies in the inbox, in the order in which it is claimed."""
+        """Return what lies in the inbox, by priority and then arrival; `now` in POSIX seconds."""
         found = look(
             self._folder.inbox,
             priorities=self._priorities,
             settle_seconds=self._settle_seconds,
             now=now,
         )
+        surveyed = [self._surveyed(file) for file in found]
         return sorted(
-            found, key=lambda file: (-file.origin.priority, file.stats.st_ctime_ns, file.path)
+            surveyed, key=lambda file: (-file.origin.priority, file.origin.arrived_at, file.path)
         )
+
+    def _surveyed(self, file: DroppedFile) -> DroppedFile:
+        survey = Surveys(self._folder).find(file.stats)
+        if survey is None:
+            return file
+        origin = msgspec.structs.replace(file.origin, arrived_at=survey.arrived_at)
+        return replace(file, survey=survey, origin=origin)
 
     def _claim(self, file: DroppedFile) -> Claim | None:
         path = file.path

@@ -76,6 +76,14 @@ def read_options(sidecar: Path | None, origin: Origin | None = None) -> BatchOpt
     )
 
 
+def options_said(sidecar: Path | None, origin: Origin) -> BatchOptions:
+    """Return the options of a file in the queue; of a side-car that is refused, the folder's."""
+    try:
+        return read_options(sidecar, origin)
+    except (FileRefused, OSError):
+        return read_options(None, origin)
+
+
 def _named(message: str) -> str:
     match = _FIELD.search(message)
     if match is None:

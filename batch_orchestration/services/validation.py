@@ -11,7 +11,7 @@ from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.errors import FileRefused, StorageError
 from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.requests import Fault
-from batch_orchestration.services.admission import AdmissionSettings
+from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, open_batch_file
 from batch_orchestration.services.dropped_files import reason_to_ignore
 from batch_orchestration.services.estimates import Knowledge, read_knowledge

@@ -1,7 +1,8 @@
-"""What becomes of a claimed file, as values: admitted, a duplicate, rejected, or released."""
+"""What becomes of a claimed file, as values: admitted, a duplicate, rejected, held, or released."""
 
 import msgspec
 
+from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.domain.requests import Fault
 
 
@@ -109,5 +110,22 @@ class Released(msgspec.Struct, frozen=True, kw_only=True, tag="released"):
         return f"{self.file_name}: {self.reason}; it is back in the inbox as {self.released_path}"
 
 
-Admission = Admitted | Split | AlreadyAdmitted | Rejected
+class Held(msgspec.Struct, frozen=True, kw_only=True, tag="held"):
+    """There is no room for the file now: it is back in the inbox, and will be claimed again.
+
+    Attributes:
+        detail: The reason as a sentence with numbers.
+        released_path: Where it is now.
+    """
+
+    file_name: str
+    reason: WaitReason
+    detail: str
+    released_path: str
+
+    def __str__(self) -> str:
+        return f"{self.file_name}: {self.reason}: {self.detail}; it waits in the inbox"
+
+
+Admission = Admitted | Split | AlreadyAdmitted | Rejected | Held
 Verdict = Admission | Released

@@ -107,6 +107,11 @@ class DataFolder:
         return self.root / "paused.json"
 
     @property
+    def surveys(self) -> Path:
+        """What was found in files that wait in the inbox for room."""
+        return self.root / "surveys"
+
+    @property
     def rungs(self) -> Path:
         """Which memory settings worked, by engine."""
         return self.root / "rungs.json"

@@ -69,3 +69,12 @@ def test_a_duplicate_is_kept_beside_the_first(tmp_path):
         assert f"{kept}.meta.json" in found["sidecars"], found
         assert found["verdicts"] == ["Admitted", "AlreadyAdmitted"], found
         assert found["claims"] == [], found
+
+
+def test_a_file_without_room_is_back_in_its_folder_once_with_its_survey(tmp_path):
+    for found in accidents("held", tmp_path, stride=3):
+        assert found["copies"] == ["inbox/alice/a b.jsonl"], found
+        assert "inbox/alice/a b.jsonl.meta.json" in found["sidecars"], found
+        assert len(found["surveys"]) == 1, found
+        assert (len(found["batches"]), found["claims"]) == (1, []), found
+        assert found["verdicts"] == ["Admitted", "Held"], found

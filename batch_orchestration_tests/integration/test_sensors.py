@@ -10,6 +10,10 @@ import pytest
 from batch_orchestration.defs import sensors
 from batch_orchestration.defs.partitions import chunks_by_batch, range_tags
 from batch_orchestration.defs.runs import RETRIED_BY_TAG, WILL_RETRY_TAG
+from batch_orchestration.domain.rates import Rate, RateLimits
+from batch_orchestration.domain.room import Limits
+from batch_orchestration.services.configuration import admission_settings, queue_rules
+from batch_orchestration.settings import Settings
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.integration.deployment import Deployment
 
@@ -275,3 +279,73 @@ def test_a_range_across_batches_covers_the_end_of_one_and_the_start_of_the_other
     assert 2 not in work["a-1"]
     assert {3, 99_999} <= set(work["a-1"])
     assert work["b-2"] == range(2)
+
+
+# --- room -----------------------------------------------------------------------------------------
+
+
+def test_a_default_installation_has_limits(deployment):
+    """A limit that has to be switched on protects nobody."""
+    settings = Settings.model_construct()
+    rules = queue_rules(settings)
+
+    assert rules.limits == Limits(
+        unfinished_batches=5,
+        queued_requests=100_000,
+        queued_tokens=1_000_000_000,
+        disk_reserve_bytes=2 * 2**30,
+        output_bytes_ratio=3.0,
+    )
+    assert rules.rates == RateLimits(
+        submissions=Rate(per_hour=60, burst=20), requests=Rate(per_hour=400_000, burst=200_000)
+    )
+    assert rules.most_requests == 50_000
+    assert admission_settings(settings).queue is not None
+
+
+def test_a_batch_that_could_never_be_queued_is_a_wrong_setting():
+    with pytest.raises(ValueError, match="BATCH_MAX_QUEUED_REQUESTS=10: such a batch would wait"):
+        Settings(engine="simulated", max_queued_requests=10, _env_file=None)
+
+
+def test_by_default_the_sixth_batch_waits_and_the_tick_says_why(deployment):
+    for number in range(6):
+        deployment.drop(f"{number}.jsonl", make_input(number + 1))
+
+    first = deployment.requests("inbox_sensor")
+    again = deployment.requests("inbox_sensor")
+    for request in first:
+        assert deployment.run(request).success
+
+    assert [request.run_key for request in again] == [request.run_key for request in first]
+    assert len(deployment.folder.batch_ids()) == 5
+    reason = deployment.reason("inbox_sensor")
+    assert reason == "5.jsonl: queue_full, 5 batches are unfinished; 5 may be at a time"
+
+
+def test_a_file_without_room_waits_in_the_inbox_and_is_not_claimed_again(deploy):
+    deployment = deploy(max_requests_per_batch=10, max_queued_requests=10)
+    deployment.admit("a.jsonl", make_input(8))
+    deployment.drop("b.jsonl", make_input(3))
+    (request,) = deployment.requests("inbox_sensor")
+    assert deployment.run(request).success
+
+    reasons = {deployment.reason("inbox_sensor") for _ in range(2)}
+
+    (reason,) = reasons
+    assert reason.startswith("b.jsonl: requests_queued, its 3 requests and the 8 queued")
+    assert (deployment.folder.inbox / "b.jsonl").exists()
+
+
+def test_without_the_store_nothing_is_claimed(deployment, monkeypatch):
+    """Nobody knows then whether there is room."""
+    monkeypatch.setattr(sensors, "STORE_DEADLINE_SECONDS", 0.2)
+    deployment.admit("a.jsonl", make_input(3))
+    deployment.drop("b.jsonl", make_input(4))
+
+    with stranger(deployment):
+        reason = deployment.reason("inbox_sensor")
+
+    assert "nobody knows whether there is room" in reason
+    assert (deployment.folder.inbox / "b.jsonl").exists()
+    assert len(deployment.requests("inbox_sensor")) == 1

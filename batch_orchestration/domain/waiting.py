@@ -1,0 +1,166 @@
+"""Waiting: who in the queue may be admitted now, and what each of the others waits for.
+
+Strictly head first: nobody overtakes somebody who waits for room that all share. Who still writes
+a file, or has submitted more than its share, holds up nobody else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, WaitReason
+from batch_orchestration.domain.rates import SourceRates
+from batch_orchestration.domain.room import Demand, Limits, Load, Obstacle, find_obstacle
+
+_NEXT = "there is room: it is admitted next"
+_BEING_READ = "is being read and admitted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Something that stands in the queue.
+
+    Attributes:
+        entry: As everyone will see it, but for place and reason; its detail says why it stands
+            where it does.
+        demand: What it asks room for: of a file that will be split, its first part.
+        submitted: Requests of the whole file; None while nobody has read it.
+        settling: Why it counts as still being written; None if it does not.
+        claimed: Whether it is being read and admitted now.
+    """
+
+    entry: QueueEntry
+    demand: Demand
+    submitted: int | None = None
+    settling: str | None = None
+    claimed: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether it waits to be admitted."""
+        return self.entry.state is EntryState.WAITING and not self.claimed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What may be in the queue.
+
+    Attributes:
+        most_requests: Of one batch.
+        gate: What holds up everyone: a pause, a sick device; None if nothing does.
+    """
+
+    limits: Limits
+    most_requests: int
+    gate: Obstacle | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The queue with everyone's reason, and the ids of those that may be admitted now."""
+
+    entries: tuple[QueueEntry, ...]
+    admissible: tuple[str, ...]
+
+
+def decide(
+    queue: Sequence[Standing], *, load: Load, rates: SourceRates, rules: Rules, now: float
+) -> Decision:
+    """Decide for each in the queue whether it can go on now.
+
+    Args:
+        queue: In the order of service.
+        load: Of the unfinished batches.
+        rates: What the sources have submitted.
+        rules: In force.
+        now: POSIX seconds.
+    """
+    walk = _Walk(load, rates, rules, now)
+    for standing in queue:
+        if standing.claimed:
+            walk.count(standing)
+    entries = [walk.next(standing, place) for place, standing in enumerate(queue, start=1)]
+    return Decision(entries=tuple(entries), admissible=tuple(walk.admissible))
+
+
+class _Walk:
+    """From the head of the queue to its end, counting what is admitted on the way."""
+
+    def __init__(self, load: Load, rates: SourceRates, rules: Rules, now: float) -> None:
+        self._load = load
+        self._rates = rates
+        self._rules = rules
+        self._now = now
+        self._head: tuple[str, Obstacle] | None = None
+        self.admissible: list[str] = []
+
+    def next(self, standing: Standing, place: int) -> QueueEntry:
+        """Return the entry of the next in the queue."""
+        obstacle, detail = self._obstacle(standing), standing.entry.detail
+        if standing.claimed:
+            detail = _BEING_READ
+        elif standing.open and obstacle is None:
+            self.count(standing)
+            self.admissible.append(standing.entry.id)
+            detail = _NEXT
+        return msgspec.structs.replace(
+            standing.entry,
+            place=place,
+            reason=obstacle.reason if obstacle else None,
+            detail=obstacle.detail if obstacle else detail,
+        )
+
+    def count(self, standing: Standing) -> None:
+        """Count somebody who is not in the load yet."""
+        known = standing.demand.requests is not None
+        demand = standing.demand.guessed(most_requests=self._rules.most_requests)
+        self._load = self._load.plus(demand, self._rules.limits)
+        self._load = replace(self._load, guessed=self._load.guessed or not known)
+        if standing.entry.kind is EntryKind.FILE:
+            entry = standing.entry
+            submitted = standing.submitted or demand.requests or 0
+            self._rates = self._rates.plus(entry.source, submitted, now=self._now)
+
+    def _obstacle(self, standing: Standing) -> Obstacle | None:
+        if not standing.open:
+            # Who is at work ends what it has begun, and who is being read is not sent back.
+            return self._rules.gate if standing.entry.state is EntryState.ADMITTED else None
+        if standing.settling is not None:
+            return Obstacle(WaitReason.SETTLING, standing.settling)
+        return self._rules.gate or self._rate(standing) or self._room(standing)
+
+    def _rate(self, standing: Standing) -> Obstacle | None:
+        entry = standing.entry
+        if entry.kind is not EntryKind.FILE:  # a part was counted with its submission
+            return None
+        return rate_obstacle(self._rates, entry.source, standing.submitted, now=self._now)
+
+    def _room(self, standing: Standing) -> Obstacle | None:
+        if self._head is not None:
+            head_id, obstacle = self._head
+            return Obstacle(obstacle.reason, f"comes after {head_id}; {obstacle.detail}")
+        demand = standing.demand
+        if self._load.guessed:
+            # Else it might take what those ahead of it turn out to need.
+            demand = demand.guessed(most_requests=self._rules.most_requests)
+        found = find_obstacle(demand, self._load, self._rules.limits)
+        if found is not None:
+            if self._load.guessed:
+                found = found._replace(detail=f"{found.detail}; some are only guessed so far")
+            self._head = (standing.entry.id, found)
+        return found
+
+
+def rate_obstacle(
+    rates: SourceRates, source: str, requests: int | None, *, now: float
+) -> Obstacle | None:
+    """Return why a source may not submit so much now; None if it may."""
+    seconds = rates.retry_after(source, requests, now=now)
+    if not seconds:
+        return None
+    what = "one more file" if requests is None else f"a file of {requests:,} requests"
+    return Obstacle(
+        WaitReason.SUBMISSION_RATE,
+        f"{what} may go in {seconds:,.0f} s; {rates.describe(source, now=now)}",
+    )

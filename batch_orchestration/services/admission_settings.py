@@ -1,0 +1,61 @@
+"""What admission depends on in this deployment."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from batch_orchestration.domain.batches import (
+    MAX_FILE_BYTES,
+    MAX_REQUESTS_PER_BATCH,
+    BatchOptions,
+    LinePolicy,
+    OnOversize,
+)
+from batch_orchestration.services.estimates import EstimateSettings
+from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
+from batch_orchestration.services.refusals import refusal
+from batch_orchestration.services.room import QueueRules
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionSettings:
+    """The settings that admission depends on.
+
+    Attributes:
+        max_file_bytes: Of the expanded content; not even a byte more is written anywhere.
+        max_requests_per_batch: What `on_oversize` goes by.
+        model_required: False if an alias `*` supplies a missing `model`.
+        answer_settings: What answers depend on, by name; fixed in the plan.
+        estimating: What estimates depend on.
+        queue: What may be in the queue; None where nothing is to wait.
+    """
+
+    requests_per_chunk: int
+    max_line_bytes: int
+    max_file_bytes: int = MAX_FILE_BYTES
+    max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH
+    on_oversize: OnOversize = OnOversize.SPLIT
+    line_policy: LinePolicy = LinePolicy.LENIENT
+    model_required: bool = True
+    answer_settings: Mapping[str, Any]
+    estimating: EstimateSettings = field(default_factory=EstimateSettings)
+    queue: QueueRules | None = None
+
+    def rules(self, options: BatchOptions) -> ReadingRules:
+        """Return what the lines of a file with these options must keep to."""
+        return ReadingRules(
+            requests_per_chunk=self.requests_per_chunk,
+            max_line_bytes=self.max_line_bytes,
+            requests_per_batch=self.max_requests_per_batch,
+            model_required=self.model_required and options.model is None,
+        )
+
+    def refusal(self, reading: BatchFileReading) -> str | None:
+        """Return why a file that has been read can be no batch, nor several; None if it can."""
+        return refusal(
+            reading,
+            line_policy=self.line_policy,
+            requests_per_chunk=self.requests_per_chunk,
+            max_requests_per_batch=self.max_requests_per_batch,
+            on_oversize=self.on_oversize,
+        )

@@ -1,0 +1,340 @@
+"""The queue: everything that waits or is not finished, in the order of service, with its reason.
+
+Built anew for each tick from what is durable: the inbox, claims, waiting parts, plans and store.
+`dispatch_sensor` writes it to `queue.json` for everyone else; `inbox_sensor` claims by it.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchOptions, BatchPlan
+from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.lifecycle import deadline, window_seconds
+from batch_orchestration.domain.ordering import Candidate, Place, order
+from batch_orchestration.domain.queueing import (
+    EntryKind,
+    EntryState,
+    Pause,
+    QueueEntry,
+    QueueView,
+    WaitReason,
+)
+from batch_orchestration.domain.room import Demand, Obstacle
+from batch_orchestration.domain.waiting import Decision, Rules, Standing, decide
+from batch_orchestration.services.batch_files import is_gzip_name
+from batch_orchestration.services.claims import Claim
+from batch_orchestration.services.dropped_files import DroppedFile
+from batch_orchestration.services.inbox import Inbox
+from batch_orchestration.services.room import (
+    QueueRules,
+    demand_in,
+    demand_of,
+    left_of,
+    pause_obstacle,
+    read_load,
+    unfinished,
+)
+from batch_orchestration.services.service_order import served_of_late
+from batch_orchestration.services.sidecars import options_said
+from batch_orchestration.services.status import RESTING_PHASES, STALE_SECONDS
+from batch_orchestration.services.submission_rates import read_rates
+from batch_orchestration.services.surveys import Survey, Surveys
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.queue_files import read_pause
+from batch_orchestration.storage.store import Store
+from batch_orchestration.telemetry.progress import read_progress
+
+#: JSON packs about so well.
+_GZIP_RATIO = 8
+
+
+class _Arrived(NamedTuple):
+    """What stands in the queue, when it came, and until when its author wants it done."""
+
+    standing: Standing
+    at: float
+    deadline: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queue:
+    """The queue at one moment.
+
+    Attributes:
+        files: Those that may be claimed now, in the order of service.
+        parts: Ids of those that may be admitted now, in order.
+    """
+
+    view: QueueView
+    files: tuple[DroppedFile, ...]
+    parts: tuple[str, ...]
+
+
+def read_queue(
+    *, folder: DataFolder, store: Store, inbox: Inbox, rules: QueueRules, now: float
+) -> Queue:
+    """Return the queue as it is now.
+
+    Raises:
+        StorageError: The store cannot be read.
+    """
+    return queue_of(
+        inbox.look(now=now), folder=folder, store=store, inbox=inbox, rules=rules, now=now
+    )
+
+
+def claim_admissible(
+    *, folder: DataFolder, store: Store, inbox: Inbox, rules: QueueRules, now: float
+) -> list[QueueEntry]:
+    """Claim the files for which there is room; return the entries of those that have to wait.
+
+    Of two ticks at once one decides and claims, the other finds nothing left.
+
+    Raises:
+        StorageError: The store cannot be read, so nobody knows whether there is room.
+    """
+    waiting: list[QueueEntry] = []
+
+    def choose(files: Sequence[DroppedFile]) -> Sequence[DroppedFile]:
+        if all(file.reason for file in files):
+            return ()
+        queue = queue_of(files, folder=folder, store=store, inbox=inbox, rules=rules, now=now)
+        waiting.extend(_waiting_files(queue.view))
+        return queue.files
+
+    inbox.claim_ready(now=now, choose=choose)
+    inbox.forget_gone()
+    return waiting
+
+
+def queue_of(
+    files: Sequence[DroppedFile],
+    *,
+    folder: DataFolder,
+    store: Store,
+    inbox: Inbox,
+    rules: QueueRules,
+    now: float,
+) -> Queue:
+    """Return the queue with these files in the inbox; see `read_queue`."""
+    records = store.batches() if folder.duckdb.exists() else []
+    by_name = {inbox.name_of(file.path): file for file in files if _waits(file)}
+    paused = read_pause(folder)
+    standings = [
+        *(_of_batch(record, folder, now) for record in unfinished(records)),
+        *(_of_part(plan, folder) for plan in _waiting_parts(folder)),
+        *(_of_claim(claim, folder, rules) for claim in inbox.claims()),
+        *(_of_file(name, file, rules) for name, file in by_name.items()),
+    ]
+    decision = decide(
+        _in_order(standings, store=store, rules=rules, now=now),
+        load=read_load(folder, records, limits=rules.limits),
+        rates=read_rates(folder, records, limits=rules.rates),
+        rules=Rules(
+            limits=rules.limits,
+            most_requests=rules.most_requests,
+            gate=_gate(paused, rules.device_problem()),
+        ),
+        now=now,
+    )
+    return _queue(decision, by_name, paused, now)
+
+
+def _waiting_files(view: QueueView) -> Iterator[QueueEntry]:
+    for entry in view.entries:
+        if entry.kind is EntryKind.FILE and entry.reason not in (None, WaitReason.SETTLING):
+            yield entry
+
+
+def _queue(
+    decision: Decision, files: Mapping[str, DroppedFile], paused: Pause | None, now: float
+) -> Queue:
+    may = decision.admissible
+    return Queue(
+        view=QueueView(at=now, paused=paused, entries=decision.entries),
+        files=tuple(files[entry_id] for entry_id in may if entry_id in files),
+        parts=tuple(entry_id for entry_id in may if entry_id not in files),
+    )
+
+
+def _gate(paused: Pause | None, device_problem: str | None) -> Obstacle | None:
+    if paused is not None:
+        return pause_obstacle(paused)
+    if device_problem is not None:
+        return Obstacle(WaitReason.GPU_UNHEALTHY, device_problem)
+    return None
+
+
+def _waits(file: DroppedFile) -> bool:
+    return file.reason is None or file.settling
+
+
+def _in_order(
+    arrivals: Sequence[_Arrived], *, store: Store, rules: QueueRules, now: float
+) -> list[Standing]:
+    """Return all in the order of service, with what they have gained by waiting."""
+    # Numbered, for two may have one name; where nothing else decides they stay as they are given.
+    candidates = [
+        Candidate(
+            id=f"{number:06d}",
+            source=arrived.standing.entry.source,
+            priority=arrived.standing.entry.priority,
+            arrived_at=arrived.at,
+            deadline=arrived.deadline,
+            work=arrived.standing.demand.tokens or 0,
+        )
+        for number, arrived in enumerate(arrivals)
+    ]
+    served = served_of_late(store, now=now) if candidates else {}
+    places = order(candidates, now=now, policy=rules.ordering, served=served)
+    return [_placed(arrivals[int(place.candidate.id)].standing, place) for place in places]
+
+
+def _placed(standing: Standing, place: Place) -> Standing:
+    entry = msgspec.structs.replace(
+        standing.entry, effective_priority=place.effective_priority, detail=place.why
+    )
+    return replace(standing, entry=entry)
+
+
+def _of_file(name: str, file: DroppedFile, rules: QueueRules) -> _Arrived:
+    survey = file.survey
+    demand = _demand(file.path.name, file.stats.st_size, survey, rules)
+    options = file.options()
+    standing = Standing(
+        entry=_waiting_entry(name, options, demand, survey),
+        demand=demand,
+        submitted=None if survey is None else survey.requests,
+        settling=file.reason if file.settling else None,
+    )
+    return _of_options(standing, options, file.origin.arrived_at)
+
+
+def _of_claim(claim: Claim, folder: DataFolder, rules: QueueRules) -> _Arrived:
+    survey, size = None, 0
+    with contextlib.suppress(FileNotFoundError):
+        stats = claim.path.lstat()
+        survey, size = Surveys(folder).find(stats), stats.st_size
+    demand = _demand(claim.path.name, size, survey, rules)
+    name = f"{claim.origin.folder}/{claim.file_name}".lstrip("/")
+    options = options_said(claim.sidecar, claim.origin)
+    standing = Standing(
+        entry=_waiting_entry(name, options, demand, survey),
+        demand=demand,
+        submitted=None if survey is None else survey.requests,
+        claimed=True,
+    )
+    return _of_options(standing, options, claim.origin.arrived_at)
+
+
+def _of_options(standing: Standing, options: BatchOptions, arrived_at: float) -> _Arrived:
+    wanted = arrived_at + window_seconds(options.completion_window)
+    return _Arrived(standing, arrived_at, wanted)
+
+
+def _waiting_entry(
+    name: str, options: BatchOptions, demand: Demand, survey: Survey | None
+) -> QueueEntry:
+    requests = None if survey is None else survey.requests
+    return QueueEntry(
+        kind=EntryKind.FILE,
+        id=name,
+        source=options.source,
+        priority=options.priority,
+        effective_priority=options.priority,
+        state=EntryState.WAITING,
+        place=0,
+        requests=requests,
+        pending=requests,
+        tokens=demand.tokens,
+    )
+
+
+def _demand(name: str, size_bytes: int, survey: Survey | None, rules: QueueRules) -> Demand:
+    """Return what a file asks room for; one that will be split asks for its first part."""
+    if survey is None:
+        expanded = size_bytes * _GZIP_RATIO if is_gzip_name(name) else size_bytes
+        new = expanded if is_gzip_name(name) else 0
+        return Demand(requests=None, tokens=None, size_bytes=expanded, new_bytes=new)
+    share = min(1.0, rules.most_requests / max(survey.requests, 1))
+    return Demand(
+        requests=round(survey.requests * share),
+        tokens=round(survey.tokens * share),
+        size_bytes=round(survey.size_bytes * share),
+        new_bytes=survey.size_bytes if is_gzip_name(name) else 0,
+    )
+
+
+def _waiting_parts(folder: DataFolder) -> list[BatchPlan]:
+    """Return the parts that are not admitted yet, those of a submission in file order."""
+    plans = (folder.read_waiting_part(part_id) for part_id in folder.waiting_part_ids())
+    return sorted(
+        (plan for plan in plans if plan is not None),
+        key=lambda plan: (plan.created_at, plan.part.number if plan.part else 0),
+    )
+
+
+def _of_part(plan: BatchPlan, folder: DataFolder) -> _Arrived:
+    demand = demand_of(plan, folder.waiting_part_path(plan.batch_id))
+    standing = Standing(
+        entry=QueueEntry(
+            kind=EntryKind.PART,
+            id=plan.batch_id,
+            source=plan.source,
+            priority=plan.options.priority,
+            effective_priority=plan.options.priority,
+            state=EntryState.WAITING,
+            place=0,
+            requests=plan.requests,
+            pending=plan.requests,
+            tokens=demand.tokens,
+            settings_hash=plan.settings_hash,
+        ),
+        demand=demand,
+    )
+    return _Arrived(standing, plan.arrived_at or plan.created_at, deadline(plan))
+
+
+def _of_batch(record: BatchRecord, folder: DataFolder, now: float) -> _Arrived:
+    batch_id = record.batch_id
+    plan: BatchPlan | None = None
+    # One whose plan is damaged is shown all the same.
+    with contextlib.suppress(BatchOrchestrationError):
+        plan = folder.read_plan(batch_id)
+    tokens = None if plan is None else left_of(demand_in(folder, plan), record).tokens
+    running = _is_running(folder, batch_id, now)
+    until = None if plan is None else deadline(plan)
+    standing = Standing(
+        entry=QueueEntry(
+            kind=EntryKind.BATCH,
+            id=batch_id,
+            batch_id=batch_id,
+            source=record.source,
+            priority=record.options.priority,
+            effective_priority=record.options.priority,
+            deadline=until,
+            state=EntryState.RUNNING if running else EntryState.ADMITTED,
+            place=0,
+            requests=record.total,
+            pending=record.pending,
+            tokens=tokens,
+            settings_hash=record.settings_hash,
+        ),
+        demand=Demand(requests=record.pending, tokens=tokens, size_bytes=0),
+    )
+    arrived_at = min(record.times.values()) if plan is None else plan.arrived_at or plan.created_at
+    return _Arrived(standing, arrived_at, until)
+
+
+def _is_running(folder: DataFolder, batch_id: str, now: float) -> bool:
+    progress = read_progress(folder.progress_path(batch_id))
+    return (
+        progress is not None
+        and progress.phase not in RESTING_PHASES
+        and now - progress.updated_at < STALE_SECONDS
+    )

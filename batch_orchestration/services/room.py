@@ -1,0 +1,156 @@
+"""Room in this deployment: what is queued here now, and whether one more batch fits beside it."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from batch_orchestration.domain.batches import MAX_REQUESTS_PER_BATCH, BatchPlan
+from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.domain.ordering import OrderPolicy
+from batch_orchestration.domain.queueing import Pause, WaitReason
+from batch_orchestration.domain.rates import RateLimits
+from batch_orchestration.domain.room import (
+    Demand,
+    Limits,
+    Load,
+    Obstacle,
+    find_obstacle,
+    rough_tokens,
+)
+from batch_orchestration.domain.waiting import rate_obstacle
+from batch_orchestration.services.estimates import read_estimate_in
+from batch_orchestration.services.submission_rates import read_rates
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.queue_files import read_pause
+from batch_orchestration.storage.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueRules:
+    """The settings that the queue depends on.
+
+    Attributes:
+        most_requests: Of one batch.
+        ordering: Who goes before whom.
+        device_problem: Asks what is wrong with the device; None if nothing is.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    rates: RateLimits = field(default_factory=RateLimits)
+    most_requests: int = MAX_REQUESTS_PER_BATCH
+    ordering: OrderPolicy = field(default_factory=OrderPolicy)
+    device_problem: Callable[[], str | None] = lambda: None
+
+
+def find_obstacle_to_file(
+    plan: BatchPlan,
+    demand: Demand,
+    *,
+    folder: DataFolder,
+    store: Store,
+    rules: QueueRules,
+    now: float,
+) -> Obstacle | None:
+    """Return what keeps a file that was read from being admitted now; None if nothing does.
+
+    Call it under `admission_lock`, so that no two take the last room. A file that will be split
+    needs no room of its own: its parts wait for theirs.
+
+    Raises:
+        StorageError: The store cannot be read.
+    """
+    if (paused := read_pause(folder)) is not None:
+        return pause_obstacle(paused)
+    records = store.batches()
+    rates = read_rates(folder, records, limits=rules.rates)
+    obstacle = rate_obstacle(rates, plan.source, plan.requests, now=now)
+    if obstacle is not None or plan.requests > rules.most_requests:
+        return obstacle
+    return find_obstacle(demand, read_load(folder, records, limits=rules.limits), rules.limits)
+
+
+def find_obstacle_to_part(
+    plan: BatchPlan, *, folder: DataFolder, store: Store, rules: QueueRules
+) -> Obstacle | None:
+    """Return what keeps a waiting part from being admitted now; see `find_obstacle_to_file`."""
+    if (paused := read_pause(folder)) is not None:
+        return pause_obstacle(paused)
+    demand = demand_of(plan, folder.waiting_part_path(plan.batch_id))
+    load = read_load(folder, store.batches(), limits=rules.limits)
+    return find_obstacle(demand, load, rules.limits)
+
+
+def never_fits(demand: Demand, *, rules: QueueRules) -> str | None:
+    """Say why a file would find no room even in an empty queue; None if it would."""
+    share = min(1.0, rules.most_requests / max(demand.requests or 1, 1))
+    tokens, limit = round((demand.tokens or 0) * share), rules.limits.queued_tokens
+    if tokens <= limit:
+        return None
+    return (
+        f"its {tokens:,} expected tokens alone are more than the {limit:,} that may be queued at a"
+        " time (BATCH_MAX_QUEUED_TOKENS)"
+    )
+
+
+def pause_obstacle(paused: Pause) -> Obstacle:
+    """Return what everybody waits for while the queue is paused."""
+    why = f": {paused.reason}" if paused.reason else ""
+    return Obstacle(WaitReason.PAUSED, f"{paused.actor} paused the queue{why}")
+
+
+def unfinished(records: Iterable[BatchRecord]) -> list[BatchRecord]:
+    """Return the batches that were admitted and have not ended."""
+    return [record for record in records if record.status not in FINAL]
+
+
+def demand_of(plan: BatchPlan, batch_folder: Path) -> Demand:
+    """Return what a batch asks room for.
+
+    Args:
+        plan: Of the batch.
+        batch_folder: Where its estimate lies; without one its bytes tell.
+    """
+    estimate = read_estimate_in(batch_folder)
+    rough = rough_tokens(plan.requests, plan.input_bytes)
+    return Demand(
+        requests=plan.requests,
+        tokens=rough if estimate is None else estimate.tokens,
+        size_bytes=plan.input_bytes,
+    )
+
+
+def demand_in(folder: DataFolder, plan: BatchPlan) -> Demand:
+    """Return what an admitted batch asked room for."""
+    return demand_of(plan, folder.plan_path(plan.batch_id).parent)
+
+
+def left_of(demand: Demand, record: BatchRecord) -> Demand:
+    """Return what is left of a batch's demand by what is committed of it."""
+    share = record.pending / max(record.total, 1)
+    return Demand(
+        requests=record.pending,
+        tokens=round((demand.tokens or 0) * share),
+        size_bytes=round(demand.size_bytes * share),
+    )
+
+
+def read_load(folder: DataFolder, records: Iterable[BatchRecord], *, limits: Limits) -> Load:
+    """Return what is queued: of each unfinished batch what is left to do.
+
+    Args:
+        folder: The data folder; its disk is looked at.
+        records: All batches of the store.
+        limits: In force.
+    """
+    load = Load(free_bytes=shutil.disk_usage(folder.root).free)
+    for record in unfinished(records):
+        left = Demand(requests=record.pending, tokens=None, size_bytes=0)
+        # One whose plan is damaged still counts.
+        with contextlib.suppress(BatchOrchestrationError):
+            left = left_of(demand_in(folder, folder.read_plan(record.batch_id)), record)
+        load = load.plus(left, limits)
+    return load

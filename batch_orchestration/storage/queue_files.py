@@ -1,0 +1,64 @@
+"""Two small files of the data folder: the queue as `dispatch_sensor` last saw it, and the pause."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.queueing import Pause, QueueView
+from batch_orchestration.storage.files import (
+    DataFolder,
+    disk_errors,
+    sync_folder,
+    write_atomically,
+)
+
+Kept = TypeVar("Kept")
+
+
+def write_queue(folder: DataFolder, view: QueueView) -> None:
+    """Replace the queue that everyone reads."""
+    write_atomically(folder.queue, msgspec.json.encode(view))
+
+
+def read_queue(folder: DataFolder) -> QueueView | None:
+    """Return the queue as it was last written; None if it never was.
+
+    Raises:
+        StorageError: It is damaged.
+    """
+    return _read(folder.queue, QueueView)
+
+
+def pause(folder: DataFolder, pause: Pause) -> None:
+    """Keep, durably, that the queue is paused; a later pause takes the place of an earlier one."""
+    write_atomically(folder.paused, msgspec.json.encode(pause))
+
+
+def unpause(folder: DataFolder) -> Pause | None:
+    """Let the queue go on; return the pause that ends, None if there was none."""
+    before = read_pause(folder)
+    with disk_errors(folder.paused):
+        folder.paused.unlink(missing_ok=True)
+        if before is not None:
+            sync_folder(folder.root)
+    return before
+
+
+def read_pause(folder: DataFolder) -> Pause | None:
+    """Return the pause; None if the queue is not paused.
+
+    Raises:
+        StorageError: It is damaged: somebody wanted a pause, and has to say so again, or resume.
+    """
+    return _read(folder.paused, Pause)
+
+
+def _read(path: Path, kind: type[Kept]) -> Kept | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path} is damaged: {error}") from error
