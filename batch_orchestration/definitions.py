@@ -2,7 +2,15 @@
 
 import dagster as dg
 
-from batch_orchestration.defs import assets, benchmarks, checks, jobs, replays, sensors
+from batch_orchestration.defs import (
+    assets,
+    benchmarks,
+    checks,
+    jobs,
+    lifecycle,
+    replays,
+    sensors,
+)
 from batch_orchestration.defs.resources import GpuResource
 from batch_orchestration.settings import Settings, load_settings
 
@@ -18,6 +26,7 @@ def definitions(settings: Settings) -> dg.Definitions:
         asset_checks=[checks.every_request_has_an_outcome, checks.failure_rate_within_budget],
         jobs=[
             *(jobs.admit_batch, jobs.submit_batch, jobs.answer_chunks, jobs.deliver_batch),
+            *(lifecycle.cancel_batch, lifecycle.resume_batch),
             replays.replay_failed_requests,
             benchmarks.benchmark_engine,
         ],

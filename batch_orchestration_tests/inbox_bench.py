@@ -1,5 +1,6 @@
 """A data folder with an inbox and a store: what tests of admission stand at."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ def make_admission_settings(**fields: Any) -> AdmissionSettings:
 class InboxBench:
     """One data folder; files are dropped, claimed and admitted in it."""
 
-    def __init__(self, root: Path, **settings: Any) -> None:
+    def __init__(
+        self, root: Path, *, clock: Callable[[], float] = lambda: NOW, **settings: Any
+    ) -> None:
         self.folder = DataFolder(root)
         self.folder.create()
         self.store = Store(self.folder.duckdb, deadline_seconds=60.0)
+        self.clock = clock
         self.inbox = Inbox(self.folder, settle_seconds=5.0, priorities=PRIORITIES)
         self.settings = make_admission_settings(**settings)
 
@@ -60,7 +64,7 @@ class InboxBench:
             folder=self.folder,
             store=self.store,
             settings=self.settings,
-            clock=lambda: NOW,
+            clock=self.clock,
         )
 
     def admit_file(self, name: str, content: bytes, *, meta: bytes | None = None) -> Admission:

@@ -1,6 +1,7 @@
 """A data folder in which files are split, their parts admitted, answered and delivered."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class SubmissionBench(InboxBench):
     """An inbox where ten requests are a chunk and twenty-five a batch, unless said otherwise."""
 
     def __init__(self, root: Path, **settings: Any) -> None:
-        super().__init__(root, **{"max_requests_per_batch": 25, **settings})
+        super().__init__(root, clock=time.time, **{"max_requests_per_batch": 25, **settings})
 
     def split(self, name: str, content: bytes, *, meta: bytes | None = None) -> Submission:
         """Admit a file that must be split; no part is admitted yet."""

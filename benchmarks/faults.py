@@ -65,7 +65,7 @@ def poison(guilty: int, *, seed: int) -> Poisoned:
     """Answer a batch some requests of which kill the engine each time."""
     chosen = set(random.Random(seed).sample(range(REQUESTS), guilty))
     with tempfile.TemporaryDirectory() as root:
-        bench = InboxBench(Path(root), requests_per_chunk=100)
+        bench = InboxBench(Path(root), clock=time.time, requests_per_chunk=100)
         plan = bench.plan_of("poison.jsonl", b"".join(_lines(chosen)))
         # Otherwise the first death would find the rest of the window answered.
         conditions = json.dumps({"latency_seconds": 0.05})

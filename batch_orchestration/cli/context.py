@@ -1,6 +1,8 @@
 """What every command needs: settings, folder, store, and errors turned into exit codes."""
 
 import logging
+import os
+import pwd
 import re
 import sys
 import time
@@ -100,6 +102,14 @@ def settings_or_refusal() -> Settings:
         field = _UNPARSED_FIELD.search(str(error))
         complaint = f"{_variable((field[1],))}: not JSON" if field else str(error)
         raise SettingsRefused(complaint) from error
+
+
+def person() -> str:
+    """Return who runs the command, for histories."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
 
 
 def json_option(command: F) -> F:

@@ -1,7 +1,5 @@
 """`failures`, `replay` and `discard`: what people do about failed requests."""
 
-import os
-import pwd
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +8,7 @@ import click
 import msgspec
 
 from batch_orchestration.cli import tables
-from batch_orchestration.cli.context import Context, json_option, open_context, print_json
+from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.domain.dead_letters import (
     UNRESOLVED,
     DeadLetter,
@@ -152,7 +150,7 @@ def replay(
         _selection(codes, custom_ids, (), limit, default=_DEAD),
         folder=context.folder,
         store=context.store,
-        actor=_person(),
+        actor=person(),
         at=context.clock(),
         overrides=overrides | _fields(fields),
         model_required=admission_settings(context.settings).model_required,
@@ -207,7 +205,7 @@ def discard(
         reason=reason,
         folder=context.folder,
         store=context.store,
-        actor=_person(),
+        actor=person(),
         at=context.clock(),
     )
     click.echo(f"{count:,} failed requests of {batch_id} are discarded.")
@@ -296,13 +294,6 @@ def _wait_for(batch_id: str, numbers: Sequence[int], context: Context) -> None:
     mine = {(batch_id, number) for number in numbers}
     while mine.intersection(open_replays(context.folder)):
         context.sleep(LOOK_SECONDS)
-
-
-def _person() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return f"uid {os.getuid()}"
 
 
 def _object(letter: DeadLetter) -> dict[str, Any]:

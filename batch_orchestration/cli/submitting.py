@@ -36,7 +36,7 @@ _file_argument = click.argument(
 @click.option("--model", help="Served model that answers every request.")
 @click.option("--priority", type=int, help="Higher runs earlier; default 0.")
 @click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Echoed back; repeatable.")
-@click.option("--completion-window", metavar="DURATION", help="Recorded; default 24h.")
+@click.option("--completion-window", metavar="DURATION", help="Like 90s or 1h30m; default 24h.")
 @click.option("--user", help="Who submits it; the engine is shared fairly between users.")
 @click.option("--wait", is_flag=True, help="Watch the batch until it ends.")
 @json_option

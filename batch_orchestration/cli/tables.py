@@ -72,6 +72,7 @@ def batch_details(
     rows = [
         ("Batch", view.batch_id),
         ("Status", describe(view)),
+        ("Ended early", str(view.closing or "")),
         ("File", view.plan.file_name),
         ("Requests", f"{view.total:,}: {view.completed:,} answered, {view.failed:,} failed, "
                      f"{view.total - view.done:,} pending"),
@@ -82,7 +83,7 @@ def batch_details(
         ("Model", view.model),
         ("Chunks", f"{len(view.plan.chunks):,}"),
         ("Priority", str(view.options.priority)),
-        ("Window", view.options.completion_window),
+        ("Window", f"{view.options.completion_window}, until {moment(view.deadline)}"),
         ("Metadata", ", ".join(f"{key}={text}" for key, text in view.options.metadata.items())),
         *(() if estimate is None else estimate_rows(estimate)),
         ("Created", moment(view.plan.created_at)),

@@ -69,7 +69,16 @@ def finish(view: BatchView, *, as_json: bool) -> None:
     if view.output_file and not as_json:
         click.echo(f"Output: {view.output_file}\nErrors: {view.error_file}")
     if view.status is not BatchStatus.COMPLETED:
-        raise click.ClickException(f"batch {view.batch_id} ended as {view.status}")
+        raise click.ClickException(_how_it_ended(view))
+
+
+def _how_it_ended(view: BatchView) -> str:
+    if view.closing is None:
+        return f"batch {view.batch_id} ended as {view.status}"
+    return (
+        f"batch {view.batch_id} ended as {view.closing}. {view.completed:,} of {view.total:,}"
+        f" requests are answered; `resume {view.batch_id}` asks the rest"
+    )
 
 
 def follow(
@@ -116,7 +125,8 @@ def live_panel(view: BatchView) -> RenderableType:
     bar = Table.grid(padding=(0, 1), expand=True)
     bar.add_column(ratio=1)
     bar.add_column(no_wrap=True)
-    colour = "red" if view.status in (BatchStatus.FAILED, BatchStatus.EXPIRED) else "green"
+    ended_early = view.closing or view.status is BatchStatus.FAILED
+    colour = "red" if ended_early else "green"
     bar.add_row(
         ProgressBar(total=max(view.total, 1), completed=view.done, complete_style=colour),
         f"{view.done:,}/{view.total:,}",
@@ -132,6 +142,8 @@ def describe(view: BatchView) -> str:
     """Return in a few words what happens to a batch now."""
     if view.final:
         return str(view.status)
+    if view.closing:
+        return f"{view.status}: {view.closing}; what is answered is being delivered"
     if view.live:
         return f"{view.status}: {view.live.phase}"
     if view.silent_seconds and view.progress:

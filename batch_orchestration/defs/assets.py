@@ -1,8 +1,9 @@
 """Assets: what a batch leaves behind, from the admitted file to the delivered answers."""
 
+import contextlib
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 
 import dagster as dg
@@ -17,6 +18,7 @@ from batch_orchestration.defs.events import (
     partial_output_metadata,
     progress_observation,
 )
+from batch_orchestration.defs.lifecycle import closed_chunks, say_early_end
 from batch_orchestration.defs.partitions import BATCH_TAG, batches, chunks
 from batch_orchestration.defs.resources import (
     GpuResource,
@@ -119,8 +121,12 @@ def chunk_results(
         force=force,
     )
     # Closed at once when the run is terminated, so that the journals are flushed.
-    with closing(commits):
+    with contextlib.closing(commits):
         _report(context, commits, settings_hash(present.answer_settings()))
+    for batch_id in selection:
+        if ended := data_folder(present).read_closing(batch_id):
+            say_early_end(context.instance, context.run.run_id, ended)
+            context.log.warning(f"{batch_id}: {ended}. To go on: resume {batch_id}")
     yield from ()
 
 
@@ -187,20 +193,27 @@ def batch_output(
     `output.partial.jsonl` and `errors.partial.jsonl`, marked by `partial` in the metadata. The
     batch goes on undisturbed, and its delivery removes them.
 
+    Of a batch that was cancelled or has expired, requests without an answer are lines of
+    `errors.jsonl`; `resume BATCH` asks them after all, and the files are made anew.
+
     **If it failed**, nothing is lost: the answers are in DuckDB. Usually the outbox is full or not
     writable; mend that and materialize this partition.
     """
     batch_id = context.partition_key
     claim_batch(context.instance, context.run, [batch_id])
-    folder, store = data_folder(settings), open_store(settings)
+    folder, store, run_id = data_folder(settings), open_store(settings), context.run.run_id
+    for event in closed_chunks(
+        context.instance, batch_id, folder=folder, store=store, run_id=run_id
+    ):
+        context.log_event(event)
     _report_lost(context, folder.read_plan(batch_id), store)
     report = deliver_what_is_there(
         batch_id,
         folder=folder,
         store=store,
         clock=time.time,
-        actor=context.run.run_id,
-        on_partial=partial(mark_partial, context.instance, context.run.run_id),
+        actor=run_id,
+        on_partial=partial(mark_partial, context.instance, run_id),
     )
     if isinstance(report, PartialReport):
         return dg.MaterializeResult(metadata=partial_output_metadata(report))

@@ -48,6 +48,8 @@ def failure_rate_within_budget(
 ) -> dg.AssetCheckResult:
     """No more requests failed than the setting `BATCH_FAILURE_BUDGET` allows.
 
+    Requests that a cancelled or expired batch left unasked are no failures.
+
     **If it warns**, look at the failures by code in the batch's report, or run
     `python -m batch_orchestration failures BATCH`.
     """
@@ -74,12 +76,14 @@ def check_again(batch_id: str, settings: Settings) -> Iterator[dg.AssetCheckEval
 
 
 def _failure_rate(counts: Recount, settings: Settings) -> dg.AssetCheckResult:
-    counted = counts.done if counts.partial else counts.total
-    rate = counts.failed / counted if counted else 0.0
+    rate = counts.failure_rate
+    description = f"{rate:.2%} failed, {settings.failure_budget:.2%} allowed"
+    if counts.unasked:
+        description += f"; {counts.unasked:,} are not counted: the batch ended before their turn"
     return dg.AssetCheckResult(
         passed=rate <= settings.failure_budget,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"{rate:.2%} failed, {settings.failure_budget:.2%} allowed",
+        description=description,
         metadata=_metadata(counts) | {"failure_rate": rate},
     )
 
@@ -94,5 +98,6 @@ def _metadata(counts: Recount) -> dict[str, int | float]:
         "total": counts.total,
         "completed": counts.completed,
         "failed": counts.failed,
+        "unasked": counts.unasked,
         "partial": counts.partial,
     }

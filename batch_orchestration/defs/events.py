@@ -9,6 +9,7 @@ from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import chunk_key
 from batch_orchestration.domain.commits import ChunkReport
 from batch_orchestration.domain.estimates import Estimate
+from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.assembly import AssemblyReport
 from batch_orchestration.services.chunk_runner import CommittedChunk
 from batch_orchestration.services.partial_output import PartialReport
@@ -70,6 +71,28 @@ def chunk_materialization(
 ) -> dg.AssetMaterialization:
     """Say that a chunk is committed: every one of its requests has an outcome."""
     report = commit.report
+    metadata = _chunk_figures(report, settings_hash)
+    if commit.reused:
+        metadata["committed_by_run"] = report.run_id
+    elif commit.engine is not None:
+        metadata["engine"] = commit.engine.kind
+        metadata["engine_version"] = commit.engine.version
+        metadata["model"] = ", ".join(commit.engine.models)
+    partition = chunk_key(report.batch_id, report.number)
+    return dg.AssetMaterialization(key, partition=partition, metadata=metadata)
+
+
+def closed_chunk_materialization(
+    key: dg.AssetKey, report: ChunkReport, closing: Closing, *, plan: BatchPlan
+) -> dg.AssetMaterialization:
+    """Say that a chunk of a batch that ends early is committed."""
+    metadata = _chunk_figures(report, plan.settings_hash)
+    metadata |= {"batch_ended": str(closing), "committed_by_run": report.run_id}
+    partition = chunk_key(report.batch_id, report.number)
+    return dg.AssetMaterialization(key, partition=partition, metadata=metadata)
+
+
+def _chunk_figures(report: ChunkReport, settings_hash: str) -> Metadata:
     metadata: Metadata = {
         "dagster/partition_row_count": report.requests,
         "completed": report.completed,
@@ -85,14 +108,7 @@ def chunk_materialization(
         metadata["failures_by_code"] = _counts_table(report.failures_by_code)
     if report.engine_rung is not None:
         metadata["engine_rung"] = report.engine_rung
-    if commit.reused:
-        metadata["committed_by_run"] = report.run_id
-    elif commit.engine is not None:
-        metadata["engine"] = commit.engine.kind
-        metadata["engine_version"] = commit.engine.version
-        metadata["model"] = ", ".join(commit.engine.models)
-    partition = chunk_key(report.batch_id, report.number)
-    return dg.AssetMaterialization(key, partition=partition, metadata=metadata)
+    return metadata
 
 
 def lost_materializations(
@@ -160,6 +176,8 @@ def output_metadata(report: AssemblyReport) -> Metadata:
         metadata["submission_report"] = dg.MetadataValue.md(whole.text)
     if tally.failures_by_code:
         metadata["failures_by_code"] = _counts_table(tally.failures_by_code)
+    if report.closing is not None:
+        metadata["batch_ended"] = str(report.closing)
     return metadata
 
 

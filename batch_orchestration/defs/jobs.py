@@ -35,7 +35,7 @@ class SubmitConfig(dg.Config):
     )
     priority: int = Field(0, description="-1000 to 1000; higher runs earlier.")
     metadata: dict[str, str] = Field({}, description="Up to 16 pairs, echoed in the report.")
-    completion_window: str = Field("24h", description="For example 24h; recorded.")
+    completion_window: str = Field("24h", description="For example 24h or 1h30m.")
     user: str | None = Field(None, description="Who submits it; sources share the engine fairly.")
 
 

@@ -95,6 +95,7 @@ def _known(record: dg.RunRecord, now: float) -> Iterator[KnownRun]:
             ended_at=record.end_time or 0.0,
             reason=_question(run) or "was terminated",
             queued=run.status is dg.DagsterRunStatus.QUEUED,
+            terminated=run.status is dg.DagsterRunStatus.CANCELED,
         )
 
 

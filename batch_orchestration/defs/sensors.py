@@ -13,6 +13,7 @@ from batch_orchestration.defs.jobs import (
     answer_chunks,
     deliver_batch,
 )
+from batch_orchestration.defs.lifecycle import look_after
 from batch_orchestration.defs.partitions import (
     add_partitions,
     batch_tags,
@@ -39,6 +40,7 @@ from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.parts import admit_parts
 from batch_orchestration.services.queue import claim_admissible
+from batch_orchestration.services.resuming import finish_resumptions
 from batch_orchestration.services.service_order import order_batches
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
@@ -120,6 +122,7 @@ def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.
     default_status=dg.DefaultSensorStatus.RUNNING,
     description=(
         "Asks for the runs that each unfinished batch needs next: chunks first, then its output. "
+        "Ends batches whose window is over, and those of which a person terminated a run. "
         "Failed runs are tried again with growing pauses. A skipped tick says which batches "
         "wait, and why; where a person is needed it says for what."
     ),
@@ -134,18 +137,24 @@ def dispatch_sensor(
     try:
         for part in admit_parts(folder, store, max_unfinished=limit, at=now):
             context.log.info(f"admitted: {part.batch_id}, {part.requests:,} requests")
+        finish_resumptions(folder=folder, store=store)
         batches = _known_to_dagster(context.instance, unfinished_batches(store), folder)
+        runs = known_runs(context.instance, [batch.batch_id for batch in batches], now=now)
+        runs, closings = look_after(
+            context.instance, batches, runs, folder=folder, store=store, now=now
+        )
         policy = OrderPolicy(ageing_seconds=settings.priority_ageing_seconds)
         places = order_batches(batches, store, now=now, policy=policy)
         records = {batch.batch_id: batch for batch in batches}
         verdict = dispatch(
             [records[place.candidate.id] for place in places],
-            known_runs(context.instance, [batch.batch_id for batch in batches], now=now),
+            runs,
             reports=store.chunk_reports,
             chunks_per_run=settings.chunks_per_run,
             now=now,
             priorities={place.candidate.id: place.points for place in places},
             no_engine=_no_engine(settings) if batches else None,
+            closings=closings,
         )
     except StorageError as error:
         return dg.SkipReason(f"the store cannot be read now: {error}")

@@ -117,6 +117,11 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.options.source
 
     @property
+    def created_at(self) -> float:
+        """When it was admitted, in POSIX seconds."""
+        return self.times[BatchStatus.VALIDATING]
+
+    @property
     def pending(self) -> int:
         """Requests without a committed outcome."""
         return self.total - self.completed - self.failed

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import msgspec
 
 from batch_orchestration.domain.batches import DURATION, BatchPlan, BatchStatus
+from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import IllegalTransition
 from batch_orchestration.domain.outcomes import FailureCode
 
@@ -37,6 +38,9 @@ UNASKED_CODES: Mapping[BatchStatus, FailureCode] = {
     BatchStatus.CANCELLED: FailureCode.BATCH_CANCELLED,
     BatchStatus.EXPIRED: FailureCode.BATCH_EXPIRED,
 }
+
+#: A hundred years; a longer window is as good as this one, and has no date that people could read.
+LONGEST_WINDOW_SECONDS = 100 * 365 * 86400
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION_PART = re.compile(r"([0-9]+)([smhd])")
@@ -126,11 +130,12 @@ def window_seconds(completion_window: str) -> int:
             f"not a duration: {completion_window!r}; for example 90s, 30m, 24h, 7d or 1h30m"
         )
     parts = _DURATION_PART.findall(completion_window)
-    return sum(int(number) * _SECONDS[unit] for number, unit in parts)
+    total = sum(int(number) * _SECONDS[unit] for number, unit in parts)
+    return min(total, LONGEST_WINDOW_SECONDS)
 
 
-def deadline(plan: BatchPlan, resumption: Resumption | None = None) -> float:
+def deadline(batch: BatchPlan | BatchRecord, resumption: Resumption | None = None) -> float:
     """Return when the window of a batch ends, in POSIX seconds."""
     if resumption is not None and resumption.deadline is not None:
         return resumption.deadline
-    return plan.created_at + window_seconds(plan.options.completion_window)
+    return batch.created_at + window_seconds(batch.options.completion_window)

@@ -30,8 +30,7 @@ class FailureCode(StrEnum):
     ENGINE_KILLED = "engine_killed"
     # The same, where the engine died of exhausted memory on the lowest rung of its ladder.
     OUT_OF_MEMORY = "out_of_memory"
-    # OpenAI's words for requests that their batch left unasked. Part of the enumeration so that
-    # readers of the error file know them; nothing here expires or cancels a batch yet.
+    # OpenAI's words for requests that were left unanswered when their batch ended early.
     BATCH_EXPIRED = "batch_expired"
     BATCH_CANCELLED = "batch_cancelled"
 

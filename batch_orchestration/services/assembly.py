@@ -7,10 +7,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from batch_orchestration.domain.batches import BatchPlan, BatchStatus
+from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord, SettledRequest
 from batch_orchestration.domain.errors import AccountingError, DiskFull
+from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.services.endings import begin_ending, finish_ending
 from batch_orchestration.services.outbox import (
     OutboxFiles,
     each_once,
@@ -40,6 +42,7 @@ class AssemblyReport:
 
     Attributes:
         submission: Of the whole submission, if the batch was the last of its parts to end.
+        closing: Why the batch ended early; None if it did not.
     """
 
     batch_id: str
@@ -47,6 +50,7 @@ class AssemblyReport:
     tally: Tally
     text: str
     submission: SubmissionReport | None = None
+    closing: Closing | None = None
 
 
 def assemble(
@@ -58,6 +62,8 @@ def assemble(
     actor: str = "assembly",
 ) -> AssemblyReport:
     """Write output, errors and report of a batch; it then is `completed`.
+
+    One that ends early (and was closed out before) is `cancelled` or `expired` then.
 
     Both files appear whole and fsynced, in input order, and only if every request of the plan is
     in exactly one of them. `errors.jsonl` is there even if it is empty. Doing it again writes the
@@ -84,17 +90,19 @@ def assemble(
         record = store.batch(batch_id)
         _require_all_committed(record)
         make_writable(files)
-        if record.status is not BatchStatus.COMPLETED:
-            reason = "every request has an outcome"
-            store.set_status(
-                batch_id, BatchStatus.FINALIZING, at=clock(), actor=actor, reason=reason
-            )
+        ending = begin_ending(batch_id, folder=folder, store=store, at=clock(), actor=actor)
         try:
             tally = _write_files(plan, store.settled(batch_id), files)
             chunks = store.chunk_reports(batch_id)
             scored = score_batch(plan, tally, folder=folder, store=store, clock=clock)
             text = render_report(
-                plan, record, tally, chunks, outbox=str(files.folder), scored=scored
+                plan,
+                record,
+                tally,
+                chunks,
+                outbox=str(files.folder),
+                scored=scored,
+                closing=ending.closing,
             )
             crash_point(CrashPoint.BEFORE_REPORT_RENAME)
             write_atomically(files.report, text.encode())
@@ -102,17 +110,19 @@ def assemble(
             _remove_partial_files(files)
         except DiskFull as error:
             raise unwritable(files, str(error)) from error
-        with part_ending(plan, BatchStatus.COMPLETED, folder=folder, store=store) as submission:
-            if record.status is not BatchStatus.COMPLETED:
-                reason = f"{tally.completed:,} answered, {tally.failed:,} failed"
-                store.set_status(
-                    batch_id, BatchStatus.COMPLETED, at=clock(), actor=actor, reason=reason
-                )
-    logger.info(
-        "%s: %d answered, %d failed, in %s", batch_id, tally.completed, tally.failed, files.folder
-    )
+        reason = f"{tally.completed:,} answered, {tally.failed:,} failed"
+        with part_ending(plan, ending.status, folder=folder, store=store) as submission:
+            finish_ending(
+                ending, folder=folder, store=store, at=clock(), actor=actor, reason=reason
+            )
+    logger.info("%s: %s, in %s", batch_id, reason, files.folder)
     return AssemblyReport(
-        batch_id=batch_id, files=files, tally=tally, text=text, submission=submission
+        batch_id=batch_id,
+        files=files,
+        tally=tally,
+        text=text,
+        submission=submission,
+        closing=ending.closing,
     )
 
 

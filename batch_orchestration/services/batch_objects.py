@@ -29,7 +29,8 @@ _TIMES = (
 def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
     """Return OpenAI's Batch object, with paths in place of file ids.
 
-    Times are whole POSIX seconds. `progress` is ours, and null unless a run is at work.
+    Times are whole POSIX seconds. Two fields are ours: `progress` is null unless a run is at work,
+    `closing` unless the batch ends, or has ended, early.
     """
     batch_id = view.batch_id
     return {
@@ -46,6 +47,7 @@ def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
         "completion_window": view.options.completion_window,
         "status": str(view.status),
         "created_at": int(view.plan.created_at),
+        "expires_at": int(view.deadline),
         **{f"{word}_at": _whole(view.times.get(word)) for word in _TIMES},
         "request_counts": {
             "total": view.total,
@@ -61,6 +63,7 @@ def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
         "priority": view.options.priority,
         "estimate": read_estimate(folder, batch_id),
         "progress": _progress(view.live),
+        "closing": view.closing,
         "store_problem": view.store_problem,
         **_part(view.plan.part),
     }

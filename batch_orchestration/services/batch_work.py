@@ -141,7 +141,7 @@ class BatchWork:
 
     def is_closing(self) -> bool:
         """Whether somebody has decided that the batch ends early."""
-        return self._folder.plan_path(self.plan.batch_id).with_name("closing.json").exists()
+        return self._folder.closing_path(self.plan.batch_id).exists()
 
     def sync(self) -> None:
         """Make what the open journals hold survive a power loss."""

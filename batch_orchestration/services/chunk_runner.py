@@ -21,6 +21,7 @@ from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.services.batch_work import BatchWork
 from batch_orchestration.services.chunk_pass import ChunkRef, PendingRequest
+from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.committer import Committed, Results
 from batch_orchestration.services.feeder import Feeder, Window, first_leaf
 from batch_orchestration.services.ladders import chunk_needs
@@ -111,7 +112,7 @@ def run_chunks(
 
     Requests with a durable outcome are not submitted again; the engine is started only if
     something is pending, and is left running. Closing the iterator stops the feed; every answer
-    that arrived is kept.
+    that arrived is kept. So does the early end of a batch (`services.closing`), within seconds.
 
     Where it is the turn of others (see `services.turns`), their chunks are fed and yielded, too;
     and where the run makes room for others it ends early, with chunks of its own left to do.
@@ -177,6 +178,7 @@ class _BatchRun:
         )
         self._ended = 0
         self._feeder: Feeder | None = None
+        self._closing = ClosingWatch(plan, folder, run_id=run_id)
         self._loop = asyncio.new_event_loop()
         self._feed_task: asyncio.Task[None] | None = None
         self._feed_error: BaseException | None = None
@@ -201,6 +203,8 @@ class _BatchRun:
             try:
                 result = self._results.get(timeout=WAIT_SECONDS)
             except queue.Empty:
+                if self._closing.impatient:
+                    return None
                 continue
             if isinstance(result, BaseException):
                 raise result
@@ -256,7 +260,7 @@ class _BatchRun:
         try:
             async with asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._tick())
-                await self._answer_pending()
+                await self._closing.unless_closed(self._answer_pending())
                 ticker.cancel()
         finally:
             await self._engine.disconnect()

@@ -32,6 +32,14 @@ class CrashPoint(StrEnum):
     AFTER_COMMIT = "after_commit"
     #: The run knows; Dagster does not.
     BEFORE_EVENT = "before_event"
+    #: It is decided that the batch ends early; the store does not know.
+    AFTER_CLOSING = "after_closing"
+    #: The store knows; of the chunks without a commit, some have got theirs.
+    BEFORE_CLOSE_OUT = "before_close_out"
+    #: It is decided that a batch goes on that had ended early; nothing is done yet.
+    AFTER_RESUMPTION = "after_resumption"
+    #: The decision to end it is taken back; the store does not know.
+    AFTER_REOPENING = "after_reopening"
     #: All output is written and fsynced; none of it can be seen.
     BEFORE_ERRORS_RENAME = "before_errors_rename"
     #: `errors.jsonl` can be seen, `output.jsonl` cannot.

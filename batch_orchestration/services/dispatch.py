@@ -11,6 +11,7 @@ from itertools import groupby
 
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.commits import BatchRecord, ChunkReport
+from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.storage.store import Store
 
 #: Failed runs in a row, without a commit in between, after which a person is asked.
@@ -25,7 +26,7 @@ MAX_NEW_RUNS = 4
 #: hardly any was asked for before what is urgent now.
 MAX_QUEUED_RUNS = 2
 
-UNFINISHED = frozenset({BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING})
+UNFINISHED = frozenset({BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING, BatchStatus.CANCELLING})
 
 
 class RunState(StrEnum):
@@ -37,6 +38,8 @@ class RunState(StrEnum):
     FAILED = "failed"
     #: Ended by a person, or hopeless without one.
     STOPPED = "stopped"
+    #: Ended before a person resumed the batch: no reason to wait.
+    SUPERSEDED = "superseded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class KnownRun:
         ended_at: POSIX seconds; 0 while it is live.
         reason: Why it was stopped.
         queued: Whether it is live, but has not begun.
+        terminated: Whether a person stopped it.
     """
 
     run_id: str
@@ -57,6 +61,7 @@ class KnownRun:
     ended_at: float = 0.0
     reason: str = ""
     queued: bool = False
+    terminated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,7 @@ def dispatch(
     now: float,
     priorities: Mapping[str, int] | None = None,
     no_engine: str | None = None,
+    closings: Mapping[str, Closing] | None = None,
 ) -> Dispatch:
     """Decide which runs are needed, at most `MAX_NEW_RUNS` of them.
 
@@ -127,6 +133,8 @@ def dispatch(
         now: POSIX seconds.
         priorities: Of the runs, by batch id; without it that of the batch.
         no_engine: Why no engine can be started now: then only outputs are made.
+        closings: Of the batches that end early: these only need the run that delivers them, once
+            no other is at work on them.
 
     Raises:
         StorageError: The store cannot be read.
@@ -139,9 +147,14 @@ def dispatch(
     queued = 0
     for batch in batches:
         known = runs_by_batch.get(batch.batch_id, [])
+        priority = (priorities or {}).get(batch.batch_id, batch.options.priority)
+        if closing := (closings or {}).get(batch.batch_id):
+            last = _last_run(batch, known, closing, priority=priority, now=now)
+            needed += [last] if isinstance(last, NeededRun) else []
+            waiting += [last] if isinstance(last, str) else []
+            continue
         committed = reports(batch.batch_id)
         last_commit_at = max((report.committed_at for report in committed.values()), default=0.0)
-        priority = (priorities or {}).get(batch.batch_id, batch.options.priority)
         queued += sum(run.queued and run.chunks is not None for run in known)
         for run_needed in _remaining(batch, committed, known, chunks_per_run, priority):
             reason = _reason_to_wait(run_needed, known, last_commit_at=last_commit_at, now=now)
@@ -179,6 +192,19 @@ def _remaining(
     open_numbers = [n for n in missing if all(n not in (run.chunks or ()) for run in live)]
     for chunks in _consecutive(open_numbers, chunks_per_run):
         yield NeededRun(batch=batch, chunks=chunks, attempt=attempt, priority=priority)
+
+
+def _last_run(
+    batch: BatchRecord, known: Sequence[KnownRun], closing: Closing, *, priority: int, now: float
+) -> NeededRun | str:
+    """Return the run that delivers a batch which ends early, or why not now."""
+    live = [run for run in known if run.state is RunState.LIVE]
+    attempt = len(known) - len(live)
+    needed = NeededRun(batch=batch, chunks=None, attempt=attempt, priority=priority)
+    if live:
+        return f"{batch.batch_id}: {closing}; run {live[0].run_id[:8]} is about to end"
+    reason = _reason_to_wait(needed, known, last_commit_at=0.0, now=now)
+    return needed if reason is None else f"{needed.title}: {reason}"
 
 
 def _consecutive(numbers: Sequence[int], longest: int) -> Iterator[range]:

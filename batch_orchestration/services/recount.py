@@ -8,14 +8,21 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.lifecycle import UNASKED_CODES
 from batch_orchestration.domain.output_lines import output_line_id
 from batch_orchestration.services.outbox import OutboxFiles
 
 
+class _ErrorHead(msgspec.Struct):
+    code: str = ""
+
+
 class _LineHead(msgspec.Struct):
     id: str
+    error: _ErrorHead | None = None
 
 
+UNASKED = frozenset(map(str, UNASKED_CODES.values()))
 _decode_head = msgspec.json.Decoder(_LineHead).decode
 
 
@@ -27,6 +34,7 @@ class Recount:
         total: Requests of the plan.
         completed: Lines of the output file.
         failed: Lines of the error file.
+        unasked: Those of them that are no failures: the batch ended before their turn.
         problem: The first request that is missing, or line that belongs to none; None if each
             request has exactly one line.
         partial: Whether the files are partial ones, in which requests may be missing.
@@ -35,7 +43,15 @@ class Recount:
     total: int
     completed: int
     failed: int
+    unasked: int
     problem: str | None
+
+    @property
+    def failure_rate(self) -> float:
+        """Failed requests of those whose turn came, 0 to 1."""
+        asked = (self.done if self.partial else self.total) - self.unasked
+        return (self.failed - self.unasked) / asked if asked else 0.0
+
     partial: bool = False
 
     @property
@@ -67,6 +83,7 @@ def recount(plan: BatchPlan, files: OutboxFiles) -> Recount:
             total=plan.requests,
             completed=outputs.count(),
             failed=errors.count(),
+            unasked=errors.unasked,
             problem=problem,
         )
 
@@ -93,6 +110,7 @@ def _counted(plan: BatchPlan, outputs: "_Lines", errors: "_Lines", problem: str 
         total=plan.requests,
         completed=outputs.count(),
         failed=errors.count(),
+        unasked=0,
         problem=problem,
         partial=True,
     )
@@ -103,7 +121,9 @@ class _Lines:
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self._name = path.name
-        self._ids = _line_ids(path, stack)
+        #: So far; all of them once `count` has been through.
+        self.unasked = 0
+        self._ids = self._line_ids(path, stack)
         self._taken = 0
         self._head = next(self._ids, None)
 
@@ -127,10 +147,12 @@ class _Lines:
         """Return the number of lines, those not yet looked at included."""
         return self._taken + (1 if self.rest else 0) + sum(1 for _ in self._ids)
 
-
-def _line_ids(path: Path, stack: ExitStack) -> Iterator[str]:
-    for line in stack.enter_context(path.open("rb")):
-        try:
-            yield _decode_head(line).id
-        except msgspec.DecodeError as error:
-            yield f"unreadable ({error})"
+    def _line_ids(self, path: Path, stack: ExitStack) -> Iterator[str]:
+        for line in stack.enter_context(path.open("rb")):
+            try:
+                head = _decode_head(line)
+            except msgspec.DecodeError as error:
+                yield f"unreadable ({error})"
+                continue
+            self.unasked += head.error is not None and head.error.code in UNASKED
+            yield head.id

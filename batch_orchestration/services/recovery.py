@@ -12,8 +12,11 @@ from pathlib import Path
 
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError, StoreLocked
+from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.services.close_out import commit_closed
+from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.committer import busy_seconds, settled_requests
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.registration import admission_lock, register_batch
@@ -130,6 +133,7 @@ class _Rebuilding:
         self._folder = folder
         self._store = store
         self._chunks = self._of_chunks = self._unfinished = self._operations = 0
+        self._closing: Closing | None = None
         self._problems: list[str] = []
 
     def run(self) -> None:
@@ -142,6 +146,7 @@ class _Rebuilding:
             return
         try:
             plan = self._folder.read_plan(self._batch_id)
+            self._closing = self._folder.read_closing(self._batch_id)
             register_batch(self._folder, self._store, self._batch_id, at=plan.created_at)
         except BatchOrchestrationError as error:
             self._problems.append(str(error))
@@ -154,6 +159,7 @@ class _Rebuilding:
             except BatchOrchestrationError as error:
                 self._problems.append(f"chunk {number}: {error}")
         try:
+            self._cancel_again()
             operations = Operations(self._folder, self._batch_id)
             operations.apply_to(self._store)
             self._operations = len(operations.all())
@@ -163,6 +169,11 @@ class _Rebuilding:
     def _commit(self, ref: ChunkRef) -> None:
         entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
         if not set(ref.indices) <= entries.keys():
+            if self._closing and delivered(self._folder, self._batch_id):
+                at = self._closing.at
+                commit_closed(ref, self._closing, store=self._store, run_id=ACTOR, at=at)
+                self._chunks += 1
+                return
             # Of a chunk that was committed, this is the loss of a journal.
             self._unfinished += len(entries)
             return
@@ -177,16 +188,30 @@ class _Rebuilding:
         )
         self._chunks += 1
 
+    def _cancel_again(self) -> None:
+        """Bring a batch that was being cancelled into that status; its next run delivers it."""
+        closing = self._closing
+        if closing is not None and closing.status is BatchStatus.CANCELLED:
+            self._store.set_status(
+                self._batch_id,
+                BatchStatus.CANCELLING,
+                at=closing.at,
+                actor=closing.actor,
+                reason=closing.reason,
+            )
+
     def deliver_again(self, store: Store) -> RecoveredBatch:
         """Write the files of a batch that was delivered; return what came of it all."""
         output = OutboxFiles(self._folder.outbox_path(self._batch_id)).output
         missing = self._of_chunks - self._chunks
-        if output.exists() and missing and not self._problems:
+        if not delivered(self._folder, self._batch_id):
+            return self._result(store)
+        if missing and not self._problems:
             self._problems.append(
                 f"{missing} chunks were delivered, but their journals are not complete: their"
                 f" requests are asked again; keep a copy of {output.parent}"
             )
-        elif output.exists() and not self._problems:
+        elif not self._problems:
             delivered_at = output.stat().st_mtime
             try:
                 assemble(

@@ -23,6 +23,7 @@ from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest, RequestPass
 from batch_orchestration.services.chunk_runner import SYNC_SECONDS, Feeding
+from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.original_lines import original_lines
 from batch_orchestration.services.plan_checks import check_settings
@@ -133,6 +134,8 @@ class _ReplayRun:
         self._folder = folder
         self._run_id = run_id
         self._feeding = feeding
+        # A batch that has ended may be replayed; one that ends meanwhile takes its replay along.
+        self._closing = ClosingWatch(plan, folder, run_id=run_id, only_new=True)
         self._identity: EngineIdentity | None = None
         self._journal: Journal | None = None
 
@@ -164,7 +167,7 @@ class _ReplayRun:
         try:
             async with asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._sync())
-                await feeder.feed()
+                await self._closing.unless_closed(feeder.feed())
                 ticker.cancel()
             if self._journal is not None:
                 self._journal.sync()

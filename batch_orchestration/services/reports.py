@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord, ChunkReport
 from batch_orchestration.domain.estimates import Band
+from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.domain.submissions import Submission
 from batch_orchestration.services.scoring import Scored
 from batch_orchestration.services.tallies import Tally
@@ -28,6 +29,7 @@ def render_report(
     *,
     outbox: str,
     scored: Scored | None = None,
+    closing: Closing | None = None,
 ) -> str:
     """Return the report as Markdown; the same figures always give the same text.
 
@@ -40,10 +42,12 @@ def render_report(
         chunks: Their reports by number.
         outbox: Folder of the files, as a person would write it.
         scored: The estimate made at admission, beside what it took.
+        closing: Why it ended early; None if it did not.
     """
     sections = [
         f"# {plan.batch_id}",
         _headline(tally),
+        _early_end(plan.batch_id, tally, closing),
         _summary(plan, record, tally),
         _failures(plan.batch_id, tally),
         _engines(plan, tally),
@@ -62,6 +66,19 @@ def _headline(tally: Tally) -> str:
             "no model was asked."
         )
     return text
+
+
+def _early_end(batch_id: str, tally: Tally, closing: Closing | None) -> str:
+    if closing is None:
+        return ""
+    unasked = tally.failures_by_code[closing.code]
+    return (
+        f"> **{str(closing.status).capitalize()}** by {_cell(closing.actor)},"
+        f" {_moment(closing.at)}: {_cell(closing.reason) or 'no reason given'}.\n"
+        f"> {unasked:,} requests were left without an answer and are in `errors.jsonl` as"
+        f" `{closing.code}`; everything that was answered is delivered.\n"
+        f"> To ask the rest: `python -m batch_orchestration resume {batch_id}`."
+    )
 
 
 def _summary(plan: BatchPlan, record: BatchRecord, tally: Tally) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchOptions, BatchPlan, BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import BatchNotFound, StoreLocked
-from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.domain.lifecycle import FINAL, Closing, deadline
+from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.parts import plan_of
 from batch_orchestration.services.registration import find_submission
 from batch_orchestration.storage.files import DataFolder
@@ -29,6 +30,8 @@ class BatchView:
         times: POSIX seconds at which a status was reached, by status word.
         progress: The run's own words, if it left any; the batch may be further since.
         progress_age: Seconds since then.
+        closing: Why it ends, or has ended, early; None if it does not.
+        deadline: When its completion window ends, POSIX seconds.
         store_problem: Why the store could not be asked; None if it could.
     """
 
@@ -45,6 +48,8 @@ class BatchView:
     progress: Progress | None
     progress_age: float | None
     store_problem: str | None
+    closing: Closing | None = None
+    deadline: float = 0.0
 
     @property
     def batch_id(self) -> str:
@@ -172,12 +177,10 @@ def _from_plan(
 ) -> BatchView:
     outbox = folder.outbox_path(plan.batch_id)
     output_file = _if_there(outbox / "output.jsonl")
-    admitted = folder.plan_path(plan.batch_id).exists()
-    guess = BatchStatus.IN_PROGRESS if admitted else BatchStatus.VALIDATING
-    guess = BatchStatus.COMPLETED if output_file else guess
+    closing = folder.read_closing(plan.batch_id)
     return BatchView(
         plan=plan,
-        status=status or guess,
+        status=status or _guess(plan.batch_id, closing, folder),
         completed=0,
         failed=0,
         prompt_tokens=0,
@@ -189,7 +192,19 @@ def _from_plan(
         progress=None,
         progress_age=None,
         store_problem=problem,
+        closing=closing if status is not BatchStatus.COMPLETED else None,
+        deadline=deadline(plan, folder.read_resumption(plan.batch_id)),
     )
+
+
+def _guess(batch_id: str, closing: Closing | None, folder: DataFolder) -> BatchStatus:
+    """Return the status that a batch's files tell of."""
+    if delivered(folder, batch_id):
+        return closing.status if closing else BatchStatus.COMPLETED
+    if closing is not None and closing.status is BatchStatus.CANCELLED:
+        return BatchStatus.CANCELLING
+    admitted = folder.plan_path(batch_id).exists()
+    return BatchStatus.IN_PROGRESS if admitted else BatchStatus.VALIDATING
 
 
 def _if_there(path: Path) -> Path | None:

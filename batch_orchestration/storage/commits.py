@@ -10,7 +10,7 @@ import msgspec
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import ChunkReport, SettledRequest
 from batch_orchestration.domain.errors import BatchNotFound, OutcomeMismatch
-from batch_orchestration.domain.outcomes import Completion
+from batch_orchestration.domain.outcomes import Completion, FailureCode
 from batch_orchestration.storage import letters, rows
 
 OF_CHUNK = "WHERE batch_id = ? AND chunk = ?"
@@ -140,11 +140,48 @@ def count_chunk(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> No
     )
 
 
+def take_back(
+    db: duckdb.DuckDBPyConnection, batch_id: str, codes: Iterable[FailureCode]
+) -> list[int]:
+    """Make the chunks pending again that hold a dead letter of these codes; return their numbers.
+
+    Their answers are removed, for the journals have them; what a replay answered stays.
+    """
+    found = db.execute(
+        """
+        SELECT DISTINCT chunk FROM failed_requests
+        WHERE batch_id = ? AND state = 'dead' AND code IN (SELECT unnest(?::VARCHAR[]))
+        ORDER BY chunk
+        """,
+        [batch_id, [str(code) for code in codes]],
+    ).fetchall()
+    numbers = [number for (number,) in found]
+    among = "WHERE batch_id = ? AND chunk IN (SELECT unnest(?::INTEGER[]))"
+    db.execute(
+        f"""
+        DELETE FROM results {among} AND request_index NOT IN (
+            SELECT request_index FROM failed_requests {among} AND replay IS NOT NULL)
+        """,
+        [batch_id, numbers, batch_id, numbers],
+    )
+    db.execute(
+        f"""
+        UPDATE chunks SET status = 'pending', completed = NULL, failed = NULL,
+            prompt_tokens = NULL, completion_tokens = NULL, attempts = NULL, seconds = NULL,
+            failures_by_code = NULL, committed_at = NULL, run_id = NULL, engine_rung = NULL
+        {among}
+        """,
+        [batch_id, numbers],
+    )
+    return numbers
+
+
 def update_batch(db: duckdb.DuckDBPyConnection, batch_id: str) -> None:
     """Set the batch's figures from its chunks."""
     ((*figures,),) = db.execute(
         """
-        SELECT count(*), sum(completed), sum(failed), sum(prompt_tokens), sum(completion_tokens)
+        SELECT count(*), coalesce(sum(completed), 0), coalesce(sum(failed), 0),
+            coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0)
         FROM chunks WHERE batch_id = ? AND status = 'committed'
         """,
         [batch_id],

@@ -14,6 +14,7 @@ import msgspec
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import chunk_key
 from batch_orchestration.domain.errors import BatchNotFound, DiskFull, StorageError
+from batch_orchestration.domain.lifecycle import Closing, Resumption
 from batch_orchestration.domain.submissions import Submission, submission_of
 from batch_orchestration.storage.lines import RawLine, new_digest, read_chunk, read_lines
 
@@ -35,7 +36,7 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 #: Temporary names stay well below the 255 bytes that file systems allow.
 _NAME_KEPT = 40
 
-Kept = TypeVar("Kept", BatchPlan, Submission)
+Kept = TypeVar("Kept", BatchPlan, Submission, Closing, Resumption)
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,14 @@ class DataFolder:
             raise BatchNotFound(f"not a part of a submission: {part_id!r}")
         return self.submission_path(submission_id).parent / "parts" / _folder_name(part_id)
 
+    def closing_path(self, batch_id: str) -> Path:
+        """Where it is kept that a batch ends early; that it exists is the decision."""
+        return self.batches / _folder_name(batch_id) / "closing.json"
+
+    def resumption_path(self, batch_id: str) -> Path:
+        """Where it is kept that a batch which had ended early goes on."""
+        return self.batches / _folder_name(batch_id) / "resumed.json"
+
     def progress_path(self, batch_id: str) -> Path:
         """Where the run of a batch says how far it is."""
         return self.batches / _folder_name(batch_id) / "progress.json"
@@ -215,6 +224,37 @@ class DataFolder:
         if found is None:
             raise BatchNotFound(f"no submission {submission_id!r} in {self.submissions}")
         return found
+
+    def write_closing(self, batch_id: str, closing: Closing) -> None:
+        """Keep the decision to end a batch early, durably."""
+        write_atomically(self.closing_path(batch_id), msgspec.json.encode(closing) + b"\n")
+
+    def read_closing(self, batch_id: str) -> Closing | None:
+        """Return the decision to end a batch early; None if there is none.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        return _read(self.closing_path(batch_id), Closing)
+
+    def remove_closing(self, batch_id: str) -> None:
+        """Take the decision back, durably."""
+        path = self.closing_path(batch_id)
+        with disk_errors(path):
+            path.unlink(missing_ok=True)
+            sync_folder(path.parent)
+
+    def write_resumption(self, batch_id: str, resumption: Resumption) -> None:
+        """Keep the decision to go on with a batch, durably."""
+        write_atomically(self.resumption_path(batch_id), msgspec.json.encode(resumption) + b"\n")
+
+    def read_resumption(self, batch_id: str) -> Resumption | None:
+        """Return the latest decision to go on with a batch; None if there is none.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        return _read(self.resumption_path(batch_id), Resumption)
 
     def batch_ids(self) -> list[str]:
         """Return the ids of all planned batches, sorted."""

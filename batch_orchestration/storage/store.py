@@ -174,6 +174,33 @@ class Store:
         with self._writing() as db:
             statuses.change_status(db, batch_id, status, at=at, actor=actor, reason=reason)
 
+    def reopen_batch(
+        self,
+        batch_id: str,
+        codes: Iterable[FailureCode],
+        *,
+        at: float,
+        actor: str,
+        reason: str,
+    ) -> int:
+        """Bring a batch back into progress, and its chunks with dead letters of these codes, too.
+
+        The dead letters stay: the next commit of their chunk resolves them.
+
+        Returns:
+            How many chunks are pending again.
+
+        Raises:
+            BatchNotFound: The store does not have it.
+            IllegalTransition: Its status does not allow that; nothing changed.
+        """
+        with self._writing() as db:
+            ready = BatchStatus.IN_PROGRESS
+            statuses.change_status(db, batch_id, ready, at=at, actor=actor, reason=reason)
+            numbers = commits.take_back(db, batch_id, codes)
+            commits.update_batch(db, batch_id)
+        return len(numbers)
+
     def batch_events(self, batch_id: str) -> list[BatchEvent]:
         """Return every status that a batch was in, oldest first, with who and why."""
         with self._reading() as db:

@@ -44,7 +44,7 @@ class WholePath:
     """A data folder in which files are answered by the engine."""
 
     def __init__(self, root: Path, engine: VllmEngine) -> None:
-        self.bench = InboxBench(root, model_required=False)
+        self.bench = InboxBench(root, clock=time.time, model_required=False)
         self.engine = engine
 
     def answer(self, name: str, content: bytes, **feeding: Any) -> BatchPlan:

@@ -84,7 +84,7 @@ class Workers:
     requests = 240
 
     def __init__(self, root: Path) -> None:
-        self._bench = InboxBench(root, requests_per_chunk=PER_CHUNK)
+        self._bench = InboxBench(root, clock=time.time, requests_per_chunk=PER_CHUNK)
         self.folder, self.store = self._bench.folder, self._bench.store
         self._worker: subprocess.Popen[bytes] | None = None
 
@@ -271,7 +271,7 @@ def _check(stage: Stage, contents: Mapping[str, bytes], figures: Figures) -> Non
 
 
 def _undisturbed(root: Path, contents: Mapping[str, bytes]) -> DataFolder:
-    bench = InboxBench(root, requests_per_chunk=PER_CHUNK)
+    bench = InboxBench(root, clock=time.time, requests_per_chunk=PER_CHUNK)
     engine = simulated_engine(bench.folder)
     try:
         for name, content in contents.items():

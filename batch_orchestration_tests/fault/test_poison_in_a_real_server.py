@@ -1,6 +1,7 @@
 """Requests that kill or stall the engine, with the simulated engine as a child process."""
 
 import json
+import time
 from collections.abc import Mapping
 from math import ceil, log2
 from pathlib import Path
@@ -24,7 +25,7 @@ def bench(tmp_path: Path) -> Workbench:
 
 def admitted(bench: Workbench, faults: Mapping[int, object]) -> BatchPlan:
     """A batch some requests of which ask the engine to do something wrong."""
-    inbox = InboxBench(bench.folder.root, requests_per_chunk=50)
+    inbox = InboxBench(bench.folder.root, clock=time.time, requests_per_chunk=50)
     asked = {index: {"simulate": fault} for index, fault in faults.items()}
     lines = [
         make_line(number, body=make_body(f"question {number}", **asked.get(number, {})))

@@ -166,6 +166,19 @@ class DagsterProcesses(DagsterClient):
         temporary.write_bytes(content)
         temporary.rename(self.folder.inbox / name)
 
+    def command(self, *arguments: str) -> str:
+        """Run a command of the command line beside it; return what it says."""
+        ended = subprocess.run(
+            [sys.executable, "-m", "batch_orchestration", *arguments],
+            cwd=self.root,
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
     def simulate(self, **conditions: Any) -> None:
         """Set what holds for all requests to the simulated engine."""
         path = self.folder.root / "simulated.json"

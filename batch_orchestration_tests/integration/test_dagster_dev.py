@@ -125,11 +125,12 @@ def test_chunks_can_be_launched_one_by_one_and_as_backfills(dagster):
     assert (len(outputs), len(errors)) == (60, 0)
 
 
-def test_a_terminated_run_stops_at_once_and_waits_to_be_executed_again(dagster):
+def answering_slowly(dagster, name, requests):
+    """A batch in the middle of its run, a second a request: its id, and the run."""
     dagster.simulate(latency_seconds=1.0)
-    dagster.drop("stop-me.jsonl", make_input(300))
-    batch_id = dagster.wait_for_batch("stop-me")
-    answering = dagster.wait_until(
+    dagster.drop(f"{name}.jsonl", make_input(requests))
+    batch_id = dagster.wait_for_batch(name)
+    running = dagster.wait_until(
         lambda: [
             run for run in dagster.runs("answer_chunks", batch=batch_id) if run.status == "STARTED"
         ],
@@ -137,18 +138,65 @@ def test_a_terminated_run_stops_at_once_and_waits_to_be_executed_again(dagster):
         "the batch is being answered",
     )[0]
     dagster.wait_until(lambda: dagster.store.chunk_reports(batch_id), 60, "a chunk is committed")
+    return batch_id, running.run_id
 
-    dagster.terminate(answering.run_id)
 
-    assert dagster.wait_for_run(answering.run_id, seconds=15).status == "CANCELED"
+def assert_delivered_as_cancelled(dagster, batch_id, requests):
+    """What was answered is there, the rest are lines of the error file; all chunks are green."""
+    dagster.wait_for_status(batch_id, "cancelled", seconds=60)
+    outbox = dagster.folder.outbox_path(batch_id)
+    output, errors = lines(outbox / "output.jsonl"), lines(outbox / "errors.jsonl")
+    assert 0 < len(output) < requests
+    assert len(output) + len(errors) == requests
+    assert {line["error"]["code"] for line in errors} == {"batch_cancelled"}
+    assert "**Cancelled** by" in (outbox / "report.md").read_text()
+    keys = {f"{batch_id}/{number:05d}" for number in range(requests // 10)}
     dagster.wait_until(
-        lambda: "waits for a person" in dagster.latest_tick("dispatch_sensor"), 30, "a tick says so"
+        lambda: keys <= dagster.partitions("chunk_results")["materialized"], 30, "all are green"
     )
-    assert 0 < len(dagster.store.chunk_reports(batch_id)) < 30
+    delivering = dagster.runs("deliver_batch", batch=batch_id)
+    assert [run.tags["closing"] for run in delivering] == ["cancelled"]
+
+
+def test_a_batch_cancelled_on_the_command_line_lets_go_within_seconds(dagster):
+    batch_id, run_id = answering_slowly(dagster, "cancel-me", 300)
+
+    began = time.monotonic()
+    said = dagster.command("cancel", batch_id, "--reason", "changed my mind")
+    run = dagster.wait_for_run(run_id, seconds=15)
+    seconds = time.monotonic() - began
+
+    assert "is being cancelled" in said
+    assert run.status == "SUCCESS"
+    assert seconds < 10
+    print(f"from cancel to the end of the run: {seconds:.1f} s")
+    assert_delivered_as_cancelled(dagster, batch_id, 300)
+    print(f"from cancel to the files: {time.monotonic() - began:.1f} s")
+    cancelling = dagster.store.batch_events(batch_id)[2]
+    assert (str(cancelling.to_status), cancelling.reason) == ("cancelling", "changed my mind")
+
+
+def test_terminating_a_run_in_the_ui_cancels_its_batch(dagster):
+    batch_id, run_id = answering_slowly(dagster, "stop-me", 310)
+
+    began = time.monotonic()
+    dagster.terminate(run_id)
+
+    assert dagster.wait_for_run(run_id, seconds=15).status == "CANCELED"
+    print(f"from terminate to the end of the run: {time.monotonic() - began:.1f} s")
+    assert_delivered_as_cancelled(dagster, batch_id, 310)
+    print(f"from terminate to the files: {time.monotonic() - began:.1f} s")
+    cancelling = dagster.store.batch_events(batch_id)[2]
+    assert (str(cancelling.to_status), cancelling.actor) == ("cancelling", run_id)
+
     dagster.simulate()
-    dagster.execute_again(answering.run_id)
+    answered_before = lines(dagster.folder.outbox_path(batch_id) / "output.jsonl")
+    dagster.command("resume", batch_id)
+
     outputs, errors = delivered(dagster, batch_id)
-    assert (len(outputs), len(errors)) == (300, 0)
+    assert (len(outputs), len(errors)) == (310, 0)
+    answered = lines(dagster.folder.outbox_path(batch_id) / "output.jsonl")
+    assert all(line in answered for line in answered_before), "nothing was asked again"
 
 
 def gpu_config():

@@ -193,16 +193,6 @@ def test_a_failed_run_is_followed_by_a_later_attempt(deployment, without_pauses)
     assert again.tags == request.tags
 
 
-def test_a_terminated_run_waits_for_a_person(deployment, without_pauses):
-    deployment.admit("a.jsonl", make_input(12))
-    pretend(deployment, deployment.requests("dispatch_sensor")[0], CANCELED)
-
-    reason = deployment.reason("dispatch_sensor")
-
-    assert "was terminated" in reason
-    assert "re-execute that run" in reason
-
-
 def test_higher_priority_comes_first(deployment):
     deployment.drop("low.jsonl", make_input(3))
     deployment.drop("high.jsonl", make_input(4))

@@ -9,6 +9,7 @@ from batch_orchestration.domain.batches import BatchOptions, BatchStatus
 from batch_orchestration.domain.errors import IllegalTransition
 from batch_orchestration.domain.lifecycle import (
     FINAL,
+    LONGEST_WINDOW_SECONDS,
     RESUMABLE,
     TRANSITIONS,
     Resumption,
@@ -111,7 +112,11 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
         msgspec.convert({"completion_window": text}, BatchOptions)
 
 
-@given(st.lists(st.tuples(st.integers(1, 10**6), st.sampled_from("smhd")), min_size=1, max_size=5))
+def test_a_window_without_end_ends_in_a_hundred_years() -> None:
+    assert window_seconds("999999999d") == LONGEST_WINDOW_SECONDS == window_seconds("36500d")
+
+
+@given(st.lists(st.tuples(st.integers(1, 1000), st.sampled_from("smhd")), min_size=1, max_size=5))
 def test_a_window_is_the_sum_of_its_parts(parts: list[tuple[int, str]]) -> None:
     whole = "".join(f"{number}{unit}" for number, unit in parts)
 

@@ -1,0 +1,194 @@
+"""Ending a batch early, and going on with it: jobs for people, and what each tick looks after."""
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import dagster as dg
+from pydantic import Field
+
+from batch_orchestration.defs.events import closed_chunk_materialization
+from batch_orchestration.defs.partitions import BATCH_TAG
+from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
+from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.services.close_out import close_out
+from batch_orchestration.services.closing import cancel, close_due, closing_in_force
+from batch_orchestration.services.dispatch import KnownRun, RunState
+from batch_orchestration.services.resuming import resume
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+#: Ours: `cancelled` or `expired`, on the runs of a batch that ended early.
+CLOSING_TAG = "closing"
+SENSOR_ACTOR = "dispatch_sensor"
+CHUNKS_KEY = dg.AssetKey("chunk_results")
+
+
+class CancelConfig(dg.Config):
+    """Which batch to cancel."""
+
+    batch: str = Field(description="Id of the batch.")
+    reason: str = Field("", description="Why; kept in the batch's history and in its report.")
+
+
+@dg.op
+def cancel_one(
+    context: dg.OpExecutionContext, config: CancelConfig, settings: SettingsResource
+) -> None:
+    """Decide that a batch is cancelled; the run at work on it stops by itself."""
+    try:
+        cancellation = cancel(
+            config.batch,
+            folder=data_folder(settings),
+            store=open_store(settings),
+            actor=context.run.run_id,
+            reason=config.reason,
+            at=time.time(),
+        )
+    except BatchOrchestrationError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+    context.instance.add_run_tags(context.run.run_id, {BATCH_TAG: config.batch})
+    before = "it was before: " if cancellation.earlier else ""
+    context.log.info(f"{config.batch}: {before}{cancellation.closing}")
+
+
+@dg.job
+def cancel_batch() -> None:
+    """Cancel a batch: what is answered is delivered, the rest becomes rows of `errors.jsonl`.
+
+    Requests in flight are let go within seconds. Terminating a run of the batch does the same.
+    """
+    cancel_one()
+
+
+class ResumeConfig(dg.Config):
+    """Which batch to go on with."""
+
+    batch: str = Field(description="Id of a batch that was cancelled or has expired.")
+    completion_window: str = Field(
+        "", description="A new one, like 24h, counted from now; an expired batch needs it."
+    )
+    reason: str = Field("", description="Why; kept in the batch's history.")
+
+
+@dg.op
+def resume_one(
+    context: dg.OpExecutionContext, config: ResumeConfig, settings: SettingsResource
+) -> None:
+    """Bring a batch that ended early back into progress; dispatch_sensor does the rest."""
+    try:
+        resume(
+            config.batch,
+            folder=data_folder(settings),
+            store=open_store(settings),
+            actor=context.run.run_id,
+            reason=config.reason,
+            completion_window=config.completion_window or None,
+            at=time.time(),
+        )
+    except (BatchOrchestrationError, ValueError) as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+    context.instance.add_run_tags(context.run.run_id, {BATCH_TAG: config.batch})
+
+
+@dg.job
+def resume_batch() -> None:
+    """Go on with a batch that was cancelled or has expired: only what has no answer is asked.
+
+    Its output files are made anew when everything is answered.
+    """
+    resume_one()
+
+
+def look_after(
+    instance: dg.DagsterInstance,
+    batches: Sequence[BatchRecord],
+    runs: Iterable[KnownRun],
+    *,
+    folder: DataFolder,
+    store: Store,
+    now: float,
+) -> tuple[list[KnownRun], dict[str, Closing]]:
+    """Close the batches that are due; return the runs as they are then, and all that are closing.
+
+    Due is a batch whose window is over, and one whose run a person terminated. Runs that wait for
+    the engine to answer such a batch are taken out of the queue.
+    """
+    resumed = {batch.batch_id: folder.read_resumption(batch.batch_id) for batch in batches}
+    since = {batch_id: found.at for batch_id, found in resumed.items() if found}
+    known = [_superseded(run, since.get(run.batch_id, 0.0)) for run in runs]
+    closings = close_due(
+        batches,
+        folder=folder,
+        store=store,
+        terminated=lambda batch_id: _terminated(known, batch_id),
+        actor=SENSOR_ACTOR,
+        now=now,
+    )
+    taken = _taken_out_of_the_queue(instance, known, closings)
+    return [_stopped(run) if run.run_id in taken else run for run in known], closings
+
+
+def _superseded(run: KnownRun, resumed_at: float) -> KnownRun:
+    over = run.state is not RunState.LIVE and run.ended_at <= resumed_at
+    return replace(run, state=RunState.SUPERSEDED, terminated=False) if over else run
+
+
+def _terminated(runs: Iterable[KnownRun], batch_id: str) -> str | None:
+    """Return the run over chunks of this batch that a person terminated, if there is one."""
+    return next(
+        (
+            r.run_id
+            for r in runs
+            if r.batch_id == batch_id and r.terminated and r.chunks is not None
+        ),
+        None,
+    )
+
+
+def _taken_out_of_the_queue(
+    instance: dg.DagsterInstance, runs: Sequence[KnownRun], closings: Collection[str]
+) -> set[str]:
+    """Cancel the runs that wait for the engine and are about closing batches alone."""
+    waiting = {run.run_id for run in runs if run.queued and run.chunks is not None}
+    waiting -= {run.run_id for run in runs if run.batch_id not in closings}
+    if not waiting:
+        return set()
+    queued = dg.RunsFilter(run_ids=[*waiting], statuses=[dg.DagsterRunStatus.QUEUED])
+    taken = instance.get_runs(queued)
+    for run in taken:
+        instance.report_run_canceling(run, "Its batch ends early.")
+        instance.report_run_canceled(run, "Its batch ends early; nothing of the run had begun.")
+    return {run.run_id for run in taken}
+
+
+def _stopped(run: KnownRun) -> KnownRun:
+    return replace(run, state=RunState.STOPPED, queued=False)
+
+
+def say_early_end(instance: dg.DagsterInstance, run_id: str, closing: Closing) -> None:
+    """Tag a run with how its batch ends, so that the runs page tells it apart."""
+    instance.add_run_tags(run_id, {CLOSING_TAG: str(closing.status)})
+
+
+def closed_chunks(
+    instance: dg.DagsterInstance,
+    batch_id: str,
+    *,
+    folder: DataFolder,
+    store: Store,
+    run_id: str,
+) -> Iterator[dg.AssetMaterialization]:
+    """Close out a batch that ends early; yield the event of each chunk that this commits.
+
+    Of a batch that does not end early nothing is touched, and nothing is yielded.
+    """
+    closing = closing_in_force(folder, store.batch(batch_id))
+    if closing is None:
+        return
+    say_early_end(instance, run_id, closing)
+    plan = folder.read_plan(batch_id)
+    for report in close_out(batch_id, folder=folder, store=store, run_id=run_id, clock=time.time):
+        yield closed_chunk_materialization(CHUNKS_KEY, report, closing, plan=plan)

@@ -1,0 +1,129 @@
+"""Closing out a batch that ends early: every request without an outcome gets its failure.
+
+These failures are never written into a journal. So a batch that is resumed finds there what was
+answered, and asks the rest.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.commits import ChunkReport, Provenance
+from batch_orchestration.domain.errors import JournalInUse
+from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.services.closing import closing_in_force
+from batch_orchestration.services.committer import busy_seconds, settled_requests
+from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.services.plan_checks import check_input_size
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal, replay_journal
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+#: Stands as the run of failures that no run had; a batch closed out again gets the same rows.
+CLOSING_RUN_ID = "closing"
+#: A run notices within a second; a request that sticks to it may take a few more.
+PATIENCE_SECONDS = 15.0
+POLL_SECONDS = 0.25
+_MESSAGES = {
+    # OpenAI's words.
+    FailureCode.BATCH_EXPIRED: (
+        "This request could not be executed before the completion window expired."
+    ),
+    FailureCode.BATCH_CANCELLED: (
+        "This request was not executed because the batch was cancelled before its turn came."
+    ),
+}
+
+
+def close_out(
+    batch_id: str,
+    *,
+    folder: DataFolder,
+    store: Store,
+    run_id: str,
+    clock: Callable[[], float],
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> Iterator[ChunkReport]:
+    """Commit each chunk of a batch that ends early and has no commit; yield it right after.
+
+    Of a batch that does not end early nothing is touched. After a kill at any point, doing it
+    again does what is left.
+
+    Raises:
+        BatchNotFound: There is no such batch.
+        JournalInUse: A run is still at work on it after `patience_seconds`.
+        PlanMismatch: The kept input is not the one that was admitted.
+    """
+    closing = closing_in_force(folder, store.batch(batch_id))
+    if closing is None:
+        return
+    plan = folder.read_plan(batch_id)
+    check_input_size(plan, folder)
+    missing = sorted(set(range(len(plan.chunks))) - store.chunk_reports(batch_id).keys())
+    refs = [ChunkRef.of(plan, number, folder) for number in missing]
+    _wait_for_writers(refs, patience_seconds)
+    for ref in refs:
+        crash_point(CrashPoint.BEFORE_CLOSE_OUT)
+        yield commit_closed(ref, closing, store=store, run_id=run_id, at=clock())
+    logger.info("%s: %d chunks closed out, %s", batch_id, len(refs), closing)
+
+
+def commit_closed(
+    ref: ChunkRef, closing: Closing, *, store: Store, run_id: str, at: float
+) -> ChunkReport:
+    """Commit a chunk with the outcomes of its journal and a failure for every other request."""
+    entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
+    seconds = busy_seconds(entries.values())
+    return store.commit_chunk(
+        ref.plan.batch_id,
+        ref.chunk.number,
+        settled_requests(ref, {**_unasked(ref, closing), **entries}),
+        run_id=run_id,
+        at=at,
+        seconds=seconds,
+    )
+
+
+def _unasked(ref: ChunkRef, closing: Closing) -> dict[int, JournalEntry]:
+    """Return a failure for each request of the chunk that has no outcome."""
+    state = replay_journal(ref.journal_path, ref.plan.batch_id, ref.chunk.number)
+    failure = Failure(code=closing.code, message=_MESSAGES[closing.code])
+    return {
+        index: JournalEntry(
+            index=index,
+            outcome=failure,
+            attempts=state.attempts.get(index, 0),
+            failed_attempts=(),
+            settled_at=closing.at,
+            provenance=_provenance(ref.plan),
+            first_submitted_at=None,
+        )
+        for index in ref.indices
+        if index not in state.settled
+    }
+
+
+def _provenance(plan: BatchPlan) -> Provenance:
+    return Provenance(run_id=CLOSING_RUN_ID, settings_hash=plan.settings_hash)
+
+
+def _wait_for_writers(refs: Sequence[ChunkRef], patience_seconds: float) -> None:
+    """Wait for a run that has not noticed yet: of another batch, which serves this one as a guest.
+
+    Whoever comes later sees the decision before the first journal.
+    """
+    deadline = time.monotonic() + patience_seconds
+    for ref in refs:
+        while ref.journal_path.exists():
+            try:
+                Journal.probe(ref.journal_path)
+                break
+            except JournalInUse:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(POLL_SECONDS)

@@ -1,0 +1,208 @@
+"""Ending a batch early: who may decide that, and what is decided at once.
+
+The decision is a file before the store is told (`closing.json` beside the plan), so that it needs
+no free store, survives any kill, and is seen by a run that works on the batch within a second. The
+first decision stands. What follows from it: `services.close_out`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from filelock import BaseFileLock, FileLock
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.errors import BatchNotFound, IllegalTransition, StoreLocked
+from batch_orchestration.domain.lifecycle import Closing, deadline
+from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancellation:
+    """A decision to cancel.
+
+    Attributes:
+        earlier: Whether it had been made before.
+        over: Whether the batch has ended since.
+    """
+
+    closing: Closing
+    earlier: bool
+    over: bool
+
+
+def closing_lock(folder: DataFolder, batch_id: str) -> BaseFileLock:
+    """Return the lock under which it is decided how a batch ends; never held for long."""
+    return FileLock(folder.closing_path(batch_id).with_name("closing.lock"))
+
+
+def closing_in_force(folder: DataFolder, record: BatchRecord) -> Closing | None:
+    """Return why a batch ends, or has ended, early; None if it does not.
+
+    A decision that came when the files were being written already came too late.
+    """
+    closing = folder.read_closing(record.batch_id)
+    if closing is None or record.status is BatchStatus.COMPLETED:
+        return None
+    late = record.status is BatchStatus.FINALIZING and closing.status is BatchStatus.CANCELLED
+    return None if late else closing
+
+
+def cancel(
+    batch_id: str, *, folder: DataFolder, store: Store, actor: str, reason: str, at: float
+) -> Cancellation:
+    """Decide that a batch is cancelled. Doing it again changes nothing.
+
+    Where the store is locked, the decision stands all the same; the status follows.
+
+    Args:
+        batch_id: Of the batch.
+        folder: The data folder.
+        store: The store.
+        actor: Run or person.
+        reason: Why, for people.
+        at: POSIX seconds.
+
+    Raises:
+        BatchNotFound: There is no such batch.
+        IllegalTransition: There is nothing left to cancel; the message says why.
+    """
+    folder.read_plan(batch_id)
+    with closing_lock(folder, batch_id):
+        known = folder.read_closing(batch_id)
+        record = _record(batch_id, folder, store)
+        if record and (obstacle := _nothing_to_cancel(record, known)) is not None:
+            raise IllegalTransition(f"there is nothing to cancel: batch {batch_id} {obstacle}")
+        closing = known or Closing(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
+        if known is None:
+            folder.write_closing(batch_id, closing)
+            crash_point(CrashPoint.AFTER_CLOSING)
+        if record:
+            _tell_store(record, closing, store)
+    over = record is not None and record.status is BatchStatus.CANCELLED
+    return Cancellation(closing=closing, earlier=known is not None, over=over)
+
+
+def expire(batch_id: str, *, folder: DataFolder, actor: str, now: float) -> Closing | None:
+    """Decide that a batch has expired, if its window is over and it is not delivered.
+
+    Returns:
+        The decision in force, be it an earlier one; None if there is none.
+    """
+    plan = folder.read_plan(batch_id)
+    with closing_lock(folder, batch_id):
+        known = folder.read_closing(batch_id)
+        ends_at = deadline(plan, folder.read_resumption(batch_id))
+        if known is not None or now < ends_at or delivered(folder, batch_id):
+            return known
+        reason = f"its completion window of {plan.options.completion_window} is over"
+        if ends_at > deadline(plan):
+            reason = "the completion window that it was resumed with is over"
+        closing = Closing(status=BatchStatus.EXPIRED, at=now, actor=actor, reason=reason)
+        folder.write_closing(batch_id, closing)
+        crash_point(CrashPoint.AFTER_CLOSING)
+    return closing
+
+
+def close_due(
+    batches: Iterable[BatchRecord],
+    *,
+    folder: DataFolder,
+    store: Store,
+    terminated: Callable[[str], str | None],
+    actor: str,
+    now: float,
+) -> dict[str, Closing]:
+    """Decide which of the unfinished batches end early; return these, each with its decision.
+
+    Also does what somebody left undone who was killed after the decision.
+
+    Args:
+        batches: The unfinished ones.
+        folder: The data folder.
+        store: The store.
+        terminated: Given a batch id: the run of the batch that a person terminated since it was
+            last resumed; None if there is none.
+        actor: Who looks at deadlines.
+        now: POSIX seconds.
+    """
+    closings: dict[str, Closing] = {}
+    for batch in batches:
+        batch_id = batch.batch_id
+        closing = closing_in_force(folder, batch)
+        if closing is None and _can_end_early(batch):
+            if (run_id := terminated(batch_id)) is not None:
+                reason = "a person terminated this run"
+                closing = cancel(
+                    batch_id, folder=folder, store=store, actor=run_id, reason=reason, at=now
+                ).closing
+            elif now >= deadline(batch, folder.read_resumption(batch_id)):
+                closing = expire(batch_id, folder=folder, actor=actor, now=now)
+        if closing is not None:
+            with closing_lock(folder, batch_id):
+                _tell_store(store.batch(batch_id), closing, store)
+            closings[batch_id] = closing
+    return closings
+
+
+def delivered(folder: DataFolder, batch_id: str) -> bool:
+    """Whether the output files of a batch are there and no resumption has made them out of date."""
+    try:
+        written_at = (folder.outbox_path(batch_id) / "output.jsonl").stat().st_mtime
+    except FileNotFoundError:
+        return False
+    resumption = folder.read_resumption(batch_id)
+    return resumption is None or written_at > resumption.at
+
+
+def _can_end_early(batch: BatchRecord) -> bool:
+    return batch.status is BatchStatus.IN_PROGRESS and batch.chunks_committed < batch.chunks
+
+
+def _record(batch_id: str, folder: DataFolder, store: Store) -> BatchRecord | None:
+    """Return what the store knows of a batch; None if nothing yet, or if it cannot be asked now.
+
+    Raises:
+        StoreLocked: It cannot be asked, and there are output files: the batch may have ended.
+    """
+    try:
+        return store.batch(batch_id)
+    except BatchNotFound:
+        # Admission writes the plan first and the record right after.
+        return None
+    except StoreLocked:
+        if delivered(folder, batch_id):
+            raise
+        return None
+
+
+def _nothing_to_cancel(record: BatchRecord, known: Closing | None) -> str | None:
+    """Return why not; None if it can be cancelled, or has been."""
+    status = record.status
+    if status in (BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.FAILED):
+        return f"is {status}"
+    if known is not None and known.status is BatchStatus.EXPIRED:
+        return "has expired, what is answered is being delivered"
+    if status is BatchStatus.CANCELLED and known is None:
+        return "is just being resumed; try again in a moment"
+    if known is None and not _can_end_early(record):
+        return "has an outcome for every request, and its files are being written"
+    return None
+
+
+def _tell_store(record: BatchRecord, closing: Closing, store: Store) -> None:
+    """Set the status that goes with the decision; that of an expired batch follows at its end."""
+    if closing.status is not BatchStatus.CANCELLED or record.status is not BatchStatus.IN_PROGRESS:
+        return
+    # If the store is locked, the next look of the sensor does it, and so does who closes out.
+    with contextlib.suppress(StoreLocked):
+        store.set_status(
+            record.batch_id,
+            BatchStatus.CANCELLING,
+            at=closing.at,
+            actor=closing.actor,
+            reason=closing.reason,
+        )

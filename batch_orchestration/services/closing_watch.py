@@ -1,0 +1,99 @@
+"""What a run that works on a batch does about its early end: it notices, and stops in time."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.lifecycle import Closing, deadline
+from batch_orchestration.services.closing import expire
+from batch_orchestration.storage.files import DataFolder
+
+logger = logging.getLogger(__name__)
+
+#: A person who cancels should see it happen.
+LOOK_SECONDS = 1.0
+#: Between two requests to stop; one that falls together with the engine's death may be missed.
+INSIST_SECONDS = 1.0
+#: For commits of complete chunks after that; a locked store must not hold up the end of the run.
+COMMIT_SECONDS = 4.0
+
+
+class ClosingWatch:
+    """Looks whether a batch is to end early: a person's decision, or its deadline.
+
+    Args:
+        plan: Of the batch.
+        folder: The data folder.
+        run_id: Of the run that looks; it expires the batch where nobody else did.
+        only_new: Whether neither deadline nor a decision from before are of account.
+
+    Attributes:
+        seen: The decision, once it was seen.
+    """
+
+    def __init__(
+        self, plan: BatchPlan, folder: DataFolder, *, run_id: str, only_new: bool = False
+    ) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._run_id = run_id
+        self._known = folder.read_closing(plan.batch_id) if only_new else None
+        resumption = folder.read_resumption(plan.batch_id)
+        self._deadline = float("inf") if only_new else deadline(plan, resumption)
+        self.seen: Closing | None = None
+        self._seen_at = 0.0
+
+    @property
+    def impatient(self) -> bool:
+        """Whether the run ought to have ended: what is not committed by now is closed out later."""
+        return self.seen is not None and time.monotonic() - self._seen_at > COMMIT_SECONDS
+
+    def look(self) -> Closing | None:
+        """Return the decision, if there is one."""
+        batch_id, now = self._plan.batch_id, time.time()
+        if self.seen is None and (found := self._folder.read_closing(batch_id)) != self._known:
+            self.seen = found
+        if self.seen is None and now >= self._deadline:
+            self.seen = expire(batch_id, folder=self._folder, actor=self._run_id, now=now)
+        return self.seen
+
+    async def unless_closed(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work; as soon as the batch is to end, abort it and return.
+
+        What the work raises by itself is raised.
+        """
+        if self._noticed():
+            work.close()
+            return
+        working = asyncio.ensure_future(work)
+        try:
+            while not working.done():
+                await asyncio.wait({working}, timeout=LOOK_SECONDS)
+                if not working.done() and self._noticed():
+                    await _abort(working)
+                    return
+        except asyncio.CancelledError:
+            # The run itself is being stopped.
+            await _abort(working)
+            raise
+        await working
+
+    def _noticed(self) -> bool:
+        if self.look() is None:
+            return False
+        self._seen_at = time.monotonic()
+        logger.warning(
+            "%s ends early, %s; what is in flight is let go", self._plan.batch_id, self.seen
+        )
+        return True
+
+
+async def _abort(working: asyncio.Future[None]) -> None:
+    while not working.done():
+        working.cancel()
+        await asyncio.wait({working}, timeout=INSIST_SECONDS)
+    if not working.cancelled() and (error := working.exception()) is not None:
+        logger.warning("while it was stopped: %s", error)

@@ -1,0 +1,72 @@
+"""How a batch ends: which status its delivered files bring it into, and on the way to it."""
+
+import logging
+from dataclasses import dataclass
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.lifecycle import FINAL, Closing
+from batch_orchestration.services.closing import closing_in_force, closing_lock
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """The end of a batch whose files are being written.
+
+    Attributes:
+        status: In which it will be, or is already.
+        reached: Whether it had that status before: its files are written once more.
+        closing: Why it ends early; None if it does not.
+    """
+
+    batch_id: str
+    status: BatchStatus
+    reached: bool
+    closing: Closing | None
+
+
+def begin_ending(
+    batch_id: str, *, folder: DataFolder, store: Store, at: float, actor: str
+) -> Ending:
+    """Settle how the batch ends, and bring it into the status before that.
+
+    From here on nobody can cancel it any more.
+
+    Raises:
+        BatchNotFound: The store does not have it.
+        IllegalTransition: It cannot end now.
+    """
+    with closing_lock(folder, batch_id):
+        record = store.batch(batch_id)
+        closing = closing_in_force(folder, record)
+        if record.status in FINAL:
+            return Ending(batch_id=batch_id, status=record.status, reached=True, closing=closing)
+        step, by, reason = _first_step(closing, actor)
+        store.set_status(batch_id, step, at=closing.at if closing else at, actor=by, reason=reason)
+        status = closing.status if closing else BatchStatus.COMPLETED
+        return Ending(batch_id=batch_id, status=status, reached=False, closing=closing)
+
+
+def finish_ending(
+    ending: Ending, *, folder: DataFolder, store: Store, at: float, actor: str, reason: str
+) -> None:
+    """Bring the batch into its last status; its files are in place."""
+    if ending.reached:
+        return
+    with closing_lock(folder, ending.batch_id):
+        store.set_status(ending.batch_id, ending.status, at=at, actor=actor, reason=reason)
+        if ending.closing is None and (late := folder.read_closing(ending.batch_id)):
+            logger.warning("%s is completed; too late: %s", ending.batch_id, late)
+            folder.remove_closing(ending.batch_id)
+
+
+def _first_step(closing: Closing | None, actor: str) -> tuple[BatchStatus, str, str]:
+    """Return the status before the last one, who brings the batch there, and why."""
+    if closing is None:
+        return BatchStatus.FINALIZING, actor, "every request has an outcome"
+    if closing.status is BatchStatus.CANCELLED:
+        return BatchStatus.CANCELLING, closing.actor, closing.reason
+    return BatchStatus.FINALIZING, closing.actor, closing.reason

@@ -1,0 +1,119 @@
+"""Going on with a batch that was cancelled or had expired: only what has no answer is asked.
+
+The decision is a file before the store is told (`resumed.json` beside the plan, which itself never
+changes). What an early end left unanswered was never written into a journal; so it suffices to take
+back the commits of the chunks that hold such failures. The next runs find the rest in the journals,
+and their commits resolve the dead letters.
+"""
+
+import logging
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.errors import IllegalTransition
+from batch_orchestration.domain.lifecycle import (
+    RESUMABLE,
+    UNASKED_CODES,
+    Resumption,
+    deadline,
+    window_seconds,
+)
+from batch_orchestration.services.closing import closing_lock
+from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+def resume(
+    batch_id: str,
+    *,
+    folder: DataFolder,
+    store: Store,
+    actor: str,
+    reason: str = "",
+    completion_window: str | None = None,
+    at: float,
+) -> Resumption:
+    """Decide that a batch goes on, and bring it back into progress.
+
+    Args:
+        batch_id: Of the batch.
+        folder: The data folder.
+        store: The store.
+        actor: Run or person.
+        reason: Why, for people.
+        completion_window: A new one, counted from now; a batch whose window is over needs it.
+        at: POSIX seconds.
+
+    Raises:
+        BatchNotFound: There is no such batch.
+        IllegalTransition: It has not ended early, or its window is over.
+        ValueError: The window is no duration.
+        StoreLocked: Nothing was decided.
+    """
+    folder.read_plan(batch_id)
+    new_deadline = at + window_seconds(completion_window) if completion_window else None
+    with closing_lock(folder, batch_id):
+        record = store.batch(batch_id)
+        if record.status not in RESUMABLE:
+            raise IllegalTransition(f"there is nothing to resume: batch {batch_id} {_why(record)}")
+        before = folder.read_resumption(batch_id)
+        resumption = Resumption(
+            at=at,
+            actor=actor,
+            reason=reason,
+            deadline=new_deadline or (before.deadline if before else None),
+        )
+        if deadline(record, resumption) <= at:
+            raise IllegalTransition(
+                f"the completion window of batch {batch_id} is over:"
+                " give it a new one, counted from now (--completion-window 24h)"
+            )
+        folder.write_resumption(batch_id, resumption)
+        crash_point(CrashPoint.AFTER_RESUMPTION)
+        _carry_out(record, resumption, folder, store)
+    return resumption
+
+
+def finish_resumptions(*, folder: DataFolder, store: Store) -> list[str]:
+    """Do what somebody left undone who was killed after the decision; return these batches.
+
+    Raises:
+        StorageError: The store cannot be asked now.
+    """
+    finished = []
+    for record in store.batches():
+        if record.status not in RESUMABLE:
+            continue
+        resumption = folder.read_resumption(record.batch_id)
+        if resumption is not None and resumption.at > record.times[record.status]:
+            with closing_lock(folder, record.batch_id):
+                now = store.batch(record.batch_id)
+                if now.status in RESUMABLE:
+                    _carry_out(now, resumption, folder, store)
+                    finished.append(record.batch_id)
+    return finished
+
+
+def _carry_out(
+    record: BatchRecord, resumption: Resumption, folder: DataFolder, store: Store
+) -> None:
+    # The file first: a run that begins right after must not find it.
+    folder.remove_closing(record.batch_id)
+    crash_point(CrashPoint.AFTER_REOPENING)
+    chunks = store.reopen_batch(
+        record.batch_id,
+        [*UNASKED_CODES.values()],
+        at=resumption.at,
+        actor=resumption.actor,
+        reason=resumption.reason or "resumed",
+    )
+    logger.info("%s goes on: %d chunks hold requests without an answer", record.batch_id, chunks)
+
+
+def _why(record: BatchRecord) -> str:
+    if record.status is BatchStatus.CANCELLING:
+        return "is still being cancelled; wait until it is delivered"
+    return f"is {record.status}"

@@ -1,0 +1,109 @@
+"""`kill -9` at every step of an early end: whoever comes next does what is left."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.services.crash_points import VARIABLE, CrashPoint
+from batch_orchestration.services.resuming import finish_resumptions
+from batch_orchestration_tests.children import ROOT
+from batch_orchestration_tests.closing_bench import ClosingBench
+from batch_orchestration_tests.scripted_engine import ScriptedEngine
+
+#: The step, where it is killed, and the status that the store has then.
+STEPS = [
+    ("cancel", CrashPoint.AFTER_CLOSING, 1, "in_progress"),
+    ("deliver", CrashPoint.BEFORE_CLOSE_OUT, 1, "cancelling"),
+    ("deliver", CrashPoint.BEFORE_CLOSE_OUT, 2, "cancelling"),
+    ("deliver", CrashPoint.BEFORE_OUTPUT_RENAME, 1, "cancelling"),
+    ("deliver", CrashPoint.AFTER_RENAMES, 1, "cancelling"),
+]
+
+
+def run(root: Path, step: str, crash_point: str | None = None) -> int:
+    environment = {**os.environ, **({VARIABLE: crash_point} if crash_point else {})}
+    command = [sys.executable, "-m", "batch_orchestration_tests.fault.crashing_closing"]
+    return subprocess.run(
+        [*command, str(root), step], cwd=ROOT, env=environment, timeout=60, check=False
+    ).returncode
+
+
+def half_done(root: Path) -> tuple[ClosingBench, BatchPlan]:
+    """The first of four chunks is committed."""
+    bench = ClosingBench(root)
+    plan = bench.admit_now(40)
+    bench.run(plan, ScriptedEngine(), numbers=[0])
+    return bench, plan
+
+
+def assert_delivered(bench: ClosingBench, plan: BatchPlan, status: str) -> None:
+    assert bench.status(plan) == status
+    output, errors = (bench.lines(plan, f"{name}.jsonl") for name in ("output", "errors"))
+    assert [line["custom_id"] for line in output] == [f"request-{n}" for n in range(10)]
+    assert [line["custom_id"] for line in errors] == [f"request-{n}" for n in range(10, 40)]
+    assert {line["error"]["code"] for line in errors} == {f"batch_{status}"}
+    statuses = [str(event.to_status) for event in bench.store.batch_events(plan.batch_id)]
+    assert statuses[-1] == status
+    assert len(statuses) == len(set(statuses)) == 4
+
+
+@pytest.mark.parametrize(("step", "point", "passing", "status"), STEPS)
+def test_a_cancellation_killed_anywhere_is_carried_through(
+    tmp_path: Path, step: str, point: CrashPoint, passing: int, status: str
+) -> None:
+    bench, plan = half_done(tmp_path)
+    if step == "deliver":
+        bench.cancel(plan)
+
+    died = run(tmp_path, step, f"{point}:{passing}")
+    status_at_death = bench.status(plan)
+    bench.look()
+    bench.deliver(plan)
+
+    assert died == -signal.SIGKILL
+    assert status_at_death == status
+    assert bench.folder.read_closing(plan.batch_id).actor == "tester"
+    assert_delivered(bench, plan, "cancelled")
+
+
+@pytest.mark.parametrize(
+    ("step", "point"),
+    [("look", CrashPoint.AFTER_CLOSING), ("deliver", CrashPoint.BEFORE_CLOSE_OUT)],
+)
+def test_an_expiry_killed_anywhere_is_carried_through(
+    tmp_path: Path, step: str, point: CrashPoint
+) -> None:
+    bench, plan = half_done(tmp_path)
+    bench.let_expire(plan)
+    if step == "deliver":
+        bench.look()
+
+    died = run(tmp_path, step, f"{point}:1")
+    bench.look()
+    bench.deliver(plan)
+
+    assert died == -signal.SIGKILL
+    assert_delivered(bench, plan, "expired")
+
+
+@pytest.mark.parametrize("point", [CrashPoint.AFTER_RESUMPTION, CrashPoint.AFTER_REOPENING])
+def test_a_resumption_killed_anywhere_is_carried_through(tmp_path: Path, point: CrashPoint) -> None:
+    bench, plan = half_done(tmp_path)
+    bench.cancel(plan)
+    bench.deliver(plan)
+
+    died = run(tmp_path, "resume", f"{point}:1")
+    status_at_death = bench.status(plan)
+    finished = finish_resumptions(folder=bench.folder, store=bench.store)
+    bench.finish(plan)
+
+    assert died == -signal.SIGKILL
+    assert status_at_death == "cancelled"
+    assert finished == [plan.batch_id]
+    assert bench.status(plan) == "completed"
+    assert len(bench.lines(plan, "output.jsonl")) == 40
