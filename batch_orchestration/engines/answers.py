@@ -130,6 +130,9 @@ def _failure_code(status: int, answer: dict[str, Any] | None, message: str) -> F
             return FailureCode.ENGINE_OVERLOADED
         case 408 | 504:
             return FailureCode.TIMEOUT
+        case 501:
+            # vLLM's word for an endpoint that is not its model's: asking again changes nothing.
+            return FailureCode.UNSUPPORTED_ENDPOINT
         case _ if status >= 500:
             return FailureCode.ENGINE_ERROR
     text = f"{_error_word(answer)} {message}"

@@ -43,6 +43,9 @@ DEFAULT_BATCHED_TOKENS = 2048
 #: A little below vLLM's own, which has changed over time (0.92 in 0.32, config/cache.py).
 DEFAULT_FRACTION = 0.9
 
+#: With the first no name is looked at; with the second a name may be that of an adapter to load.
+ACCEPT_ANY_NAME = ("VLLM_SKIP_MODEL_NAME_VALIDATION", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -136,15 +139,15 @@ def top_rung(model: str, *, device: str, args: Mapping[str, Any], in_flight: int
     """
     given = {_flag_name(name): value for name, value in args.items()}
     flags = {**(CPU_ARGS if device == "cpu" else {}), **given}
-    sequences = _whole(flags.get("max-num-seqs")) or DEFAULT_SEQUENCES[device == "cpu"]
-    tokens = _whole(flags.get("max-num-batched-tokens")) or DEFAULT_BATCHED_TOKENS
+    sequences = whole_number(flags.get("max-num-seqs")) or DEFAULT_SEQUENCES[device == "cpu"]
+    tokens = whole_number(flags.get("max-num-batched-tokens")) or DEFAULT_BATCHED_TOKENS
     whole_prompts = flags.get("runner") == "pooling" or flags.get("enable-chunked-prefill") is False
-    kv_cache = _whole(flags.get("kv-cache-memory-bytes"))
+    kv_cache = whole_number(flags.get("kv-cache-memory-bytes"))
     fraction = float(flags.get("gpu-memory-utilization") or DEFAULT_FRACTION)
     return Rung(
         max_num_seqs=min(sequences, in_flight),
         max_num_batched_tokens=None if whole_prompts else tokens,
-        max_model_len=_whole(flags.get("max-model-len")) or _own_context(model),
+        max_model_len=whole_number(flags.get("max-model-len")) or _own_context(model),
         gpu_memory_utilization=None if kv_cache else fraction,
         kv_cache_memory_bytes=kv_cache,
     )
@@ -165,6 +168,11 @@ def server_env(model: str, key: str, *, device: str, env: Mapping[str, str]) -> 
     return merged
 
 
+def names_are_checked() -> bool:
+    """Whether the server refuses every name that it does not serve: two variables say otherwise."""
+    return not any(os.environ.get(name, "0") not in ("", "0") for name in ACCEPT_ANY_NAME)
+
+
 def model_folder(model: str) -> Path | None:
     """Return the model's folder; None if the model is the name of one on a hub.
 
@@ -181,7 +189,7 @@ def model_folder(model: str) -> Path | None:
     raise EngineStartFailed(f"there is no model folder {folder.absolute()}")
 
 
-def _whole(value: object) -> int | None:
+def whole_number(value: object) -> int | None:
     """Return the number of a flag's value; None if it leaves the number to vLLM.
 
     vLLM's own shorthand: `4k` is 4,000, `4K` is 4,096, `auto` and -1 mean that it decides.
@@ -201,7 +209,7 @@ def _own_context(model: str) -> int | None:
         if folder is None:
             return None
         config = msgspec.json.decode((folder / "config.json").read_bytes())
-        return _whole(config.get("max_position_embeddings"))
+        return whole_number(config.get("max_position_embeddings"))
     except (EngineStartFailed, OSError, msgspec.DecodeError, AttributeError):
         return None
 

@@ -158,7 +158,7 @@ class _Admission:
     def _intake(self, options: BatchOptions) -> Intake:
         estimating = self._settings.estimating
         knowledge = read_knowledge(self._store.estimates, estimating.engine)
-        return Intake(options, settings=estimating, knowledge=knowledge)
+        return Intake(options, settings=estimating, knowledge=knowledge, now=self._clock())
 
     def _keep_estimate(
         self, intake: Intake, reading: BatchFileReading, options: BatchOptions

@@ -11,7 +11,7 @@ from batch_orchestration.domain.overrides import ANY_MODEL
 from batch_orchestration.domain.rates import Rate, RateLimits
 from batch_orchestration.domain.room import Limits
 from batch_orchestration.engines.simulated import DEFAULT_MODEL
-from batch_orchestration.engines.vllm import CPU_ARGS, model_folder, top_rung
+from batch_orchestration.engines.vllm import CPU_ARGS, model_folder, names_are_checked, top_rung
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.estimates import EngineInForce, EstimateSettings
 from batch_orchestration.services.gpu_health import gpu_problem
@@ -78,6 +78,7 @@ def estimate_settings(settings: Settings) -> EstimateSettings:
     return EstimateSettings(
         engine=engine_in_force(settings),
         max_tokens_cap=settings.max_tokens_cap,
+        model_aliases=settings.model_aliases,
         price_per_gpu_hour=settings.price_per_gpu_hour,
         strict_windows=settings.strict_windows,
     )
@@ -117,6 +118,7 @@ def _vllm_in_force(settings: Settings) -> EngineInForce:
         args={**(CPU_ARGS if device == "cpu" else {}), **args},
         folder=_folder(settings.model),
         served=_served(settings, args),
+        checks_names=names_are_checked() and "enable-lora" not in args,
         at_a_time=rung.max_num_seqs or settings.in_flight,
     )
 

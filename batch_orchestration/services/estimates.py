@@ -14,6 +14,7 @@ import msgspec
 
 from batch_orchestration.domain.batches import BatchOptions, BatchPlan, BatchStatus, settings_hash
 from batch_orchestration.domain.estimates import Band, Estimate, TokenHistory, estimate
+from batch_orchestration.domain.overrides import Overrides
 from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.domain.throughput import Throughput, throughput
 from batch_orchestration.domain.token_profile import Profiler, TokenProfile
@@ -44,6 +45,7 @@ class EngineInForce:
         args: Flags of its server, without leading dashes.
         folder: Of the model; None if it is not on this machine.
         served: Names that it answers to; None where only the engine knows.
+        checks_names: Whether it refuses every other name.
         at_a_time: Requests that it computes together at most.
     """
 
@@ -53,6 +55,7 @@ class EngineInForce:
     args: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     served: tuple[str, ...] | None = None
+    checks_names: bool = True
     at_a_time: int = 256
 
     @property
@@ -77,6 +80,7 @@ class EstimateSettings:
 
     engine: EngineInForce = field(default_factory=EngineInForce)
     max_tokens_cap: int | None = None
+    model_aliases: Mapping[str, str] = field(default_factory=dict)
     price_per_gpu_hour: float | None = None
     strict_windows: bool = False
 
@@ -84,6 +88,12 @@ class EstimateSettings:
     def counter(self) -> PromptCounter | None:
         """What counts prompts for the model; None if nothing here can."""
         return prompt_counter(self.engine.folder)
+
+    def overrides(self, options: BatchOptions) -> Overrides:
+        """Return what is changed in the bodies of a batch on their way to the engine."""
+        return Overrides(
+            model=options.model, aliases=self.model_aliases, max_tokens_cap=self.max_tokens_cap
+        )
 
     def profiler(self) -> Profiler:
         """Return what profiles one batch."""

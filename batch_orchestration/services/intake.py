@@ -10,6 +10,7 @@ from batch_orchestration.services.estimates import (
     Knowledge,
     estimate_profile,
 )
+from batch_orchestration.services.feasibility import Feasibility, known_limits
 from batch_orchestration.services.wording import window_warning
 
 
@@ -20,18 +21,32 @@ class Intake:
         options: Of the batch that the file will be.
         settings: Of the deployment.
         knowledge: What the store has learned of its engine.
+        now: POSIX seconds.
     """
 
     def __init__(
-        self, options: BatchOptions, *, settings: EstimateSettings, knowledge: Knowledge
+        self,
+        options: BatchOptions,
+        *,
+        settings: EstimateSettings,
+        knowledge: Knowledge,
+        now: float,
     ) -> None:
         self._options = options
         self._settings = settings
         self._knowledge = knowledge
         self._profiler = settings.profiler()
+        self._feasibility = Feasibility(
+            known_limits(settings.engine, knowledge.facts, now=now),
+            overrides=settings.overrides(options),
+            engine=settings.engine,
+            counter=settings.counter,
+        )
 
     def examine(self, request: Request) -> Request | Fault:
-        """Take note of a request, and return it."""
+        """Take note of a request and return it, or why the engine will certainly refuse it."""
+        if (fault := self._feasibility.fault_of(request)) is not None:
+            return fault
         self._profiler.add(request)
         return request
 

@@ -89,7 +89,7 @@ def validate(
         try:
             if options is None:
                 options = read_options(find_sidecar(path))
-            intake = _intake(options, settings, tables)
+            intake = _intake(options, settings, tables, clock())
             reading = BatchFileReading(settings.rules(options), examine=intake.examine)
             reason = _read(path, reading, settings, faults, max_listed_faults)
             if reason is None:
@@ -115,14 +115,17 @@ def validate(
 
 
 def _intake(
-    options: BatchOptions, settings: AdmissionSettings, tables: EstimateTables | None
+    options: BatchOptions,
+    settings: AdmissionSettings,
+    tables: EstimateTables | None,
+    now: float,
 ) -> Intake:
     """Return what looks at the requests; a store that cannot be asked teaches nothing."""
     estimating, knowledge = settings.estimating, Knowledge()
     if tables is not None:
         with contextlib.suppress(StorageError):
             knowledge = read_knowledge(tables, estimating.engine)
-    return Intake(options, settings=estimating, knowledge=knowledge)
+    return Intake(options, settings=estimating, knowledge=knowledge, now=now)
 
 
 def _read(

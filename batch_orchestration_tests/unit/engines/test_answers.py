@@ -90,6 +90,7 @@ def test_a_success_that_is_not_a_json_object_is_unreadable(body: bytes) -> None:
         (422, FailureCode.ENGINE_REFUSED, False),
         (429, FailureCode.ENGINE_OVERLOADED, True),
         (500, FailureCode.ENGINE_ERROR, True),
+        (501, FailureCode.UNSUPPORTED_ENDPOINT, False),
         (502, FailureCode.ENGINE_ERROR, True),
         (503, FailureCode.ENGINE_OVERLOADED, True),
         (504, FailureCode.TIMEOUT, True),

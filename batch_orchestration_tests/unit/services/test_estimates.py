@@ -49,6 +49,7 @@ def make_intake(
         BatchOptions(completion_window=window),
         settings=EstimateSettings(**fields),  # type: ignore[arg-type]
         knowledge=Knowledge(throughput=throughput),
+        now=NOW,
     )
     for index in range(requests):
         request = parse_line(make_line(index), index=index, line=index + 1)

@@ -1,0 +1,189 @@
+"""Judges requests by what is known of the engine, before a second of its time is spent on them."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from batch_orchestration.domain.feasibility import (
+    CHAT,
+    EMBEDDINGS,
+    Limits,
+    Runner,
+    infeasible,
+    least_tokens,
+    runner_of,
+)
+from batch_orchestration.domain.overrides import Overrides
+from batch_orchestration.domain.requests import Fault, Request
+from batch_orchestration.domain.token_profile import prompt_texts
+from batch_orchestration.engines.simulated import CONTEXT_TOKENS
+from batch_orchestration.engines.vllm import whole_number
+from batch_orchestration.services.estimates import EngineInForce
+from batch_orchestration.services.prompt_counting import PromptCounter
+from batch_orchestration.storage.estimates import EngineFacts
+
+logger = logging.getLogger(__name__)
+
+#: A remote engine may be started anew with other settings: what it said is believed for so long.
+REMOTE_FACTS_SECONDS = 3600.0
+#: After so many prompts that fit, those that are far from not fitting are no longer counted.
+COUNTED_ALL = 200
+#: How far: this many times the most tokens per byte that were seen.
+RATIO_MARGIN = 1.5
+#: Roles whose text every known template keeps whole; of answers some leave out the reasoning.
+_KEPT_ROLES = ("user", "system", "developer")
+#: Flags that change what vLLM makes of a prompt, or of its length.
+_CHANGES_PROMPT = (
+    *("tokenizer", "tokenizer-mode", "chat-template", "chat-template-content-format"),
+    *("pooler-config", "override-pooler-config", "default-chat-template-kwargs", "hf-overrides"),
+    *("io-processor-plugin", "trust-request-chat-template", "config"),
+)
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+def known_limits(engine: EngineInForce, facts: EngineFacts | None, *, now: float) -> Limits:
+    """Return what is certain of an engine.
+
+    What one with the same flags said of itself counts; of a remote one only what it said of late.
+    """
+    match engine.kind:
+        case "vllm":
+            return _vllm_limits(engine, facts)
+        case "simulated":
+            return Limits(served=engine.served, max_model_len=CONTEXT_TOKENS)
+        case "remote" if facts is not None and now - facts.seen_at < REMOTE_FACTS_SECONDS:
+            return Limits(served=facts.models, max_model_len=facts.max_model_len)
+    return Limits()
+
+
+def _vllm_limits(engine: EngineInForce, facts: EngineFacts | None) -> Limits:
+    args = engine.args
+    served = engine.served
+    if served is None and facts is not None:
+        served = facts.models
+    told = None if facts is None else facts.max_model_len
+    cache = None if facts is None else facts.kv_cache_tokens
+    if "max-model-len" in args:
+        # `auto`: as much as there was memory for, which may be more the next time.
+        told = whole_number(args["max-model-len"])
+        cache = cache if told is not None else None
+    return Limits(
+        served=served if engine.checks_names else None,
+        max_model_len=told,
+        # vLLM does not start with a cache that does not hold a request of the longest length.
+        kv_cache_tokens=cache if told is not None and cache is not None and cache >= told else None,
+        runner=_runner(engine),
+    )
+
+
+def _runner(engine: EngineInForce) -> Runner | None:
+    if engine.folder is None:
+        return None
+    try:
+        config = msgspec.json.decode((engine.folder / "config.json").read_bytes(), type=dict)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return runner_of(config, engine.args, pools=(engine.folder / "modules.json").exists())
+
+
+class Feasibility:
+    """Judges one request after the other.
+
+    Args:
+        limits: Of the engine.
+        overrides: What is changed in bodies on their way.
+        engine: Whose flags say whether prompts can be counted here at all.
+        counter: Counts as the engine does; None if nothing here can.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        overrides: Overrides,
+        engine: EngineInForce,
+        counter: PromptCounter | None,
+    ) -> None:
+        self._limits = limits
+        self._overrides = overrides
+        exact = not any(name in engine.args for name in _CHANGES_PROMPT)
+        self._counter = counter if exact else None
+        self._counted = 0
+        self._most_per_byte = 0.0
+
+    def fault_of(self, request: Request) -> Fault | None:
+        """Return what is wrong with a request for this engine; None if it may be answered."""
+        if self._limits == Limits():
+            return None
+        body = _decode(request.body)
+        found = infeasible(
+            request.endpoint,
+            body,
+            limits=self._limits,
+            overrides=self._overrides,
+            least_prompt_tokens=lambda: self._least(request.endpoint, body),
+        )
+        if found is None:
+            return None
+        code, message = found
+        return Fault(
+            index=request.index,
+            line=request.line,
+            custom_id=request.custom_id,
+            code=code,
+            message=message,
+        )
+
+    def _least(self, endpoint: str, body: Mapping[str, Any]) -> int | None:
+        """Return a lower bound of the prompt's tokens; None if it is short enough for certain."""
+        if (ids := _token_ids(endpoint, body)) is not None:
+            return ids
+        longest = self._limits.longest or 0
+        texts = _certain_texts(endpoint, body)
+        size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+        # A token stands for a byte or more.
+        if self._counter is None or size < longest or self._surely_fits(size, longest):
+            return None
+        counts = [self._counter.text_tokens(text) for text in texts]
+        self._counted += 1
+        self._most_per_byte = max(self._most_per_byte, sum(counts) / size)
+        if endpoint != CHAT:
+            # Several texts are several prompts; the longest decides.
+            return max((least_tokens([count]) for count in counts), default=None)
+        # What the template leaves out or cuts off, the engine does not see.
+        rendered = self._counter.prompt_tokens(endpoint, body)
+        least = least_tokens(counts)
+        return least if rendered is None else min(least, rendered)
+
+    def _surely_fits(self, size: int, longest: int) -> bool:
+        likely = self._counted >= COUNTED_ALL
+        return likely and size * self._most_per_byte * RATIO_MARGIN < longest
+
+
+def _certain_texts(endpoint: str, body: Mapping[str, Any]) -> list[str]:
+    """Return the texts that the engine's prompt certainly has in it."""
+    if endpoint != CHAT:
+        return prompt_texts(endpoint, body)
+    messages = body.get("messages")
+    kept = [
+        message
+        for message in (messages if isinstance(messages, list) else ())
+        if isinstance(message, dict) and message.get("role") in _KEPT_ROLES
+    ]
+    return [text.strip() for text in prompt_texts(endpoint, {"messages": kept})]
+
+
+def _token_ids(endpoint: str, body: Mapping[str, Any]) -> int | None:
+    """Return the length of a prompt that is given as token ids; None of one that is text."""
+    if endpoint == CHAT:
+        return None
+    given = body.get("input" if endpoint == EMBEDDINGS else "prompt")
+    if not isinstance(given, list) or not given:
+        return None
+    if all(type(each) is int for each in given):
+        return len(given)
+    if all(isinstance(each, list) for each in given):
+        return max(map(len, given))
+    return None

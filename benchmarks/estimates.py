@@ -1,0 +1,205 @@
+"""Estimates against what batches take: calibrates real vLLM, then runs batch files and scores them.
+
+    python benchmarks/estimates.py --model DIR --files FOLDER [--only NAME …] [--cap 16]
+
+Each file runs twice: first with the calibration alone, then with the history of all files of the
+first round. Every model name is mapped onto the one that is served (alias `*`), and `max_tokens` is
+capped so that a CPU can do it. Prints markdown; progress goes to stderr.
+"""
+
+import argparse
+import asyncio
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchOptions
+from batch_orchestration.domain.estimates import Estimate
+from batch_orchestration.domain.retries import RetryPolicy
+from batch_orchestration.domain.scores import Score, calibration
+from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.services.admission import admit
+from batch_orchestration.services.assembly import assemble
+from batch_orchestration.services.benchmarking import CalibrationReport, calibrate
+from batch_orchestration.services.chunk_runner import Feeding, run_chunks
+from batch_orchestration.services.configuration import (
+    admission_settings,
+    engine_in_force,
+    open_inbox,
+)
+from batch_orchestration.services.engine_facts import remember_engine
+from batch_orchestration.services.estimates import read_estimate
+from batch_orchestration.services.submission import submit
+from batch_orchestration.services.verdicts import Admitted
+from batch_orchestration.services.wording import seconds_band, tokens_band
+from batch_orchestration.settings import Device, EngineKind, Settings
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+ROUNDS = ("calibration only", "with history")
+CONTEXT = 2048
+
+
+def main() -> None:
+    """Calibrate, run every file in both rounds, and print what came of it."""
+    options = _options()
+    with tempfile.TemporaryDirectory(prefix="estimates-") as root:
+        bench = Bench(Path(root), options)
+        try:
+            report = bench.calibrate(requests=options.requests, seconds=options.seconds)
+            scored = list(bench.run_all())
+        finally:
+            bench.engine.stop()
+    print(render(options, report, scored))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--files", type=Path, required=True, help="folder of batch files")
+    parser.add_argument("--only", nargs="*", help="names of files; default: all of the folder")
+    parser.add_argument("--cap", type=int, default=16, help="upper bound of max_tokens")
+    parser.add_argument("--requests", type=int, default=24, help="of a calibration's full round")
+    parser.add_argument("--seconds", type=float, default=240, help="of the calibration")
+    return parser.parse_args()
+
+
+class Bench:
+    """A deployment in a temporary folder, with one engine for everything."""
+
+    def __init__(self, root: Path, options: argparse.Namespace) -> None:
+        names = options.only or [path.name for path in options.files.glob("*.jsonl")]
+        self.files = [options.files / name for name in sorted(names)]
+        self.settings = Settings(
+            data_dir=root,
+            engine=EngineKind.VLLM,
+            device=Device.CPU,
+            model=str(options.model),
+            model_aliases={"*": options.model.name},
+            engine_args={"max-model-len": CONTEXT},
+            max_tokens_cap=options.cap,
+            settle_seconds=0,
+            requests_per_chunk=50,
+        )
+        self.folder = DataFolder(root)
+        self.folder.create()
+        self.store = Store(self.folder.duckdb)
+        self.engine = VllmEngine(
+            str(options.model),
+            log_path=self.folder.logs / "engine.log",
+            device="cpu",
+            args=self.settings.engine_args,
+            connections=self.settings.in_flight,
+        )
+
+    def calibrate(self, *, requests: int, seconds: float) -> CalibrationReport:
+        """Do what the job `benchmark_engine` does."""
+        in_force = engine_in_force(self.settings)
+        report = asyncio.run(
+            calibrate(
+                self.engine,
+                requests=requests,
+                seconds=seconds,
+                at_a_time=in_force.at_a_time,
+                run_id="benchmark",
+            )
+        )
+        self.store.estimates.add_runs(report.runs, model=in_force.model, device=in_force.device)
+        remember_engine(self.engine, in_force, self.store, at=time.time())
+        _say(f"calibrated in {sum(run.seconds for run in report.runs):.0f} s: {report.throughput}")
+        return report
+
+    def run_all(self) -> Iterator[tuple[str, str, Estimate, Score]]:
+        """Yield round, file, estimate and score of every batch."""
+        for number, name in enumerate(ROUNDS):
+            for file in self.files:
+                estimate, score = self.run(file, BatchOptions(metadata={"round": str(number)}))
+                _say(f"{name}, {file.name}: {seconds_band(estimate.seconds)}, {score}")
+                yield name, file.name, estimate, score
+
+    def run(self, file: Path, options: BatchOptions) -> tuple[Estimate, Score]:
+        """Answer one file from inbox to outbox; return what was expected and what it took."""
+        submit(file, options, self.folder)
+        inbox = open_inbox(self.settings, self.folder)
+        (claim,) = inbox.claim_ready(now=time.time() + 1)
+        settings = admission_settings(self.settings)
+        batch = admit(claim, folder=self.folder, store=self.store, settings=settings)
+        assert isinstance(batch, Admitted), batch
+        for _ in run_chunks(
+            {batch.batch_id: range(batch.chunks)},
+            engine=self.engine,
+            folder=self.folder,
+            store=self.store,
+            run_id=f"run-{batch.batch_id}",
+            feeding=self.feeding(),
+        ):
+            pass
+        assemble(batch.batch_id, folder=self.folder, store=self.store, clock=time.time)
+        estimate = read_estimate(self.folder, batch.batch_id)
+        score = self.store.estimates.score_of(batch.batch_id)
+        assert estimate is not None
+        assert score is not None
+        return estimate, score
+
+    def feeding(self) -> Feeding:
+        """Return how chunks are fed."""
+        return Feeding(
+            in_flight=self.settings.in_flight,
+            retry=RetryPolicy(),
+            engine_restarts=0,
+            model_aliases=self.settings.model_aliases,
+            max_tokens_cap=self.settings.max_tokens_cap,
+            answer_settings=self.settings.answer_settings(),
+        )
+
+
+def render(
+    options: argparse.Namespace,
+    report: CalibrationReport,
+    scored: list[tuple[str, str, Estimate, Score]],
+) -> str:
+    """Return the tables."""
+    load = os.getloadavg()
+    lines = [
+        f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {options.model.name} in float32,"
+        f" `max_tokens` capped at {options.cap}; {os.cpu_count()} cores ({platform.machine()}),"
+        f" load of the last 15 minutes {load[2]:.1f}.",
+        "",
+        f"Calibration: {len(report.runs)} rounds,"
+        f" {sum(run.seconds for run in report.runs):.0f} s; costs in seconds:"
+        f" `{msgspec.json.encode(report.throughput).decode()}`",
+        "",
+        "| round | file | requests | prompt tokens, expected | actual | answer tokens, expected |"
+        " actual | time, expected | actual | error | in band |",
+        "|---|---|---:|---|---:|---|---:|---|---:|---:|---|",
+    ]
+    for name, file, estimate, score in scored:
+        seconds = "" if estimate.seconds is None else seconds_band(estimate.seconds)
+        lines.append(
+            f"| {name} | {file} | {score.requests} | {tokens_band(estimate.prompt_tokens)} |"
+            f" {score.actual_prompt_tokens:,} | {tokens_band(estimate.completion_tokens)} |"
+            f" {score.actual_tokens:,} | {seconds} | {score.actual_seconds:.1f} s |"
+            f" {score.error:.0%} | {'yes' if score.inside else 'no'} |"
+        )
+    for name in ROUNDS:
+        of_round = calibration([score for which, _, _, score in scored if which == name])
+        lines.append(
+            f"\n{name.capitalize()}: median error of the time {of_round.median_error:.0%},"
+            f" of the tokens {of_round.median_token_error:.0%};"
+            f" {of_round.inside:.0%} of {of_round.with_seconds} inside the band."
+        )
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
