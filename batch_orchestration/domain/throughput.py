@@ -100,12 +100,15 @@ def throughput(measurements: Sequence[Measurement]) -> Throughput | None:
         return None
     fitted = len(usable) >= FEWEST_MEASUREMENTS
     costs = _fit(usable) if fitted else GUESSED
-    history = [m for m in usable if m.source is Source.HISTORY] or usable
-    factors = [math.log(m.seconds / max(1e-9, costs.seconds(m.work))) for m in history]
+    history = [m for m in usable if m.source is Source.HISTORY]
+    factors = [math.log(m.seconds / max(1e-9, costs.seconds(m.work))) for m in history or usable]
     centre = sum(factors) / (len(factors) + (1 if fitted else 0))
     prior = SPREAD_FITTED if fitted else SPREAD_GUESSED
     squares = sum((factor - centre) ** 2 for factor in factors)
-    spread = math.sqrt((SPREAD_WEIGHT * prior**2 + squares) / (SPREAD_WEIGHT + len(factors)))
+    # Rounds of one calibration agree with each other more than with another day: only batches
+    # make the next one surer.
+    weight = SPREAD_WEIGHT + len(history)
+    spread = math.sqrt((SPREAD_WEIGHT * prior**2 + squares) / weight)
     return Throughput(
         costs=costs.scaled(math.exp(centre)),
         spread=spread,

@@ -1,6 +1,7 @@
 """Judges requests by what is known of the engine, before a second of its time is spent on them."""
 
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,17 @@ _CHANGES_PROMPT = (
     *("io-processor-plugin", "trust-request-chat-template", "config"),
 )
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+class _Head(msgspec.Struct):
+    """The fields of a body that can make a request infeasible whatever its prompt is."""
+
+    model: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+
+
+_decode_head = msgspec.json.Decoder(_Head).decode
 
 
 def known_limits(engine: EngineInForce, facts: EngineFacts | None, *, now: float) -> Limits:
@@ -117,7 +129,7 @@ class Feasibility:
         """Return what is wrong with a request for this engine; None if it may be answered."""
         if self._limits == Limits():
             return None
-        body = _decode(request.body)
+        body = self._decoded(request)
         found = infeasible(
             request.endpoint,
             body,
@@ -135,6 +147,13 @@ class Feasibility:
             code=code,
             message=message,
         )
+
+    def _decoded(self, request: Request) -> Mapping[str, Any]:
+        """Return the body, or so much of it as can decide: reading all takes most of the time."""
+        if len(request.body) < (self._limits.longest or sys.maxsize):
+            # Not even one token a byte would make its prompt too long.
+            return msgspec.structs.asdict(_decode_head(request.body))
+        return _decode(request.body)
 
     def _least(self, endpoint: str, body: Mapping[str, Any]) -> int | None:
         """Return a lower bound of the prompt's tokens; None if it is short enough for certain."""

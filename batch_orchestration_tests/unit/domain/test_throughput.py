@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from batch_orchestration.domain.throughput import (
+    SPREAD_FITTED,
     Costs,
     Measurement,
     Source,
@@ -97,6 +98,13 @@ def test_agreeing_measurements_make_it_surer_and_scattered_ones_less_sure() -> N
     assert scattered is not None
     assert agreeing.spread < 0.15
     assert scattered.spread > 0.4
+
+
+def test_a_calibration_alone_makes_nothing_surer_than_it_is() -> None:
+    found = throughput(CALIBRATION)
+
+    assert found is not None
+    assert found.spread >= SPREAD_FITTED
 
 
 def test_steps_are_bounded_by_the_longest_answer_and_by_what_fits_at_a_time() -> None:
