@@ -24,8 +24,7 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError
-from batch_orchestration.domain.ordering import OrderPolicy
-from batch_orchestration.domain.queueing import WaitReason
+from batch_orchestration.domain.queueing import QueueView, WaitReason
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.configuration import open_inbox, queue_rules
 from batch_orchestration.services.dispatch import (
@@ -39,11 +38,14 @@ from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.parts import admit_parts
-from batch_orchestration.services.queue import claim_admissible
+from batch_orchestration.services.queue import claim_admissible, read_queue
 from batch_orchestration.services.resuming import finish_resumptions
-from batch_orchestration.services.service_order import order_batches
+from batch_orchestration.services.room import pause_obstacle
+from batch_orchestration.services.service_order import in_order_of_service, run_priorities
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.queue_files import write_queue
+from batch_orchestration.storage.store import Store
 
 CLAIM_TAG = "claim"
 #: The shortest interval that Dagster's sensor loop can keep.
@@ -143,17 +145,15 @@ def dispatch_sensor(
         runs, closings = look_after(
             context.instance, batches, runs, folder=folder, store=store, now=now
         )
-        policy = OrderPolicy(ageing_seconds=settings.priority_ageing_seconds)
-        places = order_batches(batches, store, now=now, policy=policy)
-        records = {batch.batch_id: batch for batch in batches}
+        view = _show_queue(settings, folder, store, now=now)
         verdict = dispatch(
-            [records[place.candidate.id] for place in places],
+            in_order_of_service(batches, view),
             runs,
             reports=store.chunk_reports,
             chunks_per_run=settings.chunks_per_run,
             now=now,
-            priorities={place.candidate.id: place.points for place in places},
-            no_engine=_no_engine(settings) if batches else None,
+            priorities=run_priorities(view),
+            no_engine=_no_engine(settings, view) if batches else None,
             closings=closings,
         )
     except StorageError as error:
@@ -163,8 +163,23 @@ def dispatch_sensor(
     return _result(context, requests, verdict.waiting, idle=idle)
 
 
-def _no_engine(settings: Settings) -> str | None:
+def _show_queue(settings: Settings, folder: DataFolder, store: Store, *, now: float) -> QueueView:
+    """Return the queue, after writing it for everyone else."""
+    queue = read_queue(
+        folder=folder,
+        store=store,
+        inbox=open_inbox(settings, folder),
+        rules=queue_rules(settings),
+        now=now,
+    )
+    write_queue(folder, queue.view)
+    return queue.view
+
+
+def _no_engine(settings: Settings, queue: QueueView) -> str | None:
     """Return why no engine can be started now; None if one can."""
+    if queue.paused is not None:
+        return f"{WaitReason.PAUSED}: {pause_obstacle(queue.paused).detail}"
     problem = gpu_problem(settings)
     return problem and f"{WaitReason.GPU_UNHEALTHY}: {problem}"
 

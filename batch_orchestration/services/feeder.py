@@ -340,7 +340,8 @@ class Feeder:
         now = asyncio.get_running_loop().time()
         if now - self._complained_at > COMPLAINT_SECONDS:
             self._complained_at = now
-            logger.warning("paused until this is over, nothing is lost: %s", obstacle)
+            until = "there is room" if isinstance(obstacle, DiskFull) else "others are done"
+            logger.warning("paused until %s, nothing is lost: %s", until, obstacle)
         await asyncio.sleep(OBSTACLE_POLL_SECONDS)
 
     async def _breaker_permits(self) -> None:

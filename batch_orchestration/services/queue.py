@@ -29,6 +29,7 @@ from batch_orchestration.domain.waiting import Decision, Rules, Standing, decide
 from batch_orchestration.services.batch_files import is_gzip_name
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.dropped_files import DroppedFile
+from batch_orchestration.services.estimates import expected_seconds
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.room import (
     QueueRules,
@@ -54,11 +55,15 @@ _GZIP_RATIO = 8
 
 
 class _Arrived(NamedTuple):
-    """What stands in the queue, when it came, and until when its author wants it done."""
+    """What stands in the queue, when it came, and until when its author wants it done.
+
+    And how long the engine still needs for it, where that is known.
+    """
 
     standing: Standing
     at: float
     deadline: float | None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +191,7 @@ def _in_order(
             priority=arrived.standing.entry.priority,
             arrived_at=arrived.at,
             deadline=arrived.deadline,
+            seconds=arrived.seconds,
             work=arrived.standing.demand.tokens or 0,
         )
         for number, arrived in enumerate(arrivals)
@@ -297,7 +303,12 @@ def _of_part(plan: BatchPlan, folder: DataFolder) -> _Arrived:
         ),
         demand=demand,
     )
-    return _Arrived(standing, plan.arrived_at or plan.created_at, deadline(plan))
+    return _Arrived(
+        standing,
+        plan.arrived_at or plan.created_at,
+        deadline(plan),
+        _seconds(plan, folder, plan.requests),
+    )
 
 
 def _of_batch(record: BatchRecord, folder: DataFolder, now: float) -> _Arrived:
@@ -328,7 +339,13 @@ def _of_batch(record: BatchRecord, folder: DataFolder, now: float) -> _Arrived:
         demand=Demand(requests=record.pending, tokens=tokens, size_bytes=0),
     )
     arrived_at = min(record.times.values()) if plan is None else plan.arrived_at or plan.created_at
-    return _Arrived(standing, arrived_at, until)
+    seconds = None if plan is None else _seconds(plan, folder, record.pending)
+    return _Arrived(standing, arrived_at, until, seconds)
+
+
+def _seconds(plan: BatchPlan, folder: DataFolder, pending: int) -> float | None:
+    band = expected_seconds(plan, folder=folder, pending=pending)
+    return None if band is None else band.mid
 
 
 def _is_running(folder: DataFolder, batch_id: str, now: float) -> bool:

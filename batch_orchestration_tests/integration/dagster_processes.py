@@ -162,9 +162,11 @@ class DagsterProcesses(DagsterClient):
 
     def drop(self, name: str, content: bytes) -> None:
         """Put a file into the inbox, as a careful person does."""
-        temporary = self.folder.inbox / f".{name}"
+        path = self.folder.inbox / name
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_name(f".{path.name}")
         temporary.write_bytes(content)
-        temporary.rename(self.folder.inbox / name)
+        temporary.rename(path)
 
     def command(self, *arguments: str) -> str:
         """Run a command of the command line beside it; return what it says."""

@@ -18,12 +18,21 @@ pytestmark = pytest.mark.timeout(300)
 
 #: The backfill daemon looks once in 30 s, and again when the run has ended.
 BACKFILL_SECONDS = 120.0
+#: Settling, three ticks of 5 s, two starts of a run worker, a second's look, two requests of one
+#: second each; twice that, for a machine that does other things, too.
+URGENT_SECONDS = 2 * (0.5 + 3 * 5.0 + 2 * 10.0 + 1.0 + 2 * 1.0)
 
 
 @pytest.fixture(scope="module")
 def dagster(tmp_path_factory):
     root = tmp_path_factory.mktemp("deployment")
-    with dagster_dev(root, BATCH_REQUESTS_PER_CHUNK="10", BATCH_IN_FLIGHT="32") as processes:
+    settings = {
+        "BATCH_REQUESTS_PER_CHUNK": "10",
+        "BATCH_IN_FLIGHT": "32",
+        # Of ten requests each.
+        "BATCH_CHUNKS_PER_RUN": "500",
+    }
+    with dagster_dev(root, **settings) as processes:
         yield processes
 
 
@@ -197,6 +206,31 @@ def test_terminating_a_run_in_the_ui_cancels_its_batch(dagster):
     assert (len(outputs), len(errors)) == (310, 0)
     answered = lines(dagster.folder.outbox_path(batch_id) / "output.jsonl")
     assert all(line in answered for line in answered_before), "nothing was asked again"
+
+
+def test_a_small_urgent_file_overtakes_a_big_batch_within_the_bound(dagster):
+    """Without a start of the engine, however much of the big batch is left."""
+    dagster.simulate(latency_seconds=1.0)
+    dagster.drop("big.jsonl", make_input(3000))
+    big = dagster.wait_for_batch("big")
+    dagster.wait_until(lambda: dagster.store.chunk_reports(big), 90, "a chunk is committed")
+
+    dropped_at = time.monotonic()
+    dagster.drop("high/urgent.jsonl", make_input(40))
+    urgent = dagster.wait_for_batch("urgent", seconds=URGENT_SECONDS)
+    output = dagster.folder.outbox_path(urgent) / "output.jsonl"
+    dagster.wait_until(output.exists, URGENT_SECONDS, "the urgent file is delivered")
+    took = time.monotonic() - dropped_at
+
+    print(f"from the drop of the urgent file to its output: {took:.1f} s")
+    assert len(lines(output)) == 40
+    assert took < URGENT_SECONDS
+    assert dagster.store.batch(big).pending > 0
+    answering = {run.run_id for run in dagster.runs("answer_chunks", batch=big)}
+    reports = dagster.store.chunk_reports(urgent).values()
+    assert {report.run_id for report in reports} <= answering, "by a run of the big batch"
+    dagster.simulate()
+    dagster.wait_for_status(big, "completed", seconds=200)
 
 
 def gpu_config():

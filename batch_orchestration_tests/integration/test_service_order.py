@@ -1,26 +1,47 @@
 """The order of service of admitted batches, from a real store."""
 
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from batch_orchestration.domain.batches import BatchOptions
-from batch_orchestration.domain.ordering import OrderPolicy
+from batch_orchestration.domain.queueing import EntryKind, EntryState, Pause, QueueEntry, QueueView
 from batch_orchestration.services.service_order import (
     SHARE_SECONDS,
-    TYPICAL_TOKENS,
-    batch_candidate,
-    order_batches,
+    in_order_of_service,
+    run_priorities,
+    served_of_late,
 )
+from batch_orchestration.storage.queue_files import pause, read_queue, unpause
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
+from batch_orchestration_tests.integration.deployment import Deployment
 
-POLICY = OrderPolicy()
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    with closing(Deployment(tmp_path)) as deployment:
+        yield deployment
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "batch.duckdb")
+
+
+def make_entry(batch_id: str, effective: float, place: int) -> QueueEntry:
+    return QueueEntry(
+        kind=EntryKind.BATCH,
+        id=batch_id,
+        batch_id=batch_id,
+        source="inbox",
+        priority=0,
+        effective_priority=effective,
+        state=EntryState.ADMITTED,
+        place=place,
+    )
 
 
 def add(store: Store, name: str, *, at: float = NOW, **options) -> str:
@@ -40,37 +61,46 @@ def commit(store: Store, batch_id: str, *, at: float) -> None:
     )
 
 
-def test_a_candidate_carries_what_the_order_needs(store: Store) -> None:
-    batch_id = add(store, "one", priority=3, completion_window="2h")
-
-    candidate = batch_candidate(store.batch(batch_id))
-
-    assert (candidate.id, candidate.priority) == (batch_id, 3)
-    assert candidate.deadline == NOW + 7200
-    assert candidate.work == 20 * TYPICAL_TOKENS
-
-
-def test_what_is_left_counts_in_the_tokens_that_the_batch_took_so_far(store: Store) -> None:
-    batch_id = add(store, "one")
-    commit(store, batch_id, at=NOW)
-
-    assert batch_candidate(store.batch(batch_id)).work == 10 * (7 + 3)
-
-
 def test_only_what_was_committed_of_late_counts_as_served(store: Store) -> None:
     batch_id = add(store, "one")
     commit(store, batch_id, at=NOW)
 
     assert store.tokens_since(NOW - SHARE_SECONDS) == {batch_id: 100}
     assert store.tokens_since(NOW + 1) == {}
+    assert served_of_late(store, now=NOW) == {"inbox": 100.0}
 
 
-def test_batches_come_by_priority_then_deadline(store: Store) -> None:
-    late = add(store, "late")
-    soon = add(store, "soon", completion_window="1h")
-    high = add(store, "high", priority=1)
+def test_batches_come_as_they_stand_in_the_queue_and_their_runs_have_its_points(
+    store: Store,
+) -> None:
+    first, second, unseen = (add(store, name) for name in ("first", "second", "a-unseen"))
+    view = QueueView(at=NOW, entries=(make_entry(second, 12.7, 1), make_entry(first, -0.3, 3)))
 
-    places = order_batches(store.batches(), store, now=NOW, policy=POLICY)
+    ordered = in_order_of_service(store.batches(), view)
 
-    assert [place.candidate.id for place in places] == [high, soon, late]
-    assert order_batches([], store, now=NOW, policy=POLICY) == []
+    assert [batch.batch_id for batch in ordered] == [second, first, unseen]
+    assert run_priorities(view) == {second: 12, first: -1}
+
+
+def test_a_tick_writes_the_queue_and_asks_for_runs_in_its_order(deployment: Deployment) -> None:
+    """Those of more urgent batches first, with whole points as Dagster's priority."""
+    low = deployment.admit("low.jsonl", make_input(12))
+    high = deployment.admit("high/urgent.jsonl", make_input(13))
+
+    requests = deployment.requests("dispatch_sensor")
+
+    assert [request.tags["batch"] for request in requests] == [high, low]
+    assert [request.tags["dagster/priority"] for request in requests] == ["10", "0"]
+    view = read_queue(deployment.folder)
+    assert view is not None
+    assert [(entry.batch_id, entry.place) for entry in view.entries] == [(high, 1), (low, 2)]
+    assert "priority 10 and" in view.entries[0].detail
+
+
+def test_while_the_queue_is_paused_no_run_is_asked_for(deployment: Deployment) -> None:
+    deployment.admit("a.jsonl", make_input(12))
+    pause(deployment.folder, Pause(at=NOW, actor="somebody"))
+
+    assert "somebody paused the queue" in deployment.reason("dispatch_sensor")
+    unpause(deployment.folder)
+    assert len(deployment.requests("dispatch_sensor")) == 1

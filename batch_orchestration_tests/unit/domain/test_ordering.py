@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_orchestration.domain.ordering import (
@@ -155,6 +155,7 @@ candidates = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(candidates, st.randoms(use_true_random=False))
 def test_everybody_has_one_place_whatever_the_order_of_asking(
     asked: list[Candidate], shuffler: random.Random
@@ -170,6 +171,7 @@ def test_everybody_has_one_place_whatever_the_order_of_asking(
     assert points == sorted(points, reverse=True)
 
 
+@settings(deadline=None)
 @given(candidates, st.floats(0, 10 * HOUR))
 def test_nobody_who_arrives_after_the_bound_goes_before(
     asked: list[Candidate], later: float
@@ -244,6 +246,7 @@ due_candidates = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(due_candidates)
 def test_every_deadline_that_the_order_of_deadlines_keeps_is_kept(asked: list[Candidate]) -> None:
     def in_time(ended: dict[str, float]) -> set[str]:

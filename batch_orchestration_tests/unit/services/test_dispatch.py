@@ -116,6 +116,13 @@ def test_an_urgent_batch_gets_its_run_however_many_others_are_queued():
     assert [needed.priority for needed in verdict.needed] == [11, 11]
 
 
+def test_what_a_run_left_when_it_made_room_for_others_is_asked_for_at_once():
+    """It succeeded; that chunks are missing is no failure, however often it happens."""
+    made_room = [make_run((0, 5), RunState.SUCCEEDED, ended_at=NOW + n) for n in range(9)]
+
+    assert ranges(decide(made_room, committed=[0, 1], now=NOW + 10)) == [(2, 5)]
+
+
 def test_outputs_do_not_wait_behind_runs_that_wait_for_the_engine():
     records = [make_record(f"done-{number:08d}", chunks=1) for number in range(MAX_NEW_RUNS + 1)]
     queued = [make_run((0, 1), RunState.LIVE, queued=True)] * MAX_QUEUED_RUNS
