@@ -41,13 +41,18 @@ def has_partitions(instance: dg.DagsterInstance, batch_id: str) -> bool:
 def batch_tags(batch: BatchRecord, *, priority: int) -> dict[str, str]:
     """Return the tags of every run about this batch; higher priorities go first."""
     model = batch.options.model or batch.model
-    submission = submission_of(batch.batch_id)
     return {
         BATCH_TAG: batch.batch_id,
         PRIORITY_TAG: str(priority),
         **({MODEL_TAG: model} if model else {}),
-        **({SUBMISSION_TAG: submission} if submission else {}),
+        **submission_tag(batch.batch_id),
     }
+
+
+def submission_tag(batch_id: str) -> dict[str, str]:
+    """Return the tag that names the submission which a batch is a part of, if it is one."""
+    submission = submission_of(batch_id)
+    return {SUBMISSION_TAG: submission} if submission else {}
 
 
 def range_tags(batch_id: str, numbers: range) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from batch_orchestration.defs.assets import batch_output
 from batch_orchestration.defs.checks import check_again
 from batch_orchestration.defs.events import output_metadata
-from batch_orchestration.defs.partitions import BATCH_TAG, PRIORITY_TAG
+from batch_orchestration.defs.partitions import BATCH_TAG, PRIORITY_TAG, submission_tag
 from batch_orchestration.defs.resources import (
     GpuResource,
     SettingsResource,
@@ -95,6 +95,7 @@ def replay_dead_letters(
     try:
         for number in _numbers(context, config, present):
             tag = {BATCH_TAG: config.batch, REPLAY_TAG: _tag(config.batch, number)}
+            tag |= submission_tag(config.batch)
             context.instance.add_run_tags(context.run.run_id, tag)
             report = run_replay(
                 config.batch,
@@ -219,7 +220,7 @@ def _request(
         run_key=f"{tag}#{len(ended)}",
         job_name=replay_failed_requests.name,
         run_config={"ops": {replay_dead_letters.name: config}},
-        tags={BATCH_TAG: batch_id, REPLAY_TAG: tag},
+        tags={BATCH_TAG: batch_id, REPLAY_TAG: tag, **submission_tag(batch_id)},
     )
 
 

@@ -4,7 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
 
-from batch_orchestration.defs.partitions import BATCH_TAG, PARTITION_TAG, chunks_by_batch
+from batch_orchestration.defs.partitions import (
+    BATCH_TAG,
+    PARTITION_TAG,
+    chunks_by_batch,
+    submission_tag,
+)
 from batch_orchestration.services.dispatch import KnownRun, RunState
 
 WILL_RETRY_TAG = "dagster/will_retry"
@@ -76,7 +81,7 @@ def mark_partial(instance: dg.DagsterInstance, run_id: str) -> None:
 def claim_batch(instance: dg.DagsterInstance, run: dg.DagsterRun, batch_ids: Sequence[str]) -> None:
     """Tag a run that a person launched with its batch, as those of `dispatch_sensor` are."""
     if BATCH_TAG not in run.tags and len(batch_ids) == 1:
-        instance.add_run_tags(run.run_id, {BATCH_TAG: batch_ids[0]})
+        instance.add_run_tags(run.run_id, {BATCH_TAG: batch_ids[0], **submission_tag(batch_ids[0])})
 
 
 def _known(record: dg.RunRecord, now: float) -> Iterator[KnownRun]:

@@ -219,7 +219,7 @@ def expected_tokens(plan: BatchPlan, *, folder: DataFolder, pending: int | None 
         pending: Only of so many of its requests.
     """
     estimate = read_estimate(folder, plan.batch_id)
-    tokens = plan.size_bytes // BYTES_PER_TOKEN if estimate is None else estimate.tokens
+    tokens = plan.input_bytes // BYTES_PER_TOKEN if estimate is None else estimate.tokens
     if pending is None or not plan.requests:
         return tokens
     return round(tokens * pending / plan.requests)

@@ -14,6 +14,7 @@ from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.errors import BatchNotFound
 from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.domain.submissions import submission_of
+from batch_orchestration.services.estimates import record_estimate
 from batch_orchestration.services.registration import (
     admission_lock,
     register_batch,
@@ -58,6 +59,7 @@ def admit_part(part_id: str, *, folder: DataFolder, store: Store, at: float) -> 
             sync_folder(folder.batches)
             sync_folder(waiting.parent)
         register_batch(folder, store, part_id, at=at)
+    record_estimate(folder, store, part_id)
     return folder.read_plan(part_id)
 
 

@@ -31,6 +31,8 @@ def dagster(tmp_path_factory):
         "BATCH_IN_FLIGHT": "32",
         # Of ten requests each.
         "BATCH_CHUNKS_PER_RUN": "500",
+        # More than any file of these tests, but the one that shall be split.
+        "BATCH_MAX_REQUESTS_PER_BATCH": "300",
     }
     with dagster_dev(root, **settings) as processes:
         yield processes
@@ -80,6 +82,22 @@ def test_a_dropped_file_is_answered_and_delivered(dagster):
     answering = dagster.runs("answer_chunks", batch=batch_id)
     assert len(answering) == 1, "one run, one engine for all chunks of the batch"
     assert not list(dagster.folder.inbox.glob("*.jsonl"))
+
+
+def test_a_file_too_large_for_a_batch_is_answered_in_parts_and_delivered_as_one(dagster):
+    dagster.drop("too large.jsonl", make_input(340) + b"not json\n")
+
+    (submission_id,) = dagster.wait_until(dagster.folder.submission_ids, 60, "it is split")
+    outbox = dagster.folder.outbox_path(submission_id)
+    dagster.wait_until((outbox / "report.md").exists, 150, "it is delivered as one")
+
+    outputs = [line["custom_id"] for line in lines(outbox / "output.jsonl")]
+    assert outputs == [f"request-{number}" for number in range(340)]
+    assert [line["custom_id"] for line in lines(outbox / "errors.jsonl")] == [None]
+    parts = dagster.folder.read_submission(submission_id).parts
+    assert [delivered(dagster, part)[0] for part in parts] == [outputs[:300], outputs[300:]]
+    runs = dagster.runs("answer_chunks", submission=submission_id)
+    assert {run.tags["batch"] for run in runs} == set(parts)
 
 
 def test_a_file_submitted_in_the_ui_is_answered_with_its_options(dagster, tmp_path):
