@@ -31,6 +31,14 @@ STOP_SECONDS = 30.0
 WORKER_STOP_SECONDS = 20.0
 POLL_SECONDS = 0.5
 SHOWN_LOG_LINES = 15
+#: Between looks at whether the code server is still there.
+MEND_SECONDS = 10.0
+#: What Dagster says of a code server that has died, as against code that does not load.
+UNREACHABLE = "DagsterUserCodeUnreachableError"
+_LOCATIONS = """{ workspaceOrError { ... on Workspace { locationEntries {
+  name locationOrLoadError { __typename ... on PythonError { message } } } } } }"""
+_RELOAD = """mutation($name: String!) {
+  reloadRepositoryLocation(repositoryLocationName: $name) { __typename } }"""
 
 
 class DagsterFailed(Exception):
@@ -46,6 +54,7 @@ class DagsterDev:
         self._log_path = log_path
         self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
+        self._mended_at = 0.0
 
     @property
     def url(self) -> str:
@@ -101,6 +110,21 @@ class DagsterDev:
         if self._process.poll() is not None:
             raise self._failure(f"Dagster ended with exit code {self._process.returncode}")
 
+    def mend(self) -> None:
+        """Have the code loaded again if its server was killed, which `dagster dev` does not do.
+
+        Until then no sensor ticks and no run starts. Call it often; it looks now and then.
+        """
+        if time.monotonic() - self._mended_at < MEND_SECONDS:
+            return
+        self._mended_at = time.monotonic()
+        # A web server too busy to answer is asked again later.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            for entry in self.graphql(_LOCATIONS)["workspaceOrError"]["locationEntries"]:
+                location = entry["locationOrLoadError"] or {}
+                if UNREACHABLE in location.get("message", ""):
+                    self.graphql(_RELOAD, name=entry["name"])
+
     def graphql(self, query: str, **variables: object) -> Any:
         """Return the data of a GraphQL query."""
         request = urllib.request.Request(
@@ -125,10 +149,8 @@ class DagsterDev:
             signal.signal(signal.SIGINT, before)
 
     def _ready(self) -> bool:
-        query = "{workspaceOrError{... on Workspace{locationEntries{locationOrLoadError{__typename "
-        query += "... on PythonError{message}}}}}}"
         try:
-            entries = self.graphql(query)["workspaceOrError"]["locationEntries"]
+            entries = self.graphql(_LOCATIONS)["workspaceOrError"]["locationEntries"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
         loaded = [entry["locationOrLoadError"] for entry in entries]

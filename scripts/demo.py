@@ -93,6 +93,7 @@ class Demo:
         if self._dagster is None:
             return
         self._dagster.check()
+        self._dagster.mend()
         if time.monotonic() - self._checked_at >= RUN_CHECK_SECONDS:
             self._checked_at = time.monotonic()
             # A web server too busy to answer is asked again later.
@@ -224,6 +225,7 @@ def _stay(dagster: DagsterDev, context: Context) -> None:
     try:
         while True:
             dagster.check()
+            dagster.mend()
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         context.console.print("Stopping Dagster")

@@ -47,14 +47,18 @@ class Checkout:
 
     def left_running(self):
         """Command lines of marked processes, found without the demo's own bookkeeping."""
-        found = []
+        return list(self.processes().values())
+
+    def processes(self):
+        """Command lines of marked processes by pid."""
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if self._mark.encode() in (folder / "environ").read_bytes():
-                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
             except OSError:
                 continue
-        return [command for command in found if command]
+        return {pid: command for pid, command in found.items() if command}
 
 
 @pytest.fixture
@@ -122,3 +126,30 @@ def test_a_demo_beside_a_running_dagster_does_not_start_another(checkout):
     holder.communicate()
     assert code == 1
     assert "runs in this folder already" in text
+
+
+@pytest.mark.timeout(DEMO_SECONDS)
+def test_a_killed_code_server_is_replaced_and_files_are_answered_again(checkout):
+    """`dagster dev` by itself leaves it dead, and with it every sensor, until somebody reloads."""
+    process = checkout.start("--serve")
+    try:
+        assert any("Ctrl-C stops it" in line for line in iter(process.stdout.readline, ""))
+        (killed,) = code_servers(checkout)
+
+        os.kill(killed, signal.SIGKILL)
+        shutil.copy(checkout.root / "examples/candidates.jsonl", checkout.root / "data" / "inbox")
+
+        deadline = time.monotonic() + DEMO_SECONDS / 2
+        while not list((checkout.root / "data" / "outbox").glob("*/report.md")):
+            assert time.monotonic() < deadline, "the file was not answered"
+            time.sleep(0.5)
+        assert killed not in code_servers(checkout)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert checkout.left_running() == []
+
+
+def code_servers(checkout):
+    """Pids of the processes that have loaded the code for sensors and launches."""
+    return [pid for pid, command in checkout.processes().items() if " api grpc " in command]
