@@ -14,6 +14,7 @@ import msgspec
 
 from batch_orchestration.domain.batches import BatchOptions, BatchPlan, BatchStatus, settings_hash
 from batch_orchestration.domain.estimates import Band, Estimate, TokenHistory, estimate
+from batch_orchestration.domain.lifecycle import window_seconds
 from batch_orchestration.domain.overrides import Overrides
 from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.domain.throughput import Throughput, throughput
@@ -31,7 +32,6 @@ PROFILE, ESTIMATE = "profile.json", "estimate.json"
 #: Bytes of a batch file per token where nothing else is known: JSON and all.
 BYTES_PER_TOKEN = 4
 _UNFINISHED = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,18 +153,13 @@ def estimate_profile(
         found,
         start_seconds=None if knowledge.facts is None else knowledge.facts.start_seconds,
         ahead_seconds=round(ahead_seconds, 3),
-        window_seconds=window_seconds(options),
+        window_seconds=float(window_seconds(options.completion_window)),
         engine=settings.engine.key,
         price=None
         if price is None or found.seconds is None
         else found.seconds.scaled(price / 3600),
         created_at=at,
     )
-
-
-def window_seconds(options: BatchOptions) -> float:
-    """Return the length of a completion window."""
-    return float(int(options.completion_window[:-1]) * _UNITS[options.completion_window[-1]])
 
 
 def write_estimate(batch_folder: Path, profile: TokenProfile, estimate: Estimate) -> None:

@@ -11,7 +11,7 @@ from dagster._core.remote_origin import (
     RemoteRepositoryOrigin,
 )
 
-from batch_orchestration.domain.lifecycle import Resumption
+from batch_orchestration.domain.lifecycle import Resumption, deadline
 from batch_orchestration.services.close_out import close_out
 from batch_orchestration.services.closing import cancel
 from batch_orchestration_tests.builders import make_input
@@ -124,6 +124,16 @@ def test_an_overdue_batch_is_expired_by_the_sensor_and_delivered(deployment):
         ("finalizing", "dispatch_sensor"),
         ("expired", result.run_id),
     ]
+
+
+def test_a_window_of_any_duration_is_admitted_and_kept(deployment):
+    deployment.drop("a.jsonl", make_input(7))
+    deployment.drop("a.jsonl.meta.json", b'{"completion_window": "1h30m"}')
+
+    assert deployment.run(deployment.requests("inbox_sensor")[0]).success
+
+    (record,) = deployment.store.batches()
+    assert deadline(record) == record.created_at + 5400
 
 
 def test_a_run_over_a_batch_that_ended_does_nothing_and_says_how_to_go_on(deployment):
