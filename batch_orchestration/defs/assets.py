@@ -27,7 +27,7 @@ from batch_orchestration.defs.resources import (
     feeding,
     open_store,
 )
-from batch_orchestration.defs.runs import ask_person, claim_batch, mark_partial
+from batch_orchestration.defs.runs import ask_person, claim_batch, mark_partial, mark_unfit
 from batch_orchestration.domain.batches import BatchPlan, settings_hash
 from batch_orchestration.domain.chunks import parse_chunk_key
 from batch_orchestration.domain.errors import (
@@ -165,6 +165,7 @@ def _report(
         raise dg.Failure(description=str(error), allow_retries=False) from error
     except GpuUnhealthy as unhealthy:
         # Not a failure: nothing was asked. `dispatch_sensor` waits until the device is well.
+        mark_unfit(context.instance, context.run.run_id)
         context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: no engine was started: {unhealthy}")
     except (EngineError, StorageError) as error:
         retries = context.op_execution_context.retry_number

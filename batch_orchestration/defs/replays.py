@@ -17,7 +17,7 @@ from batch_orchestration.defs.resources import (
     feeding,
     open_store,
 )
-from batch_orchestration.defs.runs import ask_person, run_state
+from batch_orchestration.defs.runs import ask_person, mark_unfit, run_state
 from batch_orchestration.domain.dead_letters import Selection
 from batch_orchestration.domain.errors import (
     BatchNotFound,
@@ -108,6 +108,7 @@ def replay_dead_letters(
             )
             _tell(context, report, present)
     except GpuUnhealthy as unhealthy:
+        mark_unfit(context.instance, context.run.run_id)
         context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: no engine was started: {unhealthy}")
     except (BatchNotFound, PlanMismatch, DeadLetterError) as error:
         ask_person(context.instance, context.run.run_id, str(error))
@@ -208,7 +209,9 @@ def _request(
     if len(ended) < len(states):
         return "is running, or waits for the engine"
     stopped = any(state is RunState.STOPPED for state, _ in states)
-    if stopped or len(ended) >= MAX_FAILURES:
+    # A device that was not fit says nothing about the replay.
+    failures = sum(state is not RunState.UNFIT for state, _ in states)
+    if stopped or failures >= MAX_FAILURES:
         return (
             "waits for a person: its last run failed or was terminated. Re-execute that run, or"
             " take the requests back: `discard --state replaying`"

@@ -19,6 +19,8 @@ RETRIED_BY_TAG = "dagster/auto_retry_run_id"
 ASKS_PERSON_TAG = "batch_orchestration/asks_person"
 #: Run tag: a run of `batch_output` that wrote partial files. Begins with the run's id, as above.
 PARTIAL_TAG = "batch_orchestration/partial"
+#: Run tag: a run that started no engine, for its device was not fit. As above.
+UNFIT_TAG = "batch_orchestration/gpu_unhealthy"
 #: Dagster's own retry shows within seconds; after this long nobody is coming.
 RETRY_SHOWS_SECONDS = 300.0
 _REASON_LENGTH = 200
@@ -56,7 +58,8 @@ def run_state(record: dg.RunRecord, *, now: float) -> RunState | None:
     if run.status in LIVE_STATUSES:
         return RunState.LIVE
     if run.status is dg.DagsterRunStatus.SUCCESS:
-        return RunState.SUCCEEDED
+        unfit = run.tags.get(UNFIT_TAG) == run.run_id
+        return RunState.UNFIT if unfit else RunState.SUCCEEDED
     if run.status is dg.DagsterRunStatus.CANCELED or _question(run):
         return RunState.STOPPED
     if run.tags.get(WILL_RETRY_TAG) == "true":
@@ -76,6 +79,11 @@ def ask_person(instance: dg.DagsterInstance, run_id: str, reason: str) -> None:
 def mark_partial(instance: dg.DagsterInstance, run_id: str) -> None:
     """Tell dispatch that this run does not deliver its batch, however it ends."""
     instance.add_run_tags(run_id, {PARTIAL_TAG: run_id})
+
+
+def mark_unfit(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Tell dispatch that this run ended because its device was not fit for an engine."""
+    instance.add_run_tags(run_id, {UNFIT_TAG: run_id})
 
 
 def claim_batch(instance: dg.DagsterInstance, run: dg.DagsterRun, batch_ids: Sequence[str]) -> None:

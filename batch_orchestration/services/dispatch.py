@@ -19,6 +19,8 @@ MAX_FAILURES = 3
 #: Wait after the first failure, doubled by each further one, up to the longest.
 BACKOFF_SECONDS = 30.0
 LONGEST_BACKOFF_SECONDS = 900.0
+#: After a run found its device unfit, whatever this process thinks of the device.
+UNFIT_SECONDS = 30.0
 #: Dagster creates runs one by one, and one over 50 partitions takes it a second.
 MAX_NEW_RUNS = 4
 #: Answering runs that wait for the engine, those of more urgent batches included, beyond which a
@@ -40,6 +42,8 @@ class RunState(StrEnum):
     STOPPED = "stopped"
     #: Ended before a person resumed the batch: no reason to wait.
     SUPERSEDED = "superseded"
+    #: Ended well, without an engine: the device was not fit for one.
+    UNFIT = "unfit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +163,7 @@ def dispatch(
         for run_needed in _remaining(batch, committed, known, chunks_per_run, priority):
             reason = _reason_to_wait(run_needed, known, last_commit_at=last_commit_at, now=now)
             if run_needed.chunks is not None:
-                reason = reason or no_engine
+                reason = no_engine or reason
             if reason is not None:
                 waiting.append(f"{run_needed.title}: {reason}")
             elif run_needed.chunks is None:
@@ -232,6 +236,8 @@ def _reason_to_wait(
     latest = before[-1]
     if latest.state is RunState.STOPPED:
         return f"waits for a person: run {latest.run_id[:8]} {latest.reason}. {_way_on(needed)}"
+    if latest.state is RunState.UNFIT and (wait := latest.ended_at + UNFIT_SECONDS - now) > 0:
+        return f"run {latest.run_id[:8]} found its device unfit; it is tried again in {wait:.0f} s"
     failures = [
         run for run in before if run.state is RunState.FAILED and run.ended_at > last_commit_at
     ]

@@ -68,7 +68,8 @@ def test_a_batch_waits_for_a_gpu_that_is_not_there_and_spends_no_request(deploym
     assert f"gpu_unhealthy: NVML says: {no_gpu}" in deployment.reason("dispatch_sensor")
 
 
-def test_it_goes_on_by_itself_when_the_device_is_well_again(deployment, install):
+def test_it_goes_on_by_itself_when_the_device_is_well_again(deployment, install, monkeypatch):
+    monkeypatch.setattr("batch_orchestration.services.dispatch.UNFIT_SECONDS", 0.0)
     device = FakeGpu(processes={4711: 30 * GIB})
     install(device)
     batch_id = deployment.admit("a.jsonl", make_input(12))
@@ -82,6 +83,17 @@ def test_it_goes_on_by_itself_when_the_device_is_well_again(deployment, install)
     assert "gpu_unhealthy: GPU 0 (NVIDIA Test): pid 4711" in waiting
     assert request.job_name == "answer_chunks"
     assert request.tags["batch"] == batch_id
+
+
+def test_a_device_that_only_the_run_finds_unfit_is_not_tried_over_and_over(deployment, install):
+    """It may see another one: of another container, or of the launchpad."""
+    device = FakeGpu(temperature=99)
+    install(device)
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    assert deployment.run(chunk_run(batch_id, range(3))).success
+    device.temperature = 40
+
+    assert "found its device unfit; it is tried again in" in deployment.reason("dispatch_sensor")
 
 
 def test_what_needs_no_engine_is_delivered_meanwhile(deployment, install):

@@ -12,6 +12,7 @@ from batch_orchestration.services.dispatch import (
     MAX_FAILURES,
     MAX_NEW_RUNS,
     MAX_QUEUED_RUNS,
+    UNFIT_SECONDS,
     KnownRun,
     RunState,
     backoff_left,
@@ -250,3 +251,10 @@ def test_what_ended_before_the_last_commit_was_no_delivery():
 
     assert decide([stopped], chunks=2, committed=[0, 1], commits_at=NOW).needed
     assert not decide([later], chunks=2, committed=[0, 1], commits_at=NOW).needed
+
+
+def test_an_unfit_device_is_tried_again_after_a_pause_however_often():
+    unfit = [make_run((0, 5), RunState.UNFIT, ended_at=NOW - n) for n in range(9)]
+
+    assert "found its device unfit" in decide(unfit, now=NOW + UNFIT_SECONDS - 1).waiting[0]
+    assert ranges(decide(unfit, now=NOW + UNFIT_SECONDS)) == [(0, 5)]
