@@ -3,7 +3,6 @@
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
@@ -12,16 +11,11 @@ import click
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.commits import SettledRequest
-from batch_orchestration.domain.flat_outcomes import flat_outcome
-from batch_orchestration.domain.output_lines import output_line
-from batch_orchestration.services.partial_results import (
-    FinishedSoFar,
-    finished_so_far,
-    read_finished,
-)
+from batch_orchestration.services.partial_results import FinishedOf, finished_of
 from batch_orchestration.storage.exports import TableFormat, write_table
 from batch_orchestration.storage.files import atomic_writer
+
+_EARLY = frozenset({str(BatchStatus.CANCELLED), str(BatchStatus.EXPIRED)})
 
 
 class Format(StrEnum):
@@ -53,8 +47,8 @@ class Format(StrEnum):
 def results(batch_id: str, partial: bool, format_: str, output: Path | None, as_json: bool) -> None:
     """Print what became of each request of BATCH, in input order, failed ones included.
 
-    Works while the batch runs, without disturbing it. What is partial says so on stderr, and
-    with --output and --json in the summary that is printed.
+    BATCH may be a submission. Works while the batch runs, without disturbing it. What is partial
+    says so on stderr, and with --output and --json in the summary that is printed.
     """
     kind = Format(format_)
     if as_json and output is None:
@@ -62,18 +56,18 @@ def results(batch_id: str, partial: bool, format_: str, output: Path | None, as_
     if kind is Format.PARQUET and output is None and sys.stdout.isatty():
         raise click.UsageError("parquet is not for terminals: give --output FILE")
     context = open_context()
-    finished = finished_so_far(batch_id, folder=context.folder, store=context.store)
+    finished = finished_of(batch_id, folder=context.folder, store=context.store)
     if finished.partial and not partial:
         raise click.ClickException(
-            f"batch {batch_id} is {finished.status}: {_so_far(finished)} requests have an outcome;"
+            f"{batch_id} is {_status(finished)}: {_so_far(finished)} requests have an outcome;"
             " --partial gives these"
         )
     if finished.partial:
         click.echo(f"partial: {_so_far(finished)} requests of {batch_id}", err=True)
-    elif finished.status in (BatchStatus.CANCELLED, BatchStatus.EXPIRED):
+    elif early := sorted(_EARLY & set(finished.statuses)):
+        codes = " or ".join(f"batch_{status}" for status in early)
         click.echo(
-            f"{batch_id} is {finished.status}: what was not answered has the code"
-            f" batch_{finished.status}",
+            f"{batch_id} is {_status(finished)}: what was not answered has the code {codes}",
             err=True,
         )
     _write(finished, kind, output, context)
@@ -81,52 +75,49 @@ def results(batch_id: str, partial: bool, format_: str, output: Path | None, as_
         print_json({**_summary(finished), "format": str(kind), "output": str(output)})
 
 
-def _so_far(finished: FinishedSoFar) -> str:
+def _so_far(finished: FinishedOf) -> str:
     share = 100 * finished.done / finished.total if finished.total else 100.0
     return f"{finished.done:,} of {finished.total:,} ({share:.1f} %)"
 
 
-def _summary(finished: FinishedSoFar) -> dict[str, str | int | bool]:
+def _status(finished: FinishedOf) -> str:
+    return ", ".join(finished.statuses)
+
+
+def _summary(finished: FinishedOf) -> dict[str, str | int | bool]:
     return {
-        "batch_id": finished.plan.batch_id,
-        "status": str(finished.status),
+        "batch_id": finished.name,
+        "status": _status(finished),
         "partial": finished.partial,
         "done": finished.done,
         "total": finished.total,
     }
 
 
-def _write(finished: FinishedSoFar, kind: Format, output: Path | None, context: Context) -> None:
-    settled = read_finished(finished, folder=context.folder, store=context.store)
-    if kind is Format.JSONL:
-        if output is None:
-            _write_lines(finished, settled, sys.stdout.buffer)
-        else:
-            with atomic_writer(output) as file:
-                _write_lines(finished, settled, file)
-        return
-    if output is not None:
-        _write_table(finished, settled, output, kind)
-        return
-    with tempfile.TemporaryDirectory(prefix="batch-results-") as folder:
-        table = Path(folder) / "table"
-        _write_table(finished, settled, table, kind)
-        with table.open("rb") as file:
-            shutil.copyfileobj(file, sys.stdout.buffer)
-    sys.stdout.buffer.flush()
+def _write(finished: FinishedOf, kind: Format, output: Path | None, context: Context) -> None:
+    if kind is not Format.JSONL:
+        _write_table(finished, kind, output, context)
+    elif output is None:
+        _write_lines(finished, sys.stdout.buffer, context)
+    else:
+        with atomic_writer(output) as file:
+            _write_lines(finished, file, context)
 
 
-def _write_lines(
-    finished: FinishedSoFar, settled: Iterator[SettledRequest], file: BinaryIO
-) -> None:
-    for request in settled:
-        file.write(output_line(finished.plan.batch_id, request))
+def _write_lines(finished: FinishedOf, file: BinaryIO, context: Context) -> None:
+    for line in finished.lines(folder=context.folder, store=context.store):
+        file.write(line)
     file.flush()
 
 
-def _write_table(
-    finished: FinishedSoFar, settled: Iterator[SettledRequest], path: Path, kind: Format
-) -> None:
+def _write_table(finished: FinishedOf, kind: Format, output: Path | None, context: Context) -> None:
     metadata = {name: str(value) for name, value in _summary(finished).items()}
     metadata["partial"] = metadata["partial"].lower()
-    write_table(map(flat_outcome, settled), path, TableFormat(str(kind)), metadata=metadata)
+    with tempfile.TemporaryDirectory(prefix="batch-results-") as folder:
+        path = output or Path(folder) / "table"
+        rows = finished.rows(folder=context.folder, store=context.store)
+        write_table(rows, path, TableFormat(str(kind)), metadata=metadata)
+        if output is None:
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
