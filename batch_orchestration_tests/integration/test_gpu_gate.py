@@ -28,7 +28,13 @@ def deployment(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(gpu_health, "PATIENCE_SECONDS", 0.0)
     with ExitStack() as stack:
-        made = Deployment(tmp_path, engine=EngineKind.VLLM, device=Device.CUDA, model="org/model")
+        made = Deployment(
+            tmp_path,
+            engine=EngineKind.VLLM,
+            device=Device.CUDA,
+            model="org/model",
+            served_model_name="simulated-model",
+        )
         yield stack.enter_context(closing(made))
 
 
@@ -50,9 +56,25 @@ def install(monkeypatch):
     return put
 
 
+def admitted(deployment, name, content):
+    """Admit a file while the device is still well; afterwards it is as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pynvml", FakeNvml(FakeGpu()))
+        return deployment.admit(name, content)
+
+
+def test_a_file_waits_in_the_inbox_for_a_gpu_that_is_not_there(deployment, no_gpu):
+    path = deployment.drop("a.jsonl", make_input(12))
+
+    reason = deployment.reason("inbox_sensor")
+
+    assert f"gpu_unhealthy, NVML says: {no_gpu}" in reason
+    assert path.exists()
+
+
 def test_a_batch_waits_for_a_gpu_that_is_not_there_and_spends_no_request(deployment, no_gpu):
     """With the real library: what an NVML that cannot be found means is decided here."""
-    batch_id = deployment.admit("a.jsonl", make_input(12))
+    batch_id = admitted(deployment, "a.jsonl", make_input(12))
 
     reason = deployment.reason("dispatch_sensor")
     by_hand = deployment.run(chunk_run(batch_id, range(3)))
@@ -72,7 +94,7 @@ def test_it_goes_on_by_itself_when_the_device_is_well_again(deployment, install,
     monkeypatch.setattr("batch_orchestration.services.dispatch.UNFIT_SECONDS", 0.0)
     device = FakeGpu(processes={4711: 30 * GIB})
     install(device)
-    batch_id = deployment.admit("a.jsonl", make_input(12))
+    batch_id = admitted(deployment, "a.jsonl", make_input(12))
     waiting = deployment.reason("dispatch_sensor")
     for _ in range(4):
         assert deployment.run(chunk_run(batch_id, range(3))).success
@@ -89,7 +111,7 @@ def test_a_device_that_only_the_run_finds_unfit_is_not_tried_over_and_over(deplo
     """It may see another one: of another container, or of the launchpad."""
     device = FakeGpu(temperature=99)
     install(device)
-    batch_id = deployment.admit("a.jsonl", make_input(12))
+    batch_id = admitted(deployment, "a.jsonl", make_input(12))
     assert deployment.run(chunk_run(batch_id, range(3))).success
     device.temperature = 40
 
@@ -98,8 +120,8 @@ def test_a_device_that_only_the_run_finds_unfit_is_not_tried_over_and_over(deplo
 
 def test_what_needs_no_engine_is_delivered_meanwhile(deployment, install):
     install(FakeGpu(temperature=99))
-    batch_id = deployment.admit("a.jsonl", make_input(12))
-    deployment.admit("b.jsonl", make_input(3))
+    batch_id = admitted(deployment, "a.jsonl", make_input(12))
+    admitted(deployment, "b.jsonl", make_input(3))
     for chunk in deployment.folder.read_plan(batch_id).chunks:
         settled = make_settled_chunk(chunk)
         deployment.store.commit_chunk(
@@ -112,10 +134,10 @@ def test_what_needs_no_engine_is_delivered_meanwhile(deployment, install):
 
 
 def test_a_driver_that_hangs_does_not_hang_the_tick(deployment, monkeypatch):
+    admitted(deployment, "a.jsonl", make_input(3))
     release = threading.Event()
     monkeypatch.setattr(gpu_health, "_reader", gpu_health.GpuReader(release.wait))
     monkeypatch.setattr(gpu_health.gpu_problem, "__kwdefaults__", {"seconds": 0.1})
-    deployment.admit("a.jsonl", make_input(3))
 
     reason = deployment.reason("dispatch_sensor")
 
@@ -125,7 +147,7 @@ def test_a_driver_that_hangs_does_not_hang_the_tick(deployment, monkeypatch):
 
 def test_a_replay_waits_too_and_pays_nothing(deployment, install):
     install(FakeGpu(remapped=(0, 0, 0, 1)))
-    batch_id = deployment.admit("a.jsonl", make_input(3))
+    batch_id = admitted(deployment, "a.jsonl", make_input(3))
     (chunk,) = deployment.folder.read_plan(batch_id).chunks
     settled = make_settled_chunk(chunk, failing=(1,))
     deployment.store.commit_chunk(batch_id, 0, settled, run_id="r", at=NOW, seconds=1.0)
@@ -145,7 +167,8 @@ def test_a_replay_waits_too_and_pays_nothing(deployment, install):
 
 def test_a_cpu_that_was_chosen_asks_for_runs_whatever_nvml_says(tmp_path, install):
     install(FakeGpu(temperature=99))
-    with closing(Deployment(tmp_path, engine=EngineKind.VLLM, device=Device.CPU)) as deployment:
+    values = {"engine": EngineKind.VLLM, "served_model_name": "simulated-model"}
+    with closing(Deployment(tmp_path, device=Device.CPU, **values)) as deployment:
         deployment.admit("a.jsonl", make_input(3))
 
         assert [r.job_name for r in deployment.requests("dispatch_sensor")] == ["answer_chunks"]
