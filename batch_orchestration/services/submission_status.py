@@ -104,6 +104,7 @@ def _whole(submission: Submission, parts: Sequence[BatchView], folder: DataFolde
         error_file=errors if errors.exists() else None,
         progress=progress,
         progress_age=None if progress is None else 0.0,
+        closing=None,  # parts end early one by one, and are resumed so
         store_problem=next((part.store_problem for part in parts if part.store_problem), None),
     )
 
