@@ -17,7 +17,8 @@ from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.process_records import end_recorded
 from batch_orchestration.engines.server import ServerEngine
-from batch_orchestration.engines.simulated import DEFAULT_MODEL, SimulatedEngine
+from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated_answers import DEFAULT_MODEL
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.services.chunk_runner import Feeding
 from batch_orchestration.services.configuration import engine_in_force

@@ -13,10 +13,9 @@ from pathlib import Path
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.own_server import OwnServerEngine
 from batch_orchestration.engines.process import free_port
+from batch_orchestration.engines.simulated_answers import CONTEXT_TOKENS, DEFAULT_MODEL
 
 API_KEY_VARIABLE = "SIMULATED_ENGINE_API_KEY"
-DEFAULT_MODEL = "simulated-model"
-CONTEXT_TOKENS = 8192
 MAX_NUM_SEQS = 256
 
 

@@ -8,6 +8,10 @@ import msgspec
 
 #: In every answer, so that no simulated one can be taken for a real one.
 FINGERPRINT = "simulated"
+#: Name that it answers to if none is given.
+DEFAULT_MODEL = "simulated-model"
+#: Longer requests are refused, unless it is told otherwise.
+CONTEXT_TOKENS = 8192
 EMBEDDING_SIZE = 16
 DEFAULT_MAX_TOKENS = 16
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "jetty")

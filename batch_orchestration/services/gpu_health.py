@@ -15,7 +15,7 @@ from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_gate import GpuLimits, GpuNeed, unhealthy_reasons
 from batch_orchestration.domain.model_memory import DTYPE_BYTES, MARGIN_SHARE, needed_bytes
 from batch_orchestration.engines.process_records import group_members, is_running, read_record
-from batch_orchestration.engines.vllm import model_folder
+from batch_orchestration.engines.vllm_flags import model_folder
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.telemetry.gpu import read_gpus
