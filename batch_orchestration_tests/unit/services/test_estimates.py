@@ -17,7 +17,6 @@ from batch_orchestration.services.estimates import (
     expected_tokens,
     read_estimate,
     read_profile,
-    window_seconds,
     write_estimate,
 )
 from batch_orchestration.services.intake import Intake
@@ -101,13 +100,6 @@ def test_a_damaged_estimate_is_as_none(folder: DataFolder) -> None:
     (folder.plan_path(plan.batch_id).parent / "estimate.json").write_bytes(b"{torn")
 
     assert read_estimate(folder, plan.batch_id) is None
-
-
-@pytest.mark.parametrize(
-    ("window", "seconds"), [("90s", 90), ("5m", 300), ("24h", 86400), ("2d", 172800)]
-)
-def test_a_window_is_so_many_seconds(window: str, seconds: float) -> None:
-    assert window_seconds(BatchOptions(completion_window=window)) == seconds
 
 
 def test_a_price_is_that_of_the_time_on_the_device() -> None:
