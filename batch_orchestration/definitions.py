@@ -8,6 +8,7 @@ from batch_orchestration.defs import (
     checks,
     jobs,
     lifecycle,
+    queue,
     replays,
     sensors,
 )
@@ -19,7 +20,7 @@ def definitions(settings: Settings) -> dg.Definitions:
     """Return all definitions, for a deployment with these settings."""
     owned = dg.map_asset_specs(
         lambda spec: spec.replace_attributes(owners=[settings.owner]),
-        [assets.batch_manifest, assets.chunk_results, assets.batch_output],
+        [assets.batch_manifest, assets.chunk_results, assets.batch_output, queue.queue_overview],
     )
     return dg.Definitions(
         assets=owned,
@@ -27,6 +28,7 @@ def definitions(settings: Settings) -> dg.Definitions:
         jobs=[
             *(jobs.admit_batch, jobs.submit_batch, jobs.answer_chunks, jobs.deliver_batch),
             *(lifecycle.cancel_batch, lifecycle.resume_batch),
+            *(queue.pause_queue, queue.resume_queue),
             replays.replay_failed_requests,
             benchmarks.benchmark_engine,
         ],

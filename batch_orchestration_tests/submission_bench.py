@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.domain.submissions import Submission
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.services.chunk_runner import run_chunks
-from batch_orchestration.services.parts import admit_parts
+from batch_orchestration.services.parts import admit_parts, register_parts, waiting_parts
 from batch_orchestration.services.verdicts import Split
 from batch_orchestration_tests.builders import NOW, make_line
 from batch_orchestration_tests.inbox_bench import InboxBench
@@ -32,7 +33,16 @@ class SubmissionBench(InboxBench):
 
     def admit_parts(self, *, max_unfinished: int = 1000) -> list[BatchPlan]:
         """Admit the parts for which there is room."""
-        return admit_parts(self.folder, self.store, max_unfinished=max_unfinished, at=NOW)
+        register_parts(self.folder, self.store, at=NOW)
+        unfinished = sum(record.status not in FINAL for record in self.store.batches())
+        waiting = waiting_parts(self.folder)[: max(0, max_unfinished - unfinished)]
+        return admit_parts(
+            [plan.batch_id for plan in waiting],
+            folder=self.folder,
+            store=self.store,
+            obstacle_to=lambda plan: None,
+            at=NOW,
+        )
 
     def answer(self, plan: BatchPlan, engine: Engine | None = None) -> None:
         """Answer every request of a batch; it is not delivered yet."""

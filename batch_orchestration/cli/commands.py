@@ -12,6 +12,7 @@ from batch_orchestration.cli.dead_letters import discard, failures, replay
 from batch_orchestration.cli.estimates import estimates
 from batch_orchestration.cli.gpu import gpu
 from batch_orchestration.cli.lifecycle import cancel_batch, resume_batch
+from batch_orchestration.cli.queue import board_picture, pause, show_live, unpause
 from batch_orchestration.cli.recovering import recover
 from batch_orchestration.cli.results import results
 from batch_orchestration.cli.submitting import submit, validate
@@ -51,17 +52,25 @@ main.add_command(resume_batch)
 main.add_command(results)
 main.add_command(gpu)
 main.add_command(estimates)
+main.add_command(pause)
+main.add_command(unpause)
 
 
 @main.command()
 @click.argument("batch_id", metavar="[BATCH]", required=False)
+@click.option("--live", is_flag=True, help="Keep showing the board until Ctrl-C.")
 @json_option
-def status(batch_id: str | None, as_json: bool) -> None:
+def status(batch_id: str | None, live: bool, as_json: bool) -> None:
     """Show all batches and what waits in the inbox, or one BATCH in full.
 
     BATCH may be a submission: a file that was split into several batches.
     """
     context = open_context()
+    if live and (as_json or batch_id is not None):
+        raise click.UsageError("--live shows the whole board; for one batch: watch BATCH")
+    if live:
+        show_live(context, lambda: board_picture(_read_board(context)))
+        return
     if batch_id is None:
         _show_board(context, as_json=as_json)
         return
@@ -125,13 +134,17 @@ def config(as_json: bool) -> None:
         context.console.print(tables.settings_table(rows))
 
 
-def _show_board(context: Context, *, as_json: bool) -> None:
-    board = read_board(
+def _read_board(context: Context) -> Board:
+    return read_board(
         folder=context.folder,
         store=context.store,
         inbox=open_inbox(context.settings, context.folder),
         now=context.clock(),
     )
+
+
+def _show_board(context: Context, *, as_json: bool) -> None:
+    board = _read_board(context)
     if as_json:
         print_json(_board_object(board, context))
         return
@@ -164,4 +177,5 @@ def _board_object(board: Board, context: Context) -> dict[str, Any]:
         "claims": [{"claim_id": c.claim_id, "file_name": c.file_name} for c in board.claims],
         "rejected": list(board.rejected),
         "store_problem": board.store_problem,
+        "queue": board.queue,
     }

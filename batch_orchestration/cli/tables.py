@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
 from rich.console import Console, Group, RenderableType
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -13,23 +14,29 @@ from batch_orchestration.domain.dead_letters import DeadLetter
 from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.lifecycle import BatchEvent
 from batch_orchestration.domain.outcomes import Failure
+from batch_orchestration.domain.queueing import QueueView
 from batch_orchestration.services.board import Board
+from batch_orchestration.services.queue_table import COLUMNS, pause_line, queue_rows
 from batch_orchestration.services.status import BatchView
 from batch_orchestration.services.validation import ValidationReport
 from batch_orchestration.services.wording import estimate_rows
 from batch_orchestration.settings import SettingInForce
 
 MESSAGE_LENGTH = 300
+BAR_WIDTH = 12
 
 
 def batches_table(views: Iterable[BatchView]) -> Table:
     """Return one row per batch; parts stand indented below their submission."""
-    table = _table("Batch", "Status", "Done", "Failed", "Tokens/s", "ETA", "Priority", "Created")
+    table = _table(
+        "Batch", "Status", "", "Done", "Failed", "Tokens/s", "ETA", "Priority", "Created"
+    )
     for view in views:
         tokens = f"{view.live.output_tokens_per_second:,.0f}" if view.live else ""
         table.add_row(
             Text(f"{'  ' if view.plan.part else ''}{view.batch_id}"),
             Text(describe(view)),
+            ProgressBar(total=max(view.total, 1), completed=view.done, width=BAR_WIDTH),
             f"{view.done:,}/{view.total:,}",
             f"{view.failed:,}",
             tokens,
@@ -42,8 +49,12 @@ def batches_table(views: Iterable[BatchView]) -> Table:
 
 def board_tables(board: Board) -> Iterator[RenderableType]:
     """Yield a table for each part of the board that is not empty."""
+    if board.queue and (paused := pause_line(board.queue)):
+        yield Text(paused, style="bold")
     if board.rows:
         yield batches_table(board.rows)
+    if board.queue and board.queue.entries:
+        yield queue_table(board.queue)
     if board.waiting or board.claims:
         table = _table("In the inbox", "Why it waits")
         for _, name, reason in board.waiting:
@@ -56,6 +67,14 @@ def board_tables(board: Board) -> Iterator[RenderableType]:
         for rejected in board.rejected:
             table.add_row(Text(rejected.file_name), Text(rejected.reason), Text(rejected.next_step))
         yield table
+
+
+def queue_table(view: QueueView) -> Table:
+    """Return one row per entry of the queue, in the order of service."""
+    table = _table(*COLUMNS)
+    for row in queue_rows(view):
+        table.add_row(*(Text(cell) for cell in row))
+    return table
 
 
 def batch_details(

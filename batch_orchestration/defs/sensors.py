@@ -20,6 +20,7 @@ from batch_orchestration.defs.partitions import (
     has_partitions,
     range_tags,
 )
+from batch_orchestration.defs.queue import report_queue
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
@@ -37,15 +38,13 @@ from batch_orchestration.services.dispatch import (
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.inbox import Inbox
-from batch_orchestration.services.parts import admit_parts
-from batch_orchestration.services.queue import claim_admissible, read_queue
+from batch_orchestration.services.queue import claim_admissible
+from batch_orchestration.services.queue_keeping import keep_queue
 from batch_orchestration.services.resuming import finish_resumptions
 from batch_orchestration.services.room import pause_obstacle
 from batch_orchestration.services.service_order import in_order_of_service, run_priorities
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.queue_files import write_queue
-from batch_orchestration.storage.store import Store
 
 CLAIM_TAG = "claim"
 #: The shortest interval that Dagster's sensor loop can keep.
@@ -135,25 +134,30 @@ def dispatch_sensor(
     """Decide from the store and from Dagster's runs, so that it does not matter what was killed."""
     now = time.time()
     store = open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS)
-    folder, limit = data_folder(settings), settings.max_unfinished_batches
+    folder = data_folder(settings)
     try:
-        for part in admit_parts(folder, store, max_unfinished=limit, at=now):
-            context.log.info(f"admitted: {part.batch_id}, {part.requests:,} requests")
         finish_resumptions(folder=folder, store=store)
+        queue = keep_queue(
+            folder=folder,
+            store=store,
+            inbox=open_inbox(settings, folder),
+            rules=queue_rules(settings),
+            now=now,
+        )
+        report_queue(context, queue)
         batches = _known_to_dagster(context.instance, unfinished_batches(store), folder)
         runs = known_runs(context.instance, [batch.batch_id for batch in batches], now=now)
         runs, closings = look_after(
             context.instance, batches, runs, folder=folder, store=store, now=now
         )
-        view = _show_queue(settings, folder, store, now=now)
         verdict = dispatch(
-            in_order_of_service(batches, view),
+            in_order_of_service(batches, queue.view),
             runs,
             reports=store.chunk_reports,
             chunks_per_run=settings.chunks_per_run,
             now=now,
-            priorities=run_priorities(view),
-            no_engine=_no_engine(settings, view) if batches else None,
+            priorities=run_priorities(queue.view),
+            no_engine=_no_engine(settings, queue.view) if batches else None,
             closings=closings,
         )
     except StorageError as error:
@@ -161,19 +165,6 @@ def dispatch_sensor(
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
     requests = [_request(needed) for needed in verdict.needed]
     return _result(context, requests, verdict.waiting, idle=idle)
-
-
-def _show_queue(settings: Settings, folder: DataFolder, store: Store, *, now: float) -> QueueView:
-    """Return the queue, after writing it for everyone else."""
-    queue = read_queue(
-        folder=folder,
-        store=store,
-        inbox=open_inbox(settings, folder),
-        rules=queue_rules(settings),
-        now=now,
-    )
-    write_queue(folder, queue.view)
-    return queue.view
 
 
 def _no_engine(settings: Settings, queue: QueueView) -> str | None:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.queueing import QueueEntry, QueueView, WaitReason
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.inbox import Inbox, Waiting
 from batch_orchestration.services.status import BatchView, view_batches
 from batch_orchestration.services.submission_status import SubmissionView, view_submissions
 from batch_orchestration.services.verdicts import Rejected, Verdict
+from batch_orchestration.storage import queue_files
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
@@ -30,6 +33,7 @@ class Board:
         waiting: Dropped files that are not claimed yet, each with a reason.
         claims: Files that are being read.
         rejected: The last few files that were refused and are still there, newest first.
+        queue: As `dispatch_sensor` last saw it; None if it never looked.
     """
 
     batches: tuple[BatchView, ...]
@@ -37,6 +41,7 @@ class Board:
     waiting: tuple[Waiting, ...]
     claims: tuple[Claim, ...]
     rejected: tuple[Rejected, ...]
+    queue: QueueView | None = None
 
     @property
     def store_problem(self) -> str | None:
@@ -66,12 +71,14 @@ def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) ->
         inbox: Of this folder.
         now: POSIX seconds.
     """
-    waiting, claims = [], []
+    waiting, claims, queue = [], [], _read_queue(folder)
+    known = {entry.id: entry for entry in queue.entries} if queue else {}
     if folder.inbox.is_dir() and folder.claims.is_dir():
         waiting = inbox.waiting(now=now)
         waiting += [
-            Waiting(path, inbox.name_of(path), "complete; the inbox sensor will take it")
+            Waiting(path, name, _ready(known.get(name)))
             for path in inbox.ready_files(now=now)
+            for name in (inbox.name_of(path),)
         ]
         claims = inbox.claims()
     batches = view_batches(folder=folder, store=store, now=now)
@@ -81,7 +88,25 @@ def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) ->
         waiting=tuple(waiting),
         claims=tuple(claims),
         rejected=tuple(itertools.islice(rejections(folder), REJECTED_SHOWN)),
+        queue=queue,
     )
+
+
+def _ready(entry: QueueEntry | None) -> str:
+    if entry is None or entry.reason in (None, WaitReason.SETTLING):
+        return "complete; the inbox sensor will take it"
+    return f"{entry.reason}: {entry.detail}"
+
+
+def _read_queue(folder: DataFolder) -> QueueView | None:
+    """Return the queue, with the pause of this moment: that may be younger than the last tick."""
+    with contextlib.suppress(StorageError):
+        view, paused = queue_files.read_queue(folder), queue_files.read_pause(folder)
+        if view is None and paused is None:
+            return None
+        view = view or QueueView(at=0.0)
+        return msgspec.structs.replace(view, paused=paused)
+    return None
 
 
 def rejections(folder: DataFolder) -> Iterator[Rejected]:

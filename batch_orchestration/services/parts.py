@@ -6,13 +6,13 @@ at any point leaves it waiting, or a batch that the store has yet to be told of.
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import filelock
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.errors import BatchNotFound
-from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.domain.room import Obstacle
 from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.services.estimates import record_estimate
 from batch_orchestration.services.registration import (
@@ -38,15 +38,17 @@ def _turn(plan: BatchPlan) -> tuple[int, float, str, int]:
     return (-plan.options.priority, plan.created_at, plan.part.submission, plan.part.number)
 
 
-def parts_with_room(
-    waiting: Sequence[BatchPlan], *, unfinished: int, max_unfinished: int
-) -> Sequence[BatchPlan]:
-    """Decide which of the waiting parts can be admitted now, given so many unfinished batches."""
-    return waiting[: max(0, max_unfinished - unfinished)]
-
-
-def admit_part(part_id: str, *, folder: DataFolder, store: Store, at: float) -> BatchPlan:
+def admit_part(
+    part_id: str,
+    *,
+    folder: DataFolder,
+    store: Store,
+    at: float,
+    obstacle_to: Callable[[BatchPlan], Obstacle | None] = lambda plan: None,
+) -> BatchPlan | None:
     """Make a waiting part a batch, and return its plan; one that is a batch already stays so.
+
+    None if there is no room for it after all.
 
     Raises:
         BatchNotFound: There is no such part.
@@ -54,6 +56,9 @@ def admit_part(part_id: str, *, folder: DataFolder, store: Store, at: float) -> 
     """
     with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
         waiting, target = folder.waiting_part_path(part_id), folder.plan_path(part_id).parent
+        plan = folder.read_waiting_part(part_id)
+        if plan is not None and obstacle_to(plan) is not None:
+            return None
         with contextlib.suppress(FileNotFoundError):  # admitted before
             waiting.rename(target)
             sync_folder(folder.batches)
@@ -64,35 +69,48 @@ def admit_part(part_id: str, *, folder: DataFolder, store: Store, at: float) -> 
 
 
 def admit_parts(
-    folder: DataFolder, store: Store, *, max_unfinished: int, at: float
+    part_ids: Iterable[str],
+    *,
+    folder: DataFolder,
+    store: Store,
+    obstacle_to: Callable[[BatchPlan], Obstacle | None],
+    at: float,
 ) -> list[BatchPlan]:
-    """Admit the parts for which there is room; return them.
-
-    Also tells the store of those that a crash kept from it. Cheap where nothing was ever split.
+    """Admit waiting parts up to the first for which there is no room; return them.
 
     Args:
+        part_ids: In the order of service.
         folder: The data folder.
         store: The store.
-        max_unfinished: With so many unfinished batches, parts wait.
+        obstacle_to: Decides, while nobody else can be admitted, whether there is room for one more.
         at: POSIX seconds.
 
     Raises:
         StorageError: The store cannot be asked or told.
     """
-    if not folder.submission_ids():
-        return []
-    records = store.batches()
+    admitted: list[BatchPlan] = []
     with contextlib.suppress(filelock.Timeout):  # the next tick comes soon
-        if any(_unlisted(folder, {record.batch_id for record in records})):
+        for part_id in part_ids:
+            plan = admit_part(part_id, folder=folder, store=store, at=at, obstacle_to=obstacle_to)
+            if plan is None:
+                break
+            admitted.append(plan)
+    return admitted
+
+
+def register_parts(folder: DataFolder, store: Store, *, at: float) -> None:
+    """Tell the store of parts that a crash kept from it. Cheap where nothing was ever split.
+
+    Raises:
+        StorageError: The store cannot be asked or told.
+    """
+    if not folder.submission_ids():
+        return
+    known = {record.batch_id for record in store.batches()}
+    with contextlib.suppress(filelock.Timeout):  # the next tick comes soon
+        if any(_unlisted(folder, known)):
             with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
                 register_unlisted(folder, store, at=at)
-            records = store.batches()
-        unfinished = sum(record.status not in FINAL for record in records)
-        ready = parts_with_room(
-            waiting_parts(folder), unfinished=unfinished, max_unfinished=max_unfinished
-        )
-        return [admit_part(plan.batch_id, folder=folder, store=store, at=at) for plan in ready]
-    return []
 
 
 def _unlisted(folder: DataFolder, known: Collection[str]) -> Iterator[str]:

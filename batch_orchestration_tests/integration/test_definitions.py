@@ -47,6 +47,7 @@ def test_every_asset_tells_a_person_on_call_what_it_is(repository):
         "batch_manifest",
         "chunk_results",
         "batch_output",
+        "queue_overview",
     }
     for key, asset in specs:
         spec = asset.specs_by_key[key]

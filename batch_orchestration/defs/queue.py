@@ -1,0 +1,110 @@
+"""The queue in Dagster: its overview, what its batches wait for, and the jobs that pause it."""
+
+import hashlib
+import time
+
+import dagster as dg
+from pydantic import Field
+
+from batch_orchestration.defs.events import MANIFEST_KEY, Metadata
+from batch_orchestration.defs.resources import SettingsResource, data_folder
+from batch_orchestration.domain.queueing import Pause, QueueEntry, QueueView
+from batch_orchestration.services.queue_keeping import KeptQueue
+from batch_orchestration.services.queue_table import queue_markdown
+from batch_orchestration.storage import queue_files
+
+QUEUE_KEY = dg.AssetKey("queue_overview")
+#: Each is an event that Dagster keeps.
+OVERVIEW_SECONDS = 60.0
+_DIGEST = "digest"
+
+queue_overview = dg.AssetSpec(
+    QUEUE_KEY,
+    description=(
+        "**What waits and what is at work**, in the order of service, each with its place, its "
+        "reason and when its turn is expected. `dispatch_sensor` writes it when something has "
+        "changed, at most once a minute; `batch-orchestration status` is always up to date."
+    ),
+    group_name="inbox",
+    kinds={"json"},
+)
+
+
+class PauseConfig(dg.Config):
+    """Why the queue is paused."""
+
+    reason: str = Field("", description="For those who wonder; shown wherever the queue is.")
+
+
+@dg.op
+def pause_the_queue(
+    context: dg.OpExecutionContext, config: PauseConfig, settings: SettingsResource
+) -> None:
+    """Admit nothing and start nothing; running runs end what they have begun."""
+    pause = Pause(at=time.time(), actor=f"run {context.run.run_id[:8]}", reason=config.reason)
+    queue_files.pause(data_folder(settings), pause)
+    context.log.info("the queue is paused; the job resume_queue lets it go on")
+
+
+@dg.op
+def resume_the_queue(context: dg.OpExecutionContext, settings: SettingsResource) -> None:
+    """Let the queue go on."""
+    before = queue_files.unpause(data_folder(settings))
+    said = "it was not paused" if before is None else f"{before.actor} had paused it"
+    context.log.info(f"the queue goes on; {said}")
+
+
+@dg.job
+def pause_queue() -> None:
+    """Pause the whole queue: nothing is admitted, no run is started, until `resume_queue`."""
+    pause_the_queue()
+
+
+@dg.job
+def resume_queue() -> None:
+    """Let the queue go on after `pause_queue`."""
+    resume_the_queue()
+
+
+def report_queue(context: dg.SensorEvaluationContext, queue: KeptQueue) -> None:
+    """Tell Dagster what has changed in the queue since the tick before."""
+    for part in queue.admitted:
+        context.log.info(f"admitted: {part.batch_id}, {part.requests:,} requests")
+    for entry in queue.changed:
+        context.instance.report_runless_asset_event(_observation(entry))
+    _report_overview(context.instance, queue.view)
+
+
+def _observation(entry: QueueEntry) -> dg.AssetObservation:
+    metadata: Metadata = {
+        "queue_reason": str(entry.reason or "none"),
+        "queue_detail": entry.detail,
+        "queue_place": entry.place,
+    }
+    if entry.expected_start is not None:
+        metadata["expected_start"] = dg.MetadataValue.timestamp(entry.expected_start)
+    return dg.AssetObservation(MANIFEST_KEY, partition=entry.batch_id, metadata=metadata)
+
+
+def _report_overview(instance: dg.DagsterInstance, view: QueueView) -> None:
+    # Of what is the same but for the minutes nothing is told.
+    told = [(e.id, e.place, e.state, e.reason, e.pending) for e in view.entries]
+    digest = hashlib.sha256(repr((told, view.paused)).encode()).hexdigest()[:16]
+    latest = instance.get_latest_materialization_event(QUEUE_KEY)
+    if latest is not None:
+        materialization = latest.asset_materialization
+        before = materialization.metadata.get(_DIGEST) if materialization else None
+        if view.at - latest.timestamp < OVERVIEW_SECONDS:
+            return
+        if before is not None and before.value == digest:
+            return
+    elif not view.entries:
+        return
+    metadata: Metadata = {
+        "queue": dg.MetadataValue.md(queue_markdown(view)),
+        "entries": len(view.entries),
+        "waiting": sum(entry.reason is not None for entry in view.entries),
+        "paused": view.paused is not None,
+        _DIGEST: digest,
+    }
+    instance.report_runless_asset_event(dg.AssetMaterialization(QUEUE_KEY, metadata=metadata))

@@ -1,0 +1,105 @@
+"""Keeping the queue: parts are admitted as there is room, and `queue.json` is written for everyone.
+
+Done by `dispatch_sensor` alone, at each of its ticks.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError
+from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, QueueView
+from batch_orchestration.services.estimates import expected_seconds
+from batch_orchestration.services.inbox import Inbox
+from batch_orchestration.services.parts import admit_parts, register_parts
+from batch_orchestration.services.queue import read_queue
+from batch_orchestration.services.room import QueueRules, find_obstacle_to_part
+from batch_orchestration.storage import queue_files
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+#: Seconds that the engine still needs for an entry; None while nobody knows.
+SecondsOf = Callable[[QueueEntry], float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptQueue:
+    """What a tick did for the queue.
+
+    Attributes:
+        view: As it was written.
+        admitted: Parts that became batches.
+        changed: Entries of batches that wait for another reason than before, or for none any more.
+    """
+
+    view: QueueView
+    admitted: tuple[BatchPlan, ...]
+    changed: tuple[QueueEntry, ...]
+
+
+def keep_queue(
+    *, folder: DataFolder, store: Store, inbox: Inbox, rules: QueueRules, now: float
+) -> KeptQueue:
+    """Admit the parts for which there is room, in the order of service, and write the queue.
+
+    Raises:
+        StorageError: The store cannot be read, or the file not be written.
+    """
+    register_parts(folder, store, at=now)
+    queue = read_queue(folder=folder, store=store, inbox=inbox, rules=rules, now=now)
+    admitted = admit_parts(
+        queue.parts,
+        folder=folder,
+        store=store,
+        obstacle_to=lambda plan: find_obstacle_to_part(
+            plan, folder=folder, store=store, rules=rules
+        ),
+        at=now,
+    )
+    if admitted:
+        queue = read_queue(folder=folder, store=store, inbox=inbox, rules=rules, now=now)
+    view = with_expectations(queue.view, lambda entry: _seconds_of(entry, folder))
+    before = None
+    with contextlib.suppress(StorageError):  # a damaged one is replaced
+        before = queue_files.read_queue(folder)
+    queue_files.write_queue(folder, view)
+    return KeptQueue(view=view, admitted=tuple(admitted), changed=tuple(_changed(before, view)))
+
+
+def with_expectations(view: QueueView, seconds_of: SecondsOf) -> QueueView:
+    """Return the queue with the times at which each entry will begin and end by the estimates.
+
+    As if one were served after the other. Behind one of which nobody knows how long it takes, and
+    behind a pause, nobody knows when it is one's turn.
+    """
+    at: float | None = view.at
+    entries = []
+    for entry in view.entries:
+        running = entry.state is EntryState.RUNNING
+        start = at if view.paused is None or running else None
+        seconds = seconds_of(entry)
+        end = None if start is None or seconds is None else start + seconds
+        entries.append(msgspec.structs.replace(entry, expected_start=start, expected_end=end))
+        at = end
+    return msgspec.structs.replace(view, entries=tuple(entries))
+
+
+def _seconds_of(entry: QueueEntry, folder: DataFolder) -> float | None:
+    if entry.kind is EntryKind.FILE:
+        return None
+    with contextlib.suppress(BatchOrchestrationError):
+        plan = folder.read_waiting_part(entry.id) or folder.read_plan(entry.id)
+        band = expected_seconds(plan, folder=folder, pending=entry.pending)
+        return None if band is None else band.mid
+    return None
+
+
+def _changed(before: QueueView | None, after: QueueView) -> Iterator[QueueEntry]:
+    entries: Sequence[QueueEntry] = before.entries if before is not None else ()
+    reasons = {entry.batch_id: entry.reason for entry in entries}
+    for entry in after.entries:
+        if entry.batch_id is not None and entry.reason is not reasons.get(entry.batch_id):
+            yield entry
