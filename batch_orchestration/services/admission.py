@@ -137,9 +137,9 @@ class _Admission:
     def _decide(self, user_file: Path) -> Verdict:
         """Reach a verdict and move the author's file accordingly."""
         self._place.clear_work()
-        before = Fingerprint.of(user_file)
         reading: BatchFileReading | None = None
         try:
+            before = Fingerprint.of(user_file)
             try:
                 options = read_options(self._place.sidecar(), self._place.origin())
                 intake = self._intake(options)

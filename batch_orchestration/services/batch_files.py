@@ -3,6 +3,8 @@
 import contextlib
 import gzip
 import io
+import os
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 _MAX_BYTES_SETTING = "BATCH_MAX_FILE_BYTES"
 _BLOCK_BYTES = 2**17
+
+#: Linux stamps files by a clock that ticks every 1 to 10 ms.
+_TICK_SECONDS = 0.02
+_LOOKS = 5
 
 
 def is_gzip_name(name: str) -> bool:
@@ -97,8 +103,21 @@ class Fingerprint:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Take the fingerprint of a file."""
-        stats = path.lstat()
+        """Take the fingerprint of a file; one that has just been written to is given a moment.
+
+        Raises:
+            FileStillChanging: Somebody writes to it all the while.
+        """
+        for _ in range(_LOOKS):
+            stats = path.lstat()
+            if not 0 <= time.time() - max(stats.st_mtime, stats.st_ctime) < _TICK_SECONDS:
+                return cls._of(path, stats)
+            # Whatever is written within the same tick of the clock leaves the same times behind.
+            time.sleep(_TICK_SECONDS)
+        raise FileStillChanging("it is being written to all the while")
+
+    @classmethod
+    def _of(cls, path: Path, stats: os.stat_result) -> Self:
         return cls(path, stats.st_size, (stats.st_mtime_ns, stats.st_ctime_ns, stats.st_ino))
 
     def verify(self) -> None:
@@ -107,7 +126,7 @@ class Fingerprint:
         Raises:
             FileStillChanging: It is not.
         """
-        now = Fingerprint.of(self.path)
+        now = Fingerprint._of(self.path, self.path.lstat())
         if now.size_bytes != self.size_bytes:
             difference = f"{self.size_bytes:,} → {now.size_bytes:,} bytes"
             raise FileStillChanging(f"it changed while it was read ({difference})")
