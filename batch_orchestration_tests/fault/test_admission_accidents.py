@@ -184,7 +184,7 @@ def write_big_file(path: Path, size_bytes: int) -> int:
 
 
 def admit_in_little_memory(root: Path, answers) -> None:
-    bench = InboxBench(root, requests_per_chunk=1000)
+    bench = InboxBench(root, requests_per_chunk=1000, max_file_bytes=2**40)
     bench.admit_file("small.jsonl", make_input(1) + b"nope\n")
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 48 * MEGABYTE

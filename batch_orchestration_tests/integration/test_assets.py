@@ -376,7 +376,7 @@ def submission(path, **options):
 def test_a_submitted_file_arrives_with_what_was_said_of_it(deployment, tmp_path):
     path = tmp_path / "elsewhere.jsonl"
     path.write_bytes(make_line(0))
-    options = {"priority": 3, "model": "big", "metadata": {"ticket": "7"}}
+    options = {"priority": 3, "model": "simulated-model", "metadata": {"ticket": "7"}}
 
     result = deployment.repository.get_job("submit_batch").execute_in_process(
         run_config=submission(path, **options), instance=deployment.instance
@@ -386,11 +386,11 @@ def test_a_submitted_file_arrives_with_what_was_said_of_it(deployment, tmp_path)
     (request,) = deployment.requests("inbox_sensor")
     deployment.run(request)
     (batch,) = deployment.store.batches()
-    assert (batch.options.priority, batch.options.model) == (3, "big")
+    assert (batch.options.priority, batch.options.model) == (3, "simulated-model")
     assert batch.options.metadata == {"ticket": "7"}
     (needed,) = deployment.requests("dispatch_sensor")
     assert needed.tags["dagster/priority"] == "3"
-    assert needed.tags["model"] == "big"
+    assert needed.tags["model"] == "simulated-model"
 
 
 @pytest.mark.parametrize(
