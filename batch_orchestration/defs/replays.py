@@ -1,6 +1,7 @@
 """Replays of dead letters: the job that runs them, and the sensor that asks for it."""
 
 import time
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -32,8 +33,10 @@ from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.dispatch import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.replaying import ReplayReport, run_replay
+from batch_orchestration.services.room import closed_gate
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.operations import open_replays
+from batch_orchestration.storage.queue_files import read_pause
 
 REPLAY_TAG = "replay"
 #: Before every batch, however long that has waited: a person has asked for it and looks on.
@@ -184,9 +187,10 @@ def replay_sensor(
     now = time.time()
     requests: list[dg.RunRequest] = []
     reasons: list[str] = []
-    replays = open_replays(data_folder(settings))
-    if replays and (problem := gpu_problem(settings)):
-        return dg.SkipReason(f"{WaitReason.GPU_UNHEALTHY}: {problem}")
+    folder = data_folder(settings)
+    replays = open_replays(folder)
+    if replays and (gate := closed_gate(read_pause(folder), partial(gpu_problem, settings))):
+        return dg.SkipReason(str(gate))
     for batch_id, number in replays:
         request = _request(context.instance, batch_id, number, now=now)
         if isinstance(request, str):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import dagster as dg
 
@@ -25,7 +26,7 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError
-from batch_orchestration.domain.queueing import QueueView, WaitReason
+from batch_orchestration.domain.queueing import QueueView
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.configuration import open_inbox, queue_rules
 from batch_orchestration.services.dispatch import (
@@ -41,7 +42,7 @@ from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import claim_admissible
 from batch_orchestration.services.queue_keeping import keep_queue
 from batch_orchestration.services.resuming import finish_resumptions
-from batch_orchestration.services.room import pause_obstacle
+from batch_orchestration.services.room import closed_gate
 from batch_orchestration.services.service_order import in_order_of_service, run_priorities
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
@@ -169,10 +170,8 @@ def dispatch_sensor(
 
 def _no_engine(settings: Settings, queue: QueueView) -> str | None:
     """Return why no engine can be started now; None if one can."""
-    if queue.paused is not None:
-        return f"{WaitReason.PAUSED}: {pause_obstacle(queue.paused).detail}"
-    problem = gpu_problem(settings)
-    return problem and f"{WaitReason.GPU_UNHEALTHY}: {problem}"
+    gate = closed_gate(queue.paused, partial(gpu_problem, settings))
+    return None if gate is None else str(gate)
 
 
 def _known_to_dagster(

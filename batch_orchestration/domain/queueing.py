@@ -24,8 +24,6 @@ class WaitReason(StrEnum):
     SUBMISSION_RATE = "submission_rate"
     #: Somebody may still be writing the file.
     SETTLING = "settling"
-    #: By the estimate it cannot end within its completion window, and windows are strict.
-    WINDOW_INFEASIBLE = "window_infeasible"
 
 
 class EntryKind(StrEnum):

@@ -95,6 +95,9 @@ class Obstacle(NamedTuple):
     reason: WaitReason
     detail: str
 
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
 
 def find_obstacle(demand: Demand, load: Load, limits: Limits) -> Obstacle | None:
     """Return what keeps a batch from being admitted now; None if there is room for it.

@@ -1,7 +1,7 @@
 """Estimates of batches: made at admission, kept beside the plan and in the store, asked by others.
 
-`estimate.json` is written with the plan; `expected_tokens` and `expected_seconds` read it, so the
-queue can ask each tick without touching the store.
+`estimate.json` is written with the plan; `expected_seconds` reads it, so the queue can ask each
+tick without touching the store.
 """
 
 import logging
@@ -29,8 +29,6 @@ _T = TypeVar("_T")
 logger = logging.getLogger(__name__)
 
 PROFILE, ESTIMATE = "profile.json", "estimate.json"
-#: Bytes of a batch file per token where nothing else is known: JSON and all.
-BYTES_PER_TOKEN = 4
 _UNFINISHED = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
 
 
@@ -204,20 +202,6 @@ def record_estimate(folder: DataFolder, store: Store, batch_id: str) -> None:
     """Tell the store of a batch's estimate; twice is as once."""
     if (estimate := read_estimate(folder, batch_id)) is not None:
         store.estimates.add_estimate(batch_id, estimate)
-
-
-def expected_tokens(plan: BatchPlan, *, folder: DataFolder, pending: int | None = None) -> int:
-    """Return the tokens, prompt and answer together, expected of a batch.
-
-    Args:
-        plan: Of the batch.
-        pending: Only of so many of its requests.
-    """
-    estimate = read_estimate(folder, plan.batch_id)
-    tokens = plan.input_bytes // BYTES_PER_TOKEN if estimate is None else estimate.tokens
-    if pending is None or not plan.requests:
-        return tokens
-    return round(tokens * pending / plan.requests)
 
 
 def expected_seconds(

@@ -24,19 +24,20 @@ from batch_orchestration.domain.queueing import (
     QueueView,
     WaitReason,
 )
-from batch_orchestration.domain.room import Demand, Obstacle
+from batch_orchestration.domain.room import Demand
 from batch_orchestration.domain.waiting import Decision, Rules, Standing, decide
 from batch_orchestration.services.batch_files import is_gzip_name
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.dropped_files import DroppedFile
 from batch_orchestration.services.estimates import expected_seconds
 from batch_orchestration.services.inbox import Inbox
+from batch_orchestration.services.parts import waiting_parts
 from batch_orchestration.services.room import (
     QueueRules,
+    closed_gate,
     demand_in,
     demand_of,
     left_of,
-    pause_obstacle,
     read_load,
     unfinished,
 )
@@ -132,7 +133,7 @@ def queue_of(
     paused = read_pause(folder)
     standings = [
         *(_of_batch(record, folder, now) for record in unfinished(records)),
-        *(_of_part(plan, folder) for plan in _waiting_parts(folder)),
+        *(_of_part(plan, folder) for plan in waiting_parts(folder)),
         *(_of_claim(claim, folder, rules) for claim in inbox.claims()),
         *(_of_file(name, file, rules) for name, file in by_name.items()),
     ]
@@ -143,7 +144,7 @@ def queue_of(
         rules=Rules(
             limits=rules.limits,
             most_requests=rules.most_requests,
-            gate=_gate(paused, rules.device_problem()),
+            gate=closed_gate(paused, rules.device_problem),
         ),
         now=now,
     )
@@ -165,14 +166,6 @@ def _queue(
         files=tuple(files[entry_id] for entry_id in may if entry_id in files),
         parts=tuple(entry_id for entry_id in may if entry_id not in files),
     )
-
-
-def _gate(paused: Pause | None, device_problem: str | None) -> Obstacle | None:
-    if paused is not None:
-        return pause_obstacle(paused)
-    if device_problem is not None:
-        return Obstacle(WaitReason.GPU_UNHEALTHY, device_problem)
-    return None
 
 
 def _waits(file: DroppedFile) -> bool:
@@ -273,15 +266,6 @@ def _demand(name: str, size_bytes: int, survey: Survey | None, rules: QueueRules
         tokens=round(survey.tokens * share),
         size_bytes=round(survey.size_bytes * share),
         new_bytes=survey.size_bytes if is_gzip_name(name) else 0,
-    )
-
-
-def _waiting_parts(folder: DataFolder) -> list[BatchPlan]:
-    """Return the parts that are not admitted yet, those of a submission in file order."""
-    plans = (folder.read_waiting_part(part_id) for part_id in folder.waiting_part_ids())
-    return sorted(
-        (plan for plan in plans if plan is not None),
-        key=lambda plan: (plan.created_at, plan.part.number if plan.part else 0),
     )
 
 

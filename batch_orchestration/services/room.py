@@ -96,6 +96,19 @@ def never_fits(demand: Demand, *, rules: QueueRules) -> str | None:
     )
 
 
+def closed_gate(paused: Pause | None, device_problem: Callable[[], str | None]) -> Obstacle | None:
+    """Return what everybody waits for: a pause, or a device that is unfit; None if for neither.
+
+    Args:
+        paused: The pause that is in force.
+        device_problem: Asked only if there is none.
+    """
+    if paused is not None:
+        return pause_obstacle(paused)
+    problem = device_problem()
+    return None if problem is None else Obstacle(WaitReason.GPU_UNHEALTHY, problem)
+
+
 def pause_obstacle(paused: Pause) -> Obstacle:
     """Return what everybody waits for while the queue is paused."""
     why = f": {paused.reason}" if paused.reason else ""

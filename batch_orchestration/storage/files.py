@@ -36,7 +36,7 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 #: Temporary names stay well below the 255 bytes that file systems allow.
 _NAME_KEPT = 40
 
-Kept = TypeVar("Kept", BatchPlan, Submission, Closing, Resumption)
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class DataFolder:
             BatchNotFound: There is none.
             StorageError: It is damaged.
         """
-        found = _read(self.plan_path(batch_id), BatchPlan)
+        found = read_kept(self.plan_path(batch_id), BatchPlan)
         if found is None:
             hint = ""
             if self.submission_path(batch_id).exists():
@@ -211,7 +211,7 @@ class DataFolder:
         """
         if submission_of(part_id) is None:
             return None
-        return _read(self.waiting_part_path(part_id) / "plan.json", BatchPlan)
+        return read_kept(self.waiting_part_path(part_id) / "plan.json", BatchPlan)
 
     def read_submission(self, submission_id: str) -> Submission:
         """Return what a submission is.
@@ -220,7 +220,7 @@ class DataFolder:
             BatchNotFound: There is none.
             StorageError: It is damaged.
         """
-        found = _read(self.submission_path(submission_id), Submission)
+        found = read_kept(self.submission_path(submission_id), Submission)
         if found is None:
             raise BatchNotFound(f"no submission {submission_id!r} in {self.submissions}")
         return found
@@ -235,7 +235,7 @@ class DataFolder:
         Raises:
             StorageError: It is damaged.
         """
-        return _read(self.closing_path(batch_id), Closing)
+        return read_kept(self.closing_path(batch_id), Closing)
 
     def remove_closing(self, batch_id: str) -> None:
         """Take the decision back, durably."""
@@ -254,7 +254,7 @@ class DataFolder:
         Raises:
             StorageError: It is damaged.
         """
-        return _read(self.resumption_path(batch_id), Resumption)
+        return read_kept(self.resumption_path(batch_id), Resumption)
 
     def batch_ids(self) -> list[str]:
         """Return the ids of all planned batches, sorted."""
@@ -269,7 +269,12 @@ class DataFolder:
         return [path.parent.name for path in self.submissions.glob("*/parts/*/plan.json")]
 
 
-def _read(path: Path, kind: type[Kept]) -> Kept | None:
+def read_kept(path: Path, kind: type[Kept]) -> Kept | None:
+    """Return what is kept in a small JSON file; None if it is not there.
+
+    Raises:
+        StorageError: It is damaged.
+    """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:

@@ -1,20 +1,15 @@
 """Two small files of the data folder: the queue as `dispatch_sensor` last saw it, and the pause."""
 
-from pathlib import Path
-from typing import TypeVar
-
 import msgspec
 
-from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.queueing import Pause, QueueView
 from batch_orchestration.storage.files import (
     DataFolder,
     disk_errors,
+    read_kept,
     sync_folder,
     write_atomically,
 )
-
-Kept = TypeVar("Kept")
 
 
 def write_queue(folder: DataFolder, view: QueueView) -> None:
@@ -28,7 +23,7 @@ def read_queue(folder: DataFolder) -> QueueView | None:
     Raises:
         StorageError: It is damaged.
     """
-    return _read(folder.queue, QueueView)
+    return read_kept(folder.queue, QueueView)
 
 
 def pause(folder: DataFolder, pause: Pause) -> None:
@@ -52,13 +47,4 @@ def read_pause(folder: DataFolder) -> Pause | None:
     Raises:
         StorageError: It is damaged: somebody wanted a pause, and has to say so again, or resume.
     """
-    return _read(folder.paused, Pause)
-
-
-def _read(path: Path, kind: type[Kept]) -> Kept | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except FileNotFoundError:
-        return None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise StorageError(f"{path} is damaged: {error}") from error
+    return read_kept(folder.paused, Pause)

@@ -9,7 +9,9 @@ import dagster as dg
 import pytest
 
 from batch_orchestration.domain.dead_letters import Selection
+from batch_orchestration.domain.queueing import Pause
 from batch_orchestration.services.dead_letters import request_replay
+from batch_orchestration.storage import queue_files
 from batch_orchestration.storage.operations import open_replays
 from batch_orchestration_tests.builders import NOW, make_body, make_line
 from batch_orchestration_tests.integration.deployment import Deployment
@@ -102,6 +104,18 @@ def test_the_sensor_starts_what_was_asked_for_elsewhere_once(deployment: Deploym
     assert open_replays(deployment.folder) == []
     assert deployment.reason("replay_sensor") == "no replay is asked for"
     assert lines(deployment, batch_id, "errors.jsonl") == []
+
+
+def test_a_replay_waits_while_the_queue_is_paused(deployment: Deployment) -> None:
+    batch_id, folder = delivered(deployment), deployment.folder
+    store = deployment.store
+    request_replay(batch_id, Selection(), folder=folder, store=store, actor="me", at=NOW)
+    queue_files.pause(folder, Pause(at=NOW, actor="ada", reason="maintenance"))
+
+    assert deployment.reason("replay_sensor") == "paused: ada paused the queue: maintenance"
+
+    queue_files.unpause(folder)
+    assert len(deployment.requests("replay_sensor")) == 1
 
 
 def test_a_replay_that_cannot_run_waits_for_a_person(deployment: Deployment) -> None:

@@ -14,7 +14,6 @@ from batch_orchestration.services.estimates import (
     EstimateSettings,
     Knowledge,
     expected_seconds,
-    expected_tokens,
     read_estimate,
     read_profile,
     write_estimate,
@@ -83,15 +82,12 @@ def test_the_queue_asks_for_what_is_pending(folder: DataFolder) -> None:
     plan = make_batch(folder, 10)
     write_estimate(folder.plan_path(plan.batch_id).parent, make_intake().profile(), make_estimate())
 
-    assert expected_tokens(plan, folder=folder) == 150
-    assert expected_tokens(plan, folder=folder, pending=5) == 75
     assert expected_seconds(plan, folder=folder, pending=5) == Band(low=30, mid=50, high=100)
 
 
-def test_a_batch_without_an_estimate_has_tokens_by_its_size_and_no_time(folder: DataFolder) -> None:
+def test_a_batch_without_an_estimate_has_no_time(folder: DataFolder) -> None:
     plan = make_batch(folder, 10)
 
-    assert expected_tokens(plan, folder=folder) == plan.size_bytes // 4
     assert expected_seconds(plan, folder=folder) is None
 
 
