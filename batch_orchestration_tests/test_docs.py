@@ -14,6 +14,11 @@ from batch_orchestration.settings import Settings, settings_in_force
 ROOT = Path(__file__).parents[1]
 FAILURE_MODES = ROOT / "docs/failure-modes.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALL_PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 #: As a person types it.
 PROGRAM = r"(?:batch-orchestration|python -m batch_orchestration)"
 MAKE = r"(?:`|\$ )make ([a-z-]+)"
@@ -103,6 +108,20 @@ def test_every_make_target_that_a_page_tells_to_run_exists() -> None:
 
     assert "soak" in told
     assert told <= targets
+
+
+def test_the_code_map_names_every_service() -> None:
+    code_map = (ROOT / "ARCHITECTURE.md").read_text().partition("## Code map")[2]
+
+    services = {path.stem for path in (ROOT / "batch_orchestration/services").glob("[a-z]*.py")}
+    assert services <= set(re.findall(r"`(\w+)`", code_map))
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_link_leads_nowhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+
+    assert [to for to in links if "://" not in to and not (page.parent / to).exists()] == []
 
 
 def test_the_changelog_says_what_comes_next() -> None:
