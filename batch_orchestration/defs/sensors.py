@@ -34,7 +34,6 @@ from batch_orchestration.services.dispatch import (
     RunState,
     backoff_left,
     dispatch,
-    unfinished_batches,
 )
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.gpu_health import gpu_problem
@@ -42,7 +41,7 @@ from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import claim_admissible
 from batch_orchestration.services.queue_keeping import keep_queue
 from batch_orchestration.services.resuming import finish_resumptions
-from batch_orchestration.services.room import closed_gate
+from batch_orchestration.services.room import closed_gate, unfinished
 from batch_orchestration.services.service_order import in_order_of_service, run_priorities
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
@@ -146,7 +145,7 @@ def dispatch_sensor(
             now=now,
         )
         report_queue(context, queue)
-        batches = _known_to_dagster(context.instance, unfinished_batches(store), folder)
+        batches = _known_to_dagster(context.instance, unfinished(store.batches()), folder)
         runs = known_runs(context.instance, [batch.batch_id for batch in batches], now=now)
         runs, closings = look_after(
             context.instance, batches, runs, folder=folder, store=store, now=now

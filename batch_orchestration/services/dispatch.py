@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
 
-from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.commits import BatchRecord, ChunkReport
 from batch_orchestration.domain.lifecycle import Closing
-from batch_orchestration.storage.store import Store
 
 #: Failed runs in a row, without a commit in between, after which a person is asked.
 MAX_FAILURES = 3
@@ -27,8 +25,6 @@ MAX_NEW_RUNS = 4
 #: batch gets no further one: enough for the engine to go on until the next tick, and so few that
 #: hardly any was asked for before what is urgent now.
 MAX_QUEUED_RUNS = 2
-
-UNFINISHED = frozenset({BatchStatus.IN_PROGRESS, BatchStatus.FINALIZING, BatchStatus.CANCELLING})
 
 
 class RunState(StrEnum):
@@ -103,15 +99,6 @@ class Dispatch:
 
     needed: tuple[NeededRun, ...]
     waiting: tuple[str, ...]
-
-
-def unfinished_batches(store: Store) -> list[BatchRecord]:
-    """Return the batches that still need runs, in no order.
-
-    Raises:
-        StorageError: The store cannot be read.
-    """
-    return [record for record in store.batches() if record.status in UNFINISHED]
 
 
 def dispatch(

@@ -43,7 +43,6 @@ from batch_orchestration.services.room import (
 )
 from batch_orchestration.services.service_order import served_of_late
 from batch_orchestration.services.sidecars import options_said
-from batch_orchestration.services.status import RESTING_PHASES, STALE_SECONDS
 from batch_orchestration.services.submission_rates import read_rates
 from batch_orchestration.services.surveys import Survey, Surveys
 from batch_orchestration.storage.files import DataFolder
@@ -334,8 +333,4 @@ def _seconds(plan: BatchPlan, folder: DataFolder, pending: int) -> float | None:
 
 def _is_running(folder: DataFolder, batch_id: str, now: float) -> bool:
     progress = read_progress(folder.progress_path(batch_id))
-    return (
-        progress is not None
-        and progress.phase not in RESTING_PHASES
-        and now - progress.updated_at < STALE_SECONDS
-    )
+    return progress is not None and progress.is_of_a_live_run(now)

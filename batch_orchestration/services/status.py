@@ -13,11 +13,7 @@ from batch_orchestration.services.parts import plan_of
 from batch_orchestration.services.registration import find_submission
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
-from batch_orchestration.telemetry.progress import Progress, read_progress
-
-#: A run writes its progress each second; after this many without a word it is not to be trusted.
-STALE_SECONDS = 10.0
-RESTING_PHASES = frozenset({"done", "stopped"})
+from batch_orchestration.telemetry.progress import STALE_SECONDS, Progress, read_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +80,14 @@ class BatchView:
     @property
     def live(self) -> Progress | None:
         """What a run tells that is still at work; None if there is none or it fell silent."""
-        if self.final or self.progress is None or self.progress.phase in RESTING_PHASES:
+        if self.final or self.progress is None or self.progress.resting:
             return None
         return None if self.silent_seconds else self.progress
 
     @property
     def silent_seconds(self) -> float | None:
         """How long a run that never said it stopped has been silent; None if it has not."""
-        if self.final or self.progress is None or self.progress.phase in RESTING_PHASES:
+        if self.final or self.progress is None or self.progress.resting:
             return None
         age = self.progress_age or 0.0
         return age if age > STALE_SECONDS else None

@@ -13,15 +13,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-import msgspec
-
-from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError
 from batch_orchestration.domain.ordering import whole_points
 from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, QueueView
 from batch_orchestration.services.batch_work import BatchWork
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.operations import replay_asked_since
+from batch_orchestration.storage.queue_files import read_queue
 
 logger = logging.getLogger(__name__)
 
@@ -175,9 +174,9 @@ class Turns:
         try:
             changed_at = self._folder.queue.stat().st_mtime_ns
             if changed_at != self._queue_changed_at:
-                self._view = msgspec.json.decode(self._folder.queue.read_bytes(), type=QueueView)
+                self._view = read_queue(self._folder)
                 self._queue_changed_at = changed_at
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (OSError, StorageError) as error:
             # Without it the run goes on as if it were alone.
             logger.debug("no queue: %s", error)
             self._view = None

@@ -4,6 +4,10 @@ from pathlib import Path
 
 import msgspec
 
+#: A run writes its progress each second; after this many without a word it is not to be trusted.
+STALE_SECONDS = 10.0
+_RESTING_PHASES = frozenset({"done", "stopped"})
+
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far a batch is, as the run that works on it sees it.
@@ -30,6 +34,15 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_second: float
     output_tokens_per_second: float
     eta_seconds: float | None
+
+    @property
+    def resting(self) -> bool:
+        """Whether the run has said that it does nothing more for the batch."""
+        return self.phase in _RESTING_PHASES
+
+    def is_of_a_live_run(self, now: float) -> bool:
+        """Whether a run is at work on the batch, as far as the file can tell."""
+        return not self.resting and now - self.updated_at <= STALE_SECONDS
 
 
 def write_progress(path: Path, progress: Progress) -> None:
