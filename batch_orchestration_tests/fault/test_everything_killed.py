@@ -56,3 +56,25 @@ def test_a_run_goes_on_while_dagster_is_gone(tmp_path):
         assert_undisturbed(dagster, batch_id, REQUESTS, before)
         (answering,) = dagster.runs("answer_chunks", batch=batch_id)
         assert (answering.run_id, answering.status) == (run.run_id, "SUCCESS")
+
+
+@pytest.mark.timeout(240)
+def test_the_daemon_killed_in_the_middle_of_admission_loses_and_doubles_no_file(tmp_path):
+    """The files are claimed; nobody knows how far their runs were asked for."""
+    with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="20") as dagster:
+        sizes = {f"file-{number}": 20 + number for number in range(3)}
+        for name, requests in sizes.items():
+            dagster.drop(f"{name}.jsonl", make_input(requests))
+        claims = dagster.folder.claims
+        wait_until(lambda: len(list(claims.glob("file-*/*.jsonl"))) == 3, 60, "all are claimed")
+
+        dagster.kill_daemon()
+        wait_until(lambda: not dagster.is_up(), 60, "dagster dev is gone")
+        dagster.start()
+
+        for name in sizes:
+            dagster.wait_for_status(dagster.wait_for_batch(name), "completed")
+        admitted = {batch.file_name: batch.total for batch in dagster.store.batches()}
+        assert admitted == {f"{name}.jsonl": requests for name, requests in sizes.items()}
+        assert not list(dagster.folder.inbox.glob("*.jsonl"))
+        assert not list(claims.glob("file-*"))
