@@ -25,7 +25,7 @@ from batch_orchestration.defs.queue import report_queue
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.errors import StorageError, StoreLocked
 from batch_orchestration.domain.queueing import QueueView
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.configuration import open_inbox, queue_rules
@@ -45,6 +45,7 @@ from batch_orchestration.services.room import closed_gate, unfinished
 from batch_orchestration.services.service_order import in_order_of_service, run_priorities
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.queue_files import read_pause
 
 CLAIM_TAG = "claim"
 #: The shortest interval that Dagster's sensor loop can keep.
@@ -137,34 +138,52 @@ def dispatch_sensor(
     folder = data_folder(settings)
     try:
         finish_resumptions(folder=folder, store=store)
-        queue = keep_queue(
-            folder=folder,
-            store=store,
-            inbox=open_inbox(settings, folder),
-            rules=queue_rules(settings),
-            now=now,
-        )
-        report_queue(context, queue)
+        queue, problems = _keep_queue(context, settings, now=now)
         batches = _known_to_dagster(context.instance, unfinished(store.batches()), folder)
         runs = known_runs(context.instance, [batch.batch_id for batch in batches], now=now)
         runs, closings = look_after(
             context.instance, batches, runs, folder=folder, store=store, now=now
         )
         verdict = dispatch(
-            in_order_of_service(batches, queue.view),
+            in_order_of_service(batches, queue),
             runs,
             reports=store.chunk_reports,
             chunks_per_run=settings.chunks_per_run,
             now=now,
-            priorities=run_priorities(queue.view),
-            no_engine=_no_engine(settings, queue.view) if batches else None,
+            priorities=run_priorities(queue),
+            no_engine=_no_engine(settings, queue) if batches else None,
             closings=closings,
         )
     except StorageError as error:
         return dg.SkipReason(f"the store cannot be read now: {error}")
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
     requests = [_request(needed) for needed in verdict.needed]
-    return _result(context, requests, verdict.waiting, idle=idle)
+    return _result(context, requests, [*problems, *verdict.waiting], idle=idle)
+
+
+def _keep_queue(
+    context: dg.SensorEvaluationContext, settings: Settings, *, now: float
+) -> tuple[QueueView, list[str]]:
+    """Return the queue, and what is wrong with it.
+
+    Whatever that is, batches are to end in time and to be delivered: their order is by name then.
+    """
+    folder = data_folder(settings)
+    try:
+        queue = keep_queue(
+            folder=folder,
+            store=open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS),
+            inbox=open_inbox(settings, folder),
+            rules=queue_rules(settings),
+            now=now,
+        )
+        report_queue(context, queue)
+    except StoreLocked:
+        raise
+    except StorageError as error:
+        view = QueueView(at=now, paused=read_pause(folder))
+        return view, [f"the queue cannot be kept now: {error}"]
+    return queue.view, []
 
 
 def _no_engine(settings: Settings, queue: QueueView) -> str | None:

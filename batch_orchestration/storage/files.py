@@ -273,12 +273,14 @@ def read_kept(path: Path, kind: type[Kept]) -> Kept | None:
     """Return what is kept in a small JSON file; None if it is not there.
 
     Raises:
-        StorageError: It is damaged.
+        StorageError: It is damaged, or cannot be read.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{path} is damaged: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.queueing import Pause, QueueView
 from batch_orchestration.storage.files import (
     DataFolder,
@@ -44,7 +45,11 @@ def unpause(folder: DataFolder) -> Pause | None:
 def read_pause(folder: DataFolder) -> Pause | None:
     """Return the pause; None if the queue is not paused.
 
-    Raises:
-        StorageError: It is damaged: somebody wanted a pause, and has to say so again, or resume.
+    One that is damaged is a pause all the same: somebody wanted it.
     """
-    return read_kept(folder.paused, Pause)
+    try:
+        return read_kept(folder.paused, Pause)
+    except StorageError as error:
+        return Pause(
+            at=0.0, actor="somebody", reason=f"{error}; resume the queue, or pause it anew"
+        )
