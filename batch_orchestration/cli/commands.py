@@ -11,8 +11,8 @@ from batch_orchestration.cli.context import Commands, Context, json_option, open
 from batch_orchestration.cli.dead_letters import discard, failures, replay
 from batch_orchestration.cli.estimates import estimates
 from batch_orchestration.cli.gpu import gpu
-from batch_orchestration.cli.lifecycle import cancel_batch, resume_batch
-from batch_orchestration.cli.queue import board_picture, pause, show_live, unpause
+from batch_orchestration.cli.lifecycle import cancel_batch, resume_queue_or_batch
+from batch_orchestration.cli.queue import board_picture, pause, show_live
 from batch_orchestration.cli.recovering import recover
 from batch_orchestration.cli.results import results
 from batch_orchestration.cli.submitting import submit, validate
@@ -48,12 +48,11 @@ main.add_command(replay)
 main.add_command(discard)
 main.add_command(recover)
 main.add_command(cancel_batch)
-main.add_command(resume_batch)
+main.add_command(resume_queue_or_batch)
 main.add_command(results)
 main.add_command(gpu)
 main.add_command(estimates)
 main.add_command(pause)
-main.add_command(unpause)
 
 
 @main.command()

@@ -1,6 +1,6 @@
 """`failures`, `replay` and `discard`: what people do about failed requests."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +13,14 @@ from batch_orchestration.domain.dead_letters import (
     UNRESOLVED,
     DeadLetter,
     DeadLetterState,
+    Replay,
     Selection,
 )
 from batch_orchestration.domain.outcomes import Failure, FailureCode
 from batch_orchestration.services import dead_letters
 from batch_orchestration.services.configuration import admission_settings
-from batch_orchestration.services.submission_status import is_submission
+from batch_orchestration.services.submission_letters import discard_each, request_replays
+from batch_orchestration.services.submission_status import batches_named
 from batch_orchestration.storage.operations import open_replays
 
 SHOWN_AT_FIRST = 50
@@ -86,14 +88,14 @@ def failures(
 
     While the batch runs, these are the ones in chunks that are committed already. Those that a
     replay has answered are listed with --state resolved. BATCH may be a submission: then those of
-    all its parts are listed.
+    all its parts are meant.
     """
     context = open_context()
     batches = _batches(batch_id, context)
     selection = _selection(codes, custom_ids, states, limit, default=UNRESOLVED)
     if as_input is not None:
         dead = msgspec.structs.replace(selection, states=selection.states if states else _DEAD)
-        _write_input(batch_id, dead, as_input, context, include_faulty, as_json=as_json)
+        _write_input(batches, dead, as_input, context, include_faulty, as_json=as_json)
         return
     shown = limit or (None if as_json else SHOWN_AT_FIRST)
     found = [letter for name in batches for letter in _letters(name, selection, shown, context)]
@@ -140,13 +142,15 @@ def replay(
     This command only asks for it, and Dagster runs it (`replay_sensor`, job
     `replay_failed_requests`): two engines on one device would take each other's memory, and only
     Dagster's pool `gpu` knows whether the device is free. The request is kept on disk, so it does
-    not matter whether Dagster runs now.
+    not matter whether Dagster runs now. BATCH may be a submission: then each part with failed
+    requests that are meant gets a replay.
     """
     context = open_context()
+    batches = _batches(batch_id, context)
     given = {"max_tokens": max_tokens, "model": model}
     overrides = {name: value for name, value in given.items() if value is not None}
-    asked = dead_letters.request_replay(
-        batch_id,
+    asked = request_replays(
+        batches,
         _selection(codes, custom_ids, (), limit, default=_DEAD),
         folder=context.folder,
         store=context.store,
@@ -156,26 +160,33 @@ def replay(
         model_required=admission_settings(context.settings).model_required,
         force=force,
     )
-    numbers = [replay.number for replay in asked.replays]
     if not as_json:
         _say_left_out(asked.left_out)
-        names = ", ".join(map(str, numbers))
+        names = ", ".join(_names(asked.replays, batch_id))
         click.echo(f"{asked.requests:,} requests wait for the engine, as replay {names}.")
         click.echo("Dagster starts it (`make dev`) as soon as the engine is free.")
     if wait:
-        _wait_for(batch_id, numbers, context)
+        _wait_for(asked.replays, context)
     if as_json:
         print_json(
             {
                 "batch_id": batch_id,
-                "replays": numbers,
+                "replays": [replay.number for replay in asked.replays],
+                "batches": [replay.batch_id for replay in asked.replays],
                 "requests": asked.requests,
                 "left_out": asked.left_out,
             }
         )
     elif wait:
-        counts = context.store.batch(batch_id)
-        click.echo(f"{counts.completed:,} answered, {counts.failed:,} failed.")
+        counts = [context.store.batch(name) for name in batches]
+        completed, failed = sum(c.completed for c in counts), sum(c.failed for c in counts)
+        click.echo(f"{completed:,} answered, {failed:,} failed.")
+
+
+def _names(replays: Sequence[Replay], batch_id: str) -> Iterator[str]:
+    """Yield what people call each replay; of a submission, with the part."""
+    for asked in replays:
+        yield f"{asked.number}" + (f" of {asked.batch_id}" if asked.batch_id != batch_id else "")
 
 
 @click.command()
@@ -197,10 +208,14 @@ def discard(
     states: tuple[str, ...],
     reason: str,
 ) -> None:
-    """Give up failed requests of BATCH: they stay in its error file, but need nobody any more."""
+    """Give up failed requests of BATCH: they stay in its error file, but need nobody any more.
+
+    BATCH may be a submission: then those of all its parts are meant. Exit 1 if a replay is at work
+    on some of them; the others are discarded.
+    """
     context = open_context()
-    count = dead_letters.discard(
-        batch_id,
+    discarded = discard_each(
+        _batches(batch_id, context),
         _selection(codes, custom_ids, states, limit, default=_DEAD),
         reason=reason,
         folder=context.folder,
@@ -208,17 +223,14 @@ def discard(
         actor=person(),
         at=context.clock(),
     )
+    count = sum(discarded.counts.values())
     click.echo(f"{count:,} failed requests of {batch_id} are discarded.")
+    if discarded.refused:
+        raise click.ClickException("; ".join(discarded.refused.values()))
 
 
 def _batches(name: str, context: Context) -> list[str]:
-    """Return the batch of that name, or the parts of a submission that are admitted."""
-    if is_submission(name, folder=context.folder):
-        known = {record.batch_id for record in context.store.batches()}
-        return [part for part in context.folder.read_submission(name).parts if part in known]
-    context.folder.read_plan(name)
-    context.store.batch(name)
-    return [name]
+    return batches_named(name, folder=context.folder, store=context.store)
 
 
 def _letters(
@@ -260,7 +272,7 @@ def _fields(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _write_input(
-    batch_id: str,
+    batches: Sequence[str],
     selection: Selection,
     path: Path,
     context: Context,
@@ -269,7 +281,7 @@ def _write_input(
     as_json: bool,
 ) -> None:
     written = dead_letters.as_input(
-        batch_id,
+        batches,
         selection,
         path,
         folder=context.folder,
@@ -290,8 +302,8 @@ def _say_left_out(left_out: Sequence[dead_letters.LeftOut]) -> None:
         click.echo(f"left out: {len(left_out) - SHOWN_AT_FIRST:,} more", err=True)
 
 
-def _wait_for(batch_id: str, numbers: Sequence[int], context: Context) -> None:
-    mine = {(batch_id, number) for number in numbers}
+def _wait_for(replays: Sequence[Replay], context: Context) -> None:
+    mine = {(replay.batch_id, replay.number) for replay in replays}
     while mine.intersection(open_replays(context.folder)):
         context.sleep(LOOK_SECONDS)
 

@@ -1,27 +1,36 @@
-"""`cancel` and `resume`: ending a batch early, and going on with it."""
+"""`cancel` and `resume`: ending a batch early, and going on with it, or with the whole queue."""
+
+from collections.abc import Mapping
 
 import click
 
-from batch_orchestration.cli.context import json_option, open_context, person, print_json
-from batch_orchestration.services.closing import cancel
-from batch_orchestration.services.resuming import resume
+from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
+from batch_orchestration.services.closing import Cancellation
+from batch_orchestration.services.submission_endings import (
+    CancelledParts,
+    ResumedParts,
+    cancel_any,
+    resume_any,
+)
+from batch_orchestration.services.submission_status import is_submission
+from batch_orchestration.storage import queue_files
 
-_batch = click.argument("batch_id", metavar="BATCH")
 _reason = click.option("--reason", default="", help="Why; kept in the batch's history and report.")
 
 
 @click.command("cancel")
-@_batch
+@click.argument("batch_id", metavar="BATCH")
 @_reason
 @json_option
 def cancel_batch(batch_id: str, reason: str, as_json: bool) -> None:
     """Stop BATCH: what is answered is delivered, the rest fails as `batch_cancelled`.
 
-    The run at work on it lets go of its requests within seconds; the files follow. Exit 1 if there
-    is nothing left to cancel.
+    The run at work on it lets go of its requests within seconds; the files follow. BATCH may be a
+    submission: then every part that has not ended is cancelled, also those that wait for room.
+    Exit 1 if there is nothing left to cancel.
     """
     context = open_context()
-    cancellation = cancel(
+    result = cancel_any(
         batch_id,
         folder=context.folder,
         store=context.store,
@@ -29,15 +38,15 @@ def cancel_batch(batch_id: str, reason: str, as_json: bool) -> None:
         reason=reason,
         at=context.clock(),
     )
+    if is_submission(batch_id, folder=context.folder):
+        _tell_cancelled_parts(batch_id, result, as_json=as_json)
+    else:
+        _tell_cancelled(batch_id, result.cancelled[batch_id], as_json=as_json)
+
+
+def _tell_cancelled(batch_id: str, cancellation: Cancellation, *, as_json: bool) -> None:
     if as_json:
-        print_json(
-            {
-                "batch_id": batch_id,
-                "closing": cancellation.closing,
-                "earlier": cancellation.earlier,
-                "over": cancellation.over,
-            }
-        )
+        print_json({"batch_id": batch_id, **_object(cancellation)})
     elif cancellation.over:
         click.echo(f"{batch_id} is {cancellation.closing} already.")
     elif cancellation.earlier:
@@ -49,8 +58,37 @@ def cancel_batch(batch_id: str, reason: str, as_json: bool) -> None:
         )
 
 
+def _tell_cancelled_parts(submission_id: str, result: CancelledParts, *, as_json: bool) -> None:
+    parts, of = result.cancelled, len(result.cancelled) + len(result.left)
+    if as_json:
+        told = {part_id: _object(cancellation) for part_id, cancellation in parts.items()}
+        print_json({"submission": submission_id, "parts": told, "left": result.left})
+        return
+    if all(cancellation.over for cancellation in parts.values()):
+        click.echo(f"{submission_id}: {len(parts)} of {of} parts are cancelled already.")
+    else:
+        click.echo(
+            f"{submission_id}: {len(parts)} of {of} parts are being cancelled. The files follow"
+            f" when\nall have ended: python -m batch_orchestration watch {submission_id}"
+        )
+    _say_left(result.left)
+
+
+def _object(cancellation: Cancellation) -> dict[str, object]:
+    return {
+        "closing": cancellation.closing,
+        "earlier": cancellation.earlier,
+        "over": cancellation.over,
+    }
+
+
+def _say_left(left: Mapping[str, str]) -> None:
+    for reason in left.values():
+        click.echo(f"left as it is: {reason}", err=True)
+
+
 @click.command("resume")
-@_batch
+@click.argument("batch_id", metavar="[BATCH]", required=False)
 @click.option(
     "--completion-window",
     metavar="DURATION",
@@ -58,14 +96,22 @@ def cancel_batch(batch_id: str, reason: str, as_json: bool) -> None:
 )
 @_reason
 @json_option
-def resume_batch(batch_id: str, completion_window: str | None, reason: str, as_json: bool) -> None:
+def resume_queue_or_batch(
+    batch_id: str | None, completion_window: str | None, reason: str, as_json: bool
+) -> None:
     """Go on with BATCH, which was cancelled or has expired: only what has no answer is asked.
 
-    Its output files are made anew when everything is answered.
+    Its output files are made anew when everything is answered. BATCH may be a submission: then
+    every part goes on that can. Without BATCH, a queue that was paused by `pause` goes on.
     """
     context = open_context()
+    if batch_id is None:
+        if completion_window or reason:
+            raise click.UsageError("--completion-window and --reason are about a batch: name it")
+        _resume_queue(context, as_json=as_json)
+        return
     try:
-        resumption = resume(
+        result = resume_any(
             batch_id,
             folder=context.folder,
             store=context.store,
@@ -76,10 +122,35 @@ def resume_batch(batch_id: str, completion_window: str | None, reason: str, as_j
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    if as_json:
-        print_json({"batch_id": batch_id, "resumption": resumption})
+    if is_submission(batch_id, folder=context.folder):
+        _tell_resumed_parts(batch_id, result, as_json=as_json)
+    elif as_json:
+        print_json({"batch_id": batch_id, "resumption": result.resumed[batch_id]})
     else:
         click.echo(
             f"{batch_id} goes on as soon as the engine is free: python -m batch_orchestration"
             f" watch {batch_id}"
         )
+
+
+def _tell_resumed_parts(submission_id: str, result: ResumedParts, *, as_json: bool) -> None:
+    if as_json:
+        told = {"submission": submission_id, "parts": result.resumed, "left": result.left}
+        print_json(told)
+        return
+    of = len(result.resumed) + len(result.left)
+    click.echo(
+        f"{submission_id}: {len(result.resumed)} of {of} parts go on as soon as the engine is free:"
+        f" python -m batch_orchestration watch {submission_id}"
+    )
+    _say_left(result.left)
+
+
+def _resume_queue(context: Context, *, as_json: bool) -> None:
+    before = queue_files.unpause(context.folder)
+    if as_json:
+        print_json({"was_paused": before is not None})
+    elif before is None:
+        click.echo("The queue was not paused.")
+    else:
+        click.echo(f"The queue goes on; {before.actor} had paused it.")

@@ -1,7 +1,5 @@
-"""`pause`, `unpause`, and the live board of `status --live`."""
+"""`pause`, and the live board of `status --live`."""
 
-import os
-import pwd
 from collections.abc import Callable
 
 import click
@@ -10,7 +8,7 @@ from rich.live import Live
 from rich.text import Text
 
 from batch_orchestration.cli import tables
-from batch_orchestration.cli.context import Context, json_option, open_context, print_json
+from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.domain.queueing import Pause
 from batch_orchestration.services.board import Board
 from batch_orchestration.storage import queue_files
@@ -25,29 +23,16 @@ LOOK_SECONDS = 2.0
 def pause(reason: str, as_json: bool) -> None:
     """Pause the whole queue: nothing is admitted, no run is started.
 
-    Running runs end what they have begun; nothing is lost. `unpause` lets the queue go on.
+    Running runs end what they have begun; nothing is lost. `resume` lets the queue go on.
     """
     context = open_context()
     context.folder.create()
-    paused = Pause(at=context.clock(), actor=_person(), reason=reason)
+    paused = Pause(at=context.clock(), actor=person(), reason=reason)
     queue_files.pause(context.folder, paused)
     if as_json:
         print_json(paused)
     else:
-        click.echo("The queue is paused. To let it go on: python -m batch_orchestration unpause")
-
-
-@click.command()
-@json_option
-def unpause(as_json: bool) -> None:
-    """Let a paused queue go on."""
-    before = queue_files.unpause(open_context().folder)
-    if as_json:
-        print_json({"was_paused": before is not None})
-    elif before is None:
-        click.echo("The queue was not paused.")
-    else:
-        click.echo(f"The queue goes on; {before.actor} had paused it.")
+        click.echo("The queue is paused. To let it go on: python -m batch_orchestration resume")
 
 
 def show_live(context: Context, picture: Callable[[], RenderableType]) -> None:
@@ -71,10 +56,3 @@ def board_picture(board: Board) -> RenderableType:
     problem = board.store_problem
     head = [Text(f"From the runs' files: {problem}", style="red")] if problem else []
     return Group(*head, *tables.board_tables(board))
-
-
-def _person() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return f"uid {os.getuid()}"

@@ -110,7 +110,7 @@ def chunk_results(
     """
     force, present = config.force, gpu.in_force(settings)
     selection = _selection(context)
-    claim_batch(context.instance, context.run, list(selection))
+    claim_batch(context.instance, context.run, list(selection), data_folder(present))
     commits = run_chunks(
         selection,
         engine=gpu.for_run(context.run.run_id, present),
@@ -201,8 +201,8 @@ def batch_output(
     writable; mend that and materialize this partition.
     """
     batch_id = context.partition_key
-    claim_batch(context.instance, context.run, [batch_id])
     folder, store, run_id = data_folder(settings), open_store(settings), context.run.run_id
+    claim_batch(context.instance, context.run, [batch_id], folder)
     for event in closed_chunks(
         context.instance, batch_id, folder=folder, store=store, run_id=run_id
     ):

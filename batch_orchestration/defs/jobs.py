@@ -8,7 +8,7 @@ from pydantic import Field
 
 from batch_orchestration.defs.assets import batch_output, chunk_results
 from batch_orchestration.defs.events import manifest_materialization
-from batch_orchestration.defs.partitions import SUBMISSION_TAG, add_partitions
+from batch_orchestration.defs.partitions import add_partitions, name_tags, submission_tags
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.errors import BatchOrchestrationError, FileStillChanging
@@ -54,9 +54,11 @@ def admit_claim(
     context.log.info(str(verdict))
     if isinstance(verdict, Split):
         # `dispatch_sensor` admits its parts, and makes their partitions.
-        context.instance.add_run_tags(context.run.run_id, {SUBMISSION_TAG: verdict.submission})
+        tags = submission_tags(folder.read_submission(verdict.submission))
+        context.instance.add_run_tags(context.run.run_id, tags)
     elif isinstance(verdict, Admitted | AlreadyAdmitted) and _is_batch(folder, verdict.batch_id):
         plan = folder.read_plan(verdict.batch_id)
+        context.instance.add_run_tags(context.run.run_id, name_tags(plan))
         # First, because the partitions say that all of this is done.
         context.log_event(
             manifest_materialization(

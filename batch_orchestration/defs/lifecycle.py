@@ -1,22 +1,22 @@
 """Ending a batch early, and going on with it: jobs for people, and what each tick looks after."""
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import dagster as dg
 from pydantic import Field
 
 from batch_orchestration.defs.events import closed_chunk_materialization
-from batch_orchestration.defs.partitions import BATCH_TAG
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
+from batch_orchestration.defs.runs import tags_about
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.close_out import close_out
-from batch_orchestration.services.closing import cancel, close_due, closing_in_force
+from batch_orchestration.services.closing import close_due, closing_in_force
 from batch_orchestration.services.dispatch import KnownRun, RunState
-from batch_orchestration.services.resuming import resume
+from batch_orchestration.services.submission_endings import cancel_any, resume_any
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
@@ -29,7 +29,7 @@ CHUNKS_KEY = dg.AssetKey("chunk_results")
 class CancelConfig(dg.Config):
     """Which batch to cancel."""
 
-    batch: str = Field(description="Id of the batch.")
+    batch: str = Field(description="Id of the batch, or of a submission: then all its parts.")
     reason: str = Field("", description="Why; kept in the batch's history and in its report.")
 
 
@@ -38,10 +38,12 @@ def cancel_one(
     context: dg.OpExecutionContext, config: CancelConfig, settings: SettingsResource
 ) -> None:
     """Decide that a batch is cancelled; the run at work on it stops by itself."""
+    folder = data_folder(settings)
+    context.instance.add_run_tags(context.run.run_id, tags_about(config.batch, folder))
     try:
-        cancellation = cancel(
+        cancelled = cancel_any(
             config.batch,
-            folder=data_folder(settings),
+            folder=folder,
             store=open_store(settings),
             actor=context.run.run_id,
             reason=config.reason,
@@ -49,16 +51,18 @@ def cancel_one(
         )
     except BatchOrchestrationError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
-    context.instance.add_run_tags(context.run.run_id, {BATCH_TAG: config.batch})
-    before = "it was before: " if cancellation.earlier else ""
-    context.log.info(f"{config.batch}: {before}{cancellation.closing}")
+    for batch_id, cancellation in cancelled.cancelled.items():
+        before = "it was before: " if cancellation.earlier else ""
+        context.log.info(f"{batch_id}: {before}{cancellation.closing}")
+    _say_left(context, cancelled.left)
 
 
 @dg.job
 def cancel_batch() -> None:
-    """Cancel a batch: what is answered is delivered, the rest becomes rows of `errors.jsonl`.
+    """Cancel a batch or a submission: what is answered is delivered.
 
-    Requests in flight are let go within seconds. Terminating a run of the batch does the same.
+    The rest becomes rows of `errors.jsonl`. Requests in flight are let go within seconds.
+    Terminating a run of the batch does the same.
     """
     cancel_one()
 
@@ -66,7 +70,9 @@ def cancel_batch() -> None:
 class ResumeConfig(dg.Config):
     """Which batch to go on with."""
 
-    batch: str = Field(description="Id of a batch that was cancelled or has expired.")
+    batch: str = Field(
+        description="Id of a batch, or of a submission, that was cancelled or has expired."
+    )
     completion_window: str = Field(
         "", description="A new one, like 24h, counted from now; an expired batch needs it."
     )
@@ -78,10 +84,12 @@ def resume_one(
     context: dg.OpExecutionContext, config: ResumeConfig, settings: SettingsResource
 ) -> None:
     """Bring a batch that ended early back into progress; dispatch_sensor does the rest."""
+    folder = data_folder(settings)
+    context.instance.add_run_tags(context.run.run_id, tags_about(config.batch, folder))
     try:
-        resume(
+        resumed = resume_any(
             config.batch,
-            folder=data_folder(settings),
+            folder=folder,
             store=open_store(settings),
             actor=context.run.run_id,
             reason=config.reason,
@@ -90,12 +98,18 @@ def resume_one(
         )
     except (BatchOrchestrationError, ValueError) as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
-    context.instance.add_run_tags(context.run.run_id, {BATCH_TAG: config.batch})
+    context.log.info(f"go on: {', '.join(resumed.resumed)}")
+    _say_left(context, resumed.left)
+
+
+def _say_left(context: dg.OpExecutionContext, left: Mapping[str, str]) -> None:
+    for reason in left.values():
+        context.log.info(f"left as it is: {reason}")
 
 
 @dg.job
 def resume_batch() -> None:
-    """Go on with a batch that was cancelled or has expired: only what has no answer is asked.
+    """Go on with a batch or submission that ended early: only what has no answer is asked.
 
     Its output files are made anew when everything is answered.
     """

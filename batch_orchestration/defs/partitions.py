@@ -7,7 +7,7 @@ import dagster as dg
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import chunk_key, parse_chunk_key
 from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.submissions import submission_of
+from batch_orchestration.domain.submissions import Submission, submission_of
 
 batches = dg.DynamicPartitionsDefinition(name="batches")
 chunks = dg.DynamicPartitionsDefinition(name="chunks")
@@ -21,6 +21,7 @@ PRIORITY_TAG = "dagster/priority"
 BATCH_TAG = "batch"
 MODEL_TAG = "model"
 SUBMISSION_TAG = "submission"
+SOURCE_TAG = "source"
 
 
 def add_partitions(instance: dg.DagsterInstance, plan: BatchPlan) -> None:
@@ -42,17 +43,25 @@ def batch_tags(batch: BatchRecord, *, priority: int) -> dict[str, str]:
     """Return the tags of every run about this batch; higher priorities go first."""
     model = batch.options.model or batch.model
     return {
-        BATCH_TAG: batch.batch_id,
+        **name_tags(batch),
         PRIORITY_TAG: str(priority),
         **({MODEL_TAG: model} if model else {}),
-        **submission_tag(batch.batch_id),
     }
 
 
-def submission_tag(batch_id: str) -> dict[str, str]:
-    """Return the tag that names the submission which a batch is a part of, if it is one."""
-    submission = submission_of(batch_id)
-    return {SUBMISSION_TAG: submission} if submission else {}
+def name_tags(batch: BatchPlan | BatchRecord) -> dict[str, str]:
+    """Return the tags that say which batch this is, of which submission if any, and whose."""
+    submission = submission_of(batch.batch_id)
+    return {
+        BATCH_TAG: batch.batch_id,
+        **({SUBMISSION_TAG: submission} if submission else {}),
+        SOURCE_TAG: batch.source,
+    }
+
+
+def submission_tags(submission: Submission) -> dict[str, str]:
+    """Return the tags of a run about a whole submission."""
+    return {SUBMISSION_TAG: submission.submission_id, SOURCE_TAG: submission.source}
 
 
 def range_tags(batch_id: str, numbers: range) -> dict[str, str]:

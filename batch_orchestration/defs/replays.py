@@ -10,7 +10,7 @@ from pydantic import Field
 from batch_orchestration.defs.assets import batch_output
 from batch_orchestration.defs.checks import check_again
 from batch_orchestration.defs.events import output_metadata
-from batch_orchestration.defs.partitions import BATCH_TAG, PRIORITY_TAG, submission_tag
+from batch_orchestration.defs.partitions import PRIORITY_TAG
 from batch_orchestration.defs.resources import (
     GpuResource,
     SettingsResource,
@@ -18,7 +18,7 @@ from batch_orchestration.defs.resources import (
     feeding,
     open_store,
 )
-from batch_orchestration.defs.runs import ask_person, mark_unfit, run_state
+from batch_orchestration.defs.runs import ask_person, mark_unfit, run_state, tags_about
 from batch_orchestration.domain.dead_letters import Selection
 from batch_orchestration.domain.errors import (
     BatchNotFound,
@@ -29,12 +29,14 @@ from batch_orchestration.domain.errors import (
 from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.domain.overrides import ANY_MODEL
 from batch_orchestration.domain.queueing import WaitReason
-from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.dispatch import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.replaying import ReplayReport, run_replay
 from batch_orchestration.services.room import closed_gate
+from batch_orchestration.services.submission_letters import request_replays
+from batch_orchestration.services.submission_status import batches_named
 from batch_orchestration.settings import Settings
+from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.operations import open_replays
 from batch_orchestration.storage.queue_files import read_pause
 
@@ -47,7 +49,7 @@ INTERVAL_SECONDS = 5
 class ReplayConfig(dg.Config):
     """Which failed requests to send to the engine again, and with what changes."""
 
-    batch: str = Field(description="Id of the batch.")
+    batch: str = Field(description="Id of the batch, or of a submission: then of all its parts.")
     codes: list[str] = Field([], description="Only failures with these codes; none: any code.")
     custom_ids: list[str] = Field([], description="Only these requests; none: any.")
     limit: int | None = Field(None, ge=1, description="So many at most, in input order.")
@@ -96,12 +98,12 @@ def replay_dead_letters(
     """
     present = gpu.in_force(settings)
     try:
-        for number in _numbers(context, config, present):
-            tag = {BATCH_TAG: config.batch, REPLAY_TAG: _tag(config.batch, number)}
-            tag |= submission_tag(config.batch)
-            context.instance.add_run_tags(context.run.run_id, tag)
+        for batch_id, number in _numbers(context, config, present):
+            tags = tags_about(batch_id, data_folder(present))
+            tags |= {REPLAY_TAG: _tag(batch_id, number)}
+            context.instance.add_run_tags(context.run.run_id, tags)
             report = run_replay(
-                config.batch,
+                batch_id,
                 number,
                 engine=gpu.for_run(context.run.run_id, present),
                 folder=data_folder(present),
@@ -118,16 +120,20 @@ def replay_dead_letters(
         raise dg.Failure(description=str(error), allow_retries=False) from error
 
 
-def _numbers(context: dg.OpExecutionContext, config: ReplayConfig, settings: Settings) -> list[int]:
+def _numbers(
+    context: dg.OpExecutionContext, config: ReplayConfig, settings: Settings
+) -> list[tuple[str, int]]:
+    """Return the replays that are meant: the batch of each, and its number."""
     if config.replay is not None:
-        return [config.replay]
+        return [(config.batch, config.replay)]
+    folder, store = data_folder(settings), open_store(settings)
     # The same for each try of the step and each retry of the run.
     request_key = context.run.root_run_id or context.run.run_id
-    asked = request_replay(
-        config.batch,
+    asked = request_replays(
+        batches_named(config.batch, folder=folder, store=store),
         config.selection(),
-        folder=data_folder(settings),
-        store=open_store(settings),
+        folder=folder,
+        store=store,
         actor=request_key,
         at=time.time(),
         overrides=config.changes(),
@@ -137,7 +143,7 @@ def _numbers(context: dg.OpExecutionContext, config: ReplayConfig, settings: Set
     )
     for left_out in asked.left_out:
         context.log.warning(f"cannot be replayed: {left_out}")
-    return [replay.number for replay in asked.replays]
+    return [(replay.batch_id, replay.number) for replay in asked.replays]
 
 
 def _tell(context: dg.OpExecutionContext, report: ReplayReport, settings: Settings) -> None:
@@ -192,7 +198,7 @@ def replay_sensor(
     if replays and (gate := closed_gate(read_pause(folder), partial(gpu_problem, settings))):
         return dg.SkipReason(str(gate))
     for batch_id, number in replays:
-        request = _request(context.instance, batch_id, number, now=now)
+        request = _request(context.instance, batch_id, number, folder, now=now)
         if isinstance(request, str):
             reasons.append(f"replay {number} of {batch_id}: {request}")
         else:
@@ -203,7 +209,7 @@ def replay_sensor(
 
 
 def _request(
-    instance: dg.DagsterInstance, batch_id: str, number: int, *, now: float
+    instance: dg.DagsterInstance, batch_id: str, number: int, folder: DataFolder, *, now: float
 ) -> dg.RunRequest | str:
     """Return the run that a replay needs, or why not now."""
     tag = _tag(batch_id, number)
@@ -227,7 +233,7 @@ def _request(
         run_key=f"{tag}#{len(ended)}",
         job_name=replay_failed_requests.name,
         run_config={"ops": {replay_dead_letters.name: config}},
-        tags={BATCH_TAG: batch_id, REPLAY_TAG: tag, **submission_tag(batch_id)},
+        tags={REPLAY_TAG: tag, **tags_about(batch_id, folder)},
     )
 
 

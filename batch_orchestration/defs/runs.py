@@ -1,5 +1,6 @@
 """Dagster's runs as dispatch sees them: which are live, and how the others ended."""
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
@@ -8,9 +9,13 @@ from batch_orchestration.defs.partitions import (
     BATCH_TAG,
     PARTITION_TAG,
     chunks_by_batch,
-    submission_tag,
+    name_tags,
+    submission_tags,
 )
+from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.services.dispatch import KnownRun, RunState
+from batch_orchestration.services.submission_status import is_submission
+from batch_orchestration.storage.files import DataFolder
 
 WILL_RETRY_TAG = "dagster/will_retry"
 RETRIED_BY_TAG = "dagster/auto_retry_run_id"
@@ -86,10 +91,22 @@ def mark_unfit(instance: dg.DagsterInstance, run_id: str) -> None:
     instance.add_run_tags(run_id, {UNFIT_TAG: run_id})
 
 
-def claim_batch(instance: dg.DagsterInstance, run: dg.DagsterRun, batch_ids: Sequence[str]) -> None:
+def claim_batch(
+    instance: dg.DagsterInstance, run: dg.DagsterRun, batch_ids: Sequence[str], folder: DataFolder
+) -> None:
     """Tag a run that a person launched with its batch, as those of `dispatch_sensor` are."""
     if BATCH_TAG not in run.tags and len(batch_ids) == 1:
-        instance.add_run_tags(run.run_id, {BATCH_TAG: batch_ids[0], **submission_tag(batch_ids[0])})
+        instance.add_run_tags(run.run_id, tags_about(batch_ids[0], folder))
+
+
+def tags_about(name: str, folder: DataFolder) -> dict[str, str]:
+    """Return the tags that name a batch or a submission, and its source."""
+    # Of what is unknown or damaged the run itself tells.
+    with contextlib.suppress(BatchOrchestrationError):
+        if is_submission(name, folder=folder):
+            return submission_tags(folder.read_submission(name))
+        return name_tags(folder.read_plan(name))
+    return {BATCH_TAG: name}
 
 
 def _known(record: dg.RunRecord, now: float) -> Iterator[KnownRun]:

@@ -10,6 +10,7 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
     ├── PlanMismatch             settings or input are not those that the batch was planned with
     ├── AccountingError          a batch whose requests and outcomes do not add up
     ├── DeadLetterError          dead letters that cannot be replayed or discarded as asked
+    │   └── NothingMeant         no dead letter of the batch is meant
     ├── IllegalTransition        a batch whose status does not allow what was asked
     ├── GpuUnreadable            NVML is missing, or raised
     ├── GpuUnhealthy             the gate is shut: no engine is started on this device now
@@ -61,6 +62,10 @@ class AccountingError(BatchOrchestrationError):
 
 class DeadLetterError(BatchOrchestrationError):
     """The dead letters cannot be replayed or discarded as asked; nothing was changed."""
+
+
+class NothingMeant(DeadLetterError):
+    """No dead letter of the batch is meant."""
 
 
 class IllegalTransition(BatchOrchestrationError):

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.dead_letters import DeadLetterState, Discard, Replay, Selection
-from batch_orchestration.domain.errors import DeadLetterError
+from batch_orchestration.domain.errors import DeadLetterError, NothingMeant
 from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.domain.requests import UTF8_BOM, Fault
 from batch_orchestration.services.original_lines import OriginalLine, original_lines
@@ -38,6 +39,14 @@ class LeftOut:
     def __str__(self) -> str:
         name = "" if self.custom_id is None else f" ({self.custom_id})"
         return f"line {self.line}{name}: {self.reason}"
+
+
+class NoneReplayable(DeadLetterError):
+    """None of the dead letters that are meant can be replayed."""
+
+    def __init__(self, left_out: Sequence[LeftOut]) -> None:
+        super().__init__(f"none of them can be replayed: {_listed(left_out)}")
+        self.left_out = left_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +101,8 @@ def request_replay(
 
     Raises:
         BatchNotFound: There is no such batch.
-        DeadLetterError: Nothing that could be replayed is meant; the message says why.
+        NothingMeant: None of its dead letters is meant.
+        NoneReplayable: None of those that are meant can be replayed.
     """
     plan, operations = folder.read_plan(batch_id), Operations(folder, batch_id)
     asked = Replay(
@@ -110,12 +120,12 @@ def request_replay(
         if known := _asked_before(operations, request_key):
             return RequestedReplay(replays=known)
         codes = store.dead_letter_codes(batch_id, _dead(selection))
-        _require_some(codes, batch_id, selection, store)
+        require_some(codes, [batch_id], selection, store)
         required = model_required and plan.options.model is None
         lines = original_lines(plan, codes, folder, overrides=overrides, model_required=required)
         sound, left_out = _sort_out(lines, codes)
         if not sound:
-            raise DeadLetterError(f"none of them can be replayed: {_listed(left_out)}")
+            raise NoneReplayable(left_out)
         replays = list(_kept(operations, asked, sound))
         operations.apply_to(store)
     return RequestedReplay(replays=replays, left_out=left_out)
@@ -169,7 +179,7 @@ def discard(
         if DeadLetterState.REPLAYING in selection.states:
             _take_back(operations, selection, store, at=at)
         codes = store.dead_letter_codes(batch_id, _dead(selection))
-        _require_some(codes, batch_id, selection, store)
+        require_some(codes, [batch_id], selection, store)
         operations.add(
             Discard(
                 batch_id=batch_id,
@@ -185,7 +195,7 @@ def discard(
 
 
 def as_input(
-    batch_id: str,
+    batch_ids: Sequence[str],
     selection: Selection,
     path: Path,
     *,
@@ -197,25 +207,32 @@ def as_input(
 
     Lines that never were requests are left out, unless they are asked for.
 
+    Args:
+        batch_ids: One batch, or the parts of a submission in file order.
+        selection: Which; its limit is that of all of them together.
+        path: Of the new file.
+        folder: The data folder.
+        store: The store.
+        include_faulty: Also lines that never were requests.
+
     Raises:
         BatchNotFound: There is no such batch.
         DeadLetterError: The file exists, or there is nothing to write.
     """
-    plan = folder.read_plan(batch_id)
     if path.exists():
         raise DeadLetterError(f"{path} exists and is left as it is: name another file")
-    codes = store.dead_letter_codes(batch_id, selection)
-    _require_some(codes, batch_id, selection, store)
+    found = list(_found(batch_ids, selection, folder, store))
     left_out: list[LeftOut] = []
     written = 0
     with atomic_writer(path) as file:
-        for line in original_lines(plan, codes, folder):
-            if isinstance(line.parsed, Fault) and not include_faulty:
-                left_out.append(_left_out(line, line.parsed.message))
-                continue
-            for block in _bytes_of(line.raw, folder.input_path_of(plan)):
-                file.write(block)
-            written += 1
+        for plan, codes in found:
+            for line in original_lines(plan, codes, folder):
+                if isinstance(line.parsed, Fault) and not include_faulty:
+                    left_out.append(_left_out(line, line.parsed.message))
+                    continue
+                for block in _bytes_of(line.raw, folder.input_path_of(plan)):
+                    file.write(block)
+                written += 1
         if not written:
             raise DeadLetterError(
                 f"none of them ever was a request, nothing was written: {_listed(left_out)}"
@@ -223,19 +240,43 @@ def as_input(
     return WrittenInput(written=written, left_out=left_out)
 
 
+def _found(
+    batch_ids: Sequence[str], selection: Selection, folder: DataFolder, store: Store
+) -> Iterator[tuple[BatchPlan, Mapping[int, FailureCode]]]:
+    """Yield each batch that has dead letters which are meant, and these.
+
+    Raises:
+        NothingMeant: None of them has any.
+    """
+    found = 0
+    for batch_id in batch_ids:
+        left = None if selection.limit is None else selection.limit - found
+        if left == 0:
+            return
+        plan = folder.read_plan(batch_id)
+        codes = store.dead_letter_codes(batch_id, msgspec.structs.replace(selection, limit=left))
+        found += len(codes)
+        if codes:
+            yield plan, codes
+    if not found:
+        require_some({}, batch_ids, selection, store)
+
+
 def _dead(selection: Selection) -> Selection:
     return msgspec.structs.replace(selection, states=(DeadLetterState.DEAD,))
 
 
-def _require_some(
-    codes: Mapping[int, FailureCode], batch_id: str, selection: Selection, store: Store
+def require_some(
+    codes: Mapping[int, FailureCode], batch_ids: Sequence[str], selection: Selection, store: Store
 ) -> None:
+    """Raise `NothingMeant` if there are none; the message says whether a replay has them."""
     if codes:
         return
-    taken = msgspec.structs.replace(selection, states=(DeadLetterState.REPLAYING,))
-    replaying = len(store.dead_letter_codes(batch_id, taken))
+    taken = msgspec.structs.replace(selection, states=(DeadLetterState.REPLAYING,), limit=None)
+    replaying = sum(len(store.dead_letter_codes(batch_id, taken)) for batch_id in batch_ids)
     hint = f"; {replaying} are being replayed" if replaying else ""
-    raise DeadLetterError(f"batch {batch_id} has no dead letter that is meant{hint}")
+    whose = f"batch {batch_ids[0]} has" if len(batch_ids) == 1 else "the parts have"
+    raise NothingMeant(f"{whose} no dead letter that is meant{hint}")
 
 
 def _sort_out(

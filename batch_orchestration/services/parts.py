@@ -11,9 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import filelock
 
 from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.errors import BatchNotFound
+from batch_orchestration.domain.errors import BatchNotFound, StorageError, StoreLocked
+from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.domain.room import Obstacle
 from batch_orchestration.domain.submissions import submission_of
+from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.estimates import record_estimate
 from batch_orchestration.services.registration import (
     admission_lock,
@@ -55,17 +57,49 @@ def admit_part(
         TimeoutError: A file is being admitted, and goes on for long.
     """
     with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
-        waiting, target = folder.waiting_part_path(part_id), folder.plan_path(part_id).parent
         plan = folder.read_waiting_part(part_id)
         if plan is not None and obstacle_to(plan) is not None:
             return None
-        with contextlib.suppress(FileNotFoundError):  # admitted before
-            waiting.rename(target)
-            sync_folder(folder.batches)
-            sync_folder(waiting.parent)
+        _make_batch(part_id, folder)
         register_batch(folder, store, part_id, at=at)
     record_estimate(folder, store, part_id)
     return folder.read_plan(part_id)
+
+
+def admit_closed(
+    part_ids: Iterable[str], closing: Closing, *, folder: DataFolder, store: Store, at: float
+) -> list[str]:
+    """Make those that wait batches which have ended before they began; return their ids.
+
+    The decision lies in the part's folder before that is renamed, so that no run ever starts. If
+    the store is locked, the next tick tells it of them.
+
+    Raises:
+        StorageError: A file is being admitted, and goes on for long; do it again.
+    """
+    closed: list[str] = []
+    try:
+        with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
+            for part_id in part_ids:
+                if folder.read_waiting_part(part_id) is not None:
+                    folder.close_waiting_part(part_id, closing)
+                    crash_point(CrashPoint.AFTER_CLOSING)
+                    _make_batch(part_id, folder)
+                    closed.append(part_id)
+            with contextlib.suppress(StoreLocked):
+                register_unlisted(folder, store, at=at)
+    except filelock.Timeout as busy:
+        raise StorageError("a file is being admitted just now; do it again in a moment") from busy
+    return closed
+
+
+def _make_batch(part_id: str, folder: DataFolder) -> None:
+    """Rename the folder of a waiting part to that of a batch, durably; call it under the lock."""
+    waiting, target = folder.waiting_part_path(part_id), folder.plan_path(part_id).parent
+    with contextlib.suppress(FileNotFoundError):  # admitted before
+        waiting.rename(target)
+        sync_folder(folder.batches)
+        sync_folder(waiting.parent)
 
 
 def admit_parts(

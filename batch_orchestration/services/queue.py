@@ -297,12 +297,13 @@ def _of_part(plan: BatchPlan, folder: DataFolder) -> _Arrived:
 def _of_batch(record: BatchRecord, folder: DataFolder, now: float) -> _Arrived:
     batch_id = record.batch_id
     plan: BatchPlan | None = None
+    until: float | None = None
     # One whose plan is damaged is shown all the same.
     with contextlib.suppress(BatchOrchestrationError):
         plan = folder.read_plan(batch_id)
+        until = deadline(plan, folder.read_resumption(batch_id))
     tokens = None if plan is None else left_of(demand_in(folder, plan), record).tokens
     running = _is_running(folder, batch_id, now)
-    until = None if plan is None else deadline(plan)
     standing = Standing(
         entry=QueueEntry(
             kind=EntryKind.BATCH,

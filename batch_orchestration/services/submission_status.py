@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.domain.lifecycle import FINAL, Closing
 from batch_orchestration.domain.submissions import Submission
 from batch_orchestration.services.status import BatchView, view_batch, view_batches, view_planned
 from batch_orchestration.storage.files import DataFolder
@@ -64,6 +64,20 @@ def is_submission(name: str, *, folder: DataFolder) -> bool:
     return folder.submission_path(name).exists()
 
 
+def batches_named(name: str, *, folder: DataFolder, store: Store) -> list[str]:
+    """Return the id of a batch, or of a submission those of its parts that are admitted.
+
+    Raises:
+        BatchNotFound: There is neither.
+    """
+    if is_submission(name, folder=folder):
+        known = {record.batch_id for record in store.batches()}
+        return [part for part in folder.read_submission(name).parts if part in known]
+    folder.read_plan(name)
+    store.batch(name)
+    return [name]
+
+
 def _view(
     submission: Submission, known: Mapping[str, BatchView], folder: DataFolder
 ) -> SubmissionView:
@@ -104,7 +118,7 @@ def _whole(submission: Submission, parts: Sequence[BatchView], folder: DataFolde
         error_file=errors if errors.exists() else None,
         progress=progress,
         progress_age=None if progress is None else 0.0,
-        closing=None,  # parts end early one by one, and are resumed so
+        closing=_closing(parts, status),
         store_problem=next((part.store_problem for part in parts if part.store_problem), None),
     )
 
@@ -122,6 +136,15 @@ def submission_status(parts: Sequence[BatchView], *, delivered: bool) -> BatchSt
     if statuses <= {*FINAL, BatchStatus.FINALIZING, BatchStatus.CANCELLING}:
         return BatchStatus.CANCELLING
     return BatchStatus.IN_PROGRESS
+
+
+def _closing(parts: Sequence[BatchView], status: BatchStatus) -> Closing | None:
+    """Return the first decision about one of the parts; None while the submission goes on."""
+    early = (BatchStatus.CANCELLING, BatchStatus.CANCELLED, BatchStatus.EXPIRED)
+    if status not in early:
+        return None
+    closings = [part.closing for part in parts if part.closing is not None]
+    return next((c for c in closings if c.status is status), closings[0] if closings else None)
 
 
 def _times(parts: Sequence[BatchView], status: BatchStatus) -> dict[str, float]:

@@ -229,6 +229,12 @@ class DataFolder:
         """Keep the decision to end a batch early, durably."""
         write_atomically(self.closing_path(batch_id), msgspec.json.encode(closing) + b"\n")
 
+    def close_waiting_part(self, part_id: str, closing: Closing) -> None:
+        """Keep that a waiting part will have ended when it is admitted; an earlier one stands."""
+        path = self.waiting_part_path(part_id) / self.closing_path(part_id).name
+        if read_kept(path, Closing) is None:
+            write_atomically(path, msgspec.json.encode(closing) + b"\n")
+
     def read_closing(self, batch_id: str) -> Closing | None:
         """Return the decision to end a batch early; None if there is none.
 

@@ -32,14 +32,18 @@ def tick(cli):
     )  # fmt: skip
 
 
-def test_pause_and_unpause_say_what_they_did(cli):
+def test_pause_and_resume_say_what_they_did(cli):
     paused = cli.run("pause", "--reason", "new disks")
 
-    assert "unpause" in paused.stdout
+    assert "batch_orchestration resume" in paused.stdout
     assert read_pause(cli.folder).reason == "new disks"
-    assert "The queue goes on" in cli.run("unpause").stdout
+    refused = cli.run("resume", "--completion-window", "1h", exit_code=2)
+    assert "about a batch" in refused.stderr
+    assert read_pause(cli.folder) is not None
+    assert "The queue goes on" in cli.run("resume").stdout
     assert read_pause(cli.folder) is None
-    assert "was not paused" in cli.run("unpause").stdout
+    assert "was not paused" in cli.run("resume").stdout
+    assert cli.json("resume") == {"was_paused": False}
 
 
 def test_status_shows_the_queue_with_place_and_reason(cli, tmp_path):

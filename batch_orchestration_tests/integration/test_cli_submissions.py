@@ -1,12 +1,15 @@
 """Submissions on the command line: one name for a file that became several batches."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.services.close_out import close_out
 from batch_orchestration.services.submission_status import submission_status
 from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.operations import open_replays
 from batch_orchestration_tests.builders import NOW, make_input
 from batch_orchestration_tests.command_line import CommandLine
 from batch_orchestration_tests.letter_bench import refusing
@@ -148,8 +151,63 @@ def test_failures_of_a_submission_are_those_of_all_its_parts(cli, bench, submiss
     ]
     assert len(cli.json("failures", sid, "--limit", "1")) == 1
     assert "1 more" in cli.run("failures", sid, "--limit", "1").stdout
-    refused = cli.run("replay", sid, exit_code=1)
-    assert "name one of its parts" in refused.output
+
+
+def test_a_replay_of_a_submission_is_asked_for_of_each_part_with_failures(cli, bench, submission):
+    finish(bench, submission)
+    sid = submission.submission_id
+
+    assert cli.json("replay", sid, "--limit", 1)["batches"] == [submission.parts[0]]
+    said = cli.run("replay", sid).stdout
+
+    assert f"1 requests wait for the engine, as replay 1 of {submission.parts[1]}." in said
+    asked = [(submission.parts[0], 1), (submission.parts[1], 1)]
+    assert sorted(open_replays(bench.folder)) == asked
+    refused = cli.run("replay", sid, exit_code=1).stderr
+    assert "the parts have no dead letter that is meant; 2 are being replayed" in refused
+
+
+def test_failures_of_all_parts_are_discarded_at_once_and_written_as_one_file(
+    cli, bench, submission, tmp_path
+):
+    finish(bench, submission)
+    sid, again = submission.submission_id, tmp_path / "again.jsonl"
+
+    written = cli.json("failures", sid, "--as-input", again)
+    some = cli.json("failures", sid, "--as-input", tmp_path / "one.jsonl", "--limit", 1)
+    discarded = cli.run("discard", sid, "--reason", "not needed").stdout
+
+    lines = make_input(60).splitlines(keepends=True)
+    assert again.read_bytes() == lines[7] + lines[30]
+    assert (written["requests"], some["requests"]) == (2, 1)
+    assert f"2 failed requests of {sid} are discarded" in discarded
+    assert {row["state"] for row in cli.json("failures", sid, "--state", "discarded")} == {
+        "discarded"
+    }
+    assert "no dead letter" in cli.run("discard", sid, "--reason", "x", exit_code=1).stderr
+
+
+def test_a_submission_is_cancelled_and_resumed_by_its_name(cli, bench, submission):
+    sid = submission.submission_id
+
+    said = cli.run("cancel", sid, "--reason", "wrong file")
+    told = cli.json("cancel", sid)
+
+    assert "2 of 3 parts are being cancelled" in said.stdout
+    assert f"batch {submission.parts[0]} is completed" in said.stderr
+    assert list(told["parts"]) == list(submission.parts[1:])
+    assert all(part["earlier"] for part in told["parts"].values())
+    assert "nothing to resume" in cli.run("resume", sid, exit_code=1).stderr
+    for part in submission.parts[1:]:
+        list(close_out(part, folder=bench.folder, store=bench.store, run_id="r", clock=time.time))
+        bench.deliver(part)
+    watched = cli.run("watch", sid, exit_code=1).stderr
+    assert "wrong file" in watched
+    assert f"resume {sid}" in watched
+    resumed = cli.run("resume", sid)
+    assert "2 of 3 parts go on" in resumed.stdout
+    statuses = [str(bench.store.batch(part).status) for part in submission.parts]
+    assert statuses == ["completed", "in_progress", "in_progress"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The order of service of admitted batches, from a real store."""
 
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.queueing import EntryKind, EntryState, Pause, QueueEntry, QueueView
+from batch_orchestration.services.resuming import resume
 from batch_orchestration.services.service_order import (
     SHARE_SECONDS,
     in_order_of_service,
@@ -104,3 +106,22 @@ def test_while_the_queue_is_paused_no_run_is_asked_for(deployment: Deployment) -
     assert "somebody paused the queue" in deployment.reason("dispatch_sensor")
     unpause(deployment.folder)
     assert len(deployment.requests("dispatch_sensor")) == 1
+
+
+def test_a_resumed_batch_stands_in_the_queue_with_its_new_deadline(deployment: Deployment) -> None:
+    """By the old one, which is over, it would be overdue and go before everyone else."""
+    deployment.drop("late.jsonl.meta.json", b'{"completion_window": "1s"}')
+    batch_id = deployment.admit("late.jsonl", make_input(12))
+    time.sleep(1.1)
+    (delivering,) = deployment.requests("dispatch_sensor")
+    assert deployment.run(delivering).success
+
+    resumption = resume(
+        batch_id, folder=deployment.folder, store=deployment.store, actor="tester",
+        completion_window="2h", at=time.time(),
+    )  # fmt: skip
+    assert len(deployment.requests("dispatch_sensor")) == 1
+
+    view = read_queue(deployment.folder)
+    assert view is not None
+    assert [entry.deadline for entry in view.entries] == [resumption.deadline]

@@ -165,7 +165,7 @@ def test_the_original_lines_of_a_part_are_those_of_the_file(bench, tmp_path):
     target = tmp_path / "again.jsonl"
 
     as_input(
-        submission.parts[1],
+        submission.parts[1:2],
         Selection(),
         target,
         folder=bench.folder,
