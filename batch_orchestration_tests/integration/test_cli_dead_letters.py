@@ -20,6 +20,7 @@ def cli(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BATCH_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("BATCH_ENGINE", "simulated")
+    monkeypatch.setenv("BATCH_MODEL_ALIASES", '{"*": "simulated-model"}')
     monkeypatch.setenv("COLUMNS", "200")
     return CommandLine(DataFolder(tmp_path / "data"))
 
