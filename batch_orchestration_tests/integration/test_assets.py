@@ -59,11 +59,13 @@ def show_queue(deployment, *batch_ids):
     deployment.folder.queue.write_bytes(msgspec.json.encode(view))
 
 
-def test_a_run_reports_what_it_serves_of_a_more_urgent_batch(deployment):
+def test_a_run_reports_what_it_serves_of_a_more_urgent_batch(deploy):
     """Its partitions, and how far it is; and it can be delivered at once."""
+    # Else all requests are at the engine before the run knows what is left of the urgent batch.
+    deployment = deploy(in_flight=8)
     big = deployment.admit("big.jsonl", make_input(100))
     urgent = deployment.admit("urgent.jsonl", make_input(12))
-    (deployment.folder.root / "simulated.json").write_text('{"latency_seconds": 0.1}')
+    (deployment.folder.root / "simulated.json").write_text('{"latency_seconds": 0.3}')
     show_queue(deployment, urgent, big)
 
     result = deployment.run(chunk_run(big, range(20)))
