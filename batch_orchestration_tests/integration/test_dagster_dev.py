@@ -18,9 +18,11 @@ pytestmark = pytest.mark.timeout(300)
 
 #: The backfill daemon looks once in 30 s, and again when the run has ended.
 BACKFILL_SECONDS = 120.0
-#: Settling, three ticks of 5 s, two starts of a run worker, a second's look, two requests of one
-#: second each; twice that, for a machine that does other things, too.
-URGENT_SECONDS = 2 * (0.5 + 3 * 5.0 + 2 * 10.0 + 1.0 + 2 * 1.0)
+#: Of each request of the big batch and of the urgent one: 32 at a time, the big one takes 75 s.
+URGENT_LATENCY_SECONDS = 4.0
+#: Settling, three ticks of 5 s, two starts of a run worker, a second's look, the requests that are
+#: in flight and two windows of the urgent ones; half as much again, for a machine with other work.
+URGENT_SECONDS = 1.5 * (0.5 + 3 * 5.0 + 2 * 10.0 + 1.0 + 3 * URGENT_LATENCY_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def dagster(tmp_path_factory):
         # Of ten requests each.
         "BATCH_CHUNKS_PER_RUN": "500",
         # More than any file of these tests, but the one that shall be split.
-        "BATCH_MAX_REQUESTS_PER_BATCH": "300",
+        "BATCH_MAX_REQUESTS_PER_BATCH": "600",
     }
     with dagster_dev(root, **settings) as processes:
         yield processes
@@ -85,17 +87,17 @@ def test_a_dropped_file_is_answered_and_delivered(dagster):
 
 
 def test_a_file_too_large_for_a_batch_is_answered_in_parts_and_delivered_as_one(dagster):
-    dagster.drop("too large.jsonl", make_input(340) + b"not json\n")
+    dagster.drop("too large.jsonl", make_input(640) + b"not json\n")
 
     (submission_id,) = dagster.wait_until(dagster.folder.submission_ids, 60, "it is split")
     outbox = dagster.folder.outbox_path(submission_id)
     dagster.wait_until((outbox / "report.md").exists, 150, "it is delivered as one")
 
     outputs = [line["custom_id"] for line in lines(outbox / "output.jsonl")]
-    assert outputs == [f"request-{number}" for number in range(340)]
+    assert outputs == [f"request-{number}" for number in range(640)]
     assert [line["custom_id"] for line in lines(outbox / "errors.jsonl")] == [None]
     parts = dagster.folder.read_submission(submission_id).parts
-    assert [delivered(dagster, part)[0] for part in parts] == [outputs[:300], outputs[300:]]
+    assert [delivered(dagster, part)[0] for part in parts] == [outputs[:600], outputs[600:]]
     runs = dagster.runs("answer_chunks", submission=submission_id)
     assert {run.tags["batch"] for run in runs} == set(parts)
 
@@ -228,8 +230,8 @@ def test_terminating_a_run_in_the_ui_cancels_its_batch(dagster):
 
 def test_a_small_urgent_file_overtakes_a_big_batch_within_the_bound(dagster):
     """Without a start of the engine, however much of the big batch is left."""
-    dagster.simulate(latency_seconds=1.0)
-    dagster.drop("big.jsonl", make_input(3000))
+    dagster.simulate(latency_seconds=URGENT_LATENCY_SECONDS)
+    dagster.drop("big.jsonl", make_input(600))
     big = dagster.wait_for_batch("big")
     dagster.wait_until(lambda: dagster.store.chunk_reports(big), 90, "a chunk is committed")
 
