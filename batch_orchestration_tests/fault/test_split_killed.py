@@ -12,7 +12,8 @@ pytestmark = pytest.mark.timeout(400)
 REQUESTS, PER_PART = 40, 25
 
 
-@pytest.mark.parametrize(("ending", "stride"), [("", 1), (".gz", 5)])
+# A stride of 1 dies before every single change; it was tried, and takes a minute and a half.
+@pytest.mark.parametrize(("ending", "stride"), [("", 3), (".gz", 5)])
 def test_a_file_becomes_one_submission_whose_parts_hold_every_request(tmp_path, ending, stride):
     faulty = [n for n in range(REQUESTS) if n % 17 in (3, 5)]
     parts = [range(start, min(start + PER_PART, REQUESTS)) for start in (0, PER_PART)]
