@@ -1,0 +1,29 @@
+"""A sample: what a run, its engine and its GPUs did at one moment."""
+
+import msgspec
+
+from batch_orchestration.domain.engine_figures import EngineFigures
+from batch_orchestration.domain.gpu import GpuFacts
+
+
+class RunSample(msgspec.Struct, frozen=True, kw_only=True):
+    """One moment of a run.
+
+    Attributes:
+        at: POSIX seconds.
+        batch_id: The run's own batch; None before it has begun with one.
+        in_flight: Requests that the engine has, those of guests included.
+        window: How many it may have now.
+        engine: None if it was not asked or did not answer.
+        gpus: Empty where no GPU is used or none could be read.
+    """
+
+    at: float
+    run_id: str
+    batch_id: str | None = None
+    in_flight: int = 0
+    window: int = 0
+    requests_per_second: float = 0.0
+    output_tokens_per_second: float = 0.0
+    engine: EngineFigures | None = None
+    gpus: tuple[GpuFacts, ...] = ()
