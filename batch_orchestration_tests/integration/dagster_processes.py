@@ -29,6 +29,7 @@ SETTINGS = {
     "BATCH_MODEL_ALIASES": '{"*": "simulated-model"}',
     "BATCH_SETTLE_SECONDS": "0.5",
 }
+UNREACHABLE = "DagsterUserCodeUnreachableError"
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
 
@@ -39,7 +40,7 @@ class DagsterProcesses(DagsterClient):
     """One deployment: a folder with the repository's own `dagster.yaml`, polling faster."""
 
     def __init__(self, root: Path, settings: Mapping[str, str]) -> None:
-        super().__init__(_free_port())
+        super().__init__(free_port())
         self.root = root
         self.folder = DataFolder(root / "data")
         self.folder.create()
@@ -147,6 +148,10 @@ class DagsterProcesses(DagsterClient):
     def _answers(self) -> bool:
         assert self._dev is not None
         assert self._dev.poll() is None, f"dagster dev ended:\n{self.log_tail()}"
+        return self._located()
+
+    def _located(self) -> bool:
+        """Whether the web server has loaded our code."""
         query = """{ workspaceOrError { ... on Workspace { locationEntries {
             locationOrLoadError { __typename ... on PythonError { message } } } } } }"""
         try:
@@ -154,9 +159,10 @@ class DagsterProcesses(DagsterClient):
         except OSError:
             return False
         located = [entry["locationOrLoadError"] for entry in entries]
-        failed = [location for location in located if location and "message" in location]
-        assert not failed, failed
-        return bool(located) and all(located)
+        messages = [location["message"] for location in located if "message" in (location or ())]
+        # A code server that is a service of its own may come up last.
+        assert all(UNREACHABLE in message for message in messages), messages
+        return bool(located) and all(located) and not messages
 
     # --- use --------------------------------------------------------------------------------------
 
@@ -262,7 +268,8 @@ def _session_members(session: int) -> list[int]:
     return members
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
