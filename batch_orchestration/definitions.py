@@ -6,6 +6,7 @@ from batch_orchestration.defs import (
     assets,
     benchmarks,
     checks,
+    health,
     jobs,
     lifecycle,
     queue,
@@ -24,7 +25,11 @@ def definitions(settings: Settings) -> dg.Definitions:
     )
     return dg.Definitions(
         assets=owned,
-        asset_checks=[checks.every_request_has_an_outcome, checks.failure_rate_within_budget],
+        asset_checks=[
+            checks.every_request_has_an_outcome,
+            checks.failure_rate_within_budget,
+            health.deployment_is_healthy,
+        ],
         jobs=[
             *(jobs.admit_batch, jobs.submit_batch, jobs.answer_chunks, jobs.deliver_batch),
             *(lifecycle.cancel_batch, lifecycle.resume_batch),
@@ -32,7 +37,10 @@ def definitions(settings: Settings) -> dg.Definitions:
             replays.replay_failed_requests,
             benchmarks.benchmark_engine,
         ],
-        sensors=[sensors.inbox_sensor, sensors.dispatch_sensor, replays.replay_sensor],
+        sensors=[
+            *(sensors.inbox_sensor, sensors.dispatch_sensor, replays.replay_sensor),
+            health.health_sensor,
+        ],
         resources={"settings": settings, "gpu": GpuResource.of(settings)},
         # Retries of a step keep the engine loaded, and a killed run worker leaves no orphaned step
         # behind that holds the device.

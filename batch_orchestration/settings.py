@@ -183,6 +183,19 @@ class Settings(BaseSettings):
     )
     owner: str = Field("team:inference", description="Owner shown in Dagster.")
 
+    # Watching it
+    stalled_seconds: float = Field(
+        900,
+        gt=0,
+        description="Something could run and nothing does: for so long it is no accident.",
+    )
+    alert_engine_restarts: int = Field(
+        5, ge=0, description="Restarts of the engine in one run, above which somebody is told."
+    )
+    dagster_url: str = Field(
+        "http://localhost:3000", description="Of Dagster's web server, for links to it."
+    )
+
     @model_validator(mode="after")
     def _engine_is_complete(self) -> "Settings":
         if self.engine is EngineKind.REMOTE and not self.base_url:

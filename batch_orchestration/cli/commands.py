@@ -11,6 +11,7 @@ from batch_orchestration.cli.context import Commands, Context, json_option, open
 from batch_orchestration.cli.dead_letters import discard, failures, replay
 from batch_orchestration.cli.estimates import estimates
 from batch_orchestration.cli.gpu import gpu
+from batch_orchestration.cli.health import health
 from batch_orchestration.cli.lifecycle import cancel_batch, resume_queue_or_batch
 from batch_orchestration.cli.queue import board_picture, pause, show_live
 from batch_orchestration.cli.recovering import recover
@@ -36,7 +37,7 @@ def main() -> None:
     """Batch inference with vLLM, run by Dagster.
 
     Settings are BATCH_* variables or lines of .env; `config` lists them. Exit codes: 0 done,
-    1 failed, 2 wrong usage.
+    1 failed, 2 wrong usage. (`health`: 3 degraded.)
     """
 
 
@@ -51,6 +52,7 @@ main.add_command(cancel_batch)
 main.add_command(resume_queue_or_batch)
 main.add_command(results)
 main.add_command(gpu)
+main.add_command(health)
 main.add_command(estimates)
 main.add_command(pause)
 

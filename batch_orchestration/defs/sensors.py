@@ -1,5 +1,6 @@
 """Sensors: from the inbox to admission, and from the store to the runs that batches need."""
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -45,7 +46,7 @@ from batch_orchestration.services.room import closed_gate, unfinished
 from batch_orchestration.services.service_order import in_order_of_service, run_priorities
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.queue_files import read_pause
+from batch_orchestration.storage.queue_files import read_pause, write_needs
 
 CLAIM_TAG = "claim"
 #: The shortest interval that Dagster's sensor loop can keep.
@@ -156,6 +157,8 @@ def dispatch_sensor(
         )
     except StorageError as error:
         return dg.SkipReason(f"the store cannot be read now: {error}")
+    with contextlib.suppress(StorageError):  # only what looks at it goes without
+        write_needs(folder, verdict.needs)
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
     requests = [_request(needed) for needed in verdict.needed]
     return _result(context, requests, [*problems, *verdict.waiting], idle=idle)

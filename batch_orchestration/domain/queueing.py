@@ -99,3 +99,16 @@ class QueueView(msgspec.Struct, frozen=True, kw_only=True):
     at: float
     paused: Pause | None = None
     entries: tuple[QueueEntry, ...] = ()
+
+
+class NeedsPerson(msgspec.Struct, frozen=True, kw_only=True):
+    """A batch that goes on only after a person has done something.
+
+    Attributes:
+        run_id: Of the run whose page shows the cause.
+        reason: What happened, and what lets the batch go on.
+    """
+
+    batch_id: str
+    run_id: str
+    reason: str

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
+from typing import NamedTuple
 
 from batch_orchestration.domain.commits import BatchRecord, ChunkReport
 from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.domain.queueing import NeedsPerson
 
 #: Failed runs in a row, without a commit in between, after which a person is asked.
 MAX_FAILURES = 3
@@ -95,10 +97,22 @@ class NeededRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatch:
-    """What is needed next, and why the rest has to wait: one line per reason."""
+    """What is needed next, and why the rest has to wait: one line per reason.
+
+    Attributes:
+        needs: The batches among those that wait which wait for a person.
+    """
 
     needed: tuple[NeededRun, ...]
     waiting: tuple[str, ...]
+    needs: tuple[NeedsPerson, ...] = ()
+
+
+class _Wait(NamedTuple):
+    """Why a run is not asked for now; `asks` is the run that asks a person, if one does."""
+
+    reason: str
+    asks: str | None = None
 
 
 def dispatch(
@@ -135,30 +149,46 @@ def dispatch(
         runs_by_batch.setdefault(run.batch_id, []).append(run)
     needed: list[NeededRun] = []
     waiting: list[str] = []
+    needs: dict[str, NeedsPerson] = {}
     queued = 0
     for batch in batches:
         known = runs_by_batch.get(batch.batch_id, [])
         priority = (priorities or {}).get(batch.batch_id, batch.options.priority)
         if closing := (closings or {}).get(batch.batch_id):
             last = _last_run(batch, known, closing, priority=priority, now=now)
-            needed += [last] if isinstance(last, NeededRun) else []
-            waiting += [last] if isinstance(last, str) else []
+            if isinstance(last, NeededRun):
+                needed.append(last)
+            else:
+                waiting.append(f"{batch.batch_id}: {last.reason}")
+                _take_note(needs, batch.batch_id, last)
             continue
         committed = reports(batch.batch_id)
         last_commit_at = max((report.committed_at for report in committed.values()), default=0.0)
         queued += sum(run.queued and run.chunks is not None for run in known)
         for run_needed in _remaining(batch, committed, known, chunks_per_run, priority):
-            reason = _reason_to_wait(run_needed, known, last_commit_at=last_commit_at, now=now)
-            if run_needed.chunks is not None:
-                reason = no_engine or reason
-            if reason is not None:
-                waiting.append(f"{run_needed.title}: {reason}")
+            wait = _reason_to_wait(run_needed, known, last_commit_at=last_commit_at, now=now)
+            if wait is not None:
+                _take_note(needs, batch.batch_id, wait)
+            if run_needed.chunks is not None and no_engine is not None:
+                wait = _Wait(no_engine)
+            if wait is not None:
+                waiting.append(f"{run_needed.title}: {wait.reason}")
             elif run_needed.chunks is None:
                 needed.append(run_needed)
             elif queued < MAX_QUEUED_RUNS:
                 queued += 1
                 needed.append(run_needed)
-    return Dispatch(needed=tuple(needed[:MAX_NEW_RUNS]), waiting=tuple(waiting))
+    return Dispatch(
+        needed=tuple(needed[:MAX_NEW_RUNS]), waiting=tuple(waiting), needs=tuple(needs.values())
+    )
+
+
+def _take_note(needs: dict[str, NeedsPerson], batch_id: str, wait: _Wait) -> None:
+    """Add the batch to those that wait for a person, if it does; the first reason is told."""
+    if wait.asks is not None:
+        needs.setdefault(
+            batch_id, NeedsPerson(batch_id=batch_id, run_id=wait.asks, reason=wait.reason)
+        )
 
 
 def backoff_left(failures: int, ended_at: float, *, now: float) -> float:
@@ -187,15 +217,15 @@ def _remaining(
 
 def _last_run(
     batch: BatchRecord, known: Sequence[KnownRun], closing: Closing, *, priority: int, now: float
-) -> NeededRun | str:
+) -> NeededRun | _Wait:
     """Return the run that delivers a batch which ends early, or why not now."""
     live = [run for run in known if run.state is RunState.LIVE]
     attempt = len(known) - len(live)
     needed = NeededRun(batch=batch, chunks=None, attempt=attempt, priority=priority)
     if live:
-        return f"{batch.batch_id}: {closing}; run {live[0].run_id[:8]} is about to end"
-    reason = _reason_to_wait(needed, known, last_commit_at=0.0, now=now)
-    return needed if reason is None else f"{needed.title}: {reason}"
+        return _Wait(f"{closing}; run {live[0].run_id[:8]} is about to end")
+    wait = _reason_to_wait(needed, known, last_commit_at=0.0, now=now)
+    return needed if wait is None else wait
 
 
 def _consecutive(numbers: Sequence[int], longest: int) -> Iterator[range]:
@@ -210,7 +240,7 @@ def _consecutive(numbers: Sequence[int], longest: int) -> Iterator[range]:
 
 def _reason_to_wait(
     needed: NeededRun, known: Sequence[KnownRun], *, last_commit_at: float, now: float
-) -> str | None:
+) -> _Wait | None:
     before = sorted(
         (run for run in known if run.state is not RunState.LIVE and _same_work(run, needed)),
         key=lambda run: run.ended_at,
@@ -222,21 +252,27 @@ def _reason_to_wait(
         return None
     latest = before[-1]
     if latest.state is RunState.STOPPED:
-        return f"waits for a person: run {latest.run_id[:8]} {latest.reason}. {_way_on(needed)}"
+        return _Wait(
+            f"waits for a person: run {latest.run_id[:8]} {latest.reason}. {_way_on(needed)}",
+            asks=latest.run_id,
+        )
     if latest.state is RunState.UNFIT and (wait := latest.ended_at + UNFIT_SECONDS - now) > 0:
-        return f"run {latest.run_id[:8]} found its device unfit; it is tried again in {wait:.0f} s"
+        return _Wait(
+            f"run {latest.run_id[:8]} found its device unfit; it is tried again in {wait:.0f} s"
+        )
     failures = [
         run for run in before if run.state is RunState.FAILED and run.ended_at > last_commit_at
     ]
     if len(failures) >= MAX_FAILURES:
-        return (
+        return _Wait(
             f"waits for a person: {len(failures)} runs failed in a row, the latest is"
-            f" {latest.run_id[:8]}. Mend the cause that its page shows. {_way_on(needed)}"
+            f" {latest.run_id[:8]}. Mend the cause that its page shows. {_way_on(needed)}",
+            asks=latest.run_id,
         )
     if failures:
         wait = backoff_left(len(failures), latest.ended_at, now=now)
         if wait > 0:
-            return f"run {latest.run_id[:8]} failed; next attempt in {wait:.0f} s"
+            return _Wait(f"run {latest.run_id[:8]} failed; next attempt in {wait:.0f} s")
     return None
 
 

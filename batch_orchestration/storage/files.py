@@ -108,6 +108,16 @@ class DataFolder:
         return self.root / "paused.json"
 
     @property
+    def needs(self) -> Path:
+        """The batches that wait for a person."""
+        return self.root / "needs-person.json"
+
+    @property
+    def health(self) -> Path:
+        """What `health_sensor` last found."""
+        return self.root / "health.json"
+
+    @property
     def surveys(self) -> Path:
         """What was found in files that wait in the inbox for room."""
         return self.root / "surveys"

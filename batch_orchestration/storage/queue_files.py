@@ -1,9 +1,15 @@
-"""Two small files of the data folder: the queue as `dispatch_sensor` last saw it, and the pause."""
+"""Small files of the data folder: the queue as `dispatch_sensor` last saw it, and the pause.
+
+And which batches wait for a person.
+"""
+
+import contextlib
+from collections.abc import Sequence
 
 import msgspec
 
 from batch_orchestration.domain.errors import StorageError
-from batch_orchestration.domain.queueing import Pause, QueueView
+from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
 from batch_orchestration.storage.files import (
     DataFolder,
     disk_errors,
@@ -53,3 +59,20 @@ def read_pause(folder: DataFolder) -> Pause | None:
         return Pause(
             at=0.0, actor="somebody", reason=f"{error}; resume the queue, or pause it anew"
         )
+
+
+def write_needs(folder: DataFolder, needs: Sequence[NeedsPerson]) -> None:
+    """Keep which batches wait for a person; written only when that has changed."""
+    with contextlib.suppress(StorageError):  # a damaged one is replaced
+        if read_needs(folder) == tuple(needs):
+            return
+    write_atomically(folder.needs, msgspec.json.encode(needs))
+
+
+def read_needs(folder: DataFolder) -> tuple[NeedsPerson, ...] | None:
+    """Return which batches wait for a person; None if no tick has said so yet.
+
+    Raises:
+        StorageError: It is damaged.
+    """
+    return read_kept(folder.needs, tuple[NeedsPerson, ...])

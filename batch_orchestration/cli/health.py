@@ -1,0 +1,60 @@
+"""`health`: whether the deployment is well, and if not, why not and what helps."""
+
+import click
+import msgspec
+from rich.table import Table
+from rich.text import Text
+
+from batch_orchestration.cli.context import json_option, open_context, print_json
+from batch_orchestration.domain.health import HealthReport, Level
+from batch_orchestration.services.health import examine_health
+from batch_orchestration.services.wording import duration
+
+#: 1 is also what commands that fail exit with: whoever cannot look does not say healthy. 2 is wrong
+#: usage everywhere.
+EXIT_CODES = {Level.HEALTHY: 0, Level.DEGRADED: 3, Level.UNHEALTHY: 1}
+_STYLES = {Level.HEALTHY: "green", Level.DEGRADED: "yellow", Level.UNHEALTHY: "bold red"}
+
+
+@click.command()
+@json_option
+def health(as_json: bool) -> None:
+    """Say whether all is well: exit code 0 healthy, 3 degraded, 1 unhealthy.
+
+    Looks at Dagster's daemon, the store, the disk, the queue, the runs, the engine and the GPU;
+    needs none of them. What cannot be looked at is not healthy. Each reason has a next command.
+    """
+    context = open_context()
+    report = examine_health(settings=context.settings, folder=context.folder, now=context.clock())
+    if as_json:
+        print_json(_object(report))
+    else:
+        context.console.print(_table(report))
+        click.echo(f"{report.level.word}: {len(report.problems)} problems")
+    click.get_current_context().exit(EXIT_CODES[report.level])
+
+
+def _object(report: HealthReport) -> dict[str, object]:
+    return {
+        "level": report.level.word,
+        "at": report.at,
+        "findings": [
+            msgspec.to_builtins(finding) | {"level": finding.level.word}
+            for finding in report.findings
+        ],
+    }
+
+
+def _table(report: HealthReport) -> Table:
+    table = Table("Check", "Is", "Because", "Next")
+    for finding in sorted(report.findings, key=lambda finding: -finding.level):
+        reason = finding.reason
+        if finding.since is not None and report.at > finding.since:
+            reason += f" (so for {duration(report.at - finding.since)})"
+        table.add_row(
+            Text(finding.check),
+            Text(finding.level.word, style=_STYLES[finding.level]),
+            Text(reason),
+            Text(finding.next_command or ""),
+        )
+    return table

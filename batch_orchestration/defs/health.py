@@ -1,0 +1,90 @@
+"""Health in Dagster: a sensor that looks, and an asset check that shows what it found."""
+
+import time
+
+import dagster as dg
+
+from batch_orchestration.defs.queue import QUEUE_KEY
+from batch_orchestration.defs.resources import SettingsResource, data_folder
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.health import HealthReport, Level
+from batch_orchestration.services.health import examine_health
+from batch_orchestration.storage.health_files import read_health, write_health
+
+INTERVAL_SECONDS = 30
+_CHECK = "deployment_is_healthy"
+
+
+@dg.asset_check(asset=QUEUE_KEY, name=_CHECK)
+def deployment_is_healthy(settings: SettingsResource) -> dg.AssetCheckResult:
+    """Daemon, store, disk, queue, runs, engine and GPU are well, and nothing waits for a person.
+
+    `health_sensor` looks every half minute and reports here when that has changed.
+
+    **If it fails**, each reason comes with the next command; `python -m batch_orchestration health`
+    says the same on a terminal, also while Dagster does not run.
+    """
+    report = examine_health(settings=settings, folder=data_folder(settings), now=time.time())
+    return dg.AssetCheckResult(
+        passed=report.level is Level.HEALTHY,
+        severity=_severity(report),
+        description=report.verdict,
+        metadata=_metadata(report),
+    )
+
+
+@dg.sensor(
+    minimum_interval_seconds=INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description=(
+        "Looks every half minute whether the deployment is well, and writes `health.json`. Each "
+        "tick says what it found; a change is reported to the check `deployment_is_healthy` of "
+        "`queue_overview`. Starts no runs."
+    ),
+)
+def health_sensor(context: dg.SensorEvaluationContext, settings: SettingsResource) -> dg.SkipReason:
+    """Look, write it down, and tell Dagster if something has changed."""
+    folder = data_folder(settings)
+    report = examine_health(settings=settings, folder=folder, now=time.time())
+    try:
+        before = read_health(folder)
+    except StorageError:
+        before = None
+    if before is None or before.told_of() != report.told_of():
+        context.instance.report_runless_asset_event(_evaluation(report))
+    try:
+        write_health(folder, report)
+    except StorageError as error:
+        return dg.SkipReason(f"{report.verdict}; health.json cannot be written: {error}")
+    return dg.SkipReason(report.verdict)
+
+
+def _evaluation(report: HealthReport) -> dg.AssetCheckEvaluation:
+    return dg.AssetCheckEvaluation(
+        asset_key=QUEUE_KEY,
+        check_name=_CHECK,
+        passed=report.level is Level.HEALTHY,
+        severity=_severity(report),
+        description=report.verdict,
+        metadata=_metadata(report),
+    )
+
+
+def _severity(report: HealthReport) -> dg.AssetCheckSeverity:
+    worst = report.level is Level.UNHEALTHY
+    return dg.AssetCheckSeverity.ERROR if worst else dg.AssetCheckSeverity.WARN
+
+
+def _metadata(report: HealthReport) -> dict[str, dg.MetadataValue]:
+    rows = ["| check | is | because | next |", "|---|---|---|---|"]
+    for finding in sorted(report.findings, key=lambda finding: -finding.level):
+        cells = (finding.check, finding.level.word, finding.reason, finding.next_command or "")
+        rows.append("| " + " | ".join(map(_cell, cells)) + " |")
+    return {
+        "level": dg.MetadataValue.text(report.level.word),
+        "findings": dg.MetadataValue.md("\n".join(rows)),
+    }
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,33 @@
+"""Links to Dagster's pages, for those who are told of something elsewhere."""
+
+from urllib.parse import quote
+
+from batch_orchestration.settings import Settings
+
+#: As `workspace.yaml` and `pyproject.toml` name it.
+LOCATION = "batch_orchestration"
+
+
+def run_link(settings: Settings, run_id: str) -> str:
+    """Return the page of a run."""
+    return f"{_base(settings)}/runs/{quote(run_id, safe='')}"
+
+
+def sensor_link(settings: Settings, sensor: str) -> str:
+    """Return the page of a sensor, with its ticks."""
+    return f"{_base(settings)}/locations/{LOCATION}/sensors/{quote(sensor, safe='')}"
+
+
+def batch_link(settings: Settings, batch_id: str) -> str:
+    """Return the page of a batch: its partition of `batch_output`."""
+    partition = quote(batch_id, safe="")
+    return f"{_base(settings)}/assets/batch_output?view=partitions&partition={partition}"
+
+
+def health_link(settings: Settings) -> str:
+    """Return the page of the check that the deployment is healthy."""
+    return f"{_base(settings)}/assets/queue_overview?view=checks"
+
+
+def _base(settings: Settings) -> str:
+    return settings.dagster_url.rstrip("/")
