@@ -9,6 +9,7 @@ import pytest
 
 from batch_orchestration.cli import main
 from batch_orchestration.domain.outcomes import RETRYABLE, FailureCode
+from batch_orchestration.services.health_checks import CHECKS
 from batch_orchestration.settings import Settings, settings_in_force
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,12 @@ def test_no_page_names_a_setting_that_there_is_not(page: Path) -> None:
     known = {setting.variable for setting in settings_in_force(Settings.model_construct())}
 
     assert set(re.findall(r"\bBATCH_[A-Z_]*[A-Z]\b", page.read_text())) <= known
+
+
+def test_every_check_of_the_health_is_explained_and_no_other() -> None:
+    rows = table(ROOT / "docs/health.md", "Checks")
+
+    assert [row[0] for row in rows] == [f"`{name}`" for name in CHECKS]
 
 
 def test_every_command_is_documented() -> None:
