@@ -63,6 +63,7 @@ def feeding(settings: Settings) -> Feeding:
         ),
         engine_restarts=settings.engine_restarts,
         hang_seconds=settings.hang_seconds,
+        start_timeout_seconds=settings.engine_start_timeout_seconds,
         breaker=BreakerPolicy(
             last=settings.breaker_last,
             failure_rate=settings.breaker_failure_rate,

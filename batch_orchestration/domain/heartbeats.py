@@ -19,6 +19,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
         progress_at: Last sign that the work itself goes on: an outcome, a token, a commit, a phase.
         patience_seconds: So long without such a sign is slow and not yet stuck, by what the worker
             has seen of its engine so far.
+        loop_at: When its event loop last came round; None while none is to.
         in_flight: Requests that the engine has.
         window: How many it may have now.
         restarts: Of the engine, in this run.
@@ -35,6 +36,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     chunk: int | None = None
     progress_at: float
     patience_seconds: float
+    loop_at: float | None = None
     in_flight: int = 0
     window: int = 0
     restarts: int = 0

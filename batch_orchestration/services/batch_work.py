@@ -18,6 +18,7 @@ from batch_orchestration.services.chunk_pass import (
 )
 from batch_orchestration.services.committer import Committer, Results
 from batch_orchestration.services.run_progress import RunProgress, remaining_work
+from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import JournalState, replay_journal
 from batch_orchestration.storage.store import Store
@@ -54,7 +55,9 @@ class BatchWork:
         provenance: Callable[[], Provenance],
         engine_rung: Callable[[], str | None],
         max_tokens_cap: int | None,
+        vitals: RunVitals,
     ) -> None:
+        self._vitals = vitals
         self.plan = plan
         self.is_guest = chunks is None
         self.unanswered = 0
@@ -87,6 +90,7 @@ class BatchWork:
             known=self._learn_committed,
             results=results,
             is_guest=self.is_guest,
+            waits=vitals.note_progress,
         )
 
     @property
@@ -188,6 +192,7 @@ class BatchWork:
             return self._leave_alone(ref, in_use)
         self._in_use = 0
         self.chunks_drawn += 1
+        self._vitals.begin_chunk(self.plan.batch_id, ref.chunk.number)
         self.progress.phase = "feeding"
         self._open[chunk_pass] = ref
         self._count_found(chunk_pass.journal.state)

@@ -26,6 +26,7 @@ from batch_orchestration.services.committer import Committed, Results
 from batch_orchestration.services.feeder import Feeder, Window, first_leaf
 from batch_orchestration.services.ladders import chunk_needs
 from batch_orchestration.services.plan_checks import check_input_size, check_settings
+from batch_orchestration.services.run_vitals import COMMIT_SECONDS, MARGIN_SECONDS, RunVitals
 from batch_orchestration.services.turns import Turns
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
@@ -47,6 +48,7 @@ class Feeding:
         engine_restarts: Of a dead engine, in one run.
         hang_seconds: Without a sign of progress, after which the engine counts as dead.
         answer_settings: What answers depend on now; compared with each batch's plan.
+        start_timeout_seconds: Until the engine must be ready.
         guest_chunks: Of more urgent batches, that a run serves beside its own at most.
     """
 
@@ -58,6 +60,7 @@ class Feeding:
     answer_settings: Mapping[str, object]
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
     hang_seconds: float = 120.0
+    start_timeout_seconds: float = 900.0
     guest_chunks: int = 50
 
     @property
@@ -69,6 +72,7 @@ class Feeding:
             breaker=self.breaker,
             engine_restarts=self.engine_restarts,
             hang_seconds=self.hang_seconds,
+            start_timeout_seconds=self.start_timeout_seconds,
         )
 
     def overrides(self, model: str | None) -> Overrides:
@@ -107,6 +111,7 @@ def run_chunks(
     run_id: str,
     feeding: Feeding,
     force: bool = False,
+    vitals: RunVitals | None = None,
 ) -> Generator[CommittedChunk, None, None]:
     """Answer what is pending in the chunks and yield each of them right after its commit.
 
@@ -120,6 +125,7 @@ def run_chunks(
     Args:
         selection: Chunk numbers by batch id, in the order in which they are fed.
         force: Run although settings differ from the plan's; the rows carry the present hash.
+        vitals: Of the run; what happens here is noted there.
 
     Raises:
         BatchNotFound: No such batch.
@@ -127,6 +133,7 @@ def run_chunks(
         EngineError: The engine did not start, or died too often.
         StorageError: A journal or the store is unusable.
     """
+    vitals = vitals or RunVitals()
     for batch_id, numbers in selection.items():
         plan = folder.read_plan(batch_id)
         check_settings(plan, feeding.answer_settings, force=force)
@@ -139,6 +146,7 @@ def run_chunks(
             store=store,
             run_id=run_id,
             feeding=feeding,
+            vitals=vitals,
         )
         yield from batch_run.committed_chunks()
 
@@ -156,7 +164,9 @@ class _BatchRun:
         store: Store,
         run_id: str,
         feeding: Feeding,
+        vitals: RunVitals,
     ) -> None:
+        self._vitals = vitals
         self._refs = refs
         self._engine = engine
         self._folder = folder
@@ -186,10 +196,13 @@ class _BatchRun:
 
     def committed_chunks(self) -> Iterator[CommittedChunk]:
         """Feed and commit; yield each chunk as it is committed."""
+        self._vitals.batch_id = self._own.plan.batch_id
+        self._enter_commits("preparing")
         self._own.committer.start()
         self._thread.start()
         try:
             while (committed := self._next_committed()) is not None:
+                self._vitals.note_progress()
                 yield self._with_progress(committed)
             self._thread.join()
             if self._feed_error is not None:
@@ -258,7 +271,7 @@ class _BatchRun:
         if not self._own.can_draw:
             return
         try:
-            async with asyncio.TaskGroup() as group:
+            async with self._vitals.of_the_loop(), asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._tick())
                 await self._closing.unless_closed(self._answer_pending())
                 ticker.cancel()
@@ -276,10 +289,16 @@ class _BatchRun:
             overrides=self._overrides,
             settled=self._settled,
             started=self._started,
+            vitals=self._vitals,
         )
         self._own.progress.in_flight = self._own_in_flight
         await self._feeder.feed()
         self._own.progress.phase = "committing"
+        self._enter_commits("committing")
+
+    def _enter_commits(self, phase: str) -> None:
+        """Begin a phase in which the store may be waited for."""
+        self._vitals.enter(phase, patience_seconds=COMMIT_SECONDS + MARGIN_SECONDS)
 
     def _own_in_flight(self) -> int:
         """Return how many requests of our own the engine has."""
@@ -319,6 +338,7 @@ class _BatchRun:
             provenance=self._provenance,
             engine_rung=lambda: self._engine.ladder.description,
             max_tokens_cap=self._feeding.max_tokens_cap,
+            vitals=self._vitals,
         )
 
     def _overrides(self, pending: PendingRequest) -> Overrides:
@@ -341,6 +361,7 @@ class _BatchRun:
     async def _tick(self) -> None:
         while True:
             self._own.progress.tick()
+            self._note_rates()
             for batch_id, guest in list(self._turns.guests.items()):
                 if guest.has_left and self._feeder is not None and self._feeder.abandon(batch_id):
                     guest.close_journals()
@@ -352,3 +373,8 @@ class _BatchRun:
             for work in list(self._works.values()):
                 await asyncio.to_thread(work.sync)
             await asyncio.sleep(SYNC_SECONDS)
+
+    def _note_rates(self) -> None:
+        rates = [work.progress.rates for work in self._works.values() if work.is_open]
+        self._vitals.requests_per_second = sum(requests for requests, _ in rates)
+        self._vitals.output_tokens_per_second = sum(tokens for _, tokens in rates)

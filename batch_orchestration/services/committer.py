@@ -47,6 +47,7 @@ class Committer:
         known: Told, from this thread, what the store had when the work began.
         results: Where it puts what came of each chunk; several can share it.
         is_guest: What goes wrong then is left to the batch's own run, with a word in the log.
+        waits: Told whenever a commit has waited in vain, and goes on waiting.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Committer:
         known: Callable[[Iterable[ChunkReport]], None],
         results: Results | None = None,
         is_guest: bool = False,
+        waits: Callable[[], None] = lambda: None,
     ) -> None:
+        self._tell_waiting = waits
         self._store = store
         self._batch_id = batch_id
         self._run_id = run_id
@@ -122,6 +125,7 @@ class Committer:
                     self.backlog,
                     obstacle,
                 )
+                self._tell_waiting()
                 self._stopping.wait(RETRY_SECONDS)
             else:
                 return

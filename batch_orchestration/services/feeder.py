@@ -31,6 +31,7 @@ from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.easing import Easing
 from batch_orchestration.services.hang_watch import HangWatch
+from batch_orchestration.services.run_vitals import MARGIN_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Window:
         engine_restarts: How often a dead engine is started anew before the run gives up.
         hang_seconds: Without any sign of progress the engine counts as dead after this, or after
             a multiple of the latencies seen, if that is longer.
+        start_timeout_seconds: Until the engine is ready; its own limit, here to know what is late.
     """
 
     in_flight: int
@@ -57,6 +59,7 @@ class Window:
     breaker: BreakerPolicy
     engine_restarts: int
     hang_seconds: float
+    start_timeout_seconds: float = 900.0
 
 
 class Feeder:
@@ -86,7 +89,9 @@ class Feeder:
         overrides: Callable[[PendingRequest], Overrides],
         settled: Callable[[PendingRequest, Outcome], None],
         started: Callable[[EngineIdentity], None] = lambda identity: None,
+        vitals: RunVitals | None = None,
     ) -> None:
+        self._vitals = vitals or RunVitals()
         self._engine = engine
         self._source = source
         self._window = window
@@ -96,7 +101,7 @@ class Feeder:
         self._served: tuple[str, ...] = ()
         self._easing = Easing(engine.ladder, in_flight=window.in_flight)
         self._breaker = Breaker(window.breaker)
-        self._hang_watch = HangWatch(engine, floor_seconds=window.hang_seconds)
+        self._hang_watch = HangWatch(engine, floor_seconds=window.hang_seconds, moved=self._moved)
         self._isolation: Isolation[PendingRequest] = Isolation()
         #: Drawn from the source and without an outcome, in the order of drawing.
         self._unanswered: dict[PendingRequest, None] = {}
@@ -227,6 +232,10 @@ class Feeder:
     async def _start(self) -> None:
         """Start the engine, on a gentler rung if its memory does not suffice."""
         while True:
+            self._vitals.enter(
+                "starting engine",
+                patience_seconds=self._window.start_timeout_seconds + MARGIN_SECONDS,
+            )
             try:
                 identity = await self._engine.start()
             except EngineStartFailed as failure:
@@ -237,10 +246,25 @@ class Feeder:
                 self._served = identity.models
                 # The old engine may have died of a probe, which then never ends.
                 self._breaker = Breaker(self._window.breaker)
+                self._vitals.enter("feeding", patience_seconds=self._patience_seconds)
                 return self._started(identity)
+
+    @property
+    def _patience_seconds(self) -> float:
+        """So long without progress is slow: an engine that is stuck, `HangWatch` ends before.
+
+        Between two attempts of a request nothing may be in flight.
+        """
+        longest = self._window.retry.max_delay_seconds
+        return max(self._hang_watch.limit_seconds, longest) + MARGIN_SECONDS
+
+    def _moved(self) -> None:
+        self._vitals.patience_seconds = self._patience_seconds
+        self._vitals.note_progress()
 
     def _count_restart(self, death: EngineError) -> None:
         self.restarts += 1
+        self._vitals.restarts += 1
         if self.restarts > self._window.engine_restarts:
             raise EngineDied(
                 f"the engine died {self.restarts} times in this run and may be restarted"
@@ -253,6 +277,7 @@ class Feeder:
     async def _run_window(self, requests: Iterator[PendingRequest | Obstacle]) -> EngineDied | None:
         """Settle the requests; return the engine's death, if that ended it."""
         slots = asyncio.Semaphore(self._easing.in_flight)
+        self._vitals.window = self._easing.in_flight
         try:
             async with (
                 self._hang_watch.watching(lambda: self.in_flight),
@@ -312,6 +337,7 @@ class Feeder:
         await self._durably(pending.submit)
         crash_point(CrashPoint.AFTER_SUBMIT)
         self.in_flight += 1
+        self._vitals.in_flight = self.in_flight
         pending.in_flight = True
         try:
             outcome = await self._engine.answer(
@@ -323,6 +349,7 @@ class Feeder:
             pending.in_flight = False
         finally:
             self.in_flight -= 1
+            self._vitals.in_flight = self.in_flight
         self._hang_watch.note_progress()
         failed = isinstance(outcome, Failure) and outcome.retryable
         self._breaker.record(failed=failed, now=asyncio.get_running_loop().time())
@@ -342,6 +369,7 @@ class Feeder:
             self._complained_at = now
             until = "there is room" if isinstance(obstacle, DiskFull) else "others are done"
             logger.warning("paused until %s, nothing is lost: %s", until, obstacle)
+        self._vitals.note_progress()
         await asyncio.sleep(OBSTACLE_POLL_SECONDS)
 
     async def _breaker_permits(self) -> None:
@@ -353,6 +381,7 @@ class Feeder:
                     f" {self._window.breaker.probes} probes in a row; what was answered is kept,"
                     " and the batch goes on where it stopped once the engine is well"
                 )
+            self._vitals.note_progress()
             await asyncio.sleep(BREAKER_POLL_SECONDS)
 
 

@@ -21,10 +21,16 @@ class HangWatch:
     An engine with requests in flight that gives neither for `floor_seconds`, or for `PATIENCE`
     times its longest pause so far, is stopped and counts as dead. Slow requests alone never
     trip it: tokens are generated all the while.
+
+    Args:
+        moved: Told of each sign of progress.
     """
 
-    def __init__(self, engine: Engine, *, floor_seconds: float) -> None:
+    def __init__(
+        self, engine: Engine, *, floor_seconds: float, moved: Callable[[], None] = lambda: None
+    ) -> None:
         self._engine = engine
+        self._tell_moved = moved
         self._floor_seconds = floor_seconds
         self._moved_at = 0.0
         self._longest_pause = 0.0
@@ -40,6 +46,7 @@ class HangWatch:
         now = asyncio.get_running_loop().time()
         self._longest_pause = max(self._longest_pause, now - self._moved_at)
         self._moved_at = now
+        self._tell_moved()
 
     @contextlib.asynccontextmanager
     async def watching(self, in_flight: Callable[[], int]) -> AsyncIterator[None]:

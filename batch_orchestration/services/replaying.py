@@ -27,6 +27,7 @@ from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.original_lines import original_lines
 from batch_orchestration.services.plan_checks import check_settings
+from batch_orchestration.services.run_vitals import WORK_SECONDS, RunVitals
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import Journal
 from batch_orchestration.storage.operations import Operations
@@ -61,6 +62,7 @@ def run_replay(
     run_id: str,
     feeding: Feeding,
     clock: Callable[[], float] = time.time,
+    vitals: RunVitals | None = None,
 ) -> ReplayReport:
     """Answer what the replay has not answered yet, apply the outcomes and make the files anew.
 
@@ -77,12 +79,15 @@ def run_replay(
     """
     plan, operations = folder.read_plan(batch_id), Operations(folder, batch_id)
     replay = operations.get(number)
+    vitals = vitals or RunVitals()
+    vitals.batch_id = batch_id
     if replay.closed_at is None:
         check_settings(plan, feeding.answer_settings, force=replay.force)
         try:
             if len(list(operations.outcomes(replay))) < len(replay.indices):
-                _ReplayRun(plan, replay, operations, engine, folder, run_id, feeding).feed()
+                _ReplayRun(plan, replay, operations, engine, folder, run_id, feeding, vitals).feed()
         finally:
+            vitals.enter("committing", patience_seconds=WORK_SECONDS)
             with operations.lock():
                 operations.apply_to(store)
     assembly = _assemble_if_complete(plan, folder, store, clock, run_id)
@@ -126,7 +131,9 @@ class _ReplayRun:
         folder: DataFolder,
         run_id: str,
         feeding: Feeding,
+        vitals: RunVitals,
     ) -> None:
+        self._vitals = vitals
         self._plan = plan
         self._replay = replay
         self._operations = operations
@@ -163,9 +170,10 @@ class _ReplayRun:
             overrides=lambda _: overrides,
             settled=lambda pending, outcome: None,
             started=self._started,
+            vitals=self._vitals,
         )
         try:
-            async with asyncio.TaskGroup() as group:
+            async with self._vitals.of_the_loop(), asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._sync())
                 await self._closing.unless_closed(feeder.feed())
                 ticker.cancel()

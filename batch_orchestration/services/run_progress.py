@@ -98,6 +98,11 @@ class RunProgress:
             self._logged_at = time.monotonic()
             self._log()
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Requests and output tokens per second, of late."""
+        return self._meter.rates()
+
     def write(self, phase: str) -> None:
         """Write the progress file. A full disk here must not stop the run."""
         self.phase = phase

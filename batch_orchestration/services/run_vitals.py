@@ -1,9 +1,20 @@
 """The vitals of a run: one place that the parts of a run write to, and the heartbeat reads."""
 
+import asyncio
+import contextlib
 import time
+from collections.abc import AsyncIterator
 
 from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.gpu import GpuFacts
+
+#: What a run waits for has limits of its own; so much later than these it is stuck.
+MARGIN_SECONDS = 60.0
+#: A commit waits so long for a locked store before it says so and tries again (`open_store`).
+COMMIT_SECONDS = 600.0
+#: Of work that has no sign of progress of its own, such as reading a file that is to be admitted.
+WORK_SECONDS = 3600.0
+LOOP_SECONDS = 1.0
 
 
 class RunVitals:
@@ -15,6 +26,7 @@ class RunVitals:
         chunk: The chunk that was begun last.
         progress_at: POSIX seconds of the last sign that the work goes on.
         patience_seconds: So long without such a sign is slow, not stuck.
+        loop_at: When the event loop last came round; None while none is to.
         in_flight: Requests that the engine has.
         window: How many it may have now.
         restarts: Of the engine, in this run.
@@ -22,12 +34,13 @@ class RunVitals:
         gpus: The devices, as last seen.
     """
 
-    def __init__(self, *, patience_seconds: float) -> None:
+    def __init__(self, *, patience_seconds: float = WORK_SECONDS) -> None:
         self.phase = "starting"
         self.batch_id: str | None = None
         self.chunk: int | None = None
         self.progress_at = time.time()
         self.patience_seconds = patience_seconds
+        self.loop_at: float | None = None
         self.in_flight = 0
         self.window = 0
         self.restarts = 0
@@ -37,7 +50,11 @@ class RunVitals:
         self.gpus: tuple[GpuFacts, ...] = ()
 
     def note_progress(self) -> None:
-        """Take note of a sign that the work goes on: an outcome, a token, a commit."""
+        """Take note of a sign that the work goes on: an outcome, a token, a commit.
+
+        Waiting for a reason that is known (a full disk, a pause of the breaker, a device that
+        cools) is such a sign, too: call this at each look at the reason.
+        """
         self.progress_at = time.time()
 
     def enter(self, phase: str, *, patience_seconds: float) -> None:
@@ -45,3 +62,23 @@ class RunVitals:
         self.phase = phase
         self.patience_seconds = patience_seconds
         self.note_progress()
+
+    def begin_chunk(self, batch_id: str, number: int) -> None:
+        """Take note of the chunk that is begun now."""
+        self.batch_id = batch_id
+        self.chunk = number
+
+    @contextlib.asynccontextmanager
+    async def of_the_loop(self) -> AsyncIterator[None]:
+        """Keep `loop_at` current during the body: a loop that is blocked does not come round."""
+        rounds = asyncio.create_task(self._come_round())
+        try:
+            yield
+        finally:
+            rounds.cancel()
+            self.loop_at = None
+
+    async def _come_round(self) -> None:
+        while True:
+            self.loop_at = time.time()
+            await asyncio.sleep(LOOP_SECONDS)
