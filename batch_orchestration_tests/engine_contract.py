@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.base import Engine
 
@@ -51,6 +52,21 @@ def parse(outcome: Outcome) -> dict[str, Any]:
     assert outcome.body is not None
     parsed: dict[str, Any] = msgspec.json.decode(outcome.body)
     return parsed
+
+
+def figures_of(engine: Engine) -> EngineFigures:
+    """Return what a living engine tells of its work, once it has caught up with its answers."""
+
+    async def measure() -> EngineFigures | None:
+        try:
+            await asyncio.sleep(0.1)  # vLLM counts a step after it has answered.
+            return await engine.measure()
+        finally:
+            await engine.disconnect()
+
+    figures = asyncio.run(measure())
+    assert figures is not None
+    return figures
 
 
 class EngineContract:
@@ -136,6 +152,20 @@ class EngineContract:
 
         answered = [isinstance(outcome, Completion) for outcome in outcomes]
         assert answered == [number % 2 == 0 for number in range(20)]
+
+    def test_the_figures_count_what_was_asked(self, engine: Engine) -> None:
+        before = figures_of(engine)
+        ask(engine, *(chat(f"Count {number}.", ignore_eos=True) for number in range(3)))
+
+        after = figures_of(engine)
+
+        assert (after.running, after.waiting) == (0, 0)
+        assert after.generation_tokens - before.generation_tokens == 3 * 4
+        assert after.prompt_tokens > before.prompt_tokens
+        assert after.tokens - before.tokens > 3 * 4
+        assert after.kv_usage < 0.5
+        assert after.kv_cache_tokens > CONTEXT_TOKENS
+        assert after.preemptions == 0
 
     def test_a_cancelled_request_leaves_the_engine_ready(self, engine: Engine) -> None:
         async def cancel_one() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
 from batch_orchestration.domain.outcomes import Completion, Outcome, Usage
 from batch_orchestration.domain.rungs import Ladder, Rung
@@ -45,6 +46,8 @@ class ScriptedEngine:
         self._starts_fail = starts_fail
         self._life = 0
         self.alive = False
+        #: What it tells of its work while it lives; by default that it lives.
+        self.told = EngineFigures()
         self.starts = 0
         self.submissions: Counter[bytes] = Counter()
         self.in_flight = 0
@@ -78,8 +81,8 @@ class ScriptedEngine:
         finally:
             self.in_flight -= 1
 
-    async def progress(self) -> float | None:
-        return None
+    async def measure(self) -> EngineFigures | None:
+        return self.told if self.alive else None
 
     async def disconnect(self) -> None:
         pass

@@ -29,3 +29,10 @@ class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
     generation_tokens: int | None = None
     prefix_queries: int | None = None
     prefix_hits: int | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """Counter of all tokens: it moves with every step; None if the engine tells of none."""
+        if self.prompt_tokens is None and self.generation_tokens is None:
+            return None
+        return (self.prompt_tokens or 0) + (self.generation_tokens or 0)

@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.domain.rungs import Ladder
 
@@ -53,11 +54,10 @@ class Engine(Protocol):
             EngineDied: The engine is gone; the request is unanswered and not to blame.
         """
 
-    async def progress(self) -> float | None:
-        """Return a number that grows while the engine works, None if it does not answer.
+    async def measure(self) -> EngineFigures | None:
+        """Return what the engine tells of its work now; None if it does not answer.
 
-        An engine that has no such number returns the time: of its progress nothing can be said,
-        and the time limit of each request decides.
+        What it does not tell is None. It is asked every second or so, and never raises.
         """
 
     async def disconnect(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import aiohttp
 
+from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
 from batch_orchestration.domain.outcomes import Completion, Outcome
 from batch_orchestration.domain.rungs import Exhaustion, Ladder
@@ -129,9 +130,9 @@ class OwnServerEngine(Engine):
             self.ladder.note_answer()
         return outcome
 
-    async def progress(self) -> float | None:
-        """Return how many tokens the server has worked through. See `Engine.progress`."""
-        return None if self._server is None else await self._server.progress()
+    async def measure(self) -> EngineFigures | None:
+        """Return what the server tells of its work. See `Engine.measure`."""
+        return None if self._server is None else await self._server.measure()
 
     async def disconnect(self) -> None:
         """Close the connections of the running event loop."""

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,11 +10,13 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 
+from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
 from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.answers import ABORTED, read_answer
 from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.engines.metrics_page import read_figures
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +28,6 @@ CONNECT_SECONDS = 30.0
 HEALTH_SECONDS = 10.0
 HEALTH_POLL_SECONDS = 0.2
 UNAUTHORIZED = 401
-
-
-#: vLLM's counters of tokens read and written; they move with every step of the engine.
-TOKEN_COUNTERS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
-
-#: vLLM's gauge whose labels are the settings of its KV cache.
-CACHE_INFO = "vllm:cache_config_info{"
-_LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 _T = TypeVar("_T")
 
@@ -151,17 +144,9 @@ class ServerEngine(Engine):
             self._raise_if_dead()
         return outcome
 
-    async def progress(self) -> float | None:
-        """Return how many tokens the server has worked through. See `Engine.progress`."""
-        try:
-            async with self._connected().questions.get(
-                f"{self.base_url}/metrics", timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS)
-            ) as response:
-                text = await response.text()
-        except (aiohttp.ClientError, TimeoutError):
-            return None
-        counters = [float(line.split()[-1]) for line in text.splitlines() if _is_token_count(line)]
-        return sum(counters) if counters else time.monotonic()
+    async def measure(self) -> EngineFigures | None:
+        """Return what the server's page of metrics tells. See `Engine.measure`."""
+        return await self._measure(self._connected().questions)
 
     async def disconnect(self) -> None:
         """Close the connections of the running event loop."""
@@ -276,20 +261,21 @@ class ServerEngine(Engine):
             number = (await self._ask(session, "/version", _Version)).version
             version = f"{models.data[0].owned_by} {number}".strip()
         names = tuple(model.id for model in models.data)
+        figures = await self._measure(session)
         self.facts = {
             "models": names,
             "max_model_len": models.data[0].max_model_len,
-            "kv_cache_tokens": await self._kv_cache_tokens(session),
+            "kv_cache_tokens": None if figures is None else figures.kv_cache_tokens,
         }
         return EngineIdentity(kind=self._kind, version=version, models=names)
 
-    async def _kv_cache_tokens(self, session: aiohttp.ClientSession) -> int | None:
-        """Ask how many tokens the KV cache holds; None of a server that does not tell."""
+    async def _measure(self, session: aiohttp.ClientSession) -> EngineFigures | None:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError):
             async with session.get(
                 f"{self.base_url}/metrics", timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS)
             ) as response:
-                return kv_cache_tokens(await response.text())
+                # Of a server that has no such page, whatever it sends instead.
+                return read_figures((await response.read()).decode(errors="replace"))
         return None
 
     async def _ask(self, session: aiohttp.ClientSession, page: str, kind: type[_T]) -> _T:
@@ -304,16 +290,3 @@ class ServerEngine(Engine):
             return msgspec.json.decode(content, type=kind)
         except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
             raise EngineStartFailed(f"{url} is of no use: {error!r}") from error
-
-
-def kv_cache_tokens(metrics: str) -> int | None:
-    """Return what the KV cache holds, by vLLM's page of metrics: its blocks times their size."""
-    line = next((text for text in metrics.splitlines() if text.startswith(CACHE_INFO)), "")
-    labels = dict(_LABEL.findall(line))
-    blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
-    return int(blocks) * int(size) if blocks.isdecimal() and size.isdecimal() else None
-
-
-def _is_token_count(line: str) -> bool:
-    """Whether a line of Prometheus's text format is one of `TOKEN_COUNTERS`."""
-    return line.partition("{")[0].partition(" ")[0] in TOKEN_COUNTERS

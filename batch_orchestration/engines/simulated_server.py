@@ -33,6 +33,8 @@ from batch_orchestration.engines.simulated_answers import (
 OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate it all ({} running)"
 #: Bigger than any line that admission lets pass by default.
 MAX_BODY_BYTES = 64 * 2**20
+#: What it says that its KV cache holds: more than anybody asks of it, in blocks as vLLM's.
+KV_CACHE_TOKENS, KV_BLOCK_TOKENS = 2**24, 16
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -90,7 +92,9 @@ class SimulatedServer:
         )
         self._accepted = 0
         self._running = 0
-        self._tokens = 0
+        self._held_tokens = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
 
     def app(self) -> web.Application:
         """Return the web application."""
@@ -120,12 +124,17 @@ class SimulatedServer:
         return _json({"version": __version__, "system_fingerprint": FINGERPRINT})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        waiting = self._accepted - self._running
-        return web.Response(
-            text=f"vllm:num_requests_running {self._running}\n"
-            f"vllm:num_requests_waiting {waiting}\n"
-            f"vllm:generation_tokens_total {self._tokens}\n"
-        )
+        blocks = KV_CACHE_TOKENS // KV_BLOCK_TOKENS
+        series = {
+            "num_requests_running{}": self._running,
+            "num_requests_waiting{}": self._accepted - self._running,
+            "kv_cache_usage_perc{}": min(1.0, self._held_tokens / KV_CACHE_TOKENS),
+            "num_preemptions_total{}": 0,
+            "prompt_tokens_total{}": self._prompt_tokens,
+            "generation_tokens_total{}": self._generation_tokens,
+            f'cache_config_info{{block_size="{KV_BLOCK_TOKENS}",num_gpu_blocks="{blocks}"}}': 1.0,
+        }
+        return web.Response(text="".join(f"vllm:{name} {v}\n" for name, v in series.items()))
 
     async def _list_models(self, _request: web.Request) -> web.Response:
         told = {"object": "model", "owned_by": FINGERPRINT, "max_model_len": self._context_tokens}
@@ -153,7 +162,8 @@ class SimulatedServer:
         )
         attempt = self._attempts.count(content, durably=faults.fail_first is not None)
         dice = random.Random(f"{digest(body)} {attempt}")
-        async with self._run():
+        usage = answer["usage"]
+        async with self._run(usage["total_tokens"]):
             most = conditions.dies_above
             if faults.exhaust_memory or (most is not None and self._running > most):
                 _end_at_once(OUT_OF_MEMORY.format(self._running))
@@ -166,7 +176,8 @@ class SimulatedServer:
             return spoilt
         if faults.abort:
             answer["choices"][0]["finish_reason"] = ABORTED
-        self._tokens += answer["usage"]["total_tokens"]
+        self._prompt_tokens += usage["prompt_tokens"]
+        self._generation_tokens += usage["completion_tokens"]
         # As vLLM does with --enable-request-id-headers.
         echo = {name: request.headers[name] for name in ["X-Request-Id"] if name in request.headers}
         return _json(answer, headers=echo)
@@ -180,13 +191,15 @@ class SimulatedServer:
             self._accepted -= 1
 
     @contextlib.asynccontextmanager
-    async def _run(self) -> AsyncIterator[None]:
+    async def _run(self, tokens: int) -> AsyncIterator[None]:
         async with self._slots:
             self._running += 1
+            self._held_tokens += tokens
             try:
                 yield
             finally:
                 self._running -= 1
+                self._held_tokens -= tokens
 
 
 class _ControlFile:

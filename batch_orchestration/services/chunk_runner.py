@@ -8,13 +8,14 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from batch_orchestration.domain.batches import BatchPlan, settings_hash
 from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.domain.commits import ChunkReport, Provenance
+from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.domain.overrides import Overrides
 from batch_orchestration.domain.retries import RetryPolicy
@@ -23,9 +24,10 @@ from batch_orchestration.services.batch_work import BatchWork
 from batch_orchestration.services.chunk_pass import ChunkRef, PendingRequest
 from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.committer import Committed, Results
-from batch_orchestration.services.feeder import Feeder, Window, first_leaf
+from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.ladders import chunk_needs
 from batch_orchestration.services.plan_checks import check_input_size, check_settings
+from batch_orchestration.services.request_window import Window
 from batch_orchestration.services.run_vitals import COMMIT_SECONDS, MARGIN_SECONDS, RunVitals
 from batch_orchestration.services.turns import Turns
 from batch_orchestration.storage.files import DataFolder
@@ -112,6 +114,7 @@ def run_chunks(
     feeding: Feeding,
     force: bool = False,
     vitals: RunVitals | None = None,
+    care: Callable[[], DeviceCare] = DeviceCare,
 ) -> Generator[CommittedChunk, None, None]:
     """Answer what is pending in the chunks and yield each of them right after its commit.
 
@@ -126,11 +129,13 @@ def run_chunks(
         selection: Chunk numbers by batch id, in the order in which they are fed.
         force: Run although settings differ from the plan's; the rows carry the present hash.
         vitals: Of the run; what happens here is noted there.
+        care: What the care for the device allows at this moment.
 
     Raises:
         BatchNotFound: No such batch.
         PlanMismatch: Settings or kept input are not those of the plan.
         EngineError: The engine did not start, or died too often.
+        GpuUnhealthy: The device is not fit for an engine, or was no more.
         StorageError: A journal or the store is unusable.
     """
     vitals = vitals or RunVitals()
@@ -147,6 +152,7 @@ def run_chunks(
             run_id=run_id,
             feeding=feeding,
             vitals=vitals,
+            care=care,
         )
         yield from batch_run.committed_chunks()
 
@@ -165,8 +171,10 @@ class _BatchRun:
         run_id: str,
         feeding: Feeding,
         vitals: RunVitals,
+        care: Callable[[], DeviceCare],
     ) -> None:
         self._vitals = vitals
+        self._care = care
         self._refs = refs
         self._engine = engine
         self._folder = folder
@@ -290,6 +298,7 @@ class _BatchRun:
             settled=self._settled,
             started=self._started,
             vitals=self._vitals,
+            care=self._care,
         )
         self._own.progress.in_flight = self._own_in_flight
         await self._feeder.feed()

@@ -6,16 +6,17 @@ import random
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
-from batch_orchestration.domain.breaker import Breaker, BreakerPolicy
+from batch_orchestration.domain.breaker import Breaker
+from batch_orchestration.domain.device_care import DeviceCare
+from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.errors import (
-    DiskFull,
     EngineDied,
     EngineError,
     EngineSick,
     EngineStartFailed,
+    GpuUnhealthy,
 )
 from batch_orchestration.domain.isolation import (
     LABEL_END,
@@ -25,41 +26,21 @@ from batch_orchestration.domain.isolation import (
 )
 from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.overrides import Overrides, prepare_body
-from batch_orchestration.domain.retries import RetryPolicy, retry_delay
+from batch_orchestration.domain.retries import retry_delay
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.easing import Easing
-from batch_orchestration.services.hang_watch import HangWatch
+from batch_orchestration.services.engine_poll import EnginePoll
+from batch_orchestration.services.hang_watch import LOOKS_PER_LIMIT, HangWatch
+from batch_orchestration.services.obstacles import Obstacles
+from batch_orchestration.services.request_window import RequestWindow, Window
 from batch_orchestration.services.run_vitals import MARGIN_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)
 
 #: Between looks at a breaker that is open.
 BREAKER_POLL_SECONDS = 0.2
-#: Between looks at an obstacle: a disk that is full, a journal that somebody else writes.
-OBSTACLE_POLL_SECONDS = 1.0
-COMPLAINT_SECONDS = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """How much is given to the engine, and how often a request or the engine gets another chance.
-
-    Attributes:
-        in_flight: Requests given to the engine at a time.
-        engine_restarts: How often a dead engine is started anew before the run gives up.
-        hang_seconds: Without any sign of progress the engine counts as dead after this, or after
-            a multiple of the latencies seen, if that is longer.
-        start_timeout_seconds: Until the engine is ready; its own limit, here to know what is late.
-    """
-
-    in_flight: int
-    retry: RetryPolicy
-    breaker: BreakerPolicy
-    engine_restarts: int
-    hang_seconds: float
-    start_timeout_seconds: float = 900.0
 
 
 class Feeder:
@@ -78,6 +59,9 @@ class Feeder:
 
     A source that yields an obstacle in place of a request, such as a full disk, is asked again
     when it may be gone.
+
+    The care for the device may narrow the window, pause it, or have the feed end: then what is in
+    flight is answered, and nothing more is given to the engine.
     """
 
     def __init__(
@@ -90,6 +74,7 @@ class Feeder:
         settled: Callable[[PendingRequest, Outcome], None],
         started: Callable[[EngineIdentity], None] = lambda identity: None,
         vitals: RunVitals | None = None,
+        care: Callable[[], DeviceCare] = DeviceCare,
     ) -> None:
         self._vitals = vitals or RunVitals()
         self._engine = engine
@@ -102,6 +87,14 @@ class Feeder:
         self._easing = Easing(engine.ladder, in_flight=window.in_flight)
         self._breaker = Breaker(window.breaker)
         self._hang_watch = HangWatch(engine, floor_seconds=window.hang_seconds, moved=self._moved)
+        looks = window.hang_seconds / LOOKS_PER_LIMIT
+        self._poll = EnginePoll(engine, heard=self._heard, most_seconds=looks)
+        self._room = RequestWindow(
+            width=lambda: window.in_flight,
+            most=lambda: self._easing.in_flight,
+            care=care,
+            waited=self._vitals.note_progress,
+        )
         self._isolation: Isolation[PendingRequest] = Isolation()
         #: Drawn from the source and without an outcome, in the order of drawing.
         self._unanswered: dict[PendingRequest, None] = {}
@@ -111,7 +104,7 @@ class Feeder:
         self._tasks: dict[PendingRequest, asyncio.Task[None]] = {}
         self._abandoned: set[str] = set()
         self._source_is_dry = False
-        self._complained_at = -COMPLAINT_SECONDS
+        self._obstacles = Obstacles(waited=self._vitals.note_progress)
         self.restarts = 0
         self.in_flight = 0
 
@@ -122,6 +115,8 @@ class Feeder:
             EngineStartFailed: The engine did not become ready.
             EngineDied: It died more often than it may be restarted.
             EngineSick: It lives, but fails nearly everything.
+            GpuUnhealthy: The care for the device ended the feed; what is left is asked another
+                time.
         """
         loop = asyncio.get_running_loop()
         await self._start()
@@ -211,7 +206,7 @@ class Feeder:
 
     async def _suspect(self, label: str, suspects: list[PendingRequest]) -> None:
         for pending, group in self._isolation.split(label, suspects).items():
-            await self._durably(partial(pending.suspect, group))
+            await self._obstacles.durably(partial(pending.suspect, group))
             crash_point(CrashPoint.AFTER_SUSPECT)
 
     async def _convict(self, pending: PendingRequest, death: EngineDied) -> None:
@@ -222,7 +217,7 @@ class Feeder:
         )
         if death.exhaustion:
             self._easing.note_culprit()
-        await self._durably(partial(pending.settle, failure))
+        await self._obstacles.durably(partial(pending.settle, failure))
         self._settled(pending, failure)
 
     async def _restart(self, death: EngineDied) -> None:
@@ -275,46 +270,61 @@ class Feeder:
         logger.warning("restart %d of %d", self.restarts, self._window.engine_restarts)
 
     async def _run_window(self, requests: Iterator[PendingRequest | Obstacle]) -> EngineDied | None:
-        """Settle the requests; return the engine's death, if that ended it."""
-        slots = asyncio.Semaphore(self._easing.in_flight)
-        self._vitals.window = self._easing.in_flight
+        """Settle the requests; return the engine's death, if that ended it.
+
+        Raises:
+            GpuUnhealthy: The care for the device left some of them unanswered.
+        """
+        all_drawn, death = False, None
+        self._hang_watch.begin()
+        self._vitals.window = self._room.limit
         try:
-            async with (
-                self._hang_watch.watching(lambda: self.in_flight),
-                asyncio.TaskGroup() as group,
-            ):
-                while True:
-                    await slots.acquire()
+            async with self._poll.polling(), asyncio.TaskGroup() as group:
+                while not all_drawn and await self._room.open(lambda: len(self._tasks)):
                     while isinstance(pending := next(requests, None), Obstacle):
-                        await self._wait(pending)
+                        await self._obstacles.wait(pending)
                     if pending is None:
-                        return None
+                        all_drawn = True
+                        continue
                     self._unanswered[pending] = None
                     task = self._tasks[pending] = group.create_task(self._settle(pending))
-                    task.add_done_callback(partial(self._ended, pending, slots))
+                    task.add_done_callback(partial(self._ended, pending))
         except* EngineDied as deaths:
             death = first_leaf(deaths)
-        assert isinstance(death, EngineDied)
+        assert death is None or isinstance(death, EngineDied)
+        stop = self._room.stop
+        if stop is not None and (death or self._unanswered or not all_drawn):
+            # Whoever killed the engine on a device that is not fit, no request is suspect for it.
+            raise GpuUnhealthy(stop) from death
         return death
 
-    def _ended(self, pending: PendingRequest, slots: asyncio.Semaphore, _: object) -> None:
+    def _ended(self, pending: PendingRequest, _: object) -> None:
         del self._tasks[pending]
-        slots.release()
+        self._room.look_again()
+
+    async def _heard(self, figures: EngineFigures | None) -> None:
+        """Go by what the engine tells of its work; None if it did not answer."""
+        self._vitals.engine = figures
+        self._vitals.window = self._room.limit
+        await self._hang_watch.judge(figures, in_flight=self.in_flight)
 
     async def _settle(self, pending: PendingRequest) -> None:
         outcome = await self._answer(pending)
+        if outcome is None:
+            return
         crash_point(CrashPoint.BEFORE_OUTCOME)
-        await self._durably(partial(pending.settle, outcome))
+        await self._obstacles.durably(partial(pending.settle, outcome))
         crash_point(CrashPoint.AFTER_OUTCOME)
         del self._unanswered[pending]
         self._settled(pending, outcome)
 
-    async def _answer(self, pending: PendingRequest) -> Outcome:
+    async def _answer(self, pending: PendingRequest) -> Outcome | None:
+        """Return the outcome; None if the device's care forbids the attempts that are left."""
         request = pending.request
         body = prepare_body(
             request.body, request.endpoint, overrides=self._overrides(pending), served=self._served
         )
-        while True:
+        while await self._may_submit():
             outcome = await self._submit(pending, body)
             if not isinstance(outcome, Failure):
                 return outcome
@@ -327,14 +337,14 @@ class Feeder:
             )
             if delay is None:
                 return outcome
-            await self._durably(partial(pending.fail_attempt, outcome))
+            await self._obstacles.durably(partial(pending.fail_attempt, outcome))
             await asyncio.sleep(delay)
+        return None
 
     async def _submit(self, pending: PendingRequest, body: bytes) -> Outcome:
-        await self._breaker_permits()
         batch_id, index = pending.chunk.batch_id, pending.request.index
         crash_point(CrashPoint.BEFORE_SUBMIT)
-        await self._durably(pending.submit)
+        await self._obstacles.durably(pending.submit)
         crash_point(CrashPoint.AFTER_SUBMIT)
         self.in_flight += 1
         self._vitals.in_flight = self.in_flight
@@ -355,26 +365,12 @@ class Feeder:
         self._breaker.record(failed=failed, now=asyncio.get_running_loop().time())
         return outcome
 
-    async def _durably(self, record: Callable[[], None]) -> None:
-        """Write to a journal; while the disk is full wait for room, and with it the window."""
-        while True:
-            try:
-                return record()
-            except DiskFull as full:
-                await self._wait(full)
-
-    async def _wait(self, obstacle: Obstacle) -> None:
-        now = asyncio.get_running_loop().time()
-        if now - self._complained_at > COMPLAINT_SECONDS:
-            self._complained_at = now
-            until = "there is room" if isinstance(obstacle, DiskFull) else "others are done"
-            logger.warning("paused until %s, nothing is lost: %s", until, obstacle)
-        self._vitals.note_progress()
-        await asyncio.sleep(OBSTACLE_POLL_SECONDS)
-
-    async def _breaker_permits(self) -> None:
+    async def _may_submit(self) -> bool:
+        """Wait until the breaker permits it; return False if nothing more may be submitted."""
         loop = asyncio.get_running_loop()
-        while not self._breaker.may_submit(loop.time()):
+        while self._room.stop is None:
+            if self._breaker.may_submit(loop.time()):
+                return True
             if self._breaker.gave_up:
                 raise EngineSick(
                     "the engine fails nearly everything it is given, and failed"
@@ -383,6 +379,7 @@ class Feeder:
                 )
             self._vitals.note_progress()
             await asyncio.sleep(BREAKER_POLL_SECONDS)
+        return False
 
 
 def first_leaf(error: BaseException) -> BaseException:

@@ -1,10 +1,10 @@
 """Tells an engine that is stuck from one that is slow."""
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
+from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.errors import EngineDied
 from batch_orchestration.engines.base import Engine
 
@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 
 #: How much longer than the longest pause between two signs of progress seen so far.
 PATIENCE = 5.0
-POLLS_PER_LIMIT = 12
+#: Looks at an engine per `floor_seconds`, at least.
+LOOKS_PER_LIMIT = 12
 
 
 class HangWatch:
@@ -20,7 +21,8 @@ class HangWatch:
 
     An engine with requests in flight that gives neither for `floor_seconds`, or for `PATIENCE`
     times its longest pause so far, is stopped and counts as dead. Slow requests alone never
-    trip it: tokens are generated all the while.
+    trip it: tokens are generated all the while. Of an engine that answers and counts no tokens
+    nothing can be said, and the time limit of each request decides.
 
     Args:
         moved: Told of each sign of progress.
@@ -34,12 +36,16 @@ class HangWatch:
         self._floor_seconds = floor_seconds
         self._moved_at = 0.0
         self._longest_pause = 0.0
-        self._number: float | None = None
+        self._tokens: int | None = None
 
     @property
     def limit_seconds(self) -> float:
         """How long a pause may be now."""
         return max(self._floor_seconds, PATIENCE * self._longest_pause)
+
+    def begin(self) -> None:
+        """Begin to watch: pauses count from now on."""
+        self._moved_at = asyncio.get_running_loop().time()
 
     def note_progress(self) -> None:
         """Take note of an outcome."""
@@ -48,33 +54,23 @@ class HangWatch:
         self._moved_at = now
         self._tell_moved()
 
-    @contextlib.asynccontextmanager
-    async def watching(self, in_flight: Callable[[], int]) -> AsyncIterator[None]:
-        """Watch while the body runs; raises `EngineDied` in a group if the engine is stuck."""
-        self._moved_at = asyncio.get_running_loop().time()
-        async with asyncio.TaskGroup() as group:
-            watch = group.create_task(self._watch(in_flight))
-            try:
-                yield
-            finally:
-                watch.cancel()
+    async def judge(self, figures: EngineFigures | None, *, in_flight: int) -> None:
+        """Judge the engine by what it tells; None if it did not answer.
 
-    async def _watch(self, in_flight: Callable[[], int]) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(self._floor_seconds / POLLS_PER_LIMIT)
-            if not in_flight():
-                self._moved_at = loop.time()
-                continue
-            number = await self._engine.progress()
-            if number is not None and number != self._number:
-                self._number = number
-                self.note_progress()
-            pause = loop.time() - self._moved_at
-            if pause > self.limit_seconds:
-                logger.error("the engine is stuck; ending it")
-                await asyncio.to_thread(self._engine.stop)
-                raise EngineDied(
-                    f"stuck: no outcome and no token for {pause:.0f} s with"
-                    f" {in_flight()} requests in flight"
-                )
+        Raises:
+            EngineDied: It is stuck, and was stopped.
+        """
+        if not in_flight:
+            self.begin()
+            return
+        if figures is not None and (figures.tokens is None or figures.tokens != self._tokens):
+            self._tokens = figures.tokens
+            self.note_progress()
+        pause = asyncio.get_running_loop().time() - self._moved_at
+        if pause > self.limit_seconds:
+            logger.error("the engine is stuck; ending it")
+            await asyncio.to_thread(self._engine.stop)
+            raise EngineDied(
+                f"stuck: no outcome and no token for {pause:.0f} s with"
+                f" {in_flight} requests in flight"
+            )

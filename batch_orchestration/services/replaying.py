@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from batch_orchestration.domain.batches import BatchPlan, settings_hash
 from batch_orchestration.domain.commits import Provenance
 from batch_orchestration.domain.dead_letters import Replay
+from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.errors import DiskFull, JournalError, JournalInUse, PlanMismatch
 from batch_orchestration.domain.needs import needs_of
 from batch_orchestration.domain.outcomes import Completion
@@ -63,6 +64,7 @@ def run_replay(
     feeding: Feeding,
     clock: Callable[[], float] = time.time,
     vitals: RunVitals | None = None,
+    care: Callable[[], DeviceCare] = DeviceCare,
 ) -> ReplayReport:
     """Answer what the replay has not answered yet, apply the outcomes and make the files anew.
 
@@ -75,6 +77,7 @@ def run_replay(
         JournalInUse: Somebody else is at work on it.
         PlanMismatch: Settings or kept input are not those of the plan.
         EngineError: The engine did not start, or died too often; what was answered is kept.
+        GpuUnhealthy: The device is not fit for an engine, or was no more.
         StorageError: A journal or the store is unusable.
     """
     plan, operations = folder.read_plan(batch_id), Operations(folder, batch_id)
@@ -85,7 +88,9 @@ def run_replay(
         check_settings(plan, feeding.answer_settings, force=replay.force)
         try:
             if len(list(operations.outcomes(replay))) < len(replay.indices):
-                _ReplayRun(plan, replay, operations, engine, folder, run_id, feeding, vitals).feed()
+                _ReplayRun(
+                    plan, replay, operations, engine, folder, run_id, feeding, vitals, care
+                ).feed()
         finally:
             vitals.enter("committing", patience_seconds=WORK_SECONDS)
             with operations.lock():
@@ -132,8 +137,10 @@ class _ReplayRun:
         run_id: str,
         feeding: Feeding,
         vitals: RunVitals,
+        care: Callable[[], DeviceCare],
     ) -> None:
         self._vitals = vitals
+        self._care = care
         self._plan = plan
         self._replay = replay
         self._operations = operations
@@ -171,6 +178,7 @@ class _ReplayRun:
             settled=lambda pending, outcome: None,
             started=self._started,
             vitals=self._vitals,
+            care=self._care,
         )
         try:
             async with self._vitals.of_the_loop(), asyncio.TaskGroup() as group:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.engines.process import free_port
@@ -135,23 +136,25 @@ def test_a_lost_connection_to_a_living_server_is_the_requests_failure(engine: Se
     assert isinstance(answered, Completion)
 
 
-def test_a_server_is_asked_for_its_progress_while_every_connection_hangs(
+def test_a_server_tells_its_figures_while_every_connection_hangs(
     engine: ServerEngine, server: RemoteServer
 ) -> None:
     """Waiting for a free connection, the question would go unanswered: as if by a dead server."""
     narrow = server.engine(connections=1)
 
-    async def ask_meanwhile() -> float | None:
+    async def ask_meanwhile() -> EngineFigures | None:
         body = chat("Hang.", simulate={"hang": True})
         call = asyncio.create_task(narrow.answer(CHAT, body, request_id="hanging"))
         await asyncio.sleep(0.2)
-        progress = await asyncio.wait_for(narrow.progress(), timeout=1.0)
+        figures = await asyncio.wait_for(narrow.measure(), timeout=1.0)
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         await narrow.disconnect()
-        return progress
+        return figures
 
-    assert asyncio.run(ask_meanwhile()) is not None
+    figures = asyncio.run(ask_meanwhile())
+    assert figures is not None
+    assert figures.running == 1
 
 
 def test_a_server_that_goes_away_is_dead_for_all_in_flight_and_can_come_back(

@@ -1,0 +1,44 @@
+"""Waits for what keeps a run from going on and harms nothing: a full disk, a journal in use."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from batch_orchestration.domain.errors import DiskFull
+from batch_orchestration.services.chunk_pass import Obstacle
+
+logger = logging.getLogger(__name__)
+
+#: Between looks at an obstacle.
+OBSTACLE_POLL_SECONDS = 1.0
+COMPLAINT_SECONDS = 60.0
+
+
+class Obstacles:
+    """Waits for one obstacle after the other, and says so once a minute.
+
+    Args:
+        waited: Told of each look, for a wait with a reason is no standstill.
+    """
+
+    def __init__(self, *, waited: Callable[[], None] = lambda: None) -> None:
+        self._waited = waited
+        self._complained_at = -COMPLAINT_SECONDS
+
+    async def durably(self, record: Callable[[], None]) -> None:
+        """Write to a journal; while the disk is full wait for room."""
+        while True:
+            try:
+                return record()
+            except DiskFull as full:
+                await self.wait(full)
+
+    async def wait(self, obstacle: Obstacle) -> None:
+        """Wait until it is worth another look."""
+        now = asyncio.get_running_loop().time()
+        if now - self._complained_at > COMPLAINT_SECONDS:
+            self._complained_at = now
+            until = "there is room" if isinstance(obstacle, DiskFull) else "others are done"
+            logger.warning("paused until %s, nothing is lost: %s", until, obstacle)
+        self._waited()
+        await asyncio.sleep(OBSTACLE_POLL_SECONDS)

@@ -1,0 +1,117 @@
+"""How many requests may be at the engine at this moment: the least of what several parties allow.
+
+The window may narrow while it is full. Nothing in flight is cancelled for that: it is only not
+replaced until there is room again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from batch_orchestration.domain.breaker import BreakerPolicy
+from batch_orchestration.domain.device_care import DeviceCare
+from batch_orchestration.domain.retries import RetryPolicy
+
+logger = logging.getLogger(__name__)
+
+#: Between looks at a window that is full: the care for the device tells nobody when it changes.
+LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """How much is given to the engine, and how often a request or the engine gets another chance.
+
+    Attributes:
+        in_flight: Requests given to the engine at a time.
+        engine_restarts: How often a dead engine is started anew before the run gives up.
+        hang_seconds: Without any sign of progress the engine counts as dead after this, or after
+            a multiple of the latencies seen, if that is longer.
+        start_timeout_seconds: Until the engine is ready; its own limit, here to know what is late.
+    """
+
+    in_flight: int
+    retry: RetryPolicy
+    breaker: BreakerPolicy
+    engine_restarts: int
+    hang_seconds: float
+    start_timeout_seconds: float = 900.0
+
+
+class RequestWindow:
+    """Opens and closes for one request after the other.
+
+    Args:
+        width: How many the engine should have, as far as the engine is concerned.
+        most: How many it may have whatever else is said.
+        care: What the care for the device allows now.
+        waited: Told of each look during a pause, for a wait with a reason is no standstill.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: Callable[[], int],
+        most: Callable[[], int],
+        care: Callable[[], DeviceCare],
+        waited: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._waited = waited
+        self._width = width
+        self._most = most
+        self._care = care
+        self._changed = asyncio.Event()
+        self._share = 1.0
+
+    @property
+    def stop(self) -> str | None:
+        """Why nothing more may be given to the engine; None while it may."""
+        return self._care().stop
+
+    @property
+    def limit(self) -> int:
+        """How many requests may be in flight now; 0 is a pause.
+
+        The least of the width, the most, and the device's share of the width; only a share of 0
+        allows none at all.
+        """
+        width, share = self._width(), self._care().share
+        allowed = max(1, math.floor(share * width)) if share > 0 else 0
+        return min(width, self._most(), allowed)
+
+    @property
+    def is_curbed(self) -> bool:
+        """Whether something else than the width keeps the window narrow."""
+        return self.limit < self._width()
+
+    async def open(self, taken: Callable[[], int]) -> bool:
+        """Wait until there is room for one more; return False if nothing more may be given."""
+        while self.stop is None:
+            self._tell()
+            if taken() < self.limit:
+                return True
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._changed.wait()
+        return False
+
+    def look_again(self) -> None:
+        """Wake whoever waits: a request has ended, or the window is wider."""
+        self._changed.set()
+
+    def _tell(self) -> None:
+        """Log once that the care for the device pauses the run, and once that it goes on."""
+        share = self._care().share
+        if share == 0:
+            self._waited()
+        if share == 0 < self._share:
+            logger.warning("paused: the device needs a rest; what is in flight is kept")
+        elif share > 0 == self._share:
+            logger.info(
+                "going on: the device is ready again, for %.0f %% of the window", share * 100
+            )
+        self._share = share
