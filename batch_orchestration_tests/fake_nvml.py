@@ -35,9 +35,15 @@ class FakeGpu:
     )
     temperature: Any = 40
     slowdown: Any = 92
+    shutdown: Any = 97
+    #: Degrees left to the slowdown; asked where no threshold is told.
+    margin: Any = 52
     utilization: Any = 3
     power_milliwatts: Any = 61_500
+    power_limit_milliwatts: Any = 400_000
     sm_clock: Any = 1410
+    sm_clock_max: Any = 1980
+    memory_clock: Any = 1215
     event_reasons: Any = 0x1
     throttle_reasons: Any = 0x1
     ecc: Any = 0
@@ -110,8 +116,13 @@ class FakeNvml(types.ModuleType):
         return told(device.temperature)
 
     def nvmlDeviceGetTemperatureThreshold(self, device: FakeGpu, kind: int) -> int:
+        if kind == pynvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN:
+            return told(device.shutdown)
         assert kind == pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
         return told(device.slowdown)
+
+    def nvmlDeviceGetMarginTemperature(self, device: FakeGpu) -> int:
+        return told(device.margin)
 
     def nvmlDeviceGetUtilizationRates(self, device: FakeGpu) -> Any:
         return SimpleNamespace(gpu=told(device.utilization), memory=0)
@@ -119,9 +130,18 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetPowerUsage(self, device: FakeGpu) -> int:
         return told(device.power_milliwatts)
 
+    def nvmlDeviceGetEnforcedPowerLimit(self, device: FakeGpu) -> int:
+        return told(device.power_limit_milliwatts)
+
     def nvmlDeviceGetClockInfo(self, device: FakeGpu, kind: int) -> int:
+        if kind == pynvml.NVML_CLOCK_MEM:
+            return told(device.memory_clock)
         assert kind == pynvml.NVML_CLOCK_SM
         return told(device.sm_clock)
+
+    def nvmlDeviceGetMaxClockInfo(self, device: FakeGpu, kind: int) -> int:
+        assert kind == pynvml.NVML_CLOCK_SM
+        return told(device.sm_clock_max)
 
     def nvmlDeviceGetCurrentClocksEventReasons(self, device: FakeGpu) -> int:
         return told(device.event_reasons)

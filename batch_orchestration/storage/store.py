@@ -30,6 +30,7 @@ from batch_orchestration.storage import (
     statuses,
 )
 from batch_orchestration.storage.estimates import EstimateTables
+from batch_orchestration.storage.gpu_samples import GpuSampleTable
 from batch_orchestration.storage.replay import JournalEntry
 
 _TABLES = (
@@ -59,6 +60,8 @@ class Store:
         self._deadline_seconds = deadline_seconds
         #: What was expected of batches, and what was measured.
         self.estimates = EstimateTables(path, deadline_seconds=deadline_seconds)
+        #: What GPUs did.
+        self.gpu_samples = GpuSampleTable(path, deadline_seconds=deadline_seconds)
 
     def migrate(self) -> None:
         """Bring the file to the present schema. Every other method does so first: it is cheap."""

@@ -124,7 +124,9 @@ def _facts(nvml: Any, handle: Any) -> GpuFacts:
     device = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if instance else handle
     memory = _reported(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
     rates = _reported(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(device))
-    power = _reported(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(device))
+    celsius = _reported(
+        nvml, lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)
+    )
     remapped = _reported(nvml, lambda: nvml.nvmlDeviceGetRemappedRows(device))
     mig = _reported(nvml, lambda: nvml.nvmlDeviceGetMigMode(device))
     return GpuFacts(
@@ -134,19 +136,20 @@ def _facts(nvml: Any, handle: Any) -> GpuFacts:
         memory_total_bytes=memory and memory.total,
         memory_used_bytes=memory and memory.used,
         memory_free_bytes=memory and memory.free,
-        temperature_celsius=_reported(
-            nvml, lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)
-        ),
-        slowdown_celsius=_reported(
-            nvml,
-            lambda: nvml.nvmlDeviceGetTemperatureThreshold(
-                device, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
-            ),
-        ),
+        temperature_celsius=celsius,
+        slowdown_celsius=_slowdown(nvml, device, celsius),
+        shutdown_celsius=_threshold(nvml, device, nvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN),
         utilization_percent=rates and rates.gpu,
-        power_watts=None if power is None else power / _MILLIWATTS,
+        power_watts=_watts(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(device)),
+        power_limit_watts=_watts(nvml, lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device)),
         sm_clock_mhz=_reported(
             nvml, lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)
+        ),
+        sm_clock_max_mhz=_reported(
+            nvml, lambda: nvml.nvmlDeviceGetMaxClockInfo(device, nvml.NVML_CLOCK_SM)
+        ),
+        memory_clock_mhz=_reported(
+            nvml, lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_MEM)
         ),
         throttle_reasons=_throttle_reasons(nvml, device),
         ecc_uncorrectable_errors=_reported(
@@ -161,6 +164,7 @@ def _facts(nvml: Any, handle: Any) -> GpuFacts:
         processes=_processes(nvml, handle),
         mig_enabled=None if mig is None else bool(mig[0]),
         mig_instance=instance,
+        device_uuid=_text(nvml.nvmlDeviceGetUUID(device)) if instance else None,
     )
 
 
@@ -170,6 +174,27 @@ def _reported(nvml: Any, ask: Callable[[], T]) -> T | None:
         return ask()
     except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
         return None
+
+
+def _watts(nvml: Any, ask: Callable[[], float]) -> float | None:
+    milliwatts = _reported(nvml, ask)
+    return None if milliwatts is None else milliwatts / _MILLIWATTS
+
+
+def _threshold(nvml: Any, device: Any, kind: int) -> int | None:
+    return _reported(nvml, lambda: nvml.nvmlDeviceGetTemperatureThreshold(device, kind))
+
+
+def _slowdown(nvml: Any, device: Any, celsius: int | None) -> int | None:
+    """Return from which temperature on the device slows down.
+
+    From Hopper on, devices tell no threshold, but how many degrees are left to it.
+    """
+    told = _threshold(nvml, device, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
+    if told is not None or celsius is None:
+        return told
+    margin: int | None = _reported(nvml, lambda: nvml.nvmlDeviceGetMarginTemperature(device))
+    return None if margin is None else celsius + margin
 
 
 def _throttle_reasons(nvml: Any, device: Any) -> tuple[str, ...] | None:

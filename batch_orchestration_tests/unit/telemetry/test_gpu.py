@@ -44,8 +44,9 @@ def test_every_fact_arrives_in_its_unit(install):
     assert (gpu.index, gpu.uuid, gpu.name) == (0, "GPU-11111111-aaaa", "NVIDIA Test")
     assert (gpu.memory_total_bytes, gpu.memory_used_bytes) == (80 * GIB, GIB)
     assert gpu.memory_free_bytes == 79 * GIB
-    assert (gpu.temperature_celsius, gpu.slowdown_celsius) == (40, 92)
+    assert (gpu.temperature_celsius, gpu.slowdown_celsius, gpu.shutdown_celsius) == (40, 92, 97)
     assert (gpu.utilization_percent, gpu.power_watts, gpu.sm_clock_mhz) == (3, 61.5, 1410)
+    assert (gpu.power_limit_watts, gpu.sm_clock_max_mhz, gpu.memory_clock_mhz) == (400, 1980, 1215)
     assert gpu.throttle_reasons == ("sw_power_cap", "hw_thermal_slowdown", "unknown_0x1000")
     assert (gpu.ecc_uncorrectable_errors, gpu.recovery_action) == (0, "none")
     assert (gpu.remap_pending, gpu.remap_failed) == (False, False)
@@ -59,7 +60,17 @@ def test_every_fact_arrives_in_its_unit(install):
 
 def test_what_a_device_does_not_report_is_none(install):
     facts = ("temperature", "slowdown", "utilization", "power_milliwatts", "sm_clock", "ecc")
-    others = ("memory", "event_reasons", "throttle_reasons", "remapped", "processes", "mig")
+    more = ("shutdown", "power_limit_milliwatts", "sm_clock_max", "memory_clock")
+    others = (
+        *more,
+        "memory",
+        "event_reasons",
+        "throttle_reasons",
+        "remapped",
+        "processes",
+        "mig",
+        "margin",
+    )
     install(FakeGpu(**dict.fromkeys((*facts, *others, "recovery"), NOT_SUPPORTED)))
 
     (gpu,) = read_gpus()
@@ -67,6 +78,12 @@ def test_what_a_device_does_not_report_is_none(install):
     told = {name: getattr(gpu, name) for name in gpu.__struct_fields__}
     known = {"index": 0, "uuid": gpu.uuid, "name": "NVIDIA Test", "mig_instance": False}
     assert {name: value for name, value in told.items() if value is not None} == known
+
+
+def test_a_device_that_tells_degrees_left_instead_of_a_threshold_slows_down_there(install):
+    install(FakeGpu(slowdown=NOT_SUPPORTED, temperature=70, margin=17))
+
+    assert read_gpus()[0].slowdown_celsius == 87
 
 
 @pytest.mark.parametrize(
@@ -158,6 +175,7 @@ def test_an_instance_has_its_own_memory_and_the_heat_of_its_device(install, monk
 
     assert (gpu.uuid, gpu.memory_total_bytes) == ("MIG-5", 10 * GIB)
     assert (gpu.temperature_celsius, gpu.mig_enabled, gpu.mig_instance) == (71, True, True)
+    assert (gpu.device_uuid, gpu.hardware_uuid) == (whole.uuid, whole.uuid)
 
 
 # --- the real library -----------------------------------------------------------------------------

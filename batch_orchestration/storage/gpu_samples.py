@@ -1,0 +1,129 @@
+"""The table `gpu_samples`: what the samples files say of GPUs, kept for queries."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import duckdb
+
+from batch_orchestration.domain.samples import RunSample
+from batch_orchestration.storage import connection, rows, schema
+from batch_orchestration.storage.samples import decode_samples
+
+#: Taken from a file at a time: so long others are kept out of the store.
+MOST_BYTES = 4 * 2**20
+_COLUMNS = {
+    "run_id": "object",
+    "batch_id": "object",
+    "sampled_at": "datetime64[us]",
+    "gpu": "object",
+    "gpu_index": "int64",
+    "name": "object",
+    "memory_used_bytes": "Int64",
+    "memory_free_bytes": "Int64",
+    "memory_total_bytes": "Int64",
+    "temperature_celsius": "Int64",
+    "slowdown_celsius": "Int64",
+    "utilization_percent": "Int64",
+    "power_watts": "Float64",
+    "power_limit_watts": "Float64",
+    "sm_clock_mhz": "Int64",
+    "memory_clock_mhz": "Int64",
+    "throttle_reasons": "object",
+    "ecc_uncorrectable_errors": "Int64",
+    "remap_pending": "boolean",
+    "remap_failed": "boolean",
+    "recovery_action": "object",
+    "in_flight": "int64",
+    "window_requests": "int64",
+    "output_tokens_per_second": "float64",
+}
+_OF_FILE = "WHERE batch_id = ? AND run_id = ?"
+
+
+class GpuSampleTable:
+    """The part of the store that is about GPUs. Methods raise as those of `Store` do."""
+
+    def __init__(self, path: Path, *, deadline_seconds: float) -> None:
+        self._path = path
+        self._deadline_seconds = deadline_seconds
+
+    def take_in(self, batch_id: str, files: Sequence[Path]) -> int:
+        """Add what is new in samples files of a batch; return how many rows that are.
+
+        The table remembers how far it has read each file, in the same transaction: whoever calls
+        this, and however often, each (run, moment, device) is in it once.
+        """
+        with self._writing() as db:
+            return sum(_take_in(db, batch_id, path) for path in files)
+
+    def prune(self, before: float, *, spare: Sequence[str], dry_run: bool = False) -> int:
+        """Remove what is from before a moment (POSIX seconds), but for the batches to be spared.
+
+        Returns:
+            How many rows that are, also of a dry run.
+        """
+        where = "WHERE sampled_at < ? AND NOT list_contains(?, batch_id)"
+        values = [rows.timestamp(before), list(spare)]
+        with self._writing() as db:
+            old = len(rows.select(db, "gpu_samples", ["1"], where, values))
+            if old and not dry_run:
+                db.execute(f"DELETE FROM gpu_samples {where}", values)
+        return old
+
+    def _writing(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        schema.migrate(self._path, deadline_seconds=self._deadline_seconds)
+        return connection.writing(self._path, deadline_seconds=self._deadline_seconds)
+
+
+def _take_in(db: duckdb.DuckDBPyConnection, batch_id: str, path: Path) -> int:
+    of_file = [batch_id, path.stem]
+    known = rows.select(db, "gpu_sample_files", ["bytes"], _OF_FILE, of_file)
+    data, reached = _whole_lines(path, known[0]["bytes"] if known else 0)
+    if not data:
+        return 0
+    samples = [sample for sample in decode_samples(data) if sample.gpus]
+    found = [row for sample in samples for row in _rows(batch_id, sample)]
+    if found:
+        # What is there of these moments was taken from the same lines, before the file was replaced
+        # or the store forgot how far it had read it.
+        moments = [row["sampled_at"] for row in found]
+        db.execute(
+            f"DELETE FROM gpu_samples {_OF_FILE} AND sampled_at BETWEEN ? AND ?",
+            [*of_file, min(moments), max(moments)],
+        )
+        rows.insert(db, "gpu_samples", _COLUMNS, found)
+    db.execute(f"DELETE FROM gpu_sample_files {_OF_FILE}", of_file)
+    db.execute("INSERT INTO gpu_sample_files VALUES (?, ?, ?)", [*of_file, reached])
+    return len(found)
+
+
+def _whole_lines(path: Path, offset: int) -> tuple[bytes, int]:
+    """Return whole lines from an offset on, and the offset behind them."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size < offset:
+            offset = 0
+        file.seek(offset)
+        data = file.read(MOST_BYTES)
+    whole = data[: data.rfind(b"\n") + 1]
+    if not whole and len(data) == MOST_BYTES:
+        whole = data  # No line is that long: it is damaged, and skipped.
+    return whole, offset + len(whole)
+
+
+def _rows(batch_id: str, sample: RunSample) -> Iterator[rows.Row]:
+    for device in sample.gpus:
+        told = {name: getattr(device, name, None) for name in _COLUMNS}
+        reasons = device.throttle_reasons
+        yield told | {
+            "run_id": sample.run_id,
+            "batch_id": batch_id,
+            "sampled_at": rows.timestamp(sample.at),
+            "gpu": device.uuid,
+            "gpu_index": device.index,
+            "throttle_reasons": None if reasons is None else ",".join(reasons),
+            "in_flight": sample.in_flight,
+            "window_requests": sample.window,
+            "output_tokens_per_second": sample.output_tokens_per_second,
+        }
