@@ -29,6 +29,8 @@ class FakeGpu:
     """One device, healthy and idle unless said otherwise."""
 
     uuid: str = "GPU-11111111-aaaa"
+    #: What asking for the device gives, if not the device.
+    handle: Any = None
     name: str = "NVIDIA Test"
     memory: Any = field(
         default_factory=lambda: SimpleNamespace(total=80 * GIB, used=1 * GIB, free=79 * GIB)
@@ -83,6 +85,7 @@ class FakeNvml(types.ModuleType):
         return len(self.devices)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
+        told(self.devices[index].handle)
         return self.devices[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu:

@@ -73,7 +73,15 @@ class IllegalTransition(BatchOrchestrationError):
 
 
 class GpuUnreadable(BatchOrchestrationError):
-    """What the GPUs are like could not be read; nothing may be concluded from that."""
+    """What the GPUs are like could not be read; nothing may be concluded from that.
+
+    Attributes:
+        lost: If a device has fallen off the bus: its place among the visible ones.
+    """
+
+    def __init__(self, message: str, *, lost: int | None = None) -> None:
+        super().__init__(message)
+        self.lost = lost
 
 
 class GpuUnhealthy(BatchOrchestrationError):

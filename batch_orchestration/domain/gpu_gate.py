@@ -4,7 +4,7 @@ What a device says it does not have is not held against it, but for its memory: 
 can tell whether the model fits. Whatever cannot be read, or cannot be true, is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -18,7 +18,26 @@ DEFAULT_MAX_CELSIUS = 85
 #: A process that computes holds several times as much for its CUDA context alone; the MPS server
 #: and agents that only look hold less.
 TOLERATED_BYTES = 64 * 2**20
-POSSIBLE_CELSIUS = range(-50, 151)
+_CELSIUS = (-50, 150)
+_BYTES = (0, 2**50)
+_MHZ = (0, 10_000)
+_WATTS = (0, 10_000)
+#: What cannot be, however new the device: mostly numbers that overflowed, or stand for an error.
+_POSSIBLE = {
+    "memory_total_bytes": (1, _BYTES[1]),
+    "memory_used_bytes": _BYTES,
+    "memory_free_bytes": _BYTES,
+    "temperature_celsius": _CELSIUS,
+    "slowdown_celsius": _CELSIUS,
+    "shutdown_celsius": _CELSIUS,
+    "utilization_percent": (0, 100),
+    "power_watts": _WATTS,
+    "power_limit_watts": _WATTS,
+    "sm_clock_mhz": _MHZ,
+    "sm_clock_max_mhz": _MHZ,
+    "memory_clock_mhz": _MHZ,
+    "ecc_uncorrectable_errors": (0, 2**53),
+}
 _GIB = 2**30
 
 
@@ -52,6 +71,7 @@ def unhealthy_reasons(
     limits: GpuLimits,
     need: GpuNeed,
     own: frozenset[int] = frozenset(),
+    fences: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Return what speaks against starting an engine now; empty if the devices are healthy.
 
@@ -60,6 +80,7 @@ def unhealthy_reasons(
         limits: Upper bounds.
         need: Of the engine.
         own: Pids of our own engines: no strangers, and they will give back what they hold.
+        fences: Why a device is not to be used, by the uuid of the whole device.
     """
     if isinstance(readings, GpuUnreadable):
         return [str(readings)]
@@ -69,20 +90,31 @@ def unhealthy_reasons(
     return [
         f"GPU {device.index} ({device.name}): {reason}"
         for device in readings[: need.devices]
-        for reason in _reasons(device, limits, need, own)
+        for reason in (
+            *_fenced(device, fences or {}),
+            *_reasons(device, limits, need, own),
+        )
     ]
+
+
+def _fenced(device: GpuFacts, fences: Mapping[str, str]) -> Iterator[str]:
+    if (why := fences.get(device.hardware_uuid)) is not None:
+        yield (
+            f"{why}; once it is well: python -m batch_orchestration gpu --clear"
+            f" {device.hardware_uuid}"
+        )
 
 
 def _reasons(
     device: GpuFacts, limits: GpuLimits, need: GpuNeed, own: frozenset[int]
 ) -> Iterator[str]:
-    nonsense = list(_nonsense(device))
-    yield from nonsense
-    if nonsense:
+    impossible = list(nonsense(device))
+    yield from impossible
+    if impossible:
         # What follows would be concluded from it.
         return
     yield from _heat(device, limits)
-    yield from _faults(device)
+    yield from standing_faults(device)
     if device.mig_enabled and not device.mig_instance:
         yield "it is cut into MIG instances; name one in CUDA_VISIBLE_DEVICES (MIG-…)"
     for process in device.processes or ():
@@ -91,27 +123,18 @@ def _reasons(
     yield from _memory(device, need, own)
 
 
-def _nonsense(device: GpuFacts) -> Iterator[str]:
-    for name in (
-        *("memory_total_bytes", "memory_used_bytes", "memory_free_bytes", "power_watts"),
-        *("sm_clock_mhz", "ecc_uncorrectable_errors", "utilization_percent"),
-    ):
+def nonsense(device: GpuFacts) -> Iterator[str]:
+    """Yield what cannot be true of what a device reports."""
+    for name, possible in _POSSIBLE.items():
         value = getattr(device, name)
-        if value is not None and not value >= 0:
+        # Written so that what is no number (NaN) is not within anything.
+        if value is not None and not possible[0] <= value <= possible[1]:
             yield f"it reports nonsense: {name} is {value}"
     total = device.memory_total_bytes
-    if total == 0:
-        yield "it reports nonsense: memory_total_bytes is 0"
     for name in ("memory_used_bytes", "memory_free_bytes"):
         value = getattr(device, name)
         if None not in (value, total) and value > total:
             yield f"it reports nonsense: {name} is {value} of {total}"
-    if device.utilization_percent is not None and device.utilization_percent > 100:
-        yield f"it reports nonsense: utilization_percent is {device.utilization_percent}"
-    for name in ("temperature_celsius", "slowdown_celsius"):
-        value = getattr(device, name)
-        if value is not None and not POSSIBLE_CELSIUS[0] <= value <= POSSIBLE_CELSIUS[-1]:
-            yield f"it reports nonsense: {name} is {value}"
     for process in device.processes or ():
         if process.memory_bytes is not None and process.memory_bytes < 0:
             yield f"it reports nonsense: process {process.pid} holds {process.memory_bytes} bytes"
@@ -132,7 +155,8 @@ def _heat(device: GpuFacts, limits: GpuLimits) -> Iterator[str]:
         yield f"{device.temperature_celsius} °C, {limit:g} °C allowed"
 
 
-def _faults(device: GpuFacts) -> Iterator[str]:
+def standing_faults(device: GpuFacts) -> Iterator[str]:
+    """Yield the faults that a device has; they do not pass by themselves."""
     if device.ecc_uncorrectable_errors:
         count = device.ecc_uncorrectable_errors
         yield f"{count} uncorrectable memory errors (ECC) since the driver was loaded; reset it"

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import msgspec
+
 from batch_orchestration.domain.errors import GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
 
@@ -78,12 +80,12 @@ def _visible(nvml: Any, environ: Any) -> list[Any]:
     """Return the handles of the devices that CUDA shows."""
     count = nvml.nvmlDeviceGetCount()
     named = environ.get(VISIBLE_VARIABLE)
-    if named is None:
-        return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    words = named.split(",") if named is not None else [str(index) for index in range(count)]
     handles: list[Any] = []
     uuids: list[str] = []
-    for word in named.split(","):
-        handle = _handle(nvml, word.strip(), count)
+    for place, word in enumerate(words):
+        with _readable(nvml, place):
+            handle = _handle(nvml, word.strip(), count)
         if handle is None:
             break
         uuid = _text(nvml.nvmlDeviceGetUUID(handle))
@@ -106,16 +108,39 @@ def _handle(nvml: Any, word: str, count: int) -> Any | None:
             return None
     if not word.startswith("GPU-"):
         return None
-    handles = (nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count))
-    found = [h for h in handles if _text(nvml.nvmlDeviceGetUUID(h)).startswith(word)]
+    found: list[Any] = []
+    lost: Exception | None = None
+    for index in range(count):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(word):
+                found.append(handle)
+        except nvml.NVMLError_GpuIsLost as error:
+            # It is the one that is meant only if no other is.
+            lost = error
+    if not found and lost is not None:
+        raise lost
     return found[0] if len(found) == 1 else None
 
 
 def _facts_of(nvml: Any, place: int, handle: Any) -> GpuFacts:
+    with _readable(nvml, place):
+        facts = _facts(nvml, handle)
     try:
-        return _facts(nvml, handle)
+        return msgspec.convert(msgspec.to_builtins(facts), GpuFacts)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise GpuUnreadable(f"GPU {place} of those visible reports nonsense: {error}") from error
+
+
+@contextmanager
+def _readable(nvml: Any, place: int) -> Iterator[None]:
+    try:
+        yield
     except nvml.NVMLError as error:
-        raise GpuUnreadable(f"GPU {place} of those visible cannot be read: {error}") from error
+        raise GpuUnreadable(
+            f"GPU {place} of those visible cannot be read: {error}",
+            lost=place if isinstance(error, nvml.NVMLError_GpuIsLost) else None,
+        ) from error
 
 
 def _facts(nvml: Any, handle: Any) -> GpuFacts:

@@ -108,6 +108,19 @@ def test_what_a_device_does_not_have_is_not_held_against_it():
         ({"sm_clock_mhz": -1}, "nonsense: sm_clock_mhz is -1"),
         ({"ecc_uncorrectable_errors": -1}, "nonsense: ecc_uncorrectable_errors is -1"),
         ({"processes": (process(memory_bytes=-1),)}, "nonsense: process 4242 holds -1 bytes"),
+        # What an error or an overflow looks like in NVML's unsigned numbers.
+        ({"memory_total_bytes": 2**64 - 1}, "nonsense: memory_total_bytes is"),
+        ({"memory_used_bytes": None, "memory_free_bytes": 2**64 - 1}, "memory_free_bytes is"),
+        ({"temperature_celsius": 2**32 - 1}, "nonsense: temperature_celsius is"),
+        ({"temperature_celsius": float("nan")}, "nonsense: temperature_celsius is nan"),
+        ({"shutdown_celsius": 2**32 - 1}, "nonsense: shutdown_celsius is"),
+        ({"power_watts": (2**32 - 1) / 1000}, "nonsense: power_watts is"),
+        ({"power_watts": float("inf")}, "nonsense: power_watts is inf"),
+        ({"power_limit_watts": (2**32 - 1) / 1000}, "nonsense: power_limit_watts is"),
+        ({"sm_clock_mhz": 2**32 - 1}, "nonsense: sm_clock_mhz is"),
+        ({"sm_clock_max_mhz": 2**32 - 1}, "nonsense: sm_clock_max_mhz is"),
+        ({"memory_clock_mhz": -1}, "nonsense: memory_clock_mhz is -1"),
+        ({"ecc_uncorrectable_errors": 2**64 - 1}, "nonsense: ecc_uncorrectable_errors is"),
     ],
     ids=repr,
 )
@@ -116,6 +129,30 @@ def test_whatever_is_wrong_shuts_the_gate_and_is_named(facts, reason):
 
     assert any(reason in found for found in reasons)
     assert all(found.startswith("GPU 0 (Test): ") for found in reasons)
+
+
+#: Facts that are shown to people, and judged by nobody.
+ONLY_SHOWN = {"index", "uuid", "name", "throttle_reasons", "mig_instance", "device_uuid"}
+
+
+def test_every_fact_of_a_device_is_an_input_of_the_table_above():
+    """A fact that is added is judged, or somebody has said that it is not."""
+    marks = test_whatever_is_wrong_shuts_the_gate_and_is_named.pytestmark
+    judged = {name for facts, _ in marks[0].args[1] for name in facts}
+
+    assert judged == set(GpuFacts.__struct_fields__) - ONLY_SHOWN
+
+
+def test_a_fenced_device_shuts_the_gate_and_says_how_to_clear_it():
+    instance = with_facts(uuid="MIG-7", device_uuid="GPU-1", mig_enabled=True, mig_instance=True)
+
+    for device in (HEALTHY, instance):
+        (reason,) = unhealthy_reasons(
+            [device], limits=GpuLimits(), need=GpuNeed(), fences={"GPU-1": "fenced", "GPU-2": "no"}
+        )
+        assert reason == (
+            "GPU 0 (Test): fenced; once it is well: python -m batch_orchestration gpu --clear GPU-1"
+        )
 
 
 def test_nothing_is_concluded_from_nonsense():

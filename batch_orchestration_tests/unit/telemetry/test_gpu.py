@@ -7,6 +7,7 @@ import pytest
 
 from batch_orchestration.domain.errors import GpuUnreadable
 from batch_orchestration.domain.gpu import GpuProcess
+from batch_orchestration.services.gpu_health import GpuReader
 from batch_orchestration.telemetry.gpu import read_gpus
 from batch_orchestration_tests.fake_nvml import (
     GIB,
@@ -119,6 +120,61 @@ def test_any_other_error_is_raised_and_closes_the_library(install, name, error):
     with pytest.raises(GpuUnreadable, match=f"GPU 1 .*{error}"):
         read_gpus()
     assert nvml.open == 0
+
+
+@pytest.mark.parametrize("fields", [{"handle": GPU_IS_LOST}, {"temperature": GPU_IS_LOST}])
+@pytest.mark.parametrize(
+    ("visible", "place"), [(None, 1), ("1", 0), ("2,1", 1), ("GPU-11", 0), ("GPU-00,GPU-11", 1)]
+)
+def test_a_device_that_is_lost_is_told_by_its_place(install, monkeypatch, visible, place, fields):
+    install(FakeGpu(uuid="GPU-000"), FakeGpu(uuid="GPU-111", **fields), FakeGpu(uuid="GPU-222"))
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    with pytest.raises(GpuUnreadable, match=f"GPU {place} of those visible.*lost") as raised:
+        read_gpus()
+
+    assert raised.value.lost == place
+
+
+def test_another_device_that_is_lost_is_not_taken_for_ours(install, monkeypatch):
+    install(FakeGpu(uuid="GPU-000", handle=GPU_IS_LOST), FakeGpu(uuid="GPU-111"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-111")
+
+    assert [gpu.uuid for gpu in read_gpus()] == ["GPU-111"]
+
+
+def test_other_errors_do_not_say_that_a_device_is_lost(install):
+    install(FakeGpu(temperature=UNKNOWN))
+
+    with pytest.raises(GpuUnreadable) as raised:
+        read_gpus()
+
+    assert raised.value.lost is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": "hot"},
+        {"ecc": 1.5},
+        {"sm_clock": [1410]},
+        {"power_milliwatts": object()},
+        {"utilization": True},
+        {"memory": (1, 2, 3)},
+        {"remapped": ()},
+        {"processes": {"me": 1}},
+        {"event_reasons": "none"},
+    ],
+    ids=repr,
+)
+def test_what_is_no_number_where_one_is_due_is_unreadable(install, fields):
+    """By whichever exception: `GpuReader` makes the same of all of them."""
+    install(FakeGpu(**fields))
+
+    answer = GpuReader(read_gpus).readings(seconds=5)
+
+    assert isinstance(answer, GpuUnreadable)
 
 
 def test_a_library_that_cannot_be_opened_is_the_same_exception(install):
