@@ -4,22 +4,35 @@ import click
 import msgspec
 from rich.table import Table
 
-from batch_orchestration.cli.context import json_option, open_context, print_json
+from batch_orchestration.cli.context import (
+    Context,
+    json_option,
+    open_context,
+    person,
+    print_json,
+)
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.services.gpu_health import GpuVerdict, examine
+from batch_orchestration.storage.fences import clear_fence, read_fences
 
 _GIB = 2**30
 _NONE = "-"
 
 
 @click.command()
+@click.option("--clear", "uuid", metavar="UUID", help="Remove the fence of this device first.")
 @json_option
-def gpu(as_json: bool) -> None:
+def gpu(uuid: str | None, as_json: bool) -> None:
     """Show the GPUs, and whether an engine may be started on them; exit 1 if not.
 
     The verdict is that of the gate before each start of vLLM on BATCH_DEVICE=cuda.
+
+    A device that had a fault is fenced: nothing is started on it until it is seen to have
+    recovered, or until --clear. Who cleared it is kept in the data folder, `fences/cleared`.
     """
     context = open_context()
+    if uuid is not None:
+        _clear(context, uuid)
     verdict = examine(context.settings)
     if as_json:
         print_json(_object(verdict))
@@ -29,6 +42,14 @@ def gpu(as_json: bool) -> None:
         _say(verdict)
     if not verdict.healthy:
         click.get_current_context().exit(1)
+
+
+def _clear(context: Context, uuid: str) -> None:
+    fence = clear_fence(context.folder, uuid, at=context.clock(), by=person())
+    if fence is None:
+        known = ", ".join(read_fences(context.folder)) or "none"
+        raise click.ClickException(f"{uuid} is not fenced; fenced are: {known}")
+    click.echo(f"{uuid} is no longer fenced. It was: {fence.reason}", err=True)
 
 
 def _say(verdict: GpuVerdict) -> None:

@@ -16,6 +16,7 @@ from batch_orchestration.domain.gpu_gate import GpuLimits, GpuNeed, unhealthy_re
 from batch_orchestration.domain.model_memory import DTYPE_BYTES, MARGIN_SHARE, needed_bytes
 from batch_orchestration.engines.process_records import group_members, is_running, read_record
 from batch_orchestration.engines.vllm_flags import model_folder
+from batch_orchestration.services.fencing import standing_fences
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.telemetry.gpu import read_gpus
@@ -140,7 +141,10 @@ def no_gate(settings: Settings) -> str | None:
 
 
 def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
-    """Read the devices and judge them, if the settings ask for one."""
+    """Read the devices and judge them, if the settings ask for one.
+
+    Fences of devices that are seen to have recovered come down (see `services.fencing`).
+    """
     readings = _reader.readings(seconds=seconds)
     unreadable = isinstance(readings, GpuUnreadable)
     without = no_gate(settings)
@@ -151,7 +155,9 @@ def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
         # It was judged before that engine was started, which now has what it needs.
         judged = msgspec.structs.replace(need, memory_bytes=None) if own else need
         limits = GpuLimits(max_celsius=settings.gpu_max_temperature)
-        reasons = unhealthy_reasons(readings, limits=limits, need=judged, own=own)
+        seen = () if isinstance(readings, GpuUnreadable) else readings
+        fences = standing_fences(DataFolder(settings.data_dir), seen)
+        reasons = unhealthy_reasons(readings, limits=limits, need=judged, own=own, fences=fences)
     return GpuVerdict(
         no_gate=without,
         devices=() if isinstance(readings, GpuUnreadable) else tuple(readings),

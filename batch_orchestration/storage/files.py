@@ -123,6 +123,11 @@ class DataFolder:
         return self.root / "surveys"
 
     @property
+    def fences(self) -> Path:
+        """One file per GPU that is not to be used."""
+        return self.root / "fences"
+
+    @property
     def rungs(self) -> Path:
         """Which memory settings worked, by engine."""
         return self.root / "rungs.json"

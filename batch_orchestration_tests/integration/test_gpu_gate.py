@@ -8,13 +8,17 @@ import dagster as dg
 import pynvml  # noqa: TID253 - to know whether this machine has a GPU
 import pytest
 
+from batch_orchestration.cli.context import person
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.dead_letters import Selection
 from batch_orchestration.services import gpu_health
 from batch_orchestration.services.dead_letters import request_replay
+from batch_orchestration.services.fencing import fence_off
 from batch_orchestration.settings import Device, EngineKind
+from batch_orchestration.storage.fences import cleared_fences
 from batch_orchestration.storage.journal import read_journal
 from batch_orchestration.storage.operations import Operations, open_replays
+from batch_orchestration.telemetry.gpu import read_gpus
 from batch_orchestration_tests.builders import NOW, make_input, make_settled_chunk
 from batch_orchestration_tests.command_line import CommandLine
 from batch_orchestration_tests.fake_nvml import GIB, FakeGpu, FakeNvml
@@ -214,6 +218,23 @@ def test_the_command_ends_with_1_and_the_reasons(cli, install):
     assert "unhealthy: GPU 0 (NVIDIA Test): 99 °C, 87 °C allowed" in text
     assert len(answer["reasons"]) == 2
     assert answer["devices"][0]["recovery_action"] == "gpu_reset"
+
+
+def test_a_person_clears_a_fence_and_is_remembered(deployment, cli, install):
+    install(FakeGpu())
+    facts = read_gpus()[0]
+    fence_off(deployment.folder, facts, "it fell", lost=True, by="run-1")
+
+    fenced = cli.run("gpu", exit_code=1).stdout
+    unknown = cli.run("gpu", "--clear", "GPU-9", exit_code=1)
+    cleared = cli.run("gpu", "--clear", facts.uuid)
+
+    assert f"gpu --clear {facts.uuid}" in fenced
+    assert f"fenced are: {facts.uuid}" in unknown.stderr
+    assert "It was: it fell" in cleared.stderr
+    assert "healthy: an engine may be started" in cleared.stdout
+    (record,) = cleared_fences(deployment.folder)
+    assert (record.by, record.fence.reason) == (person(), "it fell")
 
 
 def test_the_command_without_a_gpu_ends_with_1(cli, no_gpu):

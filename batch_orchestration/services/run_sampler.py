@@ -1,0 +1,107 @@
+"""Samples a run while it works: its vitals and its devices, every few seconds, in a thread beside.
+
+Nothing waits for it. What it cannot write is missing from a plot; devices that it cannot look at
+get no more work (see `services.device_watch`).
+"""
+
+import logging
+import threading
+import time
+from typing import Self
+
+from batch_orchestration.domain.device_care import DeviceCare
+from batch_orchestration.domain.samples import RunSample
+from batch_orchestration.services.device_watch import DeviceWatch
+from batch_orchestration.services.run_vitals import RunVitals
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.samples import append_sample
+
+logger = logging.getLogger(__name__)
+
+#: At the end of a run, for a sample that is being taken: a disk or a driver may hang.
+STOP_SECONDS = 10.0
+
+
+class RunSampler:
+    """A thread that samples while it is entered.
+
+    Args:
+        vitals: Of the run; it sets their `gpus`.
+        folder: The data folder.
+        run_id: Of the run.
+        seconds: Between two samples.
+        watch: Over the devices of the run; None if it uses none.
+    """
+
+    def __init__(
+        self,
+        vitals: RunVitals,
+        *,
+        folder: DataFolder,
+        run_id: str,
+        seconds: float,
+        watch: DeviceWatch | None = None,
+    ) -> None:
+        self._vitals = vitals
+        self._folder = folder
+        self._run_id = run_id
+        self._seconds = seconds
+        self._watch = watch
+        self._over = threading.Event()
+        self._complained = False
+        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Begin with the first sample at once."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take a last sample and end, even if that hangs."""
+        self._over.set()
+        self._thread.join(STOP_SECONDS)
+
+    @property
+    def watches_devices(self) -> bool:
+        """Whether its samples are of devices, too."""
+        return self._watch is not None
+
+    def care(self) -> DeviceCare:
+        """Return what the run may ask of its devices now: everything, if it uses none."""
+        return DeviceCare() if self._watch is None else self._watch.care()
+
+    def _run(self) -> None:
+        while True:
+            over = self._over.is_set()
+            try:
+                self._sample()
+            except Exception as error:  # noqa: BLE001 - it only looks on; see the module
+                if not self._complained:
+                    self._complained = True
+                    logger.warning("a sample of the run is missing: %r", error)
+            if over:
+                return
+            self._over.wait(self._seconds)
+
+    def _sample(self) -> None:
+        vitals = self._vitals
+        if self._watch is not None:
+            vitals.gpus = self._watch.look()
+            care = self._watch.care()
+            if care.share == 0.0 and care.stop is None:
+                # A pause on purpose is not being stuck.
+                vitals.note_progress()
+        if vitals.batch_id is None:
+            return
+        sample = RunSample(
+            at=time.time(),
+            run_id=self._run_id,
+            batch_id=vitals.batch_id,
+            in_flight=vitals.in_flight,
+            window=vitals.window,
+            requests_per_second=vitals.requests_per_second,
+            output_tokens_per_second=vitals.output_tokens_per_second,
+            engine=vitals.engine,
+            gpus=vitals.gpus,
+        )
+        append_sample(self._folder, vitals.batch_id, sample)

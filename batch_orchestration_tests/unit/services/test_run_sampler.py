@@ -1,0 +1,110 @@
+"""The sampler: a file that grows beside a run, and stops nothing."""
+
+import threading
+import time
+
+import pytest
+
+from batch_orchestration.domain.device_care import DeviceCare
+from batch_orchestration.domain.engine_figures import EngineFigures
+from batch_orchestration.domain.gpu import GpuFacts
+from batch_orchestration.domain.gpu_gate import GpuLimits
+from batch_orchestration.services.device_watch import DeviceWatch
+from batch_orchestration.services.run_sampler import RunSampler
+from batch_orchestration.services.run_vitals import RunVitals
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.samples import read_samples
+
+GPU = GpuFacts(index=0, uuid="GPU-1", name="Test", temperature_celsius=60)
+HOT = GpuFacts(index=0, uuid="GPU-1", name="Test", temperature_celsius=99)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return DataFolder(tmp_path)
+
+
+@pytest.fixture
+def vitals():
+    vitals = RunVitals(patience_seconds=60)
+    vitals.batch_id = "b-1"
+    return vitals
+
+
+def watch(read, **fields):
+    return DeviceWatch(read, devices=1, limits=GpuLimits(), fence_off=lambda *_: True, **fields)
+
+
+def sampler(vitals, folder, **fields):
+    return RunSampler(vitals, folder=folder, run_id="run-1", **{"seconds": 60, **fields})
+
+
+def test_a_run_without_devices_is_sampled_from_its_start_to_its_end(folder, vitals):
+    with sampler(vitals, folder) as sampling:
+        vitals.in_flight, vitals.window = 3, 8
+        vitals.requests_per_second = 1.5
+        vitals.engine = EngineFigures(running=3, kv_usage=0.25)
+        care = sampling.care()
+
+    last = read_samples(folder, "b-1")[-1]
+    assert 1 <= len(read_samples(folder, "b-1")) <= 2
+    assert (last.run_id, last.in_flight, last.window) == ("run-1", 3, 8)
+    assert last.requests_per_second == 1.5
+    assert last.engine == EngineFigures(running=3, kv_usage=0.25)
+    assert last.gpus == ()
+    assert care == DeviceCare()
+
+
+def test_devices_go_into_the_samples_and_the_vitals(folder, vitals):
+    with sampler(vitals, folder, watch=watch(lambda: (GPU,))):
+        pass
+
+    assert vitals.gpus == (GPU,)
+    assert read_samples(folder, "b-1")[-1].gpus == (GPU,)
+
+
+def test_before_there_is_a_batch_devices_are_watched_and_nothing_is_written(folder, vitals):
+    vitals.batch_id = None
+    with sampler(vitals, folder, watch=watch(lambda: (HOT,))) as sampling:
+        pass
+
+    assert sampling.care().share == 0.5
+    assert not folder.batches.exists()
+
+
+def test_what_cannot_be_written_is_said_once_and_stops_nothing(folder, vitals, caplog):
+    folder.batches.write_text("not a folder")
+    with sampler(vitals, folder, seconds=0.001, watch=watch(lambda: (GPU,))):
+        time.sleep(0.05)
+
+    assert len([r for r in caplog.records if "sample of the run is missing" in r.message]) == 1
+    assert vitals.gpus == (GPU,)
+
+
+def test_a_driver_that_hangs_does_not_keep_the_run_from_ending(folder, vitals, monkeypatch):
+    monkeypatch.setattr("batch_orchestration.services.run_sampler.STOP_SECONDS", 0.05)
+    release = threading.Event()
+
+    def read():
+        release.wait()
+        return (GPU,)
+
+    began = time.monotonic()
+    with sampler(vitals, folder, watch=watch(read)):
+        pass
+    release.set()
+
+    assert time.monotonic() - began < 5
+
+
+def test_a_pause_on_purpose_is_not_being_stuck(folder, vitals):
+    vitals.progress_at, now = 0.0, [0.0]
+    paused = watch(lambda: (HOT,), clock=lambda: now[0])
+    for now[0] in (0.0, 10.0, 20.0, 30.0):
+        paused.look()
+
+    with sampler(vitals, folder, watch=paused):
+        pass
+
+    assert paused.care() == DeviceCare(share=0.0)
+    assert vitals.progress_at > 0
