@@ -9,6 +9,7 @@ from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import chunk_key
 from batch_orchestration.domain.commits import ChunkReport
 from batch_orchestration.domain.estimates import Estimate
+from batch_orchestration.domain.kept import Kept
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.assembly import AssemblyReport
 from batch_orchestration.services.chunk_runner import CommittedChunk
@@ -146,6 +147,8 @@ def progress_observation(commit: CommittedChunk) -> dg.AssetObservation:
     }
     if commit.eta_seconds is not None:
         metadata["eta_seconds"] = round(commit.eta_seconds, 1)
+    if commit.kept_fraction is not None:
+        metadata["kept_fraction"] = round(commit.kept_fraction, 4)
     return dg.AssetObservation(MANIFEST_KEY, partition=commit.report.batch_id, metadata=metadata)
 
 
@@ -178,6 +181,25 @@ def output_metadata(report: AssemblyReport) -> Metadata:
         metadata["failures_by_code"] = _counts_table(tally.failures_by_code)
     if report.closing is not None:
         metadata["batch_ended"] = str(report.closing)
+    if report.kept is not None:
+        metadata |= _kept_figures(report.kept)
+    return metadata
+
+
+def _kept_figures(kept: Kept) -> Metadata:
+    """Return what was kept of the engine, and each loss by its name: numbers, which plot."""
+    metadata: Metadata = {
+        "kept_fraction": round(kept.fraction, 4),
+        "accounted_seconds": round(kept.wall_seconds, 3),
+        "lost_start_up_seconds": round(kept.start_up_seconds, 3),
+        "lost_feed_gap_seconds": round(kept.feed_gap_seconds, 3),
+        "lost_held_seconds": round(kept.held_seconds, 3),
+        "lost_drain_seconds": round(kept.drain_seconds, 3),
+        "lost_commit_seconds": round(kept.commit_seconds, 3),
+        "engine_busy_seconds": round(kept.engine_busy_seconds, 3),
+    }
+    if (rate := kept.full_tokens_per_second) is not None:
+        metadata["output_tokens_per_second_while_full"] = round(rate, 3)
     return metadata
 
 

@@ -13,6 +13,11 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
         drain_seconds: Nothing was left to give, and the last answers came in.
         commit_seconds: Everything was answered and not yet committed.
         engine_busy_seconds: The engine had something to compute, by its own metrics.
+        held_seconds: The engine could have had more, and was given less on purpose: heat.
+        tokens: Written by the engine, by its own counter where it has one.
+        full_seconds: The engine was full, between two readings of that counter.
+        full_tokens: Written in that time.
+        runs: How many runs worked for the batch.
     """
 
     wall_seconds: float
@@ -21,14 +26,29 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float
     commit_seconds: float
     engine_busy_seconds: float
+    held_seconds: float = 0.0
+    tokens: float = 0.0
+    full_seconds: float = 0.0
+    full_tokens: float = 0.0
+    runs: int = 0
 
     @property
     def kept_seconds(self) -> float:
         """Wall time in which the engine was fully used."""
-        lost = self.start_up_seconds + self.feed_gap_seconds
+        lost = self.start_up_seconds + self.feed_gap_seconds + self.held_seconds
         return max(0.0, self.wall_seconds - lost - self.drain_seconds - self.commit_seconds)
 
     @property
     def fraction(self) -> float:
         """Share of the wall time in which the engine was fully used, 0 to 1."""
         return self.kept_seconds / self.wall_seconds if self.wall_seconds > 0 else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the whole wall time."""
+        return self.tokens / self.wall_seconds if self.wall_seconds > 0 else 0.0
+
+    @property
+    def full_tokens_per_second(self) -> float | None:
+        """While the engine was full; None if it never was for as long as between two readings."""
+        return self.full_tokens / self.full_seconds if self.full_seconds > 0 else None

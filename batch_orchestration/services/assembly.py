@@ -10,9 +10,11 @@ from filelock import FileLock
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord, SettledRequest
 from batch_orchestration.domain.errors import AccountingError, DiskFull
+from batch_orchestration.domain.kept import Kept
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.endings import begin_ending, finish_ending
+from batch_orchestration.services.kept import kept_of
 from batch_orchestration.services.outbox import (
     OutboxFiles,
     each_once,
@@ -43,6 +45,7 @@ class AssemblyReport:
     Attributes:
         submission: Of the whole submission, if the batch was the last of its parts to end.
         closing: Why the batch ended early; None if it did not.
+        kept: Where its wall time went; None if no run kept an account.
     """
 
     batch_id: str
@@ -51,6 +54,7 @@ class AssemblyReport:
     text: str
     submission: SubmissionReport | None = None
     closing: Closing | None = None
+    kept: Kept | None = None
 
 
 def assemble(
@@ -123,6 +127,7 @@ def assemble(
         text=text,
         submission=submission,
         closing=ending.closing,
+        kept=kept_of(folder, batch_id),
     )
 
 

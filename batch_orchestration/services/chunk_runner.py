@@ -14,7 +14,7 @@ from functools import partial
 
 from batch_orchestration.domain.batches import BatchPlan, settings_hash
 from batch_orchestration.domain.breaker import BreakerPolicy
-from batch_orchestration.domain.commits import ChunkReport, Provenance
+from batch_orchestration.domain.commits import Provenance
 from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.domain.overrides import Overrides
@@ -28,6 +28,8 @@ from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.ladders import chunk_needs
 from batch_orchestration.services.plan_checks import check_input_size, check_settings
 from batch_orchestration.services.request_window import Window
+from batch_orchestration.services.run_accounts import RunAccounts
+from batch_orchestration.services.run_progress import CommittedChunk as CommittedChunk
 from batch_orchestration.services.run_vitals import COMMIT_SECONDS, MARGIN_SECONDS, RunVitals
 from batch_orchestration.services.turns import Turns
 from batch_orchestration.storage.files import DataFolder
@@ -82,26 +84,6 @@ class Feeding:
         return Overrides(
             model=model, aliases=self.model_aliases, max_tokens_cap=self.max_tokens_cap
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommittedChunk:
-    """A committed chunk, with how far its batch is: the run's own, or one that was its guest.
-
-    Attributes:
-        reused: The store held it before this run.
-        done: Requests of the batch with an outcome, of `total`.
-    """
-
-    report: ChunkReport
-    reused: bool
-    engine: EngineIdentity | None
-    done: int
-    total: int
-    completed: int
-    failed: int
-    output_tokens_per_second: float
-    eta_seconds: float | None
 
 
 def run_chunks(
@@ -197,6 +179,9 @@ class _BatchRun:
         self._ended = 0
         self._feeder: Feeder | None = None
         self._closing = ClosingWatch(plan, folder, run_id=run_id)
+        self._accounts = RunAccounts(
+            self._own, self._turns.guests, folder=folder, run_id=run_id, vitals=vitals
+        )
         self._loop = asyncio.new_event_loop()
         self._feed_task: asyncio.Task[None] | None = None
         self._feed_error: BaseException | None = None
@@ -226,6 +211,8 @@ class _BatchRun:
             except queue.Empty:
                 if self._closing.impatient:
                     return None
+                if not self._thread.is_alive():
+                    self._accounts.tick()
                 continue
             if isinstance(result, BaseException):
                 raise result
@@ -237,7 +224,9 @@ class _BatchRun:
                 return None
 
     def _with_progress(self, committed: Committed) -> CommittedChunk:
-        progress = self._works[committed.report.batch_id].progress.snapshot()
+        work = self._works[committed.report.batch_id]
+        progress = work.progress.snapshot()
+        kept = self._accounts.kept_so_far if work is self._own else None
         return CommittedChunk(
             report=committed.report,
             reused=committed.reused,
@@ -248,6 +237,7 @@ class _BatchRun:
             failed=progress.failed,
             output_tokens_per_second=progress.output_tokens_per_second,
             eta_seconds=progress.eta_seconds,
+            kept_fraction=None if kept is None else kept.fraction,
         )
 
     def _stop(self) -> None:
@@ -259,6 +249,7 @@ class _BatchRun:
             work.committer.stop()
             if work is self._own or work.progress.phase != "done":
                 work.progress.write("done" if self._feed_error is None else "stopped")
+        self._accounts.close()
 
     def _run_feed(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -277,9 +268,13 @@ class _BatchRun:
     async def _feed(self) -> None:
         self._own.commit_what_is_complete()
         if not self._own.can_draw:
-            return
+            return self._accounts.begin_committing()
         try:
-            async with self._vitals.of_the_loop(), asyncio.TaskGroup() as group:
+            async with (
+                self._vitals.of_the_loop(),
+                self._accounts.looking(),
+                asyncio.TaskGroup() as group,
+            ):
                 ticker = group.create_task(self._tick())
                 await self._closing.unless_closed(self._answer_pending())
                 ticker.cancel()
@@ -300,6 +295,7 @@ class _BatchRun:
             vitals=self._vitals,
             care=self._care,
         )
+        self._accounts.feeder = self._feeder
         self._own.progress.in_flight = self._own_in_flight
         await self._feeder.feed()
         self._own.progress.phase = "committing"
@@ -319,6 +315,7 @@ class _BatchRun:
         if self._identity is None:
             self._own.progress.begin_feeding()
         self._identity = identity
+        self._accounts.note()
 
     def _invite(self, batch_id: str) -> BatchWork:
         """Begin to work on a guest.

@@ -108,6 +108,11 @@ class Feeder:
         self.restarts = 0
         self.in_flight = 0
 
+    @property
+    def is_dry(self) -> bool:
+        """Whether nothing is left to give to the engine."""
+        return self._fresh_is_over and not self._isolation
+
     async def feed(self) -> None:
         """Settle everything that the source yields.
 
@@ -277,7 +282,7 @@ class Feeder:
         """
         all_drawn, death = False, None
         self._hang_watch.begin()
-        self._vitals.window = self._room.limit
+        self._vitals.window, self._vitals.unheld_window = self._room.limit, self._room.unheld
         try:
             async with self._poll.polling(), asyncio.TaskGroup() as group:
                 while not all_drawn and await self._room.open(lambda: len(self._tasks)):
@@ -305,7 +310,7 @@ class Feeder:
     async def _heard(self, figures: EngineFigures | None) -> None:
         """Go by what the engine tells of its work; None if it did not answer."""
         self._vitals.engine = figures
-        self._vitals.window = self._room.limit
+        self._vitals.window, self._vitals.unheld_window = self._room.limit, self._room.unheld
         await self._hang_watch.judge(figures, in_flight=self.in_flight)
 
     async def _settle(self, pending: PendingRequest) -> None:

@@ -83,6 +83,11 @@ class RequestWindow:
         return min(width, self._most(), allowed)
 
     @property
+    def unheld(self) -> int:
+        """How many might be in flight now if the care for the device held nothing back."""
+        return min(self._width(), self._most())
+
+    @property
     def is_curbed(self) -> bool:
         """Whether something else than the width keeps the window narrow."""
         return self.limit < self._width()

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from batch_orchestration.domain.batches import BatchPlan
@@ -11,6 +12,7 @@ from batch_orchestration.domain.commits import ChunkReport
 from batch_orchestration.domain.outcomes import Completion, Outcome
 from batch_orchestration.domain.requests import Request
 from batch_orchestration.domain.token_profile import shape_of_request
+from batch_orchestration.engines.base import EngineIdentity
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.storage.files import DataFolder
@@ -22,6 +24,28 @@ logger = logging.getLogger(__name__)
 
 #: One line a minute tells a reader enough of a job that runs for hours.
 LOG_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommittedChunk:
+    """A committed chunk, with how far its batch is: the run's own, or one that was its guest.
+
+    Attributes:
+        reused: The store held it before this run.
+        done: Requests of the batch with an outcome, of `total`.
+        kept_fraction: Of the run's own batch, as far as this run goes; None for a guest's.
+    """
+
+    report: ChunkReport
+    reused: bool
+    engine: EngineIdentity | None
+    done: int
+    total: int
+    completed: int
+    failed: int
+    output_tokens_per_second: float
+    eta_seconds: float | None
+    kept_fraction: float | None = None
 
 
 class RunProgress:
@@ -79,6 +103,11 @@ class RunProgress:
             self._meter.completion_tokens += outcome.usage.completion_tokens
         else:
             self._meter.failed += 1
+
+    @property
+    def completion_tokens(self) -> int:
+        """Counter of tokens in the answers that this run got."""
+        return self._meter.completion_tokens
 
     def begin_feeding(self) -> None:
         """Note that the engine is ready: rates count from now."""

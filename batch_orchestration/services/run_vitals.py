@@ -29,6 +29,7 @@ class RunVitals:
         loop_at: When the event loop last came round; None while none is to.
         in_flight: Requests that the engine has.
         window: How many it may have now.
+        unheld_window: How many it might have if the care for the device held nothing back.
         restarts: Of the engine, in this run.
         engine: Its figures, as last seen.
         gpus: The devices, as last seen.
@@ -43,6 +44,7 @@ class RunVitals:
         self.loop_at: float | None = None
         self.in_flight = 0
         self.window = 0
+        self.unheld_window = 0
         self.restarts = 0
         self.requests_per_second = 0.0
         self.output_tokens_per_second = 0.0

@@ -1,0 +1,151 @@
+"""Keeps the accounts of a run on disk, for its own batch and for its guests."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from batch_orchestration.domain.kept import Kept
+from batch_orchestration.domain.run_account import Accountant, Moment, RunAccount, Stage, kept
+from batch_orchestration.services.batch_work import BatchWork
+from batch_orchestration.services.feeder import Feeder
+from batch_orchestration.services.run_vitals import RunVitals
+from batch_orchestration.storage.accounts import account_path, read_account, write_account
+from batch_orchestration.storage.files import DataFolder
+
+logger = logging.getLogger(__name__)
+
+#: Ten looks a second cost nothing, and no part of an account is off by more than one of them.
+LOOK_SECONDS = 0.1
+#: As often as the progress file.
+WRITE_SECONDS = 1.0
+
+
+class RunAccounts:
+    """Looks at a run ten times a second and writes its accounts once a second.
+
+    An account goes on where the same run left it: a step that is tried again keeps its run's id.
+
+    Args:
+        own: The batch that the run is about.
+        guests: Those that it serves beside it, as they come.
+        folder: The data folder.
+        run_id: Of the run.
+        vitals: Of the run.
+        clock: Seconds that never go back.
+
+    Attributes:
+        feeder: None before there is something to ask.
+    """
+
+    def __init__(
+        self,
+        own: BatchWork,
+        guests: Mapping[str, BatchWork],
+        *,
+        folder: DataFolder,
+        run_id: str,
+        vitals: RunVitals,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.feeder: Feeder | None = None
+        self._own = own
+        self._guests = guests
+        self._folder = folder
+        self._run_id = run_id
+        self._vitals = vitals
+        self._clock = clock
+        self._accountant = Accountant(own.plan.batch_id)
+        self._began_at = time.time()
+        self._written_at = clock()
+        self._earlier: dict[str, RunAccount | None] = {}
+        self._complained = False
+        self._is_fed = False
+        self.note()
+
+    @contextlib.asynccontextmanager
+    async def looking(self) -> AsyncIterator[None]:
+        """Look and write while the body feeds; what follows it is commits."""
+        watch = asyncio.create_task(self._keep_looking())
+        try:
+            yield
+        finally:
+            watch.cancel()
+            self.begin_committing()
+
+    async def _keep_looking(self) -> None:
+        while True:
+            self.tick()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def note(self) -> None:
+        """Charge the time until now; call where something begins or ends, too."""
+        moment = Moment(stage=Stage.COMMITTING) if self._is_fed else self._moment()
+        self._accountant.observe(moment, self._clock())
+
+    def begin_committing(self) -> None:
+        """Note that nothing is left to ask: what follows is commits."""
+        self.note()
+        self._is_fed = True
+        self.note()
+
+    def tick(self) -> None:
+        """Look, and write if it is time."""
+        self.note()
+        if self._clock() - self._written_at >= WRITE_SECONDS:
+            self._written_at = self._clock()
+            self._write()
+
+    def close(self) -> None:
+        """Look and write for the last time."""
+        self.note()
+        self._write()
+
+    @property
+    def kept_so_far(self) -> Kept | None:
+        """What this run has kept of its own batch's time so far."""
+        return kept([self._account(self._own.plan.batch_id)])
+
+    def _moment(self) -> Moment:
+        vitals, feeder = self._vitals, self.feeder
+        if feeder is None:
+            return Moment(stage=Stage.STARTING, restarts=vitals.restarts)
+        by_batch = {batch_id: guest.unanswered for batch_id, guest in self._guests.items()}
+        by_batch[self._own.plan.batch_id] = max(0, feeder.in_flight - sum(by_batch.values()))
+        works = (self._own, *self._guests.values())
+        return Moment(
+            stage=Stage.FEEDING if vitals.phase == "feeding" else Stage.STARTING,
+            in_flight=feeder.in_flight,
+            by_batch=by_batch,
+            window=vitals.window,
+            unheld_window=vitals.unheld_window,
+            dry=feeder.is_dry,
+            engine=vitals.engine,
+            tokens=sum(work.progress.completion_tokens for work in works),
+            restarts=vitals.restarts,
+        )
+
+    def _account(self, batch_id: str) -> RunAccount:
+        if batch_id not in self._earlier:
+            path = account_path(self._folder, batch_id, self._run_id)
+            self._earlier[batch_id] = read_account(path)
+        account = RunAccount(
+            batch_id=batch_id,
+            run_id=self._run_id,
+            began_at=self._began_at,
+            updated_at=time.time(),
+            **self._accountant.accounts()[batch_id],
+        )
+        earlier = self._earlier[batch_id]
+        return account if earlier is None else account.after(earlier)
+
+    def _write(self) -> None:
+        """Write the accounts; a statistic that cannot be written stops no run."""
+        try:
+            for batch_id in list(self._accountant.accounts()):
+                write_account(self._folder, self._account(batch_id))
+        except OSError as error:
+            if not self._complained:
+                self._complained = True
+                logger.warning("the accounts of run %s cannot be written: %s", self._run_id, error)

@@ -1,0 +1,51 @@
+"""Accounts of runs on disk: `accounts/<run id>.json` in the folder of each batch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.run_account import RunAccount
+from batch_orchestration.storage.files import DataFolder, read_kept
+
+
+def accounts_path(folder: DataFolder, batch_id: str) -> Path:
+    """Where the accounts of all runs of a batch lie."""
+    return folder.plan_path(batch_id).with_name("accounts")
+
+
+def account_path(folder: DataFolder, batch_id: str, run_id: str) -> Path:
+    """Where a run keeps its account of a batch."""
+    return accounts_path(folder, batch_id) / f"{quote(run_id, safe='')}.json"
+
+
+def write_account(folder: DataFolder, account: RunAccount) -> None:
+    """Replace an account; readers see the old one or the new one, whole.
+
+    Not fsynced, as the progress file: a power loss costs some seconds of a statistic.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = account_path(folder, account.batch_id, account.run_id)
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(msgspec.json.encode(account))
+    temporary.replace(path)
+
+
+def read_account(path: Path) -> RunAccount | None:
+    """Return an account; None if there is none that can be read."""
+    try:
+        return read_kept(path, RunAccount)
+    except StorageError:
+        return None
+
+
+def read_accounts(folder: DataFolder, batch_id: str) -> Iterator[RunAccount]:
+    """Yield the accounts of a batch that can be read, one for each run that worked for it."""
+    for path in sorted(accounts_path(folder, batch_id).glob("*.json")):
+        if (account := read_account(path)) is not None:
+            yield account
