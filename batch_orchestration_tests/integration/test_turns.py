@@ -263,13 +263,14 @@ def test_the_run_makes_room_for_a_replay(bench: TurnBench) -> None:
 
 
 def test_a_run_serves_no_more_chunks_of_others_than_it_may(bench: TurnBench) -> None:
-    own, guest = bench.batch("own", 100), bench.batch("guest", 100)
+    # Long enough for a busy machine to find out what the guest has left.
+    own, guest = bench.batch("own", 2000), bench.batch("guest", 100)
     bench.queue(entry(guest, effective=5), entry(own))
 
     bench.run(own, PacedEngine(), guest_chunks=3)
 
     assert len(bench.committed(guest)) == 3
-    assert len(bench.committed(own)) < 10, "the rest is left to the next run"
+    assert len(bench.committed(own)) < 200, "the rest is left to the next run"
 
 
 def test_a_guest_whose_input_was_changed_costs_the_run_nothing(bench: TurnBench) -> None:
