@@ -21,8 +21,10 @@ from batch_orchestration.services.outbox import (
     make_writable,
     unwritable,
     write_lines,
+    write_report,
 )
-from batch_orchestration.services.reports import render_report
+from batch_orchestration.services.report_figures import gather_figures
+from batch_orchestration.services.reports import report_blocks
 from batch_orchestration.services.scoring import score_batch
 from batch_orchestration.services.submission_assembly import SubmissionReport, part_ending
 from batch_orchestration.services.tallies import Tally
@@ -30,7 +32,6 @@ from batch_orchestration.storage.files import (
     DataFolder,
     atomic_writer,
     disk_errors,
-    write_atomically,
 )
 from batch_orchestration.storage.operations import Operations
 from batch_orchestration.storage.store import Store
@@ -99,7 +100,7 @@ def assemble(
             tally = _write_files(plan, store.settled(batch_id), files)
             chunks = store.chunk_reports(batch_id)
             scored = score_batch(plan, tally, folder=folder, store=store, clock=clock)
-            text = render_report(
+            report = report_blocks(
                 plan,
                 record,
                 tally,
@@ -107,9 +108,10 @@ def assemble(
                 outbox=str(files.folder),
                 scored=scored,
                 closing=ending.closing,
+                figures=gather_figures(plan, tally, folder=folder, store=store),
             )
             crash_point(CrashPoint.BEFORE_REPORT_RENAME)
-            write_atomically(files.report, text.encode())
+            text = write_report(batch_id, report, files)
             crash_point(CrashPoint.AFTER_RENAMES)
             _remove_partial_files(files)
         except DiskFull as error:

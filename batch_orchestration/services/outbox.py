@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +12,9 @@ from batch_orchestration.domain.commits import SettledRequest
 from batch_orchestration.domain.errors import AccountingError, OutboxUnwritable
 from batch_orchestration.domain.outcomes import Completion
 from batch_orchestration.domain.output_lines import output_line
+from batch_orchestration.services.documents import Block, to_html, to_markdown
 from batch_orchestration.services.tallies import Tally
+from batch_orchestration.storage.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class OutboxFiles:
         """The figures, for people."""
         return self.folder / "report.md"
 
+    @property
+    def page(self) -> Path:
+        """The same for a browser, in one file that needs nothing else."""
+        return self.folder / "report.html"
+
 
 def write_lines(
     batch_id: str,
@@ -67,6 +74,15 @@ def write_lines(
     # Whatever can fail shall fail before the first of the two is renamed.
     flush(output)
     flush(errors)
+
+
+def write_report(title: str, report: Sequence[Block], files: OutboxFiles) -> str:
+    """Write the report as page and as Markdown, durably; return the latter."""
+    text = to_markdown(report)
+    write_atomically(files.page, to_html(title, report).encode(errors="replace"))
+    # Last: who sees it, sees all of the files.
+    write_atomically(files.report, text.encode(errors="replace"))
+    return text
 
 
 def each_once(plan: BatchPlan, settled: Iterable[SettledRequest]) -> Iterator[SettledRequest]:

@@ -23,10 +23,11 @@ from batch_orchestration.services.outbox import (
     make_writable,
     unwritable,
     write_lines,
+    write_report,
 )
-from batch_orchestration.services.reports import render_submission_report
+from batch_orchestration.services.reports import submission_blocks
 from batch_orchestration.services.tallies import Tally
-from batch_orchestration.storage.files import DataFolder, atomic_writer, write_atomically
+from batch_orchestration.storage.files import DataFolder, atomic_writer
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -92,10 +93,10 @@ def _assemble(
         failures: Counter[str] = Counter()
         for part_id in records:
             failures.update(store.failure_counts(part_id))
-        text = render_submission_report(
+        report = submission_blocks(
             submission, list(records.values()), failures, outbox=str(files.folder)
         )
-        write_atomically(files.report, text.encode())
+        text = write_report(submission.submission_id, report, files)
     except DiskFull as error:
         raise unwritable(files, str(error)) from error
     logger.info(

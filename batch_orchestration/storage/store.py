@@ -30,6 +30,7 @@ from batch_orchestration.storage import (
     statuses,
 )
 from batch_orchestration.storage.estimates import EstimateTables
+from batch_orchestration.storage.figures import FigureTables
 from batch_orchestration.storage.gpu_samples import GpuSampleTable
 from batch_orchestration.storage.replay import JournalEntry
 
@@ -62,6 +63,8 @@ class Store:
         self.estimates = EstimateTables(path, deadline_seconds=deadline_seconds)
         #: What GPUs did.
         self.gpu_samples = GpuSampleTable(path, deadline_seconds=deadline_seconds)
+        #: What batches did over time.
+        self.figures = FigureTables(path, deadline_seconds=deadline_seconds)
 
     def migrate(self) -> None:
         """Bring the file to the present schema. Every other method does so first: it is cheap."""

@@ -232,8 +232,9 @@ def files_seen(folder: DataFolder, plan: BatchPlan) -> set[str]:
 def expected_files(point: CrashPoint) -> set[str]:
     if point not in ASSEMBLING:
         return set()
-    visible = ["errors.jsonl", "output.jsonl", "report.md"]
-    return set(visible[: ASSEMBLING.index(point)])
+    # Both reports follow the last of these moments but one.
+    visible = [{"errors.jsonl"}, {"output.jsonl"}, {"report.md", "report.html"}]
+    return {name for names in visible[: ASSEMBLING.index(point)] for name in names}
 
 
 def no_attempt_was_lost(store: Store, plan: BatchPlan) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.timeout(400)
 
-FILES = ["errors.jsonl", "output.jsonl", "report.md"]
+FILES = ["errors.jsonl", "output.jsonl", "report.html", "report.md"]
 
 
 def test_the_next_delivery_makes_the_whole_submission_good(tmp_path):
@@ -31,7 +31,7 @@ def test_the_next_delivery_makes_the_whole_submission_good(tmp_path):
 
     assert len(accidents) > 20, "it should have died more often"
     whole = [{path for path in found["seen_at_death"] if "of3" not in path} for found in accidents]
-    assert {len(seen) for seen in whole} == {0, 1, 2, 3}, "it died before and after each rename"
+    assert {len(seen) for seen in whole} == {0, 1, 2, 3, 4}, "it died before and after each rename"
     for found in accidents:
         assert found["files"] == FILES, found
         assert found["statuses"] == ["completed"] * 3, found

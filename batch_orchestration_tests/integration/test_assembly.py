@@ -26,7 +26,7 @@ from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import NOW, make_batch, make_settled, make_settled_chunk
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FILES = ("output.jsonl", "errors.jsonl", "report.md")
+FILES = ("output.jsonl", "errors.jsonl", "report.md", "report.html")
 
 
 @pytest.fixture

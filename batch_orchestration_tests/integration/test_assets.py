@@ -338,7 +338,8 @@ def test_a_partial_output_does_not_stand_in_for_the_delivery(deployment):
     assert request.job_name == "deliver_batch"
     metadata = materializations(result, "batch_output")[batch_id]
     assert (metadata["partial"], metadata["completed"]) == (False, 12)
-    assert outbox(deployment, batch_id) == {"output.jsonl", "errors.jsonl", "report.md"}
+    files = {"output.jsonl", "errors.jsonl", "report.md", "report.html"}
+    assert outbox(deployment, batch_id) == files
     assert deployment.store.batch(batch_id).status is BatchStatus.COMPLETED
 
 

@@ -258,7 +258,7 @@ def test_the_delivery_removes_the_partial_files(bench):
 
     folder = bench.folder.outbox_path(plan.batch_id)
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["errors.jsonl", "output.jsonl", "report.md"]
+    assert names == ["errors.jsonl", "output.jsonl", "report.html", "report.md"]
     assert bench.store.batch(plan.batch_id).status is BatchStatus.COMPLETED
 
 

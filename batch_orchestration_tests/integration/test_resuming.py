@@ -61,7 +61,7 @@ def test_only_what_has_no_answer_is_asked_and_the_end_is_as_if_undisturbed(
         ("completed", "deliver-1"),
     ]
     report = (bench.folder.outbox_path(plan.batch_id) / "report.md").read_text()
-    assert "Cancelled" not in report
+    assert "**Cancelled**" not in report
 
 
 def test_dead_letters_of_the_early_end_are_resolved_by_the_later_commit(

@@ -222,7 +222,7 @@ def test_a_submission_whose_figures_do_not_add_up_is_not_delivered(bench, monkey
     assert whole_files(bench, submission) == {}
     assert bench.store.batch(second.batch_id).status is BatchStatus.FINALIZING
     bench.deliver(second.batch_id)
-    assert set(whole_files(bench, submission)) == {*FILES, "report.md"}
+    assert set(whole_files(bench, submission)) == {*FILES, "report.md", "report.html"}
 
 
 def test_an_outbox_that_cannot_be_written_keeps_the_last_part_unfinished(bench):
@@ -240,7 +240,7 @@ def test_an_outbox_that_cannot_be_written_keeps_the_last_part_unfinished(bench):
     assert bench.store.batch(second.batch_id).status is BatchStatus.FINALIZING
     in_the_way.unlink()
     bench.deliver(second.batch_id)
-    assert set(whole_files(bench, submission)) == {*FILES, "report.md"}
+    assert set(whole_files(bench, submission)) == {*FILES, "report.md", "report.html"}
 
 
 def test_a_lost_store_is_made_anew_with_all_parts_and_the_same_files(bench):

@@ -1,0 +1,108 @@
+"""What a report shows beside the tally: gathered from store and disk, each part for itself."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from batch_orchestration.domain.batch_figures import Latencies, RunFigures, Throughput
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.kept import Kept
+from batch_orchestration.domain.lifecycle import FINAL, BatchEvent
+from batch_orchestration.domain.samples import RunSample
+from batch_orchestration.services.batch_plots import (
+    MOST_INTERVALS,
+    engine_plot,
+    gpu_plot,
+    throughput_plot,
+)
+from batch_orchestration.services.documents import Picture
+from batch_orchestration.services.plots import Plot, draw
+from batch_orchestration.services.tallies import Tally
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+Figure = TypeVar("Figure")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFigures:
+    """A batch over time. What is not known is empty or None, and its section is left out.
+
+    Attributes:
+        events: Its statuses, without the last one if it is final: the report is older than that.
+        samples: Up to the last outcome.
+    """
+
+    events: Sequence[BatchEvent] = ()
+    runs: Sequence[RunFigures] = ()
+    samples: Sequence[RunSample] = ()
+    latencies: Latencies | None = None
+    throughput: Throughput | None = None
+    kept: Kept | None = None
+    pictures: Sequence[Picture] = ()
+
+
+def gather_figures(
+    plan: BatchPlan, tally: Tally, *, folder: DataFolder, store: Store
+) -> ReportFigures:
+    """Return what is known of a batch over time; it never raises, and never harms a delivery.
+
+    Gathering again gives the same, unless something was replayed, or removed by its age.
+    """
+    batch_id, figures = plan.batch_id, store.figures
+
+    def known(what: str, look: Callable[[], Figure], otherwise: Figure) -> Figure:
+        try:
+            return look()
+        except BatchOrchestrationError as error:
+            logger.warning("the report of %s is without %s: %s", batch_id, what, error)
+            return otherwise
+
+    throughput = known(
+        "throughput", lambda: figures.throughput(batch_id, most=MOST_INTERVALS), None
+    )
+    samples: list[RunSample] = known(
+        "samples", lambda: _samples(batch_id, folder, until=tally.last_at), []
+    )
+    since = throughput.since if throughput else plan.created_at
+    plots: tuple[Callable[[], Plot | None], ...] = (
+        lambda: throughput_plot(throughput),
+        lambda: engine_plot(samples, since=since),
+        lambda: gpu_plot(samples, since=since),
+    )
+    return ReportFigures(
+        events=known("events", lambda: _events(batch_id, store), []),
+        runs=known("runs", lambda: figures.runs(batch_id), []),
+        samples=samples,
+        latencies=known("latencies", lambda: figures.latencies(batch_id), None),
+        throughput=throughput,
+        kept=known("lost time", lambda: _kept(batch_id, folder), None),
+        pictures=[picture for plot in plots if (picture := _drawn(plot, batch_id))],
+    )
+
+
+def _events(batch_id: str, store: Store) -> list[BatchEvent]:
+    events = store.batch_events(batch_id)
+    # There only when the files are written again, which must give the same bytes.
+    return events[:-1] if events and events[-1].to_status in FINAL else events
+
+
+def _samples(batch_id: str, folder: DataFolder, *, until: float | None) -> list[RunSample]:
+    return []
+
+
+def _kept(batch_id: str, folder: DataFolder) -> Kept | None:
+    return None
+
+
+def _drawn(plot_of: Callable[[], Plot | None], batch_id: str) -> Picture | None:
+    try:
+        plot = plot_of()
+        return Picture(plot.name, plot.title, draw(plot)) if plot else None
+    except Exception as error:  # noqa: BLE001 - trouble with a picture harms no delivery
+        logger.warning("the report of %s is without a plot: %s", batch_id, error)
+        return None

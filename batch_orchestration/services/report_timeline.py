@@ -1,0 +1,99 @@
+"""The timeline of a batch: what happened to it, moment by moment, for people."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from batch_orchestration.domain.batch_figures import RunFigures
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.lifecycle import BatchEvent
+from batch_orchestration.domain.samples import RunSample
+from batch_orchestration.services.report_figures import ReportFigures
+
+#: More moments than these are not read; the first and the last tell most.
+MOMENTS_SHOWN = 40
+#: Of a run's id, as Dagster's own pages show it.
+_ID_LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Something that happened to a batch, `at` in POSIX seconds."""
+
+    at: float
+    what: str
+
+
+def timeline(figures: ReportFigures) -> list[Moment]:
+    """Return what happened, oldest first; of very many moments the first and the last."""
+    moments = [*_statuses(figures.events), *_runs(figures), *_restarts(figures.samples)]
+    moments.sort(key=lambda moment: moment.at)
+    if len(moments) <= MOMENTS_SHOWN:
+        return moments
+    half = MOMENTS_SHOWN // 2
+    left_out = len(moments) - 2 * half
+    gap = Moment(moments[half].at, f"… {left_out:,} more …")
+    return [*moments[:half], gap, *moments[-half:]]
+
+
+def _statuses(events: Sequence[BatchEvent]) -> Iterator[Moment]:
+    for event in events:
+        if what := _status(event):
+            yield Moment(event.at, what)
+
+
+def _status(event: BatchEvent) -> str:
+    by = f"by {event.actor}" + (f": {event.reason}" if event.reason else "")
+    match event.to_status:
+        case BatchStatus.IN_PROGRESS if event.from_status is BatchStatus.VALIDATING:
+            return f"Admitted {by}"
+        case BatchStatus.IN_PROGRESS:
+            return f"Resumed {by}"
+        case BatchStatus.FINALIZING:
+            return f"Ready for delivery: {event.reason}"
+        case BatchStatus.CANCELLING:
+            return f"Cancelled {by}"
+        case BatchStatus.COMPLETED | BatchStatus.CANCELLED | BatchStatus.EXPIRED:
+            return f"Delivered, {event.to_status}: {event.reason}"
+        case _:
+            return ""
+
+
+def _runs(figures: ReportFigures) -> Iterator[Moment]:
+    runs = {run.run_id: run for run in figures.runs}
+    sampled: dict[str, list[RunSample]] = {}
+    for sample in figures.samples:
+        sampled.setdefault(sample.run_id, []).append(sample)
+    for run_id in {**runs, **sampled}:
+        name, run, samples = run_id[:_ID_LENGTH], runs.get(run_id), sampled.get(run_id, [])
+        if samples:
+            yield Moment(samples[0].at, f"Run {name} at work")
+        if run is None:
+            # Up to its last sample it lived; nobody can tell how it ended.
+            yield Moment(samples[-1].at, f"Run {name} last seen, without an outcome")
+            continue
+        yield Moment(run.first_at, f"Run {name}: first submission")
+        yield Moment(run.last_at, f"Run {name}: last outcome; {_brought(run)}")
+
+
+def _brought(run: RunFigures) -> str:
+    text = f"{run.outcomes:,} in all"
+    if run.failed:
+        text += f", {run.failed:,} of them failures"
+    if run.handed_on:
+        text += (
+            f". It ended before its chunks were complete: {run.handed_on:,} of its outcomes were"
+            " committed by a later run"
+        )
+    return text
+
+
+def _restarts(samples: Sequence[RunSample]) -> Iterator[Moment]:
+    """Yield where an engine of a run began anew: its counter of tokens has fallen."""
+    counted: dict[str, int] = {}
+    for sample in samples:
+        tokens = sample.engine.generation_tokens if sample.engine else None
+        if tokens is None:
+            continue
+        if tokens < counted.get(sample.run_id, 0):
+            yield Moment(sample.at, f"Run {sample.run_id[:_ID_LENGTH]}: engine restarted")
+        counted[sample.run_id] = tokens
