@@ -187,7 +187,7 @@ def _report(
 def batch_output(
     context: dg.AssetExecutionContext, settings: SettingsResource
 ) -> dg.MaterializeResult[None]:
-    """**The delivered files of a batch**: `output.jsonl`, `errors.jsonl` and `report.md`.
+    """**The delivered files of a batch**: `output.jsonl`, `errors.jsonl` and a report.
 
     Written to `outbox/<batch>` when every request has an outcome, whole or not at all, in the
     order of the input. Materializing it again writes the same files.

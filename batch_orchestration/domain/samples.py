@@ -14,6 +14,7 @@ class RunSample(msgspec.Struct, frozen=True, kw_only=True):
         batch_id: The run's own batch; None before it has begun with one.
         in_flight: Requests that the engine has, those of guests included.
         window: How many it may have now.
+        restarts: Of the engine so far, in this run.
         engine: None if it was not asked or did not answer.
         gpus: Empty where no GPU is used or none could be read.
     """
@@ -23,6 +24,7 @@ class RunSample(msgspec.Struct, frozen=True, kw_only=True):
     batch_id: str | None = None
     in_flight: int = 0
     window: int = 0
+    restarts: int = 0
     requests_per_second: float = 0.0
     output_tokens_per_second: float = 0.0
     engine: EngineFigures | None = None

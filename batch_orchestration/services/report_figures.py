@@ -21,6 +21,7 @@ from batch_orchestration.services.documents import Picture
 from batch_orchestration.services.plots import Plot, draw
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.samples import read_samples
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,10 @@ def _events(batch_id: str, store: Store) -> list[BatchEvent]:
 
 
 def _samples(batch_id: str, folder: DataFolder, *, until: float | None) -> list[RunSample]:
-    return []
+    """Return the samples up to the last outcome: later ones may still be written."""
+    if until is None:
+        return []
+    return [sample for sample in read_samples(folder, batch_id) if sample.at <= until]
 
 
 def _kept(batch_id: str, folder: DataFolder) -> Kept | None:

@@ -88,12 +88,12 @@ def _brought(run: RunFigures) -> str:
 
 
 def _restarts(samples: Sequence[RunSample]) -> Iterator[Moment]:
-    """Yield where an engine of a run began anew: its counter of tokens has fallen."""
+    """Yield where a run's engine had been started again since its sample before."""
     counted: dict[str, int] = {}
     for sample in samples:
-        tokens = sample.engine.generation_tokens if sample.engine else None
-        if tokens is None:
-            continue
-        if tokens < counted.get(sample.run_id, 0):
-            yield Moment(sample.at, f"Run {sample.run_id[:_ID_LENGTH]}: engine restarted")
-        counted[sample.run_id] = tokens
+        before = counted.get(sample.run_id, 0)
+        if sample.restarts > before:
+            times = f", {sample.restarts - before} times" if sample.restarts > before + 1 else ""
+            name = sample.run_id[:_ID_LENGTH]
+            yield Moment(sample.at, f"Run {name}: engine restarted{times}")
+        counted[sample.run_id] = sample.restarts

@@ -99,6 +99,7 @@ class RunSampler:
             batch_id=vitals.batch_id,
             in_flight=vitals.in_flight,
             window=vitals.window,
+            restarts=vitals.restarts,
             requests_per_second=vitals.requests_per_second,
             output_tokens_per_second=vitals.output_tokens_per_second,
             engine=vitals.engine,
