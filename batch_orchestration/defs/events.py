@@ -183,6 +183,11 @@ def output_metadata(report: AssemblyReport) -> Metadata:
         metadata["batch_ended"] = str(report.closing)
     if report.kept is not None:
         metadata |= _kept_figures(report.kept)
+    if (found := report.latencies) is not None:
+        metadata |= {
+            "latency_p50_seconds": round(found.p50, 3),
+            "latency_p99_seconds": round(found.p99, 3),
+        }
     return metadata
 
 

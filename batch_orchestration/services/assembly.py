@@ -7,6 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from batch_orchestration.domain.batch_figures import Latencies
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord, SettledRequest
 from batch_orchestration.domain.errors import AccountingError, DiskFull
@@ -14,7 +15,6 @@ from batch_orchestration.domain.kept import Kept
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.endings import begin_ending, finish_ending
-from batch_orchestration.services.kept import kept_of
 from batch_orchestration.services.outbox import (
     OutboxFiles,
     each_once,
@@ -47,6 +47,7 @@ class AssemblyReport:
         submission: Of the whole submission, if the batch was the last of its parts to end.
         closing: Why the batch ended early; None if it did not.
         kept: Where its wall time went; None if no run kept an account.
+        latencies: Of its answers; None if there is none.
     """
 
     batch_id: str
@@ -56,6 +57,7 @@ class AssemblyReport:
     submission: SubmissionReport | None = None
     closing: Closing | None = None
     kept: Kept | None = None
+    latencies: Latencies | None = None
 
 
 def assemble(
@@ -98,17 +100,14 @@ def assemble(
         ending = begin_ending(batch_id, folder=folder, store=store, at=clock(), actor=actor)
         try:
             tally = _write_files(plan, store.settled(batch_id), files)
-            chunks = store.chunk_reports(batch_id)
             scored = score_batch(plan, tally, folder=folder, store=store, clock=clock)
+            figures = gather_figures(plan, tally, folder=folder, store=store)
             report = report_blocks(
-                plan,
-                record,
-                tally,
-                chunks,
+                *(plan, record, tally, store.chunk_reports(batch_id)),
                 outbox=str(files.folder),
                 scored=scored,
                 closing=ending.closing,
-                figures=gather_figures(plan, tally, folder=folder, store=store),
+                figures=figures,
             )
             crash_point(CrashPoint.BEFORE_REPORT_RENAME)
             text = write_report(batch_id, report, files)
@@ -129,7 +128,8 @@ def assemble(
         text=text,
         submission=submission,
         closing=ending.closing,
-        kept=kept_of(folder, batch_id),
+        kept=figures.kept,
+        latencies=figures.latencies,
     )
 
 

@@ -228,7 +228,9 @@ h2 { margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
 .wide { overflow-x: auto }
 table { border-collapse: collapse }
 th, td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
+  border-bottom: 1px solid var(--line) }
+th { white-space: nowrap }
+td { overflow-wrap: anywhere; min-width: 4.5em }
 code { background: var(--soft); padding: 0 .25em; border-radius: 3px }
 blockquote { margin: 1rem 0; padding: .5rem 1rem; border-left: 4px solid #D55E00;
   background: var(--soft) }

@@ -18,6 +18,7 @@ from batch_orchestration.services.batch_plots import (
     throughput_plot,
 )
 from batch_orchestration.services.documents import Picture
+from batch_orchestration.services.kept import kept_of
 from batch_orchestration.services.plots import Plot, draw
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import DataFolder
@@ -81,7 +82,7 @@ def gather_figures(
         samples=samples,
         latencies=known("latencies", lambda: figures.latencies(batch_id), None),
         throughput=throughput,
-        kept=known("lost time", lambda: _kept(batch_id, folder), None),
+        kept=known("lost time", lambda: kept_of(folder, batch_id), None),
         pictures=[picture for plot in plots if (picture := _drawn(plot, batch_id))],
     )
 
@@ -97,10 +98,6 @@ def _samples(batch_id: str, folder: DataFolder, *, until: float | None) -> list[
     if until is None:
         return []
     return [sample for sample in read_samples(folder, batch_id) if sample.at <= until]
-
-
-def _kept(batch_id: str, folder: DataFolder) -> Kept | None:
-    return None
 
 
 def _drawn(plot_of: Callable[[], Plot | None], batch_id: str) -> Picture | None:

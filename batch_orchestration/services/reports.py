@@ -209,6 +209,7 @@ def _kept(kept: Kept | None) -> Blocks:
         ("Engine fully used", kept.kept_seconds),
         ("Lost: engine starting", kept.start_up_seconds),
         ("Lost: could have been given more", kept.feed_gap_seconds),
+        ("Lost: held back, for the device was hot", kept.held_seconds),
         ("Lost: waiting for the last answers", kept.drain_seconds),
         ("Lost: committing after the last answer", kept.commit_seconds),
     )
