@@ -156,7 +156,10 @@ class Settings(BaseSettings):
         120, gt=0, description="Without outcome or token for so long, the engine counts as stuck."
     )
     gpu_max_temperature: float | None = Field(
-        None, gt=0, le=150, description="°C to start on; default: 5 below slowdown, else 85."
+        None, gt=0, le=150, description="°C to work at; default: 5 below slowdown, else 85."
+    )
+    sample_seconds: float = Field(
+        5, gt=0, le=10, description="Between two looks of a run at its engine and its GPUs."
     )
 
     # Feeding it

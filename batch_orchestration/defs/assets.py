@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -26,6 +26,7 @@ from batch_orchestration.defs.resources import (
     data_folder,
     feeding,
     open_store,
+    sample_taker,
 )
 from batch_orchestration.defs.runs import ask_person, claim_batch, mark_partial, mark_unfit
 from batch_orchestration.domain.batches import BatchPlan, settings_hash
@@ -40,8 +41,10 @@ from batch_orchestration.domain.errors import (
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
 from batch_orchestration.services.retention import prune_journals
+from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.storage.store import Store
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
@@ -113,23 +116,39 @@ def chunk_results(
     force, present = config.force, gpu.in_force(settings)
     selection = _selection(context)
     claim_batch(context.instance, context.run, list(selection), data_folder(present))
-    commits = run_chunks(
-        selection,
-        engine=gpu.for_run(context.run.run_id, present),
-        folder=data_folder(present),
-        store=open_store(present),
-        run_id=context.run.run_id,
-        feeding=feeding(present),
-        force=force,
-    )
-    # Closed at once when the run is terminated, so that the journals are flushed.
-    with contextlib.closing(commits):
-        _report(context, commits, settings_hash(present.answer_settings()))
+    engine = gpu.for_run(context.run.run_id, present)
+    with gpu.sampling(context.run.run_id, present) as sampler:
+        commits = run_chunks(
+            selection,
+            engine=engine,
+            folder=data_folder(present),
+            store=open_store(present),
+            run_id=context.run.run_id,
+            feeding=feeding(present),
+            force=force,
+            vitals=sampler.vitals,
+            care=sampler.care,
+        )
+        commits = _with_samples(commits, sampler, sample_taker(present))
+        # Closed at once when the run is terminated, so that the journals are flushed.
+        with contextlib.closing(commits):
+            _report(context, commits, settings_hash(present.answer_settings()))
     for batch_id in selection:
         if ended := data_folder(present).read_closing(batch_id):
             say_early_end(context.instance, context.run.run_id, ended)
             context.log.warning(f"{batch_id}: {ended}. To go on: resume {batch_id}")
     yield from ()
+
+
+def _with_samples(
+    commits: Generator[CommittedChunk, None, None], sampler: RunSampler, taker: SampleTaker
+) -> Generator[CommittedChunk, None, None]:
+    """Hand on each commit, and take in what the devices did meanwhile: beside the feed."""
+    with contextlib.closing(commits):
+        for commit in commits:
+            yield commit
+            if sampler.watches_devices and (batch_id := sampler.vitals.batch_id) is not None:
+                taker.after_commit(batch_id)
 
 
 def _selection(context: dg.AssetExecutionContext) -> dict[str, list[int]]:
@@ -166,9 +185,9 @@ def _report(
         ask_person(context.instance, context.run.run_id, str(error))
         raise dg.Failure(description=str(error), allow_retries=False) from error
     except GpuUnhealthy as unhealthy:
-        # Not a failure: nothing was asked. `dispatch_sensor` waits until the device is well.
+        # Not a failure: what was asked is answered. `dispatch_sensor` waits until it is well.
         mark_unfit(context.instance, context.run.run_id)
-        context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: no engine was started: {unhealthy}")
+        context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: the batch waits: {unhealthy}")
     except (EngineError, StorageError) as error:
         retries = context.op_execution_context.retry_number
         # Not by a RetryPolicy: that would also start again what a person terminated.
@@ -209,6 +228,7 @@ def batch_output(
         context.instance, batch_id, folder=folder, store=store, run_id=run_id
     ):
         context.log_event(event)
+    sample_taker(settings).take_in(batch_id)
     _report_lost(context, folder.read_plan(batch_id), store)
     report = deliver_what_is_there(
         batch_id,

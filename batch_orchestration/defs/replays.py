@@ -98,23 +98,26 @@ def replay_dead_letters(
     """
     present = gpu.in_force(settings)
     try:
-        for batch_id, number in _numbers(context, config, present):
-            tags = tags_about(batch_id, data_folder(present))
-            tags |= {REPLAY_TAG: _tag(batch_id, number)}
-            context.instance.add_run_tags(context.run.run_id, tags)
-            report = run_replay(
-                batch_id,
-                number,
-                engine=gpu.for_run(context.run.run_id, present),
-                folder=data_folder(present),
-                store=open_store(present),
-                run_id=context.run.run_id,
-                feeding=feeding(present),
-            )
-            _tell(context, report, present)
+        with gpu.sampling(context.run.run_id, present) as sampler:
+            for batch_id, number in _numbers(context, config, present):
+                tags = tags_about(batch_id, data_folder(present))
+                tags |= {REPLAY_TAG: _tag(batch_id, number)}
+                context.instance.add_run_tags(context.run.run_id, tags)
+                report = run_replay(
+                    batch_id,
+                    number,
+                    engine=gpu.for_run(context.run.run_id, present),
+                    folder=data_folder(present),
+                    store=open_store(present),
+                    run_id=context.run.run_id,
+                    feeding=feeding(present),
+                    vitals=sampler.vitals,
+                    care=sampler.care,
+                )
+                _tell(context, report, present)
     except GpuUnhealthy as unhealthy:
         mark_unfit(context.instance, context.run.run_id)
-        context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: no engine was started: {unhealthy}")
+        context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: the replay waits: {unhealthy}")
     except (BatchNotFound, PlanMismatch, DeadLetterError) as error:
         ask_person(context.instance, context.run.run_id, str(error))
         raise dg.Failure(description=str(error), allow_retries=False) from error

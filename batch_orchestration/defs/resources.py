@@ -23,8 +23,11 @@ from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.services.chunk_runner import Feeding
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine
-from batch_orchestration.services.gpu_health import no_gate, require_healthy_gpu
+from batch_orchestration.services.gpu_health import device_watch, no_gate, require_healthy_gpu
+from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.ladders import remembered_ladder
+from batch_orchestration.services.run_sampler import RunSampler
+from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.rung_memory import RungMemory
@@ -33,6 +36,8 @@ from batch_orchestration.storage.store import Store
 logger = logging.getLogger(__name__)
 #: At the end of a run; what the engine said of itself is worth no longer wait for the store.
 REMEMBER_SECONDS = 10.0
+#: Samples are worth no wait at all: what is not taken in now is taken in later.
+SAMPLES_SECONDS = 1.0
 
 #: The deployment's settings, as they are; the run's record never shows them.
 SettingsResource = dg.ResourceParam[Settings]
@@ -50,6 +55,12 @@ def data_folder(settings: Settings) -> DataFolder:
 def open_store(settings: Settings, *, deadline_seconds: float = 600.0) -> Store:
     """Return the store; waiting for a locked file ends after the deadline."""
     return Store(data_folder(settings).duckdb, deadline_seconds=deadline_seconds)
+
+
+def sample_taker(settings: Settings) -> SampleTaker:
+    """Return what takes samples into the store, where nobody waits for it."""
+    store = open_store(settings, deadline_seconds=SAMPLES_SECONDS)
+    return SampleTaker(folder=data_folder(settings), store=store)
 
 
 def feeding(settings: Settings) -> Feeding:
@@ -141,6 +152,16 @@ class GpuResource(dg.ConfigurableResource):
             self._engine = self._build(logs / f"{run_id}.log", settings)
             self._settings = settings
         return self._engine
+
+    def sampling(self, run_id: str, settings: Settings) -> RunSampler:
+        """Return what samples a run, and takes care of its devices, while it is entered."""
+        return RunSampler(
+            RunVitals(),
+            folder=data_folder(settings),
+            run_id=run_id,
+            seconds=settings.sample_seconds,
+            watch=device_watch(settings, run_id=run_id),
+        )
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["GpuResource"]:

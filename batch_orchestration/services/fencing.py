@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 RECOVERY_CHECK = "recovery check"
 
 
-def fence_off(folder: DataFolder, device: GpuFacts, reason: str, *, lost: bool, by: str) -> bool:
+def fence_off(folder: DataFolder, device: GpuFacts, reason: str, lost: bool, *, by: str) -> bool:
     """Keep a device from work until it is known to be well; return whether that is durable.
 
     Args:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from batch_orchestration.domain.errors import EngineStartFailed, GpuUnhealthy, G
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_gate import GpuLimits, GpuNeed, unhealthy_reasons
 from batch_orchestration.domain.model_memory import DTYPE_BYTES, MARGIN_SHARE, needed_bytes
+from batch_orchestration.domain.thermal import ThermalPolicy
 from batch_orchestration.engines.process_records import group_members, is_running, read_record
 from batch_orchestration.engines.vllm_flags import model_folder
-from batch_orchestration.services.fencing import standing_fences
+from batch_orchestration.services.device_watch import DeviceWatch
+from batch_orchestration.services.fencing import fence_off, standing_fences
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.telemetry.gpu import read_gpus
@@ -29,6 +32,8 @@ READ_SECONDS = 5.0
 #: looks again before it believes that the device is not fit.
 PATIENCE_SECONDS = 6.0
 _LOOK_SECONDS = 1.0
+#: Of every run.
+THERMAL_POLICY = ThermalPolicy()
 #: vLLM's flags that spread a model over devices.
 _SPREADING = ("tensor-parallel-size", "pipeline-parallel-size")
 #: Flags with which the weights on the device are not those of the files.
@@ -164,6 +169,20 @@ def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
         unreadable=str(readings) if unreadable else None,
         need=need,
         reasons=tuple(reasons),
+    )
+
+
+def device_watch(settings: Settings, *, run_id: str) -> DeviceWatch | None:
+    """Return the watch over the devices that a run uses; None if it uses none."""
+    if no_gate(settings) is not None:
+        return None
+    folder = DataFolder(settings.data_dir)
+    return DeviceWatch(
+        partial(_reader.readings, seconds=READ_SECONDS),
+        devices=engine_need(settings).devices,
+        limits=GpuLimits(max_celsius=settings.gpu_max_temperature),
+        fence_off=partial(fence_off, folder, by=run_id),
+        policy=THERMAL_POLICY,
     )
 
 

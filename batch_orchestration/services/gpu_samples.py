@@ -30,45 +30,39 @@ class PrunedSamples:
 
 
 class SampleTaker:
-    """Takes the samples of one batch into the store, now and then, and never raises.
+    """Takes samples into the store, now and then, and never raises.
 
     Args:
-        batch_id: Of the batch.
         folder: The data folder.
         store: With a short deadline: a locked store is tried again a minute later.
         clock: Monotonic seconds.
     """
 
     def __init__(
-        self,
-        batch_id: str,
-        *,
-        folder: DataFolder,
-        store: Store,
-        clock: Callable[[], float] = time.monotonic,
+        self, *, folder: DataFolder, store: Store, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._batch_id = batch_id
         self._folder = folder
         self._store = store
         self._clock = clock
         self._tried_at = float("-inf")
         self._complained = False
 
-    def after_commit(self) -> None:
-        """Take in what is new, unless that was tried a moment ago."""
+    def after_commit(self, batch_id: str) -> None:
+        """Take in what is new of a batch, unless that was tried a moment ago."""
         if self._clock() - self._tried_at >= TAKE_IN_SECONDS:
             self._tried_at = self._clock()
-            self.take_in()
+            self.take_in(batch_id)
 
-    def take_in(self) -> None:
-        """Take in what is new."""
+    def take_in(self, batch_id: str) -> None:
+        """Take in what is new of a batch."""
         try:
-            if files := sample_files(self._folder, self._batch_id):
-                self._store.gpu_samples.take_in(self._batch_id, files)
+            if files := sample_files(self._folder, batch_id):
+                while self._store.gpu_samples.take_in(batch_id, files):
+                    pass
         except Exception as error:  # noqa: BLE001 - whatever it is, it is not worth a commit
             if not self._complained:
                 self._complained = True
-                logger.warning("samples of %s are not in the store yet: %s", self._batch_id, error)
+                logger.warning("samples of %s are not in the store yet: %s", batch_id, error)
 
 
 def prune_samples(

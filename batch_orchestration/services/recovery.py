@@ -18,6 +18,7 @@ from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.close_out import commit_closed
 from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.committer import busy_seconds, settled_requests
+from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.registration import admission_lock, register_batch
 from batch_orchestration.storage.files import DataFolder
@@ -204,6 +205,7 @@ class _Rebuilding:
         """Write the files of a batch that was delivered; return what came of it all."""
         output = OutboxFiles(self._folder.outbox_path(self._batch_id)).output
         missing = self._of_chunks - self._chunks
+        SampleTaker(folder=self._folder, store=store).take_in(self._batch_id)
         if not delivered(self._folder, self._batch_id):
             return self._result(store)
         if missing and not self._problems:

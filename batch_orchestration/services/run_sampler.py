@@ -26,7 +26,7 @@ class RunSampler:
     """A thread that samples while it is entered.
 
     Args:
-        vitals: Of the run; it sets their `gpus`.
+        vitals: Of the run, which others set; but their `gpus` it sets itself.
         folder: The data folder.
         run_id: Of the run.
         seconds: Between two samples.
@@ -42,7 +42,7 @@ class RunSampler:
         seconds: float,
         watch: DeviceWatch | None = None,
     ) -> None:
-        self._vitals = vitals
+        self.vitals = vitals
         self._folder = folder
         self._run_id = run_id
         self._seconds = seconds
@@ -84,13 +84,9 @@ class RunSampler:
             self._over.wait(self._seconds)
 
     def _sample(self) -> None:
-        vitals = self._vitals
+        vitals = self.vitals
         if self._watch is not None:
             vitals.gpus = self._watch.look()
-            care = self._watch.care()
-            if care.share == 0.0 and care.stop is None:
-                # A pause on purpose is not being stuck.
-                vitals.note_progress()
         if vitals.batch_id is None:
             return
         sample = RunSample(

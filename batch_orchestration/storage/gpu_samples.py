@@ -49,14 +49,15 @@ class GpuSampleTable:
         self._path = path
         self._deadline_seconds = deadline_seconds
 
-    def take_in(self, batch_id: str, files: Sequence[Path]) -> int:
-        """Add what is new in samples files of a batch; return how many rows that are.
+    def take_in(self, batch_id: str, files: Sequence[Path]) -> bool:
+        """Add what is new in samples files of a batch; return whether there is more.
 
         The table remembers how far it has read each file, in the same transaction: whoever calls
         this, and however often, each (run, moment, device) is in it once.
         """
         with self._writing() as db:
-            return sum(_take_in(db, batch_id, path) for path in files)
+            more = [_take_in(db, batch_id, path) for path in files]
+        return any(more)
 
     def prune(self, before: float, *, spare: Sequence[str], dry_run: bool = False) -> int:
         """Remove what is from before a moment (POSIX seconds), but for the batches to be spared.
@@ -77,12 +78,12 @@ class GpuSampleTable:
         return connection.writing(self._path, deadline_seconds=self._deadline_seconds)
 
 
-def _take_in(db: duckdb.DuckDBPyConnection, batch_id: str, path: Path) -> int:
+def _take_in(db: duckdb.DuckDBPyConnection, batch_id: str, path: Path) -> bool:
     of_file = [batch_id, path.stem]
     known = rows.select(db, "gpu_sample_files", ["bytes"], _OF_FILE, of_file)
-    data, reached = _whole_lines(path, known[0]["bytes"] if known else 0)
+    data, reached, more = _whole_lines(path, known[0]["bytes"] if known else 0)
     if not data:
-        return 0
+        return False
     samples = [sample for sample in decode_samples(data) if sample.gpus]
     found = [row for sample in samples for row in _rows(batch_id, sample)]
     if found:
@@ -96,20 +97,21 @@ def _take_in(db: duckdb.DuckDBPyConnection, batch_id: str, path: Path) -> int:
         rows.insert(db, "gpu_samples", _COLUMNS, found)
     db.execute(f"DELETE FROM gpu_sample_files {_OF_FILE}", of_file)
     db.execute("INSERT INTO gpu_sample_files VALUES (?, ?, ?)", [*of_file, reached])
-    return len(found)
+    return more
 
 
-def _whole_lines(path: Path, offset: int) -> tuple[bytes, int]:
-    """Return whole lines from an offset on, and the offset behind them."""
+def _whole_lines(path: Path, offset: int) -> tuple[bytes, int, bool]:
+    """Return whole lines from an offset on, the offset behind them, and whether more may follow."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < offset:
             offset = 0
         file.seek(offset)
         data = file.read(MOST_BYTES)
+    more = len(data) == MOST_BYTES
     whole = data[: data.rfind(b"\n") + 1]
-    if not whole and len(data) == MOST_BYTES:
+    if more and not whole:
         whole = data  # No line is that long: it is damaged, and skipped.
-    return whole, offset + len(whole)
+    return whole, offset + len(whole), more
 
 
 def _rows(batch_id: str, sample: RunSample) -> Iterator[rows.Row]:

@@ -223,7 +223,7 @@ def test_the_command_ends_with_1_and_the_reasons(cli, install):
 def test_a_person_clears_a_fence_and_is_remembered(deployment, cli, install):
     install(FakeGpu())
     facts = read_gpus()[0]
-    fence_off(deployment.folder, facts, "it fell", lost=True, by="run-1")
+    fence_off(deployment.folder, facts, "it fell", True, by="run-1")
 
     fenced = cli.run("gpu", exit_code=1).stdout
     unknown = cli.run("gpu", "--clear", "GPU-9", exit_code=1)

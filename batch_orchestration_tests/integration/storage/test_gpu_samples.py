@@ -10,7 +10,12 @@ from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
 from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.services.gpu_samples import SampleTaker, prune_samples
 from batch_orchestration.storage import gpu_samples
-from batch_orchestration.storage.samples import append_sample, read_samples, samples_folder
+from batch_orchestration.storage.samples import (
+    append_sample,
+    read_samples,
+    sample_files,
+    samples_folder,
+)
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.workbench import Workbench
@@ -46,9 +51,9 @@ def sampled(bench, batch_id, *moments, run_id="run-1", gpus=(SILENT, DEVICE)):
         append_sample(bench.folder, batch_id, sample)
 
 
-def taker(bench, batch_id, *, clock=lambda: 0.0, deadline_seconds=5.0):
+def taker(bench, *, clock=lambda: 0.0, deadline_seconds=5.0):
     store = Store(bench.folder.duckdb, deadline_seconds=deadline_seconds)
-    return SampleTaker(batch_id, folder=bench.folder, store=store, clock=clock)
+    return SampleTaker(folder=bench.folder, store=store, clock=clock)
 
 
 def table(bench, columns="run_id, epoch(sampled_at), gpu"):
@@ -80,7 +85,7 @@ def test_torn_and_damaged_lines_are_left_out(bench, batch_id):
 def test_every_device_of_a_sample_is_a_row_with_what_it_reports(bench, batch_id):
     sampled(bench, batch_id, 5.25)
 
-    taker(bench, batch_id).take_in()
+    taker(bench).take_in(batch_id)
 
     columns = "gpu, gpu_index, memory_used_bytes, temperature_celsius, power_watts, remap_pending"
     assert [at for _, at, _ in table(bench)] == [NOW + 5.25] * 2
@@ -100,10 +105,10 @@ def test_every_device_of_a_sample_is_a_row_with_what_it_reports(bench, batch_id)
 def test_taking_in_again_adds_only_what_is_new(bench, batch_id):
     sampled(bench, batch_id, 5, 10)
     for _ in range(2):
-        taker(bench, batch_id).take_in()
+        taker(bench).take_in(batch_id)
     sampled(bench, batch_id, 15)
     sampled(bench, batch_id, 10, run_id="run-2")
-    taker(bench, batch_id).take_in()
+    taker(bench).take_in(batch_id)
 
     moments = [(run, at - NOW) for run, at, gpu in table(bench) if gpu == "GPU-1"]
     assert moments == [("run-1", 5), ("run-1", 10), ("run-2", 10), ("run-1", 15)]
@@ -116,11 +121,11 @@ def test_rows_are_not_doubled_when_the_table_no_longer_knows_how_far_it_read(
     bench, batch_id, forget
 ):
     sampled(bench, batch_id, 5, 10)
-    taker(bench, batch_id).take_in()
+    taker(bench).take_in(batch_id)
     with duckdb.connect(bench.folder.duckdb) as db:
         db.execute(forget)
 
-    taker(bench, batch_id).take_in()
+    taker(bench).take_in(batch_id)
 
     assert len(table(bench)) == 4
 
@@ -130,29 +135,29 @@ def test_a_line_that_is_being_written_is_taken_in_once_it_is_whole(bench, batch_
     path = samples_folder(bench.folder, batch_id) / "run-1.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    taker(bench, batch_id).take_in()
+    taker(bench).take_in(batch_id)
     first = len(table(bench))
     path.write_bytes(whole)
-    taker(bench, batch_id).take_in()
+    taker(bench).take_in(batch_id)
 
     assert (first, len(table(bench))) == (2, 4)
 
 
-def test_a_long_file_is_taken_in_bit_by_bit(bench, batch_id, monkeypatch):
+def test_a_long_file_is_taken_in_bit_by_bit_to_its_end(bench, batch_id, monkeypatch):
     sampled(bench, batch_id, *range(4))
     monkeypatch.setattr(gpu_samples, "MOST_BYTES", 2500)
-    taken = []
-    for _ in range(4):
-        taker(bench, batch_id).take_in()
-        taken.append(len(table(bench)))
+    more = bench.store.gpu_samples.take_in(batch_id, sample_files(bench.folder, batch_id))
+    first = len(table(bench))
+    taker(bench).take_in(batch_id)
 
-    assert taken[0] < 8
-    assert taken[-1] == 8
+    assert more
+    assert 0 < first < 8
+    assert len(table(bench)) == 8
 
 
 def test_what_has_no_device_leaves_no_row(bench, batch_id):
     sampled(bench, batch_id, 5, gpus=())
-    taker(bench, batch_id).take_in()
+    taker(bench).take_in(batch_id)
 
     assert table(bench) == []
 
@@ -160,21 +165,21 @@ def test_what_has_no_device_leaves_no_row(bench, batch_id):
 def test_a_new_store_has_them_again(bench, batch_id):
     """As after `recover`: how far a file was read is forgotten together with its rows."""
     sampled(bench, batch_id, 5)
-    taker(bench, batch_id).take_in()
+    taker(bench).take_in(batch_id)
     bench.folder.duckdb.unlink()
 
-    taker(bench, batch_id).take_in()
+    taker(bench).take_in(batch_id)
 
     assert len(table(bench)) == 2
 
 
 def test_beside_commits_it_looks_once_a_minute(bench, batch_id):
     now = [0.0]
-    beside = taker(bench, batch_id, clock=lambda: now[0])
+    beside = taker(bench, clock=lambda: now[0])
     counts = []
     for now[0] in (0.0, 30.0, 61.0):
         sampled(bench, batch_id, now[0])
-        beside.after_commit()
+        beside.after_commit(batch_id)
         counts.append(len(table(bench)))
 
     assert counts == [2, 2, 6]
@@ -182,15 +187,15 @@ def test_beside_commits_it_looks_once_a_minute(bench, batch_id):
 
 def test_a_locked_store_is_left_alone_and_said_once(bench, batch_id, caplog):
     sampled(bench, batch_id, 5)
-    beside = taker(bench, batch_id, deadline_seconds=0.05)
+    beside = taker(bench, deadline_seconds=0.05)
 
     with gpu_samples.connection.replacing(bench.folder.duckdb):
-        beside.take_in()
-        beside.take_in()
+        beside.take_in(batch_id)
+        beside.take_in(batch_id)
 
     said = [record for record in caplog.records if "not in the store yet" in record.message]
     assert len(said) == 1
-    beside.take_in()
+    beside.take_in(batch_id)
     assert len(table(bench)) == 2
 
 
@@ -198,7 +203,7 @@ def test_damage_stops_nothing(bench, batch_id, caplog):
     huge = GpuFacts(index=0, uuid="GPU-0", name="Test", memory_used_bytes=2**70)
     sampled(bench, batch_id, 5, gpus=(huge,))
 
-    taker(bench, batch_id).take_in()
+    taker(bench).take_in(batch_id)
 
     assert "not in the store yet" in caplog.text
 
@@ -209,7 +214,7 @@ def test_old_samples_of_batches_that_have_ended_are_pruned_and_no_others(bench, 
         bench.store.set_status(ended, status, at=NOW, actor="me", reason="")
     for each in (batch_id, ended):
         sampled(bench, each, 0, 100, run_id=f"run-{each}")
-        taker(bench, each).take_in()
+        taker(bench).take_in(each)
     # Both files were written just now, which is long after the moments in them.
     count = {"folder": bench.folder, "store": bench.store, "keep_seconds": 50.0}
 

@@ -34,7 +34,7 @@ def boot(monkeypatch):
 
 
 def test_a_fence_keeps_what_was_known_and_stands_while_the_fault_does(folder, boot):
-    assert fence_off(folder, SICK, "2 errors", lost=False, by="run-1")
+    assert fence_off(folder, SICK, "2 errors", False, by="run-1")
 
     fence = read_fences(folder)["GPU-1"]
     assert (fence.reason, fence.by, fence.boot_id) == ("2 errors", "run-1", "boot-1")
@@ -47,14 +47,14 @@ def test_a_fence_keeps_what_was_known_and_stands_while_the_fault_does(folder, bo
 
 
 def test_the_first_fence_stands(folder, boot):
-    fence_off(folder, SICK, "first", lost=False, by="run-1")
+    fence_off(folder, SICK, "first", False, by="run-1")
 
-    assert fence_off(folder, WELL, "second", lost=False, by="run-2")
+    assert fence_off(folder, WELL, "second", False, by="run-2")
     assert read_fences(folder)["GPU-1"].reason == "first"
 
 
 def test_a_recovered_device_is_freed_and_that_is_kept(folder, boot):
-    fence_off(folder, SICK, "2 errors", lost=False, by="run-1")
+    fence_off(folder, SICK, "2 errors", False, by="run-1")
 
     assert standing_fences(folder, [WELL]) == {}
     assert read_fences(folder) == {}
@@ -63,7 +63,7 @@ def test_a_recovered_device_is_freed_and_that_is_kept(folder, boot):
 
 
 def test_a_lost_device_is_freed_by_a_restart_alone(folder, boot):
-    fence_off(folder, SICK, "lost", lost=True, by="run-1")
+    fence_off(folder, SICK, "lost", True, by="run-1")
 
     before = standing_fences(folder, [WELL])
     boot("boot-2")
@@ -76,7 +76,7 @@ def test_a_lost_device_is_freed_by_a_restart_alone(folder, boot):
 
 def test_an_instance_fences_its_whole_device(folder, boot):
     instance = GpuFacts(index=0, uuid="MIG-1", name="T", mig_instance=True, device_uuid="GPU-1")
-    fence_off(folder, instance, "fault", lost=False, by="run-1")
+    fence_off(folder, instance, "fault", False, by="run-1")
 
     assert list(standing_fences(folder, [WELL])) == ["GPU-1"]
 
@@ -102,7 +102,7 @@ def test_fences_that_nobody_can_list_stand_for_every_device(folder):
 
 
 def test_a_fence_that_cannot_be_removed_stands(folder, boot):
-    fence_off(folder, SICK, "2 errors", lost=False, by="run-1")
+    fence_off(folder, SICK, "2 errors", False, by="run-1")
     (folder.fences / "cleared").write_text("not a folder")
 
     assert "cannot be removed" in standing_fences(folder, [WELL])["GPU-1"]
@@ -113,7 +113,7 @@ def test_a_fence_that_cannot_be_written_is_said(folder, caplog):
     folder.fences.parent.mkdir(exist_ok=True)
     folder.fences.write_text("not a folder")
 
-    assert not fence_off(folder, SICK, "2 errors", lost=False, by="run-1")
+    assert not fence_off(folder, SICK, "2 errors", False, by="run-1")
     assert "cannot be fenced" in caplog.text
 
 
@@ -137,7 +137,7 @@ def install(monkeypatch):
 
 def test_the_gate_names_the_fence_and_what_clears_it(folder, boot, settings, install):
     install(FakeGpu(uuid="GPU-1"))
-    fence_off(folder, WELL, "it fell", lost=True, by="run-1")
+    fence_off(folder, WELL, "it fell", True, by="run-1")
 
     problem = gpu_problem(settings)
 
@@ -151,7 +151,7 @@ def test_the_gate_names_the_fence_and_what_clears_it(folder, boot, settings, ins
 
 def test_only_the_fenced_device_is_kept_from_work(folder, boot, settings, install, monkeypatch):
     install(FakeGpu(uuid="GPU-1"), FakeGpu(uuid="GPU-2"))
-    fence_off(folder, WELL, "it fell", lost=True, by="run-1")
+    fence_off(folder, WELL, "it fell", True, by="run-1")
 
     first = examine(settings).healthy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")

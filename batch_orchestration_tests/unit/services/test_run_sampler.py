@@ -31,8 +31,8 @@ def vitals():
     return vitals
 
 
-def watch(read, **fields):
-    return DeviceWatch(read, devices=1, limits=GpuLimits(), fence_off=lambda *_: True, **fields)
+def watch(read):
+    return DeviceWatch(read, devices=1, limits=GpuLimits(), fence_off=lambda *_: True)
 
 
 def sampler(vitals, folder, **fields):
@@ -95,16 +95,3 @@ def test_a_driver_that_hangs_does_not_keep_the_run_from_ending(folder, vitals, m
     release.set()
 
     assert time.monotonic() - began < 5
-
-
-def test_a_pause_on_purpose_is_not_being_stuck(folder, vitals):
-    vitals.progress_at, now = 0.0, [0.0]
-    paused = watch(lambda: (HOT,), clock=lambda: now[0])
-    for now[0] in (0.0, 10.0, 20.0, 30.0):
-        paused.look()
-
-    with sampler(vitals, folder, watch=paused):
-        pass
-
-    assert paused.care() == DeviceCare(share=0.0)
-    assert vitals.progress_at > 0
