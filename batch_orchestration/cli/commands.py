@@ -13,6 +13,7 @@ from batch_orchestration.cli.estimates import estimates
 from batch_orchestration.cli.gpu import gpu
 from batch_orchestration.cli.health import health
 from batch_orchestration.cli.lifecycle import cancel_batch, resume_queue_or_batch
+from batch_orchestration.cli.metrics import metrics
 from batch_orchestration.cli.queue import board_picture, pause, show_live
 from batch_orchestration.cli.recovering import recover
 from batch_orchestration.cli.results import results
@@ -55,6 +56,7 @@ main.add_command(gpu)
 main.add_command(health)
 main.add_command(estimates)
 main.add_command(pause)
+main.add_command(metrics)
 
 
 @main.command()

@@ -145,7 +145,9 @@ def take_back(
 ) -> list[int]:
     """Make the chunks pending again that hold a dead letter of these codes; return their numbers.
 
-    Their answers are removed, for the journals have them; what a replay answered stays.
+    Their answers are removed, for the journals have them; what a replay answered stays. The figures
+    of a chunk stay, too, until its next commit replaces them: only of committed ones do they hold,
+    but sums over all that was ever committed never fall.
     """
     found = db.execute(
         """
@@ -164,15 +166,7 @@ def take_back(
         """,
         [batch_id, numbers, batch_id, numbers],
     )
-    db.execute(
-        f"""
-        UPDATE chunks SET status = 'pending', completed = NULL, failed = NULL,
-            prompt_tokens = NULL, completion_tokens = NULL, attempts = NULL, seconds = NULL,
-            failures_by_code = NULL, committed_at = NULL, run_id = NULL, engine_rung = NULL
-        {among}
-        """,
-        [batch_id, numbers],
-    )
+    db.execute(f"UPDATE chunks SET status = 'pending' {among}", [batch_id, numbers])
     return numbers
 
 

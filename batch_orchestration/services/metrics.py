@@ -1,0 +1,255 @@
+"""Gathers all metrics from the data folder alone: no Dagster, no NVML, no run is asked."""
+
+import contextlib
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from math import fsum
+from typing import TypeVar
+
+from prometheus_client import Metric
+from prometheus_client.registry import Collector
+
+from batch_orchestration import __version__
+from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.gpu import GpuFacts
+from batch_orchestration.domain.health import HealthReport
+from batch_orchestration.domain.heartbeats import Heartbeat
+from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry
+from batch_orchestration.domain.run_account import RunAccount, kept
+from batch_orchestration.domain.store_figures import LATENCY_BOUNDS, BatchFigures, StoreFigures
+from batch_orchestration.services.metric_page import Floor, MetricPage
+from batch_orchestration.services.metric_sources import AccountsSource, StoreSource
+from batch_orchestration.storage.fences import read_fences
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.health_files import read_health, read_heartbeats
+from batch_orchestration.storage.queue_files import read_pause, read_queue
+from batch_orchestration.telemetry.progress import read_progress
+
+#: Batches and runs with series of their own, whatever happens.
+MOST_NAMED = 25
+#: What a run said of itself longer ago is history, but for the time at which it said it.
+FRESH_SECONDS = 60.0
+
+#: What a second of a run can have gone into, by the names of the parts of an account.
+PARTS = {
+    "start_up": "start_up_seconds",
+    "busy": "busy_seconds",
+    "feed_gap": "feed_gap_seconds",
+    "held": "held_seconds",
+    "drain": "drain_seconds",
+    "commit": "commit_seconds",
+}
+
+T = TypeVar("T")
+
+
+class MetricsCollector(Collector):
+    """Gathers a page at each scrape; several at a time take turns.
+
+    Whatever is missing or damaged has no series; nothing raises, and nothing is written.
+
+    Args:
+        folder: The data folder; it may not exist yet, or any more.
+        floor: What lasting counters have been.
+        clock: POSIX seconds.
+    """
+
+    def __init__(
+        self,
+        folder: DataFolder,
+        *,
+        floor: Floor | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._folder = folder
+        self._floor = floor or Floor()
+        self._clock = clock
+        self._store = StoreSource(folder.duckdb)
+        self._accounts = AccountsSource(folder)
+        self._turn = threading.Lock()
+
+    def collect(self) -> Iterable[Metric]:
+        """Return every metric that has series now."""
+        with self._turn:
+            began, page = time.monotonic(), MetricPage()
+            self._put_all(page)
+            page.put("scrape_duration_seconds", time.monotonic() - began)
+            return page.metrics(self._floor)
+
+    def _put_all(self, page: MetricPage) -> None:
+        folder, now = self._folder, self._clock()
+        page.put("build_info", 1, version=__version__)
+        self._store.refresh()
+        self._accounts.refresh()
+        page.put("store_up", int(self._store.is_up))
+        page.put("store_read_timestamp_seconds", self._store.read_at)
+        figures = self._store.figures
+        if figures is not None:
+            put_store(page, figures)
+            put_batches(page, figures, self._accounts, folder)
+        put_accounts(page, self._accounts.all())
+        put_queue(page, folder, figures)
+        beats = _if_readable(lambda: read_heartbeats(folder).beats) or ()
+        put_workers(page, sorted(beats, key=lambda beat: -beat.at)[:MOST_NAMED], now)
+        for uuid in _if_readable(lambda: read_fences(folder)) or ():
+            page.put("gpu_fenced", 1, uuid=uuid)
+        if (report := _if_readable(lambda: read_health(folder))) is not None:
+            put_health(page, report)
+
+
+def _if_readable(read: Callable[[], T]) -> T | None:
+    with contextlib.suppress(BatchOrchestrationError, OSError):
+        return read()
+    return None
+
+
+def put_store(page: MetricPage, figures: StoreFigures) -> None:
+    """Put what the store has of all batches together."""
+    page.put("requests_total", figures.completed, state="completed")
+    page.put("requests_total", sum(figures.failures_by_code.values()), state="failed")
+    for code, count in figures.failures_by_code.items():
+        page.put("failures_total", count, code=code)
+    page.put("request_attempts_total", figures.attempts)
+    page.put("prompt_tokens_total", figures.prompt_tokens)
+    page.put("completion_tokens_total", figures.completion_tokens)
+    page.put("commits_total", figures.committed_chunks)
+    page.put_histogram(
+        "request_latency_seconds", LATENCY_BOUNDS, figures.latency_counts, figures.latency_seconds
+    )
+    for (code, state), count in figures.dead_letters.items():
+        page.put("dead_letters", count, code=code, state=state)
+    for status, count in figures.batches_by_status.items():
+        page.put("batches", count, status=status)
+
+
+def put_batches(
+    page: MetricPage, figures: StoreFigures, accounts: AccountsSource, folder: DataFolder
+) -> None:
+    """Put the batches that have series of their own, and what is pending in all of them."""
+    pending = 0
+    for place, batch in enumerate((*figures.unfinished, *figures.finished)):
+        completed, failed = _outcomes(batch, folder)
+        pending += 0 if batch.is_final else batch.total - completed - failed
+        if place < MOST_NAMED:
+            left = batch.total - completed - failed
+            for state, count in (("completed", completed), ("failed", failed), ("pending", left)):
+                page.put("batch_requests", count, batch=batch.batch_id, state=state)
+            if (share := kept(accounts.of(batch.batch_id))) is not None:
+                page.put("batch_kept_ratio", share.fraction, batch=batch.batch_id)
+    page.put("requests_pending", pending)
+
+
+def _outcomes(batch: BatchFigures, folder: DataFolder) -> tuple[int, int]:
+    """Return what is committed, or what the batch's run says if it is further."""
+    if not batch.is_final:
+        progress = _if_readable(lambda: read_progress(folder.progress_path(batch.batch_id)))
+        if progress is not None and progress.completed + progress.failed > (
+            batch.completed + batch.failed
+        ):
+            return progress.completed, progress.failed
+    return batch.completed, batch.failed
+
+
+def put_accounts(page: MetricPage, accounts: Iterable[RunAccount]) -> None:
+    """Put where the wall time of all runs went."""
+    every = list(accounts)
+    for part, field in PARTS.items():
+        spent = fsum(getattr(account, field) for account in every)
+        page.put("run_seconds_total", spent, part=part)
+    page.put("engine_restarts_total", fsum(account.engine_restarts for account in every))
+
+
+def put_queue(page: MetricPage, folder: DataFolder, figures: StoreFigures | None) -> None:
+    """Put how long the queue is, and since when it waits, by state and reason."""
+    page.put("queue_paused", int(read_pause(folder) is not None))
+    view = _if_readable(lambda: read_queue(folder))
+    if view is None:
+        return
+    page.put("queue_timestamp_seconds", view.at)
+    created_at = {b.batch_id: b.created_at for b in figures.unfinished} if figures else {}
+    groups: dict[tuple[str, str], list[QueueEntry]] = defaultdict(list)
+    groups.update({(str(state), "none"): [] for state in EntryState})
+    for entry in view.entries:
+        groups[str(entry.state), str(entry.reason or "none")].append(entry)
+    for (state, reason), entries in groups.items():
+        page.put("queue_entries", len(entries), state=state, reason=reason)
+        since = [at for entry in entries if (at := _since(entry, folder, created_at)) is not None]
+        oldest = min(since, default=None)
+        page.put("queue_oldest_entry_timestamp_seconds", oldest, state=state, reason=reason)
+
+
+def _since(entry: QueueEntry, folder: DataFolder, created_at: dict[str, float]) -> float | None:
+    """Return since when an entry is here; None if nothing tells."""
+    if entry.batch_id is not None:
+        return created_at.get(entry.batch_id)
+    with contextlib.suppress(OSError, BatchOrchestrationError):
+        if entry.kind is EntryKind.FILE:
+            return (folder.inbox / entry.id).stat().st_mtime
+        return (folder.waiting_part_path(entry.id) / "plan.json").stat().st_mtime
+    return None
+
+
+def put_workers(page: MetricPage, beats: Iterable[Heartbeat], now: float) -> None:
+    """Put what runs say of themselves, of their engines and devices; the freshest come first."""
+    fresh = []
+    for beat in beats:
+        run = {"run_id": beat.run_id, "dagster_job": beat.job}
+        page.put("worker_heartbeat_timestamp_seconds", beat.at, **run)
+        page.put("worker_progress_timestamp_seconds", beat.progress_at, **run)
+        page.put("worker_patience_seconds", beat.patience_seconds, **run)
+        if now - beat.at <= FRESH_SECONDS:
+            fresh.append(beat)
+            page.put("worker_info", 1, phase=beat.phase, batch=beat.batch_id or "", **run)
+            _put_engine(page, beat)
+    page.put("requests_in_flight", sum(beat.in_flight for beat in fresh))
+    page.put("window_requests", sum(beat.window for beat in fresh))
+    page.put("requests_per_second", fsum(beat.requests_per_second for beat in fresh))
+    page.put("completion_tokens_per_second", fsum(beat.output_tokens_per_second for beat in fresh))
+    devices = [device for beat in reversed(fresh) for device in beat.gpus]
+    for device in {device.uuid: device for device in devices}.values():
+        _put_device(page, device)
+
+
+def _put_engine(page: MetricPage, beat: Heartbeat) -> None:
+    engine, run_id = beat.engine, beat.run_id
+    if engine is None:
+        return
+    page.put("engine_requests_running", engine.running, run_id=run_id)
+    page.put("engine_requests_waiting", engine.waiting, run_id=run_id)
+    page.put("engine_kv_cache_usage_ratio", engine.kv_usage, run_id=run_id)
+    page.put("engine_kv_cache_tokens", engine.kv_cache_tokens, run_id=run_id)
+    page.put("engine_preemptions_total", engine.preemptions, run_id=run_id)
+    page.put("engine_prompt_tokens_total", engine.prompt_tokens, run_id=run_id)
+    page.put("engine_generation_tokens_total", engine.generation_tokens, run_id=run_id)
+    page.put("engine_prefix_cache_queries_total", engine.prefix_queries, run_id=run_id)
+    page.put("engine_prefix_cache_hits_total", engine.prefix_hits, run_id=run_id)
+
+
+def _put_device(page: MetricPage, device: GpuFacts) -> None:
+    names = {"gpu": str(device.index), "uuid": device.uuid}
+    used, clock = device.utilization_percent, device.sm_clock_mhz
+    page.put("gpu_info", 1, name=device.name, **names)
+    page.put("gpu_memory_used_bytes", device.memory_used_bytes, **names)
+    page.put("gpu_memory_total_bytes", device.memory_total_bytes, **names)
+    page.put("gpu_temperature_celsius", device.temperature_celsius, **names)
+    page.put("gpu_slowdown_temperature_celsius", device.slowdown_celsius, **names)
+    page.put("gpu_utilization_ratio", None if used is None else used / 100, **names)
+    page.put("gpu_power_watts", device.power_watts, **names)
+    page.put("gpu_sm_clock_hertz", None if clock is None else clock * 1e6, **names)
+    page.put("gpu_ecc_uncorrectable_errors", device.ecc_uncorrectable_errors, **names)
+    for reason in device.throttle_reasons or ():
+        page.put("gpu_throttle", 1, reason=reason, **names)
+
+
+def put_health(page: MetricPage, report: HealthReport) -> None:
+    """Put the last verdict on the deployment; a check of each run, or each device, is one check."""
+    page.put("health_timestamp_seconds", report.at)
+    page.put("health_level", report.level)
+    levels: dict[str, int] = {}
+    for finding in report.findings:
+        check = finding.check.partition(":")[0]
+        levels[check] = max(finding.level, levels.get(check, finding.level))
+    for check, level in levels.items():
+        page.put("health_check_level", level, check=check)

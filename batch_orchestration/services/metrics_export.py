@@ -1,0 +1,50 @@
+"""Hands metrics out: as text, as a file for node exporter, and over HTTP."""
+
+import threading
+from pathlib import Path
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+
+from batch_orchestration.services.metric_page import Floor
+from batch_orchestration.services.metrics import MetricsCollector
+from batch_orchestration.storage.files import DataFolder, write_atomically
+
+#: Node exporter runs as another user.
+_READABLE_BY_ALL = 0o644
+
+
+def metrics_text(folder: DataFolder, *, floor: Floor | None = None) -> bytes:
+    """Return one page in Prometheus's text format."""
+    return generate_latest(_registry(folder, floor))
+
+
+def write_textfile(folder: DataFolder, path: Path) -> None:
+    """Write a page for node exporter's textfile collector; readers see the old one or the new one.
+
+    No counter is lower, or gone, than in the page that is there.
+
+    Raises:
+        StorageError: It cannot be written; a page that was there stays.
+    """
+    floor = Floor()
+    floor.read(path)
+    write_atomically(path, metrics_text(folder, floor=floor))
+    path.chmod(_READABLE_BY_ALL)
+
+
+def serve_metrics(
+    folder: DataFolder, *, host: str, port: int
+) -> tuple[WSGIServer, threading.Thread]:
+    """Begin to answer scrapes, each with the state of that moment; return server and thread.
+
+    Raises:
+        OSError: The address is taken or not ours.
+    """
+    return start_http_server(port, addr=host, registry=_registry(folder, None))
+
+
+def _registry(folder: DataFolder, floor: Floor | None) -> CollectorRegistry:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(MetricsCollector(folder, floor=floor))
+    return registry

@@ -1,0 +1,95 @@
+"""Reads the figures of the whole store in one short transaction, and never makes or changes it."""
+
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.domain.store_figures import LATENCY_BOUNDS, BatchFigures, StoreFigures
+from batch_orchestration.storage import rows
+from batch_orchestration.storage.connection import reading
+
+_BATCH = ("batch_id", "status", "created_at", "requests", "completed", "failed")
+_IS_FINAL = f"status IN ({', '.join(repr(str(status)) for status in sorted(FINAL))})"
+#: When a batch came to its end.
+_ENDED = "coalesce(completed_at, cancelled_at, expired_at, failed_at, created_at)"
+
+#: What a commit that was taken back had counted stays in its row until the next one replaces it, so
+#: that these sums never fall.
+_CHUNKS = """
+SELECT count(committed_at), coalesce(sum(completed), 0), coalesce(sum(attempts), 0),
+    coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0)
+FROM chunks
+"""
+#: Rows are only added to this table. A replay that was closed has no code: that is no new failure.
+_FAILURES = """
+SELECT code, count(*) FROM dead_letter_events WHERE state = 'dead' AND code IS NOT NULL
+GROUP BY code ORDER BY code
+"""
+_LATENCIES = f"""
+SELECT {", ".join(f"count(*) FILTER (latency_seconds <= {bound})" for bound in LATENCY_BOUNDS)},
+    count(*), coalesce(sum(latency_seconds), 0)
+FROM results
+"""
+
+
+def read_figures(path: Path, *, finished: int, deadline_seconds: float) -> StoreFigures:
+    """Return the figures of a store; it costs some milliseconds for each million of requests.
+
+    Args:
+        path: Of the file.
+        finished: How many finished batches are named.
+        deadline_seconds: How long others may keep it locked.
+
+    Raises:
+        StoreLocked: They did longer.
+        StorageError: It cannot be read, or has another schema.
+    """
+    with reading(path, deadline_seconds=deadline_seconds) as db:
+        chunks, completed, attempts, prompt_tokens, completion_tokens = _row(db, _CHUNKS)
+        *latency_counts, latency_seconds = _row(db, _LATENCIES)
+        newest = f"WHERE {_IS_FINAL} ORDER BY {_ENDED} DESC LIMIT {int(finished)}"
+        return StoreFigures(
+            batches_by_status=_counts(db, "SELECT status, count(*) FROM batches GROUP BY status"),
+            unfinished=_batches(db, f"WHERE NOT {_IS_FINAL} ORDER BY created_at, batch_id"),
+            finished=_batches(db, newest),
+            committed_chunks=chunks,
+            completed=completed,
+            attempts=attempts,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            failures_by_code=_counts(db, _FAILURES),
+            dead_letters={
+                (code, state): count
+                for code, state, count in db.execute(
+                    "SELECT code, state, count(*) FROM failed_requests GROUP BY code, state"
+                ).fetchall()
+            },
+            latency_counts=tuple(latency_counts),
+            latency_seconds=latency_seconds,
+        )
+
+
+def _row(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
+    (row,) = db.execute(sql).fetchall()
+    return tuple(row)
+
+
+def _counts(db: duckdb.DuckDBPyConnection, sql: str) -> dict[str, int]:
+    return dict(db.execute(sql).fetchall())
+
+
+def _batches(db: duckdb.DuckDBPyConnection, rest: str) -> tuple[BatchFigures, ...]:
+    return tuple(
+        BatchFigures(
+            batch_id=row["batch_id"],
+            status=BatchStatus(row["status"]),
+            created_at=rows.posix_seconds(row["created_at"]),
+            total=row["requests"],
+            completed=row["completed"],
+            failed=row["failed"],
+        )
+        for row in rows.select(db, "batches", _BATCH, rest)
+    )
