@@ -10,6 +10,7 @@ from batch_orchestration.defs import (
     jobs,
     lifecycle,
     queue,
+    recovery,
     replays,
     sensors,
 )
@@ -40,6 +41,7 @@ def definitions(settings: Settings) -> dg.Definitions:
         sensors=[
             *(sensors.inbox_sensor, sensors.dispatch_sensor, replays.replay_sensor),
             health.health_sensor,
+            recovery.recovery_sensor,
         ],
         resources={"settings": settings, "gpu": GpuResource.of(settings)},
         # Retries of a step keep the engine loaded, and a killed run worker leaves no orphaned step

@@ -3,7 +3,8 @@
 Dagster's default launcher hands runs to the code server and knows nothing of them once that is
 gone: after a reboot, or a `kill -9` of everything, its runs stay "started" for ever and keep the
 `gpu` pool. This one records who the worker is on the run itself, so that any later daemon can
-tell whether it still lives. Workers survive a restart of Dagster.
+tell whether it still lives. Workers survive a restart of Dagster. One that lives and hangs is
+ended, so that Dagster's run retries start it again: see `services/worker_watch.py`.
 
 The instance imports this module (`dagster.yaml`) before there is any code location, so the package
 must be installed.
@@ -28,11 +29,20 @@ from dagster._core.launcher.base import (
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
 
-from batch_orchestration.engines.process_records import ProcessIdentity, identify, is_running
+from batch_orchestration.domain.heartbeats import Condition, Judgement
+from batch_orchestration.engines.process_records import identify, is_running
+from batch_orchestration.services.run_workers import (
+    WORKER_TAG,
+    RecordedWorker,
+    clear_after,
+    end_worker,
+    recorded_worker,
+)
+from batch_orchestration.services.worker_watch import WorkerWatch
 from batch_orchestration.settings import load_settings
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.heartbeat_files import read_pulse
 
-#: Run tag with pid, start time and boot id of the run's worker. Dagster's UI hides this prefix.
-WORKER_TAG = ".dagster/batch_orchestration/worker"
 #: How much of a dead worker's log is shown with the run's failure.
 SHOWN_LOG_LINES = 20
 
@@ -49,6 +59,7 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         self._inst_data = inst_data
         self._log_dir = log_dir
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
+        self._watch: WorkerWatch | None = None
         super().__init__()  # type: ignore[no-untyped-call]
 
     @property
@@ -84,9 +95,8 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
             )
         self._workers[run_id] = worker
         if identity := identify(worker.pid):
-            self._instance.add_run_tags(
-                run_id, {WORKER_TAG: msgspec.json.encode(identity).decode()}
-            )
+            record = RecordedWorker(identity.pid, identity.started, identity.boot_id, run_id)
+            self._instance.add_run_tags(run_id, {WORKER_TAG: msgspec.json.encode(record).decode()})
         self._instance.report_engine_event(
             f"Started run worker {worker.pid}; what it says outside of steps is in {log_path}",
             context.dagster_run,
@@ -99,18 +109,38 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         return True
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
-        """Tell whether the very process that was started for the run is still there."""
+        """Tell whether the very process that was started for the run is there and does its work.
+
+        One that is there and hangs is ended first; what it leaves is cleared away.
+        """
         self._reap()
-        identity = _recorded_worker(run)
-        if identity is None:
+        worker = recorded_worker(run.run_id, run.tags)
+        if worker is None:
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "no run worker was recorded")
-        if is_running(identity):
-            return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=str(identity.pid))
+        pid, folder = str(worker.pid), DataFolder(load_settings().data_dir)
+        problem = "is gone"
+        if is_running(worker.process):
+            judgement = self._judge(worker, run, folder)
+            if judgement is None or judgement.condition is Condition.ALIVE:
+                return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=pid)
+            problem = f"was {judgement.condition} and has been killed: {judgement.reason}"
+            end_worker(worker.process)
+            self._reap()
+        if clear_after(run.run_id, folder):
+            problem += "; the engine that it left has been ended"
         return CheckRunHealthResult(
-            WorkerStatus.FAILED,
-            f"run worker {identity.pid} is gone",
-            run_worker_id=str(identity.pid),
+            WorkerStatus.FAILED, f"run worker {pid} {problem}", run_worker_id=pid
         )
+
+    def _judge(
+        self, worker: RecordedWorker, run: dg.DagsterRun, folder: DataFolder
+    ) -> Judgement | None:
+        """Judge a worker by its heartbeats; None if it was started by a version without them."""
+        if worker.run_id is None:
+            return None
+        if self._watch is None:
+            self._watch = WorkerWatch(silent_seconds=load_settings().silent_seconds)
+        return self._watch.look(run.run_id, read_pulse(folder.heartbeat_path(run.run_id)))
 
     def get_run_worker_debug_info(
         self, run: dg.DagsterRun, include_container_logs: bool | None = True
@@ -129,9 +159,9 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         if run is None or run.is_finished:
             return False
         self._instance.report_run_canceling(run)
-        identity = _recorded_worker(run)
-        if identity is not None and is_running(identity):
-            os.kill(identity.pid, signal.SIGINT)
+        worker = recorded_worker(run.run_id, run.tags)
+        if worker is not None and is_running(worker.process):
+            os.kill(worker.pid, signal.SIGINT)
         else:
             self._instance.report_run_canceled(run, "Canceled; the run worker was already gone.")
         return True
@@ -145,10 +175,15 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
             instance_ref=self._instance.get_ref(),
             set_exit_code_on_failure=True,
         ).get_command_args()
-        if command[0] == "dagster":
-            # By name it would be looked up in PATH, where another environment may come first.
-            return [origin.repository_origin.executable_path, "-m", *command]
-        return command
+        # Whatever starts Dagster there, it is the interpreter that has the code; and by the name
+        # `dagster` it would be looked up in PATH, where another environment may come first.
+        dagsters = command[command.index("api") :]
+        run = context.dagster_run
+        return [
+            origin.repository_origin.executable_path,
+            *("-m", "batch_orchestration.run_worker", run.run_id, run.job_name),
+            *dagsters,
+        ]
 
     def _log_path(self, run_id: str) -> Path:
         folder = Path(self._log_dir) if self._log_dir else load_settings().data_dir / "logs/runs"
@@ -159,8 +194,3 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         for run_id, worker in list(self._workers.items()):
             if worker.poll() is not None:
                 del self._workers[run_id]
-
-
-def _recorded_worker(run: dg.DagsterRun) -> ProcessIdentity | None:
-    text = run.tags.get(WORKER_TAG)
-    return msgspec.json.decode(text, type=ProcessIdentity) if text else None

@@ -153,7 +153,11 @@ class Settings(BaseSettings):
         5, ge=1, description="Failed probes in a row after which the run fails."
     )
     hang_seconds: float = Field(
-        120, gt=0, description="Without outcome or token for so long, the engine counts as stuck."
+        100, gt=0, description="Without outcome or token for so long, the engine counts as stuck."
+    )
+    heartbeat_seconds: float = Field(5, gt=0, description="Between two heartbeats of a run worker.")
+    silent_seconds: float = Field(
+        60, gt=0, description="A run worker without a heartbeat for so long is ended."
     )
     gpu_max_temperature: float | None = Field(
         None, gt=0, le=150, description="°C to work at; default: 5 below slowdown, else 85."
@@ -203,6 +207,15 @@ class Settings(BaseSettings):
     def _engine_is_complete(self) -> "Settings":
         if self.engine is EngineKind.REMOTE and not self.base_url:
             raise ValueError("BATCH_ENGINE=remote needs BATCH_BASE_URL")
+        return self
+
+    @model_validator(mode="after")
+    def _silence_is_several_heartbeats(self) -> "Settings":
+        if self.silent_seconds < 3 * self.heartbeat_seconds:
+            raise ValueError(
+                f"BATCH_SILENT_SECONDS={self.silent_seconds:g} is less than three times"
+                f" BATCH_HEARTBEAT_SECONDS={self.heartbeat_seconds:g}"
+            )
         return self
 
     @field_validator("inbox_priorities")

@@ -80,7 +80,9 @@ class HealthBench:
         }
         path = self.folder.root / "heartbeats" / f"{run_id}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(msgspec.json.encode(Heartbeat(**{**values, **fields})))
+        beat = Heartbeat(**{**values, **fields})
+        path.write_bytes(msgspec.json.encode(beat))
+        os.utime(path, (beat.at, beat.at))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

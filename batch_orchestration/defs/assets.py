@@ -42,6 +42,7 @@ from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.gpu_samples import SampleTaker
+from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
 from batch_orchestration.services.retention import prune_journals
 from batch_orchestration.services.run_sampler import RunSampler
@@ -222,6 +223,7 @@ def batch_output(
     writable; mend that and materialize this partition.
     """
     batch_id = context.partition_key
+    say_at_work("delivering", batch_id)
     folder, store, run_id = data_folder(settings), open_store(settings), context.run.run_id
     claim_batch(context.instance, context.run, [batch_id], folder)
     for event in closed_chunks(

@@ -16,6 +16,7 @@ from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.services.benchmarking import CalibrationReport, calibrate
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine
+from batch_orchestration.services.heart import say_at_work
 
 
 class CalibrationConfig(dg.Config):
@@ -37,6 +38,7 @@ def measure_engine(
     settings: SettingsResource,
 ) -> None:
     """Ask the engine made-up prompts of two lengths and keep what they cost in `benchmarks`."""
+    say_at_work("measuring the engine")
     present = gpu.in_force(settings)
     store, in_force = open_store(present), engine_in_force(present)
     engine = gpu.for_run(context.run.run_id, present)

@@ -15,6 +15,7 @@ from batch_orchestration.domain.errors import BatchOrchestrationError, FileStill
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.configuration import admission_settings, open_inbox
 from batch_orchestration.services.estimates import read_estimate
+from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted, Split
 from batch_orchestration.storage.files import DataFolder
@@ -44,6 +45,7 @@ def admit_claim(
     context: dg.OpExecutionContext, config: AdmitConfig, settings: SettingsResource
 ) -> None:
     """Read a claimed file: it becomes a batch, or goes to `inbox/rejected` with its faults."""
+    say_at_work("admitting")
     folder, store = data_folder(settings), open_store(settings)
     claim = open_inbox(settings, folder).claim(config.claim_id)
     try:

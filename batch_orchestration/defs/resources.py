@@ -25,6 +25,7 @@ from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine
 from batch_orchestration.services.gpu_health import device_watch, no_gate, require_healthy_gpu
 from batch_orchestration.services.gpu_samples import SampleTaker
+from batch_orchestration.services.heart import vitals_of_this_worker
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
@@ -156,7 +157,7 @@ class GpuResource(dg.ConfigurableResource):
     def sampling(self, run_id: str, settings: Settings) -> RunSampler:
         """Return what samples a run, and takes care of its devices, while it is entered."""
         return RunSampler(
-            RunVitals(),
+            vitals_of_this_worker() or RunVitals(),
             folder=data_folder(settings),
             run_id=run_id,
             seconds=settings.sample_seconds,

@@ -1,4 +1,6 @@
-"""Heartbeats: what a run worker says of itself every few seconds."""
+"""Heartbeats: what a run worker says of itself every few seconds, and what follows from it."""
+
+from enum import StrEnum
 
 import msgspec
 
@@ -44,3 +46,102 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens_per_second: float = 0.0
     engine: EngineFigures | None = None
     gpus: tuple[GpuFacts, ...] = ()
+
+
+class Pulse(msgspec.Struct, frozen=True, kw_only=True):
+    """What lies there of a worker's heartbeats.
+
+    Attributes:
+        at: When the latest was written, POSIX seconds.
+        heartbeat: What it says; None if nothing that can be read. With `at` later than its own, the
+            worker lives and had no room to write more: then nobody knows how far its work is.
+    """
+
+    at: float
+    heartbeat: Heartbeat | None = None
+
+    @property
+    def told(self) -> Heartbeat | None:
+        """What the latest heartbeat says; None if it could only be heard."""
+        if self.heartbeat is None or self.at - self.heartbeat.at > TOUCH_SECONDS:
+            return None
+        return self.heartbeat
+
+
+class Quiet(msgspec.Struct, frozen=True, kw_only=True):
+    """For how many seconds nothing has changed; by which clock is the observer's business.
+
+    Attributes:
+        heartbeat: Since the last heartbeat, or since there has been none to be seen.
+        progress: Since its last sign of progress.
+        loop: Since its event loop last came round.
+    """
+
+    heartbeat: float
+    progress: float = 0.0
+    loop: float = 0.0
+
+
+class Condition(StrEnum):
+    """What becomes of a worker whose process is there."""
+
+    ALIVE = "alive"
+    #: The process lives and says nothing: it is stopped, or blocked as a whole.
+    SILENT = "silent"
+    #: It says that it lives, and its work does not go on. Slow work is not stuck.
+    STUCK = "stuck"
+
+
+class Judgement(msgspec.Struct, frozen=True):
+    """What a worker's heartbeats mean, and by which figures."""
+
+    condition: Condition
+    reason: str
+
+
+#: A file is written within this time of the moment that it tells of.
+TOUCH_SECONDS = 2.0
+#: A worker that has no heartbeat to be seen is starting, or about to end: loading all the code took
+#: 30 s on two busy cores. So much later it is neither.
+FIRST_HEARTBEAT_SECONDS = 300.0
+
+
+def judge(pulse: Pulse | None, quiet: Quiet, *, silent_seconds: float) -> Judgement:
+    """Tell a worker that is alive, however slow, from one that is silent or stuck.
+
+    Slow is whatever goes on: each outcome, token and commit counts, and each look at a reason to
+    wait. How long the pause between two of them may be, the worker says itself in each heartbeat,
+    from what it has seen of its engine and from the limits of what it waits for.
+
+    Args:
+        pulse: As last seen; None if there is none.
+        quiet: For how long that has not changed.
+        silent_seconds: So long without a heartbeat is no accident; nor is it of the event loop,
+            which comes round every second.
+    """
+    if pulse is None:
+        if quiet.heartbeat > FIRST_HEARTBEAT_SECONDS:
+            return _silent(f"it has shown no heartbeat in {quiet.heartbeat:.0f} s")
+        return Judgement(Condition.ALIVE, "no heartbeat to be seen yet")
+    told = pulse.told
+    doing = "" if told is None else f" while {told.phase} ({told.in_flight} in flight)"
+    if quiet.heartbeat > silent_seconds:
+        return _silent(f"its last heartbeat was {quiet.heartbeat:.0f} s ago{doing}")
+    if told is None:
+        return Judgement(Condition.ALIVE, "its heartbeat is heard; there is no room to write it")
+    if told.loop_at is not None and quiet.loop > silent_seconds:
+        return _stuck(f"its event loop has not come round for {quiet.loop:.0f} s{doing}")
+    if quiet.progress > told.patience_seconds:
+        return _stuck(
+            f"no outcome, token or commit for {quiet.progress:.0f} s{doing};"
+            f" {told.patience_seconds:.0f} s would only be slow"
+        )
+    return Judgement(Condition.ALIVE, f"last progress {quiet.progress:.0f} s ago{doing}")
+
+
+def _silent(reason: str) -> Judgement:
+    return Judgement(Condition.SILENT, reason)
+
+
+def _stuck(reason: str) -> Judgement:
+    return Judgement(Condition.STUCK, reason)

@@ -63,7 +63,7 @@ class Feeding:
     max_tokens_cap: int | None
     answer_settings: Mapping[str, object]
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
-    hang_seconds: float = 120.0
+    hang_seconds: float = 100.0
     start_timeout_seconds: float = 900.0
     guest_chunks: int = 50
 

@@ -93,6 +93,11 @@ class DataFolder:
         return self.root / "logs"
 
     @property
+    def heartbeats(self) -> Path:
+        """What each run worker says of itself every few seconds, by run id."""
+        return self.root / "heartbeats"
+
+    @property
     def duckdb(self) -> Path:
         """The store's file."""
         return self.root / "batch.duckdb"
@@ -198,6 +203,14 @@ class DataFolder:
     def outbox_path(self, batch_id: str) -> Path:
         """Folder of a batch's output files."""
         return self.outbox / _folder_name(batch_id)
+
+    def heartbeat_path(self, run_id: str) -> Path:
+        """Where the worker of a run says every few seconds that it lives."""
+        return self.heartbeats / f"{run_id}.json"
+
+    def engine_record_path(self, run_id: str) -> Path:
+        """Where the processes of a run's engine are recorded, beside the engine's log."""
+        return self.logs / "engines" / f"{run_id}.process.json"
 
     def write_plan(self, plan: BatchPlan) -> None:
         """Keep a plan, durably; the folder of the batch is made if it is missing."""

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
-import msgspec
 import yaml
 
 from batch_orchestration.engines.process_records import ProcessIdentity, is_running
-from batch_orchestration.launcher import WORKER_TAG
+from batch_orchestration.services.run_workers import recorded_worker
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.integration.dagster_client import DagsterClient, Run
@@ -39,7 +38,7 @@ T = TypeVar("T")
 class DagsterProcesses(DagsterClient):
     """One deployment: a folder with the repository's own `dagster.yaml`, polling faster."""
 
-    def __init__(self, root: Path, settings: Mapping[str, str]) -> None:
+    def __init__(self, root: Path, settings: Mapping[str, str], *, poll_seconds: int = 1) -> None:
         super().__init__(free_port())
         self.root = root
         self.folder = DataFolder(root / "data")
@@ -47,7 +46,7 @@ class DagsterProcesses(DagsterClient):
         self._settings = {**SETTINGS, **settings}
         self._dev: subprocess.Popen[bytes] | None = None
         instance = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
-        instance["run_monitoring"]["poll_interval_seconds"] = 1
+        instance["run_monitoring"]["poll_interval_seconds"] = poll_seconds
         (root / "dagster.yaml").write_text(yaml.safe_dump(instance))
         shutil.copy(REPOSITORY / "pyproject.toml", root)
 
@@ -93,7 +92,11 @@ class DagsterProcesses(DagsterClient):
 
     def kill_worker(self, run: Run) -> None:
         """`kill -9` of the worker of a run."""
-        kill(self._workers()[run.run_id])
+        kill(self.worker(run))
+
+    def worker(self, run: Run) -> ProcessIdentity:
+        """The worker of a run, as recorded."""
+        return self._workers()[run.run_id]
 
     def kill_daemon(self) -> None:
         """`kill -9` of the daemon alone."""
@@ -123,16 +126,19 @@ class DagsterProcesses(DagsterClient):
         self._dev.wait(STOP_SECONDS)
         self._dev = None
 
-    def _workers(self) -> dict[str, ProcessIdentity]:
-        """The workers on record, by run id, read behind the back of whatever still runs."""
-        # The instance's folders are relative to the deployment's.
+    @contextmanager
+    def instance(self) -> Iterator[dg.DagsterInstance]:
+        """Dagster's storage, behind the back of whatever still runs."""
+        # Its folders are relative to the deployment's.
         with chdir(self.root), dg.DagsterInstance.from_config(str(self.root)) as instance:
+            yield instance
+
+    def _workers(self) -> dict[str, ProcessIdentity]:
+        """The workers on record, by run id."""
+        with self.instance() as instance:
             tags = {run.run_id: run.tags for run in instance.get_runs(limit=200)}
-        return {
-            run_id: msgspec.json.decode(tags[run_id][WORKER_TAG], type=ProcessIdentity)
-            for run_id in tags
-            if WORKER_TAG in tags[run_id]
-        }
+        workers = {run_id: recorded_worker(run_id, tags[run_id]) for run_id in tags}
+        return {run_id: worker.process for run_id, worker in workers.items() if worker}
 
     def _live_workers(self) -> list[ProcessIdentity]:
         return [worker for worker in self._workers().values() if is_running(worker)]
@@ -228,9 +234,11 @@ class DagsterProcesses(DagsterClient):
 
 
 @contextmanager
-def dagster_dev(root: Path, **settings: str) -> Iterator[DagsterProcesses]:
+def dagster_dev(
+    root: Path, *, poll_seconds: int = 1, **settings: str
+) -> Iterator[DagsterProcesses]:
     """Run `dagster dev` in a folder until the end of the block."""
-    processes = DagsterProcesses(root, settings)
+    processes = DagsterProcesses(root, settings, poll_seconds=poll_seconds)
     try:
         processes.start()
         yield processes

@@ -13,7 +13,10 @@ from dagster._core.launcher import WorkerStatus
 from dagster._core.launcher.base import LaunchRunContext
 
 from batch_orchestration.engines.process_records import ProcessIdentity, identify, is_running
-from batch_orchestration.launcher import WORKER_TAG, LocalProcessRunLauncher
+from batch_orchestration.launcher import LocalProcessRunLauncher
+from batch_orchestration.services.run_workers import WORKER_TAG, worker_of
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.heartbeat_files import read_pulse
 from batch_orchestration_tests.integration.dagster_processes import kill, wait_until
 
 START_SECONDS = 60
@@ -89,19 +92,26 @@ class Bench:
     def wait_for(self, status: dg.DagsterRunStatus) -> None:
         wait_until(lambda: self.run.status is status, START_SECONDS, f"the run is {status}")
 
+    def is_reaped(self) -> bool:
+        self.launcher.check_run_worker_health(self.run)
+        return not Path(f"/proc/{self.worker.pid}").exists()
+
     def health_seen_by_another_process(self) -> WorkerStatus:
         with dg.DagsterInstance.from_config(str(self.root)) as other:
             return other.run_launcher.check_run_worker_health(self.run).status
 
 
 @pytest.fixture
-def bench(tmp_path):
+def bench(tmp_path, monkeypatch):
+    monkeypatch.setenv("BATCH_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("BATCH_HEARTBEAT_SECONDS", "0.1")
+    monkeypatch.setenv("BATCH_SILENT_SECONDS", "1")
     bench = Bench(tmp_path)
     yield bench
     if WORKER_TAG in bench.run.tags and bench.worker.pid != os.getpid():
         kill(bench.worker)
         wait_until(lambda: not is_running(bench.worker), 10, "the worker is gone")
-    bench.launcher.check_run_worker_health(bench.run)  # reaps it
+        wait_until(bench.is_reaped, 10, "the worker is reaped")
     bench.instance.dispose()
 
 
@@ -126,13 +136,77 @@ def test_a_killed_worker_is_known_to_be_gone_with_its_last_words(bench):
     assert "said while loading" in (bench.launcher.get_run_worker_debug_info(bench.run) or "")
 
 
+def test_a_worker_shows_its_heartbeat_until_it_ends(bench):
+    path = DataFolder(bench.root / "data").heartbeat_path(bench.run_id)
+    bench.launch()
+    beat = read_pulse(path).told
+
+    assert (beat.run_id, beat.job) == (bench.run_id, "waiting")
+    assert worker_of(beat) == bench.worker
+    bench.until.touch()
+    bench.wait_for(dg.DagsterRunStatus.SUCCESS)
+    wait_until(lambda: not path.exists(), 20, "the heartbeat is gone")
+
+
+def test_a_worker_that_is_stopped_is_killed_and_said_to_have_failed(bench):
+    """Not canceled: that would mean that a person wants its batch to end."""
+    bench.launch()
+    os.kill(bench.worker.pid, signal.SIGSTOP)
+
+    def found() -> bool:
+        return bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.FAILED
+
+    wait_until(found, 20, "it is found")
+    assert not is_running(bench.worker)
+    assert bench.run.status is dg.DagsterRunStatus.STARTED
+    assert not list((bench.root / "data/heartbeats").iterdir())
+
+
+def test_a_worker_without_any_heartbeat_is_left_alone_while_it_starts(bench):
+    bench.launch()
+    path = DataFolder(bench.root / "data").heartbeat_path(bench.run_id)
+    os.kill(bench.worker.pid, signal.SIGSTOP)
+    path.unlink()
+
+    looks = [bench.launcher.check_run_worker_health(bench.run).status for _ in range(20)]
+
+    assert set(looks) == {WorkerStatus.RUNNING}
+
+
+def test_a_worker_of_a_version_without_heartbeats_is_never_judged_by_them(bench):
+    bench.launch()
+    old = msgspec.json.encode(bench.worker).decode()
+    bench.instance.add_run_tags(bench.run_id, {WORKER_TAG: old})
+    os.kill(bench.worker.pid, signal.SIGSTOP)
+
+    def found() -> bool:
+        return bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.FAILED
+
+    with pytest.raises(AssertionError, match="it is found"):
+        wait_until(found, 3, "it is found")
+
+
+def test_a_zombie_that_nobody_reaps_is_no_worker(bench):
+    """Its parent, this process, does not reap; that another one looks changes nothing."""
+    bench.launch()
+    pid = bench.worker.pid
+
+    os.kill(pid, signal.SIGKILL)
+
+    stat = Path(f"/proc/{pid}/stat")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z", 10, "it is a zombie")
+    assert bench.health_seen_by_another_process() is WorkerStatus.FAILED
+    assert stat.exists()
+
+
 def test_a_dead_worker_leaves_no_zombie(bench):
     bench.launch()
     pid = bench.worker.pid
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: identify(pid) is None, 10, "the worker is gone")
 
-    bench.launcher.check_run_worker_health(bench.run)
+    # Its threads may take a moment longer to end than it does.
+    wait_until(bench.is_reaped, 10, "it is reaped")
 
     assert not Path(f"/proc/{pid}").exists()
 

@@ -1,0 +1,69 @@
+"""Recovery: what no run will clear away, because none is to come or its worker is gone."""
+
+import time
+from collections.abc import Iterator
+
+import dagster as dg
+
+from batch_orchestration.defs.resources import SettingsResource, data_folder
+from batch_orchestration.engines.process_records import is_running
+from batch_orchestration.services.run_workers import (
+    clear_after,
+    clear_leftovers,
+    end_worker,
+    living_workers,
+    recorded_worker,
+)
+from batch_orchestration.storage.files import DataFolder
+
+INTERVAL_SECONDS = 10
+#: A worker ends within seconds of its run, once its engine has given back the device.
+END_SECONDS = 60.0
+
+
+@dg.sensor(
+    minimum_interval_seconds=INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description=(
+        "Clears away what dead run workers left, also before a restart of the machine: engines "
+        "that hold device memory, and heartbeats. Fails runs whose worker died while it started, "
+        "and ends workers that outlive their run. Finds them only by what was recorded when they "
+        "were started. Each tick says what it did; it starts no runs."
+    ),
+)
+def recovery_sensor(
+    context: dg.SensorEvaluationContext, settings: SettingsResource
+) -> dg.SkipReason:
+    """Clear away; what cannot be cleared away now is tried again at the next tick."""
+    folder, instance = data_folder(settings), context.instance
+    did = [*_lost_starts(instance), *_outliving(instance, folder), *clear_leftovers(folder)]
+    for what in did:
+        context.log.warning(what)
+    return dg.SkipReason("; ".join(did) or "nothing was left over")
+
+
+def _lost_starts(instance: dg.DagsterInstance) -> Iterator[str]:
+    """Fail the runs whose worker died before they began: Dagster's monitoring waits for these."""
+    starting = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING])
+    for run in instance.get_runs(starting):
+        worker = recorded_worker(run.run_id, run.tags)
+        if worker is None or is_running(worker.process):
+            continue
+        # Between the two looks it may have begun, and ended.
+        now = instance.get_run_by_id(run.run_id)
+        if now is not None and now.status is dg.DagsterRunStatus.STARTING:
+            what = f"run worker {worker.pid} of run {run.run_id} died while it started"
+            instance.report_run_failed(run, what)
+            yield what
+
+
+def _outliving(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[str]:
+    """End the workers that are there long after their run has ended: canceled ones that hang."""
+    for run_id, worker in living_workers(folder).items():
+        record = instance.get_run_record_by_id(run_id)
+        if record is None or not record.dagster_run.is_finished:
+            continue
+        if time.time() - (record.end_time or 0.0) > END_SECONDS:
+            end_worker(worker)
+            clear_after(run_id, folder)
+            yield f"ended run worker {worker.pid}, which had outlived run {run_id}"

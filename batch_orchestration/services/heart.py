@@ -1,0 +1,108 @@
+"""The heart of a run worker: a thread that says every few seconds what the run does."""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+from batch_orchestration.domain.heartbeats import Heartbeat
+from batch_orchestration.engines.process_records import ProcessIdentity, identify
+from batch_orchestration.services.run_vitals import WORK_SECONDS, RunVitals
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.heartbeat_files import remove_heartbeat, write_heartbeat
+
+logger = logging.getLogger(__name__)
+
+_of_this_process: RunVitals | None = None
+
+
+def vitals_of_this_worker() -> RunVitals | None:
+    """Return what the heart of this process beats for; None if it has none."""
+    return _of_this_process
+
+
+def say_at_work(phase: str, batch_id: str | None = None) -> None:
+    """Say of this worker what it does, where the work has no sign of progress of its own."""
+    if _of_this_process is not None:
+        _of_this_process.batch_id = batch_id
+        _of_this_process.enter(phase, patience_seconds=WORK_SECONDS)
+
+
+@contextlib.contextmanager
+def beating(
+    *, folder: DataFolder, run_id: str, job: str, every_seconds: float
+) -> Iterator[RunVitals]:
+    """Let the heart of this process beat during the body, which is all that the worker does.
+
+    The heartbeat is removed however the body ends; only a kill leaves it behind.
+    """
+    global _of_this_process
+    vitals, over = RunVitals(), threading.Event()
+    heart = _Heart(vitals, folder=folder, run_id=run_id, job=job)
+    thread = threading.Thread(
+        target=heart.beat, args=(over, every_seconds), name="heart", daemon=True
+    )
+    _of_this_process = vitals
+    heart.beat_once()
+    thread.start()
+    try:
+        yield vitals
+    finally:
+        over.set()
+        # A disk that hangs must not keep the worker from its end.
+        thread.join(every_seconds)
+        _of_this_process = None
+        with contextlib.suppress(OSError):
+            remove_heartbeat(folder.heartbeat_path(run_id))
+
+
+class _Heart:
+    def __init__(self, vitals: RunVitals, *, folder: DataFolder, run_id: str, job: str) -> None:
+        self._vitals = vitals
+        self._path = folder.heartbeat_path(run_id)
+        self._run_id = run_id
+        self._job = job
+        me = identify(os.getpid())
+        assert me is not None, "who asks is running"
+        self._me: ProcessIdentity = me
+        self._failing = False
+
+    def beat(self, over: threading.Event, every_seconds: float) -> None:
+        while not over.wait(every_seconds):
+            self.beat_once()
+
+    def beat_once(self) -> None:
+        try:
+            write_heartbeat(self._path, self._heartbeat())
+        except OSError as error:
+            if not self._failing:
+                logger.warning("cannot write %s; the run goes on: %s", self._path, error)
+            self._failing = True
+        else:
+            self._failing = False
+
+    def _heartbeat(self) -> Heartbeat:
+        vitals = self._vitals
+        return Heartbeat(
+            run_id=self._run_id,
+            job=self._job,
+            pid=self._me.pid,
+            started=self._me.started,
+            boot_id=self._me.boot_id,
+            at=time.time(),
+            phase=vitals.phase,
+            batch_id=vitals.batch_id,
+            chunk=vitals.chunk,
+            progress_at=vitals.progress_at,
+            patience_seconds=vitals.patience_seconds,
+            loop_at=vitals.loop_at,
+            in_flight=vitals.in_flight,
+            window=vitals.window,
+            restarts=vitals.restarts,
+            requests_per_second=vitals.requests_per_second,
+            output_tokens_per_second=vitals.output_tokens_per_second,
+            engine=vitals.engine,
+            gpus=vitals.gpus,
+        )

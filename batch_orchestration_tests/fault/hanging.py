@@ -1,0 +1,62 @@
+"""Run workers that hang without being dead: stopped, blocked, or a zombie that nobody reaps."""
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from batch_orchestration.engines.process_records import ProcessIdentity
+from batch_orchestration.storage.heartbeat_files import read_pulse
+from batch_orchestration_tests.integration.dagster_client import Run
+from batch_orchestration_tests.integration.dagster_processes import DagsterProcesses, wait_until
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def stop(worker: ProcessIdentity) -> None:
+    """SIGSTOP: it lives, and does nothing at all."""
+    os.kill(worker.pid, signal.SIGSTOP)
+
+
+def block_at_chunk(dagster: DagsterProcesses, batch_id: str, number: int) -> Path:
+    """Let whoever begins this chunk block for ever: its journal is a pipe that nobody writes to."""
+    journal = dagster.folder.journal_path(batch_id, number)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(journal)
+    return journal
+
+
+def wait_for_blocked_loop(dagster: DagsterProcesses, run: Run) -> None:
+    """Wait until heartbeats go on while the event loop comes round no more."""
+    path = dagster.folder.heartbeat_path(run.run_id)
+
+    def blocked() -> bool:
+        pulse = read_pulse(path)
+        told = pulse and pulse.told
+        return bool(told and told.loop_at and told.at - told.loop_at > 2.5)
+
+    wait_until(blocked, 60, "the worker is blocked")
+
+
+@contextmanager
+def inheriting_orphans() -> Iterator[None]:
+    """Let orphans become children of this process, which reaps them only at the end."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def reap(pid: int) -> None:
+    """Let the kernel forget a zombie that this process has inherited."""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def is_zombie(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] == "Z"

@@ -1,0 +1,162 @@
+"""What is cleared away and taken up again while no run is there that would do it."""
+
+import os
+import subprocess
+
+import dagster as dg
+import msgspec
+import pytest
+
+from batch_orchestration.defs import recovery
+from batch_orchestration.domain.heartbeats import Heartbeat
+from batch_orchestration.engines.process_records import (
+    ProcessIdentity,
+    ProcessRecord,
+    identify,
+    is_running,
+    write_record,
+)
+from batch_orchestration.services.run_workers import WORKER_TAG, RecordedWorker
+from batch_orchestration.storage.heartbeat_files import write_heartbeat
+from batch_orchestration_tests.builders import NOW, make_input
+from batch_orchestration_tests.fault.processes import FAMILY, kill, nobody, wait_for_group
+from batch_orchestration_tests.integration.deployment import Deployment
+
+RUN_ID = "11111111-2222-3333-4444-555555555555"
+
+
+@pytest.fixture
+def deployment(tmp_path):
+    deployment = Deployment(tmp_path)
+    yield deployment
+    deployment.close()
+
+
+@pytest.fixture
+def family():
+    process = subprocess.Popen(FAMILY, start_new_session=True)
+    members = wait_for_group(process.pid, 3)
+    yield members
+    for member in members:
+        kill(member)
+    process.wait()
+
+
+def leave_engine(deployment, members, *, owner):
+    path = deployment.folder.engine_record_path(RUN_ID)
+    record = ProcessRecord(
+        leader=members[0], owner=owner, members=tuple(members[1:]), command=("vllm",)
+    )
+    write_record(path, record)
+    return path
+
+
+def add_run(deployment, status, *, worker: ProcessIdentity | None, run_id: str | None = None):
+    """Let Dagster know a run in this state, and who works on it."""
+    job = deployment.repository.get_job("pause_queue")
+    run = deployment.instance.create_run_for_job(job, status=status)
+    if worker is not None:
+        record = RecordedWorker(worker.pid, worker.started, worker.boot_id, run_id or run.run_id)
+        tags = {WORKER_TAG: msgspec.json.encode(record).decode()}
+        deployment.instance.add_run_tags(run.run_id, tags)
+    return run.run_id
+
+
+def status_of(deployment, run_id):
+    return deployment.instance.get_run_by_id(run_id).status
+
+
+def beat_as(deployment, run_id, worker):
+    heartbeat = Heartbeat(
+        run_id=run_id,
+        job="answer_chunks",
+        at=NOW,
+        phase="feeding",
+        progress_at=NOW,
+        patience_seconds=60.0,
+        **msgspec.structs.asdict(worker),
+    )
+    path = deployment.folder.heartbeat_path(run_id)
+    write_heartbeat(path, heartbeat)
+    return path
+
+
+def test_an_engine_whose_worker_is_gone_is_ended_while_nothing_runs(deployment, family):
+    """It would hold its memory until a next run begins, which may be next week."""
+    record = leave_engine(deployment, family, owner=nobody())
+
+    reason = deployment.reason("recovery_sensor")
+
+    assert reason == f"ended the engine that run {RUN_ID} had left"
+    assert not any(is_running(member) for member in family)
+    assert not record.exists()
+
+
+def test_an_engine_whose_worker_runs_is_not_touched(deployment, family):
+    record = leave_engine(deployment, family, owner=identify(os.getpid()))
+
+    assert deployment.reason("recovery_sensor") == "nothing was left over"
+
+    assert all(is_running(member) for member in family)
+    assert record.exists()
+
+
+@pytest.mark.parametrize("field", ["boot_id", "started"])
+def test_whoever_has_got_the_pids_of_an_earlier_boot_is_not_touched(deployment, family, field):
+    before = {"boot_id": "an-earlier-boot"} if field == "boot_id" else {"started": 1}
+    members = [msgspec.structs.replace(member, **before) for member in family]
+    record = leave_engine(deployment, members, owner=nobody())
+
+    assert deployment.reason("recovery_sensor") == "nothing was left over"
+
+    assert all(is_running(member) for member in family)
+    assert not record.exists()
+
+
+def test_a_run_whose_worker_died_while_it_started_fails_at_the_next_tick(deployment):
+    """Dagster's monitoring only looks at these after a minute."""
+    lost = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=nobody())
+    living = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=identify(os.getpid()))
+    young = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=None)
+    retry = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=nobody(), run_id=lost)
+
+    reason = deployment.reason("recovery_sensor")
+
+    assert lost in reason
+    assert status_of(deployment, lost) is dg.DagsterRunStatus.FAILURE
+    for run_id in (living, young, retry):
+        assert status_of(deployment, run_id) is dg.DagsterRunStatus.STARTING
+
+
+def test_a_worker_that_outlives_its_run_is_ended(deployment, family, monkeypatch):
+    """One that was canceled while it hung: Dagster gives it up and leaves it where it is."""
+    worker = family[0]
+    run_id = add_run(deployment, dg.DagsterRunStatus.STARTED, worker=worker)
+    heartbeat = beat_as(deployment, run_id, worker)
+    assert deployment.reason("recovery_sensor") == "nothing was left over"
+    run = deployment.instance.get_run_by_id(run_id)
+    deployment.instance.report_run_canceling(run)
+    deployment.instance.report_run_canceled(run)
+
+    assert deployment.reason("recovery_sensor") == "nothing was left over"
+    assert is_running(worker)
+    monkeypatch.setattr(recovery, "END_SECONDS", -1.0)
+    assert "outlived" in deployment.reason("recovery_sensor")
+
+    assert not is_running(worker)
+    assert not heartbeat.exists()
+
+
+def test_batches_in_progress_of_which_dagster_knows_no_run_are_asked_for_again(deployment):
+    """Level, not edge: their runs may have been wiped, or never have been created."""
+    answered = deployment.admit("a.jsonl", make_input(5))
+    (request,) = deployment.requests("dispatch_sensor")
+    assert deployment.run(request).success
+    untouched = deployment.admit("b.jsonl", make_input(7))
+
+    deployment.instance.dispose()
+    deployment.instance = dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}})
+
+    asked = {request.job_name: request for request in deployment.requests("dispatch_sensor")}
+    assert asked["deliver_batch"].partition_key == answered
+    assert (asked["answer_chunks"].run_key or "").startswith(untouched)

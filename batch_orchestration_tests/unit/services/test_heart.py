@@ -1,0 +1,174 @@
+"""The heart of a worker: what it writes, what it does without room, and what it leaves behind."""
+
+import os
+import signal
+import time
+
+import msgspec
+import pytest
+
+from batch_orchestration.domain.heartbeats import Heartbeat
+from batch_orchestration.engines.process_records import identify, is_running
+from batch_orchestration.services.heart import beating, say_at_work, vitals_of_this_worker
+from batch_orchestration.services.run_workers import (
+    clear_leftovers,
+    end_worker,
+    living_workers,
+    recorded_worker,
+    worker_of,
+)
+from batch_orchestration.storage import heartbeat_files
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.heartbeat_files import read_pulse, write_heartbeat
+from batch_orchestration_tests.children import child, next_line
+
+EVERY = 0.02
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = DataFolder(tmp_path)
+    folder.create()
+    return folder
+
+
+def beats_of(folder, run_id="run"):
+    return beating(folder=folder, run_id=run_id, job="answer_chunks", every_seconds=EVERY)
+
+
+def wait_for_pulse(folder, condition, run_id="run"):
+    deadline = time.monotonic() + 5
+    while (pulse := read_pulse(folder.heartbeat_path(run_id))) is None or not condition(pulse):
+        assert time.monotonic() < deadline, pulse
+        time.sleep(EVERY)
+    return pulse
+
+
+def test_a_heartbeat_says_who_works_at_what_and_is_gone_at_a_clean_end(folder):
+    with beats_of(folder) as vitals:
+        vitals.enter("feeding", patience_seconds=160.0)
+        vitals.begin_chunk("candidates-1", 7)
+        vitals.in_flight = 12
+        beat = wait_for_pulse(folder, lambda pulse: pulse.heartbeat.in_flight == 12).told
+
+        assert worker_of(beat) == identify(os.getpid())
+        assert (beat.run_id, beat.job, beat.phase) == ("run", "answer_chunks", "feeding")
+        assert (beat.batch_id, beat.chunk, beat.patience_seconds) == ("candidates-1", 7, 160.0)
+        assert living_workers(folder) == {"run": identify(os.getpid())}
+
+    assert list(folder.heartbeats.iterdir()) == []
+    assert vitals_of_this_worker() is None
+
+
+def test_work_without_signs_of_its_own_says_what_it_is_and_has_an_hour(folder):
+    say_at_work("delivering", "nobody's heart")  # no worker: nothing happens
+
+    with beats_of(folder) as vitals:
+        say_at_work("delivering", "candidates-1")
+
+        assert (vitals.phase, vitals.patience_seconds) == ("delivering", 3600.0)
+        assert vitals is vitals_of_this_worker()
+
+
+def test_without_room_on_the_disk_the_heart_is_heard_all_the_same(folder, monkeypatch):
+    """Judged by an old file it would be stuck; judged by none, silent."""
+    path = folder.heartbeat_path("run")
+    with beats_of(folder):
+        first = wait_for_pulse(folder, lambda pulse: pulse.told is not None)
+        old = msgspec.structs.replace(first.heartbeat, at=first.heartbeat.at - 60.0)
+
+        def refuse(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(heartbeat_files.Path, "write_bytes", refuse)
+        path.write_text(msgspec.json.encode(old).decode())
+
+        heard = wait_for_pulse(folder, lambda pulse: pulse.at > first.at)
+        assert heard.told is None
+        path.unlink()
+        assert wait_for_pulse(folder, lambda pulse: pulse.at > first.at).heartbeat is None
+
+
+def test_a_heartbeat_that_cannot_be_written_at_all_stops_nothing(folder, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("batch_orchestration.services.heart.write_heartbeat", refuse)
+
+    with beats_of(folder):
+        time.sleep(5 * EVERY)
+
+    assert len(caplog.records) == 1
+
+
+def test_what_dead_workers_left_is_removed_and_what_living_ones_wrote_is_not(folder):
+    me = identify(os.getpid())
+    fields = {"job": "answer_chunks", "phase": "feeding", "patience_seconds": 1.0}
+
+    def leave(run_id, process):
+        beat = Heartbeat(
+            run_id=run_id,
+            at=time.time(),
+            progress_at=time.time(),
+            **fields,
+            **msgspec.structs.asdict(process),
+        )
+        write_heartbeat(folder.heartbeat_path(run_id), beat)
+
+    leave("mine", me)
+    leave("of-another-boot", msgspec.structs.replace(me, boot_id="an-earlier-boot"))
+    leave("of-a-pid-that-was-reused", msgspec.structs.replace(me, started=me.started - 1))
+    write_heartbeat(folder.heartbeats / "unreadable.json", {"at": "?"})
+
+    said = clear_leftovers(folder)
+
+    assert len(said) == 2
+    left = sorted(path.stem for path in folder.heartbeats.glob("*.json"))
+    assert left == ["mine", "unreadable"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_worker_is_ended_though_it_is_stopped_and_tells_where_it_was(tmp_path, stopped):
+    log = tmp_path / "log"
+    program = """
+        import faulthandler, sys, time
+        from batch_orchestration.services.run_workers import STACKS_SIGNAL
+        log = open(sys.argv[1], "w")
+        faulthandler.register(STACKS_SIGNAL, file=log)
+        def hang():
+            print("ready", flush=True)
+            time.sleep(300)
+        hang()
+    """
+    with child(program, log) as process:
+        next_line(process)
+        worker = identify(process.pid)
+        if stopped:
+            os.kill(process.pid, signal.SIGSTOP)
+
+        end_worker(worker)
+
+        assert not is_running(worker)
+    assert ("in hang" in log.read_text()) is not stopped
+
+
+def test_a_stranger_with_the_same_pid_is_not_ended():
+    with child("print('ready', flush=True); import time; time.sleep(300)") as process:
+        next_line(process)
+        stranger = identify(process.pid)
+
+        end_worker(msgspec.structs.replace(stranger, started=stranger.started - 1))
+        end_worker(msgspec.structs.replace(stranger, boot_id="an-earlier-boot"))
+
+        assert is_running(stranger)
+
+
+def test_a_retry_does_not_take_its_parents_worker_for_its_own():
+    tags = {
+        ".dagster/batch_orchestration/worker": (
+            '{"pid": 1, "started": 1, "boot_id": "b", "run_id": "parent"}'
+        )
+    }
+
+    assert recorded_worker("parent", tags).pid == 1
+    assert recorded_worker("retry", tags) is None
