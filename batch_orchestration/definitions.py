@@ -3,6 +3,7 @@
 import dagster as dg
 
 from batch_orchestration.defs import (
+    alerts,
     assets,
     benchmarks,
     checks,
@@ -40,10 +41,13 @@ def definitions(settings: Settings) -> dg.Definitions:
         ],
         sensors=[
             *(sensors.inbox_sensor, sensors.dispatch_sensor, replays.replay_sensor),
-            health.health_sensor,
-            recovery.recovery_sensor,
+            *(health.health_sensor, alerts.alert_sensor, recovery.recovery_sensor),
         ],
-        resources={"settings": settings, "gpu": GpuResource.of(settings)},
+        resources={
+            "settings": settings,
+            "gpu": GpuResource.of(settings),
+            "alerts": alerts.AlertsResource.of(settings),
+        },
         # Retries of a step keep the engine loaded, and a killed run worker leaves no orphaned step
         # behind that holds the device.
         executor=dg.in_process_executor,

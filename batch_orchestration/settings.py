@@ -46,6 +46,14 @@ class Device(StrEnum):
     CPU = "cpu"
 
 
+class SmtpSecurity(StrEnum):
+    """How a mail server is spoken to."""
+
+    STARTTLS = "starttls"
+    TLS = "tls"
+    NONE = "none"
+
+
 class Settings(BaseSettings):
     """What is in force. `python -m batch_orchestration config` prints it with its origin."""
 
@@ -199,6 +207,34 @@ class Settings(BaseSettings):
     alert_engine_restarts: int = Field(
         5, ge=0, description="Restarts of the engine in one run, above which somebody is told."
     )
+    alert_dead_letters: int = Field(
+        100, ge=0, description="Unresolved dead letters, above which somebody is told."
+    )
+    alert_estimate_factor: float = Field(
+        2.0, ge=1, description="Times the high end of its estimate, after which a batch is late."
+    )
+    alert_repeat_seconds: float = Field(
+        14_400, ge=0, description="An alert that lasts is told again so often; 0 for never."
+    )
+    alert_posts_per_hour: float = Field(
+        20, gt=0, description="Of one channel; what is beyond goes out later, as one digest."
+    )
+    alert_webhook_url: SecretStr = Field(
+        SecretStr(""), description="Gets alerts as JSON that Slack and Mattermost take."
+    )
+    alert_email_to: str = Field("", description="Addresses that get alerts, with commas between.")
+    smtp_host: str = Field("", description="Mail server for alerts.")
+    smtp_port: int = Field(587, ge=1, le=65_535, description="Of the mail server.")
+    smtp_security: SmtpSecurity = Field(
+        SmtpSecurity.STARTTLS, description="starttls, tls or none (only for a server on this host)."
+    )
+    smtp_user: str = Field("", description="To log in to the mail server with.")
+    smtp_password: SecretStr = Field(SecretStr(""), description="Of that user.")
+    smtp_from: str = Field("", description="Sender of alerts; default: batch@ and this host.")
+    alert_command: list[str] = Field(
+        default_factory=list,
+        description='Program that gets alerts as JSON on stdin: ["notify", "--stdin"].',
+    )
     dagster_url: str = Field(
         "http://localhost:3000", description="Of Dagster's web server, for links to it."
     )
@@ -216,6 +252,12 @@ class Settings(BaseSettings):
                 f"BATCH_SILENT_SECONDS={self.silent_seconds:g} is less than three times"
                 f" BATCH_HEARTBEAT_SECONDS={self.heartbeat_seconds:g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _mail_has_a_server(self) -> "Settings":
+        if self.alert_email_to and not self.smtp_host:
+            raise ValueError("BATCH_ALERT_EMAIL_TO needs BATCH_SMTP_HOST")
         return self
 
     @field_validator("inbox_priorities")

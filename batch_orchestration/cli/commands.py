@@ -7,6 +7,7 @@ import click
 
 from batch_orchestration import __version__
 from batch_orchestration.cli import tables
+from batch_orchestration.cli.alerts import alerts
 from batch_orchestration.cli.context import Commands, Context, json_option, open_context, print_json
 from batch_orchestration.cli.dead_letters import discard, failures, replay
 from batch_orchestration.cli.estimates import estimates
@@ -54,6 +55,7 @@ main.add_command(resume_queue_or_batch)
 main.add_command(results)
 main.add_command(gpu)
 main.add_command(health)
+main.add_command(alerts)
 main.add_command(estimates)
 main.add_command(pause)
 main.add_command(metrics)

@@ -14,6 +14,7 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
     ├── IllegalTransition        a batch whose status does not allow what was asked
     ├── GpuUnreadable            NVML is missing, or raised
     ├── GpuUnhealthy             the gate is shut: no engine is started on this device now
+    ├── AlertNotSent             a channel did not take an alert
     ├── EngineError
     │   ├── EngineStartFailed    the engine did not become ready
     │   ├── EngineDied           the engine is gone; what was in flight is unanswered
@@ -86,6 +87,18 @@ class GpuUnreadable(BatchOrchestrationError):
 
 class GpuUnhealthy(BatchOrchestrationError):
     """Something speaks against starting an engine on the device now; it waits, nothing failed."""
+
+
+class AlertNotSent(BatchOrchestrationError):
+    """A channel did not take an alert; the message holds no secret.
+
+    Attributes:
+        partly: Whether some of those who are to have it have it.
+    """
+
+    def __init__(self, message: str, *, partly: bool = False) -> None:
+        super().__init__(message)
+        self.partly = partly
 
 
 class EngineError(BatchOrchestrationError):

@@ -123,6 +123,11 @@ class DataFolder:
         return self.root / "health.json"
 
     @property
+    def alerts(self) -> Path:
+        """The book of alerts; `alert_sensor` alone writes it."""
+        return self.root / "alerts.json"
+
+    @property
     def surveys(self) -> Path:
         """What was found in files that wait in the inbox for room."""
         return self.root / "surveys"

@@ -1,0 +1,66 @@
+"""Alerts in Dagster: the resource that has the channels, and the sensor that tends the book."""
+
+import time
+
+import dagster as dg
+from pydantic import Field
+
+from batch_orchestration.defs.resources import SettingsResource, data_folder
+from batch_orchestration.services.alert_channels import Send, alert_channels
+from batch_orchestration.services.alerting import tend_alerts
+from batch_orchestration.settings import Settings
+
+INTERVAL_SECONDS = 30
+
+
+class AlertsResource(dg.ConfigurableResource):
+    """Where alerts go, besides the log, which always has them.
+
+    Shows that a secret is set, never which.
+    """
+
+    webhook: bool = Field(description="Whether BATCH_ALERT_WEBHOOK_URL is set.")
+    email_to: str = Field(description="Addresses that get mail.")
+    smtp_host: str = Field(description="Mail server.")
+    command: list[str] = Field(description="Program that gets alerts as JSON on stdin.")
+
+    @classmethod
+    def of(cls, settings: Settings) -> "AlertsResource":
+        """Return the resource that the settings describe."""
+        return cls(
+            webhook=bool(settings.alert_webhook_url.get_secret_value()),
+            email_to=settings.alert_email_to,
+            smtp_host=settings.smtp_host,
+            command=settings.alert_command,
+        )
+
+    def channels(self, settings: Settings) -> dict[str, Send]:
+        """Return the channels, with the secrets of the settings."""
+        return alert_channels(settings)
+
+
+@dg.sensor(
+    minimum_interval_seconds=INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description=(
+        "Tells people what they should know: batches that failed, expired or wait for a person, an "
+        "unhealthy GPU, a full disk, a queue that does not move; and when that is over. Looks at "
+        "the store, the health and the files, keeps in `alerts.json` what is open and what is "
+        "still to be sent, and sends it by webhook, mail or command, as set. Starts no runs."
+    ),
+)
+def alert_sensor(
+    context: dg.SensorEvaluationContext, settings: SettingsResource, alerts: AlertsResource
+) -> dg.SkipReason:
+    """Look once, and send what is due; the only writer of the book."""
+    tended = tend_alerts(
+        settings=settings,
+        folder=data_folder(settings),
+        channels=alerts.channels(settings),
+        now=time.time(),
+    )
+    for message in tended.news:
+        context.log.info(message.text)
+    for name, problem in tended.problems.items():
+        context.log.info(f"{name}: {problem or 'sent'}")
+    return dg.SkipReason(str(tended))

@@ -1,0 +1,262 @@
+"""Channels: how an alert leaves this machine. Each is bounded in time and tells no secret."""
+
+import html
+import json
+import logging
+import os
+import signal
+import smtplib
+import socket
+import ssl
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from email.message import EmailMessage
+from email.utils import formatdate, make_msgid
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from batch_orchestration.domain.alerts import Post
+from batch_orchestration.domain.errors import AlertNotSent
+from batch_orchestration.settings import Settings, SmtpSecurity
+
+logger = logging.getLogger(__name__)
+
+#: Sends a post; raises `AlertNotSent`, whose words may be shown to anybody.
+Send = Callable[[Post], None]
+
+#: Of one wait for the other side; a tick of the sensor has 60 s in all.
+WAIT_SECONDS = 5.0
+#: Of one post through one channel, whatever the other side does.
+POST_SECONDS = 20.0
+#: Of what a command says when it fails.
+_SHOWN = 300
+
+
+def alert_channels(settings: Settings) -> dict[str, Send]:
+    """Return the channels that are set, by name. The log is none of them: it always has all."""
+    channels: dict[str, Send] = {}
+    if settings.alert_webhook_url.get_secret_value():
+        channels["webhook"] = partial(send_to_webhook, settings)
+    if settings.alert_email_to:
+        channels["email"] = partial(send_mail, settings)
+    if settings.alert_command:
+        channels["command"] = partial(run_command, settings)
+    return channels
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirected POST becomes a GET: the alert would be lost, and taken for sent."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+_opener = urllib.request.build_opener(_NoRedirects)
+
+
+def send_to_webhook(settings: Settings, post: Post) -> None:
+    """Post JSON as Slack, Mattermost and Discord (`…/slack`) take it.
+
+    Raises:
+        AlertNotSent: It was not taken. The address is a secret and not told.
+    """
+    # https://api.slack.com/reference/surfaces/formatting#escaping
+    body = json.dumps({"text": html.escape(post.text, quote=False)}).encode()
+    try:
+        request = urllib.request.Request(
+            settings.alert_webhook_url.get_secret_value(),
+            data=body,
+            headers={"Content-Type": "application/json"},
+            method="POST",
+        )
+        with _opener.open(request, timeout=WAIT_SECONDS):
+            pass
+    except urllib.error.HTTPError as error:
+        with error:
+            raise AlertNotSent(f"the webhook answered {error.code}") from None
+    except urllib.error.URLError as error:
+        raise AlertNotSent(f"the webhook cannot be reached: {_reason(error.reason)}") from None
+    except (OSError, HTTPException) as error:
+        raise AlertNotSent(f"the webhook did not answer: {_reason(error)}") from None
+    except ValueError:  # its words are those of the address
+        raise AlertNotSent("BATCH_ALERT_WEBHOOK_URL is not an address") from None
+
+
+def send_mail(settings: Settings, post: Post) -> None:
+    """Send a mail to everybody who is to have it.
+
+    Raises:
+        AlertNotSent: The server did not take it for all of them.
+    """
+    message = _mail(settings, post)
+    try:
+        with _connect(settings) as server:
+            refused = server.send_message(message)
+    except smtplib.SMTPResponseException as error:
+        raise AlertNotSent(f"the mail server answered {error.smtp_code}") from None
+    except smtplib.SMTPRecipientsRefused:
+        raise AlertNotSent("the mail server refused every address") from None
+    except (OSError, ValueError) as error:  # an SMTPException is an OSError
+        raise AlertNotSent(f"the mail server cannot be used: {_reason(error)}") from None
+    if refused:
+        raise AlertNotSent(f"the mail server refused {', '.join(sorted(refused))}", partly=True)
+
+
+def run_command(settings: Settings, post: Post) -> None:
+    """Run the command, without a shell, and give it the post as JSON on stdin.
+
+    Raises:
+        AlertNotSent: It cannot be run, failed, or had to be ended.
+    """
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(
+                settings.alert_command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise AlertNotSent(f"the command cannot be run: {_reason(error)}") from None
+        try:
+            process.communicate(msgspec.json.encode(post_object(post)), timeout=2 * WAIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise AlertNotSent(f"the command did not end within {2 * WAIT_SECONDS:.0f} s") from None
+        finally:
+            _end(process)
+        if process.returncode:
+            said.seek(0)
+            words = said.read(_SHOWN).decode(errors="replace").strip()
+            raise AlertNotSent(f"the command ended with {process.returncode}: {words}")
+
+
+def post_object(post: Post) -> dict[str, Any]:
+    """Return a post as programs read it."""
+    return {
+        "subject": post.subject,
+        "severity": post.severity,
+        "text": post.text,
+        "messages": [
+            {
+                "news": message.news,
+                "at": message.at,
+                "since": message.since,
+                **msgspec.to_builtins(message.alert),
+            }
+            for message in post.messages
+        ],
+        "left_out": dict(post.left_out),
+    }
+
+
+class _Delivery(threading.Thread):
+    """One post on its way, in a thread of its own: the other side may drip for ever."""
+
+    def __init__(self, name: str, send: Send, post: Post) -> None:
+        super().__init__(name=f"alert:{name}", daemon=True)
+        self._send, self._post = send, post
+        self.problem: str | None = None
+        self.partly = False
+
+    def run(self) -> None:
+        try:
+            self._send(self._post)
+        except AlertNotSent as error:
+            self.problem, self.partly = str(error), error.partly
+        except Exception as error:  # noqa: BLE001 - its words may hold a secret
+            self.problem = f"it failed with {type(error).__name__}"
+
+
+_deliveries: dict[tuple[Path, str], _Delivery] = {}
+
+
+def deliver(
+    posts: Mapping[str, Post],
+    channels: Mapping[str, Send],
+    *,
+    root: Path,
+    seconds: float = POST_SECONDS,
+    strict: bool = False,
+) -> dict[str, str | None]:
+    """Send each channel's post, side by side; return by channel why it could not, None if it could.
+
+    What has not ended in time counts as not sent, and nothing else is sent through that channel
+    before it has.
+
+    Args:
+        root: The data folder, whose channels these are.
+        seconds: For all of them together.
+        strict: Whether what has reached only some counts as not sent. To send it again would be a
+            flood for those whom it has reached, so it is only logged otherwise.
+    """
+    problems: dict[str, str | None] = {}
+    begun: dict[str, _Delivery] = {}
+    for name, post in posts.items():
+        before = _deliveries.get((root, name))
+        if before is not None and before.is_alive():
+            problems[name] = "an earlier alert is still on its way"
+            continue
+        begun[name] = _deliveries[root, name] = _Delivery(name, channels[name], post)
+        begun[name].start()
+    until = time.monotonic() + seconds
+    for name, delivery in begun.items():
+        delivery.join(max(0.0, until - time.monotonic()))
+        late = f"not done within {seconds:.0f} s"
+        problems[name] = late if delivery.is_alive() else delivery.problem
+        if delivery.partly and not strict:
+            logger.warning("%s reached only some: %s", name, delivery.problem)
+            problems[name] = None
+    return problems
+
+
+def _connect(settings: Settings) -> smtplib.SMTP:
+    address, context = (settings.smtp_host, settings.smtp_port), ssl.create_default_context()
+    if settings.smtp_security is SmtpSecurity.TLS:
+        server: smtplib.SMTP = smtplib.SMTP_SSL(*address, timeout=WAIT_SECONDS, context=context)
+    else:
+        server = smtplib.SMTP(*address, timeout=WAIT_SECONDS)
+    try:
+        if settings.smtp_security is SmtpSecurity.STARTTLS:
+            server.starttls(context=context)
+        if settings.smtp_user:
+            server.login(settings.smtp_user, settings.smtp_password.get_secret_value())
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def _mail(settings: Settings, post: Post) -> EmailMessage:
+    message = EmailMessage()
+    # Names of files are in it, and those may hold anything.
+    message["Subject"] = " ".join(post.subject.split())
+    message["From"] = settings.smtp_from or f"batch@{socket.gethostname()}"
+    message["To"] = settings.alert_email_to
+    message["Date"] = formatdate(localtime=True)
+    message["Message-ID"] = make_msgid()
+    message["Auto-Submitted"] = "auto-generated"  # RFC 3834: nobody's holiday notice answers it
+    message.set_content(post.text + "\n")
+    return message
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        # It leads a session of its own and is not reaped yet: its pid is nobody else's.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _reason(error: object) -> str:
+    """Return why the system refused, without what the libraries add of addresses."""
+    told = getattr(error, "strerror", None)
+    return told if isinstance(told, str) and told else type(error).__name__

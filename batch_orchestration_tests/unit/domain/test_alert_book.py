@@ -1,0 +1,279 @@
+"""The book of alerts on a clock of its own: nothing lost, nothing twice, no flood."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batch_orchestration.domain.alert_book import (
+    BURST,
+    MOST_PENDING,
+    AlertBook,
+    AlertRules,
+    Seen,
+    advance,
+    due,
+    sent,
+)
+from batch_orchestration.domain.alerts import Alert, AlertKind, News, Post, Severity
+from batch_orchestration_tests.builders import NOW
+
+TICK = 30.0
+HOUR = 3600.0
+RULES = AlertRules(repeat_seconds=4 * HOUR, settle_seconds=60.0, posts_per_hour=20.0)
+
+
+def make_alert(key="disk", *, severity=Severity.ERROR, kind=AlertKind.DISK_LOW, **fields):
+    values = {"title": f"{key} is ill", "cause": "1 GiB is free", **fields}
+    return Alert(key=key, kind=kind, severity=severity, **values)
+
+
+class Desk:
+    """Tends a book as the sensor does, with one channel that works or does not."""
+
+    def __init__(self, rules=RULES, channels=("webhook",)):
+        self.rules, self.channels = rules, channels
+        self.now = NOW
+        self.book = AlertBook(began=NOW, cursor=NOW)
+        self.works = True
+        self.attempts: list[float] = []
+        self.posts: list[tuple[float, Post]] = []
+        self.news: list = []
+
+    def tick(self, *conditions, events=(), unknown=(), seconds=TICK):
+        self.now += seconds
+        seen = Seen(conditions=conditions, events=events, unknown=unknown, cursor=self.now)
+        self.book, news = advance(
+            self.book,
+            seen,
+            channels=self.channels,
+            rules=self.rules,
+            now=self.now,
+            remember_seconds=HOUR,
+        )
+        self.news += news
+        posts = due(self.book, rules=self.rules, now=self.now)
+        problems = dict.fromkeys(posts, None if self.works else "refused")
+        for post in posts.values():
+            self.attempts.append(self.now)
+            if self.works:
+                self.posts.append((self.now, post))
+        self.book = sent(self.book, posts, problems, rules=self.rules, now=self.now)
+
+    @property
+    def told(self):
+        """What has gone out, oldest first."""
+        return [(m.news, m.alert.key) for _, post in self.posts for m in post.messages]
+
+    def wait(self, seconds, *conditions):
+        for _ in range(int(seconds / TICK)):
+            self.tick(*conditions)
+
+
+def test_a_condition_that_lasts_is_told_once_and_reminded_of_now_and_then():
+    desk = Desk()
+
+    desk.wait(9 * HOUR, make_alert())
+
+    assert desk.told == [(News.RAISED, "disk"), (News.REMINDER, "disk"), (News.REMINDER, "disk")]
+
+
+def test_other_figures_are_no_news_and_a_worse_severity_is():
+    desk = Desk()
+
+    desk.tick(make_alert(severity=Severity.WARNING))
+    desk.tick(make_alert(severity=Severity.WARNING, cause="0.9 GiB are free"))
+    desk.tick(make_alert(severity=Severity.ERROR))
+    desk.tick(make_alert(severity=Severity.WARNING))
+    desk.tick(make_alert(severity=Severity.ERROR))
+
+    assert desk.told == [(News.RAISED, "disk")] * 2
+
+
+def test_what_is_over_is_told_once_and_then_forgotten():
+    desk = Desk()
+    desk.tick(make_alert())
+
+    desk.wait(HOUR)
+
+    assert desk.told == [(News.RAISED, "disk"), (News.RECOVERED, "disk")]
+    assert desk.book.opened == {}
+    assert desk.posts[-1][1].severity is Severity.INFO
+
+
+def test_what_comes_and_goes_is_one_alert():
+    desk = Desk()
+
+    for _ in range(20):
+        desk.tick(make_alert())
+        desk.tick()
+
+    assert desk.told == [(News.RAISED, "disk")]
+
+
+def test_what_nobody_can_find_out_is_not_over():
+    desk = Desk()
+    desk.tick(make_alert())
+
+    for _ in range(100):
+        desk.tick(unknown=[AlertKind.DISK_LOW])
+
+    assert desk.told == [(News.RAISED, "disk")]
+    assert "disk" in desk.book.opened
+
+
+def test_an_event_is_told_once_however_often_it_is_seen():
+    desk = Desk()
+    event = (make_alert("ending:b-1:3", kind=AlertKind.BATCH_EXPIRED), NOW + 10)
+
+    for _ in range(5):
+        desk.tick(events=[event])
+
+    assert desk.told == [(News.RAISED, "ending:b-1:3")]
+
+
+def test_what_happened_before_the_book_began_is_history():
+    desk = Desk()
+
+    desk.tick(events=[(make_alert(f"ending:b-{n}:3"), NOW - n) for n in range(1000)])
+
+    assert desk.told == []
+
+
+def test_an_outage_of_an_hour_loses_nothing_and_ends_in_one_post():
+    desk = Desk()
+    desk.works = False
+    for number in range(120):
+        key = f"ending:b-{number}:3" if number % 4 == 0 else None
+        desk.tick(events=[(make_alert(key), desk.now + TICK)] if key else [])
+    tried = len(desk.attempts)
+
+    desk.works = True
+    desk.wait(HOUR)
+
+    assert tried <= 9
+    assert [len(post.messages) for _, post in desk.posts] == [30]
+    assert len(desk.told) == len(set(desk.told)) == 30
+    assert desk.posts[0][0] - (NOW + HOUR) <= 900 + TICK
+    assert "30 alerts and recoveries" in desk.posts[0][1].subject
+
+
+def test_a_storm_goes_out_as_a_few_digests_with_everything_in_them():
+    desk = Desk()
+    for number in range(240):
+        desk.tick(events=[(make_alert(f"ending:b-{number}:3"), desk.now + TICK)])
+    desk.wait(HOUR)
+
+    assert len(desk.posts) <= BURST + 3 * RULES.posts_per_hour
+    assert len(desk.told) == len(set(desk.told)) == 240
+
+
+def test_more_than_a_channel_can_keep_is_counted_by_kind():
+    desk = Desk()
+    desk.works = False
+    count = MOST_PENDING + 50
+    desk.tick(events=[(make_alert(f"ending:b-{n}:3"), NOW + 1) for n in range(count)])
+    desk.works = True
+    desk.wait(HOUR)
+
+    ((_, post),) = desk.posts
+    assert len(post.messages) == MOST_PENDING
+    assert post.left_out == {"disk_low": 50}
+    assert "disk_low: 50" in post.text
+    assert len(post.text) < 40_000
+
+
+def test_a_clock_that_is_set_back_silences_nobody():
+    desk = Desk()
+    desk.works = False
+    desk.tick(make_alert())
+    desk.works = True
+
+    desk.now -= 24 * HOUR
+    desk.wait(HOUR, make_alert())
+
+    assert (News.RAISED, "disk") in desk.told
+
+
+def test_a_channel_that_is_new_hears_nothing_of_the_past_and_one_that_is_gone_is_forgotten():
+    desk = Desk()
+    desk.works = False
+    desk.tick(make_alert())
+
+    desk.channels, desk.works = ("email",), True
+    desk.wait(HOUR, make_alert())
+
+    assert desk.told == []
+    assert set(desk.book.channels) == {"email"}
+
+
+def test_a_message_says_cause_counts_page_and_next_command():
+    alert = make_alert(
+        counts={"timeout": 1200, "engine_error": 3},
+        link="http://dagster/runs/1",
+        next_command="python -m batch_orchestration failures b-1",
+    )
+    desk = Desk()
+    desk.tick(alert)
+
+    ((_, post),) = desk.posts
+    assert post.text.splitlines() == [
+        "[alert] disk is ill",
+        "1 GiB is free",
+        "timeout: 1,200, engine_error: 3",
+        "Page: http://dagster/runs/1",
+        "Next: python -m batch_orchestration failures b-1",
+    ]
+
+
+keys = st.sampled_from(["disk", "gpu", "queue"])
+ticks = st.lists(
+    st.tuples(
+        st.sets(keys),  # the conditions
+        st.booleans(),  # the channel works
+        st.lists(st.integers(0, 9), max_size=3),  # events
+        st.floats(1, 900),  # seconds since the tick before
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ticks)
+def test_whatever_happens_each_news_goes_out_exactly_once_in_order_and_episodes_alternate(ticks):
+    desk = Desk()
+    for conditions, works, numbers, seconds in ticks:
+        desk.works = works
+        # As the store gives them: at the time when they happened, and so far back only.
+        events = [
+            (make_alert(f"event-{number}"), NOW + 300 * number + 1)
+            for number in numbers
+            if NOW + 300 * number + 1 > desk.book.cursor - HOUR
+        ]
+        desk.tick(*map(make_alert, sorted(conditions)), events=events, seconds=seconds)
+    desk.works = True
+    for _ in range(24):
+        desk.tick(seconds=300)
+
+    assert desk.told == [(m.news, m.alert.key) for m in desk.news]
+    for key in ("disk", "gpu", "queue"):
+        own = [news for news, of in desk.told if of == key and news is not News.REMINDER]
+        assert own == [News.RAISED, News.RECOVERED] * (len(own) // 2)
+    counts = Counter(key for _, key in desk.told if key.startswith("event"))
+    assert set(counts.values()) <= {1}
+    assert not any(channel.waiting for channel in desk.book.channels.values())
+
+
+@settings(max_examples=50, deadline=None)
+@given(ticks)
+def test_no_channel_is_ever_asked_more_often_than_its_rate(ticks):
+    desk = Desk()
+    for conditions, works, numbers, seconds in ticks * 3:
+        desk.works = works
+        events = [(make_alert(f"{desk.now}-{number}"), desk.now + 1) for number in numbers]
+        desk.tick(*map(make_alert, sorted(conditions)), events=events, seconds=seconds)
+
+    sent_at = [at for at, _ in desk.posts]
+    for at in sent_at:
+        within = sum(at <= other < at + HOUR for other in sent_at)
+        assert within <= BURST + RULES.posts_per_hour + 1
