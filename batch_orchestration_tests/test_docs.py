@@ -8,6 +8,7 @@ import click
 import pytest
 
 from batch_orchestration.cli import main
+from batch_orchestration.domain.alerts import AlertKind
 from batch_orchestration.domain.outcomes import RETRYABLE, FailureCode
 from batch_orchestration.services.health_checks import CHECKS
 from batch_orchestration.settings import Settings, settings_in_force
@@ -93,6 +94,13 @@ def test_every_check_of_the_health_is_explained_and_no_other() -> None:
     rows = table(ROOT / "docs/health.md", "Checks")
 
     assert [row[0] for row in rows] == [f"`{name}`" for name in CHECKS]
+
+
+def test_every_kind_of_alert_says_what_to_do_and_no_other_does() -> None:
+    rows = table(ROOT / "docs/alerts.md", "Kinds")
+
+    assert [row[0] for row in rows] == [f"`{kind}`" for kind in AlertKind]
+    assert all(len(row) == 3 and all(row) for row in rows)
 
 
 def test_every_command_is_documented() -> None:

@@ -45,7 +45,7 @@ _GIB = 2**30
 #: The engine's own client takes no proxy either.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _STATUS = "python -m batch_orchestration status"
-_START = "dagster dev"
+_START = "systemctl restart batch-orchestration.target; without systemd: dagster dev"
 
 
 @dataclass(frozen=True, kw_only=True)
