@@ -55,6 +55,10 @@ class FakeGpu:
     #: Pid to bytes.
     processes: Any = field(default_factory=dict)
     mig: Any = (0, 0)
+    #: An exception, where there is nothing to listen to.
+    events: Any = None
+    #: Xids that happen before the next look; only who has registered is told.
+    xids: list[int] = field(default_factory=list)
     instances: dict[str, "FakeGpu"] = field(default_factory=dict)
     parent: "FakeGpu | None" = None
 
@@ -68,9 +72,10 @@ class FakeNvml(types.ModuleType):
         self.init = init
         self.open = 0
         self.names: dict[int, str] = {}
+        self.event_sets: list[list[FakeGpu]] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(("NVML", "nvmlClocks")):
+        if name.startswith(("NVML", "nvmlClocks", "nvmlEventType")):
             return getattr(pynvml, name)
         raise AttributeError(name)
 
@@ -175,6 +180,31 @@ class FakeNvml(types.ModuleType):
         if pid not in self.names:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return self.names[pid]
+
+    def nvmlEventSetCreate(self) -> list[FakeGpu]:
+        self.event_sets.append([])
+        return self.event_sets[-1]
+
+    def nvmlDeviceGetSupportedEventTypes(self, device: FakeGpu) -> int:
+        told(device.events)
+        return int(pynvml.nvmlEventTypeXidCriticalError | pynvml.nvmlEventTypeClock)
+
+    def nvmlDeviceRegisterEvents(self, device: FakeGpu, types: int, events: list[FakeGpu]) -> None:
+        assert types == pynvml.nvmlEventTypeXidCriticalError
+        assert self.open
+        device.xids.clear()
+        events.append(device)
+
+    def nvmlEventSetWait_v2(self, events: list[FakeGpu], milliseconds: int) -> Any:
+        assert milliseconds == 0
+        for device in events:
+            if device.xids:
+                return SimpleNamespace(
+                    device=device,
+                    eventType=pynvml.nvmlEventTypeXidCriticalError,
+                    eventData=device.xids.pop(0),
+                )
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT)
 
     def nvmlDeviceGetMigMode(self, device: FakeGpu) -> tuple[int, int]:
         return told(device.mig)

@@ -36,6 +36,7 @@ class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
         mig_enabled: Whether it is cut into instances.
         mig_instance: Whether this is one of them: then the memory is the instance's own.
         device_uuid: Of the whole device, if this is an instance of it.
+        xids: Numbers of the faults that the driver told since somebody listened to them.
     """
 
     index: int
@@ -62,6 +63,7 @@ class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
     mig_enabled: bool | None = None
     mig_instance: bool = False
     device_uuid: str | None = None
+    xids: tuple[int, ...] = ()
 
     @property
     def hardware_uuid(self) -> str:

@@ -11,6 +11,11 @@ import msgspec
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_gate import nonsense, standing_faults
 
+#: Xids that say nothing against the device: errors of the program that used it, which NVIDIA's own
+#: health check of devices leaves out, too (k8s-device-plugin, `ignoredXids`); and 154, which tells
+#: that the recovery action has changed: that is read itself.
+HARMLESS_XIDS = frozenset({13, 31, 43, 45, 68, 109, 154})
+
 
 class Fence(msgspec.Struct, frozen=True, kw_only=True):
     """That a device is not to be used, and why.
@@ -47,8 +52,11 @@ class ClearedFence(msgspec.Struct, frozen=True, kw_only=True):
 def new_faults(before: GpuFacts, now: GpuFacts) -> Iterator[str]:
     """Yield the faults that a device has got since it was first looked at.
 
-    Everything that `standing_faults` tells, but for errors of memory that were there before.
+    Everything that `standing_faults` tells and was not there before, and Xids.
     """
+    for xid in now.xids:
+        if xid not in HARMLESS_XIDS:
+            yield f"the driver reported Xid {xid}"
     counted = before.ecc_uncorrectable_errors or 0
     grown = (now.ecc_uncorrectable_errors or 0) - counted
     if grown > 0:

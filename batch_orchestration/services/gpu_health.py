@@ -23,6 +23,7 @@ from batch_orchestration.services.fencing import fence_off, standing_fences
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.telemetry.gpu import read_gpus
+from batch_orchestration.telemetry.gpu_events import ListeningReader
 
 logger = logging.getLogger(__name__)
 
@@ -177,8 +178,9 @@ def device_watch(settings: Settings, *, run_id: str) -> DeviceWatch | None:
     if no_gate(settings) is not None:
         return None
     folder = DataFolder(settings.data_dir)
+    reader = GpuReader(ListeningReader().read)
     return DeviceWatch(
-        partial(_reader.readings, seconds=READ_SECONDS),
+        partial(reader.readings, seconds=READ_SECONDS),
         devices=engine_need(settings).devices,
         limits=GpuLimits(max_celsius=settings.gpu_max_temperature),
         fence_off=partial(fence_off, folder, by=run_id),

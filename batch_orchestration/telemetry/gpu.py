@@ -1,7 +1,7 @@
 """What the NVIDIA driver tells of its GPUs, through NVML. The only module that knows `pynvml`.
 
-Xids come from NVML only as events, to who listens when they happen; what the driver concludes from
-them stays readable as the recovery action.
+Xids come from NVML only as events, to who listens when they happen (`gpu_events`); what the driver
+concludes from them stays readable as the recovery action.
 """
 
 import os
@@ -58,14 +58,24 @@ def read_gpus() -> tuple[GpuFacts, ...]:
         return tuple(_facts_of(nvml, place, handle) for place, handle in enumerate(handles))
 
 
-@contextmanager
-def _nvml() -> Iterator[Any]:
+def import_nvml() -> Any:
+    """Return the module `pynvml`, which importing ours does not load.
+
+    Raises:
+        GpuUnreadable: It is not installed.
+    """
     try:
         import pynvml
     except ImportError as error:
         raise GpuUnreadable(
             f"NVML cannot be asked, for pynvml is not installed: {error}"
         ) from error
+    return pynvml
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    pynvml = import_nvml()
     try:
         pynvml.nvmlInit()
         try:
@@ -88,7 +98,7 @@ def _visible(nvml: Any, environ: Any) -> list[Any]:
             handle = _handle(nvml, word.strip(), count)
         if handle is None:
             break
-        uuid = _text(nvml.nvmlDeviceGetUUID(handle))
+        uuid = text_of(nvml.nvmlDeviceGetUUID(handle))
         if uuid in uuids:
             # CUDA then shows no device at all.
             return []
@@ -113,7 +123,7 @@ def _handle(nvml: Any, word: str, count: int) -> Any | None:
     for index in range(count):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(word):
+            if text_of(nvml.nvmlDeviceGetUUID(handle)).startswith(word):
                 found.append(handle)
         except nvml.NVMLError_GpuIsLost as error:
             # It is the one that is meant only if no other is.
@@ -156,8 +166,8 @@ def _facts(nvml: Any, handle: Any) -> GpuFacts:
     mig = _reported(nvml, lambda: nvml.nvmlDeviceGetMigMode(device))
     return GpuFacts(
         index=nvml.nvmlDeviceGetIndex(device),
-        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-        name=_text(nvml.nvmlDeviceGetName(handle)),
+        uuid=text_of(nvml.nvmlDeviceGetUUID(handle)),
+        name=text_of(nvml.nvmlDeviceGetName(handle)),
         memory_total_bytes=memory and memory.total,
         memory_used_bytes=memory and memory.used,
         memory_free_bytes=memory and memory.free,
@@ -189,7 +199,7 @@ def _facts(nvml: Any, handle: Any) -> GpuFacts:
         processes=_processes(nvml, handle),
         mig_enabled=None if mig is None else bool(mig[0]),
         mig_instance=instance,
-        device_uuid=_text(nvml.nvmlDeviceGetUUID(device)) if instance else None,
+        device_uuid=text_of(nvml.nvmlDeviceGetUUID(device)) if instance else None,
     )
 
 
@@ -266,11 +276,12 @@ def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...] | None:
 def _process_name(nvml: Any, pid: int) -> str | None:
     """Return the program of a process; the driver sees those of other containers too, or not."""
     try:
-        return _text(nvml.nvmlSystemGetProcessName(pid)) or None
+        return text_of(nvml.nvmlSystemGetProcessName(pid)) or None
     except nvml.NVMLError:
         # It ended meanwhile, or is hidden from us: it is reported by its pid all the same.
         return None
 
 
-def _text(value: str | bytes) -> str:
+def text_of(value: str | bytes) -> str:
+    """Return text of NVML's, which older bindings give as bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -132,7 +132,7 @@ def test_whatever_is_wrong_shuts_the_gate_and_is_named(facts, reason):
 
 
 #: Facts that are shown to people, and judged by nobody.
-ONLY_SHOWN = {"index", "uuid", "name", "throttle_reasons", "mig_instance", "device_uuid"}
+ONLY_SHOWN = {"index", "uuid", "name", "throttle_reasons", "mig_instance", "device_uuid", "xids"}
 
 
 def test_every_fact_of_a_device_is_an_input_of_the_table_above():

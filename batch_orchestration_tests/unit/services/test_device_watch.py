@@ -82,6 +82,7 @@ def test_heat_takes_work_away_pauses_it_and_gives_it_back():
         ({"remap_pending": True}, "waits to be remapped"),
         ({"remap_failed": True}, "could not be remapped"),
         ({"recovery_action": "gpu_reset"}, "the driver asks for gpu_reset"),
+        ({"xids": (13, 79)}, "the driver reported Xid 79"),
     ],
     ids=repr,
 )
@@ -110,6 +111,14 @@ def test_errors_of_memory_from_before_the_run_are_the_gates_business():
     assert [fault for _, fault, _ in bench.fences] == [
         "2 uncorrectable memory errors (ECC) while it worked"
     ]
+
+
+def test_an_error_of_the_program_says_nothing_against_the_device():
+    bench = Bench(FIRST)
+    bench.look()
+    bench.set("GPU-1", xids=(13, 31, 43, 45, 68, 109, 154))
+
+    assert bench.look() == DeviceCare()
 
 
 def test_every_faulty_device_is_fenced_once_with_its_first_fault():
