@@ -178,7 +178,8 @@ class Accountant:
         busy = min(1.0, moment.in_flight / could)
         if moment.dry:
             return {"busy_seconds": busy, "drain_seconds": 1.0 - busy}
-        held = min(1.0 - busy, max(0, could - moment.window) / could)
+        is_held = moment.window < moment.unheld_window
+        held = min(1.0 - busy, max(0, could - moment.window) / could) if is_held else 0.0
         return {
             "busy_seconds": busy,
             "held_seconds": held,

@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 
 from batch_orchestration.defs.events import output_metadata
+from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.errors import EngineDied
 from batch_orchestration.domain.kept import Kept
 from batch_orchestration.domain.outcomes import FailureCode, Outcome
 from batch_orchestration.engines.base import EngineIdentity
 from batch_orchestration.services.assembly import assemble
+from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.kept import kept_of
 from batch_orchestration.storage.accounts import accounts_path, read_accounts
 from batch_orchestration.storage.connection import writing
 from batch_orchestration_tests.builders import NOW, make_failure
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.turn_bench import TurnBench, entry
+from batch_orchestration_tests.workbench import make_feeding
 
 #: A look is a tenth of a second; the machine that runs the tests may have other things to do.
 NEARLY = 0.25
@@ -99,6 +102,26 @@ def test_a_place_that_waits_for_its_next_attempt_is_a_gap(bench: TurnBench) -> N
     total = found(bench, plan.batch_id)
     assert total.feed_gap_seconds == pytest.approx(1.0, abs=NEARLY)
     assert total.drain_seconds < NEARLY
+
+
+def test_a_device_that_needs_half_the_window_loses_half_by_its_name(bench: TurnBench) -> None:
+    plan = bench.batch("one", 40)
+
+    for _ in run_chunks(
+        {plan.batch_id: range(len(plan.chunks))},
+        engine=KnownEngine(each=0.1),
+        folder=bench.folder,
+        store=bench.store,
+        run_id="run-1",
+        feeding=make_feeding(in_flight=8),
+        care=lambda: DeviceCare(share=0.5),
+    ):
+        pass
+
+    total = found(bench, plan.batch_id)
+    assert total.held_seconds == pytest.approx(40 * 0.1 / 8, abs=NEARLY)
+    assert total.kept_seconds == pytest.approx(40 * 0.1 / 8, abs=NEARLY)
+    assert total.feed_gap_seconds < NEARLY
 
 
 def test_a_locked_store_after_the_last_answer_is_commit(bench: TurnBench) -> None:

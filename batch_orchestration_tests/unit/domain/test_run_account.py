@@ -71,6 +71,14 @@ def test_a_window_that_heat_closes_is_not_the_feeders_fault() -> None:
     assert (account.busy_seconds, account.held_seconds, account.feed_gap_seconds) == (3.0, 4.0, 1.0)
 
 
+def test_a_window_that_is_not_known_yet_is_not_held_back() -> None:
+    unknown = feeding(0, window=0, unheld_window=0)
+
+    account = account_of((0.0, unknown), (1.0, unknown))
+
+    assert (account.held_seconds, account.feed_gap_seconds) == (0.0, 1.0)
+
+
 def test_what_was_in_flight_before_the_window_closed_still_counts_as_busy() -> None:
     closing = feeding(7, window=4)
 
