@@ -6,7 +6,10 @@ import pytest
 
 from batch_orchestration.domain.dead_letters import DeadLetterState, Selection
 from batch_orchestration.domain.errors import StorageError, StoreDamaged
+from batch_orchestration.domain.gpu import GpuFacts
+from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.services.recovery import find_problem
+from batch_orchestration.storage.samples import append_sample
 from batch_orchestration_tests.letter_bench import LetterBench, refusing
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 
@@ -62,6 +65,17 @@ def test_a_lost_store_is_made_anew_with_the_same_rows(bench: LetterBench, how: s
         assert recovery.set_aside.name.startswith("batch.duckdb.damaged-")
         assert recovery.set_aside.read_bytes() == left
     bench.assert_accounts_add_up()
+
+
+def test_what_gpus_did_is_in_the_new_store_too(bench: LetterBench) -> None:
+    (batch_id,) = bench.folder.batch_ids()
+    device = GpuFacts(index=0, uuid="GPU-1", name="Test")
+    append_sample(bench.folder, batch_id, RunSample(at=1e9, run_id="run-1", gpus=(device,)))
+    damage(bench.folder.duckdb, "deleted")
+
+    bench.recover()
+
+    assert bench.store.query("SELECT run_id, gpu FROM gpu_samples")[1] == [("run-1", "GPU-1")]
 
 
 def test_what_was_replaying_can_be_replayed_after_the_recovery(bench: LetterBench) -> None:

@@ -12,9 +12,11 @@ import pytest
 from batch_orchestration.domain.errors import GpuUnhealthy, GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.engines.process_records import ProcessRecord, identify, write_record
+from batch_orchestration.services import device_watch as device_watch_module
 from batch_orchestration.services import gpu_health
 from batch_orchestration.services.gpu_health import (
     GpuReader,
+    device_watch,
     engine_need,
     examine,
     gpu_problem,
@@ -25,6 +27,7 @@ from batch_orchestration.services.gpu_health import (
 )
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.telemetry.gpu import read_gpus
 from batch_orchestration_tests.fake_nvml import GIB, GPU_IS_LOST, FakeGpu, FakeNvml
 
 GPU = GpuFacts(index=0, uuid="GPU-1", name="Test")
@@ -159,6 +162,42 @@ def test_a_gpu_that_does_not_recover_is_refused(install, make_settings, monkeypa
 
     with pytest.raises(GpuUnhealthy, match="pid 4711"):
         require_healthy_gpu(make_settings())
+
+
+# --- the watch over a run -------------------------------------------------------------------------
+
+
+def test_a_run_on_cuda_is_watched_and_what_cannot_be_read_gets_no_work(make_settings, monkeypatch):
+    """With the real library, where there is no GPU."""
+    readings = GpuReader(read_gpus).readings(seconds=5)
+    if not isinstance(readings, GpuUnreadable):
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(device_watch_module, "PAUSE_SECONDS", -1.0)
+    monkeypatch.setattr(device_watch_module, "STOP_SECONDS", -1.0)
+    watch = device_watch(make_settings(), run_id="run-1")
+
+    assert watch.look() == ()
+    assert watch.care().share == 0.0
+    assert str(readings) in watch.care().stop
+
+
+@pytest.mark.parametrize("values", [{"device": "cpu"}, {"engine": "simulated"}])
+def test_only_the_settings_say_that_a_run_is_not_watched(install, make_settings, values):
+    install(init=GPU_IS_LOST)
+
+    assert device_watch(make_settings(**values), run_id="run-1") is None
+    assert device_watch(make_settings(), run_id="run-1") is not None
+
+
+def test_the_watch_goes_by_the_devices_that_the_engine_uses(install, make_settings):
+    install(FakeGpu(uuid="GPU-1"), FakeGpu(uuid="GPU-2", temperature=99), FakeGpu(uuid="GPU-3"))
+    two = make_settings(engine_args={"tensor_parallel_size": 2})
+
+    one_watch, two_watch = device_watch(make_settings(), run_id="r"), device_watch(two, run_id="r")
+
+    assert [gpu.uuid for gpu in one_watch.look()] == ["GPU-1"]
+    assert [gpu.uuid for gpu in two_watch.look()] == ["GPU-1", "GPU-2"]
+    assert (one_watch.care().share, two_watch.care().share) == (1.0, 0.5)
 
 
 # --- our own engine -------------------------------------------------------------------------------
