@@ -30,7 +30,8 @@ def health(as_json: bool) -> None:
         print_json(_object(report))
     else:
         context.console.print(_table(report))
-        click.echo(f"{report.level.word}: {len(report.problems)} problems")
+        ill = ", ".join(finding.check for finding in report.problems)
+        click.echo(f"{report.level.word}: {ill}" if ill else report.level.word)
     click.get_current_context().exit(EXIT_CODES[report.level])
 
 

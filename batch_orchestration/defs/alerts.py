@@ -22,7 +22,7 @@ class AlertsResource(dg.ConfigurableResource):
     webhook: bool = Field(description="Whether BATCH_ALERT_WEBHOOK_URL is set.")
     email_to: str = Field(description="Addresses that get mail.")
     smtp_host: str = Field(description="Mail server.")
-    command: list[str] = Field(description="Program that gets alerts as JSON on stdin.")
+    command: str = Field(description="Program that gets alerts; not its arguments.")
 
     @classmethod
     def of(cls, settings: Settings) -> "AlertsResource":
@@ -31,7 +31,7 @@ class AlertsResource(dg.ConfigurableResource):
             webhook=bool(settings.alert_webhook_url.get_secret_value()),
             email_to=settings.alert_email_to,
             smtp_host=settings.smtp_host,
-            command=settings.alert_command,
+            command=settings.alert_command[0] if settings.alert_command else "",
         )
 
     def channels(self, settings: Settings) -> dict[str, Send]:

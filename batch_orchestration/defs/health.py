@@ -12,6 +12,8 @@ from batch_orchestration.services.health import examine_health
 from batch_orchestration.storage.health_files import read_health, write_health
 
 INTERVAL_SECONDS = 30
+#: More would not be read.
+SHOWN_PROBLEMS = 10
 _CHECK = "deployment_is_healthy"
 
 
@@ -80,7 +82,12 @@ def _metadata(report: HealthReport) -> dict[str, dg.MetadataValue]:
     for finding in sorted(report.findings, key=lambda finding: -finding.level):
         cells = (finding.check, finding.level.word, finding.reason, finding.next_command or "")
         rows.append("| " + " | ".join(map(_cell, cells)) + " |")
+    shown = {
+        finding.check: dg.MetadataValue.text(f"{finding.reason}. Next: {finding.next_command}")
+        for finding in report.problems[:SHOWN_PROBLEMS]
+    }
     return {
+        **shown,
         "level": dg.MetadataValue.text(report.level.word),
         "findings": dg.MetadataValue.md("\n".join(rows)),
     }

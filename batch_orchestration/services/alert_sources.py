@@ -4,6 +4,7 @@ The store's events, the health report, estimates and the rejected files are look
 tick; which of it is news is decided by `domain/alert_book.py`.
 """
 
+import contextlib
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,8 @@ from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.wording import duration, seconds_band
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.health_files import read_health, read_heartbeats
+from batch_orchestration.storage.health_files import read_health
+from batch_orchestration.storage.heartbeat_files import read_pulse
 from batch_orchestration.storage.queue_files import read_pause
 from batch_orchestration.storage.store import Store
 from batch_orchestration.storage.watching import Ending, Watched, watch
@@ -168,7 +170,6 @@ def _from_health(
 
 
 def _of_report(report: HealthReport, settings: Settings, folder: DataFolder) -> Iterator[Alert]:
-    batches = {b.run_id: b.batch_id for b in read_heartbeats(folder).beats if b.batch_id}
     for finding in report.problems:
         family, _, about = finding.check.partition(":")
         rule = _RULES.get(family, _OTHER)
@@ -176,16 +177,15 @@ def _of_report(report: HealthReport, settings: Settings, folder: DataFolder) -> 
             rule = _RESTARTS
         lasted = report.at - (finding.since or report.at)
         if finding.level >= rule.level and lasted >= rule.lasts:
-            yield _of_finding(finding, rule, about, batches.get(about), settings)
+            yield _of_finding(finding, rule, about, settings, folder)
 
 
 def _of_finding(
-    finding: Finding, rule: _Rule, about: str, batch_id: str | None, settings: Settings
+    finding: Finding, rule: _Rule, about: str, settings: Settings, folder: DataFolder
 ) -> Alert:
-    named = about and (batch_id or (about if len(about) < 60 else f"{about[:59]}…"))
-    link = health_link(settings)
-    if batch_id is not None or finding.check.startswith(("worker:", "engine:")):
-        link = run_link(settings, about) if about else link
+    named, link = about, health_link(settings)
+    if about and finding.check.startswith(("worker:", "engine:")):
+        named, link = _batch_of(about, folder) or f"run {about[:8]}", run_link(settings, about)
     if rule.kind is AlertKind.NEEDS_PERSON:
         link = finding.next_command or link
     return Alert(
@@ -197,6 +197,15 @@ def _of_finding(
         link=link,
         next_command=None if finding.next_command == link else finding.next_command,
     )
+
+
+def _batch_of(run_id: str, folder: DataFolder) -> str | None:
+    """Return the batch that a run has in hand, as far as its heartbeat tells."""
+    with contextlib.suppress(OSError):
+        pulse = read_pulse(folder.heartbeat_path(run_id))
+        if pulse is not None and pulse.heartbeat is not None:
+            return pulse.heartbeat.batch_id
+    return None
 
 
 # --- the store ------------------------------------------------------------------------------------

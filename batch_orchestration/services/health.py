@@ -126,5 +126,5 @@ def _previous(folder: DataFolder, now: float) -> HealthReport | None:
 def _standstill(look: Look) -> Standstill | None:
     try:
         return standstill(look)
-    except StorageError:  # the check of the queue says so
+    except (StorageError, OSError):  # the checks say so
         return None

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 from batch_orchestration.domain.errors import StorageError, StoreLocked
 from batch_orchestration.domain.health import Finding, HealthReport, Level, Standstill
-from batch_orchestration.domain.heartbeats import Heartbeat
+from batch_orchestration.domain.heartbeats import Condition, Heartbeat, Pulse, Quiet, judge
 from batch_orchestration.domain.queueing import EntryState, QueueEntry, QueueView
-from batch_orchestration.engines.process_records import ProcessIdentity, is_running
+from batch_orchestration.engines.process_records import is_running
 from batch_orchestration.services import gpu_health
 from batch_orchestration.services.dagster_links import run_link, sensor_link
+from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.services.wording import duration
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder, disk_errors
-from batch_orchestration.storage.health_files import read_heartbeats
+from batch_orchestration.storage.heartbeat_files import heartbeat_paths, read_pulse
 from batch_orchestration.storage.queue_files import read_needs, read_pause, read_queue
 from batch_orchestration.storage.store import Store
 
@@ -29,8 +30,6 @@ DEAD_SECONDS = 150.0
 HEALTH_STALE_SECONDS = 90.0
 #: Clocks are set by so much without anybody having meant to.
 CLOCK_SECONDS = 60.0
-#: A heartbeat is written every few seconds by a thread that does nothing else.
-SILENT_SECONDS = 30.0
 #: Dagster's run monitoring notices a dead worker within half a minute and then starts another.
 NOTICED_SECONDS = 60.0
 #: Locked for so long it is no commit any more, whoever holds it.
@@ -194,11 +193,12 @@ def standstill(look: Look) -> Standstill | None:
 
     Raises:
         StorageError: A file about the queue is damaged.
+        OSError: A heartbeat cannot be read.
     """
     view = read_queue(look.folder)
     if view is None or read_pause(look.folder) is not None or _running(view):
         return None
-    if any(_is_alive(beat, look.now) for beat in read_heartbeats(look.folder).beats):
+    if any(_is_alive(pulse, look) for pulse in _pulses(look.folder).values()):
         return None
     asked = {need.batch_id for need in read_needs(look.folder) or ()}
     first = next((e for e in view.entries if e.reason is None and e.id not in asked), None)
@@ -216,42 +216,51 @@ def _since(entry: QueueEntry, look: Look) -> Standstill:
 
 def workers(look: Look) -> Iterator[Finding]:
     """Judge each run by its heartbeat: gone, silent, stuck, or only slow."""
-    found = read_heartbeats(look.folder)
-    for run_id, problem in found.damaged.items():
-        yield _unhealthy(f"worker:{run_id}", problem, run_link(look.settings, run_id))
-    for beat in found.beats:
-        yield _judged(beat, look)
-    if not found.beats and not found.damaged:
+    pulses = _pulses(look.folder)
+    for run_id, pulse in pulses.items():
+        yield _judged(run_id, pulse, look)
+    view = read_queue(look.folder)
+    if pulses:
+        return
+    if view is not None and look.now - view.at <= SLOW_SECONDS and _running(view):
+        busy = next(entry.id for entry in view.entries if entry.state is EntryState.RUNNING)
+        yield _degraded("workers", f"{busy} is at work, and no run shows a heartbeat", _STATUS)
+    else:
         yield _healthy("workers", "no run is at work")
 
 
-def _judged(beat: Heartbeat, look: Look) -> Finding:
-    check, silent = f"worker:{beat.run_id}", look.now - beat.at
-    idle = look.now - beat.progress_at
-    page = run_link(look.settings, beat.run_id)
-    what = f"{beat.job}, {beat.phase}" + (f", {beat.batch_id}" if beat.batch_id else "")
-    if not is_running(ProcessIdentity(beat.pid, beat.started, beat.boot_id)):
+def _judged(run_id: str, pulse: Pulse, look: Look) -> Finding:
+    check, page = f"worker:{run_id}", run_link(look.settings, run_id)
+    beat, silent = pulse.heartbeat, look.now - pulse.at
+    if beat is not None and not is_running(worker_of(beat)):
         level = Level.DEGRADED if silent <= NOTICED_SECONDS else Level.UNHEALTHY
         reason = f"its process {beat.pid} is gone; Dagster ends the run and starts it again"
         return Finding(check=check, level=level, reason=reason, next_command=page)
-    if silent > SILENT_SECONDS:
-        reason = f"process {beat.pid} lives and has said nothing for {duration(silent)}"
-        return _unhealthy(check, reason, page)
-    if _is_stuck(beat, look.now):
-        return _unhealthy(
-            check,
-            f"stuck: no progress for {duration(idle)}, longer than anything it has seen"
-            f" explains ({duration(beat.patience_seconds)}); {what}",
-            page,
-        )
-    return _healthy(check, f"{what}; last progress {duration(max(0.0, idle))} ago")
+    judgement = judge(pulse, _quiet(pulse, look.now), silent_seconds=look.settings.silent_seconds)
+    told = pulse.told
+    if judgement.condition is not Condition.ALIVE:
+        return _unhealthy(check, f"{judgement.condition}: {judgement.reason}", page)
+    if told is None:
+        return _degraded(check, judgement.reason, page)
+    of = f" of {told.batch_id}" if told.batch_id else ""
+    return _healthy(check, f"{told.job}{of}: {judgement.reason}")
+
+
+def _quiet(pulse: Pulse, now: float) -> Quiet:
+    beat = pulse.heartbeat
+    return Quiet(
+        heartbeat=now - pulse.at,
+        progress=now - beat.progress_at if beat else 0.0,
+        loop=now - beat.loop_at if beat and beat.loop_at is not None else 0.0,
+    )
 
 
 def engine(look: Look) -> Iterator[Finding]:
     """Judge whether engines answer: our own by what their runs say, a remote one by asking it."""
     if look.settings.engine is EngineKind.REMOTE:
         yield _remote(look.settings)
-    beats = [beat for beat in read_heartbeats(look.folder).beats if _is_alive(beat, look.now)]
+    pulses = _pulses(look.folder).values()
+    beats = [pulse.told for pulse in pulses if pulse.told is not None and _is_alive(pulse, look)]
     limit = look.settings.alert_engine_restarts
     for beat in beats:
         check = f"engine:{beat.run_id}"
@@ -343,8 +352,15 @@ CHECKS: Mapping[str, Check] = {
 }
 
 
-def _is_alive(beat: Heartbeat, now: float) -> bool:
-    return now - beat.at <= SILENT_SECONDS
+def _pulses(folder: DataFolder) -> dict[str, Pulse]:
+    """Return what lies there of heartbeats, by run id."""
+    found = ((path.stem, read_pulse(path)) for path in heartbeat_paths(folder))
+    return {run_id: pulse for run_id, pulse in found if pulse is not None}
+
+
+def _is_alive(pulse: Pulse, look: Look) -> bool:
+    silent = look.now - pulse.at > look.settings.silent_seconds
+    return not silent and (pulse.heartbeat is None or is_running(worker_of(pulse.heartbeat)))
 
 
 def _is_stuck(beat: Heartbeat, now: float) -> bool:

@@ -456,6 +456,19 @@ def test_a_full_disk_is_told_once_though_the_book_cannot_be_written(tower, monke
 # --- in Dagster -----------------------------------------------------------------------------------
 
 
+def test_the_resource_shows_which_channels_are_set_and_no_secret():
+    settings = Settings(
+        engine="simulated", alert_webhook_url="https://hooks/s3cret", smtp_password="s3cret",
+        alert_command=["page", "--token", "s3cret"], _env_file=None,
+    )  # fmt: skip
+
+    resource = AlertsResource.of(settings)
+
+    assert (resource.webhook, resource.command) == (True, "page")
+    assert "s3cret" not in repr(resource)
+    assert set(resource.channels(settings)) == {"webhook", "command"}
+
+
 def test_the_sensor_tells_and_never_fails_and_the_resource_shows_no_secret(tmp_path, webhook):
     with closing(
         Deployment(tmp_path, alert_webhook_url=webhook.url, disk_reserve_bytes=2**60)

@@ -26,7 +26,7 @@ def say(bench, *arguments, exit_code):
 def test_all_well_is_exit_code_0(bench):
     bench.tick()
 
-    assert "healthy: 0 problems" in say(bench, exit_code=0)
+    assert say(bench, exit_code=0).splitlines()[-1] == "healthy"
 
 
 def test_degraded_is_exit_code_3_with_the_next_command(bench):
@@ -35,7 +35,7 @@ def test_degraded_is_exit_code_3_with_the_next_command(bench):
 
     text = say(bench, exit_code=3)
 
-    assert "degraded: 1 problems" in text
+    assert text.splitlines()[-1] == "degraded: queue"
     assert "python -m batch_orchestration resume" in text
 
 

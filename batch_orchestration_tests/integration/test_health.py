@@ -279,9 +279,9 @@ def test_slow_is_not_stuck(bench):
 
 
 def test_a_live_process_without_a_word_is_unhealthy(bench):
-    bench.beat(at=bench.now - 60)
+    bench.beat(at=bench.now - bench.settings.silent_seconds - 1)
 
-    assert "has said nothing" in bench.find("worker:run-1").reason
+    assert "silent" in bench.find("worker:run-1").reason
     assert bench.find("worker:run-1").level is Level.UNHEALTHY
 
 
@@ -295,11 +295,29 @@ def test_a_worker_of_another_boot_is_gone_whoever_has_its_pid(bench, age, level)
     assert "is gone" in found.reason
 
 
-def test_a_damaged_heartbeat_is_unhealthy(bench):
+def test_a_heartbeat_that_can_only_be_heard_is_not_healthy(bench):
     bench.beat()
-    (bench.folder.root / "heartbeats/run-1.json").write_bytes(b'{"run_id": 3}')
+    path = bench.folder.heartbeat_path("run-1")
+    path.write_bytes(b'{"run_id": 3}')
+    levels = []
+    for age in (5, bench.settings.silent_seconds + 5):
+        os.utime(path, (bench.now - age, bench.now - age))
+        levels.append(bench.find("worker:run-1").level)
 
+    assert levels == [Level.DEGRADED, Level.UNHEALTHY]
+
+
+def test_an_event_loop_that_does_not_come_round_is_stuck_though_the_heart_beats(bench):
+    bench.beat(loop_at=bench.now - bench.settings.silent_seconds - 1)
+
+    assert "event loop" in bench.find("worker:run-1").reason
     assert bench.find("worker:run-1").level is Level.UNHEALTHY
+
+
+def test_a_batch_at_work_without_any_heartbeat_is_degraded(bench):
+    bench.tick(entry(state=EntryState.RUNNING))
+
+    assert bench.find("workers").level is Level.DEGRADED
 
 
 def test_an_engine_that_is_started_again_and_again_is_degraded(bench):
@@ -388,6 +406,7 @@ def test_the_sensor_writes_what_it_found_and_reports_only_what_is_new(tmp_path):
     assert found.level is Level.HEALTHY
     assert [verdict.passed for verdict in told] == [True, False]
     assert told[1].severity is dg.AssetCheckSeverity.ERROR
+    assert "Next: systemctl restart" in told[1].metadata["dagster"].value
 
 
 def test_a_person_can_have_the_check_look_now(tmp_path):
