@@ -175,7 +175,11 @@ class Settings(BaseSettings):
     )
 
     # Feeding it
-    in_flight: int = Field(256, ge=1, description="Requests given to the engine at a time.")
+    in_flight: int | None = Field(
+        None,
+        ge=1,
+        description="Requests given to the engine at a time; default: as its metrics ask for.",
+    )
     request_timeout_seconds: float = Field(1800, gt=0, description="One attempt of one request.")
     max_attempts: int = Field(5, ge=1, description="Attempts of a request before it is given up.")
     retry_base_delay_seconds: float = Field(0.5, ge=0, description="Back-off before attempt 2.")

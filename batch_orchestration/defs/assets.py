@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -12,11 +12,13 @@ from pydantic import Field
 from batch_orchestration import __version__
 from batch_orchestration.defs.events import (
     MANIFEST_KEY,
+    Metadata,
     chunk_materialization,
     lost_materializations,
     output_metadata,
     partial_output_metadata,
     progress_observation,
+    sizes_metadata,
 )
 from batch_orchestration.defs.lifecycle import closed_chunks, say_early_end
 from batch_orchestration.defs.partitions import BATCH_TAG, batches, chunks
@@ -46,6 +48,8 @@ from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
 from batch_orchestration.services.retention import prune_journals
 from batch_orchestration.services.run_sampler import RunSampler
+from batch_orchestration.services.run_vitals import RunVitals
+from batch_orchestration.services.sizing import Sizing
 from batch_orchestration.storage.store import Store
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
@@ -117,7 +121,7 @@ def chunk_results(
     force, present = config.force, gpu.in_force(settings)
     selection = _selection(context)
     claim_batch(context.instance, context.run, list(selection), data_folder(present))
-    engine = gpu.for_run(context.run.run_id, present)
+    engine = gpu.for_run(context.run.run_id, present, batch_ids=list(selection))
     with gpu.sampling(context.run.run_id, present) as sampler:
         commits = run_chunks(
             selection,
@@ -125,7 +129,7 @@ def chunk_results(
             folder=data_folder(present),
             store=open_store(present),
             run_id=context.run.run_id,
-            feeding=feeding(present),
+            feeding=feeding(present, gpu.sizing),
             force=force,
             vitals=sampler.vitals,
             care=sampler.care,
@@ -133,7 +137,8 @@ def chunk_results(
         commits = _with_samples(commits, sampler, sample_taker(present))
         # Closed at once when the run is terminated, so that the journals are flushed.
         with contextlib.closing(commits):
-            _report(context, commits, settings_hash(present.answer_settings()))
+            present_hash = settings_hash(present.answer_settings())
+            _report(context, commits, present_hash, partial(_sizes, gpu.sizing, sampler.vitals))
     for batch_id in selection:
         if ended := data_folder(present).read_closing(batch_id):
             say_early_end(context.instance, context.run.run_id, ended)
@@ -152,6 +157,11 @@ def _with_samples(
                 taker.after_commit(batch_id)
 
 
+def _sizes(sizing: Sizing, vitals: RunVitals) -> Metadata:
+    """Return how wide the window is now, and how that and the engine's sizes were derived."""
+    return sizes_metadata(vitals.window, [*map(str, sizing.derived), vitals.derivation])
+
+
 def _selection(context: dg.AssetExecutionContext) -> dict[str, list[int]]:
     """Return chunk numbers by batch.
 
@@ -168,7 +178,10 @@ def _selection(context: dg.AssetExecutionContext) -> dict[str, list[int]]:
 
 
 def _report(
-    context: dg.AssetExecutionContext, commits: Iterator[CommittedChunk], settings_hash: str
+    context: dg.AssetExecutionContext,
+    commits: Iterator[CommittedChunk],
+    settings_hash: str,
+    sizes: Callable[[], Metadata],
 ) -> None:
     """Tell Dagster of each chunk the moment it is committed.
 
@@ -179,7 +192,9 @@ def _report(
         for commit in commits:
             crash_point(CrashPoint.BEFORE_EVENT)
             context.log_event(
-                chunk_materialization(context.asset_key, commit, settings_hash=settings_hash)
+                chunk_materialization(
+                    context.asset_key, commit, settings_hash=settings_hash, sizes=sizes()
+                )
             )
             context.log_event(progress_observation(commit))
     except (BatchNotFound, PlanMismatch) as error:

@@ -68,9 +68,13 @@ def _expected(estimate: Estimate) -> Metadata:
 
 
 def chunk_materialization(
-    key: dg.AssetKey, commit: CommittedChunk, *, settings_hash: str
+    key: dg.AssetKey, commit: CommittedChunk, *, settings_hash: str, sizes: Metadata | None = None
 ) -> dg.AssetMaterialization:
-    """Say that a chunk is committed: every one of its requests has an outcome."""
+    """Say that a chunk is committed: every one of its requests has an outcome.
+
+    Args:
+        sizes: Of the run that tells (`sizes_metadata`).
+    """
     report = commit.report
     metadata = _chunk_figures(report, settings_hash)
     if commit.reused:
@@ -79,8 +83,18 @@ def chunk_materialization(
         metadata["engine"] = commit.engine.kind
         metadata["engine_version"] = commit.engine.version
         metadata["model"] = ", ".join(commit.engine.models)
+        metadata |= sizes or {}
     partition = chunk_key(report.batch_id, report.number)
     return dg.AssetMaterialization(key, partition=partition, metadata=metadata)
+
+
+def sizes_metadata(window: int, derivations: Iterable[str | None]) -> Metadata:
+    """Return how wide a run's window is, which plots, and how its sizes came about."""
+    lines = [f"- {line}" for line in derivations if line is not None]
+    metadata: Metadata = {"window": window}
+    if lines:
+        metadata["derivation"] = dg.MetadataValue.md("\n".join(lines))
+    return metadata
 
 
 def closed_chunk_materialization(

@@ -103,14 +103,15 @@ def replay_dead_letters(
                 tags = tags_about(batch_id, data_folder(present))
                 tags |= {REPLAY_TAG: _tag(batch_id, number)}
                 context.instance.add_run_tags(context.run.run_id, tags)
+                engine = gpu.for_run(context.run.run_id, present, batch_ids=[batch_id])
                 report = run_replay(
                     batch_id,
                     number,
-                    engine=gpu.for_run(context.run.run_id, present),
+                    engine=engine,
                     folder=data_folder(present),
                     store=open_store(present),
                     run_id=context.run.run_id,
-                    feeding=feeding(present),
+                    feeding=feeding(present, gpu.sizing),
                     vitals=sampler.vitals,
                     care=sampler.care,
                 )

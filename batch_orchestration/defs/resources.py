@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from batch_orchestration.domain.breaker import BreakerPolicy
+from batch_orchestration.domain.derivation import DEFAULT_IN_FLIGHT
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.base import Engine
@@ -29,6 +30,7 @@ from batch_orchestration.services.heart import vitals_of_this_worker
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
+from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.rung_memory import RungMemory
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 REMEMBER_SECONDS = 10.0
 #: Samples are worth no wait at all: what is not taken in now is taken in later.
 SAMPLES_SECONDS = 1.0
+#: After an engine that was left behind has been ended.
+SETTLE_SECONDS = 2.0
 
 #: The deployment's settings, as they are; the run's record never shows them.
 SettingsResource = dg.ResourceParam[Settings]
@@ -64,10 +68,12 @@ def sample_taker(settings: Settings) -> SampleTaker:
     return SampleTaker(folder=data_folder(settings), store=store)
 
 
-def feeding(settings: Settings) -> Feeding:
+def feeding(settings: Settings, sizing: Sizing) -> Feeding:
     """Return how chunks are fed to the engine."""
     return Feeding(
-        in_flight=settings.in_flight,
+        in_flight=settings.in_flight or DEFAULT_IN_FLIGHT,
+        bounds=sizing.bounds,
+        derive=sizing.window,
         retry=RetryPolicy(
             max_attempts=settings.max_attempts,
             base_delay_seconds=settings.retry_base_delay_seconds,
@@ -108,6 +114,7 @@ class GpuResource(dg.ConfigurableResource):
 
     _engine: Engine | None = PrivateAttr(None)
     _settings: Settings | None = PrivateAttr(None)
+    _sizing: Sizing = PrivateAttr(default_factory=Sizing)
 
     @classmethod
     def of(cls, settings: Settings) -> "GpuResource":
@@ -138,18 +145,34 @@ class GpuResource(dg.ConfigurableResource):
             }
         )
 
-    def for_run(self, run_id: str, settings: Settings) -> Engine:
+    @property
+    def sizing(self) -> Sizing:
+        """What was derived for the run's engine; nothing before there is one."""
+        return self._sizing
+
+    def for_run(self, run_id: str, settings: Settings, *, batch_ids: Sequence[str] = ()) -> Engine:
         """Return the run's engine, not started yet; the same one each time.
 
         Engines that a killed run left behind are ended first: they hold device memory. Whenever
         it starts vLLM on a GPU, it looks whether that is healthy, and raises `GpuUnhealthy` if not.
+
+        Args:
+            batch_ids: What the engine is sized for (`services.sizing`).
         """
         if self._engine is None:
             logs = data_folder(settings).logs / "engines"
-            for record in sorted(logs.glob("*.process.json")):
-                end_recorded(record)
+            ended = [end_recorded(record) for record in sorted(logs.glob("*.process.json"))]
+            if any(ended) and no_gate(settings) is None:
+                # What is free is measured next, and the driver takes a while to give it back.
+                time.sleep(SETTLE_SECONDS)
             if (without := no_gate(settings)) is not None:
                 logger.info(without)
+            self._sizing = size_run(
+                settings,
+                folder=data_folder(settings),
+                store=open_store(settings, deadline_seconds=REMEMBER_SECONDS),
+                batch_ids=batch_ids,
+            )
             self._engine = self._build(logs / f"{run_id}.log", settings)
             self._settings = settings
         return self._engine
@@ -180,6 +203,7 @@ class GpuResource(dg.ConfigurableResource):
             remember_engine(engine, engine_in_force(self._settings), store, at=time.time())
 
     def _build(self, log_path: Path, settings: Settings) -> Engine:
+        most = self._sizing.most_in_flight
         match EngineKind(self.engine):
             case EngineKind.VLLM:
                 return VllmEngine(
@@ -187,12 +211,12 @@ class GpuResource(dg.ConfigurableResource):
                     log_path=log_path,
                     served_model_name=self.served_model_name,
                     device=self.device,
-                    args=self.engine_args,
+                    args={**self._sizing.flags, **self.engine_args},
                     make_ladder=partial(self._ladder, settings),
                     before_start=partial(require_healthy_gpu, settings),
                     timeout_seconds=self.request_timeout_seconds,
                     start_timeout_seconds=self.start_timeout_seconds,
-                    connections=settings.in_flight,
+                    connections=most,
                 )
             case EngineKind.REMOTE:
                 return ServerEngine(
@@ -200,7 +224,7 @@ class GpuResource(dg.ConfigurableResource):
                     api_key=self.api_key,
                     timeout_seconds=self.request_timeout_seconds,
                     start_timeout_seconds=self.start_timeout_seconds,
-                    connections=settings.in_flight,
+                    connections=most,
                 )
             case EngineKind.SIMULATED:
                 return SimulatedEngine(
@@ -210,7 +234,7 @@ class GpuResource(dg.ConfigurableResource):
                     make_ladder=partial(self._ladder, settings),
                     timeout_seconds=self.request_timeout_seconds,
                     start_timeout_seconds=self.start_timeout_seconds,
-                    connections=settings.in_flight,
+                    connections=most,
                 )
 
     def _ladder(self, settings: Settings, top: Rung) -> Ladder:
@@ -221,4 +245,5 @@ class GpuResource(dg.ConfigurableResource):
             device=self.device,
             args=self.engine_args,
             retry_seconds=settings.rung_retry_seconds,
+            derived=tuple(self._sizing.flags),
         )

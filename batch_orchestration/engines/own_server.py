@@ -113,7 +113,11 @@ class OwnServerEngine(Engine):
             self._process.stop()
             raise
         self._server = server
-        self._figures |= {"start_seconds": round(time.monotonic() - began, 3), **server.facts}
+        self._figures |= {
+            "start_seconds": round(time.monotonic() - began, 3),
+            "max_num_seqs": self.ladder.rung.max_num_seqs,
+            **server.facts,
+        }
         logger.info("%s is ready after %.1f s", self._process.name, time.monotonic() - began)
         return identity
 
@@ -149,7 +153,7 @@ class OwnServerEngine(Engine):
         self._process.stop()
 
     def figures(self) -> dict[str, Any]:
-        """Return pid, port, number of starts, seconds of the latest one, log, facts."""
+        """Return pid, port, number of starts, seconds of the latest one, slots, log, facts."""
         return dict(self._figures)
 
     def last_log_lines(self, count: int) -> list[str]:

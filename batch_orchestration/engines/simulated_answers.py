@@ -103,7 +103,7 @@ def _generation(
 ) -> dict[str, Any]:
     key = digest(body)
     dice = random.Random(key)
-    natural_length = dice.randint(4, 24)
+    natural_length = max_tokens + 1 if body.get("ignore_eos") else dice.randint(4, 24)
     words = [dice.choice(WORDS) for _ in range(min(natural_length, max_tokens))]
     text = f"[simulated] {' '.join(words)}"
     choice: dict[str, Any] = {

@@ -18,6 +18,7 @@ import msgspec
 from aiohttp import web
 
 from batch_orchestration import __version__
+from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.engines.answers import ABORTED
 from batch_orchestration.engines.simulated_answers import (
     FINGERPRINT,
@@ -28,6 +29,8 @@ from batch_orchestration.engines.simulated_answers import (
     error_body,
     read_faults,
 )
+from batch_orchestration.engines.simulated_kv import KvMachine
+from batch_orchestration.engines.simulated_pace import KvPace
 
 #: Torch's words, so that it is recognised like the real thing.
 OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate it all ({} running)"
@@ -50,6 +53,8 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         dies_above: With more requests running at a time (those beyond `max_num_seqs` wait) the
             server runs out of memory and dies.
         unhealthy: `/health` answers 503.
+        machine: Answers take as long as an engine with this KV cache takes for their tokens, on top
+            of `latency_seconds`; the first one that is given stays.
     """
 
     latency_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
@@ -59,6 +64,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     overloaded_above: int | None = None
     dies_above: int | None = None
     unhealthy: bool = False
+    machine: KvMachine | None = None
 
 
 class SimulatedServer:
@@ -93,6 +99,7 @@ class SimulatedServer:
         self._accepted = 0
         self._running = 0
         self._held_tokens = 0
+        self._pace: KvPace | None = None
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
@@ -124,17 +131,38 @@ class SimulatedServer:
         return _json({"version": __version__, "system_fingerprint": FINGERPRINT})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        blocks = KV_CACHE_TOKENS // KV_BLOCK_TOKENS
+        figures = self._figures
+        blocks = (figures.kv_cache_tokens or 0) // KV_BLOCK_TOKENS
         series = {
-            "num_requests_running{}": self._running,
-            "num_requests_waiting{}": self._accepted - self._running,
-            "kv_cache_usage_perc{}": min(1.0, self._held_tokens / KV_CACHE_TOKENS),
-            "num_preemptions_total{}": 0,
-            "prompt_tokens_total{}": self._prompt_tokens,
-            "generation_tokens_total{}": self._generation_tokens,
+            "num_requests_running{}": figures.running,
+            "num_requests_waiting{}": figures.waiting,
+            "kv_cache_usage_perc{}": figures.kv_usage,
+            "num_preemptions_total{}": figures.preemptions,
+            "prompt_tokens_total{}": figures.prompt_tokens,
+            "generation_tokens_total{}": figures.generation_tokens,
             f'cache_config_info{{block_size="{KV_BLOCK_TOKENS}",num_gpu_blocks="{blocks}"}}': 1.0,
         }
         return web.Response(text="".join(f"vllm:{name} {v}\n" for name, v in series.items()))
+
+    @property
+    def _figures(self) -> EngineFigures:
+        pace = self._pace_of(self._control.read())
+        if pace is not None:
+            return pace.figures
+        return EngineFigures(
+            running=self._running,
+            waiting=self._accepted - self._running,
+            kv_usage=min(1.0, self._held_tokens / KV_CACHE_TOKENS),
+            kv_cache_tokens=KV_CACHE_TOKENS,
+            preemptions=0,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+        )
+
+    def _pace_of(self, conditions: Conditions) -> KvPace | None:
+        if self._pace is None and conditions.machine is not None:
+            self._pace = KvPace(conditions.machine)
+        return self._pace
 
     async def _list_models(self, _request: web.Request) -> web.Response:
         told = {"object": "model", "owned_by": FINGERPRINT, "max_model_len": self._context_tokens}
@@ -168,6 +196,11 @@ class SimulatedServer:
             if faults.exhaust_memory or (most is not None and self._running > most):
                 _end_at_once(OUT_OF_MEMORY.format(self._running))
             await asyncio.sleep(_latency(dice, faults, conditions))
+            if (pace := self._pace_of(conditions)) is not None:
+                await pace.compute(
+                    prompt_tokens=usage["prompt_tokens"],
+                    completion_tokens=usage["completion_tokens"],
+                )
             if faults.fail_first is not None and attempt > faults.fail_first:
                 faults = Faults()
             faults = _chance(dice, conditions) or faults

@@ -11,14 +11,17 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from batch_orchestration.domain.batches import BatchPlan, settings_hash
 from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.domain.commits import Provenance
+from batch_orchestration.domain.derivation import Derived
 from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.domain.overrides import Overrides
 from batch_orchestration.domain.retries import RetryPolicy
+from batch_orchestration.domain.window_control import Bounds
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.services.batch_work import BatchWork
 from batch_orchestration.services.chunk_pass import ChunkRef, PendingRequest
@@ -48,7 +51,9 @@ class Feeding:
     """How chunks are fed: from the deployment's settings.
 
     Attributes:
-        in_flight: Requests given to the engine at a time.
+        in_flight: Requests given to the engine at a time, at first.
+        bounds: Between what that may become by what the engine tells; None if it is fixed.
+        derive: The same from what an engine that was started says of itself.
         engine_restarts: Of a dead engine, in one run.
         hang_seconds: Without a sign of progress, after which the engine counts as dead.
         answer_settings: What answers depend on now; compared with each batch's plan.
@@ -57,6 +62,8 @@ class Feeding:
     """
 
     in_flight: int
+    bounds: Bounds | None = None
+    derive: Callable[[Mapping[str, Any]], Derived] | None = None
     retry: RetryPolicy
     engine_restarts: int
     model_aliases: Mapping[str, str]
@@ -72,6 +79,8 @@ class Feeding:
         """What of it the feeder needs."""
         return Window(
             in_flight=self.in_flight,
+            bounds=self.bounds,
+            derive=self.derive,
             retry=self.retry,
             breaker=self.breaker,
             engine_restarts=self.engine_restarts,

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from batch_orchestration.domain.derivation import DEFAULT_IN_FLIGHT, MOST_IN_FLIGHT
 from batch_orchestration.domain.errors import EngineStartFailed
 from batch_orchestration.domain.ordering import OrderPolicy
 from batch_orchestration.domain.overrides import ANY_MODEL
@@ -99,7 +100,7 @@ def engine_in_force(settings: Settings) -> EngineInForce:
                 kind="remote",
                 model=settings.base_url,
                 device="remote",
-                at_a_time=settings.in_flight,
+                at_a_time=settings.in_flight or DEFAULT_IN_FLIGHT,
             )
         case EngineKind.SIMULATED:
             name = settings.served_model_name or DEFAULT_MODEL
@@ -108,14 +109,15 @@ def engine_in_force(settings: Settings) -> EngineInForce:
                 model=name,
                 device="simulated",
                 served=(name,),
-                at_a_time=settings.in_flight,
+                at_a_time=settings.in_flight or DEFAULT_IN_FLIGHT,
             )
 
 
 def _vllm_in_force(settings: Settings) -> EngineInForce:
     args = {name.lstrip("-").replace("_", "-"): v for name, v in settings.engine_args.items()}
     device = str(settings.device)
-    rung = top_rung(settings.model, device=device, args=args, in_flight=settings.in_flight)
+    in_flight = settings.in_flight or MOST_IN_FLIGHT
+    rung = top_rung(settings.model, device=device, args=args, in_flight=in_flight)
     return EngineInForce(
         kind="vllm",
         model=settings.model,
@@ -124,7 +126,7 @@ def _vllm_in_force(settings: Settings) -> EngineInForce:
         folder=_folder(settings.model),
         served=_served(settings, args),
         checks_names=names_are_checked() and "enable-lora" not in args,
-        at_a_time=rung.max_num_seqs or settings.in_flight,
+        at_a_time=rung.max_num_seqs or DEFAULT_IN_FLIGHT,
     )
 
 

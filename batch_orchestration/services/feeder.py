@@ -84,13 +84,13 @@ class Feeder:
         self._settled = settled
         self._started = started
         self._served: tuple[str, ...] = ()
-        self._easing = Easing(engine.ladder, in_flight=window.in_flight)
+        self._easing = Easing(engine.ladder, in_flight=window.most)
         self._breaker = Breaker(window.breaker)
         self._hang_watch = HangWatch(engine, floor_seconds=window.hang_seconds, moved=self._moved)
         looks = window.hang_seconds / LOOKS_PER_LIMIT
         self._poll = EnginePoll(engine, heard=self._heard, most_seconds=looks)
         self._room = RequestWindow(
-            width=lambda: window.in_flight,
+            window,
             most=lambda: self._easing.in_flight,
             care=care,
             waited=self._vitals.note_progress,
@@ -244,6 +244,7 @@ class Feeder:
                 self._count_restart(failure)
             else:
                 self._served = identity.models
+                self._vitals.derivation = self._room.begin(self._engine.figures())
                 # The old engine may have died of a probe, which then never ends.
                 self._breaker = Breaker(self._window.breaker)
                 self._vitals.enter("feeding", patience_seconds=self._patience_seconds)
@@ -310,6 +311,8 @@ class Feeder:
     async def _heard(self, figures: EngineFigures | None) -> None:
         """Go by what the engine tells of its work; None if it did not answer."""
         self._vitals.engine = figures
+        now = asyncio.get_running_loop().time()
+        self._room.hear(figures, in_flight=self.in_flight, now=now)
         self._vitals.window, self._vitals.unheld_window = self._room.limit, self._room.unheld
         await self._hang_watch.judge(figures, in_flight=self.in_flight)
 
@@ -322,6 +325,7 @@ class Feeder:
         crash_point(CrashPoint.AFTER_OUTCOME)
         del self._unanswered[pending]
         self._settled(pending, outcome)
+        self._room.note_settled()
 
     async def _answer(self, pending: PendingRequest) -> Outcome | None:
         """Return the outcome; None if the device's care forbids the attempts that are left."""

@@ -210,9 +210,7 @@ def engine_need(settings: Settings) -> GpuNeed:
     folder = Path(settings.model).expanduser()
     config = _config(folder)
     weights = (weight_bytes(folder) or 0) * _cast(config, str(args.get("dtype", "auto")))
-    kv_dtype = str(args.get("kv-cache-dtype", "auto"))
-    kv_bytes = DTYPE_BYTES.get(kv_dtype.split("_")[0], 2)
-    needed = needed_bytes(weights, config, kv_dtype_bytes=kv_bytes, devices=devices)
+    needed = needed_bytes(weights, config, kv_dtype_bytes=kv_dtype_bytes(args), devices=devices)
     each = f" on each of {devices}" if devices > 1 else ""
     return GpuNeed(
         devices=devices,
@@ -222,6 +220,24 @@ def engine_need(settings: Settings) -> GpuNeed:
             " the engine, and the smallest KV cache"
         ),
     )
+
+
+def kv_dtype_bytes(args: Mapping[str, Any]) -> int:
+    """Return the bytes of a number in the KV cache on a GPU; vLLM's `auto` is the model's 16 bits.
+
+    Args:
+        args: Flags of vLLM, without dashes.
+    """
+    return DTYPE_BYTES.get(str(args.get("kv-cache-dtype", "auto")).split("_")[0], 2)
+
+
+def model_config(model: str) -> Mapping[str, Any]:
+    """Return the `config.json` of a model in a folder; empty if there is none to read."""
+    try:
+        folder = model_folder(model)
+    except EngineStartFailed:
+        return {}
+    return {} if folder is None else _config(folder)
 
 
 def weight_bytes(folder: Path) -> int | None:

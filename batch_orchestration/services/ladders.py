@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,23 @@ def remembered_ladder(
     device: str,
     args: Mapping[str, Any],
     retry_seconds: float,
+    derived: Collection[str] = (),
     clock: Callable[[], float] = time.time,
 ) -> Ladder:
     """Return a ladder that begins where the last run of the same engine found that it works.
 
     After `retry_seconds` there it begins one rung higher: what filled the memory may be gone.
+
+    Args:
+        derived: Flags that differ from run to run with what is free. What worked is remembered
+            whatever they are, and never raises them.
     """
-    configured = {"args": dict(args), "top": msgspec.to_builtins(top)}
+    fixed = {
+        name: value
+        for name, value in msgspec.to_builtins(top).items()
+        if name.replace("_", "-") not in derived
+    }
+    configured = {"args": dict(args), "top": fixed}
     engine = f"{model} on {device} ({settings_hash(configured)})"
     descent = memory.recall(engine)
     rungs = () if descent is None else descent.rungs
@@ -40,10 +50,21 @@ def remembered_ladder(
         # If the trial fails, the next one waits for its time again.
         memory.note_trial(engine, at=clock())
         rungs = rungs[:-1]
+    rungs = tuple(rung for rung in (_below(each, top) for each in rungs) if rung != top)
     ladder = Ladder(top, descent=rungs, worked=partial(_remember, memory, engine, clock))
     if descent is not None:
         logger.info("memory settings by what worked before: %s", ladder.description)
     return ladder
+
+
+def _below(rung: Rung, top: Rung) -> Rung:
+    """Return a rung with nothing higher than at the top."""
+    lower = {
+        name: min(value, highest)
+        for name, value in msgspec.structs.asdict(rung).items()
+        if value is not None and (highest := getattr(top, name)) is not None
+    }
+    return msgspec.structs.replace(rung, **lower)
 
 
 def chunk_needs(refs: Sequence[ChunkRef], *, max_tokens_cap: int | None) -> Needs:

@@ -8,12 +8,16 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from batch_orchestration.domain.breaker import BreakerPolicy
+from batch_orchestration.domain.derivation import Derived
 from batch_orchestration.domain.device_care import DeviceCare
+from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.retries import RetryPolicy
+from batch_orchestration.domain.window_control import Bounds, WindowControl
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +30,9 @@ class Window:
     """How much is given to the engine, and how often a request or the engine gets another chance.
 
     Attributes:
-        in_flight: Requests given to the engine at a time.
+        in_flight: Requests given to the engine at a time, at first.
+        bounds: Between what that may become by what the engine tells; None if it is fixed.
+        derive: The same from what an engine that was started says of itself.
         engine_restarts: How often a dead engine is started anew before the run gives up.
         hang_seconds: Without any sign of progress the engine counts as dead after this, or after
             a multiple of the latencies seen, if that is longer.
@@ -34,37 +40,46 @@ class Window:
     """
 
     in_flight: int
+    bounds: Bounds | None = None
+    derive: Callable[[Mapping[str, Any]], Derived] | None = None
     retry: RetryPolicy
     breaker: BreakerPolicy
     engine_restarts: int
     hang_seconds: float
     start_timeout_seconds: float = 900.0
 
+    @property
+    def most(self) -> int:
+        """How many requests may be in flight at any time."""
+        return self.in_flight if self.bounds is None else self.bounds.most
+
 
 class RequestWindow:
     """Opens and closes for one request after the other.
 
     Args:
-        width: How many the engine should have, as far as the engine is concerned.
-        most: How many it may have whatever else is said.
+        window: How wide it is at first, and whether it follows the engine from then on.
+        most: How many requests may be in flight whatever else is said.
         care: What the care for the device allows now.
         waited: Told of each look during a pause, for a wait with a reason is no standstill.
     """
 
     def __init__(
         self,
+        window: Window,
         *,
-        width: Callable[[], int],
         most: Callable[[], int],
         care: Callable[[], DeviceCare],
         waited: Callable[[], None] = lambda: None,
     ) -> None:
-        self._waited = waited
-        self._width = width
+        self._window = window
+        self._control = WindowControl(window.in_flight, window.bounds)
         self._most = most
         self._care = care
+        self._waited = waited
         self._changed = asyncio.Event()
         self._share = 1.0
+        self._settled = 0
 
     @property
     def stop(self) -> str | None:
@@ -78,19 +93,45 @@ class RequestWindow:
         The least of the width, the most, and the device's share of the width; only a share of 0
         allows none at all.
         """
-        width, share = self._width(), self._care().share
+        width, share = self._control.width, self._care().share
         allowed = max(1, math.floor(share * width)) if share > 0 else 0
         return min(width, self._most(), allowed)
 
     @property
     def unheld(self) -> int:
         """How many might be in flight now if the care for the device held nothing back."""
-        return min(self._width(), self._most())
+        return min(self._control.width, self._most())
 
     @property
     def is_curbed(self) -> bool:
         """Whether something else than the width keeps the window narrow."""
-        return self.limit < self._width()
+        return self.limit < self._control.width
+
+    def begin(self, figures: Mapping[str, Any]) -> str | None:
+        """Set the width for an engine that has just started, by what it tells of itself.
+
+        Returns:
+            How the width came about; None if it was given.
+        """
+        if self._window.derive is None:
+            return None
+        derived = self._window.derive(figures)
+        logger.info("%s", derived)
+        self._control = WindowControl(int(derived.value), self._window.bounds)
+        return str(derived)
+
+    def hear(self, figures: EngineFigures | None, *, in_flight: int, now: float) -> None:
+        """Follow what the engine tells of its work, unless something else keeps it narrow."""
+        told = None if self.is_curbed else figures
+        before = self._control.width
+        if self._control.note(told, in_flight=in_flight, settled=self._settled, now=now):
+            after = self._control.width
+            logger.info("window %d, was %d: %s", after, before, self._control.reason)
+            self.look_again()
+
+    def note_settled(self) -> None:
+        """Take note of an outcome: their rate tells how long the engine takes for one."""
+        self._settled += 1
 
     async def open(self, taken: Callable[[], int]) -> bool:
         """Wait until there is room for one more; return False if nothing more may be given."""

@@ -29,6 +29,7 @@ class RunVitals:
         loop_at: When the event loop last came round; None while none is to.
         in_flight: Requests that the engine has.
         window: How many it may have now.
+        derivation: How the window that the run began with came about; None if it was given.
         unheld_window: How many it might have if the care for the device held nothing back.
         restarts: Of the engine, in this run.
         engine: Its figures, as last seen.
@@ -44,6 +45,7 @@ class RunVitals:
         self.loop_at: float | None = None
         self.in_flight = 0
         self.window = 0
+        self.derivation: str | None = None
         self.unheld_window = 0
         self.restarts = 0
         self.requests_per_second = 0.0

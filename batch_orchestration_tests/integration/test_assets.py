@@ -413,3 +413,15 @@ def test_a_bad_submission_fails_with_words(deployment, tmp_path, path, options):
     (failure,) = [event for event in result.all_events if event.is_step_failure]
     assert path in failure.step_failure_data.user_failure_data.description
     assert list(deployment.folder.inbox.glob("*.jsonl")) == []
+
+
+def test_how_the_window_came_about_is_metadata_of_the_chunks(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+
+    result = deployment.run(chunk_run(batch_id, range(3)))
+
+    told = materializations(result)
+    assert len(told) == 3
+    for metadata in told.values():
+        assert metadata["window"] == 290
+        assert metadata["derivation"].startswith("- window 290 = 256 running (256 sequences at")

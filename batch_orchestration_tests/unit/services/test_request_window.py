@@ -6,7 +6,12 @@ import pytest
 
 from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.services import request_window
-from batch_orchestration.services.request_window import RequestWindow
+from batch_orchestration.services.request_window import RequestWindow, Window
+from batch_orchestration_tests.workbench import make_feeding
+
+
+def make_window(in_flight: int, **fields) -> Window:
+    return make_feeding(in_flight=in_flight, **fields).window
 
 
 @pytest.mark.parametrize(
@@ -24,7 +29,7 @@ from batch_orchestration.services.request_window import RequestWindow
 )
 def test_the_narrowest_party_decides(width: int, most: int, share: float, limit: int) -> None:
     window = RequestWindow(
-        width=lambda: width, most=lambda: most, care=lambda: DeviceCare(share=share)
+        make_window(width), most=lambda: most, care=lambda: DeviceCare(share=share)
     )
 
     assert window.limit == limit
@@ -36,7 +41,7 @@ def test_it_opens_as_soon_as_somebody_leaves_or_the_pause_is_over(
 ) -> None:
     monkeypatch.setattr(request_window, "LOOK_SECONDS", 0.001)
     taken, care = [1, 1], DeviceCare()
-    window = RequestWindow(width=lambda: 2, most=lambda: 2, care=lambda: care)
+    window = RequestWindow(make_window(2), most=lambda: 2, care=lambda: care)
 
     async def one_more() -> list[bool]:
         nonlocal care
@@ -59,7 +64,7 @@ def test_it_opens_as_soon_as_somebody_leaves_or_the_pause_is_over(
 def test_a_stop_ends_the_wait_even_of_a_full_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_window, "LOOK_SECONDS", 0.001)
     care = DeviceCare()
-    window = RequestWindow(width=lambda: 1, most=lambda: 1, care=lambda: care)
+    window = RequestWindow(make_window(1), most=lambda: 1, care=lambda: care)
 
     async def stopped() -> bool:
         nonlocal care

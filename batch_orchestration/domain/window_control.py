@@ -1,0 +1,218 @@
+"""How wide the window should be, by what the engine tells of its work. Pure: clocks passed in.
+
+vLLM admits by itself what it can run, and what waits at it costs it nothing. So the window must be
+wide enough that a few requests always wait there, and no wider than that: with each request more,
+a death makes one more suspect. It is too wide only where the engine lets in more than its KV cache
+can hold to the end: then it puts requests back and computes them again.
+"""
+
+from dataclasses import dataclass
+from statistics import fmean
+
+from batch_orchestration.domain.derivation import MOST_IN_FLIGHT, queued
+from batch_orchestration.domain.engine_figures import EngineFigures
+
+#: Of the engine's work, what is done again. In sweeps (benchmarks/README.md) the best window of a
+#: tight cache wastes 4 to 7 % so, for a wider batch gains more than that. Up to the first a window
+#: may grow, above the second it narrows, and in between nothing changes: that is the hysteresis.
+WASTE_TOLERATED, WASTE_TOO_MUCH = 0.03, 0.12
+#: What is computed again is read, not written, and that is so much cheaper (as in
+#: `domain.throughput.GUESSED`).
+READING_COST = 0.1
+#: Of the requests running, so many more at the engine are too many.
+SURPLUS_SHARE, SURPLUS_LEAST = 0.5, 16
+#: A window that is too narrow grows by so much at a time: fast while most of the cache is free.
+FAST_GROWTH, SLOW_GROWTH = 1.5, 1.06
+#: Of the KV cache; beyond it growth is slow, for sequences that have just begun still grow.
+FULL_USAGE = 0.6
+#: What a window that wasted too much is narrowed to, of the requests that the engine had let in.
+BACK_OFF = 0.94
+#: They are not many more than what runs at a time.
+ROOM_FOR_PREEMPTED = 1.2
+#: A width that wasted too much is not tried again for so many decisions ...
+MEMORY = 20
+#: ... nor what is nearer to it than this.
+KEEP_BELOW = 0.96
+#: Weight of the last look at the waste: a few long requests that come together make it jump.
+SMOOTHING = 0.5
+#: Between two decisions: as long as a request takes, within limits. What a change does to the
+#: cache shows only when sequences have grown.
+LEAST_SECONDS, MOST_SECONDS = 5.0, 60.0
+#: A window is filled if so much of it is taken, but for one; else its width decides nothing.
+FILLED = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Between what the window may be."""
+
+    least: int = 8
+    most: int = MOST_IN_FLIGHT
+
+
+class WindowControl:
+    """Follows the engine's figures with the width of the window.
+
+    Args:
+        start: Width to begin with.
+        bounds: None if the width is fixed.
+    """
+
+    def __init__(self, start: int, bounds: Bounds | None) -> None:
+        self.width = start if bounds is None else max(bounds.least, min(bounds.most, start))
+        self.reason = "as set" if bounds is None else "as derived"
+        self._bounds = bounds
+        self._epoch: _Epoch | None = None
+        #: A width that wasted too much, and for how many decisions it is remembered.
+        self._too_wide, self._remembered = 0.0, 0
+        self._waste = 0.0
+
+    def note(
+        self, figures: EngineFigures | None, *, in_flight: int, settled: int, now: float
+    ) -> bool:
+        """Take a look at the engine; return whether the width has changed.
+
+        Looks that tell nothing change nothing: no figures, a window that is not filled, or one
+        that was narrowed and is still being left.
+
+        Args:
+            figures: None if the engine did not answer.
+            in_flight: Requests that it has.
+            settled: Counter of requests with an outcome.
+            now: Seconds of a monotonic clock.
+        """
+        if self._bounds is None:
+            return False
+        look = _Look.of(figures, in_flight, settled, now)
+        if look is None or in_flight > self.width:
+            self._epoch = None
+            return False
+        if self._epoch is None or look.begins_anew(self._epoch.first):
+            self._epoch = _Epoch(look)
+            return False
+        self._epoch.add(look)
+        if not self._epoch.is_long_enough:
+            return False
+        before, epoch = self.width, self._epoch
+        self._epoch = _Epoch(look)
+        if epoch.in_flight >= FILLED * self.width - 1:
+            self._decide(epoch, self._bounds)
+        return self.width != before
+
+    def _decide(self, epoch: "_Epoch", bounds: Bounds) -> None:
+        self._remembered = max(0, self._remembered - 1)
+        running, waiting = epoch.running, epoch.waiting
+        waste = self._waste = SMOOTHING * epoch.waste + (1 - SMOOTHING) * self._waste
+        width = float(self.width)
+        if waste > WASTE_TOO_MUCH:
+            # What was put back waits, so that more than what runs was let in.
+            let_in = min(width, ROOM_FOR_PREEMPTED * running)
+            self._too_wide, self._remembered = let_in, MEMORY
+            width = BACK_OFF * let_in
+            self.reason = f"{waste:.0%} of its work is done again, the KV cache is too full"
+        elif epoch.never_needed > SURPLUS_LEAST + SURPLUS_SHARE * running:
+            width -= epoch.never_needed - queued(running)
+            self.reason = (
+                f"never fewer than {epoch.never_needed} requests wait at the engine, which runs"
+                f" {running:.0f}"
+            )
+        elif waiting < 1 and waste <= WASTE_TOLERATED:
+            width *= FAST_GROWTH if epoch.usage < FULL_USAGE else SLOW_GROWTH
+            width = max(width, self.width + 1)
+            if self._remembered:
+                width = min(width, max(self.width, KEEP_BELOW * self._too_wide))
+            self.reason = f"nothing waits at the engine, its KV cache is {epoch.usage:.0%} full"
+        self.width = max(bounds.least, min(bounds.most, round(width)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """One look at an engine that tells all that is needed."""
+
+    at: float
+    running: int
+    waiting: int
+    usage: float
+    cache_tokens: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    settled: int
+    in_flight: int
+
+    @classmethod
+    def of(
+        cls, figures: EngineFigures | None, in_flight: int, settled: int, now: float
+    ) -> "_Look | None":
+        if figures is None or figures.running is None or figures.waiting is None:
+            return None
+        return cls(
+            at=now,
+            running=figures.running,
+            waiting=figures.waiting,
+            usage=figures.kv_usage or 0.0,
+            cache_tokens=figures.kv_cache_tokens or 0,
+            preemptions=figures.preemptions or 0,
+            prompt_tokens=figures.prompt_tokens or 0,
+            generation_tokens=figures.generation_tokens or 0,
+            settled=settled,
+            in_flight=in_flight,
+        )
+
+    def begins_anew(self, first: "_Look") -> bool:
+        """Whether its counters are those of another engine."""
+        return (
+            self.prompt_tokens < first.prompt_tokens
+            or self.generation_tokens < first.generation_tokens
+            or self.preemptions < first.preemptions
+        )
+
+
+class _Epoch:
+    """The looks since the last decision."""
+
+    def __init__(self, first: _Look) -> None:
+        self.first = self._last = first
+        self._looks: list[_Look] = []
+
+    def add(self, look: _Look) -> None:
+        self._last = look
+        self._looks.append(look)
+
+    @property
+    def is_long_enough(self) -> bool:
+        seconds = self._last.at - self.first.at
+        settled = self._last.settled - self.first.settled
+        # By Little's law a request takes in flight / rate.
+        latency = self._last.in_flight * seconds / settled if settled else MOST_SECONDS
+        return seconds >= max(LEAST_SECONDS, min(MOST_SECONDS, latency))
+
+    @property
+    def in_flight(self) -> float:
+        return fmean(look.in_flight for look in self._looks)
+
+    @property
+    def running(self) -> float:
+        return fmean(look.running for look in self._looks)
+
+    @property
+    def waiting(self) -> float:
+        return fmean(look.waiting for look in self._looks)
+
+    @property
+    def never_needed(self) -> int:
+        """How many requests waited at every look."""
+        return min(look.waiting for look in self._looks)
+
+    @property
+    def usage(self) -> float:
+        return fmean(look.usage for look in self._looks)
+
+    @property
+    def waste(self) -> float:
+        """The share of the work that was done before: what each preempted sequence held."""
+        held = self.usage * self._last.cache_tokens / max(1.0, self.running)
+        again = READING_COST * held * (self._last.preemptions - self.first.preemptions)
+        read = READING_COST * (self._last.prompt_tokens - self.first.prompt_tokens)
+        written = self._last.generation_tokens - self.first.generation_tokens
+        return again / max(1.0, again + read + written)

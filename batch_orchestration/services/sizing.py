@@ -1,0 +1,169 @@
+"""Sizes a run's engine and window by what is known now: devices, model, batch, earlier runs."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from batch_orchestration.domain import derivation
+from batch_orchestration.domain.derivation import MOST_IN_FLIGHT, Derived, RequestTokens
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.estimates import Estimate
+from batch_orchestration.domain.model_memory import (
+    DTYPE_BYTES,
+    LEAST_TOKENS,
+    kv_bytes_per_token,
+)
+from batch_orchestration.domain.window_control import Bounds
+from batch_orchestration.engines.vllm_flags import flag_name, whole_number
+from batch_orchestration.services.configuration import engine_in_force
+from batch_orchestration.services.estimates import read_estimate, read_knowledge
+from batch_orchestration.services.gpu_health import (
+    GpuVerdict,
+    examine,
+    kv_dtype_bytes,
+    model_config,
+    no_gate,
+)
+from batch_orchestration.settings import Device, EngineKind, Settings
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+#: vLLM's flags that leave nothing of the memory to derive.
+_MEMORY_FLAGS = frozenset({"gpu-memory-utilization", "kv-cache-memory-bytes"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizing:
+    """What a run is given, as derived.
+
+    Attributes:
+        flags: Of the engine's command; what is set by `BATCH_ENGINE_ARGS` is never among them.
+        derived: How they came about.
+        tokens: Of a request of the run's batches; None if they have no estimate.
+        in_flight: As set by `BATCH_IN_FLIGHT`; None if the window is derived, too.
+    """
+
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    derived: tuple[Derived, ...] = ()
+    tokens: RequestTokens | None = None
+    in_flight: int | None = None
+
+    @property
+    def most_in_flight(self) -> int:
+        """How wide the window may become."""
+        return self.in_flight or MOST_IN_FLIGHT
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """Between what the window may follow the engine; None if it was set."""
+        return None if self.in_flight else Bounds(most=MOST_IN_FLIGHT)
+
+    def window(self, figures: Mapping[str, Any]) -> Derived:
+        """Return the window to begin with, by what an engine that was started says of itself."""
+        if self.in_flight:
+            return Derived(name="window", value=self.in_flight, why="as set by BATCH_IN_FLIGHT")
+        return derivation.window(
+            kv_cache_tokens=figures.get("kv_cache_tokens"),
+            max_num_seqs=figures.get("max_num_seqs"),
+            tokens=self.tokens,
+        )
+
+
+def size_run(
+    settings: Settings, *, folder: DataFolder, store: Store, batch_ids: Sequence[str]
+) -> Sizing:
+    """Derive what a run for these batches is given, and log it; what is not known is left out.
+
+    Reads the devices, if the engine is to run on one of this machine.
+    """
+    tokens = request_tokens([read_estimate(folder, batch_id) for batch_id in batch_ids])
+    sized = Sizing(tokens=tokens, in_flight=settings.in_flight)
+    if settings.engine is not EngineKind.VLLM:
+        return sized
+    args = {flag_name(name): value for name, value in settings.engine_args.items()}
+    derived = list[Derived]()
+    verdict = None if no_gate(settings) is not None else examine(settings)
+    share = None
+    if verdict is not None and not _MEMORY_FLAGS & args.keys():
+        share = memory_share_of(verdict)
+        derived += [share] if share else []
+    if "max-num-seqs" not in args:
+        cache = _cache_known(settings, store) or _cache_expected(settings, args, verdict, share)
+        on_cpu = settings.device is Device.CPU
+        most = derivation.MOST_SEQUENCES_ON_CPU if on_cpu else derivation.MOST_SEQUENCES
+        slots = derivation.sequences(
+            kv_cache_tokens=cache, tokens=tokens, most=min(most, sized.most_in_flight)
+        )
+        derived += [slots] if slots else []
+    for each in derived:
+        logger.info("%s", each)
+    return Sizing(
+        flags={flag_name(each.name): each.value for each in derived},
+        derived=tuple(derived),
+        tokens=tokens,
+        in_flight=settings.in_flight,
+    )
+
+
+def request_tokens(estimates: Sequence[Estimate | None]) -> RequestTokens | None:
+    """Return what a request of several batches has on average; None if none was estimated."""
+    known = [each for each in estimates if each is not None and each.requests]
+    requests = sum(each.requests for each in known)
+    if not requests:
+        return None
+    return RequestTokens(
+        prompt=sum(each.prompt_tokens.mid for each in known) / requests,
+        completion=sum(each.completion_tokens.mid for each in known) / requests,
+    )
+
+
+def memory_share_of(verdict: GpuVerdict) -> Derived | None:
+    """Return the share of memory to claim on the devices that the engine will use."""
+    devices = verdict.devices[: verdict.need.devices]
+    known = [
+        (each.memory_free_bytes, each.memory_total_bytes)
+        for each in devices
+        if each.memory_free_bytes is not None and each.memory_total_bytes
+    ]
+    if len(known) < verdict.need.devices:
+        return None
+    return derivation.memory_share(known, needed_bytes=verdict.need.memory_bytes)
+
+
+def _cache_known(settings: Settings, store: Store) -> int | None:
+    """Return what the cache held when the same engine ran the last time."""
+    try:
+        facts = read_knowledge(store.estimates, engine_in_force(settings)).facts
+    except StorageError as error:
+        logger.warning("what the engine said of itself is not known: %s", error)
+        return None
+    return None if facts is None else facts.kv_cache_tokens
+
+
+def _cache_expected(
+    settings: Settings,
+    args: Mapping[str, Any],
+    verdict: GpuVerdict | None,
+    share: Derived | None,
+) -> int | None:
+    """Return what the cache will hold by the model's shape; None if that is not told."""
+    config = model_config(settings.model)
+    if settings.device is Device.CPU:
+        cache_bytes = whole_number(engine_in_force(settings).args.get("kv-cache-memory-bytes"))
+        dtype = str(engine_in_force(settings).args.get("dtype"))
+        per_token = kv_bytes_per_token(config, dtype_bytes=DTYPE_BYTES.get(dtype, 4), devices=1)
+        return cache_bytes // per_token if cache_bytes and per_token else None
+    if verdict is None or share is None or verdict.need.memory_bytes is None:
+        return None
+    total = min(each.memory_total_bytes or 0 for each in verdict.devices[: verdict.need.devices])
+    return derivation.cache_tokens(
+        claimed_bytes=share.value * total,
+        needed_bytes=verdict.need.memory_bytes,
+        least_tokens=LEAST_TOKENS,
+        bytes_per_token=kv_bytes_per_token(
+            config, dtype_bytes=kv_dtype_bytes(args), devices=verdict.need.devices
+        ),
+    )
