@@ -43,15 +43,17 @@ def measure_engine(
     store, in_force = open_store(present), engine_in_force(present)
     engine = gpu.for_run(context.run.run_id, present)
     try:
-        report = asyncio.run(
-            calibrate(
-                engine,
-                requests=config.requests,
-                seconds=config.seconds,
-                at_a_time=in_force.at_a_time,
-                run_id=context.run.run_id,
+        # It is over in minutes: a fault of the device only keeps the next run from it.
+        with gpu.sampling(context.run.run_id, present):
+            report = asyncio.run(
+                calibrate(
+                    engine,
+                    requests=config.requests,
+                    seconds=config.seconds,
+                    at_a_time=in_force.at_a_time,
+                    run_id=context.run.run_id,
+                )
             )
-        )
         store.estimates.add_runs(report.runs, model=in_force.model, device=in_force.device)
         remember_engine(engine, in_force, store, at=time.time())
     except BatchOrchestrationError as error:
