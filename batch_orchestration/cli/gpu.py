@@ -65,6 +65,10 @@ def _say(verdict: GpuVerdict) -> None:
     click.echo(f"{amount}: {verdict.need.why}")
     for reason in verdict.reasons:
         click.echo(f"unhealthy: {reason}")
+    shown = {device.hardware_uuid for device in verdict.devices}
+    for uuid, why in verdict.fences.items():
+        if uuid not in shown:
+            click.echo(f"not shown: {uuid}: {why}")
     if verdict.healthy:
         click.echo("healthy: an engine may be started")
 
@@ -75,6 +79,7 @@ def _object(verdict: GpuVerdict) -> dict[str, object]:
         "reasons": verdict.reasons,
         "no_gate": verdict.no_gate,
         "unreadable": verdict.unreadable,
+        "fences": verdict.fences,
         "need": msgspec.to_builtins(verdict.need),
         "devices": [msgspec.to_builtins(device) for device in verdict.devices],
     }

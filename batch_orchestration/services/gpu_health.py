@@ -53,6 +53,7 @@ class GpuVerdict:
         devices: Those that CUDA shows; empty if they could not be read.
         unreadable: Why they could not be read; None if they could.
         reasons: What speaks against starting an engine; empty if nothing does.
+        fences: Why devices are fenced, by uuid; also of such as CUDA does not show.
     """
 
     no_gate: str | None
@@ -60,6 +61,7 @@ class GpuVerdict:
     unreadable: str | None
     need: GpuNeed
     reasons: tuple[str, ...]
+    fences: Mapping[str, str]
 
     @property
     def healthy(self) -> bool:
@@ -155,6 +157,7 @@ def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
     unreadable = isinstance(readings, GpuUnreadable)
     without = no_gate(settings)
     need, reasons = GpuNeed(), list[str]()
+    fences: Mapping[str, str] = {}
     if without is None:
         own = own_pids(DataFolder(settings.data_dir))
         need = engine_need(settings)
@@ -170,6 +173,7 @@ def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
         unreadable=str(readings) if unreadable else None,
         need=need,
         reasons=tuple(reasons),
+        fences=fences,
     )
 
 

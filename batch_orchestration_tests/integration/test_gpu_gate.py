@@ -5,6 +5,7 @@ import threading
 from contextlib import ExitStack, closing
 
 import dagster as dg
+import msgspec
 import pynvml  # noqa: TID253 - to know whether this machine has a GPU
 import pytest
 
@@ -224,13 +225,16 @@ def test_a_person_clears_a_fence_and_is_remembered(deployment, cli, install):
     install(FakeGpu())
     facts = read_gpus()[0]
     fence_off(deployment.folder, facts, "it fell", True, by="run-1")
+    elsewhere = msgspec.structs.replace(facts, uuid="GPU-2")
+    fence_off(deployment.folder, elsewhere, "it fell", True, by="run-1")
 
     fenced = cli.run("gpu", exit_code=1).stdout
     unknown = cli.run("gpu", "--clear", "GPU-9", exit_code=1)
     cleared = cli.run("gpu", "--clear", facts.uuid)
 
     assert f"gpu --clear {facts.uuid}" in fenced
-    assert f"fenced are: {facts.uuid}" in unknown.stderr
+    assert f"fenced are: {facts.uuid}, GPU-2" in unknown.stderr
+    assert "not shown: GPU-2: fenced since" in fenced
     assert "It was: it fell" in cleared.stderr
     assert "healthy: an engine may be started" in cleared.stdout
     (record,) = cleared_fences(deployment.folder)
