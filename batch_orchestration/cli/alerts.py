@@ -11,7 +11,9 @@ from batch_orchestration.cli.context import (
     print_json,
 )
 from batch_orchestration.domain.alert_book import AlertBook
+from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.services.alert_channels import alert_channels
+from batch_orchestration.services.alert_watchdog import LOOK_SECONDS, Watchdog
 from batch_orchestration.services.alerting import send_test
 from batch_orchestration.services.wording import duration
 from batch_orchestration.storage.alert_files import read_book
@@ -24,17 +26,24 @@ _SET_ONE = (
 
 @click.command()
 @click.option("--test", is_flag=True, help="Send a test alert through every channel.")
+@click.option("--watch", is_flag=True, help="Until Ctrl-C: tell if Dagster looks for none.")
 @json_option
-def alerts(test: bool, as_json: bool) -> None:
+def alerts(test: bool, watch: bool, as_json: bool) -> None:
     """Show the open alerts and what is still to be sent.
 
     With --test: send one through every channel and say what happened; exit 1 unless all took it.
+    With --watch: tell through every channel if Dagster's daemon is dead, which cannot do so itself.
     """
     context = open_context()
+    if watch and (test or as_json):
+        raise click.UsageError("--watch goes with no other option")
+    if watch:
+        _watch(context)
+        return
     if test:
         _send_test(context, as_json=as_json)
         return
-    book = read_book(context.folder)
+    book = read_book(context.folder.alerts)
     if as_json:
         print_json(_object(book))
     elif book is None:
@@ -54,6 +63,26 @@ def _send_test(context: Context, *, as_json: bool) -> None:
         click.echo(_SET_ONE, err=True)
     if not channels or any(problems.values()):
         click.get_current_context().exit(1)
+
+
+def _watch(context: Context) -> None:
+    channels = alert_channels(context.settings)
+    if not channels:
+        click.echo(_SET_ONE, err=True)
+    watchdog = Watchdog(context.settings, context.folder, channels, began=context.clock())
+    while True:
+        try:
+            tended = watchdog.look(context.clock())
+            for message in tended.news:
+                click.echo(message.text)
+            for name, problem in tended.problems.items():
+                click.echo(f"{name}: {problem or 'sent'}")
+        except (BatchOrchestrationError, OSError) as error:  # it is no reason to stop watching
+            click.echo(f"cannot look: {error}", err=True)
+        try:
+            context.sleep(LOOK_SECONDS)
+        except KeyboardInterrupt:
+            return
 
 
 def _show(context: Context, book: AlertBook) -> None:

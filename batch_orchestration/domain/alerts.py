@@ -32,6 +32,7 @@ class AlertKind(StrEnum):
     DISPATCH_STOPPED = "dispatch_stopped"
     HEALTH_UNKNOWN = "health_unknown"
     # About alerts themselves.
+    ALERTS_SILENT = "alerts_silent"
     ALERTS_LOST = "alerts_lost"
     TEST = "test"
 

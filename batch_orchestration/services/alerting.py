@@ -28,7 +28,7 @@ _LOG_LEVELS = {
     Severity.WARNING: logging.WARNING,
     Severity.INFO: logging.INFO,
 }
-#: Books that a full disk did not take, by data folder: without them each tick would tell all again.
+#: Books that a full disk did not take, by path: without them each tick would tell all again.
 _unsaved: dict[Path, AlertBook] = {}
 
 
@@ -75,6 +75,7 @@ def tend_alerts(
     channels: Mapping[str, Send],
     now: float,
     look: Callable[..., Seen] = look_for_alerts,
+    path: Path | None = None,
 ) -> Tended:
     """Look once, and send what is due. Called by one process at a time: it owns the book.
 
@@ -87,9 +88,11 @@ def tend_alerts(
         channels: By name.
         now: POSIX seconds.
         look: What there is to be told.
+        path: Of the book; default: that of `alert_sensor`.
     """
+    path = path or folder.alerts
     rules = alert_rules(settings)
-    book, lost = _open_book(folder, now)
+    book, lost = _open_book(path, now)
     seen = look(settings=settings, folder=folder, book=book, now=now)
     if lost is not None:
         seen = Seen(
@@ -106,14 +109,14 @@ def tend_alerts(
         now=now,
         remember_seconds=LOOK_BACK_SECONDS,
     )
-    _save(folder, book)
+    _save(path, book)
     for message in news:
         logger.log(_LOG_LEVELS[message.severity], "%s", " | ".join(message.text.splitlines()))
     posts = due(book, rules=rules, now=now)
     problems = deliver(posts, channels, root=folder.root)
     if problems:
         book = sent(book, posts, problems, rules=rules, now=now)
-        _save(folder, book)
+        _save(path, book)
     for name, problem in problems.items():
         if problem is not None:
             logger.warning("alerts wait, for %s: %s", name, problem)
@@ -140,15 +143,15 @@ def send_test(
     return deliver(dict.fromkeys(channels, post), channels, root=folder.root, strict=True)
 
 
-def _open_book(folder: DataFolder, now: float) -> tuple[AlertBook, Alert | None]:
+def _open_book(path: Path, now: float) -> tuple[AlertBook, Alert | None]:
     """Return the book, and an alert if it had to be begun anew though there was one."""
-    if (unsaved := _unsaved.get(folder.root)) is not None:
+    if (unsaved := _unsaved.get(path)) is not None:
         return unsaved, None
     began = AlertBook(began=now, cursor=now)
     try:
-        return read_book(folder) or began, None
+        return read_book(path) or began, None
     except StorageError as error:
-        _set_aside(folder)
+        _set_aside(path)
         # Later than it began, or it would be history.
         began = AlertBook(began=now - 1, cursor=now)
         return began, Alert(
@@ -161,18 +164,18 @@ def _open_book(folder: DataFolder, now: float) -> tuple[AlertBook, Alert | None]
         )
 
 
-def _set_aside(folder: DataFolder) -> None:
+def _set_aside(path: Path) -> None:
     try:
-        set_book_aside(folder)
+        set_book_aside(path)
     except StorageError as error:
         logger.warning("the damaged book of alerts stays where it is: %s", error)
 
 
-def _save(folder: DataFolder, book: AlertBook) -> None:
+def _save(path: Path, book: AlertBook) -> None:
     try:
-        write_book(folder, book)
-        _unsaved.pop(folder.root, None)
+        write_book(path, book)
+        _unsaved.pop(path, None)
     except StorageError as error:
         # That the disk is full is what somebody has to be told.
-        _unsaved[folder.root] = book
+        _unsaved[path] = book
         logger.warning("the book of alerts is kept in memory: %s", error)

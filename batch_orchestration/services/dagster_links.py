@@ -1,4 +1,4 @@
-"""Links to Dagster's pages, for those who are told of something elsewhere."""
+"""Ways to Dagster, for those who are told of something elsewhere: its pages, and its start."""
 
 from urllib.parse import quote
 
@@ -6,6 +6,8 @@ from batch_orchestration.settings import Settings
 
 #: As `workspace.yaml` and `pyproject.toml` name it.
 LOCATION = "batch_orchestration"
+#: What a person types when Dagster is dead.
+RESTART = "systemctl restart batch-orchestration.target; without systemd: dagster dev"
 
 
 def run_link(settings: Settings, run_id: str) -> str:

@@ -13,7 +13,7 @@ from batch_orchestration.domain.heartbeats import Condition, Heartbeat, Pulse, Q
 from batch_orchestration.domain.queueing import EntryState, QueueEntry, QueueView
 from batch_orchestration.engines.process_records import is_running
 from batch_orchestration.services import gpu_health
-from batch_orchestration.services.dagster_links import run_link, sensor_link
+from batch_orchestration.services.dagster_links import RESTART, run_link, sensor_link
 from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.services.wording import duration
 from batch_orchestration.settings import EngineKind, Settings
@@ -44,7 +44,6 @@ _GIB = 2**30
 #: The engine's own client takes no proxy either.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _STATUS = "python -m batch_orchestration status"
-_START = "systemctl restart batch-orchestration.target; without systemd: dagster dev"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def dagster(look: Look) -> Iterator[Finding]:
         yield _unhealthy(
             "dagster",
             "dispatch_sensor has never ended a tick: Dagster was not started here",
-            _START,
+            RESTART,
         )
         return
     age = look.now - queue.at
@@ -103,12 +102,12 @@ def dagster(look: Look) -> Iterator[Finding]:
             next_command=f"look at its ticks: {sensor}",
         )
     elif age <= DEAD_SECONDS:
-        yield _degraded("dagster", f"no tick has ended for {duration(age)}", _START)
+        yield _degraded("dagster", f"no tick has ended for {duration(age)}", RESTART)
     else:
         yield _unhealthy(
             "dagster",
             f"no tick has ended for {duration(age)}: daemon or code location do not run",
-            _START,
+            RESTART,
         )
 
 
@@ -330,7 +329,7 @@ def persons(look: Look) -> Iterator[Finding]:
     """Name the batches that go on only after a person has done something."""
     needs = read_needs(look.folder)
     if needs is None:
-        yield _degraded("persons", "is not known before dispatch_sensor has looked", _START)
+        yield _degraded("persons", "is not known before dispatch_sensor has looked", RESTART)
         return
     for need in needs:
         yield _degraded(

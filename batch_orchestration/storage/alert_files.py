@@ -1,35 +1,44 @@
-"""The book of alerts as a file of the data folder."""
+"""Books of alerts as files: that of `alert_sensor`, and that of the watchdog beside it."""
 
 import contextlib
 import time
+from pathlib import Path
 
 import msgspec
 
 from batch_orchestration.domain.alert_book import AlertBook
-from batch_orchestration.storage.files import DataFolder, disk_errors, read_kept, write_atomically
+from batch_orchestration.storage.files import disk_errors, read_kept, write_atomically
 
 
-def write_book(folder: DataFolder, book: AlertBook) -> None:
+def write_book(path: Path, book: AlertBook) -> None:
     """Replace the book, durably.
 
     Raises:
         DiskFull: There is no room; the old one stands.
         StorageError: It cannot be written; the old one stands.
     """
-    write_atomically(folder.alerts, msgspec.json.encode(book))
+    write_atomically(path, msgspec.json.encode(book))
 
 
-def read_book(folder: DataFolder) -> AlertBook | None:
+def read_book(path: Path) -> AlertBook | None:
     """Return the book; None if there is none yet.
 
     Raises:
         StorageError: It is damaged.
     """
-    return read_kept(folder.alerts, AlertBook)
+    return read_kept(path, AlertBook)
 
 
-def set_book_aside(folder: DataFolder) -> None:
+def set_book_aside(path: Path) -> None:
     """Put a damaged book out of the way, for people."""
-    aside = folder.alerts.with_name(f"alerts.damaged-{int(time.time())}.json")
+    aside = path.with_name(f"{path.stem}.damaged-{int(time.time())}.json")
     with contextlib.suppress(FileNotFoundError), disk_errors(aside):
-        folder.alerts.replace(aside)
+        path.replace(aside)
+
+
+def last_tended(path: Path) -> float | None:
+    """Return when the book was written last, which each look does; None if it never was."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None

@@ -13,86 +13,15 @@ from batch_orchestration.domain.alerts import AlertKind
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.errors import DiskFull
 from batch_orchestration.domain.estimates import Band, Basis, Estimate
-from batch_orchestration.domain.health import Finding, HealthReport, Level
+from batch_orchestration.domain.health import Finding, Level
 from batch_orchestration.domain.scores import Score
 from batch_orchestration.services import alerting
-from batch_orchestration.services.alert_channels import alert_channels
-from batch_orchestration.services.alerting import tend_alerts
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.alert_files import read_book
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.health_files import write_health
-from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.alert_bench import TICK, Tower
 from batch_orchestration_tests.alert_servers import Webhook, serving
-from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
+from batch_orchestration_tests.builders import NOW, make_input, make_plan
 from batch_orchestration_tests.integration.deployment import Deployment
-
-TICK = 30.0
-
-
-class Tower:
-    """A data folder with its store, watched on a clock that the test moves."""
-
-    def __init__(self, root, webhook):
-        self.webhook = webhook
-        self.settings = Settings(
-            data_dir=root / "data", engine="simulated", alert_webhook_url=webhook.url,
-            alert_dead_letters=3, _env_file=None,
-        )  # fmt: skip
-        self.folder = DataFolder(self.settings.data_dir)
-        self.folder.create()
-        self.store = Store(self.folder.duckdb, deadline_seconds=5)
-        self.now = NOW
-        self.findings: tuple[Finding, ...] = ()
-
-    def tick(self, *, seconds=TICK):
-        """Look as `health_sensor` and `alert_sensor` do."""
-        self.now += seconds
-        findings = [
-            msgspec.structs.replace(found, since=found.since or self.now) for found in self.findings
-        ]
-        fine = Finding(check="disk", level=Level.HEALTHY, reason="there is room")
-        write_health(self.folder, HealthReport(at=self.now, findings=(fine, *findings)))
-        return self.tend()
-
-    def tend(self):
-        return tend_alerts(
-            settings=self.settings,
-            folder=self.folder,
-            channels=alert_channels(self.settings),
-            now=self.now,
-        )
-
-    def begin(self):
-        """The first tick: from now on there is news."""
-        self.tick()
-        self.now += 1
-
-    def add(self, name="b.jsonl", *, requests=10, failing=()):
-        plan = make_plan(make_input(requests), file_name=name)
-        self.store.add_batch(plan, at=self.now)
-        for chunk in plan.chunks:
-            settled = [
-                msgspec.structs.replace(request, settled_at=self.now)
-                for request in make_settled_chunk(chunk, failing=failing)
-            ]
-            self.store.commit_chunk(
-                plan.batch_id, chunk.number, settled, run_id="run-1", at=self.now, seconds=1.0
-            )
-        return plan.batch_id
-
-    def end(self, batch_id, status=BatchStatus.COMPLETED):
-        for step in (BatchStatus.FINALIZING, status):
-            self.store.set_status(batch_id, step, at=self.now, actor="run-1", reason="all is done")
-
-    @property
-    def kinds(self):
-        """Of the open alerts."""
-        return [opened.alert.kind for opened in read_book(self.folder).opened.values()]
-
-    def only(self):
-        (text,) = self.webhook.texts
-        return text
 
 
 @pytest.fixture
@@ -440,7 +369,7 @@ def test_a_full_disk_is_told_once_though_the_book_cannot_be_written(tower, monke
     tower.begin()
     tower.findings = (Finding(check="disk", level=Level.UNHEALTHY, reason="0.0 GiB are free"),)
 
-    def full(folder, book):
+    def full(path, book):
         raise DiskFull("no room")
 
     with monkeypatch.context() as patch:
@@ -450,7 +379,7 @@ def test_a_full_disk_is_told_once_though_the_book_cannot_be_written(tower, monke
     tower.tick()
 
     assert "The disk is nearly full" in tower.only()
-    assert read_book(tower.folder).opened
+    assert read_book(tower.folder.alerts).opened
 
 
 # --- in Dagster -----------------------------------------------------------------------------------

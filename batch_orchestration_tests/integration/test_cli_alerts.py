@@ -68,3 +68,21 @@ def test_a_test_without_any_channel_fails_and_says_what_to_set(cli):
     result = cli.run("alerts", "--test", exit_code=1, **given(cli))
 
     assert "BATCH_ALERT_WEBHOOK_URL" in result.stderr
+
+
+def test_a_watch_tells_of_a_dead_daemon_until_it_is_interrupted(cli):
+    now = [NOW]
+
+    def sleep(seconds):
+        now[0] += seconds
+        if now[0] > NOW + 600:
+            raise KeyboardInterrupt
+
+    result = cli.run(
+        "alerts", "--watch", settings=settings(cli, alert_command=TAKE), clock=lambda: now[0],
+        sleep=sleep,
+    )  # fmt: skip
+
+    assert result.stdout.count("daemon or its code location is dead") == 1
+    assert result.stdout.count("command: sent") == 1
+    assert not cli.folder.alerts.exists()

@@ -1,0 +1,81 @@
+"""A data folder with its store, watched as the sensors watch it, on a clock that the test moves."""
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.health import Finding, HealthReport, Level
+from batch_orchestration.services.alert_channels import alert_channels
+from batch_orchestration.services.alerting import tend_alerts
+from batch_orchestration.settings import Settings
+from batch_orchestration.storage.alert_files import read_book
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.health_files import write_health
+from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
+
+TICK = 30.0
+
+
+class Tower:
+    """A data folder with its store, watched on a clock that the test moves."""
+
+    def __init__(self, root, webhook):
+        self.webhook = webhook
+        self.settings = Settings(
+            data_dir=root / "data", engine="simulated", alert_webhook_url=webhook.url,
+            alert_dead_letters=3, _env_file=None,
+        )  # fmt: skip
+        self.folder = DataFolder(self.settings.data_dir)
+        self.folder.create()
+        self.store = Store(self.folder.duckdb, deadline_seconds=5)
+        self.now = NOW
+        self.findings: tuple[Finding, ...] = ()
+
+    def tick(self, *, seconds=TICK):
+        """Look as `health_sensor` and `alert_sensor` do."""
+        self.now += seconds
+        findings = [
+            msgspec.structs.replace(found, since=found.since or self.now) for found in self.findings
+        ]
+        fine = Finding(check="disk", level=Level.HEALTHY, reason="there is room")
+        write_health(self.folder, HealthReport(at=self.now, findings=(fine, *findings)))
+        return self.tend()
+
+    def tend(self):
+        return tend_alerts(
+            settings=self.settings,
+            folder=self.folder,
+            channels=alert_channels(self.settings),
+            now=self.now,
+        )
+
+    def begin(self):
+        """The first tick: from now on there is news."""
+        self.tick()
+        self.now += 1
+
+    def add(self, name="b.jsonl", *, requests=10, failing=()):
+        plan = make_plan(make_input(requests), file_name=name)
+        self.store.add_batch(plan, at=self.now)
+        for chunk in plan.chunks:
+            settled = [
+                msgspec.structs.replace(request, settled_at=self.now)
+                for request in make_settled_chunk(chunk, failing=failing)
+            ]
+            self.store.commit_chunk(
+                plan.batch_id, chunk.number, settled, run_id="run-1", at=self.now, seconds=1.0
+            )
+        return plan.batch_id
+
+    def end(self, batch_id, status=BatchStatus.COMPLETED):
+        for step in (BatchStatus.FINALIZING, status):
+            self.store.set_status(batch_id, step, at=self.now, actor="run-1", reason="all is done")
+
+    @property
+    def kinds(self):
+        """Of the open alerts."""
+        return [opened.alert.kind for opened in read_book(self.folder.alerts).opened.values()]
+
+    def only(self):
+        (text,) = self.webhook.texts
+        return text
