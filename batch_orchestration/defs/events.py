@@ -215,6 +215,7 @@ def _kept_figures(kept: Kept) -> Metadata:
         "lost_held_seconds": round(kept.held_seconds, 3),
         "lost_drain_seconds": round(kept.drain_seconds, 3),
         "lost_commit_seconds": round(kept.commit_seconds, 3),
+        "narrow_window_seconds": round(kept.narrow_seconds, 3),
         "engine_busy_seconds": round(kept.engine_busy_seconds, 3),
     }
     if (rate := kept.full_tokens_per_second) is not None:

@@ -14,6 +14,8 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
         commit_seconds: Everything was answered and not yet committed.
         engine_busy_seconds: The engine had something to compute, by its own metrics.
         held_seconds: The engine could have had more, and was given less on purpose: heat.
+        narrow_seconds: Of the kept time: the window was full, and the engine let nothing wait. A
+            wider window might have done more; how much more nobody knows.
         tokens: Written by the engine, by its own counter where it has one.
         full_seconds: The engine was full, between two readings of that counter.
         full_tokens: Written in that time.
@@ -27,6 +29,7 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     commit_seconds: float
     engine_busy_seconds: float
     held_seconds: float = 0.0
+    narrow_seconds: float = 0.0
     tokens: float = 0.0
     full_seconds: float = 0.0
     full_tokens: float = 0.0

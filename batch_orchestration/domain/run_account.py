@@ -69,6 +69,8 @@ class RunAccount(msgspec.Struct, frozen=True, kw_only=True):
         busy_seconds: The engine had all that it could run.
         held_seconds: It could have run more, and the run was told to give it less: heat.
         engine_busy_seconds: It had anything to compute, by its own metrics where it has some.
+        narrow_seconds: Of the busy time: the window was full and nothing waited at the engine. It
+            might have run more; how much more nobody knows.
         tokens: Written for the batch, by the engine's counter where it has one.
         full_seconds: The engine was full, between two readings of that counter.
         full_tokens: Written then.
@@ -87,6 +89,7 @@ class RunAccount(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float = 0.0
     commit_seconds: float = 0.0
     engine_busy_seconds: float = 0.0
+    narrow_seconds: float = 0.0
     tokens: float = 0.0
     full_seconds: float = 0.0
     full_tokens: float = 0.0
@@ -149,11 +152,13 @@ class Accountant:
     def _charge_time(self, moment: Moment, seconds: float) -> None:
         parts = self._parts(moment)
         computing = _is_computing(moment)
+        narrow = parts.get("busy_seconds", 0.0) * _is_narrow(moment)
         for batch_id, share in self._shares(moment).items():
             for name, part in parts.items():
                 self._charge(batch_id, name, seconds * share * part)
             self._charge(batch_id, "wall_seconds", seconds * share)
             self._charge(batch_id, "engine_busy_seconds", seconds * share * computing)
+            self._charge(batch_id, "narrow_seconds", seconds * share * narrow)
         self._stretch[0] += seconds
         self._stretch[1] += seconds * parts.get("busy_seconds", 0.0)
 
@@ -228,6 +233,13 @@ def _is_computing(moment: Moment) -> bool:
     if figures is None or (figures.running is None and figures.waiting is None):
         return True
     return bool(figures.running or figures.waiting)
+
+
+def _is_narrow(moment: Moment) -> bool:
+    """Whether a wider window might do more: it is full, and the engine runs all that it has."""
+    if moment.engine is None or moment.engine.waiting is None or moment.dry:
+        return False
+    return moment.engine.waiting == 0 and moment.in_flight >= FULL * moment.window
 
 
 def kept(accounts: Iterable[RunAccount]) -> Kept | None:

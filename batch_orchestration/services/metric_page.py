@@ -37,7 +37,8 @@ class Floor:
         names = {name for metric in lasting for name in _names_of_series(metric)}
         try:
             families = list(text_string_to_metric_families(path.read_text()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, IndexError):
+            # The last one is how the library says that a line ends too early.
             return
         for sample in (sample for family in families for sample in family.samples):
             if sample.name in names:

@@ -1,5 +1,6 @@
 """Hands metrics out: as text, as a file for node exporter, and over HTTP."""
 
+import os
 import threading
 from pathlib import Path
 from wsgiref.simple_server import WSGIServer
@@ -8,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest, start_http_ser
 
 from batch_orchestration.services.metric_page import Floor
 from batch_orchestration.services.metrics import MetricsCollector
-from batch_orchestration.storage.files import DataFolder, write_atomically
+from batch_orchestration.storage.files import DataFolder, atomic_writer
 
 #: Node exporter runs as another user.
 _READABLE_BY_ALL = 0o644
@@ -29,8 +30,10 @@ def write_textfile(folder: DataFolder, path: Path) -> None:
     """
     floor = Floor()
     floor.read(path)
-    write_atomically(path, metrics_text(folder, floor=floor))
-    path.chmod(_READABLE_BY_ALL)
+    page = metrics_text(folder, floor=floor)
+    with atomic_writer(path) as file:
+        os.fchmod(file.fileno(), _READABLE_BY_ALL)
+        file.write(page)
 
 
 def serve_metrics(

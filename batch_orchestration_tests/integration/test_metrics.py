@@ -263,6 +263,37 @@ def test_a_scrape_while_a_stranger_has_the_store_tells_what_was_known(bench: Met
     assert exporter.value("requests_total", state="completed") == 19
 
 
+def test_a_textfile_that_is_written_while_the_store_is_locked_keeps_its_counters(
+    bench: MetricsBench, tmp_path: Path
+) -> None:
+    """Each writing is a new process, which knows nothing but the file that it replaces."""
+    path = tmp_path / "batch.prom"
+    write_textfile(bench.folder, path)
+    bench.folder.duckdb.rename(tmp_path / "away")
+
+    write_textfile(bench.folder, path)
+
+    page = path.read_text()
+    assert value(page, "store_up") == 0
+    assert value(page, "requests_total", state="completed") == 9
+    assert value(page, "request_latency_seconds_bucket", le="+Inf") == 9
+    assert value(page, "requests_pending") is None, "of what is now, nothing is known"
+
+
+@pytest.mark.parametrize(
+    "left", [b"", b"\xff", b"{", b"a{b=} 1\n", b'a{b="c\n', b"# TYPE\n", b"a b c d"]
+)
+def test_a_textfile_that_is_no_page_is_replaced(
+    bench: MetricsBench, tmp_path: Path, left: bytes
+) -> None:
+    path = tmp_path / "batch.prom"
+    path.write_bytes(left)
+
+    write_textfile(bench.folder, path)
+
+    assert value(path.read_text(), "commits_total") == 1
+
+
 def test_a_store_that_has_not_changed_is_not_opened(bench: MetricsBench, monkeypatch) -> None:
     exporter = Exporter(bench.folder)
     exporter.value("store_up")

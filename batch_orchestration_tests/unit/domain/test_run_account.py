@@ -117,6 +117,16 @@ def test_an_engine_that_once_ran_few_is_believed_when_it_runs_more() -> None:
     assert account.feed_gap_seconds == 6.0
 
 
+def test_a_full_window_at_which_nothing_waits_may_be_too_narrow_and_is_told_so() -> None:
+    """By the window the engine is full; by its own figures it could run more."""
+    narrow = feeding(8, engine=EngineFigures(running=8, waiting=0))
+    fed = feeding(8, engine=EngineFigures(running=6, waiting=2))
+
+    account = account_of((0.0, narrow), (3.0, fed), (10.0, fed))
+
+    assert (account.busy_seconds, account.narrow_seconds) == (10.0, 3.0)
+
+
 def test_time_is_divided_between_batches_by_what_each_has_in_flight() -> None:
     both = feeding(8, by_batch={"own": 2, "guest": 6})
     looks = (
@@ -224,6 +234,7 @@ def test_the_parts_add_up_to_the_wall_time_whatever_a_run_sees(
         assert math.isclose(
             sum(account[name] for name in PARTS), account["wall_seconds"], abs_tol=1e-6
         )
+        assert account["narrow_seconds"] <= account["busy_seconds"] + 1e-6
         assert account["engine_busy_seconds"] <= account["wall_seconds"] + 1e-6
         assert account["full_tokens"] <= account["tokens"] + 1e-6
     wall = sum(account["wall_seconds"] for account in accounts)
