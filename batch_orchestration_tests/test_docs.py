@@ -115,6 +115,18 @@ def test_every_command_that_a_page_tells_to_run_exists_with_its_options() -> Non
         assert not unknown, f"{name} has no {unknown}"
 
 
+def test_every_command_that_the_program_itself_tells_to_run_exists() -> None:
+    sources = (ROOT / "batch_orchestration").rglob("*.py")
+    # Sentences may break within a command.
+    told = {
+        name
+        for source in sources
+        for name in re.findall(r"python -m\W+batch_orchestration ([a-z-]+)", source.read_text())
+    }
+
+    assert {"health", "failures", "recover"} <= told <= main.commands.keys()
+
+
 def test_every_make_target_that_a_page_tells_to_run_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
     pages = [*PAGES, ROOT / "ARCHITECTURE.md", *(ROOT / "benchmarks").glob("*.md")]

@@ -6,6 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from batch_orchestration.defs.resources import SettingsResource, data_folder
+from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.services.alert_channels import Send, alert_channels
 from batch_orchestration.services.alerting import tend_alerts
 from batch_orchestration.settings import Settings
@@ -53,12 +54,15 @@ def alert_sensor(
     context: dg.SensorEvaluationContext, settings: SettingsResource, alerts: AlertsResource
 ) -> dg.SkipReason:
     """Look once, and send what is due; the only writer of the book."""
-    tended = tend_alerts(
-        settings=settings,
-        folder=data_folder(settings),
-        channels=alerts.channels(settings),
-        now=time.time(),
-    )
+    try:
+        tended = tend_alerts(
+            settings=settings,
+            folder=data_folder(settings),
+            channels=alerts.channels(settings),
+            now=time.time(),
+        )
+    except StorageError as error:
+        return dg.SkipReason(f"not this time: {error}")
     for message in tended.news:
         context.log.info(message.text)
     for name, problem in tended.problems.items():

@@ -5,10 +5,10 @@ tick; which of it is news is decided by `domain/alert_book.py`.
 """
 
 import contextlib
+import logging
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,197 +18,93 @@ from batch_orchestration.domain.alerts import Alert, AlertKind, Severity
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError
-from batch_orchestration.domain.health import Finding, HealthReport, Level
+from batch_orchestration.domain.estimates import Band
 from batch_orchestration.domain.scores import Score
+from batch_orchestration.services.alert_findings import FROM_HEALTH, from_health
 from batch_orchestration.services.dagster_links import (
     batch_link,
-    health_link,
-    run_link,
     sensor_link,
 )
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.wording import duration, seconds_band
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.health_files import read_health
-from batch_orchestration.storage.heartbeat_files import read_pulse
 from batch_orchestration.storage.queue_files import read_pause
 from batch_orchestration.storage.store import Store
 from batch_orchestration.storage.watching import Ending, Watched, watch
 
+logger = logging.getLogger(__name__)
+
 #: Events are looked at again so long behind the cursor: they carry the time at which they were
 #: decided, and who writes them may wait ten minutes for the store before they can be seen.
 LOOK_BACK_SECONDS = 3600.0
-#: `health_sensor` looks every 30 s, and a tick may take a minute.
-HEALTH_STALE_SECONDS = 150.0
 STORE_SECONDS = 5.0
+#: Starts of runs and engines take minutes, which means nothing for a batch of seconds.
+SLACK_SECONDS = 600.0
 #: Scores looked at; more batches do not end within a look.
 _SCORES = 50
 _FROM_STORE = frozenset({AlertKind.DEAD_LETTERS, AlertKind.BATCH_LATE})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Rule:
-    """Of which kind an ill check is an alert.
-
-    Attributes:
-        level: From which on.
-        lasts: For how long it must have been ill: what mends itself within that is none.
-    """
-
-    kind: AlertKind
-    level: Level
-    title: str
-    lasts: float = 0.0
-
-
-#: By the check's name, up to a colon. A check that is not here is `health_unknown`.
-_RULES = {
-    "dagster": _Rule(
-        kind=AlertKind.DISPATCH_STOPPED,
-        level=Level.UNHEALTHY,
-        title="No batch is served: dispatch_sensor does not tick",
-        lasts=60.0,  # a deployment that was just started has not ticked yet
-    ),
-    "store": _Rule(
-        kind=AlertKind.STORE_UNUSABLE, level=Level.UNHEALTHY, title="The store cannot be used"
-    ),
-    "disk": _Rule(kind=AlertKind.DISK_LOW, level=Level.DEGRADED, title="The disk is nearly full"),
-    "queue": _Rule(
-        kind=AlertKind.QUEUE_STALLED, level=Level.UNHEALTHY, title="The queue does not move"
-    ),
-    "worker": _Rule(
-        kind=AlertKind.BATCH_STUCK,
-        level=Level.UNHEALTHY,
-        title="A run is stuck",
-        lasts=120.0,  # by then it was to be ended and started again
-    ),
-    "engine": _Rule(
-        kind=AlertKind.ENGINE_SILENT,
-        level=Level.UNHEALTHY,
-        title="The engine does not answer",
-        lasts=60.0,
-    ),
-    "gpu": _Rule(kind=AlertKind.GPU_UNHEALTHY, level=Level.UNHEALTHY, title="The GPU is unhealthy"),
-    "person": _Rule(
-        kind=AlertKind.NEEDS_PERSON, level=Level.DEGRADED, title="A batch waits for a person"
-    ),
-}
-_RESTARTS = _Rule(
-    kind=AlertKind.ENGINE_RESTARTS,
-    level=Level.DEGRADED,
-    title="The engine is started again and again",
-)
-_OTHER = _Rule(
-    kind=AlertKind.HEALTH_UNKNOWN, level=Level.UNHEALTHY, title="A part of the health is not known"
-)
-_FROM_HEALTH = frozenset({r.kind for r in _RULES.values()} | {_RESTARTS.kind, _OTHER.kind})
 
 
 def look_for_alerts(*, settings: Settings, folder: DataFolder, book: AlertBook, now: float) -> Seen:
     """Return what is the case now, and what has happened since the book's cursor.
 
     What cannot be looked at is unknown: nothing of it is taken to be over, and no event is passed
-    over.
+    over. A source that fails keeps no other from being looked at.
     """
-    conditions, unknown = _from_health(settings, folder, book, now)
-    events = list(_rejected(settings, folder, book))
     since = max(book.began, book.cursor - LOOK_BACK_SECONDS)
-    try:
-        watched = watch(
-            folder.duckdb, since=since, began=book.began, deadline_seconds=STORE_SECONDS
-        )
-        scores = _scores(folder, since)
-    except StorageError:  # that it cannot be read is the health's finding
-        return Seen(
-            conditions=conditions, events=events, unknown=unknown | _FROM_STORE, cursor=None
-        )
-    events += [(a, e.at) for e in watched.endings if (a := _of_ending(e, settings)) is not None]
-    events += [
-        (_missed(score, settings), score.scored_at)
-        for score in scores
-        if _is_missed(score, settings.alert_estimate_factor)
+    parts = [
+        _guarded("health", FROM_HEALTH, lambda: from_health(settings, folder, book, now)),
+        _guarded("rejected files", frozenset(), lambda: _rejected(settings, folder, since, now)),
+        _guarded("store", _FROM_STORE, lambda: _from_store(settings, folder, book, since, now)),
     ]
-    conditions += _dead_letters(watched, settings)
-    if read_pause(folder) is None:
-        conditions += _late(watched.unfinished, settings, folder, now)
-    else:
-        unknown = unknown | {AlertKind.BATCH_LATE}
-    return Seen(conditions=conditions, events=events, unknown=unknown, cursor=now)
+    return Seen(
+        conditions=[alert for part in parts for alert in part.conditions],
+        events=[event for part in parts for event in part.events],
+        unknown=frozenset(kind for part in parts for kind in part.unknown),
+        cursor=None if any(part.cursor is None for part in parts) else now,
+    )
 
 
-# --- the health -----------------------------------------------------------------------------------
-
-
-def _from_health(
-    settings: Settings, folder: DataFolder, book: AlertBook, now: float
-) -> tuple[list[Alert], frozenset[AlertKind]]:
-    report, problem = None, "health_sensor has written none yet"
+def _guarded(name: str, kinds: frozenset[AlertKind], look: Callable[[], Seen]) -> Seen:
     try:
-        report = read_health(folder)
-    except StorageError as error:
-        problem = str(error)
-    seen_at = book.began if report is None else max(report.at, book.began)
-    if report is not None and now - report.at <= HEALTH_STALE_SECONDS:
-        return list(_of_report(report, settings, folder)), frozenset()
-    stale = now - seen_at
-    if report is not None:
-        problem = f"the last report is {duration(stale)} old"
-    unknown = _FROM_HEALTH - {AlertKind.HEALTH_UNKNOWN}
-    if stale <= HEALTH_STALE_SECONDS:
-        return [], _FROM_HEALTH
-    alert = Alert(
-        key="health",
-        kind=AlertKind.HEALTH_UNKNOWN,
-        severity=Severity.ERROR,
-        title="Nobody knows whether the deployment is well",
-        cause=f"{problem}: health_sensor was stopped, or fails",
-        link=sensor_link(settings, "health_sensor"),
-        next_command="python -m batch_orchestration health",
-    )
-    return [alert], unknown
-
-
-def _of_report(report: HealthReport, settings: Settings, folder: DataFolder) -> Iterator[Alert]:
-    for finding in report.problems:
-        family, _, about = finding.check.partition(":")
-        rule = _RULES.get(family, _OTHER)
-        if family == "engine" and finding.level is Level.DEGRADED:
-            rule = _RESTARTS
-        lasted = report.at - (finding.since or report.at)
-        if finding.level >= rule.level and lasted >= rule.lasts:
-            yield _of_finding(finding, rule, about, settings, folder)
-
-
-def _of_finding(
-    finding: Finding, rule: _Rule, about: str, settings: Settings, folder: DataFolder
-) -> Alert:
-    named, link = about, health_link(settings)
-    if about and finding.check.startswith(("worker:", "engine:")):
-        named, link = _batch_of(about, folder) or f"run {about[:8]}", run_link(settings, about)
-    if rule.kind is AlertKind.NEEDS_PERSON:
-        link = finding.next_command or link
-    return Alert(
-        key=f"{rule.kind}:{finding.check}",
-        kind=rule.kind,
-        severity=Severity.ERROR if finding.level is Level.UNHEALTHY else Severity.WARNING,
-        title=f"{rule.title}: {named}" if named else rule.title,
-        cause=finding.reason,
-        link=link,
-        next_command=None if finding.next_command == link else finding.next_command,
-    )
-
-
-def _batch_of(run_id: str, folder: DataFolder) -> str | None:
-    """Return the batch that a run has in hand, as far as its heartbeat tells."""
-    with contextlib.suppress(OSError):
-        pulse = read_pulse(folder.heartbeat_path(run_id))
-        if pulse is not None and pulse.heartbeat is not None:
-            return pulse.heartbeat.batch_id
-    return None
+        return look()
+    except StorageError:  # that it cannot be read is a finding of the health
+        return Seen(unknown=kinds, cursor=None)
+    except Exception as error:
+        logger.exception("looking for alerts in the %s failed", name)
+        broken = Alert(
+            key=f"source:{name}",
+            kind=AlertKind.HEALTH_UNKNOWN,
+            severity=Severity.ERROR,
+            title=f"Nobody looks at the {name} for alerts",
+            cause=f"alert_sensor fails at it: {error!r}",
+            next_command="python -m batch_orchestration health",
+        )
+        return Seen(conditions=[broken], unknown=kinds, cursor=None)
 
 
 # --- the store ------------------------------------------------------------------------------------
+
+
+def _from_store(
+    settings: Settings, folder: DataFolder, book: AlertBook, since: float, now: float
+) -> Seen:
+    watched = watch(folder.duckdb, since=since, began=book.began, deadline_seconds=STORE_SECONDS)
+    events = [(a, e.at) for e in watched.endings if (a := _of_ending(e, settings)) is not None]
+    events += [
+        (_missed(score, settings), score.scored_at)
+        for score in _scores(folder, since)
+        if _is_missed(score, settings.alert_estimate_factor)
+    ]
+    paused = read_pause(folder) is not None
+    late = () if paused else _late(watched.unfinished, settings, folder, now)
+    return Seen(
+        conditions=[*_dead_letters(watched, settings), *late],
+        events=events,
+        unknown=frozenset({AlertKind.BATCH_LATE}) if paused else frozenset(),
+        cursor=now,
+    )
 
 
 def _of_ending(ending: Ending, settings: Settings) -> Alert | None:
@@ -290,7 +186,11 @@ def _scores(folder: DataFolder, since: float) -> Sequence[Score]:
 
 def _is_missed(score: Score, factor: float) -> bool:
     expected = score.expected_seconds
-    return expected is not None and score.actual_seconds > factor * expected.high
+    return expected is not None and _is_beyond(score.actual_seconds, expected, factor)
+
+
+def _is_beyond(seconds: float, expected: Band, factor: float) -> bool:
+    return seconds > max(factor * expected.high, expected.high + SLACK_SECONDS)
 
 
 def _missed(score: Score, settings: Settings) -> Alert:
@@ -316,7 +216,8 @@ def _late(
         estimate = read_estimate(folder, batch.batch_id)
         done = None if estimate is None else estimate.until_done
         began = batch.times.get(BatchStatus.IN_PROGRESS, batch.created_at)
-        if done is None or now - began <= settings.alert_estimate_factor * done.high:
+        factor = settings.alert_estimate_factor
+        if done is None or not _is_beyond(now - began, done, factor):
             continue
         yield Alert(
             key=f"{AlertKind.BATCH_LATE}:{batch.batch_id}",
@@ -335,17 +236,14 @@ def _late(
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _rejected(
-    settings: Settings, folder: DataFolder, book: AlertBook
-) -> Iterator[tuple[Alert, float]]:
-    """Yield the files of which nothing could be used, by what lies beside them."""
+def _rejected(settings: Settings, folder: DataFolder, since: float, now: float) -> Seen:
+    """Look at the files of which nothing could be used, by what lies beside them."""
+    events = []
     for path in sorted(folder.rejected.glob("*.errors.json")):
-        try:
-            at = path.stat().st_mtime
-        except FileNotFoundError:
-            continue
-        if at > max(book.began, book.cursor - LOOK_BACK_SECONDS):
-            yield _of_rejected(path, settings, at), at
+        with contextlib.suppress(FileNotFoundError):
+            if (at := path.stat().st_mtime) > since:
+                events.append((_of_rejected(path, settings, at), at))
+    return Seen(events=events, cursor=now)
 
 
 def _of_rejected(path: Path, settings: Settings, at: float) -> Alert:

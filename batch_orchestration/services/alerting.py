@@ -18,7 +18,12 @@ from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.services.alert_channels import Send, deliver
 from batch_orchestration.services.alert_sources import LOOK_BACK_SECONDS, look_for_alerts
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.alert_files import read_book, set_book_aside, write_book
+from batch_orchestration.storage.alert_files import (
+    read_book,
+    set_book_aside,
+    tending,
+    write_book,
+)
 from batch_orchestration.storage.files import DataFolder
 
 logger = logging.getLogger(__name__)
@@ -77,7 +82,7 @@ def tend_alerts(
     look: Callable[..., Seen] = look_for_alerts,
     path: Path | None = None,
 ) -> Tended:
-    """Look once, and send what is due. Called by one process at a time: it owns the book.
+    """Look once, and send what is due. One at a time: who is at it owns the book.
 
     News are kept before they are sent. Who dies in between sends them again: nothing is lost, and
     little is told twice.
@@ -89,8 +94,23 @@ def tend_alerts(
         now: POSIX seconds.
         look: What there is to be told.
         path: Of the book; default: that of `alert_sensor`.
+
+    Raises:
+        StorageError: Somebody else is at it.
     """
     path = path or folder.alerts
+    with tending(path):
+        return _tend(settings, folder, channels, now, look, path)
+
+
+def _tend(
+    settings: Settings,
+    folder: DataFolder,
+    channels: Mapping[str, Send],
+    now: float,
+    look: Callable[..., Seen],
+    path: Path,
+) -> Tended:
     rules = alert_rules(settings)
     book, lost = _open_book(path, now)
     seen = look(settings=settings, folder=folder, book=book, now=now)

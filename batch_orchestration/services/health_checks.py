@@ -1,5 +1,6 @@
 """The checks of a deployment's health: each a function that says what it found, healthy or not."""
 
+import contextlib
 import os
 import secrets
 import urllib.error
@@ -13,6 +14,7 @@ from batch_orchestration.domain.heartbeats import Condition, Heartbeat, Pulse, Q
 from batch_orchestration.domain.queueing import EntryState, QueueEntry, QueueView
 from batch_orchestration.engines.process_records import is_running
 from batch_orchestration.services import gpu_health
+from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dagster_links import RESTART, run_link, sensor_link
 from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.services.wording import duration
@@ -174,6 +176,12 @@ def queue(look: Look) -> Iterator[Finding]:
             f"{paused.actor} paused it {duration(look.now - paused.at)} ago{why}",
             "python -m batch_orchestration resume",
         )
+    elif (claim := _oldest_claim(look)) is not None:
+        yield _unhealthy(
+            "queue",
+            f"{claim} was taken from the inbox long ago and is not admitted: its admissions fail",
+            f"look at the ticks of inbox_sensor: {sensor_link(look.settings, 'inbox_sensor')}",
+        )
     elif standing is None:
         yield _healthy("queue", counts)
     elif look.now - standing.since < look.settings.stalled_seconds:
@@ -185,6 +193,16 @@ def queue(look: Look) -> Iterator[Finding]:
             " nothing is at work and nothing keeps it",
             _STATUS,
         )
+
+
+def _oldest_claim(look: Look) -> str | None:
+    """Return the file that was claimed too long ago; the admission of any takes minutes at most."""
+    for claim in open_inbox(look.settings, look.folder).claims():
+        with contextlib.suppress(FileNotFoundError):
+            since = claim.path.with_name("claim.json").stat().st_mtime  # written once, first
+            if look.now - since > look.settings.stalled_seconds:
+                return claim.file_name
+    return None
 
 
 def standstill(look: Look) -> Standstill | None:

@@ -2,11 +2,14 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from batch_orchestration.domain.alert_book import AlertBook
+from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.storage.files import disk_errors, read_kept, write_atomically
 
 
@@ -27,6 +30,25 @@ def read_book(path: Path) -> AlertBook | None:
         StorageError: It is damaged.
     """
     return read_kept(path, AlertBook)
+
+
+@contextlib.contextmanager
+def tending(path: Path) -> Iterator[None]:
+    """Be the only one who tends a book.
+
+    Raises:
+        StorageError: Somebody else does, for example a tick that a person asked for in the UI.
+    """
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    with disk_errors(path):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise StorageError(f"{path} is being tended by another tick") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def set_book_aside(path: Path) -> None:

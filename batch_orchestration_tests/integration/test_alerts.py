@@ -11,13 +11,14 @@ import pytest
 from batch_orchestration.defs.alerts import AlertsResource
 from batch_orchestration.domain.alerts import AlertKind
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import DiskFull
+from batch_orchestration.domain.errors import DiskFull, StorageError
 from batch_orchestration.domain.estimates import Band, Basis, Estimate
 from batch_orchestration.domain.health import Finding, Level
 from batch_orchestration.domain.scores import Score
-from batch_orchestration.services import alerting
+from batch_orchestration.services import alert_sources, alerting
+from batch_orchestration.services.alert_sources import SLACK_SECONDS
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.alert_files import read_book
+from batch_orchestration.storage.alert_files import read_book, tending
 from batch_orchestration_tests.alert_bench import TICK, Tower
 from batch_orchestration_tests.alert_servers import Webhook, serving
 from batch_orchestration_tests.builders import NOW, make_input, make_plan
@@ -182,9 +183,9 @@ def test_a_batch_far_beyond_its_estimate_is_late_until_it_ends(tower):
     path.write_bytes(msgspec.json.encode(estimate))
     tower.store.add_batch(plan, at=tower.now)
 
-    tower.tick(seconds=200)
+    tower.tick(seconds=110 + SLACK_SECONDS)
     assert tower.webhook.texts == []
-    tower.tick(seconds=60)
+    tower.tick(seconds=30)
     assert "is far beyond its estimate" in tower.only()
     assert tower.kinds == [AlertKind.BATCH_LATE]
 
@@ -196,7 +197,7 @@ def test_a_batch_far_beyond_its_estimate_is_late_until_it_ends(tower):
 
 def test_an_estimate_that_was_badly_missed_is_told_once(tower):
     tower.begin()
-    for batch_id, actual in (("b-1", 200.0), ("b-2", 300.0)):
+    for batch_id, actual in (("b-1", 300.0), ("b-2", 800.0)):
         score = Score(
             batch_id=batch_id, scored_at=tower.now, requests=10, basis=Basis.CHARACTERS,
             expected_prompt_tokens=band(100), actual_prompt_tokens=100,
@@ -306,6 +307,34 @@ def test_while_the_store_cannot_be_read_nothing_of_it_is_over_and_no_event_is_lo
     tower.tick()
 
     assert "has expired" in tower.webhook.texts[-1]
+
+
+def test_a_source_that_fails_is_told_and_silences_no_other(tower, monkeypatch):
+    tower.begin()
+    batch_id = tower.add(failing=(1, 2))
+    tower.end(batch_id)
+
+    def broken(*arguments):
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(alert_sources, "_of_ending", broken)
+        tower.findings = (Finding(check="gpu", level=Level.UNHEALTHY, reason="it fell off"),)
+        tower.tick()
+    told = "\n".join(tower.webhook.texts)
+    tower.tick()
+
+    assert "Nobody looks at the store for alerts" in told
+    assert "The GPU is unhealthy" in told
+    assert f"Batch {batch_id} is completed" in tower.webhook.texts[-1]
+
+
+def test_two_ticks_at_once_tell_nothing_twice(tower):
+    """A person may have a sensor evaluated in the UI while the daemon does."""
+    tower.begin()
+
+    with tending(tower.folder.alerts), pytest.raises(StorageError):
+        tower.tick()
 
 
 # --- channels and the book ------------------------------------------------------------------------

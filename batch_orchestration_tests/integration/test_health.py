@@ -14,11 +14,18 @@ import pytest
 from batch_orchestration.defs.health import deployment_is_healthy
 from batch_orchestration.domain.errors import GpuUnreadable
 from batch_orchestration.domain.health import Finding, Level
-from batch_orchestration.domain.queueing import EntryState, NeedsPerson, Pause, WaitReason
+from batch_orchestration.domain.queueing import (
+    EntryKind,
+    EntryState,
+    NeedsPerson,
+    Pause,
+    WaitReason,
+)
 from batch_orchestration.services import gpu_health, health, health_checks
+from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.storage.health_files import read_health
 from batch_orchestration.storage.queue_files import pause
-from batch_orchestration_tests.builders import NOW, make_batch
+from batch_orchestration_tests.builders import NOW, make_batch, make_input
 from batch_orchestration_tests.health_bench import HealthBench, entry
 from batch_orchestration_tests.integration.deployment import Deployment
 
@@ -234,6 +241,23 @@ def test_a_queue_is_not_stalled_while_a_run_lives(bench):
         bench.beat()
         assert bench.watch().level is Level.HEALTHY
         bench.now += bench.settings.stalled_seconds
+
+
+def test_a_file_whose_admissions_fail_again_and_again_stalls_the_queue(bench):
+    path = bench.folder.inbox / "people.jsonl"
+    path.write_bytes(make_input(2))
+    inbox = Inbox(bench.folder, settle_seconds=0)
+    (claim,) = inbox.claim_ready(now=time.time() + 1)
+    os.utime(claim.path.with_name("claim.json"), (NOW, NOW))
+    found = []
+    for _ in range(2):
+        bench.tick(entry("people.jsonl", kind=EntryKind.FILE, state=EntryState.WAITING))
+        bench.beat()  # of an admission that will fail, too
+        found.append(bench.find("queue"))
+        bench.now += bench.settings.stalled_seconds + 1
+
+    assert [finding.level for finding in found] == [Level.HEALTHY, Level.UNHEALTHY]
+    assert "people.jsonl was taken from the inbox" in found[1].reason
 
 
 def test_a_paused_queue_is_degraded_and_says_who_and_how_to_go_on(bench):
