@@ -90,7 +90,11 @@ class Settings(BaseSettings):
     journal_retention_days: float = Field(
         30, ge=0, description="Journals are kept so long after delivery; `recover` needs them."
     )
-    requests_per_chunk: int = Field(1000, ge=1, description="Requests per chunk (= partition).")
+    requests_per_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="Requests per chunk (= partition); default: about a minute's, else 1,000.",
+    )
 
     # The queue
     max_unfinished_batches: int = Field(

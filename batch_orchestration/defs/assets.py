@@ -107,7 +107,8 @@ def chunk_results(
 ) -> Iterator[dg.MaterializeResult[None]]:
     """**Answers and failures of one chunk of requests**, committed to DuckDB.
 
-    A chunk has 1,000 of them, unless `BATCH_REQUESTS_PER_CHUNK` says otherwise.
+    A chunk has about a minute's work of them, or 1,000 where the engine was never measured, unless
+    `BATCH_REQUESTS_PER_CHUNK` says otherwise.
 
     A partition is green once every one of its requests has an outcome, failed ones included; it
     turns green the moment it is committed, not when its run ends. Failed requests are rows of

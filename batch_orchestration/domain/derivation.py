@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.throughput import Costs, Work
 
 #: Requests in flight where nothing is known: as many as vLLM computes together by default.
@@ -45,6 +46,18 @@ class RequestTokens(msgspec.Struct, frozen=True, kw_only=True):
     def held(self) -> float:
         """Tokens of a running sequence: its prompt, and over its life half of its answer."""
         return max(1.0, self.prompt + self.completion / 2)
+
+
+def request_tokens(estimates: Sequence[Estimate | None]) -> RequestTokens | None:
+    """Return what a request of several batches has on average; None if none was estimated."""
+    known = [each for each in estimates if each is not None and each.requests]
+    requests = sum(each.requests for each in known)
+    if not requests:
+        return None
+    return RequestTokens(
+        prompt=sum(each.prompt_tokens.mid for each in known) / requests,
+        completion=sum(each.completion_tokens.mid for each in known) / requests,
+    )
 
 
 class Derived(msgspec.Struct, frozen=True, kw_only=True):

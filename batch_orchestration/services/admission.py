@@ -143,7 +143,7 @@ class _Admission:
             try:
                 options = read_options(self._place.sidecar(), self._place.origin())
                 intake = self._intake(options)
-                reading = BatchFileReading(self._settings.rules(options), examine=intake.examine)
+                reading = self._settings.reading(options, intake)
                 self._read(user_file, reading)
                 self._refuse_if_unusable(reading)
                 self._keep_estimate(intake, reading, options)

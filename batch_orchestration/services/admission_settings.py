@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from batch_orchestration.domain.batches import (
@@ -11,7 +12,10 @@ from batch_orchestration.domain.batches import (
     LinePolicy,
     OnOversize,
 )
+from batch_orchestration.domain.derivation import DEFAULT_CHUNK
+from batch_orchestration.services.chunk_sizing import choose_chunk_size
 from batch_orchestration.services.estimates import EstimateSettings
+from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration.services.refusals import refusal
 from batch_orchestration.services.room import QueueRules
@@ -22,6 +26,7 @@ class AdmissionSettings:
     """The settings that admission depends on.
 
     Attributes:
+        requests_per_chunk: None if it is derived of each file (`services.chunk_sizing`).
         max_file_bytes: Of the expanded content; not even a byte more is written anywhere.
         max_requests_per_batch: What `on_oversize` goes by.
         model_required: False if an alias `*` supplies a missing `model`.
@@ -30,7 +35,7 @@ class AdmissionSettings:
         queue: What may be in the queue; None where nothing is to wait.
     """
 
-    requests_per_chunk: int
+    requests_per_chunk: int | None
     max_line_bytes: int
     max_file_bytes: int = MAX_FILE_BYTES
     max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH
@@ -44,10 +49,19 @@ class AdmissionSettings:
     def rules(self, options: BatchOptions) -> ReadingRules:
         """Return what the lines of a file with these options must keep to."""
         return ReadingRules(
-            requests_per_chunk=self.requests_per_chunk,
+            requests_per_chunk=self.requests_per_chunk or DEFAULT_CHUNK,
             max_line_bytes=self.max_line_bytes,
             requests_per_batch=self.max_requests_per_batch,
             model_required=self.model_required and options.model is None,
+        )
+
+    def reading(self, options: BatchOptions, intake: Intake) -> BatchFileReading:
+        """Return what reads a file with these options, and has its requests seen by the intake."""
+        rules = self.rules(options)
+        choose = partial(choose_chunk_size, rules=rules, intake=intake)
+        derived = self.requests_per_chunk is None
+        return BatchFileReading(
+            rules, examine=intake.examine, choose_chunk_size=choose if derived else None
         )
 
     def refusal(self, reading: BatchFileReading) -> str | None:
@@ -55,7 +69,7 @@ class AdmissionSettings:
         return refusal(
             reading,
             line_policy=self.line_policy,
-            requests_per_chunk=self.requests_per_chunk,
+            requests_per_chunk=reading.requests_per_chunk,
             max_requests_per_batch=self.max_requests_per_batch,
             on_oversize=self.on_oversize,
         )

@@ -35,12 +35,24 @@ class Intake:
         self._options = options
         self._settings = settings
         self._knowledge = knowledge
+        self._now = now
         self._profiler = settings.profiler()
         self._feasibility = Feasibility(
             known_limits(settings.engine, knowledge.facts, now=now),
             overrides=settings.overrides(options),
             engine=settings.engine,
             counter=settings.counter,
+        )
+
+    @property
+    def knows_costs(self) -> bool:
+        """Whether the engine was ever measured."""
+        return self._knowledge.throughput is not None
+
+    def anew(self) -> "Intake":
+        """Return one that knows the same and has seen nothing."""
+        return Intake(
+            self._options, settings=self._settings, knowledge=self._knowledge, now=self._now
         )
 
     def examine(self, request: Request) -> Request | Fault:

@@ -44,6 +44,8 @@ class BatchFileReading:
     Args:
         rules: For its lines.
         examine: Sees each request that is usable so far, and has the last word on it.
+        choose_chunk_size: Given the file before it is read, at its beginning, and leaves it there;
+            in place of the rules' `requests_per_chunk`.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class BatchFileReading:
         rules: ReadingRules,
         *,
         examine: Callable[[Request], Request | Fault] = lambda request: request,
+        choose_chunk_size: Callable[[BinaryIO], int] | None = None,
     ) -> None:
         self.requests = 0
         self.faults_by_code: Counter[FailureCode] = Counter()
@@ -61,6 +64,8 @@ class BatchFileReading:
         self._rules = rules
         self._examine = examine
         self._sha256 = hashlib.sha256()
+        self._choose_chunk_size = choose_chunk_size
+        self.requests_per_chunk = rules.requests_per_chunk
         self._chunks = _ChunkCutter(rules.requests_per_chunk, rules.requests_per_batch)
         self._first_lines: dict[bytes, int] = {}
 
@@ -69,6 +74,9 @@ class BatchFileReading:
 
         Of several usable requests with one `custom_id` the first stands; the others are faults.
         """
+        if self._choose_chunk_size is not None:
+            self.requests_per_chunk = self._choose_chunk_size(file)
+            self._chunks = _ChunkCutter(self.requests_per_chunk, self._rules.requests_per_batch)
         for line in read_lines(file, self._rules.max_line_bytes, observe=self._observe):
             self.lines, self.size_bytes = line.line, line.end
             self._chunks.add(line)

@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from batch_orchestration.domain import derivation
-from batch_orchestration.domain.derivation import MOST_IN_FLIGHT, Derived, RequestTokens
+from batch_orchestration.domain.derivation import (
+    MOST_IN_FLIGHT,
+    Derived,
+    RequestTokens,
+    request_tokens,
+)
 from batch_orchestration.domain.errors import StorageError
-from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.model_memory import (
     DTYPE_BYTES,
     LEAST_TOKENS,
@@ -105,18 +109,6 @@ def size_run(
         derived=tuple(derived),
         tokens=tokens,
         in_flight=settings.in_flight,
-    )
-
-
-def request_tokens(estimates: Sequence[Estimate | None]) -> RequestTokens | None:
-    """Return what a request of several batches has on average; None if none was estimated."""
-    known = [each for each in estimates if each is not None and each.requests]
-    requests = sum(each.requests for each in known)
-    if not requests:
-        return None
-    return RequestTokens(
-        prompt=sum(each.prompt_tokens.mid for each in known) / requests,
-        completion=sum(each.completion_tokens.mid for each in known) / requests,
     )
 
 

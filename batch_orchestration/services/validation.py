@@ -90,7 +90,7 @@ def validate(
             if options is None:
                 options = read_options(find_sidecar(path))
             intake = _intake(options, settings, tables, clock())
-            reading = BatchFileReading(settings.rules(options), examine=intake.examine)
+            reading = settings.reading(options, intake)
             reason = _read(path, reading, settings, faults, max_listed_faults)
             if reason is None:
                 estimate = intake.estimate(at=clock(), seed=reading.sha256)

@@ -7,9 +7,10 @@ import msgspec
 import pytest
 
 from batch_orchestration.domain.batches import settings_hash
+from batch_orchestration.domain.derivation import request_tokens
 from batch_orchestration.domain.estimates import Band, Basis, Estimate
 from batch_orchestration.services.configuration import engine_in_force
-from batch_orchestration.services.sizing import Sizing, request_tokens, size_run
+from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.estimates import EngineFacts
 from batch_orchestration.storage.files import DataFolder
