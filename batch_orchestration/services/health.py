@@ -13,7 +13,8 @@ from pathlib import Path
 
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.health import Finding, HealthReport, Level, Standstill, dated
-from batch_orchestration.services.health_checks import CHECKS, Check, Look, standstill
+from batch_orchestration.services.health_checks import CHECKS, standstill
+from batch_orchestration.services.health_look import Check, Look
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.health_files import read_health

@@ -26,6 +26,7 @@ from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.storage.health_files import read_health
 from batch_orchestration.storage.queue_files import pause
 from batch_orchestration_tests.builders import NOW, make_batch, make_input
+from batch_orchestration_tests.command_line import CommandLine
 from batch_orchestration_tests.health_bench import HealthBench, entry
 from batch_orchestration_tests.integration.deployment import Deployment
 
@@ -338,10 +339,16 @@ def test_an_event_loop_that_does_not_come_round_is_stuck_though_the_heart_beats(
     assert bench.find("worker:run-1").level is Level.UNHEALTHY
 
 
-def test_a_batch_at_work_without_any_heartbeat_is_degraded(bench):
-    bench.tick(entry(state=EntryState.RUNNING))
+def test_a_batch_at_work_without_any_heartbeat_is_degraded_until_its_run_says_it_is_done(bench):
+    plan = make_batch(bench.folder, 3)
+    bench.tick(entry(plan.batch_id, state=EntryState.RUNNING))
+    cli = CommandLine(bench.folder)
+    levels = []
+    for phase in ("feeding", "done"):
+        cli.progress(plan, phase=phase, updated_at=bench.now)
+        levels.append(bench.find("workers").level)
 
-    assert bench.find("workers").level is Level.DEGRADED
+    assert levels == [Level.DEGRADED, Level.HEALTHY]
 
 
 def test_an_engine_that_is_started_again_and_again_is_degraded(bench):

@@ -1,0 +1,74 @@
+"""What the checks of the health look at, and the words in which they say what they found."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from batch_orchestration.domain.health import Finding, HealthReport, Level
+from batch_orchestration.domain.heartbeats import Pulse
+from batch_orchestration.domain.queueing import EntryState, QueueView
+from batch_orchestration.engines.process_records import is_running
+from batch_orchestration.services.run_workers import worker_of
+from batch_orchestration.settings import Settings
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.heartbeat_files import heartbeat_paths, read_pulse
+from batch_orchestration.storage.store import Store
+
+#: `dispatch_sensor` writes `queue.json` every 5 s, and a tick may take a minute.
+SLOW_SECONDS = 60.0
+STATUS = "python -m batch_orchestration status"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a check may look at.
+
+    Attributes:
+        now: POSIX seconds.
+        previous: The report before this one; None if there is none of late.
+    """
+
+    settings: Settings
+    folder: DataFolder
+    store: Store
+    now: float
+    previous: HealthReport | None = None
+
+    def before(self, check: str) -> Finding | None:
+        """Return what the check found last time."""
+        found = self.previous.findings if self.previous else ()
+        return next((finding for finding in found if finding.check == check), None)
+
+
+Check = Callable[[Look], Iterable[Finding]]
+
+
+def pulses_in(folder: DataFolder) -> dict[str, Pulse]:
+    """Return what lies there of heartbeats, by run id."""
+    found = ((path.stem, read_pulse(path)) for path in heartbeat_paths(folder))
+    return {run_id: pulse for run_id, pulse in found if pulse is not None}
+
+
+def is_alive(pulse: Pulse, look: Look) -> bool:
+    """Whether a run shows heartbeats, however its work goes on."""
+    silent = look.now - pulse.at > look.settings.silent_seconds
+    return not silent and (pulse.heartbeat is None or is_running(worker_of(pulse.heartbeat)))
+
+
+def running_in(view: QueueView) -> int:
+    """Return how many entries of the queue are at work."""
+    return sum(entry.state is EntryState.RUNNING for entry in view.entries)
+
+
+def healthy(check: str, reason: str) -> Finding:
+    """Return what a check finds that has nothing to say against it."""
+    return Finding(check=check, level=Level.HEALTHY, reason=reason)
+
+
+def degraded(check: str, reason: str, next_command: str) -> Finding:
+    """Return what somebody should look at by day."""
+    return Finding(check=check, level=Level.DEGRADED, reason=reason, next_command=next_command)
+
+
+def unhealthy(check: str, reason: str, next_command: str) -> Finding:
+    """Return what stands still, or is about to, or could not be looked at."""
+    return Finding(check=check, level=Level.UNHEALTHY, reason=reason, next_command=next_command)

@@ -1,0 +1,144 @@
+"""Checks of the health about runs and the engines under them."""
+
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from batch_orchestration.domain.health import Finding, Level
+from batch_orchestration.domain.heartbeats import Condition, Heartbeat, Pulse, Quiet, judge
+from batch_orchestration.engines.process_records import is_running
+from batch_orchestration.services.dagster_links import run_link
+from batch_orchestration.services.health_look import (
+    STATUS,
+    Look,
+    degraded,
+    healthy,
+    is_alive,
+    pulses_in,
+    unhealthy,
+)
+from batch_orchestration.services.run_workers import worker_of
+from batch_orchestration.services.wording import duration
+from batch_orchestration.settings import EngineKind, Settings
+from batch_orchestration.storage.queue_files import read_queue
+from batch_orchestration.telemetry.progress import read_progress
+
+#: Dagster's run monitoring notices a dead worker within half a minute and then starts another.
+NOTICED_SECONDS = 60.0
+REMOTE_SECONDS = 5.0
+#: The engine's own client takes no proxy either.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def workers(look: Look) -> Iterator[Finding]:
+    """Judge each run by its heartbeat: gone, silent, stuck, or only slow."""
+    pulses = pulses_in(look.folder)
+    for run_id, pulse in pulses.items():
+        yield _judged(run_id, pulse, look)
+    if pulses:
+        return
+    if (busy := _batch_at_work(look)) is not None:
+        yield degraded("workers", f"{busy} is at work, and no run shows a heartbeat", STATUS)
+    else:
+        yield healthy("workers", "no run is at work")
+
+
+def _batch_at_work(look: Look) -> str | None:
+    """Return a batch of which a run tells at this moment; a run's heartbeat outlives that."""
+    view = read_queue(look.folder)
+    for entry in view.entries if view else ():
+        if entry.batch_id is not None:
+            progress = read_progress(look.folder.progress_path(entry.batch_id))
+            if progress is not None and progress.is_of_a_live_run(look.now):
+                return entry.batch_id
+    return None
+
+
+def _judged(run_id: str, pulse: Pulse, look: Look) -> Finding:
+    check, page = f"worker:{run_id}", run_link(look.settings, run_id)
+    beat, silent = pulse.heartbeat, look.now - pulse.at
+    if beat is not None and not is_running(worker_of(beat)):
+        level = Level.DEGRADED if silent <= NOTICED_SECONDS else Level.UNHEALTHY
+        reason = f"its process {beat.pid} is gone; Dagster ends the run and starts it again"
+        return Finding(check=check, level=level, reason=reason, next_command=page)
+    judgement = judge(pulse, _quiet(pulse, look.now), silent_seconds=look.settings.silent_seconds)
+    told = pulse.told
+    if judgement.condition is not Condition.ALIVE:
+        return unhealthy(check, f"{judgement.condition}: {judgement.reason}", page)
+    if told is None:
+        return degraded(check, judgement.reason, page)
+    of = f" of {told.batch_id}" if told.batch_id else ""
+    return healthy(check, f"{told.job}{of}: {judgement.reason}")
+
+
+def _quiet(pulse: Pulse, now: float) -> Quiet:
+    beat = pulse.heartbeat
+    return Quiet(
+        heartbeat=now - pulse.at,
+        progress=now - beat.progress_at if beat else 0.0,
+        loop=now - beat.loop_at if beat and beat.loop_at is not None else 0.0,
+    )
+
+
+def engine(look: Look) -> Iterator[Finding]:
+    """Judge whether engines answer: our own by what their runs say, a remote one by asking it."""
+    if look.settings.engine is EngineKind.REMOTE:
+        yield _remote(look.settings)
+    pulses = pulses_in(look.folder).values()
+    beats = [pulse.told for pulse in pulses if pulse.told is not None and is_alive(pulse, look)]
+    limit = look.settings.alert_engine_restarts
+    for beat in beats:
+        check = f"engine:{beat.run_id}"
+        if beat.restarts > limit:
+            yield degraded(
+                check,
+                f"was started again {beat.restarts} times in this run, more than {limit}",
+                f"tail -n 50 {look.folder.logs}/engines/{beat.run_id}.log",
+            )
+        elif beat.in_flight and _is_stuck(beat, look.now):
+            idle = duration(look.now - beat.progress_at)
+            yield unhealthy(
+                check,
+                f"has given no sign for {idle}; {_figures(beat)}",
+                f"tail -n 50 {look.folder.logs}/engines/{beat.run_id}.log",
+            )
+        elif beat.window or beat.engine is not None:
+            yield healthy(check, _figures(beat))
+    if not beats and look.settings.engine is not EngineKind.REMOTE:
+        yield healthy("engine", "no run needs one now")
+    elif look.settings.engine is not EngineKind.REMOTE:
+        yield healthy("engine", "its runs say how it is")
+
+
+def _figures(beat: Heartbeat) -> str:
+    told = beat.engine
+    parts = [f"{beat.in_flight} in flight of {beat.window}"]
+    if told is not None and told.waiting is not None:
+        parts.append(f"{told.waiting} waiting in it")
+    if told is not None and told.kv_usage is not None:
+        parts.append(f"KV cache {told.kv_usage:.0%}")
+    return ", ".join(parts)
+
+
+def _remote(settings: Settings) -> Finding:
+    address = settings.base_url.rstrip("/").removesuffix("/v1") + "/health"
+    command = f"curl -i {address}"
+    request = urllib.request.Request(address)
+    if key := settings.api_key.get_secret_value():
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with _opener.open(request, timeout=REMOTE_SECONDS) as answer:
+            return healthy("engine", f"{address} answers {answer.status}")
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code < 500:  # it has no such page, and has said so
+                return healthy("engine", f"{address} answers {error.code}")
+            return unhealthy("engine", f"{address} answers {error.code}", command)
+    except OSError as error:
+        return unhealthy("engine", f"{address} does not answer: {error}", command)
+    except ValueError:  # its words may be those of the key
+        return unhealthy("engine", f"{address}, or its key, cannot be used", command)
+
+
+def _is_stuck(beat: Heartbeat, now: float) -> bool:
+    return now - beat.progress_at > beat.patience_seconds
