@@ -94,7 +94,7 @@ class HealthBench:
             connection.close()
 
 
-def entry(entry_id: str = "alice/a.jsonl", **fields: Any) -> QueueEntry:
+def entry(entry_id: str = "a-1b2c3d4e", **fields: Any) -> QueueEntry:
     """Something in the queue that nothing keeps."""
     values = {
         "kind": EntryKind.BATCH,

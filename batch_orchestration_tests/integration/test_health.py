@@ -213,15 +213,15 @@ def test_a_queue_in_which_nothing_moves_though_it_could_is_unhealthy_after_a_whi
 
     found = bench.find("queue")
     assert found.level is Level.UNHEALTHY
-    assert "alice/a.jsonl" in found.reason
+    assert "a-1b2c3d4e" in found.reason
 
 
 @pytest.mark.parametrize(
     "later",
     [
         [entry(pending=9)],
-        [entry("bob/b.jsonl")],
-        [entry(), entry("bob/b.jsonl", state=EntryState.RUNNING)],
+        [entry("b-1b2c3d4e")],
+        [entry(), entry("b-1b2c3d4e", state=EntryState.RUNNING)],
         [entry(reason=WaitReason.GPU_UNHEALTHY)],
         [entry(reason=WaitReason.QUEUE_FULL)],
     ],
@@ -252,7 +252,9 @@ def test_a_file_whose_admissions_fail_again_and_again_stalls_the_queue(bench):
     os.utime(claim.path.with_name("claim.json"), (NOW, NOW))
     found = []
     for _ in range(2):
-        bench.tick(entry("people.jsonl", kind=EntryKind.FILE, state=EntryState.WAITING))
+        bench.tick(
+            entry("people.jsonl", batch_id=None, kind=EntryKind.FILE, state=EntryState.WAITING)
+        )
         bench.beat()  # of an admission that will fail, too
         found.append(bench.find("queue"))
         bench.now += bench.settings.stalled_seconds + 1
