@@ -47,12 +47,7 @@ QUICK = {
 @pytest.mark.timeout(300)
 def test_workers_that_hang_are_started_again_and_every_request_is_answered_once(tmp_path):
     """Blocked, then stopped, then a zombie; for none of it the batch is canceled."""
-    with (
-        inheriting_orphans(),
-        dagster_dev(
-            tmp_path, BATCH_REQUESTS_PER_CHUNK="30", BATCH_IN_FLIGHT="4", **QUICK
-        ) as dagster,
-    ):
+    with inheriting_orphans(), dagster_dev(tmp_path, **QUICK) as dagster:
         dagster.simulate(latency_seconds=0.3)
         dagster.drop("a.jsonl", make_input(REQUESTS))
         batch_id = dagster.wait_for_batch("a")
