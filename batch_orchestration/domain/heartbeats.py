@@ -22,6 +22,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
         patience_seconds: So long without such a sign is slow and not yet stuck, by what the worker
             has seen of its engine so far.
         loop_at: When its event loop last came round; None while none is to.
+        every_seconds: Between two heartbeats, by the settings that the worker was started with.
         in_flight: Requests that the engine has.
         window: How many it may have now.
         restarts: Of the engine, in this run.
@@ -39,6 +40,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     progress_at: float
     patience_seconds: float
     loop_at: float | None = None
+    every_seconds: float = 5.0
     in_flight: int = 0
     window: int = 0
     restarts: int = 0
@@ -101,6 +103,8 @@ class Judgement(msgspec.Struct, frozen=True):
 
 #: A file is written within this time of the moment that it tells of.
 TOUCH_SECONDS = 2.0
+#: So many in a row is no accident either, should the worker have other settings than the observer.
+MISSED_HEARTBEATS = 3
 #: A worker that has no heartbeat to be seen is starting, or about to end: loading all the code took
 #: 30 s on two busy cores. So much later it is neither.
 FIRST_HEARTBEAT_SECONDS = 300.0
@@ -125,6 +129,8 @@ def judge(pulse: Pulse | None, quiet: Quiet, *, silent_seconds: float) -> Judgem
         return Judgement(Condition.ALIVE, "no heartbeat to be seen yet")
     told = pulse.told
     doing = "" if told is None else f" while {told.phase} ({told.in_flight} in flight)"
+    if told is not None:
+        silent_seconds = max(silent_seconds, MISSED_HEARTBEATS * told.every_seconds)
     if quiet.heartbeat > silent_seconds:
         return _silent(f"its last heartbeat was {quiet.heartbeat:.0f} s ago{doing}")
     if told is None:

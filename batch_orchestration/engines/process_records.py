@@ -86,6 +86,8 @@ def end_group(group: int, *, grace_seconds: float) -> None:
         EngineError: A member outlived SIGKILL for half a minute.
     """
     _signal_group(group, signal.SIGTERM)
+    # A process that is stopped acts on it only when it goes on; systemd does the same.
+    _signal_group(group, signal.SIGCONT)
     if _wait_until(lambda: not group_members(group), grace_seconds):
         return
     _signal_group(group, signal.SIGKILL)

@@ -252,12 +252,8 @@ class Feeder:
 
     @property
     def _patience_seconds(self) -> float:
-        """So long without progress is slow: an engine that is stuck, `HangWatch` ends before.
-
-        Between two attempts of a request nothing may be in flight.
-        """
-        longest = self._window.retry.max_delay_seconds
-        return max(self._hang_watch.limit_seconds, longest) + MARGIN_SECONDS
+        """So long without progress is slow: an engine that is stuck, `HangWatch` ends before."""
+        return self._hang_watch.limit_seconds + MARGIN_SECONDS
 
     def _moved(self) -> None:
         self._vitals.patience_seconds = self._patience_seconds
@@ -347,7 +343,7 @@ class Feeder:
             if delay is None:
                 return outcome
             await self._obstacles.durably(partial(pending.fail_attempt, outcome))
-            await asyncio.sleep(delay)
+            await self._obstacles.delay(delay)
         return None
 
     async def _submit(self, pending: PendingRequest, body: bytes) -> Outcome:

@@ -40,10 +40,8 @@ def beating(
     """
     global _of_this_process
     vitals, over = RunVitals(), threading.Event()
-    heart = _Heart(vitals, folder=folder, run_id=run_id, job=job)
-    thread = threading.Thread(
-        target=heart.beat, args=(over, every_seconds), name="heart", daemon=True
-    )
+    heart = _Heart(vitals, folder=folder, run_id=run_id, job=job, every_seconds=every_seconds)
+    thread = threading.Thread(target=heart.beat, args=(over,), name="heart", daemon=True)
     _of_this_process = vitals
     heart.beat_once()
     thread.start()
@@ -59,7 +57,16 @@ def beating(
 
 
 class _Heart:
-    def __init__(self, vitals: RunVitals, *, folder: DataFolder, run_id: str, job: str) -> None:
+    def __init__(
+        self,
+        vitals: RunVitals,
+        *,
+        folder: DataFolder,
+        run_id: str,
+        job: str,
+        every_seconds: float,
+    ) -> None:
+        self._every_seconds = every_seconds
         self._vitals = vitals
         self._path = folder.heartbeat_path(run_id)
         self._run_id = run_id
@@ -69,8 +76,8 @@ class _Heart:
         self._me: ProcessIdentity = me
         self._failing = False
 
-    def beat(self, over: threading.Event, every_seconds: float) -> None:
-        while not over.wait(every_seconds):
+    def beat(self, over: threading.Event) -> None:
+        while not over.wait(self._every_seconds):
             self.beat_once()
 
     def beat_once(self) -> None:
@@ -98,6 +105,7 @@ class _Heart:
             progress_at=vitals.progress_at,
             patience_seconds=vitals.patience_seconds,
             loop_at=vitals.loop_at,
+            every_seconds=self._every_seconds,
             in_flight=vitals.in_flight,
             window=vitals.window,
             restarts=vitals.restarts,

@@ -11,6 +11,8 @@ logger = logging.getLogger(__name__)
 
 #: Between looks at an obstacle.
 OBSTACLE_POLL_SECONDS = 1.0
+#: The same for a delay, which needs no looking at.
+DELAY_POLL_SECONDS = 5.0
 COMPLAINT_SECONDS = 60.0
 
 
@@ -32,6 +34,14 @@ class Obstacles:
                 return record()
             except DiskFull as full:
                 await self.wait(full)
+
+    async def delay(self, seconds: float) -> None:
+        """Wait between two attempts: as long as the engine asks for, which may be an hour."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while (left := until - loop.time()) > 0:
+            self._waited()
+            await asyncio.sleep(min(left, DELAY_POLL_SECONDS))
 
     async def wait(self, obstacle: Obstacle) -> None:
         """Wait until it is worth another look."""

@@ -28,16 +28,17 @@ def block_at_chunk(dagster: DagsterProcesses, batch_id: str, number: int) -> Pat
     return journal
 
 
-def wait_for_blocked_loop(dagster: DagsterProcesses, run: Run) -> None:
-    """Wait until heartbeats go on while the event loop comes round no more."""
+def wait_for_blocked_loop(dagster: DagsterProcesses, run: Run) -> float:
+    """Wait until heartbeats go on and the event loop does not; return when it last came round."""
     path = dagster.folder.heartbeat_path(run.run_id)
 
-    def blocked() -> bool:
+    def blocked() -> float | None:
         pulse = read_pulse(path)
         told = pulse and pulse.told
-        return bool(told and told.loop_at and told.at - told.loop_at > 2.5)
+        late = told and told.loop_at and told.at - told.loop_at > 2.5
+        return told.loop_at if told and late else None
 
-    wait_until(blocked, 60, "the worker is blocked")
+    return wait_until(blocked, 60, "the worker is blocked")
 
 
 @contextmanager

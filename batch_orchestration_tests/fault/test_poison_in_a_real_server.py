@@ -1,6 +1,9 @@
 """Requests that kill or stall the engine, with the simulated engine as a child process."""
 
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from math import ceil, log2
@@ -10,6 +13,7 @@ import pytest
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.storage.journal import read_journal
 from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.fault.mixed_batches import simulated_engine
 from batch_orchestration_tests.inbox_bench import InboxBench
@@ -69,6 +73,30 @@ def test_an_engine_that_hangs_counts_as_dead_and_costs_no_request_its_answer(
 
     bench.run(plan, engine, in_flight=WINDOW, hang_seconds=2.0)
     engine.stop()
+
+    assert failures(bench, plan) == {}
+    assert engine.figures()["starts"] == 2
+    assert bench.indices(plan) == list(range(REQUESTS))
+
+
+def test_an_engine_that_is_stopped_is_killed_and_its_requests_are_asked_again(
+    bench: Workbench,
+) -> None:
+    """SIGSTOP: it takes connections, says nothing, and does not act on SIGTERM either."""
+    plan = admitted(bench, {})
+    engine = simulated_engine(bench.folder)
+
+    def stop_once() -> None:
+        journal = bench.folder.journal_path(plan.batch_id, 0)
+        while len(list(read_journal(journal))) < 20:
+            time.sleep(0.02)
+        os.kill(engine.figures()["pid"], signal.SIGSTOP)
+
+    stopper = threading.Thread(target=stop_once)
+    stopper.start()
+    bench.run(plan, engine, in_flight=WINDOW, hang_seconds=2.0)
+    engine.stop()
+    stopper.join()
 
     assert failures(bench, plan) == {}
     assert engine.figures()["starts"] == 2

@@ -16,8 +16,10 @@ from batch_orchestration.engines.process_records import (
     is_running,
     write_record,
 )
+from batch_orchestration.services.dispatch import MAX_FAILURES
 from batch_orchestration.services.run_workers import WORKER_TAG, RecordedWorker
 from batch_orchestration.storage.heartbeat_files import write_heartbeat
+from batch_orchestration.storage.queue_files import read_needs
 from batch_orchestration_tests.builders import NOW, make_input
 from batch_orchestration_tests.fault.processes import FAMILY, kill, nobody, wait_for_group
 from batch_orchestration_tests.integration.deployment import Deployment
@@ -160,3 +162,21 @@ def test_batches_in_progress_of_which_dagster_knows_no_run_are_asked_for_again(d
     asked = {request.job_name: request for request in deployment.requests("dispatch_sensor")}
     assert asked["deliver_batch"].partition_key == answered
     assert (asked["answer_chunks"].run_key or "").startswith(untouched)
+
+
+def test_a_batch_whose_workers_are_ended_again_and_again_ends_at_a_person_not_in_a_loop(deployment):
+    """Where `health` and alerts look; and a commit in between would have been another matter."""
+    batch_id = deployment.admit("a.jsonl", make_input(5))
+    (request,) = deployment.requests("dispatch_sensor")
+    job = deployment.repository.get_job(request.job_name)
+
+    for _ in range(MAX_FAILURES):
+        run = deployment.instance.create_run_for_job(
+            job, tags=dict(request.tags), status=dg.DagsterRunStatus.STARTED
+        )
+        assert read_needs(deployment.folder) in (None, ())
+        deployment.instance.report_run_failed(run, "run worker 1 was silent and has been killed")
+
+    assert "waits for a person" in deployment.reason("dispatch_sensor")
+    (need,) = read_needs(deployment.folder) or ()
+    assert (need.batch_id, need.run_id) == (batch_id, run.run_id)

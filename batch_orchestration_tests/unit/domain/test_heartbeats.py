@@ -1,5 +1,6 @@
 """Telling alive, silent and stuck apart; above all: stuck is not slow."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +80,16 @@ class Observer:
 )
 def test_what_was_seen_gives_this_judgement(pulse, quiet, expected):
     assert condition(pulse, **quiet) is expected
+
+
+def test_a_worker_that_was_started_with_rarer_heartbeats_is_judged_by_those():
+    """The settings were changed while it was at work."""
+    pulse = make_pulse()
+    rare = msgspec.structs.replace(pulse.heartbeat, every_seconds=30.0)
+    pulse = msgspec.structs.replace(pulse, heartbeat=rare)
+
+    assert condition(pulse, heartbeat=90.0) is Condition.ALIVE
+    assert condition(pulse, heartbeat=91.0) is Condition.SILENT
 
 
 def test_a_reason_has_the_figures_that_a_person_would_ask_for():
