@@ -8,6 +8,7 @@ from batch_orchestration.defs import (
     benchmarks,
     checks,
     health,
+    housekeeping,
     jobs,
     lifecycle,
     queue,
@@ -38,11 +39,13 @@ def definitions(settings: Settings) -> dg.Definitions:
             *(queue.pause_queue, queue.resume_queue),
             replays.replay_failed_requests,
             benchmarks.benchmark_engine,
+            housekeeping.housekeeping,
         ],
         sensors=[
             *(sensors.inbox_sensor, sensors.dispatch_sensor, replays.replay_sensor),
             *(health.health_sensor, alerts.alert_sensor, recovery.recovery_sensor),
         ],
+        schedules=housekeeping.schedules(settings),
         resources={
             "settings": settings,
             "gpu": GpuResource.of(settings),

@@ -87,9 +87,6 @@ class Settings(BaseSettings):
         OnOversize.SPLIT,
         description="split: a file with more becomes parts; reject: it is refused.",
     )
-    journal_retention_days: float = Field(
-        30, ge=0, description="Journals are kept so long after delivery; `recover` needs them."
-    )
     requests_per_chunk: int | None = Field(
         None,
         ge=1,
@@ -199,6 +196,38 @@ class Settings(BaseSettings):
     )
     strict_windows: bool = Field(
         False, description="Refuse a batch that by the estimate cannot end within its window."
+    )
+
+    # Housekeeping: how long things are kept; 0 keeps them for ever
+    housekeeping_cron: str = Field(
+        "17 3 * * *", description="When Dagster cleans up, as cron; empty: only by command."
+    )
+    journal_retention_days: float = Field(
+        30, ge=0, description="Journals, after delivery; `recover` needs them. 0: for ever."
+    )
+    sample_retention_days: float = Field(
+        30, ge=0, description="Samples of runs and GPUs, which plots are drawn from. 0: for ever."
+    )
+    partition_retention_days: float = Field(
+        90, ge=0, description="Partitions in Dagster, after delivery. 0: for ever."
+    )
+    max_chunk_partitions: int = Field(
+        50_000, ge=0, description="With more, the oldest delivered go earlier. 0: no bound."
+    )
+    run_retention_days: float = Field(
+        90, ge=0, description="Dagster's runs and their events, after delivery. 0: for ever."
+    )
+    log_retention_days: float = Field(
+        30, ge=0, description="Logs of engines, run workers and ticks. 0: for ever."
+    )
+    input_retention_days: float = Field(
+        0, ge=0, description="Kept inputs, after delivery and without journals. 0: for ever."
+    )
+    rejected_retention_days: float = Field(
+        0, ge=0, description="Files in inbox/rejected, with their reasons. 0: for ever."
+    )
+    leftover_retention_days: float = Field(
+        1, ge=0, description="What crashes left: temporary files, heartbeats. 0: for ever."
     )
 
     failure_budget: float = Field(

@@ -13,6 +13,7 @@ from batch_orchestration.cli.dead_letters import discard, failures, replay
 from batch_orchestration.cli.estimates import estimates
 from batch_orchestration.cli.gpu import gpu
 from batch_orchestration.cli.health import health
+from batch_orchestration.cli.housekeeping import housekeeping
 from batch_orchestration.cli.lifecycle import cancel_batch, resume_queue_or_batch
 from batch_orchestration.cli.metrics import metrics
 from batch_orchestration.cli.queue import board_picture, pause, show_live
@@ -56,6 +57,7 @@ main.add_command(results)
 main.add_command(gpu)
 main.add_command(health)
 main.add_command(alerts)
+main.add_command(housekeeping)
 main.add_command(estimates)
 main.add_command(pause)
 main.add_command(metrics)

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
 from functools import partial
 
 import dagster as dg
@@ -46,7 +45,6 @@ from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
-from batch_orchestration.services.retention import prune_journals
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing
@@ -57,7 +55,6 @@ CHUNKS_PER_BACKFILL_RUN = 200
 #: Within one run, where the engine stays loaded if it can. What has an outcome is not asked again.
 STEP_RETRIES = 2
 STEP_RETRY_SECONDS = 5.0
-SECONDS_PER_DAY = 86_400.0
 #: For lineage only: Dagster would otherwise look for the same key in both sets of partitions, and
 #: refuse backfills because it is not there.
 ACROSS_SETS = dg.AllPartitionMapping()
@@ -258,20 +255,7 @@ def batch_output(
     )
     if isinstance(report, PartialReport):
         return dg.MaterializeResult(metadata=partial_output_metadata(report))
-    _prune(settings)
     return dg.MaterializeResult(metadata=output_metadata(report))
-
-
-def _prune(settings: SettingsResource) -> None:
-    """Remove old journals of other batches; that this cannot be done now harms no delivery."""
-    keep_seconds = settings.journal_retention_days * SECONDS_PER_DAY
-    with suppress(StorageError):
-        prune_journals(
-            folder=data_folder(settings),
-            store=open_store(settings),
-            now=time.time(),
-            keep_seconds=keep_seconds,
-        )
 
 
 def _report_lost(context: dg.AssetExecutionContext, plan: BatchPlan, store: Store) -> None:

@@ -37,7 +37,7 @@ LIVE_STATUSES = [
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
-_ENDED_STATUSES = [
+ENDED_STATUSES = [
     dg.DagsterRunStatus.SUCCESS,
     dg.DagsterRunStatus.FAILURE,
     dg.DagsterRunStatus.CANCELED,
@@ -52,7 +52,7 @@ def known_runs(
         return []
     live = instance.get_run_records(dg.RunsFilter(statuses=LIVE_STATUSES))
     ended = instance.get_run_records(
-        dg.RunsFilter(statuses=_ENDED_STATUSES, tags={BATCH_TAG: list(batch_ids)})
+        dg.RunsFilter(statuses=ENDED_STATUSES, tags={BATCH_TAG: list(batch_ids)})
     )
     return [known for record in (*live, *ended) for known in _known(record, now)]
 

@@ -12,6 +12,7 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
     ├── DeadLetterError          dead letters that cannot be replayed or discarded as asked
     │   └── NothingMeant         no dead letter of the batch is meant
     ├── IllegalTransition        a batch whose status does not allow what was asked
+    ├── HousekeepingBusy         somebody else cleans up at this moment
     ├── GpuUnreadable            NVML is missing, or raised
     ├── GpuUnhealthy             the gate is shut: no engine is started on this device now
     ├── AlertNotSent             a channel did not take an alert
@@ -71,6 +72,10 @@ class NothingMeant(DeadLetterError):
 
 class IllegalTransition(BatchOrchestrationError):
     """The status of the batch does not allow what was asked; nothing was changed."""
+
+
+class HousekeepingBusy(BatchOrchestrationError):
+    """Somebody else cleans up at this moment."""
 
 
 class GpuUnreadable(BatchOrchestrationError):

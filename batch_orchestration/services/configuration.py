@@ -21,11 +21,20 @@ from batch_orchestration.engines.vllm_flags import (
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.estimates import EngineInForce, EstimateSettings
 from batch_orchestration.services.gpu_health import gpu_problem
+from batch_orchestration.services.housekeeping import Cleaner, Part
 from batch_orchestration.services.inbox import Inbox
+from batch_orchestration.services.leftovers import (
+    clean_leftovers,
+    clean_logs,
+    clean_rejected,
+    clean_samples,
+)
+from batch_orchestration.services.retention import clean_inputs, clean_journals
 from batch_orchestration.services.room import QueueRules
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 
+SECONDS_PER_DAY = 86_400.0
 #: Flags by which vLLM answers to other names than the one that we give it.
 _NAMING_FLAGS = frozenset({"served-model-name", "lora-modules", "enable-lora", "config"})
 
@@ -141,3 +150,16 @@ def _served(settings: Settings, args: Mapping[str, Any]) -> tuple[str, ...] | No
     if not settings.model or _NAMING_FLAGS & args.keys():
         return None
     return (settings.served_model_name or settings.model.rstrip("/").rpartition("/")[2],)
+
+
+def house_parts(settings: Settings) -> list[Part]:
+    """Return what housekeeping removes from the data folder, in the order in which it does."""
+    days: list[tuple[str, float, Cleaner]] = [
+        ("journals", settings.journal_retention_days, clean_journals),
+        ("samples", settings.sample_retention_days, clean_samples),
+        ("inputs", settings.input_retention_days, clean_inputs),
+        ("rejected", settings.rejected_retention_days, clean_rejected),
+        ("logs", settings.log_retention_days, clean_logs),
+        ("leftovers", settings.leftover_retention_days, clean_leftovers),
+    ]
+    return [Part(name, SECONDS_PER_DAY * kept, clean) for name, kept, clean in days]

@@ -6,7 +6,7 @@ locked, is taken in when the batch is delivered. Both only look on: nothing wait
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from batch_orchestration.domain.lifecycle import FINAL
@@ -66,7 +66,13 @@ class SampleTaker:
 
 
 def prune_samples(
-    folder: DataFolder, store: Store, now: float, keep_seconds: float, *, dry_run: bool = False
+    folder: DataFolder,
+    store: Store,
+    now: float,
+    keep_seconds: float,
+    *,
+    ended: Collection[str] | None = None,
+    dry_run: bool = False,
 ) -> PrunedSamples:
     """Remove samples older than that, of batches that have ended: rows of the store, and files.
 
@@ -77,6 +83,7 @@ def prune_samples(
         store: The store.
         now: POSIX seconds.
         keep_seconds: How old samples may become.
+        ended: The batches that are meant; default: all that have ended.
         dry_run: Only count.
 
     Raises:
@@ -84,11 +91,12 @@ def prune_samples(
     """
     before = now - keep_seconds
     records = store.batches()
-    ended = [record.batch_id for record in records if record.status in FINAL]
-    spared = [record.batch_id for record in records if record.status not in FINAL]
+    final = {record.batch_id for record in records if record.status in FINAL}
+    meant = final if ended is None else final.intersection(ended)
+    spared = [record.batch_id for record in records if record.batch_id not in meant]
     old = [
         (path, path.stat().st_size)
-        for batch_id in ended
+        for batch_id in sorted(meant)
         for path in sample_files(folder, batch_id)
         if path.stat().st_mtime < before
     ]

@@ -8,6 +8,7 @@ from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.overrides import override_line
 from batch_orchestration.domain.requests import Fault, Request, parse_line, too_long_fault
 from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.services.plan_checks import check_input_kept
 from batch_orchestration.storage.files import DataFolder, RawLine
 
 
@@ -32,6 +33,7 @@ def original_lines(
     Raises:
         PlanMismatch: The kept input is not the one that was admitted.
     """
+    check_input_kept(plan, folder)
     size = plan.chunks[0].requests  # of every chunk but the last
     wanted = sorted(set(indices))
     for number, members in groupby(wanted, key=lambda index: index // size):

@@ -19,12 +19,23 @@ def check_input_size(plan: BatchPlan, folder: DataFolder) -> None:
     Raises:
         PlanMismatch: Something was appended or cut off after admission.
     """
+    check_input_kept(plan, folder)
     path = folder.input_path_of(plan)
     present = path.stat().st_size
     if present != plan.size_bytes:
         raise PlanMismatch(
             f"{path} has {present:,} bytes, but {plan.size_bytes:,} when it was admitted: it was"
             " still being written. Drop the complete file again; it will be a batch of its own."
+        )
+
+
+def check_input_kept(plan: BatchPlan, folder: DataFolder) -> None:
+    """Raise `PlanMismatch` if housekeeping has removed the kept input of a batch."""
+    if folder.input_removed_path(plan).exists():
+        raise PlanMismatch(
+            f"the kept input of {plan.batch_id} was removed by its age"
+            f" (BATCH_INPUT_RETENTION_DAYS). Its answers are in the store and in the outbox; to ask"
+            f" anything again, submit {plan.file_name} with another option, such as metadata"
         )
 
 

@@ -1,24 +1,27 @@
-"""Retention: journals of batches that were delivered long ago are removed.
+"""Retention of what belongs to batches: their journals, and their kept inputs.
 
-Each answer is then in the store and in the output, no longer in a journal: `recover` cannot make
-the batch's rows anew, and leaves the batch out. `pruned.json` in the batch's folder says so; it is
-there before the first journal goes, so that no run takes a missing journal for missing answers.
+Once a batch's journals are gone each answer is in the store and in the output, and no longer in a
+journal: `recover` cannot make the batch's rows anew, and leaves the batch out. `pruned.json` in the
+batch's folder says so; it is there before the first journal goes, so that no run takes a missing
+journal for missing answers. Only then may the input go, too; `input-removed.json` says that.
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 from filelock import FileLock
 
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.services.assembly import assembly_lock_path
+from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.recount import recount
 from batch_orchestration.storage.files import DataFolder, disk_errors, write_atomically
 from batch_orchestration.storage.operations import open_replays
-from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -29,37 +32,38 @@ class Pruned(msgspec.Struct, frozen=True, kw_only=True):
     at: float
 
 
-def prune_journals(
-    *, folder: DataFolder, store: Store, now: float, keep_seconds: float
-) -> list[str]:
-    """Remove the journals of batches that were completed so long ago; return those batches.
+class InputRemoved(msgspec.Struct, frozen=True, kw_only=True):
+    """That a kept input was removed, when (POSIX seconds), and which it was.
+
+    Attributes:
+        sha256: Of the file, uncompressed: whoever has a copy can tell that it is the same.
+    """
+
+    at: float
+    file_name: str
+    sha256: str
+    size_bytes: int
+
+
+def clean_journals(house: House, keep_seconds: float) -> Iterator[Removal]:
+    """Remove the journals of batches that were completed so long ago.
 
     Only if the files in the outbox, counted anew, have every request once. Journals of replays
-    stay, and all journals of a batch with a replay that is not over.
-
-    Raises:
-        StorageError: The store cannot be read.
+    stay.
     """
-    replaying = {batch_id for batch_id, _ in open_replays(folder)}
-    pruned = []
-    for record in store.batches():
-        completed_at = record.times.get(BatchStatus.COMPLETED)
-        if record.status is not BatchStatus.COMPLETED or completed_at is None:
+    folder = house.folder
+    for batch_id in house.completed_before(house.now - keep_seconds):
+        if not (journals := _journals(batch_id, folder)):
             continue
-        if completed_at + keep_seconds > now or record.batch_id in replaying:
-            continue
+        removal = Removal(subject=batch_id, size_bytes=_size(journals))
         try:
-            if _prune(record.batch_id, folder, now=now):
-                pruned.append(record.batch_id)
+            if house.dry_run or _prune(batch_id, journals, folder, now=house.now):
+                yield removal
         except BatchOrchestrationError as error:
-            logger.warning("the journals of %s stay: %s", record.batch_id, error)
-    return pruned
+            logger.warning("the journals of %s stay: %s", batch_id, error)
 
 
-def _prune(batch_id: str, folder: DataFolder, *, now: float) -> bool:
-    journals = _journals(batch_id, folder)
-    if not journals:
-        return False
+def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: float) -> bool:
     with FileLock(assembly_lock_path(batch_id, folder)):
         if not folder.pruned_path(batch_id).exists():
             counted = recount(folder.read_plan(batch_id), OutboxFiles(folder.outbox_path(batch_id)))
@@ -67,12 +71,65 @@ def _prune(batch_id: str, folder: DataFolder, *, now: float) -> bool:
                 logger.warning("the journals of %s stay: %s", batch_id, counted.problem)
                 return False
             write_atomically(folder.pruned_path(batch_id), msgspec.json.encode(Pruned(at=now)))
-        for journal in journals:
-            with disk_errors(journal):
-                journal.unlink(missing_ok=True)
+        _remove(journals)
     logger.info("removed %d journals of %s, delivered long ago", len(journals), batch_id)
     return True
 
 
+def clean_inputs(house: House, keep_seconds: float) -> Iterator[Removal]:
+    """Remove kept inputs of batches that were completed so long ago and have no journals any more.
+
+    That of a submission goes when all of its parts are such batches.
+    """
+    before = house.now - keep_seconds
+    completed = house.completed_before(before)
+    for batch_id in completed:
+        plan = house.folder.read_plan(batch_id)
+        files = _inputs(plan, house.folder)
+        if not files or not _needless(plan, frozenset(completed), house.folder):
+            continue
+        removal = Removal(subject=str(files[0]), size_bytes=_size(files))
+        if not house.dry_run:
+            _remove_input(plan, files, house)
+        yield removal
+
+
+def _needless(plan: BatchPlan, completed: frozenset[str], folder: DataFolder) -> bool:
+    """Whether nothing can read the input any more, but a replay that is not asked for yet."""
+    names: tuple[str, ...] = (plan.batch_id,)
+    if plan.part is not None:
+        names = folder.read_submission(plan.part.submission).parts
+    # Somebody may have asked since housekeeping began.
+    replaying = {batch_id for batch_id, _ in open_replays(folder)}
+    return all(
+        name in completed and name not in replaying and folder.pruned_path(name).exists()
+        for name in names
+    )
+
+
+def _remove_input(plan: BatchPlan, files: list[Path], house: House) -> None:
+    removed = InputRemoved(
+        at=house.now, file_name=plan.file_name, sha256=plan.sha256, size_bytes=plan.size_bytes
+    )
+    write_atomically(house.folder.input_removed_path(plan), msgspec.json.encode(removed))
+    _remove(files)
+    logger.info("removed the kept input of %s, delivered long ago: %s", plan.batch_id, removed)
+
+
+def _inputs(plan: BatchPlan, folder: DataFolder) -> list[Path]:
+    path = folder.input_path_of(plan)
+    return [file for file in (path, path.with_name(f"{path.name}.gz")) if file.exists()]
+
+
 def _journals(batch_id: str, folder: DataFolder) -> list[Path]:
-    return list(folder.journal_path(batch_id, 0).parent.glob("*.journal"))
+    return sorted(folder.journal_path(batch_id, 0).parent.glob("*.journal"))
+
+
+def _remove(files: list[Path]) -> None:
+    for file in files:
+        with disk_errors(file):
+            file.unlink(missing_ok=True)
+
+
+def _size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)

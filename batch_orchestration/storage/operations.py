@@ -141,6 +141,18 @@ def replay_asked_since(folder: DataFolder, at: float) -> bool:
     return False
 
 
+def last_operation_at(folder: DataFolder, batch_id: str) -> float:
+    """Return when dead letters of a batch were last replayed or discarded; 0 if never.
+
+    In POSIX seconds, by the clock of the file system.
+    """
+    changed = 0.0
+    for path in (folder.journal_path(batch_id, 0).parent / _FOLDER).glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            changed = max(changed, path.stat().st_mtime)
+    return changed
+
+
 def _number(path: Path) -> int:
     return int(path.name.split("-")[0])
 

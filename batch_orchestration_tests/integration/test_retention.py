@@ -1,13 +1,17 @@
 """Journals of batches delivered long ago go; no answer is lost, and none asked for again."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from batch_orchestration.domain.dead_letters import Selection
+from batch_orchestration.domain.errors import PlanMismatch
+from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.recovery import find_problem
 from batch_orchestration.services.registration import register_unlisted
-from batch_orchestration.services.retention import prune_journals
+from batch_orchestration.services.retention import clean_inputs, clean_journals
+from batch_orchestration.storage.operations import open_replays
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.letter_bench import LetterBench
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
@@ -24,8 +28,8 @@ def bench(tmp_path: Path) -> LetterBench:
 
 
 def prune(bench: LetterBench, *, days_later: float) -> list[str]:
-    now = NOW + days_later * DAY
-    return prune_journals(folder=bench.folder, store=bench.store, now=now, keep_seconds=30 * DAY)
+    house = House(bench.folder, bench.store, now=NOW + days_later * DAY)
+    return [removal.subject for removal in clean_journals(house, 30 * DAY)]
 
 
 def journals(bench: LetterBench) -> list[Path]:
@@ -105,3 +109,41 @@ def test_a_lost_store_comes_back_without_the_batch_which_is_said_and_not_asked_a
     assert find_problem(folder=bench.folder, store=bench.store) is None
     assert register_unlisted(bench.folder, bench.store, at=NOW) == []
     assert bench.store.batches() == []
+
+
+def clean_input(bench: LetterBench, *, days_later: float) -> list[str]:
+    house = House(bench.folder, bench.store, now=NOW + days_later * DAY)
+    return [removal.subject for removal in clean_inputs(house, 30 * DAY)]
+
+
+def test_an_input_goes_only_after_the_journals_and_says_what_it_was(bench: LetterBench) -> None:
+    path = bench.folder.input_path(bench.batch_id)
+    assert clean_input(bench, days_later=99) == []
+    prune(bench, days_later=31)
+
+    assert clean_input(bench, days_later=29) == []
+    assert clean_input(bench, days_later=31) == [str(path)]
+
+    assert not path.exists()
+    removed = json.loads(bench.folder.input_removed_path(bench.plan).read_bytes())
+    assert (removed["file_name"], removed["sha256"]) == (bench.plan.file_name, bench.plan.sha256)
+    assert clean_input(bench, days_later=99) == []
+
+
+def test_a_replay_without_its_input_says_why_it_cannot_be(bench: LetterBench) -> None:
+    prune(bench, days_later=31)
+    clean_input(bench, days_later=31)
+
+    with pytest.raises(PlanMismatch, match="BATCH_INPUT_RETENTION_DAYS"):
+        bench.ask(Selection(custom_ids=("request-3",)))
+
+    assert open_replays(bench.folder) == []
+    bench.assert_accounts_add_up()
+
+
+def test_an_input_stays_while_a_replay_needs_it(bench: LetterBench) -> None:
+    prune(bench, days_later=31)
+    bench.ask()
+
+    assert clean_input(bench, days_later=99) == []
+    assert bench.folder.input_path(bench.batch_id).exists()

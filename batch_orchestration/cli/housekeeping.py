@@ -1,0 +1,85 @@
+"""`housekeeping`: removes what is old, or says what would go."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import click
+import msgspec
+from rich.table import Table
+
+from batch_orchestration.cli.context import Context, json_option, open_context, print_json
+from batch_orchestration.domain.housekeeping import HouseReport, PartResult
+from batch_orchestration.services.configuration import house_parts
+from batch_orchestration.services.housekeeping import House, keep_house_and_tell
+
+#: Another process, for only the definitions know Dagster.
+DAGSTER_PARTS = ("partitions", "runs", "ticks")
+_PROGRAM = [sys.executable, "-m", "batch_orchestration.defs.housekeeping"]
+#: Names of one part that a person is shown; `--json` has all.
+NAMES_SHOWN = 10
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Remove nothing; list what would go.")
+@click.option("--part", "parts", multiple=True, help="Only this part; may be given again.")
+@json_option
+def housekeeping(dry_run: bool, parts: Sequence[str], as_json: bool) -> None:
+    """Remove what is older than the settings say, as Dagster does each night.
+
+    Never anything of a batch that has not ended. Partitions and runs are Dagster's: for these,
+    run it where dagster.yaml lies, or with DAGSTER_HOME set.
+    """
+    context = open_context()
+    own = house_parts(context.settings)
+    known = [*(part.name for part in own), *DAGSTER_PARTS]
+    if unknown := [name for name in parts if name not in known]:
+        raise click.UsageError(f"no part {unknown[0]!r}; there are {', '.join(known)}")
+    chosen = parts or known
+    house = House(context.folder, context.store, now=context.clock(), dry_run=dry_run)
+    report = keep_house_and_tell(
+        [part for part in own if part.name in chosen], house, clock=time.monotonic
+    )
+    if theirs := [name for name in DAGSTER_PARTS if name in chosen]:
+        report = _joined(report, _ask_dagster(theirs, context, dry_run=dry_run))
+    if as_json:
+        print_json(report)
+    else:
+        _show(report, context, dry_run=dry_run)
+    if any(result.problem for result in report.results):
+        raise click.ClickException("not everything could be looked at, see above")
+
+
+def _ask_dagster(parts: Sequence[str], context: Context, *, dry_run: bool) -> HouseReport:
+    flags = [flag for part in parts for flag in ("--part", part)] + ["--dry-run"] * dry_run
+    done = subprocess.run([*_PROGRAM, *flags], capture_output=True, check=False)
+    try:
+        return msgspec.json.decode(done.stdout, type=HouseReport)
+    except msgspec.DecodeError:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        problem = said[-1] if said else f"ended with exit code {done.returncode}"
+        at = context.clock()
+        return HouseReport(
+            results=tuple(PartResult(part=part, at=at, problem=problem) for part in parts)
+        )
+
+
+def _joined(one: HouseReport, other: HouseReport) -> HouseReport:
+    return HouseReport(
+        results=(*one.results, *other.results), removals={**one.removals, **other.removals}
+    )
+
+
+def _show(report: HouseReport, context: Context, *, dry_run: bool) -> None:
+    table = Table("Part", "Would go" if dry_run else "Gone", "Bytes", "", box=None)
+    for result in report.results:
+        removed, size = f"{result.removed:,}", f"{result.size_bytes:,}"
+        table.add_row(result.part, *(("", "") if result.off else (removed, size)), result.note)
+    context.console.print(table)
+    for part, removals in report.removals.items():
+        click.echo(f"\n{part}:")
+        for removal in removals[:NAMES_SHOWN]:
+            click.echo(f"  {removal.subject}  {removal.size_bytes:,} bytes")
+        if len(removals) > NAMES_SHOWN:
+            click.echo(f"  and {len(removals) - NAMES_SHOWN:,} more (all of them: --json)")

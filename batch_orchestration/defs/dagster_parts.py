@@ -1,0 +1,215 @@
+"""Dagster's share of housekeeping: partitions of delivered batches, their runs, logs of ticks.
+
+`dispatch_sensor` decides from the runs of unfinished batches, and makes the partitions of such a
+batch anew if they are missing: so a batch that is resumed later gets its partitions back.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.storage.event_log import SqliteEventLogStorage
+from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
+
+from batch_orchestration.defs.partitions import (
+    BATCH_TAG,
+    PARTITION_TAG,
+    SUBMISSION_TAG,
+    batches,
+    chunks,
+    chunks_by_batch,
+)
+from batch_orchestration.defs.runs import ENDED_STATUSES, LIVE_STATUSES
+from batch_orchestration.defs.sensors import CLAIM_TAG
+from batch_orchestration.domain.chunks import parse_chunk_key
+from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.housekeeping import Removal, batches_to_retire
+from batch_orchestration.services.configuration import SECONDS_PER_DAY
+from batch_orchestration.services.housekeeping import House, Part
+from batch_orchestration.settings import Settings
+
+#: Runs of one query: each is some kilobytes.
+PAGE = 200
+_BATCHES, _CHUNKS = str(batches.name), str(chunks.name)
+
+
+def dagster_parts(instance: dg.DagsterInstance, settings: Settings) -> list[Part]:
+    """Return the parts of housekeeping that are about an instance of Dagster."""
+    kept = settings.partition_retention_days * SECONDS_PER_DAY
+    most = settings.max_chunk_partitions or None
+    return [
+        Part("partitions", kept or bool(most), _clean_partitions(instance, kept or None, most)),
+        Part("runs", settings.run_retention_days * SECONDS_PER_DAY, _with(instance, _clean_runs)),
+        Part("ticks", settings.log_retention_days * SECONDS_PER_DAY, _with(instance, _clean_ticks)),
+    ]
+
+
+def _with(
+    instance: dg.DagsterInstance,
+    clean: Callable[[dg.DagsterInstance, House, float], Iterator[Removal]],
+) -> Callable[[House, float], Iterator[Removal]]:
+    return lambda house, keep_seconds: clean(instance, house, keep_seconds)
+
+
+def chunk_partitions(instance: dg.DagsterInstance) -> dict[str, list[str]]:
+    """Return the keys of `chunks` by batch, each batch's in their order."""
+    found: dict[str, list[str]] = {}
+    for key in instance.get_dynamic_partitions(_CHUNKS):
+        with contextlib.suppress(ValueError):
+            found.setdefault(parse_chunk_key(key)[0], []).append(key)
+    return found
+
+
+def _clean_partitions(
+    instance: dg.DagsterInstance, keep_seconds: float | None, most: int | None
+) -> Callable[[House, float], Iterator[Removal]]:
+    def clean(house: House, _: float) -> Iterator[Removal]:
+        keys = chunk_partitions(instance)
+        counts = Counter(dict.fromkeys(instance.get_dynamic_partitions(_BATCHES), 0))
+        counts.update({name: len(of_batch) for name, of_batch in keys.items()})
+        at_work = _batches_at_work(instance)
+        ended = {name: since for name, since in house.at_rest.items() if name not in at_work}
+        before = None if keep_seconds is None else house.now - keep_seconds
+        for batch_id in batches_to_retire(counts, ended, before=before, most=most):
+            if not house.dry_run:
+                _retire(instance, batch_id, keys.get(batch_id, []))
+            yield Removal(subject=f"{batch_id} ({counts[batch_id]:,} chunks)")
+
+    return clean
+
+
+def _retire(instance: dg.DagsterInstance, batch_id: str, chunk_keys: Sequence[str]) -> None:
+    """Take a batch's keys out of the key space.
+
+    Its own first, which says that all are there: who stops in between leaves a batch that is made
+    whole if it is needed. The last chunk first, so that the order is kept even then.
+    """
+    instance.delete_dynamic_partition(_BATCHES, batch_id)
+    for key in reversed(chunk_keys):
+        instance.delete_dynamic_partition(_CHUNKS, key)
+
+
+def _batches_at_work(instance: dg.DagsterInstance) -> set[str]:
+    """Return the batches that runs which have not ended are about."""
+    live = instance.get_runs(dg.RunsFilter(statuses=LIVE_STATUSES))
+    return {name for run in live for name in _names(run)}
+
+
+def _names(run: dg.DagsterRun) -> set[str]:
+    """Return the batches, or the submission, that a run is about."""
+    tagged = (run.tags.get(tag) for tag in (BATCH_TAG, SUBMISSION_TAG))
+    names = {*chunks_by_batch(run.tags), *(name for name in tagged if name)}
+    if not names and (partition := run.tags.get(PARTITION_TAG)):
+        names = {partition}
+    return names
+
+
+def _clean_runs(
+    instance: dg.DagsterInstance, house: House, keep_seconds: float
+) -> Iterator[Removal]:
+    """Remove old runs with their events and logs: those of batches at rest, and those of none."""
+    before = house.now - keep_seconds
+    for batch_id in house.ended_before(before):
+        yield from _clean_runs_of(instance, house, batch_id, before)
+    # Of batches only those are left that are not to be touched.
+    for record in _old_runs(instance, before):
+        if _is_nobodys(record.dagster_run, house, before):
+            yield _removed(instance, record.dagster_run.run_id, house)
+
+
+def _clean_runs_of(
+    instance: dg.DagsterInstance, house: House, batch_id: str, before: float
+) -> Iterator[Removal]:
+    """Remove all runs of a batch, or none: the newest first.
+
+    Keys of runs count the runs that ended before. Should this stop in between, and the batch be
+    resumed, then those that are left are the first of them, and the next key is a free one.
+    """
+    records = instance.get_run_records(dg.RunsFilter(tags={BATCH_TAG: batch_id}))
+    if all(_ended_before(record, before) for record in records):
+        for record in records:
+            yield _removed(instance, record.dagster_run.run_id, house)
+
+
+def _old_runs(instance: dg.DagsterInstance, before: float) -> Iterator[dg.RunRecord]:
+    """Yield ended runs, a page at a time."""
+    moment = datetime.fromtimestamp(before, UTC)
+    run_ids = instance.get_run_ids(dg.RunsFilter(statuses=ENDED_STATUSES, updated_before=moment))
+    for at in range(0, len(run_ids), PAGE):
+        page = instance.get_run_records(dg.RunsFilter(run_ids=list(run_ids[at : at + PAGE])))
+        yield from (record for record in page if _ended_before(record, before))
+
+
+def _ended_before(record: dg.RunRecord, before: float) -> bool:
+    ended = record.dagster_run.status in ENDED_STATUSES
+    return ended and (record.end_time or record.update_timestamp.timestamp()) < before
+
+
+def _is_nobodys(run: dg.DagsterRun, house: House, before: float) -> bool:
+    """Whether a run is about no batch at all, or only about such as have ended before, too."""
+    if (claim := run.tags.get(CLAIM_TAG)) and (house.folder.claims / claim).exists():
+        return False
+    if run.tags.get(BATCH_TAG) in house.at_rest:
+        return False  # It goes with all runs of that batch, or not at all.
+    return all(_whole_ended(name, house, before) for name in _names(run))
+
+
+def _whole_ended(name: str, house: House, before: float) -> bool:
+    if name in house.at_rest:
+        return house.at_rest[name] < before
+    try:
+        parts = house.folder.read_submission(name).parts
+    except BatchOrchestrationError:
+        # Neither the store nor the disk knows it: a name that a person has mistyped.
+        return name not in house.records and not house.folder.plan_path(name).exists()
+    return all(house.at_rest.get(part, house.now) < before for part in parts)
+
+
+def _removed(instance: dg.DagsterInstance, run_id: str, house: House) -> Removal:
+    logs = _logs_of(instance, run_id)
+    shard = _shard_of(instance, run_id)
+    size_bytes = sum(path.stat().st_size for path in [*shard, *logs] if path.exists())
+    if not house.dry_run:
+        instance.delete_run(run_id)
+        # Some log managers cannot; logs without a run are then theirs to remove.
+        with contextlib.suppress(NotImplementedError):
+            instance.compute_log_manager.delete_logs(prefix=[run_id])
+        for path in shard:
+            path.unlink(missing_ok=True)
+    return Removal(subject=run_id, size_bytes=size_bytes)
+
+
+def _logs_of(instance: dg.DagsterInstance, run_id: str) -> list[Path]:
+    manager = instance.compute_log_manager
+    if not isinstance(manager, LocalComputeLogManager):
+        return []
+    return [path for path in (Path(manager._base_dir) / run_id).rglob("*") if path.is_file()]
+
+
+def _shard_of(instance: dg.DagsterInstance, run_id: str) -> list[Path]:
+    """Return the files of a run's own event log: Dagster empties them and leaves them there."""
+    storage = instance.event_log_storage
+    if not isinstance(storage, SqliteEventLogStorage):
+        return []
+    path = Path(storage.path_for_shard(run_id))
+    return [path.with_name(f"{path.name}{ending}") for ending in ("", "-wal", "-shm")]
+
+
+def _clean_ticks(
+    instance: dg.DagsterInstance, house: House, keep_seconds: float
+) -> Iterator[Removal]:
+    """Remove what sensors and schedules wrote into logs of their own; Dagster never does."""
+    manager = instance.compute_log_manager
+    if not isinstance(manager, LocalComputeLogManager):
+        return
+    base = Path(manager._base_dir)
+    for path in (base / "__repository__").rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            if path.is_file() and found.st_mtime < house.now - keep_seconds:
+                if not house.dry_run:
+                    path.unlink()
+                yield Removal(subject=str(path.relative_to(base)), size_bytes=found.st_size)

@@ -1,0 +1,188 @@
+"""Housekeeping in Dagster: the job, when it runs, and the same for the command line.
+
+`python -m batch_orchestration.defs.housekeeping` is what the command `housekeeping` starts for the
+parts that are Dagster's: the command line itself does not know Dagster.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import dagster as dg
+import msgspec
+from dagster._core.instance.config import is_dagster_home_set
+from pydantic import Field
+
+from batch_orchestration.defs.dagster_parts import chunk_partitions, dagster_parts
+from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
+from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.housekeeping import PartResult
+from batch_orchestration.services.configuration import house_parts
+from batch_orchestration.services.housekeeping import House, Part, keep_house_and_tell
+from batch_orchestration.settings import Settings, load_settings
+
+#: Often enough that the key space does not grow over its bound between two looks.
+PARTITIONS_CRON = "47 * * * *"
+#: From this share of the bound on, partitions are looked after between two nights.
+PARTITIONS_HIGH = 0.95
+#: Names in the log of a run; the table has the numbers.
+NAMES_SHOWN = 50
+PARTITIONS = "partitions"
+#: Whoever holds the store longer is at work; each part would wait for that long.
+STORE_SECONDS = 20.0
+
+
+class HousekeepingConfig(dg.Config):
+    """What to remove."""
+
+    parts: list[str] = Field([], description="Names of parts; none: all that are not off.")
+    dry_run: bool = Field(False, description="Only say what would go.")
+
+
+@dg.op
+def keep_house_once(
+    context: dg.OpExecutionContext, config: HousekeepingConfig, settings: SettingsResource
+) -> None:
+    """Remove what is older than the settings say, and say what that was."""
+    house = House(
+        data_folder(settings),
+        open_store(settings, deadline_seconds=STORE_SECONDS),
+        now=time.time(),
+        dry_run=config.dry_run,
+    )
+    try:
+        report = keep_house_and_tell(
+            _chosen([*house_parts(settings), *dagster_parts(context.instance, settings)], config),
+            house,
+            clock=time.monotonic,
+        )
+    except BatchOrchestrationError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+    for part, removals in report.removals.items():
+        verb = "would remove" if config.dry_run else "removed"
+        names = ", ".join(removal.subject for removal in removals[:NAMES_SHOWN])
+        context.log.info(f"{part}: {verb} {len(removals):,}: {names}")
+    context.add_output_metadata({"parts": _table(report.results)})
+    if problems := [f"{r.part}: {r.problem}" for r in report.results if r.problem]:
+        raise dg.Failure(description="; ".join(problems), allow_retries=False)
+
+
+def _house(settings: Settings, *, dry_run: bool) -> House:
+    store = open_store(settings, deadline_seconds=STORE_SECONDS)
+    return House(data_folder(settings), store, now=time.time(), dry_run=dry_run)
+
+
+def _chosen(parts: Sequence[Part], config: HousekeepingConfig) -> list[Part]:
+    names = {part.name for part in parts}
+    if unknown := set(config.parts) - names:
+        raise dg.Failure(
+            description=f"no parts: {sorted(unknown)}; there are {sorted(names)}",
+            allow_retries=False,
+        )
+    return [part for part in parts if not config.parts or part.name in config.parts]
+
+
+def _table(results: Iterable[PartResult]) -> dg.MetadataValue:
+    rows = [
+        dg.TableRecord(
+            {
+                "part": result.part,
+                "removed": result.removed,
+                "bytes": result.size_bytes,
+                "seconds": result.seconds,
+                "note": result.note,
+            }
+        )
+        for result in results
+    ]
+    return dg.MetadataValue.table(rows)
+
+
+@dg.job
+def housekeeping() -> None:
+    """Remove what is older than the settings say: journals, samples, logs, runs, partitions.
+
+    Never anything of a batch that has not ended. `housekeeping_schedule` launches it each night;
+    with `dry_run` it only says what would go.
+    """
+    keep_house_once()
+
+
+def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
+    """Return when Dagster cleans up by itself; nothing if the settings say never."""
+    if not settings.housekeeping_cron:
+        return []
+    nightly = dg.ScheduleDefinition(
+        name="housekeeping_schedule",
+        job=housekeeping,
+        cron_schedule=settings.housekeeping_cron,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description="Removes what is older than the settings say; see docs/housekeeping.md.",
+    )
+    return [nightly, partition_schedule]
+
+
+@dg.schedule(
+    job=housekeeping,
+    cron_schedule=PARTITIONS_CRON,
+    default_status=dg.DefaultScheduleStatus.RUNNING,
+    description=(
+        "Keeps the key space of `chunks` below BATCH_MAX_CHUNK_PARTITIONS between two nights: "
+        "retires the partitions of the batches that were delivered first. Skips if there is room."
+    ),
+)
+def partition_schedule(
+    context: dg.ScheduleEvaluationContext, settings: SettingsResource
+) -> dg.RunRequest | dg.SkipReason:
+    """Ask for a run only if the key space is nearly full."""
+    most = settings.max_chunk_partitions
+    count = sum(map(len, chunk_partitions(context.instance).values()))
+    if not most or count <= most * PARTITIONS_HIGH:
+        return dg.SkipReason(f"{count:,} chunk partitions, of {most:,}" if most else "no bound")
+    config = dg.RunConfig(
+        {keep_house_once.name: HousekeepingConfig(parts=[PARTITIONS], dry_run=False)}
+    )
+    return dg.RunRequest(run_config=config)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do Dagster's parts for the command line; print a `HouseReport` as JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--part", action="append", default=[])
+    given = parser.parse_args(arguments)
+    settings = load_settings()
+    house = House(
+        data_folder(settings),
+        open_store(settings, deadline_seconds=STORE_SECONDS),
+        now=time.time(),
+        dry_run=given.dry_run,
+    )
+    with _instance() as instance:
+        parts = [
+            part
+            for part in dagster_parts(instance, settings)
+            if not given.part or part.name in given.part
+        ]
+        report = keep_house_and_tell(parts, house, clock=time.monotonic)
+    sys.stdout.buffer.write(msgspec.json.encode(report))
+
+
+@contextlib.contextmanager
+def _instance() -> Iterator[dg.DagsterInstance]:
+    """Open the instance that `dagster dev` here would use."""
+    if is_dagster_home_set():
+        with dg.DagsterInstance.get() as instance:
+            yield instance
+    elif Path("dagster.yaml").exists():
+        with dg.DagsterInstance.from_config(str(Path.cwd())) as instance:
+            yield instance
+    else:
+        raise SystemExit("no dagster.yaml here, and DAGSTER_HOME is not set: no instance to clean")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Housekeeping: removes what is old, part by part; one that fails does not stop the next.
+
+A part is a generator. It yields each thing right after it has removed it, or, in a dry run, without
+removing it; so whoever iterates can stop at any time, and what is left goes the next time.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.errors import BatchOrchestrationError, HousekeepingBusy
+from batch_orchestration.domain.housekeeping import HouseReport, PartResult, Removal
+from batch_orchestration.services.at_rest import batches_at_rest
+from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
+from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+#: Of one part at a time; a tick is not to hold up a daemon's slot for ever.
+PART_SECONDS = 60.0
+#: However old something may be kept at most: what ended within it, somebody may be looking at.
+LEAST_REST_SECONDS = 3600.0
+_BUSY = "housekeeping is at work already; look again in a few minutes"
+
+
+@dataclass(frozen=True)
+class House:
+    """What housekeeping works on, as it was when it began.
+
+    Attributes:
+        now: POSIX seconds.
+        dry_run: Only tell what would go.
+    """
+
+    folder: DataFolder
+    store: Store
+    now: float
+    dry_run: bool = False
+
+    @cached_property
+    def records(self) -> dict[str, BatchRecord]:
+        """All batches that the store knows, by id."""
+        return {record.batch_id: record for record in self.store.batches()}
+
+    @cached_property
+    def at_rest(self) -> dict[str, float]:
+        """The batches that may be touched at all, and since when they are at rest."""
+        latest = self.now - LEAST_REST_SECONDS
+        resting = batches_at_rest(self.records.values(), self.folder)
+        return {batch_id: since for batch_id, since in resting.items() if since <= latest}
+
+    def ended_before(self, moment: float) -> list[str]:
+        """Return the batches at rest since before a moment, the longest first."""
+        found = [(since, name) for name, since in self.at_rest.items() if since < moment]
+        return [name for _, name in sorted(found)]
+
+    def completed_before(self, moment: float) -> list[str]:
+        """Return those of them that cannot be resumed."""
+        completed = BatchStatus.COMPLETED
+        return [n for n in self.ended_before(moment) if self.records[n].status is completed]
+
+
+#: Given the house, and how old things may become (seconds).
+Cleaner = Callable[[House, float], Iterator[Removal]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of thing that is removed by age.
+
+    Attributes:
+        keep_seconds: How old it may become; 0 for ever.
+    """
+
+    name: str
+    keep_seconds: float
+    clean: Cleaner
+
+
+def keep_house(
+    parts: Sequence[Part],
+    house: House,
+    *,
+    clock: Callable[[], float],
+    seconds: float = PART_SECONDS,
+    tell: Callable[[str, Removal], None] = lambda part, removal: None,
+) -> list[PartResult]:
+    """Run the parts one after the other, and keep what they came to unless it is a dry run.
+
+    Args:
+        parts: In their order.
+        house: What they work on.
+        clock: Monotonic seconds.
+        seconds: That each part may take.
+        tell: Called with the name of the part for each thing that went, or would.
+
+    Raises:
+        HousekeepingBusy: Somebody else does it at this moment.
+    """
+    with _alone(house.folder):
+        results = [_run(part, house, clock=clock, seconds=seconds, tell=tell) for part in parts]
+        if not house.dry_run:
+            _keep(results, house.folder)
+    return results
+
+
+def keep_house_and_tell(
+    parts: Sequence[Part],
+    house: House,
+    *,
+    clock: Callable[[], float],
+    seconds: float = PART_SECONDS,
+) -> HouseReport:
+    """Run the parts as `keep_house` does, and return the names of what went, too."""
+    removals: dict[str, list[Removal]] = {}
+
+    def tell(part: str, removal: Removal) -> None:
+        removals.setdefault(part, []).append(removal)
+
+    results = keep_house(parts, house, clock=clock, seconds=seconds, tell=tell)
+    return HouseReport(results=tuple(results), removals=removals)
+
+
+def read_results(folder: DataFolder) -> dict[str, PartResult]:
+    """Return what each part came to the last time, by its name.
+
+    Raises:
+        StorageError: That is damaged.
+    """
+    return read_kept(folder.housekeeping, dict[str, PartResult]) or {}
+
+
+def _run(
+    part: Part,
+    house: House,
+    *,
+    clock: Callable[[], float],
+    seconds: float,
+    tell: Callable[[str, Removal], None],
+) -> PartResult:
+    if part.keep_seconds <= 0:
+        return PartResult(part=part.name, at=house.now, off=True)
+    began, removed, size_bytes, more, problem = clock(), 0, 0, False, None
+    try:
+        for removal in part.clean(house, part.keep_seconds):
+            removed, size_bytes = removed + 1, size_bytes + removal.size_bytes
+            tell(part.name, removal)
+            if more := clock() - began > seconds:
+                break
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other parts are not to suffer
+        problem = f"{type(error).__name__}: {error}"
+        logger.warning("housekeeping of %s: %s", part.name, problem)
+    took = clock() - began
+    if removed and not house.dry_run:
+        logger.info(
+            "housekeeping removed %d of %s, %d bytes, in %.1f s",
+            *(removed, part.name, size_bytes, took),
+        )
+    return PartResult(
+        part=part.name,
+        at=house.now + took,
+        seconds=round(took, 3),
+        removed=removed,
+        size_bytes=size_bytes,
+        more=more,
+        problem=problem,
+    )
+
+
+@contextlib.contextmanager
+def _alone(folder: DataFolder) -> Iterator[None]:
+    lock = FileLock(folder.housekeeping.with_name("housekeeping.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise HousekeepingBusy(_BUSY) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _keep(results: Sequence[PartResult], folder: DataFolder) -> None:
+    try:
+        known = read_results(folder)
+    except BatchOrchestrationError:  # what the last time came to is not worth failing this time
+        known = {}
+    known |= {result.part: result for result in results}
+    write_atomically(folder.housekeeping, msgspec.json.encode(known))
