@@ -21,6 +21,7 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.housekeeping import PartResult
 from batch_orchestration.services.configuration import house_parts
+from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.housekeeping import House, Part, keep_house_and_tell
 from batch_orchestration.settings import Settings, load_settings
 
@@ -47,12 +48,8 @@ def keep_house_once(
     context: dg.OpExecutionContext, config: HousekeepingConfig, settings: SettingsResource
 ) -> None:
     """Remove what is older than the settings say, and say what that was."""
-    house = House(
-        data_folder(settings),
-        open_store(settings, deadline_seconds=STORE_SECONDS),
-        now=time.time(),
-        dry_run=config.dry_run,
-    )
+    say_at_work("cleaning up")
+    house = _house(settings, dry_run=config.dry_run)
     try:
         report = keep_house_and_tell(
             _chosen([*house_parts(settings), *dagster_parts(context.instance, settings)], config),
@@ -155,12 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", action="append", default=[])
     given = parser.parse_args(arguments)
     settings = load_settings()
-    house = House(
-        data_folder(settings),
-        open_store(settings, deadline_seconds=STORE_SECONDS),
-        now=time.time(),
-        dry_run=given.dry_run,
-    )
+    house = _house(settings, dry_run=given.dry_run)
     with _instance() as instance:
         parts = [
             part

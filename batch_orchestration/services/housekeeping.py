@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -128,13 +129,18 @@ def keep_house_and_tell(
     return HouseReport(results=tuple(results), removals=removals)
 
 
+def results_path(folder: DataFolder) -> Path:
+    """Where it is kept what each part came to, the last time."""
+    return folder.root / "housekeeping.json"
+
+
 def read_results(folder: DataFolder) -> dict[str, PartResult]:
     """Return what each part came to the last time, by its name.
 
     Raises:
         StorageError: That is damaged.
     """
-    return read_kept(folder.housekeeping, dict[str, PartResult]) or {}
+    return read_kept(results_path(folder), dict[str, PartResult]) or {}
 
 
 def _run(
@@ -176,7 +182,7 @@ def _run(
 
 @contextlib.contextmanager
 def _alone(folder: DataFolder) -> Iterator[None]:
-    lock = FileLock(folder.housekeeping.with_name("housekeeping.lock"))
+    lock = FileLock(folder.root / "housekeeping.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -193,4 +199,4 @@ def _keep(results: Sequence[PartResult], folder: DataFolder) -> None:
     except BatchOrchestrationError:  # what the last time came to is not worth failing this time
         known = {}
     known |= {result.part: result for result in results}
-    write_atomically(folder.housekeeping, msgspec.json.encode(known))
+    write_atomically(results_path(folder), msgspec.json.encode(known))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 from batch_orchestration.domain.batches import BatchPlan, settings_difference
 from batch_orchestration.domain.errors import PlanMismatch
@@ -29,9 +30,14 @@ def check_input_size(plan: BatchPlan, folder: DataFolder) -> None:
         )
 
 
+def input_removed_path(plan: BatchPlan, folder: DataFolder) -> Path:
+    """What is there once the kept input of a planned batch was removed on purpose."""
+    return folder.input_path_of(plan).with_name("input-removed.json")
+
+
 def check_input_kept(plan: BatchPlan, folder: DataFolder) -> None:
     """Raise `PlanMismatch` if housekeeping has removed the kept input of a batch."""
-    if folder.input_removed_path(plan).exists():
+    if input_removed_path(plan, folder).exists():
         raise PlanMismatch(
             f"the kept input of {plan.batch_id} was removed by its age"
             f" (BATCH_INPUT_RETENTION_DAYS). Its answers are in the store and in the outbox; to ask"

@@ -19,6 +19,7 @@ from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.services.assembly import assembly_lock_path
 from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.outbox import OutboxFiles
+from batch_orchestration.services.plan_checks import input_removed_path
 from batch_orchestration.services.recount import recount
 from batch_orchestration.storage.files import DataFolder, disk_errors, write_atomically
 from batch_orchestration.storage.operations import open_replays
@@ -111,7 +112,7 @@ def _remove_input(plan: BatchPlan, files: list[Path], house: House) -> None:
     removed = InputRemoved(
         at=house.now, file_name=plan.file_name, sha256=plan.sha256, size_bytes=plan.size_bytes
     )
-    write_atomically(house.folder.input_removed_path(plan), msgspec.json.encode(removed))
+    write_atomically(input_removed_path(plan, house.folder), msgspec.json.encode(removed))
     _remove(files)
     logger.info("removed the kept input of %s, delivered long ago: %s", plan.batch_id, removed)
 

@@ -108,11 +108,6 @@ class DataFolder:
         return self.root / "queue.json"
 
     @property
-    def housekeeping(self) -> Path:
-        """What each part of housekeeping came to, the last time."""
-        return self.root / "housekeeping.json"
-
-    @property
     def paused(self) -> Path:
         """There while the queue is paused."""
         return self.root / "paused.json"
@@ -205,10 +200,6 @@ class DataFolder:
     def pruned_path(self, batch_id: str) -> Path:
         """What is there once the journals of a batch were removed on purpose."""
         return self.batches / _folder_name(batch_id) / "pruned.json"
-
-    def input_removed_path(self, plan: BatchPlan) -> Path:
-        """What is there once the kept input of a planned batch was removed on purpose."""
-        return self.input_path_of(plan).with_name("input-removed.json")
 
     def journal_path(self, batch_id: str, number: int) -> Path:
         """Where outcomes of a chunk are recorded."""

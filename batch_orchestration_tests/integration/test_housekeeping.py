@@ -22,7 +22,13 @@ from batch_orchestration.domain.lifecycle import FINAL, RESUMABLE, Resumption
 from batch_orchestration.domain.output_lines import output_line_id
 from batch_orchestration.domain.submissions import Submission
 from batch_orchestration.services.configuration import house_parts
-from batch_orchestration.services.housekeeping import House, Part, keep_house, read_results
+from batch_orchestration.services.housekeeping import (
+    House,
+    Part,
+    keep_house,
+    read_results,
+    results_path,
+)
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
@@ -265,7 +271,7 @@ def test_a_dry_run_names_what_a_real_one_removes_and_removes_nothing(folder: Dat
 
     assert clean(folder, "logs", dry_run=True) == ["logs/runs/run-1.log"]
     assert log.exists()
-    assert not folder.housekeeping.exists()
+    assert not results_path(folder).exists()
 
     assert clean(folder, "logs") == ["logs/runs/run-1.log"]
     assert not log.exists()

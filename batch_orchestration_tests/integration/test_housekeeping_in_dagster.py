@@ -15,7 +15,7 @@ from batch_orchestration.defs.partitions import BATCH_TAG
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.housekeeping import HouseReport
 from batch_orchestration.services.closing import cancel
-from batch_orchestration.services.housekeeping import House, keep_house_and_tell
+from batch_orchestration.services.housekeeping import House, keep_house_and_tell, results_path
 from batch_orchestration.services.resuming import resume
 from batch_orchestration_tests.builders import make_input, make_line
 from batch_orchestration_tests.integration.deployment import Deployment
@@ -169,10 +169,10 @@ def test_the_job_tells_what_it_did_and_what_it_would_do(deployment: Deployment) 
     request = dg.RunRequest(job_name="housekeeping", run_config=config)
 
     assert deployment.run(request).success
-    assert not deployment.folder.housekeeping.exists()
+    assert not results_path(deployment.folder).exists()
     assert deployment.run(dg.RunRequest(job_name="housekeeping")).success
 
-    told = json.loads(deployment.folder.housekeeping.read_bytes())
+    told = json.loads(results_path(deployment.folder).read_bytes())
     assert {"journals", "samples", "logs", "partitions", "runs", "ticks"} <= told.keys()
     assert all(result.get("problem") is None for result in told.values())
 

@@ -8,6 +8,7 @@ import pytest
 from batch_orchestration.domain.dead_letters import Selection
 from batch_orchestration.domain.errors import PlanMismatch
 from batch_orchestration.services.housekeeping import House
+from batch_orchestration.services.plan_checks import input_removed_path
 from batch_orchestration.services.recovery import find_problem
 from batch_orchestration.services.registration import register_unlisted
 from batch_orchestration.services.retention import clean_inputs, clean_journals
@@ -125,7 +126,7 @@ def test_an_input_goes_only_after_the_journals_and_says_what_it_was(bench: Lette
     assert clean_input(bench, days_later=31) == [str(path)]
 
     assert not path.exists()
-    removed = json.loads(bench.folder.input_removed_path(bench.plan).read_bytes())
+    removed = json.loads(input_removed_path(bench.plan, bench.folder).read_bytes())
     assert (removed["file_name"], removed["sha256"]) == (bench.plan.file_name, bench.plan.sha256)
     assert clean_input(bench, days_later=99) == []
 
