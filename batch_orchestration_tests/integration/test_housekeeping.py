@@ -191,7 +191,9 @@ def test_of_a_batch_that_is_not_at_rest_no_byte_is_touched(
         for batch_id in busy:
             assert files_of(folder, batch_id, batches[batch_id]) == before[batch_id]
         for batch_id in batches.keys() - busy:
-            gone = batches[batch_id].ended_days_ago > 1
+            whole = batches[batch_id].part_of
+            family = [h for h in batches.values() if whole and h.part_of == whole]
+            gone = all(h.ended_days_ago > 1 for h in [batches[batch_id], *family])
             completed = batches[batch_id].status is BatchStatus.COMPLETED
             assert folder.plan_path(batch_id).exists()
             assert (folder.outbox_path(batch_id) / "output.jsonl").exists()
