@@ -1,0 +1,66 @@
+"""`kill -9` of whoever tends the alerts, at each moment that matters: nothing is lost."""
+
+import signal
+
+import pytest
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration_tests.alert_bench import Tower
+from batch_orchestration_tests.alert_servers import Webhook, serving
+from batch_orchestration_tests.children import child
+
+#: Tends the book once; dies at the moment that it is told.
+TEND = """
+    import os, signal, sys
+    from pathlib import Path
+    from types import SimpleNamespace
+    from batch_orchestration.services import alerting
+    from batch_orchestration_tests.alert_bench import Tower
+    root, url, now, moment = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
+    tower = Tower(root, SimpleNamespace(url=url))
+    tower.now = now
+
+    def die(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    deliver = alerting.deliver
+    def send_and_die(*arguments, **options):
+        deliver(*arguments, **options)
+        die()
+
+    if moment == "before the book is kept":
+        alerting.write_book = die
+    if moment == "before it is sent":
+        alerting.deliver = die
+    if moment == "before it is known to be sent":
+        alerting.deliver = send_and_die
+    tower.tend()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "arrived"),
+    [
+        ("before the book is kept", 1),
+        ("before it is sent", 1),
+        # Nobody can know whether it was sent.
+        ("before it is known to be sent", 2),
+    ],
+)
+def test_killed_at_any_moment_it_loses_no_alert(tmp_path, monkeypatch, moment, arrived):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(Webhook()) as webhook:
+        tower = Tower(tmp_path, webhook)
+        tower.begin()
+        tower.end(tower.add(failing=(1, 2)), BatchStatus.COMPLETED)
+        tower.now += 30
+        with child(TEND, tmp_path, webhook.url, tower.now, moment) as process:
+            assert process.wait(30) == -signal.SIGKILL
+
+        for _ in range(3):
+            tower.tick()
+
+        assert len(webhook.texts) == arrived
+        assert all("too many failures" in text for text in webhook.texts)
+        assert not list(tower.folder.root.glob("*.damaged-*"))
