@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import dagster as dg
@@ -27,10 +27,11 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError, StoreLocked
-from batch_orchestration.domain.queueing import QueueView
+from batch_orchestration.domain.queueing import NeedsPerson, QueueView
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.configuration import open_inbox, queue_rules
 from batch_orchestration.services.dispatch import (
+    MAX_FAILURES,
     NeededRun,
     RunState,
     backoff_left,
@@ -105,8 +106,7 @@ def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.
     Asked for until the claim is gone, always with the key of the present attempt: so that a file
     is neither lost nor admitted twice, whatever is killed in between.
     """
-    records = instance.get_run_records(dg.RunsFilter(tags={CLAIM_TAG: claim.claim_id}))
-    states = [(state, record) for record in records if (state := run_state(record, now=now))]
+    states = _admissions(instance, claim, now=now)
     ended = [record.end_time or 0.0 for state, record in states if state is not RunState.LIVE]
     if len(ended) < len(states):
         return f"{claim.file_name}: being admitted"
@@ -117,6 +117,33 @@ def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.
         run_config=dg.RunConfig({admit_claim.name: AdmitConfig(claim_id=claim.claim_id)}),
         tags={CLAIM_TAG: claim.claim_id},
     )
+
+
+def _admissions(
+    instance: dg.DagsterInstance, claim: Claim, *, now: float
+) -> list[tuple[RunState, dg.RunRecord]]:
+    """Return the runs that were to admit a claim, and what became of each."""
+    records = instance.get_run_records(dg.RunsFilter(tags={CLAIM_TAG: claim.claim_id}))
+    return [(state, record) for record in records if (state := run_state(record, now=now))]
+
+
+def _failing_admissions(
+    instance: dg.DagsterInstance, inbox: Inbox, *, now: float
+) -> Iterator[NeedsPerson]:
+    """Yield the files whose admission fails again and again. It is tried on, ever more rarely."""
+    for claim in inbox.claims():
+        states = _admissions(instance, claim, now=now)
+        failed = [record for state, record in states if state is RunState.FAILED]
+        if len(failed) >= MAX_FAILURES:
+            latest = max(failed, key=lambda record: record.end_time or 0.0).dagster_run.run_id
+            yield NeedsPerson(
+                batch_id=claim.file_name,
+                run_id=latest,
+                reason=(
+                    f"its admission failed {len(failed)} times and is tried on, ever more rarely;"
+                    f" mend the cause that the page of run {latest[:8]} shows"
+                ),
+            )
 
 
 @dg.sensor(
@@ -158,7 +185,8 @@ def dispatch_sensor(
     except StorageError as error:
         return dg.SkipReason(f"the store cannot be read now: {error}")
     with contextlib.suppress(StorageError):  # only what looks at it goes without
-        write_needs(folder, verdict.needs)
+        admissions = _failing_admissions(context.instance, open_inbox(settings, folder), now=now)
+        write_needs(folder, [*verdict.needs, *admissions])
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
     requests = [_request(needed) for needed in verdict.needed]
     return _result(context, requests, [*problems, *verdict.waiting], idle=idle)

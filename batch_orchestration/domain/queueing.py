@@ -105,6 +105,7 @@ class NeedsPerson(msgspec.Struct, frozen=True, kw_only=True):
     """A batch that goes on only after a person has done something.
 
     Attributes:
+        batch_id: Of the batch; of what is not admitted yet, the name of the file.
         run_id: Of the run whose page shows the cause.
         reason: What happened, and what lets the batch go on.
     """

@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 PATIENCE = 5.0
 #: Looks at an engine per `floor_seconds`, at least.
 LOOKS_PER_LIMIT = 12
+#: Between two looks, at an engine that lets each question run into its time limit. In whatever was
+#: longer this process did not run either: it was frozen, with its engine or for itself.
+LONGEST_STEP_SECONDS = 30.0
 
 
 class HangWatch:
@@ -35,6 +38,7 @@ class HangWatch:
         self._tell_moved = moved
         self._floor_seconds = floor_seconds
         self._moved_at = 0.0
+        self._looked_at = 0.0
         self._longest_pause = 0.0
         self._tokens: int | None = None
 
@@ -45,11 +49,11 @@ class HangWatch:
 
     def begin(self) -> None:
         """Begin to watch: pauses count from now on."""
-        self._moved_at = asyncio.get_running_loop().time()
+        self._moved_at = self._looked_at = asyncio.get_running_loop().time()
 
     def note_progress(self) -> None:
         """Take note of an outcome."""
-        now = asyncio.get_running_loop().time()
+        now = self._look()
         self._longest_pause = max(self._longest_pause, now - self._moved_at)
         self._moved_at = now
         self._tell_moved()
@@ -66,7 +70,7 @@ class HangWatch:
         if figures is not None and (figures.tokens is None or figures.tokens != self._tokens):
             self._tokens = figures.tokens
             self.note_progress()
-        pause = asyncio.get_running_loop().time() - self._moved_at
+        pause = self._look() - self._moved_at
         if pause > self.limit_seconds:
             logger.error("the engine is stuck; ending it")
             await asyncio.to_thread(self._engine.stop)
@@ -74,3 +78,10 @@ class HangWatch:
                 f"stuck: no outcome and no token for {pause:.0f} s with"
                 f" {in_flight} requests in flight"
             )
+
+    def _look(self) -> float:
+        """Return the time, with the time in which nobody could look left out of the pause."""
+        now = asyncio.get_running_loop().time()
+        self._moved_at += max(0.0, now - self._looked_at - LONGEST_STEP_SECONDS)
+        self._looked_at = now
+        return now

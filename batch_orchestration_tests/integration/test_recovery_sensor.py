@@ -180,3 +180,26 @@ def test_a_batch_whose_workers_are_ended_again_and_again_ends_at_a_person_not_in
     assert "waits for a person" in deployment.reason("dispatch_sensor")
     (need,) = read_needs(deployment.folder) or ()
     assert (need.batch_id, need.run_id) == (batch_id, run.run_id)
+
+
+def test_a_file_whose_admission_is_ended_again_and_again_is_named_to_a_person(deployment):
+    """It is tried on, for it has a claim and no batch; but nobody would hear of it."""
+    deployment.drop("a.jsonl", make_input(5))
+    (request,) = deployment.requests("inbox_sensor")
+    job = deployment.repository.get_job("admit_batch")
+    for _ in range(MAX_FAILURES):
+        run = deployment.instance.create_run_for_job(
+            job,
+            tags=dict(request.tags),
+            run_config=request.run_config,
+            status=dg.DagsterRunStatus.STARTED,
+        )
+        deployment.tick("dispatch_sensor")
+        assert read_needs(deployment.folder) == ()
+        deployment.instance.report_run_failed(run, "run worker 1 was silent and has been killed")
+
+    deployment.tick("dispatch_sensor")
+
+    (need,) = read_needs(deployment.folder) or ()
+    assert (need.batch_id, need.run_id) == ("a.jsonl", run.run_id)
+    assert "3 admissions failed; the next in" in deployment.reason("inbox_sensor")
