@@ -114,7 +114,8 @@ class Accountant:
     """Keeps the accounts of one run, one for each batch that it serves.
 
     What the engine could run is the window; but if it lets requests wait although the window is
-    full, it is what ran then. The figures are read seldom, and so they tell nothing else.
+    full, it is what ran then. What it has of that is what is in flight, less the share that had not
+    arrived at it when its figures were last read: about once a second.
 
     Args:
         own: The batch that the run is about.
@@ -127,6 +128,8 @@ class Accountant:
         self._quantities: dict[str, dict[str, float]] = {own: dict.fromkeys(QUANTITIES, 0.0)}
         self._restarts = 0
         self._engine: EngineFigures | None = None
+        #: Share of what is in flight that the engine has; the rest is on its way to it, or back.
+        self._arrived = 1.0
         #: How many the engine runs at a time, once it was seen to let others wait.
         self._places: int | None = None
         #: Which counter of tokens was read last, and what it said.
@@ -180,7 +183,7 @@ class Accountant:
         if moment.stage is Stage.COMMITTING:
             return {"commit_seconds": 1.0}
         could = max(1, min(self._places or moment.unheld_window, moment.unheld_window))
-        busy = min(1.0, moment.in_flight / could)
+        busy = min(1.0, self._arrived * moment.in_flight / could)
         if moment.dry:
             return {"busy_seconds": busy, "drain_seconds": 1.0 - busy}
         is_held = moment.window < moment.unheld_window
@@ -200,8 +203,11 @@ class Accountant:
             self._count_tokens(moment, "answers", moment.tokens)
         elif figures is not self._engine:
             self._count_tokens(moment, "engine", figures.generation_tokens)
-        if figures is not None and figures is not self._engine:
+        if figures is None:
+            self._arrived = 1.0
+        elif figures is not self._engine:
             self._learn_places(figures, moment)
+            self._learn_arrived(figures, moment)
         self._engine = figures
 
     def _learn_places(self, figures: EngineFigures, moment: Moment) -> None:
@@ -210,6 +216,13 @@ class Accountant:
         lets_wait = bool(figures.waiting) and window_is_full and running > 0
         if lets_wait or (self._places is not None and running > self._places):
             self._places = running
+
+    def _learn_arrived(self, figures: EngineFigures, moment: Moment) -> None:
+        """Take in what is at the engine: who feeds too slowly has a full window all the same."""
+        self._arrived = 1.0
+        if figures.running is not None and moment.in_flight:
+            has = figures.running + (figures.waiting or 0)
+            self._arrived = min(1.0, has / moment.in_flight)
 
     def _count_tokens(self, moment: Moment, counter: str, value: int) -> None:
         """Charge the tokens since the last reading; a counter that fell has begun anew."""

@@ -127,6 +127,23 @@ def test_a_full_window_at_which_nothing_waits_may_be_too_narrow_and_is_told_so()
     assert (account.busy_seconds, account.narrow_seconds) == (10.0, 3.0)
 
 
+def test_a_full_window_of_requests_that_the_engine_does_not_have_is_a_gap() -> None:
+    """The feeder is too slow: answers lie about at its side, and count as in flight until read."""
+    starving = feeding(8, engine=EngineFigures(running=2, waiting=0))
+
+    account = account_of((0.0, starving), (8.0, starving))
+
+    assert (account.busy_seconds, account.feed_gap_seconds) == (2.0, 6.0)
+
+
+def test_an_engine_that_falls_silent_is_believed_to_have_what_it_was_given() -> None:
+    starving = feeding(8, engine=EngineFigures(running=2, waiting=0))
+
+    account = account_of((0.0, starving), (8.0, feeding(8)), (12.0, feeding(8)))
+
+    assert account.busy_seconds == 2.0 + 4.0
+
+
 def test_time_is_divided_between_batches_by_what_each_has_in_flight() -> None:
     both = feeding(8, by_batch={"own": 2, "guest": 6})
     looks = (
