@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from batch_orchestration.domain.window_control import WindowControl
+from batch_orchestration.domain import derivation
+from batch_orchestration.domain.derivation import RequestTokens
+from batch_orchestration.domain.throughput import Costs
+from batch_orchestration.domain.window_control import Bounds, WindowControl
 from batch_orchestration.engines.simulated_kv import KvMachine, KvModel
 from batch_orchestration.services.engine_poll import POLL_SECONDS
 
@@ -171,3 +174,37 @@ def sweep(shape: Shape, widths: Sequence[int] = SWEEP, *, seed: str = "1") -> di
 def best_of(shape: Shape, widths: Sequence[int] = SWEEP) -> tuple[int, Course]:
     """Return the best fixed window, and how the batch goes through it."""
     return max(sweep(shape, widths).items(), key=lambda item: item[1].throughput)
+
+
+def tokens_of(shape: Shape) -> RequestTokens:
+    """Return what a request of the shape has on average."""
+    sizes = list(lengths(shape, "1"))
+    return RequestTokens(
+        prompt=sum(prompt for prompt, _ in sizes) / len(sizes),
+        completion=sum(answer for _, answer in sizes) / len(sizes),
+    )
+
+
+def derived_start(shape: Shape) -> int:
+    """Return the window that is derived before the first figures are there."""
+    machine = shape.machine
+    derived = derivation.window(
+        kv_cache_tokens=machine.cache_tokens,
+        max_num_seqs=machine.max_num_seqs,
+        tokens=tokens_of(shape),
+    )
+    return int(derived.value)
+
+
+def bounds_of(shape: Shape) -> Bounds:
+    """Return the bounds of a controller that knows what the machine's steps cost."""
+    machine = shape.machine
+    costs = Costs(
+        request=0.0,
+        prompt_token=machine.prompt_token_seconds,
+        completion_token=machine.sequence_seconds,
+        step=machine.step_seconds,
+    )
+    held = derivation.sequences_held(machine.cache_tokens, tokens_of(shape))
+    at_a_time = min(machine.max_num_seqs, held)
+    return Bounds(reading_cost=derivation.reading_cost(costs, at_a_time=at_a_time))

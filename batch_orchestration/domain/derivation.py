@@ -19,6 +19,9 @@ MOST_IN_FLIGHT = 1024
 #: Of the requests running, so many more should wait at the engine, so that a step never lacks one
 #: while an answer travels back and the next request out.
 QUEUE_SHARE, QUEUE_LEAST = 0.125, 2
+#: Of a token, in tokens written, where nobody has measured it (as in `domain.throughput.GUESSED`);
+#: and what is believed of measurements, which tell the two apart only roughly.
+READING_COST, LEAST_READING_COST, MOST_READING_COST = 0.1, 0.02, 0.5
 #: Of the KV cache: what the sequences of a batch hold together goes up and down by some per cent.
 KV_SHARE = 0.95
 #: Lengths differ: with so many more slots than fit on average, the cache binds and not the slots.
@@ -92,7 +95,7 @@ def window(
         bounds.append(max_num_seqs)
         words.append(f"{max_num_seqs:,} sequences at a time")
     if kv_cache_tokens is not None and tokens is not None:
-        bounds.append(KV_SHARE * kv_cache_tokens / tokens.held)
+        bounds.append(sequences_held(kv_cache_tokens, tokens))
         words.append(f"{KV_SHARE} x {kv_cache_tokens:,} tokens of KV cache / {_held(tokens)}")
     if not bounds:
         value = min(most, DEFAULT_IN_FLIGHT)
@@ -103,6 +106,26 @@ def window(
     if running + queue > most:
         why += f", at most {most:,}"
     return Derived(name="window", value=min(most, running + queue), why=why)
+
+
+def sequences_held(kv_cache_tokens: int, tokens: RequestTokens) -> float:
+    """Return how many running sequences a KV cache holds: 0.95 x its tokens / those of each."""
+    return KV_SHARE * kv_cache_tokens / tokens.held
+
+
+def reading_cost(costs: Costs | None, *, at_a_time: float) -> float:
+    """Return what reading a token costs of what writing one does, by the costs measured.
+
+        prompt / (answer + step / at a time), from 0.02 to 0.5
+
+    By it the window weighs preempted sequences, which are read anew, against a wider batch.
+    """
+    if costs is None:
+        return READING_COST
+    writing = costs.completion_token + costs.step / max(1, at_a_time)
+    if not writing:
+        return READING_COST
+    return max(LEAST_READING_COST, min(MOST_READING_COST, costs.prompt_token / writing))
 
 
 def queued(running: float) -> int:
@@ -123,7 +146,7 @@ def sequences(
     """
     if kv_cache_tokens is None or tokens is None:
         return None
-    fit = SLOTS_SHARE * KV_SHARE * kv_cache_tokens / tokens.held
+    fit = SLOTS_SHARE * sequences_held(kv_cache_tokens, tokens)
     value = max(FEWEST_SEQUENCES, min(most, 8 * math.ceil(fit / 8)))
     return Derived(
         name="max_num_seqs",

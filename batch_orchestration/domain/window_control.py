@@ -9,16 +9,13 @@ can hold to the end: then it puts requests back and computes them again.
 from dataclasses import dataclass
 from statistics import fmean
 
-from batch_orchestration.domain.derivation import MOST_IN_FLIGHT, queued
+from batch_orchestration.domain.derivation import MOST_IN_FLIGHT, READING_COST, queued
 from batch_orchestration.domain.engine_figures import EngineFigures
 
 #: Of the engine's work, what is done again. In sweeps (benchmarks/README.md) the best window of a
 #: tight cache wastes 4 to 7 % so, for a wider batch gains more than that. Up to the first a window
 #: may grow, above the second it narrows, and in between nothing changes: that is the hysteresis.
-WASTE_TOLERATED, WASTE_TOO_MUCH = 0.03, 0.12
-#: What is computed again is read, not written, and that is so much cheaper (as in
-#: `domain.throughput.GUESSED`).
-READING_COST = 0.1
+WASTE_TOLERATED, WASTE_TOO_MUCH = 0.03, 0.10
 #: Of the requests running, so many more at the engine are too many.
 SURPLUS_SHARE, SURPLUS_LEAST = 0.5, 16
 #: A window that is too narrow grows by so much at a time: fast while most of the cache is free.
@@ -44,10 +41,15 @@ FILLED = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Between what the window may be."""
+    """Between what the window may be, and what tells when it is too wide.
+
+    Attributes:
+        reading_cost: Of a token, in tokens written: what is computed again is only read.
+    """
 
     least: int = 8
     most: int = MOST_IN_FLIGHT
+    reading_cost: float = READING_COST
 
 
 class WindowControl:
@@ -102,7 +104,8 @@ class WindowControl:
     def _decide(self, epoch: "_Epoch", bounds: Bounds) -> None:
         self._remembered = max(0, self._remembered - 1)
         running, waiting = epoch.running, epoch.waiting
-        waste = self._waste = SMOOTHING * epoch.waste + (1 - SMOOTHING) * self._waste
+        waste = SMOOTHING * epoch.waste(bounds.reading_cost) + (1 - SMOOTHING) * self._waste
+        self._waste = waste
         width = float(self.width)
         if waste > WASTE_TOO_MUCH:
             # What was put back waits, so that more than what runs was let in.
@@ -208,11 +211,10 @@ class _Epoch:
     def usage(self) -> float:
         return fmean(look.usage for look in self._looks)
 
-    @property
-    def waste(self) -> float:
+    def waste(self, reading_cost: float) -> float:
         """The share of the work that was done before: what each preempted sequence held."""
         held = self.usage * self._last.cache_tokens / max(1.0, self.running)
-        again = READING_COST * held * (self._last.preemptions - self.first.preemptions)
-        read = READING_COST * (self._last.prompt_tokens - self.first.prompt_tokens)
+        again = reading_cost * held * (self._last.preemptions - self.first.preemptions)
+        read = reading_cost * (self._last.prompt_tokens - self.first.prompt_tokens)
         written = self._last.generation_tokens - self.first.generation_tokens
         return again / max(1.0, again + read + written)

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batch_orchestration.domain import derivation
 from batch_orchestration.domain.derivation import (
     MOST_IN_FLIGHT,
+    READING_COST,
     Derived,
     RequestTokens,
     request_tokens,
 )
 from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.model_memory import (
     DTYPE_BYTES,
     LEAST_TOKENS,
@@ -47,12 +49,14 @@ class Sizing:
         flags: Of the engine's command; what is set by `BATCH_ENGINE_ARGS` is never among them.
         derived: How they came about.
         tokens: Of a request of the run's batches; None if they have no estimate.
+        reading_cost: Of a token, in tokens written.
         in_flight: As set by `BATCH_IN_FLIGHT`; None if the window is derived, too.
     """
 
     flags: Mapping[str, Any] = field(default_factory=dict)
     derived: tuple[Derived, ...] = ()
     tokens: RequestTokens | None = None
+    reading_cost: float = READING_COST
     in_flight: int | None = None
 
     @property
@@ -63,7 +67,9 @@ class Sizing:
     @property
     def bounds(self) -> Bounds | None:
         """Between what the window may follow the engine; None if it was set."""
-        return None if self.in_flight else Bounds(most=MOST_IN_FLIGHT)
+        if self.in_flight:
+            return None
+        return Bounds(most=MOST_IN_FLIGHT, reading_cost=self.reading_cost)
 
     def window(self, figures: Mapping[str, Any]) -> Derived:
         """Return the window to begin with, by what an engine that was started says of itself."""
@@ -83,33 +89,46 @@ def size_run(
 
     Reads the devices, if the engine is to run on one of this machine.
     """
-    tokens = request_tokens([read_estimate(folder, batch_id) for batch_id in batch_ids])
-    sized = Sizing(tokens=tokens, in_flight=settings.in_flight)
-    if settings.engine is not EngineKind.VLLM:
-        return sized
-    args = {flag_name(name): value for name, value in settings.engine_args.items()}
-    derived = list[Derived]()
-    verdict = None if no_gate(settings) is not None else examine(settings)
-    share = None
-    if verdict is not None and not _MEMORY_FLAGS & args.keys():
-        share = memory_share_of(verdict)
-        derived += [share] if share else []
-    if "max-num-seqs" not in args:
-        cache = _cache_known(settings, store) or _cache_expected(settings, args, verdict, share)
-        on_cpu = settings.device is Device.CPU
-        most = derivation.MOST_SEQUENCES_ON_CPU if on_cpu else derivation.MOST_SEQUENCES
-        slots = derivation.sequences(
-            kv_cache_tokens=cache, tokens=tokens, most=min(most, sized.most_in_flight)
-        )
-        derived += [slots] if slots else []
+    estimates = [read_estimate(folder, batch_id) for batch_id in batch_ids]
+    sized = Sizing(tokens=request_tokens(estimates), in_flight=settings.in_flight)
+    cache = _cache_known(settings, store)
+    if settings.engine is EngineKind.VLLM:
+        args = {flag_name(name): value for name, value in settings.engine_args.items()}
+        verdict = None if no_gate(settings) is not None else examine(settings)
+        share = None
+        if verdict is not None and not _MEMORY_FLAGS & args.keys():
+            share = memory_share_of(verdict)
+        cache = cache or _cache_expected(settings, args, verdict, share)
+        slots = None if "max-num-seqs" in args else _slots(settings, cache, sized)
+        sized = _with(sized, [each for each in (share, slots) if each is not None])
+    return replace(sized, reading_cost=_reading_cost(estimates, cache, sized.tokens))
+
+
+def _with(sized: Sizing, derived: Sequence[Derived]) -> Sizing:
     for each in derived:
         logger.info("%s", each)
-    return Sizing(
-        flags={flag_name(each.name): each.value for each in derived},
-        derived=tuple(derived),
-        tokens=tokens,
-        in_flight=settings.in_flight,
+    flags = {flag_name(each.name): each.value for each in derived}
+    return replace(sized, flags=flags, derived=tuple(derived))
+
+
+def _slots(settings: Settings, cache: int | None, sized: Sizing) -> Derived | None:
+    on_cpu = settings.device is Device.CPU
+    most = derivation.MOST_SEQUENCES_ON_CPU if on_cpu else derivation.MOST_SEQUENCES
+    return derivation.sequences(
+        kv_cache_tokens=cache, tokens=sized.tokens, most=min(most, sized.most_in_flight)
     )
+
+
+def _reading_cost(
+    estimates: Sequence[Estimate | None], cache: int | None, tokens: RequestTokens | None
+) -> float:
+    measured = next((each for each in estimates if each is not None and each.costs), None)
+    if measured is None:
+        return READING_COST
+    at_a_time = float(measured.at_a_time)
+    if cache is not None and tokens is not None:
+        at_a_time = min(at_a_time, derivation.sequences_held(cache, tokens))
+    return derivation.reading_cost(measured.costs, at_a_time=at_a_time)
 
 
 def memory_share_of(verdict: GpuVerdict) -> Derived | None:

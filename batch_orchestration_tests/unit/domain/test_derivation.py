@@ -8,6 +8,7 @@ from batch_orchestration.domain.derivation import (
     cache_tokens,
     chunk_size,
     memory_share,
+    reading_cost,
     sequences,
     window,
 )
@@ -130,6 +131,21 @@ def costs(request: float = 0.0, **fields: float) -> Costs:
 )
 def test_a_chunk_is_what_takes_a_minute(measured, tokens, value: int) -> None:
     assert chunk_size(measured, tokens, at_a_time=100).value == value
+
+
+@pytest.mark.parametrize(
+    ("measured", "value"),
+    [
+        (None, 0.1),
+        (costs(1.0), 0.1),  # Tokens cost nothing: nothing is known of them.
+        (costs(prompt_token=1.0, completion_token=4.0), 0.25),
+        (costs(prompt_token=1.0, completion_token=2.0, step=200.0), 0.25),
+        (costs(completion_token=4.0), 0.02),
+        (costs(prompt_token=9.0, completion_token=4.0), 0.5),
+    ],
+)
+def test_reading_is_weighed_by_what_was_measured(measured, value: float) -> None:
+    assert reading_cost(measured, at_a_time=100) == value
 
 
 def test_within_the_bounds_a_commit_comes_every_half_to_two_minutes() -> None:

@@ -9,6 +9,7 @@ import pytest
 from batch_orchestration.domain.batches import settings_hash
 from batch_orchestration.domain.derivation import request_tokens
 from batch_orchestration.domain.estimates import Band, Basis, Estimate
+from batch_orchestration.domain.throughput import Costs
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import Settings
@@ -33,18 +34,32 @@ def make_estimate(requests: int = 100, prompt: float = 400, completion: float = 
     )
 
 
+def make_facts(kv_cache_tokens: int) -> EngineFacts:
+    return EngineFacts(
+        models=("tiny",),
+        max_model_len=2048,
+        kv_cache_tokens=kv_cache_tokens,
+        start_seconds=1.0,
+        seen_at=NOW,
+    )
+
+
 class Site:
     """A data folder with one batch, 400 tokens of prompt and 200 of answer a request."""
 
-    def __init__(self, root):
+    def __init__(self, root, *, requests=10):
         self.folder = DataFolder(root / "data")
         self.folder.create()
         self.store = Store(self.folder.duckdb, deadline_seconds=5)
-        self.plan = make_batch(self.folder, 10)
+        self.plan = make_batch(self.folder, requests)
         self.store.add_batch(self.plan, at=NOW)
         self.model = make_tiny_model(root / "model")
+        self.estimate(make_estimate())
+
+    def estimate(self, estimate: Estimate) -> None:
+        """Let this be what the batch is expected to take."""
         path = self.folder.plan_path(self.plan.batch_id).with_name("estimate.json")
-        path.write_bytes(msgspec.json.encode(make_estimate()))
+        path.write_bytes(msgspec.json.encode(estimate))
 
     def settings(self, **values) -> Settings:
         values = {
@@ -112,9 +127,7 @@ def test_what_is_set_is_not_derived(site, install, given, derived):
 def test_the_engines_own_figure_of_its_cache_is_better_than_the_formula(site, install):
     install(half_taken())
     in_force = engine_in_force(site.settings(device="cuda"))
-    facts = EngineFacts(
-        models=("tiny",), max_model_len=2048, kv_cache_tokens=50_000, start_seconds=1.0, seen_at=NOW
-    )
+    facts = make_facts(kv_cache_tokens=50_000)
     site.store.estimates.put_facts(facts, **in_force.key, args_hash=in_force.args_hash)
 
     assert site.size(device="cuda").flags["max-num-seqs"] == 120  # 1.25 x 0.95 x 50,000 / 500
@@ -160,6 +173,23 @@ def test_what_is_derived_is_no_part_of_the_settings_of_a_plan(site, install):
 
     assert sizing.flags
     assert settings_hash(settings.answer_settings()) == before
+
+
+def test_what_reading_costs_is_that_of_the_batchs_estimate_at_the_sequences_that_fit(site):
+    costs = Costs(request=0.0, prompt_token=0.25, completion_token=0.5, step=216 * 0.5)
+    site.estimate(msgspec.structs.replace(make_estimate(), costs=costs, at_a_time=1000))
+    in_force = engine_in_force(site.settings(device="cpu"))
+    facts = EngineFacts(
+        models=("tiny",),
+        max_model_len=None,
+        kv_cache_tokens=113_684,
+        start_seconds=1.0,
+        seen_at=NOW,
+    )
+    site.store.estimates.put_facts(facts, **in_force.key, args_hash=in_force.args_hash)
+
+    # 0.95 x 113,684 / 500 = 216 at a time: 0.25 / (0.5 + 0.5).
+    assert site.size(device="cpu").bounds.reading_cost == pytest.approx(0.25, rel=1e-3)
 
 
 def test_tokens_of_several_batches_are_their_mean_by_requests():

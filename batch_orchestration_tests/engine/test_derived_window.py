@@ -1,0 +1,82 @@
+"""Real vLLM is started with derived sizes, tells its figures, and answers through a window."""
+
+from pathlib import Path
+
+import pytest
+
+from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.services import engine_poll
+from batch_orchestration.services.chunk_runner import run_chunks
+from batch_orchestration.services.run_vitals import RunVitals
+from batch_orchestration.services.sizing import Sizing, size_run
+from batch_orchestration.settings import Settings
+from batch_orchestration_tests.unit.services.test_sizing import Site
+from batch_orchestration_tests.workbench import make_feeding
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+ARGS = {"max-model-len": 512, "kv-cache-memory-bytes": 8 * 2**20}
+
+
+def derive(site: Site) -> Sizing:
+    settings = Settings(
+        engine="vllm",
+        device="cpu",
+        model=str(site.model),
+        engine_args=ARGS,
+        data_dir=site.folder.root,
+        _env_file=None,
+    )
+    batches = [site.plan.batch_id]
+    return size_run(settings, folder=site.folder, store=site.store, batch_ids=batches)
+
+
+def answer(site: Site, engine: VllmEngine, sizing: Sizing, vitals: RunVitals) -> int:
+    """Answer the batch; return how many of its requests are."""
+    feeding = make_feeding(
+        bounds=sizing.bounds,
+        derive=sizing.window,
+        model_aliases={"*": "model"},
+        max_tokens_cap=64,
+    )
+    chunks = run_chunks(
+        {site.plan.batch_id: range(len(site.plan.chunks))},
+        engine=engine,
+        folder=site.folder,
+        store=site.store,
+        run_id="run-1",
+        feeding=feeding,
+        vitals=vitals,
+    )
+    return sum(chunk.report.completed for chunk in chunks)
+
+
+def test_a_batch_is_answered_through_derived_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_poll, "POLL_SECONDS", 0.05)
+    site, vitals = Site(tmp_path, requests=40), RunVitals()
+    sizing = derive(site)
+    engine = VllmEngine(
+        str(site.model),
+        device="cpu",
+        args={**sizing.flags, **ARGS},
+        log_path=tmp_path / "engine.log",
+        connections=sizing.most_in_flight,
+    )
+
+    try:
+        answered = answer(site, engine, sizing, vitals)
+    finally:
+        engine.stop()
+
+    assert answered == 40
+    # 8 MiB at 512 bytes a token, of which vLLM keeps a block of 128 to itself.
+    figures = engine.figures()
+    assert 16_000 <= figures["kv_cache_tokens"] <= 16_384
+    assert sizing.flags == {"max-num-seqs": 40}
+    assert figures["max_num_seqs"] == 40
+    assert vitals.derivation is not None
+    assert vitals.derivation.startswith("window 37 = 31 running")
+    assert vitals.engine is not None
+    assert vitals.engine.generation_tokens
+    assert vitals.engine.kv_cache_tokens == figures["kv_cache_tokens"]
