@@ -124,7 +124,7 @@ def store(look: Look) -> Iterator[Finding]:
         yield Finding(
             check="store",
             level=Level.UNHEALTHY if lasting else Level.DEGRADED,
-            reason=f"{locked}; so since {duration(look.now - since)}",
+            reason=" ".join(str(locked).split()),  # the holder's command may have many lines
             next_command="end what holds it; commits wait, nothing is lost",
         )
     except StorageError as error:
