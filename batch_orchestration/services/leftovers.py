@@ -8,7 +8,7 @@ from pathlib import Path
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.services.gpu_samples import prune_samples
-from batch_orchestration.services.housekeeping import House
+from batch_orchestration.services.housekeeping import LEAST_REST_SECONDS, House
 from batch_orchestration.storage.files import DataFolder, disk_errors
 
 #: What `storage.files.atomic_writer` writes to; a user's file is hardly called so.
@@ -59,10 +59,10 @@ def clean_rejected(house: House, keep_seconds: float) -> Iterator[Removal]:
 
 def clean_leftovers(house: House, keep_seconds: float) -> Iterator[Removal]:
     """Remove what crashes left: temporary files, heartbeats of runs that are gone, old verdicts."""
-    folder, before = house.folder, house.now - keep_seconds
+    # A write that goes on, or a run that lives, has changed its file within the hour.
+    folder, before = house.folder, house.now - max(keep_seconds, LEAST_REST_SECONDS)
     temporary = (path for path in _ours(house) if _TEMPORARY.fullmatch(path.name))
     yield from _removed(_older(temporary, before), house)
-    # A run that lives writes its own anew every few seconds.
     yield from _removed(_older((folder.root / "heartbeats").glob("*.json"), before), house)
     settled_before = house.now - max(keep_seconds, SETTLED_SECONDS)
     settled = (folder.claims / ".settled").glob("*.json")

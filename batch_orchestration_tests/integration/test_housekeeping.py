@@ -43,6 +43,7 @@ SETTINGS = Settings(
     },
     _env_file=None,
 )
+HASTY = {"leftover_retention_days": 0.000001}
 TEMPORARY = ".plan.json.0123456789ab.tmp"
 
 
@@ -265,6 +266,18 @@ def test_leftovers_of_crashes_go_and_nothing_of_anybody_else(folder: DataFolder)
 
     assert not any(path.exists() for path in ours)
     assert all(path.exists() for path in others)
+
+
+def test_what_somebody_is_writing_now_is_no_leftover_whatever_the_setting(
+    folder: DataFolder,
+) -> None:
+    for name in ("run-1.json", TEMPORARY):
+        touched(folder.root / "heartbeats" / name)
+    hasty = [part for part in house_parts(SETTINGS.model_copy(update=HASTY)) if part.keep_seconds]
+
+    keep_house(hasty, house(folder, days=0.01), clock=time.monotonic)
+
+    assert len(list((folder.root / "heartbeats").iterdir())) == 2
 
 
 def test_a_dry_run_names_what_a_real_one_removes_and_removes_nothing(folder: DataFolder) -> None:
