@@ -1,7 +1,7 @@
 """What is done about an engine that runs out of memory: one rung gentler, as long as there is one.
 
 On the lowest rung one more thing helps, which the engine knows nothing of: fewer requests in
-flight. Above it the window stays as wide as it was: what an engine cannot run yet waits in its
+flight. Above it the ladder leaves the window alone: what an engine cannot run yet waits in its
 queue, where it takes no device memory, and keeps it from running dry. On the lowest rung a wide
 window only means that a death makes many suspects, so there it narrows to what runs at a time.
 """

@@ -72,6 +72,25 @@ def test_another_engine_begins_as_configured(runs: Runs, other) -> None:
     assert runs.run(**other) == (65 if "top" in other else 64)
 
 
+def test_a_rung_is_remembered_whatever_the_derived_flags_are_today(runs: Runs) -> None:
+    derived = ("max-num-seqs",)
+    runs.run(deaths=2, derived=derived)
+
+    assert runs.run(top=Rung(max_num_seqs=96), derived=derived) == 16
+    assert runs.run(top=Rung(max_num_seqs=96)) == 96  # As set: another engine.
+
+
+def test_a_remembered_rung_never_raises_what_was_derived(runs: Runs) -> None:
+    """A neighbour may have taken memory meanwhile: more than what is free does not start."""
+    derived = ("gpu-memory-utilization",)
+    free = Rung(max_num_seqs=64, gpu_memory_utilization=0.9)
+    runs.run(top=free, deaths=1, derived=derived)
+
+    ladder = runs.ladder(top=Rung(max_num_seqs=64, gpu_memory_utilization=0.4), derived=derived)
+
+    assert ladder.rung == Rung(max_num_seqs=32, gpu_memory_utilization=0.4)
+
+
 def test_after_a_time_one_higher_is_tried_then_the_next_one(runs: Runs) -> None:
     runs.run(deaths=3)
     began = []
