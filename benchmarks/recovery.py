@@ -156,11 +156,14 @@ def block(dagster: DagsterProcesses, batch_id: str, run: Run) -> float:
 
 def make_zombie(dagster: DagsterProcesses, _: str, run: Run) -> None:
     """The worker's parent is gone, and whoever inherited it reaps nobody."""
+    # Else it would be done by itself before Dagster is there again.
+    dagster.simulate(latency_seconds=30.0)
     dagster.kill_daemon()
     wait_until(lambda: not dagster.is_up(), 60, "dagster dev is gone")
     dagster.start()
     worker = dagster.worker(run)
     kill(worker)
+    dagster.simulate(latency_seconds=LATENCY_SECONDS)
     wait_until(lambda: is_zombie(worker.pid), 10, "it is a zombie")
 
 
