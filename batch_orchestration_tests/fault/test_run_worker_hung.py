@@ -56,10 +56,13 @@ def test_workers_that_hang_are_started_again_and_every_request_is_answered_once(
         blocked = wait_for_answering(dagster, batch_id)
         wait_for_blocked_loop(dagster, blocked)
         journal.unlink()
+        dagster.simulate(latency_seconds=1.0)
         before = durable_outcomes(dagster, batch_id)
         stopped = wait_for_answering(dagster, batch_id, but=blocked.run_id)
         wait_for_outcomes(dagster, batch_id, 40)
         stop(dagster.worker(stopped))
+        # Else the next one would be done by itself while Dagster is away.
+        dagster.simulate(latency_seconds=30.0)
         before = {**durable_outcomes(dagster, batch_id), **before}
 
         orphan = wait_for_answering(dagster, batch_id, but=stopped.run_id)
@@ -69,6 +72,7 @@ def test_workers_that_hang_are_started_again_and_every_request_is_answered_once(
         kill(worker)
         wait_until(lambda: is_zombie(worker.pid), 10, "it is a zombie")
         before = {**durable_outcomes(dagster, batch_id), **before}
+        dagster.simulate(latency_seconds=0.1)
         dagster.start()
 
         dagster.wait_for_status(batch_id, "completed")
