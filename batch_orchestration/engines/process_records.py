@@ -99,7 +99,7 @@ def read_record(path: Path) -> ProcessRecord | None:
     """Return what was recorded; None if nothing was, or nothing that can be read."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=ProcessRecord)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 

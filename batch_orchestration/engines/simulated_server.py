@@ -254,7 +254,7 @@ class _ControlFile:
                 self._seen = seen
         except FileNotFoundError:
             self._conditions, self._seen = Conditions(), None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             sys.stderr.write(f"{self._path}: {error}\n")
         return self._conditions
 

@@ -150,7 +150,7 @@ def _own_context(model: str) -> int | None:
             return None
         config = msgspec.json.decode((folder / "config.json").read_bytes())
         return whole_number(config.get("max_position_embeddings"))
-    except (EngineStartFailed, OSError, msgspec.DecodeError, AttributeError):
+    except (EngineStartFailed, OSError, msgspec.DecodeError, UnicodeDecodeError, AttributeError):
         return None
 
 

@@ -123,7 +123,7 @@ def rejections(folder: DataFolder) -> Iterator[Rejected]:
 
 
 def _read_verdict(path: Path) -> Verdict | None:
-    with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
+    with contextlib.suppress(FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         verdict: Verdict = msgspec.json.decode(path.read_bytes(), type=Verdict)
         return verdict
     return None

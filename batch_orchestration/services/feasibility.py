@@ -95,7 +95,7 @@ def _runner(engine: EngineInForce) -> Runner | None:
         return None
     try:
         config = msgspec.json.decode((engine.folder / "config.json").read_bytes(), type=dict)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
     return runner_of(config, engine.args, pools=(engine.folder / "modules.json").exists())
 

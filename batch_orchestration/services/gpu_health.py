@@ -277,7 +277,7 @@ def _unknown_because(settings: Settings, args: Mapping[str, Any]) -> str | None:
 def _config(folder: Path) -> Mapping[str, Any]:
     try:
         config = msgspec.json.decode((folder / "config.json").read_bytes())
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return {}
     return config if isinstance(config, dict) else {}
 

@@ -58,6 +58,7 @@ METRICS: tuple[MetricName, ...] = (
     _gauge("build_info", "Always 1; the version of the exporter.", "version"),
     _gauge("store_up", "1 if the store could be read; 0 if its figures are the last known ones."),
     _gauge("store_read_timestamp_seconds", "When the store was last read."),
+    _gauge("source_up", "0 if a source is damaged: its series are missing.", "source"),
     _gauge("scrape_duration_seconds", "How long it took to gather all this."),
     # Requests, from the store
     _counter("requests_total", "Outcomes that were committed, by kind of outcome.", "state"),

@@ -1,12 +1,12 @@
 """Gathers all metrics from the data folder alone: no Dagster, no NVML, no run is asked."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from math import fsum
-from typing import TypeVar
 
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
@@ -42,13 +42,14 @@ PARTS = {
     "commit": "commit_seconds",
 }
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class MetricsCollector(Collector):
     """Gathers a page at each scrape; several at a time take turns.
 
-    Whatever is missing or damaged has no series; nothing raises, and nothing is written.
+    Whatever is missing or damaged has no series, and costs no other its own; nothing raises, and
+    nothing is written.
 
     Args:
         folder: The data folder; it may not exist yet, or any more.
@@ -69,6 +70,16 @@ class MetricsCollector(Collector):
         self._store = StoreSource(folder.duckdb)
         self._accounts = AccountsSource(folder)
         self._turn = threading.Lock()
+        #: By the section of the page that each of them makes, in this order.
+        self._sections: dict[str, Callable[[MetricPage], None]] = {
+            "accounts": self._put_accounts,
+            "store": self._put_store,
+            "queue": self._put_queue,
+            "workers": self._put_workers,
+            "fences": self._put_fences,
+            "health": self._put_health,
+        }
+        self._broken: set[str] = set()
 
     def collect(self) -> Iterable[Metric]:
         """Return every metric that has series now."""
@@ -79,30 +90,43 @@ class MetricsCollector(Collector):
             return page.metrics(self._floor)
 
     def _put_all(self, page: MetricPage) -> None:
-        folder, now = self._folder, self._clock()
         page.put("build_info", 1, version=__version__)
+        for source, put in self._sections.items():
+            try:
+                put(page)
+                self._broken.discard(source)
+            except Exception as error:  # noqa: BLE001 - it costs its own series, not the page
+                if source not in self._broken:
+                    self._broken.add(source)
+                    logger.warning("series of %s are missing: %r", source, error)
+            page.put("source_up", int(source not in self._broken), source=source)
+
+    def _put_store(self, page: MetricPage) -> None:
         self._store.refresh()
-        self._accounts.refresh()
         page.put("store_up", int(self._store.is_up))
         page.put("store_read_timestamp_seconds", self._store.read_at)
-        figures = self._store.figures
-        if figures is not None:
+        if (figures := self._store.figures) is not None:
             put_store(page, figures)
-            put_batches(page, figures, self._accounts, folder)
+            put_batches(page, figures, self._accounts, self._folder)
+
+    def _put_accounts(self, page: MetricPage) -> None:
+        self._accounts.refresh()
         put_accounts(page, self._accounts.all())
-        put_queue(page, folder, figures)
-        beats = _if_readable(lambda: read_heartbeats(folder).beats) or ()
-        put_workers(page, sorted(beats, key=lambda beat: -beat.at)[:MOST_NAMED], now)
-        for uuid in _if_readable(lambda: read_fences(folder)) or ():
+
+    def _put_queue(self, page: MetricPage) -> None:
+        put_queue(page, self._folder, self._store.figures)
+
+    def _put_workers(self, page: MetricPage) -> None:
+        beats = sorted(read_heartbeats(self._folder).beats, key=lambda beat: -beat.at)
+        put_workers(page, beats[:MOST_NAMED], self._clock())
+
+    def _put_fences(self, page: MetricPage) -> None:
+        for uuid in read_fences(self._folder):
             page.put("gpu_fenced", 1, uuid=uuid)
-        if (report := _if_readable(lambda: read_health(folder))) is not None:
+
+    def _put_health(self, page: MetricPage) -> None:
+        if (report := read_health(self._folder)) is not None:
             put_health(page, report)
-
-
-def _if_readable(read: Callable[[], T]) -> T | None:
-    with contextlib.suppress(BatchOrchestrationError, OSError):
-        return read()
-    return None
 
 
 def put_store(page: MetricPage, figures: StoreFigures) -> None:
@@ -144,7 +168,7 @@ def put_batches(
 def _outcomes(batch: BatchFigures, folder: DataFolder) -> tuple[int, int]:
     """Return what is committed, or what the batch's run says if it is further."""
     if not batch.is_final:
-        progress = _if_readable(lambda: read_progress(folder.progress_path(batch.batch_id)))
+        progress = read_progress(folder.progress_path(batch.batch_id))
         if progress is not None and progress.completed + progress.failed > (
             batch.completed + batch.failed
         ):
@@ -164,8 +188,7 @@ def put_accounts(page: MetricPage, accounts: Iterable[RunAccount]) -> None:
 def put_queue(page: MetricPage, folder: DataFolder, figures: StoreFigures | None) -> None:
     """Put how long the queue is, and since when it waits, by state and reason."""
     page.put("queue_paused", int(read_pause(folder) is not None))
-    view = _if_readable(lambda: read_queue(folder))
-    if view is None:
+    if (view := read_queue(folder)) is None:
         return
     page.put("queue_timestamp_seconds", view.at)
     created_at = {b.batch_id: b.created_at for b in figures.unfinished} if figures else {}

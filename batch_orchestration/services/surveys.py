@@ -77,7 +77,7 @@ class Surveys:
         """Return the survey of a file, if it was read before and has not changed since."""
         try:
             return msgspec.json.decode(self._file(stats).read_bytes(), type=Survey)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             return None
 
     def keep(self, stats: os.stat_result, survey: Survey) -> None:

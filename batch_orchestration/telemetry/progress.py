@@ -59,5 +59,5 @@ def read_progress(path: Path) -> Progress | None:
     """Return the last progress written, or None if there is none that can be read."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Progress)
-    except (FileNotFoundError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from batch_orchestration.cli import main
-from batch_orchestration.services import metric_sources
+from batch_orchestration.services import metric_sources, metrics
 from batch_orchestration.services.metric_names import METRICS, Kind
 from batch_orchestration.services.metrics import MetricsCollector
 from batch_orchestration.services.metrics_export import (
@@ -350,19 +350,38 @@ def test_a_folder_without_a_store_is_exported_and_none_is_made(
     assert folder.root.exists() == (left != "nothing")
 
 
-def test_damaged_files_have_no_series_and_hide_no_others(bench: MetricsBench) -> None:
+@pytest.mark.parametrize("left", [b"{", b'{"batch_id": "\xff"}', b"\0" * 64])
+def test_damaged_files_have_no_series_and_hide_no_others(bench: MetricsBench, left: bytes) -> None:
     for path in (
         bench.folder.queue,
         bench.folder.health,
         bench.folder.root / "heartbeats/run-1.json",
+        bench.folder.progress_path(bench.plan.batch_id),
+        *bench.folder.batches.glob("*/accounts/*.json"),
     ):
-        path.write_bytes(b"\xff{")
-    bench.folder.progress_path(bench.plan.batch_id).write_bytes(b"{")
+        path.write_bytes(left)
 
     page = bench.page()
 
     assert value(page, "health_level") is None
     assert value(page, "requests_pending") == 10
+    assert value(page, "gpu_fenced", uuid="GPU-1") == 1
+    assert [value(page, "source_up", source=name) for name in ("queue", "health")] == [0, 0]
+    assert value(page, "source_up", source="store") == 1
+
+
+def test_a_source_that_breaks_costs_its_own_series_only(bench: MetricsBench, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise RecursionError("a file that is nothing but brackets")
+
+    monkeypatch.setattr(metrics, "read_heartbeats", broken)
+
+    page = bench.page()
+
+    assert value(page, "source_up", source="workers") == 0
+    assert value(page, "requests_in_flight") is None
+    assert value(page, "commits_total") == 1
+    assert value(page, "health_check_level", check="store") == 0
 
 
 def test_a_store_that_is_no_store_is_not_up(bench: MetricsBench) -> None:
