@@ -1,16 +1,21 @@
 """A sample: what a run, its engine and its GPUs did at one moment."""
 
+from typing import Annotated
+
 import msgspec
 
 from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.gpu import GpuFacts
+
+#: A moment that a calendar has: what lies outside is no sample, and no page could show it.
+Moment = Annotated[float, msgspec.Meta(ge=0, lt=253_402_300_800)]
 
 
 class RunSample(msgspec.Struct, frozen=True, kw_only=True):
     """One moment of a run.
 
     Attributes:
-        at: POSIX seconds.
+        at: POSIX seconds, before the year 10000.
         batch_id: The run's own batch; None before it has begun with one.
         in_flight: Requests that the engine has, those of guests included.
         window: How many it may have now.
@@ -19,7 +24,7 @@ class RunSample(msgspec.Struct, frozen=True, kw_only=True):
         gpus: Empty where no GPU is used or none could be read.
     """
 
-    at: float
+    at: Moment
     run_id: str
     batch_id: str | None = None
     in_flight: int = 0

@@ -1,5 +1,6 @@
 """What is drawn of a batch: its throughput, its engine and its GPUs over time."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from batch_orchestration.domain.batch_figures import Throughput
@@ -68,11 +69,11 @@ def engine_plot(samples: Sequence[RunSample], *, since: float) -> Plot | None:
 
 
 def gpu_plot(samples: Sequence[RunSample], *, since: float) -> Plot | None:
-    """Return utilisation, memory and temperature of each GPU."""
+    """Return utilisation, memory and temperature of each GPU, or instance of one."""
     groups = [*_grouped(samples)]
     if len(groups) < LEAST_POINTS:
         return None
-    gpus = sorted({gpu.index for sample in samples for gpu in sample.gpus})[:MOST_GPUS]
+    labels = _gpu_labels(samples)
     figures: tuple[tuple[str, Callable[[GpuFacts], float | None], float | None], ...] = (
         ("utilisation, %", lambda gpu: gpu.utilization_percent, 100),
         ("memory, GiB", lambda gpu: _gibibytes(gpu.memory_used_bytes), None),
@@ -81,19 +82,33 @@ def gpu_plot(samples: Sequence[RunSample], *, since: float) -> Plot | None:
     panels = []
     for unit, figure, top in figures:
         lines = [
-            Line(f"GPU {index}", _means(groups, _of_gpu(index, figure)), colour)
-            for index, colour in zip(gpus, COLOURS, strict=False)
+            Line(label, _means(groups, _of_gpu(uuid, figure)), colour)
+            for (uuid, label), colour in zip(labels.items(), COLOURS, strict=False)
         ]
         lines = [line for line in lines if any(value is not None for value in line.values)]
         panels += [Panel(unit, lines, top)] if lines else []
     return Plot("gpu", "GPU", _times(groups, since), panels, SINCE) if panels else None
 
 
+def _gpu_labels(samples: Sequence[RunSample]) -> dict[str, str]:
+    """Return what each device is called, by its uuid; instances of one device share its index."""
+    found = sorted({(gpu.index, gpu.uuid) for sample in samples for gpu in sample.gpus})[:MOST_GPUS]
+    so_many = Counter(index for index, _ in found)
+    return {
+        uuid: f"GPU {index}" if so_many[index] == 1 else f"GPU {index}, {_short(uuid)}"
+        for index, uuid in found
+    }
+
+
+def _short(uuid: str) -> str:
+    return uuid.removeprefix("MIG-").removeprefix("GPU-")[:8]
+
+
 def _of_gpu(
-    index: int, figure: Callable[[GpuFacts], float | None]
+    uuid: str, figure: Callable[[GpuFacts], float | None]
 ) -> Callable[[RunSample], float | None]:
     def of_sample(sample: RunSample) -> float | None:
-        return next((figure(gpu) for gpu in sample.gpus if gpu.index == index), None)
+        return next((figure(gpu) for gpu in sample.gpus if gpu.uuid == uuid), None)
 
     return of_sample
 

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from batch_orchestration.domain.batch_figures import Latencies, RunFigures, Throughput
 from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.kept import Kept
 from batch_orchestration.domain.lifecycle import FINAL, BatchEvent
 from batch_orchestration.domain.samples import RunSample
@@ -20,6 +19,7 @@ from batch_orchestration.services.batch_plots import (
 from batch_orchestration.services.documents import Picture
 from batch_orchestration.services.kept import kept_of
 from batch_orchestration.services.plots import Plot, draw
+from batch_orchestration.services.report_timeline import Moment, timeline
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.samples import read_samples
@@ -35,13 +35,10 @@ class ReportFigures:
     """A batch over time. What is not known is empty or None, and its section is left out.
 
     Attributes:
-        events: Its statuses, without the last one if it is final: the report is older than that.
-        samples: Up to the last outcome.
+        timeline: What happened to it, oldest first; the report is older than its final status.
     """
 
-    events: Sequence[BatchEvent] = ()
-    runs: Sequence[RunFigures] = ()
-    samples: Sequence[RunSample] = ()
+    timeline: Sequence[Moment] = ()
     latencies: Latencies | None = None
     throughput: Throughput | None = None
     kept: Kept | None = None
@@ -60,8 +57,8 @@ def gather_figures(
     def known(what: str, look: Callable[[], Figure], otherwise: Figure) -> Figure:
         try:
             return look()
-        except BatchOrchestrationError as error:
-            logger.warning("the report of %s is without %s: %s", batch_id, what, error)
+        except Exception as error:  # noqa: BLE001 - a figure that is missing harms no delivery
+            logger.warning("the report of %s is without %s: %r", batch_id, what, error)
             return otherwise
 
     throughput = known(
@@ -70,6 +67,8 @@ def gather_figures(
     samples: list[RunSample] = known(
         "samples", lambda: _samples(batch_id, folder, until=tally.last_at), []
     )
+    events: list[BatchEvent] = known("events", lambda: _events(batch_id, store), [])
+    runs: list[RunFigures] = known("runs", lambda: figures.runs(batch_id), [])
     since = throughput.since if throughput else plan.created_at
     plots: tuple[Callable[[], Plot | None], ...] = (
         lambda: throughput_plot(throughput),
@@ -77,9 +76,7 @@ def gather_figures(
         lambda: gpu_plot(samples, since=since),
     )
     return ReportFigures(
-        events=known("events", lambda: _events(batch_id, store), []),
-        runs=known("runs", lambda: figures.runs(batch_id), []),
-        samples=samples,
+        timeline=known("timeline", lambda: timeline(events, runs, samples), []),
         latencies=known("latencies", lambda: figures.latencies(batch_id), None),
         throughput=throughput,
         kept=known("lost time", lambda: kept_of(folder, batch_id), None),
@@ -95,9 +92,7 @@ def _events(batch_id: str, store: Store) -> list[BatchEvent]:
 
 def _samples(batch_id: str, folder: DataFolder, *, until: float | None) -> list[RunSample]:
     """Return the samples up to the last outcome: later ones may still be written."""
-    if until is None:
-        return []
-    return [sample for sample in read_samples(folder, batch_id) if sample.at <= until]
+    return [] if until is None else read_samples(folder, batch_id, until=until)
 
 
 def _drawn(plot_of: Callable[[], Plot | None], batch_id: str) -> Picture | None:

@@ -7,7 +7,6 @@ from batch_orchestration.domain.batch_figures import RunFigures
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.lifecycle import BatchEvent
 from batch_orchestration.domain.samples import RunSample
-from batch_orchestration.services.report_figures import ReportFigures
 
 #: More moments than these are not read; the first and the last tell most.
 MOMENTS_SHOWN = 40
@@ -23,9 +22,11 @@ class Moment:
     what: str
 
 
-def timeline(figures: ReportFigures) -> list[Moment]:
+def timeline(
+    events: Sequence[BatchEvent], runs: Sequence[RunFigures], samples: Sequence[RunSample]
+) -> list[Moment]:
     """Return what happened, oldest first; of very many moments the first and the last."""
-    moments = [*_statuses(figures.events), *_runs(figures), *_restarts(figures.samples)]
+    moments = [*_statuses(events), *_runs(runs, samples), *_restarts(samples)]
     moments.sort(key=lambda moment: moment.at)
     if len(moments) <= MOMENTS_SHOWN:
         return moments
@@ -58,18 +59,18 @@ def _status(event: BatchEvent) -> str:
             return ""
 
 
-def _runs(figures: ReportFigures) -> Iterator[Moment]:
-    runs = {run.run_id: run for run in figures.runs}
+def _runs(runs: Sequence[RunFigures], samples: Sequence[RunSample]) -> Iterator[Moment]:
+    by_id = {run.run_id: run for run in runs}
     sampled: dict[str, list[RunSample]] = {}
-    for sample in figures.samples:
+    for sample in samples:
         sampled.setdefault(sample.run_id, []).append(sample)
-    for run_id in {**runs, **sampled}:
-        name, run, samples = run_id[:_ID_LENGTH], runs.get(run_id), sampled.get(run_id, [])
-        if samples:
-            yield Moment(samples[0].at, f"Run {name} at work")
+    for run_id in {**by_id, **sampled}:
+        name, run, of_run = run_id[:_ID_LENGTH], by_id.get(run_id), sampled.get(run_id, [])
+        if of_run:
+            yield Moment(of_run[0].at, f"Run {name} at work")
         if run is None:
             # Up to its last sample it lived; nobody can tell how it ended.
-            yield Moment(samples[-1].at, f"Run {name} last seen, without an outcome")
+            yield Moment(of_run[-1].at, f"Run {name} last seen, without an outcome")
             continue
         yield Moment(run.first_at, f"Run {name}: first submission")
         yield Moment(run.last_at, f"Run {name}: last outcome; {_brought(run)}")

@@ -25,7 +25,6 @@ from batch_orchestration.services.documents import (
     Text,
 )
 from batch_orchestration.services.report_figures import ReportFigures
-from batch_orchestration.services.report_timeline import timeline
 from batch_orchestration.services.scoring import Scored
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.services.wording import duration as duration
@@ -192,12 +191,11 @@ def _by_frequency(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def _timeline(plan: BatchPlan, figures: ReportFigures) -> Blocks:
-    moments = timeline(figures)
-    if not moments:
+    if not figures.timeline:
         return []
     rows = [
         (_moment(moment.at), f"+{duration(max(0.0, moment.at - plan.created_at))}", moment.what)
-        for moment in moments
+        for moment in figures.timeline
     ]
     return [Heading(2, "Timeline"), Table(("When", "After", "What"), rows)]
 

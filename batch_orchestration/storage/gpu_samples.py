@@ -84,7 +84,7 @@ def _take_in(db: duckdb.DuckDBPyConnection, batch_id: str, path: Path) -> bool:
     data, reached, more = _whole_lines(path, known[0]["bytes"] if known else 0)
     if not data:
         return False
-    samples = [sample for sample in decode_samples(data) if sample.gpus]
+    samples = [sample for sample in decode_samples(data.splitlines()) if sample.gpus]
     found = [row for sample in samples for row in _rows(batch_id, sample)]
     if found:
         # What is there of these moments was taken from the same lines, before the file was replaced

@@ -5,7 +5,8 @@ GPUs as the table `gpu_samples`.
 """
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,9 @@ from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.storage.files import DataFolder
 
 logger = logging.getLogger(__name__)
+
+#: Samples that are read of a batch, however long it took; eight for each point of a plot.
+MOST_READ = 1_000
 
 _decode = msgspec.json.Decoder(RunSample).decode
 
@@ -37,17 +41,52 @@ def append_sample(folder: DataFolder, batch_id: str, sample: RunSample) -> None:
         file.write(msgspec.json.encode(sample) + b"\n")
 
 
-def read_samples(folder: DataFolder, batch_id: str) -> list[RunSample]:
+def read_samples(
+    folder: DataFolder, batch_id: str, *, until: float = math.inf, most: int = MOST_READ
+) -> list[RunSample]:
     """Return the samples of all runs of a batch in the order of time; empty if there are none.
 
-    A line that is torn or damaged is left out, and so is a file that cannot be read.
+    Of more than `most` only every n-th: a week takes no more memory than an hour. Always there are
+    the first and the last of each run, and the first after each restart of its engine. A line that
+    is torn or damaged is left out, and so is a file that cannot be read.
+
+    Args:
+        folder: The data folder.
+        batch_id: Of the batch.
+        until: Later samples are left out.
+        most: How many there are at most, beside those that are always there.
     """
-    found = [
-        sample
-        for path in sample_files(folder, batch_id)
-        for sample in decode_samples(_bytes_of(path))
-    ]
-    return sorted(found, key=lambda sample: sample.at)
+    telling, others = list[RunSample](), _EveryNth(most)
+    for path in sample_files(folder, batch_id):
+        before: RunSample | None = None
+        for sample in decode_samples(_lines_of(path)):
+            if sample.at > until:
+                continue
+            if before is None or sample.restarts != before.restarts:
+                telling.append(sample)
+            elif before is not telling[-1]:
+                others.add(before)
+            before = sample
+        if before is not None and before is not telling[-1]:
+            telling.append(before)
+    return sorted([*telling, *others.kept], key=lambda sample: sample.at)
+
+
+class _EveryNth:
+    """Keeps every n-th of what is added; n doubles whenever these become too many."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._step = 1
+        self._added = 0
+        self.kept: list[RunSample] = []
+
+    def add(self, sample: RunSample) -> None:
+        if self._added % self._step == 0:
+            self.kept.append(sample)
+        self._added += 1
+        if len(self.kept) > self._most:
+            self.kept, self._step = self.kept[::2], 2 * self._step
 
 
 def sample_files(folder: DataFolder, batch_id: str) -> list[Path]:
@@ -55,18 +94,18 @@ def sample_files(folder: DataFolder, batch_id: str) -> list[Path]:
     return sorted(samples_folder(folder, batch_id).glob("*.jsonl"))
 
 
-def decode_samples(data: bytes) -> Iterator[RunSample]:
+def decode_samples(lines: Iterable[bytes]) -> Iterator[RunSample]:
     """Yield the samples of these lines; what is no sample is left out."""
-    for line in data.splitlines():
+    for line in lines:
         try:
             yield _decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError):
             continue
 
 
-def _bytes_of(path: Path) -> bytes:
+def _lines_of(path: Path) -> Iterator[bytes]:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            yield from file
     except OSError as error:
         logger.warning("the samples in %s cannot be read: %s", path, error)
-        return b""

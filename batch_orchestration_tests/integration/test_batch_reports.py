@@ -213,8 +213,13 @@ def test_what_cannot_be_drawn_or_read_is_left_out_and_the_batch_delivered(
     def unread(*_: object) -> None:
         raise StorageError("not now")
 
+    def unreadable(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
     monkeypatch.setattr(report_figures, "draw", broken)
+    monkeypatch.setattr(report_figures, "read_samples", unreadable)
     monkeypatch.setattr(FigureTables, "latencies", unread)
+    monkeypatch.setattr(FigureTables, "runs", unreadable)
     plan = settle(folder, store)
 
     files = deliver(folder, store, plan)

@@ -1,5 +1,6 @@
 """Samples: appended by runs, read for plots, taken into the store once, and pruned by age."""
 
+import tracemalloc
 from pathlib import Path
 
 import duckdb
@@ -77,9 +78,37 @@ def test_torn_and_damaged_lines_are_left_out(bench, batch_id):
     sampled(bench, batch_id, 5)
     path = samples_folder(bench.folder, batch_id) / "run-1.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(b"\0\0\xff\n" + whole + b'{"at": "never"}\n' + whole[:-20])
+    impossible = b'{"at": -1e18, "run_id": "run-1"}\n{"at": 1e18, "run_id": "run-1"}\n'
+    bad = b'\0\0\xff\n{"at": "never"}\n' + impossible
+    path.write_bytes(bad + whole + bad + whole[:-20])
 
     assert [s.at - NOW for s in read_samples(bench.folder, batch_id)] == [5]
+
+
+def test_of_very_many_samples_few_are_held_and_those_that_tell_of_a_run(bench, batch_id):
+    """A week of eight devices is a million of their readings."""
+    devices = tuple(GpuFacts(index=n, uuid=f"GPU-{n}", name="Test") for n in range(8))
+    for run_id in ("run-1", "run-2"):
+        sampled(bench, batch_id, 0, run_id=run_id, gpus=devices)
+        path = samples_folder(bench.folder, batch_id) / f"{run_id}.jsonl"
+        line = path.read_bytes().replace(b'"restarts":0', b'"restarts":%d')
+        at = str(NOW).encode()
+        path.write_bytes(
+            b"".join(line.replace(at, b"%d" % n, 1) % (n >= 1_500) for n in range(3_000))
+        )
+    tracemalloc.start()
+    try:
+        samples = read_samples(bench.folder, batch_id, until=2_900, most=100)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 2 * 2**20
+    assert 50 <= len(samples) <= 110
+    assert [sample.at for sample in samples] == sorted(sample.at for sample in samples)
+    of_run = [sample for sample in samples if sample.run_id == "run-2"]
+    assert (of_run[0].at, of_run[-1].at) == (0, 2_900)
+    assert next(sample.at for sample in of_run if sample.restarts) == 1_500
 
 
 def test_every_device_of_a_sample_is_a_row_with_what_it_reports(bench, batch_id):

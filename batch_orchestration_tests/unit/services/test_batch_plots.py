@@ -107,6 +107,19 @@ def test_what_was_not_told_is_not_drawn() -> None:
     assert [panel.unit for panel in engine.panels] == ["requests"]
 
 
+def test_instances_of_one_device_have_a_line_each() -> None:
+    parts = tuple(
+        GpuFacts(index=0, uuid=f"MIG-{n}1c0ffee-5e1f", name="A", memory_used_bytes=n * 2**30)
+        for n in (1, 2)
+    )
+    samples = [RunSample(at=NOW + second, run_id="run-1", gpus=parts) for second in (0, 5, 10)]
+
+    plot = gpu_plot(samples, since=NOW)
+
+    assert line(plot, "GPU 0, 11c0ffee").values == [1, 1, 1]
+    assert line(plot, "GPU 0, 21c0ffee").values == [2, 2, 2]
+
+
 def test_the_engines_own_figures_are_drawn() -> None:
     figures = EngineFigures(waiting=3, kv_usage=0.25)
 
