@@ -10,6 +10,8 @@ The instance imports this module (`dagster.yaml`) before there is any code locat
 must be installed.
 """
 
+import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -39,9 +41,11 @@ from batch_orchestration.services.run_workers import (
     recorded_worker,
 )
 from batch_orchestration.services.worker_watch import WorkerWatch
-from batch_orchestration.settings import load_settings
+from batch_orchestration.settings import Settings, load_settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.heartbeat_files import read_pulse
+
+logger = logging.getLogger(__name__)
 
 #: How much of a dead worker's log is shown with the run's failure.
 SHOWN_LOG_LINES = 20
@@ -114,33 +118,37 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         One that is there and hangs is ended first; what it leaves is cleared away.
         """
         self._reap()
-        worker = recorded_worker(run.run_id, run.tags)
+        settings = _settings_if_valid()
+        folder = _folder_of(settings)
+        worker = recorded_worker(run.run_id, run.tags, folder)
         if worker is None:
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "no run worker was recorded")
-        pid, folder = str(worker.pid), DataFolder(load_settings().data_dir)
-        problem = "is gone"
+        pid, problem = str(worker.pid), "is gone"
         if is_running(worker.process):
-            judgement = self._judge(worker, run, folder)
+            judgement = self._judge(worker, run, settings)
             if judgement is None or judgement.condition is Condition.ALIVE:
                 return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=pid)
             problem = f"was {judgement.condition} and has been killed: {judgement.reason}"
             end_worker(worker.process)
             self._reap()
-        if clear_after(run.run_id, folder):
+        if folder is not None and clear_after(run.run_id, folder):
             problem += "; the engine that it left has been ended"
         return CheckRunHealthResult(
             WorkerStatus.FAILED, f"run worker {pid} {problem}", run_worker_id=pid
         )
 
     def _judge(
-        self, worker: RecordedWorker, run: dg.DagsterRun, folder: DataFolder
+        self, worker: RecordedWorker, run: dg.DagsterRun, settings: Settings | None
     ) -> Judgement | None:
-        """Judge a worker by its heartbeats; None if it was started by a version without them."""
-        if worker.run_id is None:
+        """Judge a worker by its heartbeats; None if nobody can, or it is of a version without."""
+        if worker.run_id is None or settings is None:
             return None
         if self._watch is None:
-            self._watch = WorkerWatch(silent_seconds=load_settings().silent_seconds)
-        return self._watch.look(run.run_id, read_pulse(folder.heartbeat_path(run.run_id)))
+            self._watch = WorkerWatch(silent_seconds=settings.silent_seconds)
+        pulse = None
+        with contextlib.suppress(OSError):
+            pulse = read_pulse(DataFolder(settings.data_dir).heartbeat_path(run.run_id))
+        return self._watch.look(run.run_id, pulse)
 
     def get_run_worker_debug_info(
         self, run: dg.DagsterRun, include_container_logs: bool | None = True
@@ -159,7 +167,7 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         if run is None or run.is_finished:
             return False
         self._instance.report_run_canceling(run)
-        worker = recorded_worker(run.run_id, run.tags)
+        worker = recorded_worker(run.run_id, run.tags, _folder_of(_settings_if_valid()))
         if worker is not None and is_running(worker.process):
             os.kill(worker.pid, signal.SIGINT)
         else:
@@ -194,3 +202,16 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         for run_id, worker in list(self._workers.items()):
             if worker.poll() is not None:
                 del self._workers[run_id]
+
+
+def _settings_if_valid() -> Settings | None:
+    """Return the settings; None if they are not valid: who is gone is gone all the same."""
+    try:
+        return load_settings()
+    except ValueError as error:  # pydantic's is one, too
+        logger.warning("no worker can be judged by its heartbeats: %s", error)
+        return None
+
+
+def _folder_of(settings: Settings | None) -> DataFolder | None:
+    return None if settings is None else DataFolder(settings.data_dir)

@@ -13,10 +13,13 @@ from batch_orchestration.services.run_workers import (
     end_worker,
     living_workers,
     recorded_worker,
+    unreadable_heartbeats,
 )
 from batch_orchestration.storage.files import DataFolder
 
 INTERVAL_SECONDS = 10
+#: Who starts a worker puts it on record at once, and its first heartbeat does so within seconds.
+RECORD_SECONDS = 60.0
 #: A worker ends within seconds of its run, once its engine has given back the device.
 END_SECONDS = 60.0
 
@@ -36,23 +39,32 @@ def recovery_sensor(
 ) -> dg.SkipReason:
     """Clear away; what cannot be cleared away now is tried again at the next tick."""
     folder, instance = data_folder(settings), context.instance
-    did = [*_lost_starts(instance), *_outliving(instance, folder), *clear_leftovers(folder)]
+    did = [
+        *_lost_starts(instance, folder),
+        *_outliving(instance, folder),
+        *clear_leftovers(folder),
+        *_unreadable(instance, folder, settings.silent_seconds),
+    ]
     for what in did:
         context.log.warning(what)
     return dg.SkipReason("; ".join(did) or "nothing was left over")
 
 
-def _lost_starts(instance: dg.DagsterInstance) -> Iterator[str]:
+def _lost_starts(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[str]:
     """Fail the runs whose worker died before they began: Dagster's monitoring waits for these."""
     starting = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING])
-    for run in instance.get_runs(starting):
-        worker = recorded_worker(run.run_id, run.tags)
-        if worker is None or is_running(worker.process):
+    for record in instance.get_run_records(starting):
+        run = record.dagster_run
+        worker = recorded_worker(run.run_id, run.tags, folder)
+        if worker is not None and is_running(worker.process):
+            continue
+        if worker is None and time.time() - record.update_timestamp.timestamp() < RECORD_SECONDS:
             continue
         # Between the two looks it may have begun, and ended.
         now = instance.get_run_by_id(run.run_id)
         if now is not None and now.status is dg.DagsterRunStatus.STARTING:
-            what = f"run worker {worker.pid} of run {run.run_id} died while it started"
+            who = "the worker" if worker is None else f"run worker {worker.pid}"
+            what = f"{who} of run {run.run_id} died while it started"
             instance.report_run_failed(run, what)
             yield what
 
@@ -67,3 +79,14 @@ def _outliving(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[str
             end_worker(worker)
             clear_after(run_id, folder)
             yield f"ended run worker {worker.pid}, which had outlived run {run_id}"
+
+
+def _unreadable(
+    instance: dg.DagsterInstance, folder: DataFolder, silent_seconds: float
+) -> Iterator[str]:
+    """Remove heartbeats that tell nobody whose they are, of runs that are not at work."""
+    for run_id, at in unreadable_heartbeats(folder).items():
+        run = instance.get_run_by_id(run_id)
+        if time.time() - at > silent_seconds and (run is None or run.is_finished):
+            clear_after(run_id, folder)
+            yield f"removed the heartbeat of run {run_id}, which nobody can read"

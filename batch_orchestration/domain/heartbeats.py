@@ -54,20 +54,19 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True):
     """What lies there of a worker's heartbeats.
 
     Attributes:
-        at: When the latest was written, POSIX seconds.
-        heartbeat: What it says; None if nothing that can be read. With `at` later than its own, the
-            worker lives and had no room to write more: then nobody knows how far its work is.
+        at: When the latest was given, POSIX seconds.
+        heartbeat: What the latest that could be written says; None if nothing can be read.
+        outdated: The worker lives and could not write more: nobody knows how far its work is.
     """
 
     at: float
     heartbeat: Heartbeat | None = None
+    outdated: bool = False
 
     @property
     def told(self) -> Heartbeat | None:
         """What the latest heartbeat says; None if it could only be heard."""
-        if self.heartbeat is None or self.at - self.heartbeat.at > TOUCH_SECONDS:
-            return None
-        return self.heartbeat
+        return None if self.outdated else self.heartbeat
 
 
 class Quiet(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,8 +100,6 @@ class Judgement(msgspec.Struct, frozen=True):
     reason: str
 
 
-#: A file is written within this time of the moment that it tells of.
-TOUCH_SECONDS = 2.0
 #: So many in a row is no accident either, should the worker have other settings than the observer.
 MISSED_HEARTBEATS = 3
 #: A worker that has no heartbeat to be seen is starting, or about to end: loading all the code took
@@ -134,7 +131,7 @@ def judge(pulse: Pulse | None, quiet: Quiet, *, silent_seconds: float) -> Judgem
     if quiet.heartbeat > silent_seconds:
         return _silent(f"its last heartbeat was {quiet.heartbeat:.0f} s ago{doing}")
     if told is None:
-        return Judgement(Condition.ALIVE, "its heartbeat is heard; there is no room to write it")
+        return Judgement(Condition.ALIVE, "its heartbeat is heard; it cannot be written")
     if told.loop_at is not None and quiet.loop > silent_seconds:
         return _stuck(f"its event loop has not come round for {quiet.loop:.0f} s{doing}")
     if quiet.progress > told.patience_seconds:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -11,9 +12,16 @@ from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.engines.process_records import ProcessIdentity, identify
 from batch_orchestration.services.run_vitals import WORK_SECONDS, RunVitals
 from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.heartbeat_files import remove_heartbeat, write_heartbeat
+from batch_orchestration.storage.heartbeat_files import (
+    remove_heartbeat,
+    touch_heartbeat,
+    write_heartbeat,
+)
 
 logger = logging.getLogger(__name__)
+
+#: Of whoever may wait for ever, which JSON has no number for.
+LONGEST_PATIENCE_SECONDS = 1e9
 
 _of_this_process: RunVitals | None = None
 
@@ -83,10 +91,12 @@ class _Heart:
     def beat_once(self) -> None:
         try:
             write_heartbeat(self._path, self._heartbeat())
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run is well
             if not self._failing:
                 logger.warning("cannot write %s; the run goes on: %s", self._path, error)
             self._failing = True
+            with contextlib.suppress(OSError):
+                touch_heartbeat(self._path)
         else:
             self._failing = False
 
@@ -103,14 +113,19 @@ class _Heart:
             batch_id=vitals.batch_id,
             chunk=vitals.chunk,
             progress_at=vitals.progress_at,
-            patience_seconds=vitals.patience_seconds,
+            patience_seconds=_finite(vitals.patience_seconds, otherwise=LONGEST_PATIENCE_SECONDS),
             loop_at=vitals.loop_at,
             every_seconds=self._every_seconds,
             in_flight=vitals.in_flight,
             window=vitals.window,
             restarts=vitals.restarts,
-            requests_per_second=vitals.requests_per_second,
-            output_tokens_per_second=vitals.output_tokens_per_second,
+            requests_per_second=_finite(vitals.requests_per_second),
+            output_tokens_per_second=_finite(vitals.output_tokens_per_second),
             engine=vitals.engine,
             gpus=vitals.gpus,
         )
+
+
+def _finite(number: float, *, otherwise: float = 0.0) -> float:
+    """Return a number that JSON can tell."""
+    return number if math.isfinite(number) else otherwise

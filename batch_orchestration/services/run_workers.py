@@ -63,13 +63,22 @@ class RecordedWorker(msgspec.Struct, frozen=True):
         return ProcessIdentity(self.pid, self.started, self.boot_id)
 
 
-def recorded_worker(run_id: str, tags: Mapping[str, str]) -> RecordedWorker | None:
-    """Return the worker that a run's tags name; None if it has none yet."""
+def recorded_worker(
+    run_id: str, tags: Mapping[str, str], folder: DataFolder | None = None
+) -> RecordedWorker | None:
+    """Return the worker that a run's tags name, or else its heartbeat; None if it has none yet.
+
+    A launcher that died between the two has started a worker and not put it on record.
+    """
     text = tags.get(WORKER_TAG)
     record = msgspec.json.decode(text, type=RecordedWorker) if text else None
-    if record is None or record.run_id not in (None, run_id):
-        return None
-    return record
+    if record is not None and record.run_id in (None, run_id):
+        return record
+    with contextlib.suppress(OSError):
+        pulse = None if folder is None else read_pulse(folder.heartbeat_path(run_id))
+        if pulse is not None and (beat := pulse.heartbeat) is not None:
+            return RecordedWorker(beat.pid, beat.started, beat.boot_id, run_id)
+    return None
 
 
 def end_worker(worker: ProcessIdentity) -> None:
@@ -124,6 +133,17 @@ def clear_leftovers(folder: DataFolder) -> list[str]:
             remove_heartbeat(path)
             cleared.append(f"removed the heartbeat of run {path.stem}, whose worker is gone")
     return cleared
+
+
+def unreadable_heartbeats(folder: DataFolder) -> dict[str, float]:
+    """Return when those were written that nobody can read, by run id; POSIX seconds."""
+    found = {}
+    for path in heartbeat_paths(folder):
+        with contextlib.suppress(OSError):
+            pulse = read_pulse(path)
+            if pulse is not None and pulse.heartbeat is None:
+                found[path.stem] = pulse.at
+    return found
 
 
 def worker_of(heartbeat: Heartbeat) -> ProcessIdentity:

@@ -57,11 +57,12 @@ class _Seen:
     def take_in(self, pulse: Pulse | None, now: float) -> None:
         step = min(now - self.looked_at, LONGEST_STEP_SECONDS)
         self.looked_at = now
-        told = None if pulse is None else pulse.told
         self._heartbeat.take_in(None if pulse is None else pulse.at, step)
-        # A phase that begins counts as progress, and its patience counts from then.
-        self._progress.take_in(None if told is None else (told.progress_at, told.phase), step)
-        self._loop.take_in(None if told is None else told.loop_at, step)
+        told = None if pulse is None else pulse.told
+        if told is not None:  # else there is no news of these, good or bad
+            # A phase that begins counts as progress, and its patience counts from then.
+            self._progress.take_in((told.progress_at, told.phase), step)
+            self._loop.take_in(told.loop_at, step)
 
     @property
     def quiet(self) -> Quiet:

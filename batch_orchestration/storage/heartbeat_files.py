@@ -3,6 +3,7 @@
 Never synced: they tell of this moment, and must not wait for the disk behind a commit.
 """
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -12,22 +13,39 @@ import msgspec
 from batch_orchestration.domain.heartbeats import Heartbeat, Pulse
 from batch_orchestration.storage.files import DataFolder
 
+#: Files are padded to whole blocks of this, so that one can be overwritten where no more is free.
+BLOCK_BYTES = 4096
+
 
 def write_heartbeat(path: Path, heartbeat: Heartbeat) -> None:
-    """Replace a run's heartbeat; where there is no room for it, let it at least be heard.
+    """Replace a run's heartbeat; on a full disk overwrite the one that is there.
 
     Raises:
-        OSError: Not even the time of the file can be set.
+        OSError: Neither can be done.
     """
+    data = msgspec.json.encode(heartbeat)
+    data = data.ljust(-(-len(data) // BLOCK_BYTES) * BLOCK_BYTES)
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(msgspec.json.encode(heartbeat))
+        part.write_bytes(data)
         part.replace(path)
     except OSError:
-        # Takes no room where the file exists, and hardly any where it does not.
-        path.touch()
-        os.utime(path, (time.time(), time.time()))
+        with path.open("r+b", buffering=0) as file:
+            file.write(data.ljust(os.fstat(file.fileno()).st_size))
+    _mark(path).unlink(missing_ok=True)
+
+
+def touch_heartbeat(path: Path) -> None:
+    """Let a heartbeat be heard, at least, that cannot be written.
+
+    Raises:
+        OSError: Not even that can be done.
+    """
+    # Takes no room where the files exist, and hardly any where they do not.
+    path.touch()
+    _mark(path).touch()
+    os.utime(_mark(path), (time.time(), time.time()))
 
 
 def read_pulse(path: Path) -> Pulse | None:
@@ -37,22 +55,32 @@ def read_pulse(path: Path) -> Pulse | None:
         OSError: It cannot be read.
     """
     try:
-        data, changed_at = path.read_bytes(), path.stat().st_mtime
+        data, at = path.read_bytes(), path.stat().st_mtime
     except FileNotFoundError:
         return None
-    try:
+    heartbeat: Heartbeat | None = None
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
         heartbeat = msgspec.json.decode(data, type=Heartbeat)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return Pulse(at=changed_at)
-    return Pulse(at=max(heartbeat.at, changed_at), heartbeat=heartbeat)
+        # Not the file's: a server in between may have another clock.
+        at = heartbeat.at
+    try:
+        return Pulse(at=_mark(path).stat().st_mtime, heartbeat=heartbeat, outdated=True)
+    except FileNotFoundError:
+        return Pulse(at=at, heartbeat=heartbeat)
 
 
 def remove_heartbeat(path: Path) -> None:
     """Remove a run's heartbeat, with what a killed writer may have left beside it."""
     path.unlink(missing_ok=True)
     path.with_name(f".{path.name}.part").unlink(missing_ok=True)
+    _mark(path).unlink(missing_ok=True)
 
 
 def heartbeat_paths(folder: DataFolder) -> list[Path]:
     """Return the heartbeats of all runs, those of dead ones included, by run id."""
     return sorted(folder.heartbeats.glob("*.json"))
+
+
+def _mark(path: Path) -> Path:
+    """Return the file that says: the heartbeat here is an earlier one, and its worker lives."""
+    return path.with_suffix(".heard")

@@ -108,7 +108,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setenv("BATCH_SILENT_SECONDS", "1")
     bench = Bench(tmp_path)
     yield bench
-    if WORKER_TAG in bench.run.tags and bench.worker.pid != os.getpid():
+    if bench.run.tags.get(WORKER_TAG) and bench.worker.pid != os.getpid():
         kill(bench.worker)
         wait_until(lambda: not is_running(bench.worker), 10, "the worker is gone")
         wait_until(bench.is_reaped, 10, "the worker is reaped")
@@ -223,6 +223,41 @@ def test_another_process_with_the_same_pid_is_not_the_worker(bench, field):
 
 def test_a_run_without_a_recorded_worker_is_not_healthy(bench):
     assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.NOT_FOUND
+
+
+def test_a_worker_that_was_not_recorded_any_more_is_known_by_its_heartbeat(bench):
+    """The daemon died in between. Started twice, two would want the same device."""
+    bench.launch()
+    worker = bench.worker
+    bench.instance.add_run_tags(bench.run_id, {WORKER_TAG: ""})
+
+    assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.RUNNING
+    kill(worker)
+    wait_until(lambda: not is_running(worker), 10, "the worker is gone")
+
+    assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.FAILED
+
+
+def test_a_worker_that_is_gone_is_known_to_be_so_whatever_the_settings_say(bench, monkeypatch):
+    bench.launch()
+    with monkeypatch.context() as daemon:
+        daemon.setenv("BATCH_SILENT_SECONDS", "a minute")
+        assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.RUNNING
+        kill(bench.worker)
+        wait_until(lambda: not is_running(bench.worker), 10, "the worker is gone")
+
+        assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.FAILED
+
+
+def test_a_heartbeat_that_cannot_be_read_fails_no_check(bench, monkeypatch):
+    bench.launch()
+
+    def refuse(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("batch_orchestration.launcher.read_pulse", refuse)
+
+    assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.RUNNING
 
 
 def test_terminating_interrupts_the_worker_and_the_run_ends_as_canceled(bench):

@@ -116,7 +116,7 @@ def test_whoever_has_got_the_pids_of_an_earlier_boot_is_not_touched(deployment, 
 
 
 def test_a_run_whose_worker_died_while_it_started_fails_at_the_next_tick(deployment):
-    """Dagster's monitoring only looks at these after a minute."""
+    """Dagster's monitoring only looks at these after five minutes."""
     lost = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=nobody())
     living = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=identify(os.getpid()))
     young = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=None)
@@ -128,6 +128,39 @@ def test_a_run_whose_worker_died_while_it_started_fails_at_the_next_tick(deploym
     assert status_of(deployment, lost) is dg.DagsterRunStatus.FAILURE
     for run_id in (living, young, retry):
         assert status_of(deployment, run_id) is dg.DagsterRunStatus.STARTING
+
+
+def test_a_run_that_never_got_a_worker_fails_when_none_can_come_any_more(deployment, monkeypatch):
+    """The daemon died before it started one; one that was started and not recorded beats."""
+    beating = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=None)
+    beat_as(deployment, beating, identify(os.getpid()))
+    without = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=None)
+    monkeypatch.setattr(recovery, "RECORD_SECONDS", -1.0)
+
+    assert without in deployment.reason("recovery_sensor")
+
+    assert status_of(deployment, without) is dg.DagsterRunStatus.FAILURE
+    assert status_of(deployment, beating) is dg.DagsterRunStatus.STARTING
+
+
+def test_a_heartbeat_that_nobody_can_read_goes_once_its_run_is_over(deployment):
+    """Empty after a power cut: whose it is cannot be told, and it would be silent for ever."""
+    over = add_run(deployment, dg.DagsterRunStatus.FAILURE, worker=None)
+    at_work = add_run(deployment, dg.DagsterRunStatus.STARTED, worker=None)
+    paths = {
+        name: deployment.folder.heartbeat_path(name) for name in (over, at_work, RUN_ID, "young")
+    }
+    deployment.folder.heartbeats.mkdir()
+    for name, path in paths.items():
+        path.touch()
+        if name != "young":
+            os.utime(path, (NOW, NOW))
+
+    reason = deployment.reason("recovery_sensor")
+
+    assert over in reason
+    assert RUN_ID in reason
+    assert [name for name, path in paths.items() if path.exists()] == [at_work, "young"]
 
 
 def test_a_worker_that_outlives_its_run_is_ended(deployment, family, monkeypatch):

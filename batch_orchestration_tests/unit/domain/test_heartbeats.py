@@ -21,7 +21,7 @@ PATIENCE = 160.0
 POLL = 5.0
 
 
-def make_pulse(at=NOW, *, progress_at=NOW, loop_at=None, patience=PATIENCE, touched_at=None):
+def make_pulse(at=NOW, *, progress_at=NOW, loop_at=None, patience=PATIENCE, outdated=False):
     heartbeat = Heartbeat(
         run_id="run",
         job="answer_chunks",
@@ -35,7 +35,7 @@ def make_pulse(at=NOW, *, progress_at=NOW, loop_at=None, patience=PATIENCE, touc
         loop_at=loop_at,
         in_flight=12,
     )
-    return Pulse(at=touched_at or at, heartbeat=heartbeat)
+    return Pulse(at=at, heartbeat=heartbeat, outdated=outdated)
 
 
 def condition(pulse, **quiet):
@@ -73,8 +73,8 @@ class Observer:
         (make_pulse(), {"heartbeat": 5.0, "loop": 1e6}, Condition.ALIVE),  # there is no loop now
         (make_pulse(loop_at=NOW), {"heartbeat": 5.0, "loop": 61.0}, Condition.STUCK),
         # No room to write: it can be heard, and that is all that is known.
-        (make_pulse(touched_at=NOW + 900), {"heartbeat": 5.0, "progress": 1e6}, Condition.ALIVE),
-        (make_pulse(touched_at=NOW + 900), {"heartbeat": 61.0}, Condition.SILENT),
+        (make_pulse(outdated=True), {"heartbeat": 5.0, "progress": 1e6}, Condition.ALIVE),
+        (make_pulse(outdated=True), {"heartbeat": 61.0}, Condition.SILENT),
         (Pulse(at=NOW), {"heartbeat": 5.0, "progress": 1e6}, Condition.ALIVE),
     ],
 )
@@ -171,3 +171,16 @@ def test_a_phase_that_begins_is_progress_whatever_was_before():
 
     fresh = make_pulse(NOW + 99, progress_at=NOW + 98, patience=20.0)
     assert observer.look(fresh) is Condition.ALIVE
+
+
+@pytest.mark.parametrize("unheard", [None, Pulse(at=NOW), make_pulse(outdated=True)])
+def test_heartbeats_that_say_nothing_hide_no_worker_that_is_stuck(unheard):
+    """One slow write or torn read per patience would, if each began the count anew."""
+    observer, looks = Observer(), 0
+
+    def pulse_at(now):
+        nonlocal looks
+        looks += 1
+        return unheard if looks % 10 == 0 else make_pulse(NOW + now, progress_at=NOW)
+
+    assert observer.seconds_until(Condition.STUCK, pulse_at) <= 1.2 * PATIENCE + 3 * POLL

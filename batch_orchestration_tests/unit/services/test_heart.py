@@ -70,23 +70,67 @@ def test_work_without_signs_of_its_own_says_what_it_is_and_has_an_hour(folder):
         assert vitals is vitals_of_this_worker()
 
 
-def test_without_room_on_the_disk_the_heart_is_heard_all_the_same(folder, monkeypatch):
+def refuse(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_heartbeat_tells_as_much_on_a_full_disk(folder, monkeypatch):
+    """If it could only be heard there, a full disk would hide a worker that is stuck."""
+    with beats_of(folder) as vitals:
+        first = wait_for_pulse(folder, lambda pulse: pulse.told is not None)
+        monkeypatch.setattr(heartbeat_files.Path, "write_bytes", refuse)
+        vitals.in_flight = 12
+
+        beat = wait_for_pulse(folder, lambda pulse: pulse.told and pulse.told.in_flight == 12)
+        assert beat.at > first.at
+
+
+def test_a_heartbeat_that_cannot_be_overwritten_either_is_heard_all_the_same(folder, monkeypatch):
     """Judged by an old file it would be stuck; judged by none, silent."""
     path = folder.heartbeat_path("run")
     with beats_of(folder):
         first = wait_for_pulse(folder, lambda pulse: pulse.told is not None)
-        old = msgspec.structs.replace(first.heartbeat, at=first.heartbeat.at - 60.0)
+        with monkeypatch.context() as full:
+            full.setattr("batch_orchestration.services.heart.write_heartbeat", refuse)
 
-        def refuse(*_):
-            raise OSError(28, "No space left on device")
+            heard = wait_for_pulse(folder, lambda pulse: pulse.told is None)
+            assert heard.at > first.at
+            assert worker_of(heard.heartbeat) == identify(os.getpid())
+            path.unlink()
+            assert wait_for_pulse(folder, lambda pulse: pulse.at > first.at).heartbeat is None
+        wait_for_pulse(folder, lambda pulse: pulse.told is not None)
 
-        monkeypatch.setattr(heartbeat_files.Path, "write_bytes", refuse)
-        path.write_text(msgspec.json.encode(old).decode())
+    assert list(folder.heartbeats.iterdir()) == []
 
-        heard = wait_for_pulse(folder, lambda pulse: pulse.at > first.at)
-        assert heard.told is None
-        path.unlink()
-        assert wait_for_pulse(folder, lambda pulse: pulse.at > first.at).heartbeat is None
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+def test_what_a_heartbeat_tells_does_not_depend_on_the_clock_of_a_file_server(folder, ahead):
+    path = folder.heartbeat_path("run")
+    with beating(folder=folder, run_id="run", job="answer_chunks", every_seconds=60.0):
+        os.utime(path, (time.time() + ahead, time.time() + ahead))
+
+        pulse = read_pulse(path)
+
+    assert pulse.told is not None
+    assert pulse.at == pulse.told.at
+
+
+def test_no_figure_and_no_mistake_of_ours_ends_the_heart(folder, monkeypatch, caplog):
+    """A healthy worker would be killed as silent a minute later."""
+    with beats_of(folder) as vitals:
+        vitals.requests_per_second = float("inf")
+        vitals.output_tokens_per_second = float("nan")
+        vitals.enter("feeding", patience_seconds=float("inf"))
+        beat = wait_for_pulse(folder, lambda pulse: pulse.told and pulse.told.phase == "feeding")
+        assert beat.told.patience_seconds > 1e8
+
+        with monkeypatch.context() as broken:
+            broken.delattr(vitals, "phase")
+            heard = wait_for_pulse(folder, lambda pulse: pulse.told is None)
+            wait_for_pulse(folder, lambda pulse: pulse.at > heard.at)
+        wait_for_pulse(folder, lambda pulse: pulse.told is not None)
+
+    assert len(caplog.records) == 1
 
 
 def test_a_heartbeat_that_cannot_be_written_at_all_stops_nothing(folder, monkeypatch, caplog):
