@@ -124,7 +124,9 @@ def test_a_file_of_which_nothing_can_be_used_is_rejected(bench, content, reason)
 
 
 @pytest.mark.parametrize(
-    "content", [gzip.compress(make_input(99))[:-20], b"no gzip", gzip.compress(b"x") + b"rest"]
+    "content",
+    [gzip.compress(make_input(99))[:-20], b"no gzip", gzip.compress(b"x") + b"rest"],
+    ids=["cut off", "no gzip", "more behind it"],
 )
 def test_a_broken_gzip_file_is_rejected(bench, content):
     verdict = bench.admit_file("a.jsonl.gz", content)

@@ -166,7 +166,7 @@ def test_other_errors_do_not_say_that_a_device_is_lost(install):
         {"processes": {"me": 1}},
         {"event_reasons": "none"},
     ],
-    ids=repr,
+    ids=lambda fields: next(iter(fields)),
 )
 def test_what_is_no_number_where_one_is_due_is_unreadable(install, fields):
     """By whichever exception: `GpuReader` makes the same of all of them."""
