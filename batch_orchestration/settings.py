@@ -58,8 +58,9 @@ class Settings(BaseSettings):
     """What is in force. `python -m batch_orchestration config` prints it with its origin."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=ENV_FILE, extra="ignore", frozen=True, protected_namespaces=()
-    )
+        env_prefix=PREFIX, env_file=ENV_FILE, extra="ignore", frozen=True,
+        protected_namespaces=(), hide_input_in_errors=True,
+    )  # fmt: skip
 
     data_dir: Path = Field(Path("data"), description="Folder of inbox, outbox, store and journals.")
 
@@ -276,10 +277,19 @@ class Settings(BaseSettings):
         "http://localhost:3000", description="Of Dagster's web server, for links to it."
     )
 
+    @field_validator("base_url", "dagster_url")
+    @classmethod
+    def _shown_without_credentials(cls, url: str) -> str:
+        if "@" in url.split("://", 1)[-1].partition("/")[0]:
+            raise ValueError("holds a user, which would be shown; a key is for BATCH_API_KEY")
+        return url
+
     @model_validator(mode="after")
-    def _engine_is_complete(self) -> "Settings":
+    def _what_needs_another_has_it(self) -> "Settings":
         if self.engine is EngineKind.REMOTE and not self.base_url:
             raise ValueError("BATCH_ENGINE=remote needs BATCH_BASE_URL")
+        if self.alert_email_to and not self.smtp_host:
+            raise ValueError("BATCH_ALERT_EMAIL_TO needs BATCH_SMTP_HOST")
         return self
 
     @model_validator(mode="after")
@@ -289,12 +299,6 @@ class Settings(BaseSettings):
                 f"BATCH_SILENT_SECONDS={self.silent_seconds:g} is less than three times"
                 f" BATCH_HEARTBEAT_SECONDS={self.heartbeat_seconds:g}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _mail_has_a_server(self) -> "Settings":
-        if self.alert_email_to and not self.smtp_host:
-            raise ValueError("BATCH_ALERT_EMAIL_TO needs BATCH_SMTP_HOST")
         return self
 
     @field_validator("inbox_priorities")
@@ -379,8 +383,7 @@ def settings_in_force(settings: Settings) -> list[SettingInForce]:
 
 def _unknown(variable: str, known: Iterable[str]) -> str:
     alike = difflib.get_close_matches(variable, known, n=1)
-    hint = f"; did you mean {alike[0]}?" if alike else ""
-    return f"{variable} is not a setting{hint}"
+    return f"{variable} is not a setting" + (f"; did you mean {alike[0]}?" if alike else "")
 
 
 def _variable(field_name: str) -> str:
@@ -392,8 +395,6 @@ def _given(variables: Mapping[str, str | None]) -> set[str]:
 
 
 def _as_text(value: object) -> str:
-    if value is None:
-        return ""
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
-    return str(value)
+    return "" if value is None else str(value)

@@ -133,20 +133,23 @@ def advance(
         channels: Names of those that are set now; what others had to send is forgotten.
         remember_seconds: Events are looked at again so long behind the cursor.
     """
+    # Of a clock that was in the future: nothing would be news before that time.
+    began = min(book.began, now)
     opened, news = _opened(book.opened, seen, rules=rules, now=now)
     told = dict(book.told)
     for alert, at in seen.events:
-        if at > book.began and alert.key not in told:
+        if at > began and alert.key not in told:
             told[alert.key] = at
             news.append(Message(news=News.RAISED, alert=alert, at=now, since=at))
-    cursor = book.cursor if seen.cursor is None else seen.cursor
+    cursor = min(book.cursor, now) if seen.cursor is None else seen.cursor
     advanced = AlertBook(
-        began=book.began,
+        began=began,
         cursor=cursor,
         opened=opened,
         told={key: at for key, at in told.items() if at > cursor - remember_seconds},
         channels={
-            name: _with(book.channels.get(name, Channel(counted_at=now)), news) for name in channels
+            name: _with(book.channels.get(name, Channel(counted_at=now)), news, now)
+            for name in channels
         },
     )
     return advanced, tuple(news)
@@ -224,13 +227,16 @@ def _news(old: OpenAlert | None, alert: Alert, rules: AlertRules, now: float) ->
     return None
 
 
-def _with(channel: Channel, news: Sequence[Message]) -> Channel:
+def _with(channel: Channel, news: Sequence[Message], now: float) -> Channel:
     pending = [*channel.pending, *news]
     dropped = pending[: max(0, len(pending) - MOST_PENDING)]
     left_out = Counter(channel.left_out)
     left_out.update(str(message.alert.kind) for message in dropped)
     return msgspec.structs.replace(
-        channel, pending=tuple(pending[len(dropped) :]), left_out=dict(left_out)
+        channel,
+        pending=tuple(pending[len(dropped) :]),
+        left_out=dict(left_out),
+        counted_at=min(channel.counted_at, now),
     )
 
 

@@ -26,6 +26,7 @@ import msgspec
 
 from batch_orchestration.domain.alerts import Post
 from batch_orchestration.domain.errors import AlertNotSent
+from batch_orchestration.services.no_redirects import NoRedirects
 from batch_orchestration.settings import Settings, SmtpSecurity
 
 logger = logging.getLogger(__name__)
@@ -53,14 +54,7 @@ def alert_channels(settings: Settings) -> dict[str, Send]:
     return channels
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirected POST becomes a GET: the alert would be lost, and taken for sent."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-_opener = urllib.request.build_opener(_NoRedirects)
+_opener = urllib.request.build_opener(NoRedirects)
 
 
 def send_to_webhook(settings: Settings, post: Post) -> None:

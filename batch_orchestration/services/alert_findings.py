@@ -112,7 +112,7 @@ def _of_report(report: HealthReport, settings: Settings, folder: DataFolder) -> 
     for finding in report.problems:
         family, _, about = finding.check.partition(":")
         rule = _RULES.get(family, _OTHER)
-        if family == "engine" and finding.level is Level.DEGRADED:
+        if finding.check.startswith("engine:") and finding.level is Level.DEGRADED:
             rule = _RESTARTS
         lasted = report.at - (finding.since or report.at)
         if finding.level >= rule.level and lasted >= rule.lasts:

@@ -41,8 +41,6 @@ LOOK_BACK_SECONDS = 3600.0
 STORE_SECONDS = 5.0
 #: Starts of runs and engines take minutes, which means nothing for a batch of seconds.
 SLACK_SECONDS = 600.0
-#: Scores looked at; more batches do not end within a look.
-_SCORES = 50
 _FROM_STORE = frozenset({AlertKind.DEAD_LETTERS, AlertKind.BATCH_LATE})
 
 
@@ -181,7 +179,7 @@ def _scores(folder: DataFolder, since: float) -> Sequence[Score]:
     tables = Store(folder.duckdb, deadline_seconds=STORE_SECONDS).estimates
     if not tables.exist:
         return ()
-    return [score for score in tables.scores(limit=_SCORES) if score.scored_at > since]
+    return tables.scores_since(since)
 
 
 def _is_missed(score: Score, factor: float) -> bool:

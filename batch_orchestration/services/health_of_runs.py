@@ -3,6 +3,7 @@
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 
 from batch_orchestration.domain.health import Finding, Level
 from batch_orchestration.domain.heartbeats import Condition, Heartbeat, Pulse, Quiet, judge
@@ -17,6 +18,7 @@ from batch_orchestration.services.health_look import (
     pulses_in,
     unhealthy,
 )
+from batch_orchestration.services.no_redirects import NoRedirects
 from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.services.wording import duration
 from batch_orchestration.settings import EngineKind, Settings
@@ -27,7 +29,9 @@ from batch_orchestration.telemetry.progress import read_progress
 NOTICED_SECONDS = 60.0
 REMOTE_SECONDS = 5.0
 #: The engine's own client takes no proxy either.
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects)
+#: Not every server has a page `/health`.
+_NO_SUCH_PAGE = (404, 405)
 
 
 def workers(look: Look) -> Iterator[Finding]:
@@ -121,23 +125,37 @@ def _figures(beat: Heartbeat) -> str:
 
 
 def _remote(settings: Settings) -> Finding:
-    address = settings.base_url.rstrip("/").removesuffix("/v1") + "/health"
-    command = f"curl -i {address}"
+    base = settings.base_url.rstrip("/").removesuffix("/v1")
+    address = f"{base}/health"
+    try:
+        status = _status(settings, address)
+        if status in _NO_SUCH_PAGE:
+            address = f"{base}/v1/models"
+            status = _status(settings, address)
+    except (OSError, HTTPException) as error:
+        return unhealthy("engine", f"{address} does not answer: {error}", f"curl -i {address}")
+    except ValueError:  # its words may be those of the key
+        return unhealthy("engine", f"{address}, or its key, cannot be used", f"curl -i {address}")
+    said = f"{address} answers {status}"
+    if status in (401, 403):
+        return unhealthy("engine", f"{said}: the key was refused", "set BATCH_API_KEY")
+    if status == 429:
+        return degraded("engine", f"{said}: it is asked too often", f"curl -i {address}")
+    if 200 <= status < 300:
+        return healthy("engine", said)
+    return unhealthy("engine", said, f"curl -i {address}")
+
+
+def _status(settings: Settings, address: str) -> int:
     request = urllib.request.Request(address)
     if key := settings.api_key.get_secret_value():
         request.add_header("Authorization", f"Bearer {key}")
     try:
         with _opener.open(request, timeout=REMOTE_SECONDS) as answer:
-            return healthy("engine", f"{address} answers {answer.status}")
+            return int(answer.status)
     except urllib.error.HTTPError as error:
         with error:
-            if error.code < 500:  # it has no such page, and has said so
-                return healthy("engine", f"{address} answers {error.code}")
-            return unhealthy("engine", f"{address} answers {error.code}", command)
-    except OSError as error:
-        return unhealthy("engine", f"{address} does not answer: {error}", command)
-    except ValueError:  # its words may be those of the key
-        return unhealthy("engine", f"{address}, or its key, cannot be used", command)
+            return error.code
 
 
 def _is_stuck(beat: Heartbeat, now: float) -> bool:

@@ -165,6 +165,18 @@ class EstimateTables:
             )
         return [_score(row) for row in found]
 
+    def scores_since(self, since: float) -> list[Score]:
+        """Return all scores that are later than a moment, oldest first."""
+        with self._reading() as db:
+            found = rows.select(
+                db,
+                "estimates",
+                _SCORE,
+                "WHERE scored_at > ? ORDER BY scored_at, batch_id",
+                [rows.timestamp(since)],
+            )
+        return [_score(row) for row in found]
+
     def score_of(self, batch_id: str) -> Score | None:
         """Return the score of a batch; None while it has none."""
         with self._reading() as db:

@@ -217,6 +217,29 @@ def test_an_estimate_that_was_badly_missed_is_told_once(tower):
     assert "The estimate of b-2 was badly missed" in tower.only()
 
 
+def test_of_more_missed_estimates_than_one_page_none_is_passed_over(tower):
+    tower.begin()
+    count = 60
+    for number in range(count):
+        batch_id = f"b-{number:02}"
+        score = Score(
+            batch_id=batch_id, scored_at=tower.now, requests=10, basis=Basis.CHARACTERS,
+            expected_prompt_tokens=band(100), actual_prompt_tokens=100,
+            expected_tokens=band(100), actual_tokens=100,
+            expected_seconds=band(100.0), actual_seconds=800.0,
+        )  # fmt: skip
+        estimate = Estimate(
+            requests=10, basis=Basis.CHARACTERS, prompt_tokens=band(100),
+            completion_tokens=band(100), seconds=band(100.0), at_a_time=8,
+        )  # fmt: skip
+        tower.store.estimates.add_estimate(batch_id, estimate)
+        tower.store.estimates.score(score, [], model="m", device="d", answered=[])
+
+    tended = tower.tick()
+
+    assert len({message.alert.key for message in tended.news}) == count
+
+
 # --- the health -----------------------------------------------------------------------------------
 
 

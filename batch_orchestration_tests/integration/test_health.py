@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
@@ -361,19 +361,29 @@ def test_an_engine_that_is_started_again_and_again_is_degraded(bench):
 
 class _Server(HTTPServer):
     status = 200
+    other_status = 200
+    location = None
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.asked = []
 
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(self.server.status)
+        self.server.asked.append((self.path, self.headers["Authorization"]))
+        is_health = self.path == "/health"
+        self.send_response(self.server.status if is_health else self.server.other_status)
+        if self.server.location:
+            self.send_header("Location", self.server.location)
         self.end_headers()
 
     def log_message(self, *arguments):
         pass
 
 
-@pytest.fixture
-def server():
+@contextmanager
+def _serving():
     with _Server(("127.0.0.1", 0), _Handler) as made:
         thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -381,14 +391,47 @@ def server():
         made.shutdown()
 
 
+@pytest.fixture
+def server():
+    with _serving() as made:
+        yield made
+
+
 @pytest.mark.parametrize(
-    ("status", "level"), [(200, Level.HEALTHY), (404, Level.HEALTHY), (503, Level.UNHEALTHY)]
+    ("status", "models", "level"),
+    [
+        (200, 500, Level.HEALTHY),
+        (404, 200, Level.HEALTHY),
+        (405, 200, Level.HEALTHY),
+        (404, 404, Level.UNHEALTHY),
+        (404, 401, Level.UNHEALTHY),
+        (401, 200, Level.UNHEALTHY),
+        (403, 200, Level.UNHEALTHY),
+        (429, 200, Level.DEGRADED),
+        (503, 200, Level.UNHEALTHY),
+    ],
 )
-def test_a_remote_engine_is_asked(make_bench, server, status, level):
-    server.status = status
+def test_a_remote_engine_is_asked(make_bench, server, status, models, level):
+    server.status, server.other_status = status, models
     bench = make_bench(engine="remote", base_url=f"http://127.0.0.1:{server.server_port}/v1")
 
-    assert bench.find("engine").level is level
+    found = bench.find("engine")
+
+    assert found.level is level
+    if {status, models} & {401, 403}:
+        assert "BATCH_API_KEY" in found.next_command
+
+
+def test_the_key_of_a_remote_engine_goes_to_nobody_whom_a_redirect_names(make_bench, server):
+    with _serving() as stranger:
+        server.status = 302
+        server.location = f"http://127.0.0.1:{stranger.server_port}/stolen"
+        base_url = f"http://127.0.0.1:{server.server_port}/v1"
+        bench = make_bench(engine="remote", base_url=base_url, api_key="s3cret")
+
+        assert bench.find("engine").level is Level.UNHEALTHY
+        assert server.asked == [("/health", "Bearer s3cret")]
+        assert stranger.asked == []
 
 
 @pytest.mark.parametrize("key", ["s3cret", "s3cret\nbroken"])

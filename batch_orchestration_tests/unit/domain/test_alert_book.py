@@ -195,6 +195,21 @@ def test_a_clock_that_is_set_back_silences_nobody():
     assert (News.RAISED, "disk") in desk.told
 
 
+def test_a_clock_that_was_in_the_future_at_first_silences_nobody_for_good():
+    desk = Desk()
+    desk.now = NOW + 365 * 24 * HOUR
+    desk.book = AlertBook(began=desk.now, cursor=desk.now)
+    for number in range(2 * BURST):  # whatever may go out at once is spent
+        desk.tick(make_alert(f"early-{number}"))
+    desk.now = NOW
+    desk.tick()
+
+    desk.tick(events=[(make_alert("ending:b-1:3"), desk.now + 10)])
+    desk.wait(HOUR)
+
+    assert (News.RAISED, "ending:b-1:3") in desk.told
+
+
 def test_a_channel_that_is_new_hears_nothing_of_the_past_and_one_that_is_gone_is_forgotten():
     desk = Desk()
     desk.works = False
