@@ -247,6 +247,7 @@ class Feeder:
                 self._vitals.derivation = self._room.begin(self._engine.figures())
                 # The old engine may have died of a probe, which then never ends.
                 self._breaker = Breaker(self._window.breaker)
+                self._hang_watch.note_start()
                 self._vitals.enter("feeding", patience_seconds=self._patience_seconds)
                 return self._started(identity)
 

@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 
 #: How much longer than the longest pause between two signs of progress seen so far.
 PATIENCE = 5.0
+#: Until the first token after a start, in `floor_seconds`: kernels are compiled on first use.
+FIRST_TOKEN_FLOORS = 3.0
 #: Looks at an engine per `floor_seconds`, at least.
 LOOKS_PER_LIMIT = 12
 #: Between two looks, at an engine that lets each question run into its time limit. In whatever was
@@ -20,11 +22,12 @@ LONGEST_STEP_SECONDS = 30.0
 
 
 class HangWatch:
-    """Watches the signs of progress: outcomes, and the engine's own count of tokens.
+    """Watches the signs of progress: outcomes, and whatever moves in the engine's own figures.
 
     An engine with requests in flight that gives neither for `floor_seconds`, or for `PATIENCE`
     times its longest pause so far, is stopped and counts as dead. Slow requests alone never
-    trip it: tokens are generated all the while. Of an engine that answers and counts no tokens
+    trip it: tokens are generated all the while, and while a long prompt is read, whose tokens count
+    when it has been read, the KV cache fills. Of an engine that answers and counts no tokens
     nothing can be said, and the time limit of each request decides.
 
     Args:
@@ -40,23 +43,26 @@ class HangWatch:
         self._moved_at = 0.0
         self._looked_at = 0.0
         self._longest_pause = 0.0
-        self._tokens: int | None = None
+        self._figures: EngineFigures | None = None
+        self._is_new = True
 
     @property
     def limit_seconds(self) -> float:
         """How long a pause may be now."""
-        return max(self._floor_seconds, PATIENCE * self._longest_pause)
+        floor = self._floor_seconds * (FIRST_TOKEN_FLOORS if self._is_new else 1.0)
+        return max(floor, PATIENCE * self._longest_pause)
+
+    def note_start(self) -> None:
+        """Take note that the engine was started: it has given nothing yet."""
+        self._figures, self._is_new = None, True
 
     def begin(self) -> None:
         """Begin to watch: pauses count from now on."""
         self._moved_at = self._looked_at = asyncio.get_running_loop().time()
 
     def note_progress(self) -> None:
-        """Take note of an outcome."""
-        now = self._look()
-        self._longest_pause = max(self._longest_pause, now - self._moved_at)
-        self._moved_at = now
-        self._tell_moved()
+        """Take note of an outcome, or of a token."""
+        self._move(still_new=False)
 
     async def judge(self, figures: EngineFigures | None, *, in_flight: int) -> None:
         """Judge the engine by what it tells; None if it did not answer.
@@ -67,9 +73,8 @@ class HangWatch:
         if not in_flight:
             self.begin()
             return
-        if figures is not None and (figures.tokens is None or figures.tokens != self._tokens):
-            self._tokens = figures.tokens
-            self.note_progress()
+        if figures is not None:
+            self._compare(figures)
         pause = self._look() - self._moved_at
         if pause > self.limit_seconds:
             logger.error("the engine is stuck; ending it")
@@ -78,6 +83,20 @@ class HangWatch:
                 f"stuck: no outcome and no token for {pause:.0f} s with"
                 f" {in_flight} requests in flight"
             )
+
+    def _compare(self, figures: EngineFigures) -> None:
+        before, self._figures = self._figures, figures
+        if figures.tokens is None or (before and figures.tokens != before.tokens):
+            self.note_progress()
+        elif figures != before:
+            self._move(still_new=self._is_new)
+
+    def _move(self, *, still_new: bool) -> None:
+        now = self._look()
+        if not self._is_new:  # what is only slow once says nothing of later pauses
+            self._longest_pause = max(self._longest_pause, now - self._moved_at)
+        self._moved_at, self._is_new = now, still_new
+        self._tell_moved()
 
     def _look(self) -> float:
         """Return the time, with the time in which nobody could look left out of the pause."""

@@ -58,7 +58,8 @@ def test_a_run_says_in_which_phase_it_is_and_how_long_each_may_take(bench):
 
     assert list(vitals.signs) == ["preparing", "starting engine", "feeding", "committing"]
     assert {(phase, batch, patience) for phase, batch, _, patience in seen} == {
-        ("feeding", plan.batch_id, 90.0)
+        ("feeding", plan.batch_id, 150.0),  # until the first token
+        ("feeding", plan.batch_id, 90.0),
     }
     assert {chunk for *_, chunk, _ in seen} == {0, 1}
     assert vitals.signs["feeding"] >= 20

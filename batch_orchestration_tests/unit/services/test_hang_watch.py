@@ -21,13 +21,14 @@ class Watched:
         self.watch = HangWatch(ScriptedEngine(), floor_seconds=LIMIT)
         self.watch.begin()
 
-    async def look(self, *, tokens, after=1.0, in_flight=4):
+    async def look(self, *, tokens, kv_usage=0.1, after=1.0, in_flight=4):
         self.now += after
-        await self.watch.judge(EngineFigures(generation_tokens=tokens), in_flight=in_flight)
+        figures = EngineFigures(generation_tokens=tokens, kv_usage=kv_usage)
+        await self.watch.judge(figures, in_flight=in_flight)
 
-    async def look_for(self, seconds, *, tokens):
+    async def look_for(self, seconds, *, tokens, kv_usage=0.1):
         for _ in range(int(seconds)):
-            await self.look(tokens=tokens)
+            await self.look(tokens=tokens, kv_usage=kv_usage)
 
 
 def run(scenario, monkeypatch):
@@ -39,9 +40,10 @@ def run(scenario, monkeypatch):
 
 def test_an_engine_without_a_token_for_the_limit_is_stuck(monkeypatch):
     async def scenario(engine):
-        await engine.look_for(LIMIT, tokens=0)
+        await engine.look(tokens=0)
+        await engine.look_for(LIMIT, tokens=1)
         with pytest.raises(EngineDied, match="no token for"):
-            await engine.look_for(2, tokens=0)
+            await engine.look_for(2, tokens=1)
 
     run(scenario, monkeypatch)
 
@@ -50,6 +52,33 @@ def test_an_engine_that_counts_tokens_is_slow_at_most(monkeypatch):
     async def scenario(engine):
         for tokens in range(20):
             await engine.look_for(LIMIT - 2, tokens=tokens)
+
+    run(scenario, monkeypatch)
+
+
+def test_an_engine_that_reads_a_long_prompt_is_slow_at_most(monkeypatch):
+    """The engine counts its tokens when all of it is read; its KV cache fills meanwhile."""
+
+    async def scenario(engine):
+        engine.watch.note_progress()
+        for chunk in range(20):
+            await engine.look_for(LIMIT - 2, tokens=7, kv_usage=0.1 + chunk / 100)
+        with pytest.raises(EngineDied):
+            await engine.look_for(6 * LIMIT, tokens=7, kv_usage=0.9)
+
+    run(scenario, monkeypatch)
+
+
+def test_the_first_token_of_an_engine_may_take_longer_and_teaches_no_patience(monkeypatch):
+    async def scenario(engine):
+        for _ in range(2):
+            engine.watch.note_start()
+            await engine.look_for(2.5 * LIMIT, tokens=0)
+            await engine.look(tokens=1)
+            assert engine.watch.limit_seconds == LIMIT
+        engine.watch.note_start()
+        with pytest.raises(EngineDied):
+            await engine.look_for(3.1 * LIMIT, tokens=0)
 
     run(scenario, monkeypatch)
 
