@@ -82,6 +82,7 @@ class MailServer(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), _MailHandler)
         self.refuses: set[str] = set()
         self.takes_logins = True
+        self.parts_well = True
         self.mails: list[tuple[list[str], Message]] = []
         self.logins: list[str] = []
 
@@ -114,7 +115,7 @@ class _MailHandler(socketserver.StreamRequestHandler):
                 recipients = []
                 self.say("250 ok")
             elif verb == "QUIT":
-                self.say("221 bye")
+                self.say("221 bye" if self.server.parts_well else "421 too busy")
                 return
             else:
                 self.say("250 ok")

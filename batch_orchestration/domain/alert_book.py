@@ -64,6 +64,7 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
         next_at: Not before that, POSIX seconds.
         posts: That may still go out at once, as of `counted_at`.
         problem: Why the last attempt failed; None if it did not.
+        at_most: Messages of one post; fewer and fewer until it is found which one is refused.
     """
 
     pending: tuple[Message, ...] = ()
@@ -73,6 +74,7 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
     posts: float = BURST
     counted_at: float = 0.0
     problem: str | None = None
+    at_most: int = MOST_PENDING
 
     @property
     def waiting(self) -> int:
@@ -113,6 +115,25 @@ class Seen:
     events: Sequence[tuple[Alert, float]] = ()
     unknown: Collection[AlertKind] = ()
     cursor: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """An attempt to send a post.
+
+    Attributes:
+        problem: Why it could not be sent; None if it was.
+        refused: That it is the post that is not taken, and never will be.
+    """
+
+    post: Post
+    problem: str | None = None
+    refused: bool = False
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether a single message was refused: it would keep back all others for ever."""
+        return self.refused and len(self.post.messages) <= 1
 
 
 def advance(
@@ -156,36 +177,40 @@ def advance(
 
 
 def due(book: AlertBook, *, rules: AlertRules, now: float) -> dict[str, Post]:
-    """Return what each channel is to send now: all that it has, as one post."""
+    """Return what each channel is to send now: all that it has, as one post if it can be one."""
     return {
-        name: Post(messages=channel.pending, left_out=channel.left_out)
+        name: Post(messages=channel.pending[: channel.at_most], left_out=channel.left_out)
         for name, channel in book.channels.items()
         if channel.waiting and _may_try(channel, now) and _posts(channel, rules, now) >= 1
     }
 
 
 def sent(
-    book: AlertBook,
-    posts: Mapping[str, Post],
-    problems: Mapping[str, str | None],
-    *,
-    rules: AlertRules,
-    now: float,
+    book: AlertBook, tried: Mapping[str, Tried], *, rules: AlertRules, now: float
 ) -> AlertBook:
-    """Return the book after posts were sent, or not.
-
-    Args:
-        posts: As `due` gave them.
-        problems: By channel, why its post could not be sent; None if it was. A channel without an
-            entry was not tried.
-    """
+    """Return the book after attempts to send, by channel; the posts may be of any tick before."""
     channels = dict(book.channels)
-    for name, problem in problems.items():
-        channel = channels[name]
-        if problem is None:
-            channels[name] = _after_success(channel, posts[name], rules, now)
+    for name, attempt in tried.items():
+        channel = channels.get(name)
+        if channel is None:
+            continue
+        if attempt.problem is None:
+            channels[name] = _after_success(channel, attempt.post, rules, now)
+        elif attempt.is_hopeless:
+            channels[name] = msgspec.structs.replace(
+                _after_success(channel, attempt.post, rules, now),
+                problem=f"{attempt.problem}; that alert was dropped",
+            )
+        elif attempt.refused:
+            channels[name] = msgspec.structs.replace(
+                channel,
+                posts=_posts(channel, rules, now) - 1,
+                counted_at=now,
+                problem=attempt.problem,
+                at_most=len(attempt.post.messages) // 2,
+            )
         else:
-            channels[name] = _after_failure(channel, problem, now)
+            channels[name] = _after_failure(channel, attempt.problem, now)
     return msgspec.structs.replace(book, channels=channels)
 
 
@@ -251,8 +276,10 @@ def _posts(channel: Channel, rules: AlertRules, now: float) -> float:
 
 
 def _after_success(channel: Channel, post: Post, rules: AlertRules, now: float) -> Channel:
+    # Of a post that was long on its way, others may have come since, and some be only counted.
     return Channel(
-        pending=channel.pending[len(post.messages) :],
+        pending=tuple(message for message in channel.pending if message not in post.messages),
+        left_out=dict(Counter(channel.left_out) - Counter(post.left_out)),
         posts=_posts(channel, rules, now) - 1,
         counted_at=now,
     )

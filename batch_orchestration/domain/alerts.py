@@ -1,5 +1,6 @@
 """Alerts: what a person is told without having asked, and in which words."""
 
+from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 
@@ -156,3 +157,14 @@ class Post(msgspec.Struct, frozen=True, kw_only=True):
             counts = ", ".join(f"{kind}: {count:,}" for kind, count in self.left_out.items())
             lines.append(f"Only counted, the log has them: {counts}")
         return "\n\n".join([*lines, *(message.paragraph for message in self.messages)])
+
+    def text_within(self, characters: int) -> str:
+        """Return it with as many of its newest messages as find room; others are only counted."""
+        text = self.text
+        for first in range(1, len(self.messages)):
+            if len(text) <= characters:
+                break
+            counted = Counter(self.left_out)
+            counted.update(str(message.alert.kind) for message in self.messages[:first])
+            text = Post(messages=self.messages[first:], left_out=counted).text
+        return text if len(text) <= characters else f"{text[: characters - 1]}…"

@@ -99,11 +99,13 @@ class AlertNotSent(BatchOrchestrationError):
 
     Attributes:
         partly: Whether some of those who are to have it have it.
+        refused: Whether it is the post that is not taken, and never will be.
     """
 
-    def __init__(self, message: str, *, partly: bool = False) -> None:
+    def __init__(self, message: str, *, partly: bool = False, refused: bool = False) -> None:
         super().__init__(message)
         self.partly = partly
+        self.refused = refused
 
 
 class EngineError(BatchOrchestrationError):

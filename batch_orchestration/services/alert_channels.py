@@ -1,5 +1,6 @@
 """Channels: how an alert leaves this machine. Each is bounded in time and tells no secret."""
 
+import contextlib
 import html
 import json
 import logging
@@ -24,6 +25,7 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.domain.alert_book import Tried
 from batch_orchestration.domain.alerts import Post
 from batch_orchestration.domain.errors import AlertNotSent
 from batch_orchestration.services.no_redirects import NoRedirects
@@ -34,10 +36,20 @@ logger = logging.getLogger(__name__)
 #: Sends a post; raises `AlertNotSent`, whose words may be shown to anybody.
 Send = Callable[[Post], None]
 
-#: Of one wait for the other side; a tick of the sensor has 60 s in all.
+#: Until a mail server is ready to take a mail.
 WAIT_SECONDS = 5.0
-#: Of one post through one channel, whatever the other side does.
+#: Until the other side says that it has taken a post. It may take its time, and who gives up sends
+#: again what had arrived (RFC 5321, 4.5.3.2.6 asks for ten minutes).
+ANSWER_SECONDS = 300.0
+#: That a tick waits for its posts, whatever the other sides do; it has 60 s in all.
 POST_SECONDS = 20.0
+#: Discord refuses longer texts. https://discord.com/developers/docs/resources/webhook
+DISCORD_CHARACTERS = 2000
+#: With room for what has to be escaped.
+WEBHOOK_CHARACTERS = 1800
+MAIL_CHARACTERS = 50_000
+#: They are about the post. Others (401, 404 …) are about the address, which a person mends.
+_REFUSE_THE_POST = (400, 413, 414, 422)
 #: Of what a command says when it fails.
 _SHOWN = 300
 
@@ -64,7 +76,8 @@ def send_to_webhook(settings: Settings, post: Post) -> None:
         AlertNotSent: It was not taken. The address is a secret and not told.
     """
     # https://api.slack.com/reference/surfaces/formatting#escaping
-    body = json.dumps({"text": html.escape(post.text, quote=False)}).encode()
+    text = html.escape(post.text_within(WEBHOOK_CHARACTERS), quote=False)[:DISCORD_CHARACTERS]
+    body = json.dumps({"text": text}).encode()
     try:
         request = urllib.request.Request(
             settings.alert_webhook_url.get_secret_value(),
@@ -72,11 +85,13 @@ def send_to_webhook(settings: Settings, post: Post) -> None:
             headers={"Content-Type": "application/json"},
             method="POST",
         )
-        with _opener.open(request, timeout=WAIT_SECONDS):
+        with _opener.open(request, timeout=ANSWER_SECONDS):
             pass
     except urllib.error.HTTPError as error:
         with error:
-            raise AlertNotSent(f"the webhook answered {error.code}") from None
+            raise AlertNotSent(
+                f"the webhook answered {error.code}", refused=error.code in _REFUSE_THE_POST
+            ) from None
     except urllib.error.URLError as error:
         raise AlertNotSent(f"the webhook cannot be reached: {_reason(error.reason)}") from None
     except (OSError, HTTPException) as error:
@@ -93,8 +108,14 @@ def send_mail(settings: Settings, post: Post) -> None:
     """
     message = _mail(settings, post)
     try:
-        with _connect(settings) as server:
+        with contextlib.closing(_connect(settings)) as server:
             refused = server.send_message(message)
+            with contextlib.suppress(OSError):  # it has the mail, however it parts
+                server.quit()
+    except smtplib.SMTPDataError as error:
+        raise AlertNotSent(
+            f"the mail server answered {error.smtp_code}", refused=error.smtp_code >= 500
+        ) from None
     except smtplib.SMTPResponseException as error:
         raise AlertNotSent(f"the mail server answered {error.smtp_code}") from None
     except smtplib.SMTPRecipientsRefused:
@@ -123,9 +144,9 @@ def run_command(settings: Settings, post: Post) -> None:
         except OSError as error:
             raise AlertNotSent(f"the command cannot be run: {_reason(error)}") from None
         try:
-            process.communicate(msgspec.json.encode(post_object(post)), timeout=2 * WAIT_SECONDS)
+            process.communicate(msgspec.json.encode(post_object(post)), timeout=ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
-            raise AlertNotSent(f"the command did not end within {2 * WAIT_SECONDS:.0f} s") from None
+            raise AlertNotSent(f"the command did not end within {ANSWER_SECONDS:.0f} s") from None
         finally:
             _end(process)
         if process.returncode:
@@ -159,18 +180,27 @@ class _Delivery(threading.Thread):
     def __init__(self, name: str, send: Send, post: Post) -> None:
         super().__init__(name=f"alert:{name}", daemon=True)
         self._send, self._post = send, post
-        self.problem: str | None = None
-        self.partly = False
+        self._problem: str | None = None
+        self._partly = self._refused = False
 
     def run(self) -> None:
         try:
             self._send(self._post)
         except AlertNotSent as error:
-            self.problem, self.partly = str(error), error.partly
+            self._problem, self._partly, self._refused = str(error), error.partly, error.refused
         except Exception as error:  # noqa: BLE001 - its words may hold a secret
-            self.problem = f"it failed with {type(error).__name__}"
+            self._problem = f"it failed with {type(error).__name__}"
+
+    def tried(self, *, strict: bool = False) -> Tried:
+        """Return how it went, once it has ended."""
+        problem = self._problem
+        if self._partly and not strict:
+            logger.warning("%s reached only some: %s", self.name, problem)
+            problem = None
+        return Tried(post=self._post, problem=problem, refused=self._refused)
 
 
+#: On their way, or ended too late for whoever began them.
 _deliveries: dict[tuple[Path, str], _Delivery] = {}
 
 
@@ -181,11 +211,12 @@ def deliver(
     root: Path,
     seconds: float = POST_SECONDS,
     strict: bool = False,
-) -> dict[str, str | None]:
-    """Send each channel's post, side by side; return by channel why it could not, None if it could.
+) -> dict[str, Tried]:
+    """Send each channel's post, side by side; return by channel how it went.
 
-    What has not ended in time counts as not sent, and nothing else is sent through that channel
-    before it has.
+    What has not ended in time is left on its way: nothing else is sent through that channel before
+    it has ended, and `delivered_late` then tells how. To send it anew meanwhile would be to send it
+    without end where the other side only takes its time.
 
     Args:
         root: The data folder, whose channels these are.
@@ -193,24 +224,28 @@ def deliver(
         strict: Whether what has reached only some counts as not sent. To send it again would be a
             flood for those whom it has reached, so it is only logged otherwise.
     """
-    problems: dict[str, str | None] = {}
+    tried: dict[str, Tried] = {}
     begun: dict[str, _Delivery] = {}
     for name, post in posts.items():
-        before = _deliveries.get((root, name))
-        if before is not None and before.is_alive():
-            problems[name] = "an earlier alert is still on its way"
+        if (root, name) in _deliveries:
+            tried[name] = Tried(post=post, problem="an earlier alert is still on its way")
             continue
         begun[name] = _deliveries[root, name] = _Delivery(name, channels[name], post)
         begun[name].start()
     until = time.monotonic() + seconds
     for name, delivery in begun.items():
         delivery.join(max(0.0, until - time.monotonic()))
-        late = f"not done within {seconds:.0f} s"
-        problems[name] = late if delivery.is_alive() else delivery.problem
-        if delivery.partly and not strict:
-            logger.warning("%s reached only some: %s", name, delivery.problem)
-            problems[name] = None
-    return problems
+        if delivery.is_alive():
+            tried[name] = Tried(post=posts[name], problem=f"not done within {seconds:.0f} s")
+        else:
+            tried[name] = _deliveries.pop((root, name)).tried(strict=strict)
+    return tried
+
+
+def delivered_late(root: Path) -> dict[str, Tried]:
+    """Return how those have gone that had not ended when `deliver` did, and now have."""
+    ended = [key for key, late in _deliveries.items() if key[0] == root and not late.is_alive()]
+    return {key[1]: _deliveries.pop(key).tried() for key in ended}
 
 
 def _connect(settings: Settings) -> smtplib.SMTP:
@@ -227,6 +262,8 @@ def _connect(settings: Settings) -> smtplib.SMTP:
     except BaseException:
         server.close()
         raise
+    if server.sock is not None:
+        server.sock.settimeout(ANSWER_SECONDS)
     return server
 
 
@@ -239,7 +276,7 @@ def _mail(settings: Settings, post: Post) -> EmailMessage:
     message["Date"] = formatdate(localtime=True)
     message["Message-ID"] = make_msgid()
     message["Auto-Submitted"] = "auto-generated"  # RFC 3834: nobody's holiday notice answers it
-    message.set_content(post.text + "\n")
+    message.set_content(post.text_within(MAIL_CHARACTERS) + "\n")
     return message
 
 

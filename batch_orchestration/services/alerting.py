@@ -5,7 +5,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from batch_orchestration.domain.alert_book import AlertBook, AlertRules, Seen, advance, due, sent
+from batch_orchestration.domain.alert_book import (
+    AlertBook,
+    AlertRules,
+    Seen,
+    Tried,
+    advance,
+    due,
+    sent,
+)
 from batch_orchestration.domain.alerts import (
     Alert,
     AlertKind,
@@ -15,7 +23,7 @@ from batch_orchestration.domain.alerts import (
     Severity,
 )
 from batch_orchestration.domain.errors import StorageError
-from batch_orchestration.services.alert_channels import Send, deliver
+from batch_orchestration.services.alert_channels import Send, deliver, delivered_late
 from batch_orchestration.services.alert_sources import LOOK_BACK_SECONDS, look_for_alerts
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.alert_files import (
@@ -129,18 +137,26 @@ def _tend(
         now=now,
         remember_seconds=LOOK_BACK_SECONDS,
     )
+    book = _noted(book, delivered_late(folder.root), rules, now)
     _save(path, book)
     for message in news:
         logger.log(_LOG_LEVELS[message.severity], "%s", " | ".join(message.text.splitlines()))
     posts = due(book, rules=rules, now=now)
-    problems = deliver(posts, channels, root=folder.root)
-    if problems:
-        book = sent(book, posts, problems, rules=rules, now=now)
+    tried = deliver(posts, channels, root=folder.root)
+    if tried:
+        book = _noted(book, tried, rules, now)
         _save(path, book)
-    for name, problem in problems.items():
-        if problem is not None:
-            logger.warning("alerts wait, for %s: %s", name, problem)
+    problems = {name: attempt.problem for name, attempt in tried.items()}
     return Tended(book=book, news=news, problems=problems)
+
+
+def _noted(book: AlertBook, tried: Mapping[str, Tried], rules: AlertRules, now: float) -> AlertBook:
+    for name, attempt in tried.items():
+        if attempt.is_hopeless:
+            logger.error("%s refused an alert, which is dropped: %s", name, attempt.problem)
+        elif attempt.problem is not None:
+            logger.warning("alerts wait, for %s: %s", name, attempt.problem)
+    return sent(book, tried, rules=rules, now=now)
 
 
 def send_test(
@@ -160,7 +176,8 @@ def send_test(
     )
     message = Message(news=News.RAISED, alert=alert, at=now, since=now)
     post = Post(messages=(message,))
-    return deliver(dict.fromkeys(channels, post), channels, root=folder.root, strict=True)
+    tried = deliver(dict.fromkeys(channels, post), channels, root=folder.root, strict=True)
+    return {name: attempt.problem for name, attempt in tried.items()}
 
 
 def _open_book(path: Path, now: float) -> tuple[AlertBook, Alert | None]:

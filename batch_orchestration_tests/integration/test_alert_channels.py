@@ -8,10 +8,11 @@ import time
 
 import pytest
 
+from batch_orchestration.domain.alert_book import Tried
 from batch_orchestration.domain.alerts import Alert, AlertKind, Message, News, Post, Severity
 from batch_orchestration.domain.errors import AlertNotSent
 from batch_orchestration.services import alert_channels as channels_module
-from batch_orchestration.services.alert_channels import alert_channels, deliver
+from batch_orchestration.services.alert_channels import alert_channels, deliver, delivered_late
 from batch_orchestration.settings import Settings, settings_in_force
 from batch_orchestration_tests.alert_servers import MailServer, Webhook, serving
 from batch_orchestration_tests.builders import NOW
@@ -148,8 +149,8 @@ def test_a_wrong_address_among_others_is_no_reason_to_send_it_again(mail_server,
     problems = deliver({"email": make_post()}, channels, root=tmp_path)
     tested = deliver({"email": make_post()}, channels, root=tmp_path, strict=True)
 
-    assert problems == {"email": None}
-    assert tested == {"email": "the mail server refused ops@example.org"}
+    assert problems["email"].problem is None
+    assert tested["email"].problem == "the mail server refused ops@example.org"
 
 
 def test_a_mail_server_that_is_not_there_or_speaks_no_tls_is_a_problem(mail_server):
@@ -194,7 +195,7 @@ def test_a_command_that_fails_says_how():
 
 
 def test_a_command_that_is_not_there_or_hangs_is_a_problem_in_time(monkeypatch, tmp_path):
-    monkeypatch.setattr(channels_module, "WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(channels_module, "ANSWER_SECONDS", 0.3)
     began = time.monotonic()
 
     missing = alert_channels(make_settings(alert_command=[str(tmp_path / "nothing")]))["command"]
@@ -202,6 +203,56 @@ def test_a_command_that_is_not_there_or_hangs_is_a_problem_in_time(monkeypatch, 
     problem_of(command_channel("import time; time.sleep(60)"))
 
     assert time.monotonic() - began < 10
+
+
+# --- what is refused, and what only takes its time ---
+
+
+@pytest.mark.parametrize(
+    ("status", "refused"), [(400, True), (413, True), (422, True), (404, False), (429, False)]
+)
+def test_a_webhook_that_refuses_the_post_is_told_from_one_that_is_not_there(
+    webhook, status, refused
+):
+    webhook.status = status
+
+    with pytest.raises(AlertNotSent) as caught:
+        webhook_channel(webhook.url)(make_post())
+
+    assert caught.value.refused is refused
+
+
+def test_a_post_is_never_longer_than_discord_takes(webhook):
+    (message,) = make_post().messages
+    webhook_channel(webhook.url)(Post(messages=(message,) * 100, left_out={"disk_low": 900}))
+
+    assert len(webhook.texts[0]) <= 2000
+    assert "1000 alerts" in webhook.texts[0]
+
+
+def test_a_mail_that_was_taken_is_sent_however_the_server_parts(mail_server):
+    mail_server.parts_well = False
+
+    mail_channel(mail_server.port)(make_post())
+
+    assert len(mail_server.mails) == 1
+
+
+def test_what_a_slow_channel_has_taken_late_is_known_afterwards(tmp_path):
+    go_on = threading.Event()
+    channels = {"email": lambda post: go_on.wait(20)}
+    post = make_post()
+
+    first = deliver({"email": post}, channels, root=tmp_path, seconds=0.05)
+    assert first["email"].problem is not None
+    assert delivered_late(tmp_path) == {}
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "alert:email":
+            thread.join(5)
+
+    assert delivered_late(tmp_path)["email"] == Tried(post=post)
+    assert delivered_late(tmp_path) == {}
 
 
 # --- delivery -------------------------------------------------------------------------------------
@@ -221,9 +272,9 @@ def test_a_channel_that_hangs_holds_up_neither_the_tick_nor_the_others(tmp_path,
     second = deliver(posts, channels, root=tmp_path, seconds=1.0)
 
     assert time.monotonic() - began < 6
-    assert first["webhook"] is None
-    assert "not done" in first["email"]
-    assert "still on its way" in second["email"]
+    assert first["webhook"].problem is None
+    assert "not done" in first["email"].problem
+    assert "still on its way" in second["email"].problem
     assert len(begun) == 1
     never.set()
 
@@ -236,5 +287,5 @@ def test_a_channel_that_raises_what_nobody_foresaw_is_a_problem_without_its_word
 
     problems = deliver({"x": make_post()}, {"x": broken}, root=tmp_path)
 
-    assert problems == {"x": "it failed with RuntimeError"}
+    assert problems["x"].problem == "it failed with RuntimeError"
     assert SECRET not in caplog.text

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import threading
+import time
 from contextlib import closing
+from functools import partial
 
 import dagster as dg
 import msgspec
@@ -15,7 +18,7 @@ from batch_orchestration.domain.errors import DiskFull, StorageError
 from batch_orchestration.domain.estimates import Band, Basis, Estimate
 from batch_orchestration.domain.health import Finding, Level
 from batch_orchestration.domain.scores import Score
-from batch_orchestration.services import alert_sources, alerting
+from batch_orchestration.services import alert_channels, alert_sources, alerting
 from batch_orchestration.services.alert_sources import SLACK_SECONDS
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.alert_files import read_book, tending
@@ -381,6 +384,23 @@ def test_an_hour_without_the_webhook_loses_nothing_and_ends_in_one_post(tower):
     text = tower.only()
     assert all(f"Batch {name} is completed" in text for name in names)
     assert "alerts and recoveries that had to wait" in text
+
+
+def test_a_webhook_that_only_takes_its_time_gets_each_alert_once(tower, monkeypatch):
+    tower.begin()
+    monkeypatch.setattr(alerting, "deliver", partial(alert_channels.deliver, seconds=0.05))
+    tower.webhook.hold.clear()
+    tower.end(tower.add(), BatchStatus.EXPIRED)
+    for _ in range(5):
+        tower.tick()
+    tower.webhook.hold.set()
+    while any(thread.name.startswith("alert:") for thread in threading.enumerate()):
+        time.sleep(0.01)
+    for _ in range(60):
+        tower.tick()
+
+    assert "has expired" in tower.only()
+    assert len(tower.webhook.asked) == 1
 
 
 def test_a_broken_channel_changes_nothing_but_what_the_tick_says(tower):

@@ -11,6 +11,7 @@ from batch_orchestration.domain.alert_book import (
     AlertBook,
     AlertRules,
     Seen,
+    Tried,
     advance,
     due,
     sent,
@@ -36,6 +37,7 @@ class Desk:
         self.now = NOW
         self.book = AlertBook(began=NOW, cursor=NOW)
         self.works = True
+        self.refuses: set[str] = set()
         self.attempts: list[float] = []
         self.posts: list[tuple[float, Post]] = []
         self.news: list = []
@@ -53,12 +55,16 @@ class Desk:
         )
         self.news += news
         posts = due(self.book, rules=self.rules, now=self.now)
-        problems = dict.fromkeys(posts, None if self.works else "refused")
-        for post in posts.values():
-            self.attempts.append(self.now)
-            if self.works:
-                self.posts.append((self.now, post))
-        self.book = sent(self.book, posts, problems, rules=self.rules, now=self.now)
+        tried = {name: self.send(post) for name, post in posts.items()}
+        self.book = sent(self.book, tried, rules=self.rules, now=self.now)
+
+    def send(self, post):
+        self.attempts.append(self.now)
+        refused = any(message.alert.key in self.refuses for message in post.messages)
+        if self.works and not refused:
+            self.posts.append((self.now, post))
+            return Tried(post=post)
+        return Tried(post=post, problem="answered 400" if refused else "is down", refused=refused)
 
     @property
     def told(self):
@@ -181,6 +187,56 @@ def test_more_than_a_channel_can_keep_is_counted_by_kind():
     assert post.left_out == {"disk_low": 50}
     assert "disk_low: 50" in post.text
     assert len(post.text) < 40_000
+
+
+def test_a_message_that_is_refused_for_good_is_dropped_alone_and_keeps_back_no_other():
+    desk = Desk()
+    desk.refuses = {"ending:b-7:3", "ending:b-40:3"}
+    keys = [f"ending:b-{number}:3" for number in range(60)]
+
+    desk.tick(events=[(make_alert(key), NOW + 1) for key in keys])
+    desk.wait(2 * HOUR)
+
+    assert [key for _, key in desk.told] == [key for key in keys if key not in desk.refuses]
+    assert desk.book.channels["webhook"].waiting == 0
+    assert len(desk.attempts) <= BURST + 2 * RULES.posts_per_hour
+
+
+def test_a_post_that_ends_late_is_taken_off_whatever_has_come_since():
+    desk = Desk()
+    desk.works = False
+    desk.tick(make_alert("early"))
+    ((late),) = due(desk.book, rules=RULES, now=desk.now + HOUR).values()
+    count = MOST_PENDING + 10
+    desk.tick(events=[(make_alert(f"ending:b-{n}:3"), NOW + 1) for n in range(count)])
+
+    book = sent(desk.book, {"webhook": Tried(post=late)}, rules=RULES, now=desk.now)
+
+    left = book.channels["webhook"]
+    assert "early" not in {message.alert.key for message in left.pending}
+    assert left.waiting >= count
+
+
+def test_a_storm_of_a_thousand_failed_batches_is_one_short_post_with_counts():
+    desk = Desk()
+
+    desk.tick(events=[(make_alert(f"ending:b-{n}:3"), NOW + 1) for n in range(1000)])
+    desk.wait(HOUR)
+
+    ((_, post),) = desk.posts
+    text = post.text_within(1800)
+    assert len(text) <= 1800
+    assert "1000 alerts" in text
+    assert "ending:b-999:3" in text
+    shown = text.count("[alert]")
+    assert f"disk_low: {1000 - shown}" in text
+
+
+def test_one_message_that_is_too_long_is_cut():
+    desk = Desk()
+    desk.tick(make_alert(cause="x" * 10_000))
+
+    assert len(desk.posts[0][1].text_within(1800)) == 1800
 
 
 def test_a_clock_that_is_set_back_silences_nobody():
