@@ -71,7 +71,8 @@ class RunAccount(msgspec.Struct, frozen=True, kw_only=True):
         engine_busy_seconds: It had anything to compute, by its own metrics where it has some.
         narrow_seconds: Of the busy time: the window was full and nothing waited at the engine. It
             might have run more; how much more nobody knows.
-        tokens: Written for the batch, by the engine's counter where it has one.
+        tokens: Written for the batch, by the engine's counter where it has one: up to its last
+            reading.
         full_seconds: The engine was full, between two readings of that counter.
         full_tokens: Written then.
         engine_restarts: Of dead engines; counted with the run's own batch.
@@ -199,10 +200,12 @@ class Accountant:
         self._charge(self._own, "engine_restarts", max(0, moment.restarts - self._restarts))
         self._restarts = max(self._restarts, moment.restarts)
         figures = moment.engine
-        if figures is None or figures.generation_tokens is None:
+        if figures is not None and figures.generation_tokens is not None:
+            if figures is not self._engine:
+                self._count_tokens(moment, "engine", figures.generation_tokens)
+        elif self._counter[0] != "engine":
+            # Whoever has told once only missed a question: the next answer tells of this time, too.
             self._count_tokens(moment, "answers", moment.tokens)
-        elif figures is not self._engine:
-            self._count_tokens(moment, "engine", figures.generation_tokens)
         if figures is None:
             self._arrived = 1.0
         elif figures is not self._engine:

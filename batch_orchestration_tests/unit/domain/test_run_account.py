@@ -194,6 +194,26 @@ def test_a_counter_that_begins_anew_with_a_new_engine_loses_no_tokens() -> None:
     assert account.tokens == 850.0
 
 
+def test_a_reading_that_was_missed_loses_no_tokens() -> None:
+    """An engine that is busy does not always answer in time; its counter goes on meanwhile."""
+
+    def read(tokens: int | None, answered: int) -> Moment:
+        figures = None if tokens is None else EngineFigures(generation_tokens=tokens)
+        return feeding(8, engine=figures, tokens=answered)
+
+    account = account_of(
+        (0.0, read(100, 0)),
+        (1.0, read(200, 90)),
+        (2.0, read(None, 180)),
+        (3.0, read(None, 270)),
+        (4.0, read(500, 360)),
+        (5.0, read(600, 450)),
+    )
+
+    assert (account.tokens, account.full_tokens) == (500.0, 500.0)
+    assert account.full_seconds == 5.0
+
+
 def test_an_engine_that_tells_nothing_is_counted_by_its_answers() -> None:
     account = account_of((0.0, feeding(8)), (1.0, feeding(8, tokens=30)), (2.0, feeding(8)))
 
