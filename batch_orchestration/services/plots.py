@@ -22,6 +22,8 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
 _UNITS = ((10_800.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 _WIDTH_INCHES, _PANEL_INCHES = 7.2, 1.25
 _LEFT_INCHES, _RIGHT_INCHES, _TOP_INCHES, _BOTTOM_INCHES = 0.75, 0.1, 0.3, 0.45
+#: Of a row of the legend: its height, and the letters that fit in beside the title.
+_ROW_INCHES, _ROW_LETTERS = 0.16, 48
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,15 @@ def draw(plot: Plot) -> bytes:
     # Not what the user's own matplotlibrc says, and no random ids.
     fixed = {"svg.hashsalt": plot.name, "svg.fonttype": "none", "path.simplify": True}
     with style.context(["default", {**fixed, **_LOOK}]):
-        height = _PANEL_INCHES * len(plot.panels) + _TOP_INCHES + _BOTTOM_INCHES
+        top = _TOP_INCHES + _ROW_INCHES * (_rows(plot.panels[0].lines) - 1)
+        height = _PANEL_INCHES * len(plot.panels) + top + _BOTTOM_INCHES
         figure = Figure(figsize=(_WIDTH_INCHES, height))
         # Matplotlib's own layouts draw everything twice.
         figure.subplots_adjust(
             left=_LEFT_INCHES / _WIDTH_INCHES,
             right=1 - _RIGHT_INCHES / _WIDTH_INCHES,
             bottom=_BOTTOM_INCHES / height,
-            top=1 - _TOP_INCHES / height,
+            top=1 - top / height,
         )
         axes = [*figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0]]
         axes[0].set_title(plot.title, loc="left")
@@ -142,9 +145,14 @@ def _explain(axes: Sequence["Axes"], panels: Sequence[Panel]) -> None:
         if len(labels) > 1 and labels != said:
             axis.legend(
                 loc="lower right", bbox_to_anchor=(1, 1.02), borderpad=0,
-                ncols=len(labels), handlelength=1.2,
+                ncols=-(-len(labels) // _rows(panel.lines)), handlelength=1.2,
             )  # fmt: skip
         said = labels
+
+
+def _rows(lines: Sequence[Line]) -> int:
+    """Return in how many rows the legend fits."""
+    return -(-sum(len(line.label) for line in lines) // _ROW_LETTERS)
 
 
 def _lean(svg: bytes) -> bytes:

@@ -15,11 +15,12 @@ from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.services.batch_plots import (
     MOST_SAMPLES,
+    SINCE,
     engine_plot,
     gpu_plot,
     throughput_plot,
 )
-from batch_orchestration.services.plots import Line, Plot, draw
+from batch_orchestration.services.plots import Line, Panel, Plot, draw
 from batch_orchestration_tests.builders import NOW
 
 
@@ -118,6 +119,15 @@ def test_instances_of_one_device_have_a_line_each() -> None:
 
     assert line(plot, "GPU 0, 11c0ffee").values == [1, 1, 1]
     assert line(plot, "GPU 0, 21c0ffee").values == [2, 2, 2]
+
+
+def test_a_legend_of_long_names_has_rows_of_its_own_above_the_plot() -> None:
+    def height(label: str) -> float:
+        lines = [Line(f"{label} {n}", [1.0, 2.0]) for n in range(6)]
+        svg = draw(Plot("gpu", "GPU", [0, 1], [Panel("%", lines)], SINCE))
+        return float(ElementTree.fromstring(svg).attrib["height"].removesuffix("pt"))
+
+    assert height("GPU 0, 11c0ffee") > height("GPU")
 
 
 def test_the_engines_own_figures_are_drawn() -> None:
