@@ -17,6 +17,7 @@ from batch_orchestration.services.benchmarking import CalibrationReport, calibra
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine
 from batch_orchestration.services.heart import say_at_work
+from batch_orchestration.services.run_vitals import MARGIN_SECONDS, WORK_SECONDS
 
 
 class CalibrationConfig(dg.Config):
@@ -38,8 +39,9 @@ def measure_engine(
     settings: SettingsResource,
 ) -> None:
     """Ask the engine made-up prompts of two lengths and keep what they cost in `benchmarks`."""
-    say_at_work("measuring the engine")
     present = gpu.in_force(settings)
+    late = present.engine_start_timeout_seconds + MARGIN_SECONDS
+    say_at_work("starting engine", patience_seconds=max(late, WORK_SECONDS))
     store, in_force = open_store(present), engine_in_force(present)
     engine = gpu.for_run(context.run.run_id, present)
     try:

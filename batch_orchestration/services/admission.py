@@ -33,6 +33,7 @@ from batch_orchestration.services.estimates import (
     write_estimate,
     write_part_estimates,
 )
+from batch_orchestration.services.heart import holding
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.refusals import next_step, write_errors_file
@@ -219,7 +220,7 @@ class _Admission:
     ) -> Verdict:
         name = self._place.file_name(user_file)
         key = identity(reading.sha256, options)
-        with admission_lock(self._folder):
+        with holding(admission_lock(self._folder)):
             register_unlisted(self._folder, self._store, at=self._clock())
             if (first := self._admitted_before(key)) is not None:
                 return self._keep_duplicate(user_file, name, *first)
@@ -379,7 +380,7 @@ class _Admission:
         """Do what follows the move of the author's file; safe to repeat."""
         match verdict:
             case Admitted():
-                with admission_lock(self._folder):
+                with holding(admission_lock(self._folder)):
                     register_batch(self._folder, self._store, verdict.batch_id, at=self._clock())
                 record_estimate(self._folder, self._store, verdict.batch_id)
                 beside = self._folder.input_path(verdict.batch_id)

@@ -15,6 +15,7 @@ from batch_orchestration.domain.kept import Kept
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.endings import begin_ending, finish_ending
+from batch_orchestration.services.heart import holding
 from batch_orchestration.services.outbox import (
     OutboxFiles,
     each_once,
@@ -92,7 +93,7 @@ def assemble(
     """
     plan = folder.read_plan(batch_id)
     files = OutboxFiles(folder.outbox_path(batch_id))
-    with FileLock(assembly_lock_path(batch_id, folder)):
+    with holding(FileLock(assembly_lock_path(batch_id, folder))):
         Operations(folder, batch_id).apply_to(store)
         record = store.batch(batch_id)
         _require_all_committed(record)

@@ -18,6 +18,7 @@ from batch_orchestration.domain.errors import CalibrationFailed
 from batch_orchestration.domain.outcomes import Completion, Failure, Outcome
 from batch_orchestration.domain.throughput import Source, Throughput, throughput
 from batch_orchestration.engines.base import Engine
+from batch_orchestration.services.heart import note_work, say_at_work
 from batch_orchestration.storage.estimates import EngineRun
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ async def calibrate(
         CalibrationFailed: It answers none of what it is asked.
     """
     identity = await engine.start()
+    say_at_work("measuring the engine")
     try:
         served = model or identity.models[0]
         ask = _Asker(engine, served, seed=run_id)
@@ -196,9 +198,11 @@ class _Asker:
     async def _ask(self, prompt_tokens: int, answer_tokens: int) -> Completion | Failure:
         self._asked += 1
         body = self._body(self._text(prompt_tokens), answer_tokens)
-        return await self._engine.answer(
+        outcome = await self._engine.answer(
             self._endpoint, msgspec.json.encode(body), request_id=f"calibration-{self._asked}"
         )
+        note_work()
+        return outcome
 
     def _text(self, tokens: int) -> str:
         words = [str(self._asked), *self._dice.choices(WORDS, k=tokens)]

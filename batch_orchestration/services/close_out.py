@@ -17,6 +17,7 @@ from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.closing import closing_in_force
 from batch_orchestration.services.committer import busy_seconds, settled_requests
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.services.heart import note_work
 from batch_orchestration.services.plan_checks import check_input_size
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal, replay_journal
@@ -69,6 +70,7 @@ def close_out(
     _wait_for_writers(refs, patience_seconds)
     for ref in refs:
         crash_point(CrashPoint.BEFORE_CLOSE_OUT)
+        note_work()
         yield commit_closed(ref, closing, store=store, run_id=run_id, at=clock())
     logger.info("%s: %d chunks closed out, %s", batch_id, len(refs), closing)
 

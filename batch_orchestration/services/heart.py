@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from filelock import BaseFileLock, Timeout
+
 from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.engines.process_records import ProcessIdentity, identify
 from batch_orchestration.services.run_vitals import WORK_SECONDS, RunVitals
@@ -20,6 +22,8 @@ from batch_orchestration.storage.heartbeat_files import (
 
 logger = logging.getLogger(__name__)
 
+#: Between two looks at a lock that somebody else has.
+LOCK_SECONDS = 5.0
 #: Of whoever may wait for ever, which JSON has no number for.
 LONGEST_PATIENCE_SECONDS = 1e9
 
@@ -31,11 +35,35 @@ def vitals_of_this_worker() -> RunVitals | None:
     return _of_this_process
 
 
-def say_at_work(phase: str, batch_id: str | None = None) -> None:
-    """Say of this worker what it does, where the work has no sign of progress of its own."""
+def say_at_work(
+    phase: str, batch_id: str | None = None, *, patience_seconds: float = WORK_SECONDS
+) -> None:
+    """Say of this worker what it does now, and within what time it gives a sign: `note_work`."""
     if _of_this_process is not None:
         _of_this_process.batch_id = batch_id
-        _of_this_process.enter(phase, patience_seconds=WORK_SECONDS)
+        _of_this_process.enter(phase, patience_seconds=patience_seconds)
+
+
+def note_work() -> None:
+    """Take note that the work of this worker goes on: a line, a row, an answer."""
+    if _of_this_process is not None:
+        _of_this_process.note_progress()
+
+
+@contextlib.contextmanager
+def holding(lock: BaseFileLock) -> Iterator[None]:
+    """Hold a lock; waiting for it is no standstill, for whoever has it is watched, too."""
+    while True:
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            note_work()
+        else:
+            break
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import BatchOrchestrationError, HousekeepingBusy
 from batch_orchestration.domain.housekeeping import HouseReport, PartResult, Removal
 from batch_orchestration.services.at_rest import batches_at_rest
+from batch_orchestration.services.heart import note_work
 from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
 from batch_orchestration.storage.store import Store
 
@@ -153,11 +154,13 @@ def _run(
 ) -> PartResult:
     if part.keep_seconds <= 0:
         return PartResult(part=part.name, at=house.now, off=True)
+    note_work()
     began, removed, size_bytes, more, problem = clock(), 0, 0, False, None
     try:
         for removal in part.clean(house, part.keep_seconds):
             removed, size_bytes = removed + 1, size_bytes + removal.size_bytes
             tell(part.name, removal)
+            note_work()
             if more := clock() - began > seconds:
                 break
     except Exception as error:  # noqa: BLE001 - whatever it is, the other parts are not to suffer

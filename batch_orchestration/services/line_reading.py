@@ -16,6 +16,7 @@ from batch_orchestration.domain.requests import (
     parse_line,
     too_long_fault,
 )
+from batch_orchestration.services.heart import note_work
 from batch_orchestration.storage.lines import RawLine, new_digest, read_lines
 
 
@@ -80,6 +81,7 @@ class BatchFileReading:
         for line in read_lines(file, self._rules.max_line_bytes, observe=self._observe):
             self.lines, self.size_bytes = line.line, line.end
             self._chunks.add(line)
+            note_work()
             if line.blank:
                 continue
             self.requests += 1

@@ -13,6 +13,7 @@ from batch_orchestration.domain.errors import AccountingError, OutboxUnwritable
 from batch_orchestration.domain.outcomes import Completion
 from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.services.documents import Block, to_html, to_markdown
+from batch_orchestration.services.heart import note_work
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import write_atomically
 
@@ -71,6 +72,7 @@ def write_lines(
         target = output if isinstance(request.outcome, Completion) else errors
         target.write(output_line(batch_id, request))
         tally.count(request)
+        note_work()
     # Whatever can fail shall fail before the first of the two is renamed.
     flush(output)
     flush(errors)

@@ -16,6 +16,7 @@ from batch_orchestration.services.assembly import (
     assemble,
     assembly_lock_path,
 )
+from batch_orchestration.services.heart import holding
 from batch_orchestration.services.outbox import (
     OutboxFiles,
     make_writable,
@@ -78,7 +79,7 @@ def deliver_what_is_there(
         OutboxUnwritable: No room or no permission.
         AccountingError: See `assemble`.
     """
-    with FileLock(assembly_lock_path(batch_id, folder)):
+    with holding(FileLock(assembly_lock_path(batch_id, folder))):
         finished = finished_so_far(batch_id, folder=folder, store=store)
         if not finished.all_committed:
             on_partial()

@@ -26,6 +26,7 @@ from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest, Re
 from batch_orchestration.services.chunk_runner import SYNC_SECONDS, Feeding
 from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.feeder import Feeder, first_leaf
+from batch_orchestration.services.heart import holding
 from batch_orchestration.services.original_lines import original_lines
 from batch_orchestration.services.plan_checks import check_settings
 from batch_orchestration.services.run_vitals import WORK_SECONDS, RunVitals
@@ -93,10 +94,10 @@ def run_replay(
                 ).feed()
         finally:
             vitals.enter("committing", patience_seconds=WORK_SECONDS)
-            with operations.lock():
+            with holding(operations.lock()):
                 operations.apply_to(store)
     assembly = _assemble_if_complete(plan, folder, store, clock, run_id)
-    with operations.lock():
+    with holding(operations.lock()):
         replay = operations.get(number)
         if replay.closed_at is None:
             operations.close(replay, at=clock())
@@ -232,7 +233,7 @@ class _ReplayRun:
             settings_hash=settings_hash(present),
         )
         # Under the lock, because a discard looks there whether the journal is being written.
-        with self._operations.lock():
+        with holding(self._operations.lock()):
             if self._operations.get(self._replay.number).closed_at is not None:
                 raise JournalError(f"replay {self._replay.number} was closed meanwhile")
             return self._operations.open_journal(

@@ -17,6 +17,7 @@ from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.services.assembly import assembly_lock_path
+from batch_orchestration.services.heart import holding
 from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.plan_checks import input_removed_path
@@ -65,7 +66,7 @@ def clean_journals(house: House, keep_seconds: float) -> Iterator[Removal]:
 
 
 def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: float) -> bool:
-    with FileLock(assembly_lock_path(batch_id, folder)):
+    with holding(FileLock(assembly_lock_path(batch_id, folder))):
         if not folder.pruned_path(batch_id).exists():
             counted = recount(folder.read_plan(batch_id), OutboxFiles(folder.outbox_path(batch_id)))
             if counted.problem is not None or counted.partial:

@@ -12,8 +12,8 @@ from batch_orchestration.domain.gpu import GpuFacts
 MARGIN_SECONDS = 60.0
 #: A commit waits so long for a locked store before it says so and tries again (`open_store`).
 COMMIT_SECONDS = 600.0
-#: Of work that has no sign of progress of its own, such as reading a file that is to be admitted.
-WORK_SECONDS = 3600.0
+#: Of work other than answering: each line, row and removal is a sign; it may wait for the store.
+WORK_SECONDS = COMMIT_SECONDS + MARGIN_SECONDS
 LOOP_SECONDS = 1.0
 
 

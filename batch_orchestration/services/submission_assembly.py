@@ -16,6 +16,7 @@ from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import AccountingError, DiskFull
 from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.domain.submissions import Submission
+from batch_orchestration.services.heart import holding, note_work
 from batch_orchestration.services.outbox import (
     OutboxFiles,
     each_once,
@@ -66,7 +67,7 @@ def part_ending(
         return
     submission = folder.read_submission(plan.part.submission)
     lock = folder.submission_path(submission.submission_id).with_name("assembly.lock")
-    with FileLock(lock):
+    with holding(FileLock(lock)):
         records = _records(submission, store)
         if plan.batch_id in records:
             mine = msgspec.structs.replace(records[plan.batch_id], status=status)
@@ -164,6 +165,7 @@ def _append(path: Path, target: BinaryIO) -> int:
         with path.open("rb") as source:
             while block := source.read(_BLOCK_BYTES):
                 target.write(block)
+                note_work()
                 lines, last = lines + block.count(b"\n"), block
     except FileNotFoundError:
         return -1

@@ -1,16 +1,24 @@
 """What a run keeps current of itself while it works: by this, stuck is told from slow."""
 
+import asyncio
+import io
 import threading
 import time
 
 import pytest
 
-from batch_orchestration.domain.errors import EngineDied
+from batch_orchestration.domain.errors import CalibrationFailed, EngineDied
+from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.domain.outcomes import Failure, FailureCode
-from batch_orchestration.services import obstacles
+from batch_orchestration.services import heart, obstacles
+from batch_orchestration.services.assembly import assemble
+from batch_orchestration.services.benchmarking import calibrate
 from batch_orchestration.services.chunk_runner import run_chunks
+from batch_orchestration.services.housekeeping import House, Part, keep_house
+from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.storage.connection import writing
+from batch_orchestration_tests.builders import make_failure, make_input
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench, make_feeding
 
@@ -115,3 +123,28 @@ def test_restarts_of_the_engine_are_counted_over_all_tries_of_a_step(bench):
     run(bench, plan, engine, vitals, engine_restarts=20)
 
     assert vitals.restarts == engine.starts - 1 > 0
+
+
+def test_admission_delivery_cleaning_and_measuring_give_a_sign_with_each_step(bench, monkeypatch):
+    """By one sign in all, healthy work that takes long is stuck, or what is stuck is healthy."""
+    vitals = Noting()
+    monkeypatch.setattr(heart, "_of_this_process", vitals)
+
+    heart.say_at_work("admitting")
+    reading = BatchFileReading(ReadingRules(requests_per_chunk=10, max_line_bytes=10_000))
+    assert len(list(reading.read(io.BytesIO(make_input(30))))) == 30
+    plan = bench.admitted(20)
+    bench.run(plan, ScriptedEngine())
+    heart.say_at_work("delivering")
+    assemble(plan.batch_id, folder=bench.folder, store=bench.store, clock=time.time)
+    heart.say_at_work("cleaning up")
+    part = Part("some", 1.0, lambda *_: (Removal(subject=str(n)) for n in range(20)))
+    keep_house([part], House(bench.folder, bench.store, now=time.time()), clock=time.time)
+    measured = {"requests": 8, "seconds": 60.0, "at_a_time": 4, "run_id": "run-1"}
+    with pytest.raises(CalibrationFailed):
+        asyncio.run(calibrate(ScriptedEngine(lambda *_: make_failure()), **measured))
+
+    assert vitals.signs["admitting"] > 30
+    assert vitals.signs["delivering"] > 20
+    assert vitals.signs["cleaning up"] > 20
+    assert vitals.signs["measuring the engine"] > 2

@@ -2,14 +2,21 @@
 
 import os
 import signal
+import threading
 import time
 
 import msgspec
 import pytest
+from filelock import FileLock
 
 from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.engines.process_records import identify, is_running
-from batch_orchestration.services.heart import beating, say_at_work, vitals_of_this_worker
+from batch_orchestration.services.heart import (
+    beating,
+    holding,
+    say_at_work,
+    vitals_of_this_worker,
+)
 from batch_orchestration.services.run_workers import (
     clear_leftovers,
     end_worker,
@@ -60,14 +67,37 @@ def test_a_heartbeat_says_who_works_at_what_and_is_gone_at_a_clean_end(folder):
     assert vitals_of_this_worker() is None
 
 
-def test_work_without_signs_of_its_own_says_what_it_is_and_has_an_hour(folder):
+def test_work_that_is_no_answering_says_what_it_is_and_has_minutes_for_each_sign(folder):
     say_at_work("delivering", "nobody's heart")  # no worker: nothing happens
 
     with beats_of(folder) as vitals:
         say_at_work("delivering", "candidates-1")
 
-        assert (vitals.phase, vitals.patience_seconds) == ("delivering", 3600.0)
+        assert (vitals.phase, vitals.patience_seconds) == ("delivering", 660.0)
         assert vitals is vitals_of_this_worker()
+
+
+def test_waiting_for_a_lock_is_no_standstill(folder, monkeypatch):
+    """Whoever has it is watched, too; whoever waits has done nothing to be ended for."""
+    monkeypatch.setattr("batch_orchestration.services.heart.LOCK_SECONDS", 0.05)
+    path = folder.root / "some.lock"
+    waited = threading.Event()
+
+    def wait() -> None:
+        with holding(FileLock(path)):
+            waited.set()
+
+    with beats_of(folder) as vitals, FileLock(path) as lock:
+        began = vitals.progress_at
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.3)
+        assert vitals.progress_at > began
+        assert not waited.is_set()
+        lock.release()
+        waiting.join(10)
+
+    assert waited.is_set()
 
 
 def refuse(*_):
