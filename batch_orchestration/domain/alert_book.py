@@ -28,12 +28,13 @@ class AlertRules:
 
     Attributes:
         repeat_seconds: An open alert is told again so often; 0 for never.
-        settle_seconds: What is gone for so long has recovered; what comes back before has not.
+        settle_seconds: What is gone for so long has recovered; what comes back before has not, so
+            that what flaps is one alert and spends no post.
         posts_per_hour: Of one channel. What has to wait goes out together, as one post.
     """
 
     repeat_seconds: float = 14_400.0
-    settle_seconds: float = 60.0
+    settle_seconds: float = 300.0
     posts_per_hour: float = 20.0
 
 

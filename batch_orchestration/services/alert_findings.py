@@ -46,7 +46,10 @@ _RULES = {
         lasts=60.0,  # a deployment that was just started has not ticked yet
     ),
     "store": _Rule(
-        kind=AlertKind.STORE_UNUSABLE, level=Level.UNHEALTHY, title="The store cannot be used"
+        kind=AlertKind.STORE_UNUSABLE,
+        level=Level.UNHEALTHY,
+        title="The store cannot be used",
+        lasts=60.0,  # one slow look is no accident; to a damaged one a minute does nothing
     ),
     "disk": _Rule(kind=AlertKind.DISK_LOW, level=Level.DEGRADED, title="The disk is nearly full"),
     "queue": _Rule(

@@ -4,7 +4,8 @@ A process of its own, for a daemon that is dead can tell nobody. It keeps a book
 it tells once, and when it is over.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 from batch_orchestration.domain.alert_book import Seen
 from batch_orchestration.domain.alerts import Alert, AlertKind, Severity
@@ -12,6 +13,7 @@ from batch_orchestration.services.alert_channels import Send
 from batch_orchestration.services.alerting import Tended, tend_alerts
 from batch_orchestration.services.dagster_links import RESTART, sensor_link
 from batch_orchestration.services.wording import duration
+from batch_orchestration.services.worker_watch import Unchanged
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.alert_files import last_tended
 from batch_orchestration.storage.files import DataFolder
@@ -19,6 +21,8 @@ from batch_orchestration.storage.files import DataFolder
 #: `alert_sensor` looks every 30 s; so long without it no restart explains.
 SILENT_SECONDS = 300.0
 LOOK_SECONDS = 30.0
+#: What counts between two looks at most; a look itself waits for its posts.
+LONGEST_STEP_SECONDS = 60.0
 
 
 class Watchdog:
@@ -28,7 +32,8 @@ class Watchdog:
         settings: In force.
         folder: The data folder.
         channels: By name.
-        began: POSIX seconds; what was before is not held against a machine that was off.
+        clock: Monotonic seconds. What is counted is for how long the book has not changed while we
+            looked: a clock that is set, or a machine that slept or was off, tells nothing.
     """
 
     def __init__(
@@ -37,10 +42,12 @@ class Watchdog:
         folder: DataFolder,
         channels: Mapping[str, Send],
         *,
-        began: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._folder, self._channels = settings, folder, channels
-        self._began = began
+        self._clock = clock
+        self._looked_at = clock()
+        self._book = Unchanged()
 
     def look(self, now: float) -> Tended:
         """Look once, and send what is due.
@@ -48,7 +55,10 @@ class Watchdog:
         Raises:
             OSError: The data folder cannot be looked at.
         """
-        silent = now - max(last_tended(self._folder.alerts) or 0.0, self._began)
+        looked_at, self._looked_at = self._looked_at, self._clock()
+        step = min(self._looked_at - looked_at, LONGEST_STEP_SECONDS)
+        self._book.take_in(last_tended(self._folder.alerts), step)
+        silent = self._book.seconds
         conditions = [self._alert(silent)] if silent > SILENT_SECONDS else []
         return tend_alerts(
             settings=self._settings,

@@ -30,6 +30,7 @@ from batch_orchestration.storage.alert_files import (
     read_book,
     set_book_aside,
     tending,
+    touch_book,
     write_book,
 )
 from batch_orchestration.storage.files import DataFolder
@@ -215,4 +216,5 @@ def _save(path: Path, book: AlertBook) -> None:
     except StorageError as error:
         # That the disk is full is what somebody has to be told.
         _unsaved[path] = book
+        touch_book(path)
         logger.warning("the book of alerts is kept in memory: %s", error)

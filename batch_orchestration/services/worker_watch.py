@@ -50,9 +50,9 @@ class WorkerWatch:
 class _Seen:
     def __init__(self, now: float) -> None:
         self.looked_at = now
-        self._heartbeat = _Unchanged()
-        self._progress = _Unchanged()
-        self._loop = _Unchanged()
+        self._heartbeat = Unchanged()
+        self._progress = Unchanged()
+        self._loop = Unchanged()
 
     def take_in(self, pulse: Pulse | None, now: float) -> None:
         step = min(now - self.looked_at, LONGEST_STEP_SECONDS)
@@ -73,13 +73,14 @@ class _Seen:
         )
 
 
-class _Unchanged:
-    """For how long something has not changed."""
+class Unchanged:
+    """For how long something has not changed, by the steps between the looks at it."""
 
     def __init__(self) -> None:
         self._last: object = None
         self.seconds = 0.0
 
     def take_in(self, value: object, step: float) -> None:
+        """Look at it, so many seconds after the last look."""
         self.seconds = self.seconds + step if value == self._last else 0.0
         self._last = value

@@ -1,6 +1,7 @@
 """Books of alerts as files: that of `alert_sensor`, and that of the watchdog beside it."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,8 +59,14 @@ def set_book_aside(path: Path) -> None:
         path.replace(aside)
 
 
+def touch_book(path: Path) -> None:
+    """Show the watchdog that the book is tended though it cannot be written; needs no room."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
 def last_tended(path: Path) -> float | None:
-    """Return when the book was written last, which each look does; None if it never was."""
+    """Return the book's time, which each look changes; None if there is no book."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

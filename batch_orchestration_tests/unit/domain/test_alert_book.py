@@ -337,6 +337,20 @@ def test_whatever_happens_each_news_goes_out_exactly_once_in_order_and_episodes_
 
 @settings(max_examples=50, deadline=None)
 @given(ticks)
+def test_what_flaps_is_raised_again_only_after_it_was_gone_for_long(ticks):
+    desk = Desk(AlertRules())
+    last_seen: dict[str, float] = {}
+    for conditions, _, _, seconds in ticks:
+        told = len(desk.news)
+        desk.tick(*map(make_alert, sorted(conditions)), seconds=seconds)
+        for message in desk.news[told:]:
+            if message.news is News.RAISED and message.alert.key in last_seen:
+                assert desk.now - last_seen[message.alert.key] >= 300
+        last_seen |= dict.fromkeys(conditions, desk.now)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ticks)
 def test_no_channel_is_ever_asked_more_often_than_its_rate(ticks):
     desk = Desk()
     for conditions, works, numbers, seconds in ticks * 3:
