@@ -243,7 +243,7 @@ class Settings(BaseSettings):
         description="Something could run and nothing does: for so long it is no accident.",
     )
     alert_engine_restarts: int = Field(
-        5, ge=0, description="Restarts of the engine in one run, above which somebody is told."
+        5, ge=0, description="Engine restarts of one batch in an hour, above which one is told."
     )
     alert_dead_letters: int = Field(
         100, ge=0, description="Unresolved dead letters, above which somebody is told."

@@ -131,7 +131,8 @@ def _of_finding(
     if rule.kind is AlertKind.NEEDS_PERSON:
         link = finding.next_command or link
     return Alert(
-        key=f"{rule.kind}:{finding.check}",
+        # The next run of the batch goes on with it: that is neither its end nor another.
+        key=f"{rule.kind}:{named if rule is _RESTARTS else finding.check}",
         kind=rule.kind,
         severity=Severity.ERROR if finding.level is Level.UNHEALTHY else Severity.WARNING,
         title=f"{rule.title}: {named}" if named else rule.title,

@@ -22,12 +22,15 @@ from batch_orchestration.services.no_redirects import NoRedirects
 from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.services.wording import duration
 from batch_orchestration.settings import EngineKind, Settings
+from batch_orchestration.storage.accounts import read_accounts
 from batch_orchestration.storage.queue_files import read_queue
 from batch_orchestration.telemetry.progress import read_progress
 
 #: Dagster's run monitoring notices a dead worker within half a minute and then starts another.
 NOTICED_SECONDS = 60.0
 REMOTE_SECONDS = 5.0
+#: Restarts of runs that ended so long ago are forgotten.
+RESTARTS_SECONDS = 3600.0
 #: The engine's own client takes no proxy either.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects)
 #: Not every server has a page `/health`.
@@ -93,10 +96,10 @@ def engine(look: Look) -> Iterator[Finding]:
     limit = look.settings.alert_engine_restarts
     for beat in beats:
         check = f"engine:{beat.run_id}"
-        if beat.restarts > limit:
+        if (restarts := _restarts(beat, look)) > limit:
             yield degraded(
                 check,
-                f"was started again {beat.restarts} times in this run, more than {limit}",
+                f"was started again {restarts} times by the runs of an hour, more than {limit}",
                 f"tail -n 50 {look.folder.logs}/engines/{beat.run_id}.log",
             )
         elif beat.in_flight and _is_stuck(beat, look.now):
@@ -112,6 +115,17 @@ def engine(look: Look) -> Iterator[Finding]:
         yield healthy("engine", "no run needs one now")
     elif look.settings.engine is not EngineKind.REMOTE:
         yield healthy("engine", "its runs say how it is")
+
+
+def _restarts(beat: Heartbeat, look: Look) -> int:
+    """Count those of the run and of its batch's runs of late: each may have had only a few."""
+    accounts = read_accounts(look.folder, beat.batch_id) if beat.batch_id else ()
+    before = sum(
+        account.engine_restarts
+        for account in accounts
+        if account.run_id != beat.run_id and look.now - account.updated_at < RESTARTS_SECONDS
+    )
+    return beat.restarts + int(before)
 
 
 def _figures(beat: Heartbeat) -> str:
