@@ -69,7 +69,7 @@ def _watch(context: Context) -> None:
     channels = alert_channels(context.settings)
     if not channels:
         click.echo(_SET_ONE, err=True)
-    watchdog = Watchdog(context.settings, context.folder, channels)
+    watchdog = Watchdog(context.settings, context.folder, channels, clock=context.monotonic)
     while True:
         try:
             tended = watchdog.look(context.clock())

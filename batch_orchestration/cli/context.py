@@ -54,6 +54,7 @@ class Context:
 
     Attributes:
         clock: POSIX seconds.
+        monotonic: Seconds of a clock that nobody sets.
         sleep: Waits so many seconds; watching is made of it.
     """
 
@@ -62,6 +63,7 @@ class Context:
     store: Store
     console: Console
     clock: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
 

@@ -80,7 +80,7 @@ def test_a_watch_tells_of_a_dead_daemon_until_it_is_interrupted(cli):
 
     result = cli.run(
         "alerts", "--watch", settings=settings(cli, alert_command=TAKE), clock=lambda: now[0],
-        sleep=sleep,
+        monotonic=lambda: now[0], sleep=sleep,
     )  # fmt: skip
 
     assert result.stdout.count("daemon or its code location is dead") == 1
