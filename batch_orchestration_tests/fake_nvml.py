@@ -61,6 +61,7 @@ class FakeGpu:
     xids: list[int] = field(default_factory=list)
     instances: dict[str, "FakeGpu"] = field(default_factory=dict)
     parent: "FakeGpu | None" = None
+    uuid_error: Exception | None = None
 
 
 class FakeNvml(types.ModuleType):
@@ -111,6 +112,7 @@ class FakeNvml(types.ModuleType):
         return self.devices.index(device)
 
     def nvmlDeviceGetUUID(self, device: FakeGpu) -> str:
+        told(device.uuid_error)
         return device.uuid
 
     def nvmlDeviceGetName(self, device: FakeGpu) -> bytes:

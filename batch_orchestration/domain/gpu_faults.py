@@ -66,6 +66,14 @@ def new_faults(before: GpuFacts, now: GpuFacts) -> Iterator[str]:
     yield from (fault for fault in standing_faults(rest) if fault not in had)
 
 
+def recounted(before: GpuFacts, now: GpuFacts) -> GpuFacts:
+    """Return what to compare with next: as before, but for a count of errors that began anew."""
+    count, counted = now.ecc_uncorrectable_errors, before.ecc_uncorrectable_errors
+    if count is None or counted is None or count >= counted:
+        return before
+    return msgspec.structs.replace(before, ecc_uncorrectable_errors=count)
+
+
 def holds_because(fence: Fence, device: GpuFacts, *, boot_id: str) -> str | None:
     """Return why a fence has to stay; None if the device can be seen to have recovered.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.errors import GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.gpu_faults import new_faults
+from batch_orchestration.domain.gpu_faults import new_faults, recounted
 from batch_orchestration.domain.gpu_gate import GpuLimits, nonsense
 from batch_orchestration.domain.thermal import (
     ThermalPolicy,
@@ -62,18 +62,32 @@ class DeviceWatch:
         self._fence_off = fence_off
         self._policy = policy or ThermalPolicy()
         self._clock = clock
-        #: As they were at the first look, in CUDA's order.
+        #: As they were at the first look that made sense, in CUDA's order.
         self._first: tuple[GpuFacts, ...] = ()
         self._faulty: set[str] = set()
         self._to_fence: list[tuple[GpuFacts, str, bool]] = []
         self._thermal = ThermalState()
         self._seen_at = clock()
+        #: When somebody who asks for the care first found that nobody looks.
+        self._missed_at: float | None = None
         self._stop: str | None = None
         self._said = DeviceCare()
 
     def care(self) -> DeviceCare:
-        """Return what a run may do now."""
-        unseen = self._clock() - self._seen_at > PAUSE_SECONDS
+        """Return what a run may do now.
+
+        Who looks may hang, at a disk or at the driver: then whoever asks here ends the run. That
+        time counts from the first who asked in vain, so that a process that was itself stopped for
+        an hour ends nothing.
+        """
+        now = self._clock()
+        unseen = now - self._seen_at > PAUSE_SECONDS
+        if not unseen:
+            self._missed_at = None
+        elif self._missed_at is None:
+            self._missed_at = now
+        elif self._stop is None and now - self._missed_at > STOP_SECONDS:
+            self._stop = f"nobody has seen the devices for {now - self._seen_at:.0f} s"
         share = 0.0 if unseen or self._stop else self._thermal.share
         return DeviceCare(share=share, stop=self._stop)
 
@@ -91,19 +105,20 @@ class DeviceWatch:
             return self._unseen(str(readings))
         if not self._first and len(readings) < self._devices:
             return self._unseen(f"{len(readings)} of {self._devices} GPU(s) are there")
-        self._first = self._first or tuple(readings[: self._devices])
+        before = self._first or tuple(readings[: self._devices])
         found = {device.uuid: device for device in readings}
-        for first in self._first:
+        for first in before:
             if first.uuid not in found and not first.mig_instance:
                 self._fault(first, "it has fallen off the bus: NVML no longer shows it", lost=True)
-        mine = tuple(found[first.uuid] for first in self._first if first.uuid in found)
+        mine = tuple(found[first.uuid] for first in before if first.uuid in found)
         if impossible := [reason for device in mine for reason in nonsense(device)]:
             return self._unseen("; ".join(impossible))
         if len(mine) < self._devices:
             return self._unseen(f"{len(mine)} of {self._devices} GPU(s) are there")
-        for first, device in zip(self._first, mine, strict=True):
+        for first, device in zip(before, mine, strict=True):
             for fault in new_faults(first, device):
                 self._fault(device, fault)
+        self._first = tuple(map(recounted, before, mine))
         self._seen_at = self._clock()
         heat = heat_of(mine, self._limits, self._policy)
         self._thermal = next_state(self._thermal, heat, now=self._seen_at, policy=self._policy)

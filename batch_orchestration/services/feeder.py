@@ -104,7 +104,9 @@ class Feeder:
         self._tasks: dict[PendingRequest, asyncio.Task[None]] = {}
         self._abandoned: set[str] = set()
         self._source_is_dry = False
-        self._obstacles = Obstacles(waited=self._vitals.note_progress)
+        self._obstacles = Obstacles(
+            waited=self._vitals.note_progress, is_over=lambda: self._room.stop is not None
+        )
         self.restarts = 0
         self.in_flight = 0
 
@@ -222,8 +224,8 @@ class Feeder:
         )
         if death.exhaustion:
             self._easing.note_culprit()
-        await self._obstacles.durably(partial(pending.settle, failure))
-        self._settled(pending, failure)
+        if await self._obstacles.durably(partial(pending.settle, failure)):
+            self._settled(pending, failure)
 
     async def _restart(self, death: EngineDied) -> None:
         self._count_restart(death)
@@ -284,14 +286,14 @@ class Feeder:
         try:
             async with self._poll.polling(), asyncio.TaskGroup() as group:
                 while not all_drawn and await self._room.open(lambda: len(self._tasks)):
-                    while isinstance(pending := next(requests, None), Obstacle):
-                        await self._obstacles.wait(pending)
-                    if pending is None:
+                    if (pending := next(requests, None)) is None:
                         all_drawn = True
-                        continue
-                    self._unanswered[pending] = None
-                    task = self._tasks[pending] = group.create_task(self._settle(pending))
-                    task.add_done_callback(partial(self._ended, pending))
+                    elif isinstance(pending, Obstacle):
+                        await self._obstacles.wait(pending)
+                    else:
+                        self._unanswered[pending] = None
+                        task = self._tasks[pending] = group.create_task(self._settle(pending))
+                        task.add_done_callback(partial(self._ended, pending))
         except* EngineDied as deaths:
             death = first_leaf(deaths)
         assert death is None or isinstance(death, EngineDied)
@@ -318,7 +320,8 @@ class Feeder:
         if outcome is None:
             return
         crash_point(CrashPoint.BEFORE_OUTCOME)
-        await self._obstacles.durably(partial(pending.settle, outcome))
+        if not await self._obstacles.durably(partial(pending.settle, outcome)):
+            return
         crash_point(CrashPoint.AFTER_OUTCOME)
         del self._unanswered[pending]
         self._settled(pending, outcome)
@@ -347,10 +350,12 @@ class Feeder:
             await self._obstacles.delay(delay)
         return None
 
-    async def _submit(self, pending: PendingRequest, body: bytes) -> Outcome:
+    async def _submit(self, pending: PendingRequest, body: bytes) -> Outcome | None:
+        """Return the outcome; None if the feed ended before the attempt was in the journal."""
         batch_id, index = pending.chunk.batch_id, pending.request.index
         crash_point(CrashPoint.BEFORE_SUBMIT)
-        await self._obstacles.durably(pending.submit)
+        if not await self._obstacles.durably(pending.submit):
+            return None
         crash_point(CrashPoint.AFTER_SUBMIT)
         self.in_flight += 1
         self._vitals.in_flight = self.in_flight
@@ -372,10 +377,10 @@ class Feeder:
         return outcome
 
     async def _may_submit(self) -> bool:
-        """Wait until the breaker permits it; return False if nothing more may be submitted."""
+        """Wait until breaker and device permit it; return False if nothing may be any more."""
         loop = asyncio.get_running_loop()
         while self._room.stop is None:
-            if self._breaker.may_submit(loop.time()):
+            if not self._room.is_paused and self._breaker.may_submit(loop.time()):
                 return True
             if self._breaker.gave_up:
                 raise EngineSick(

@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 
 #: Between looks at an obstacle.
 OBSTACLE_POLL_SECONDS = 1.0
-#: The same for a delay, which needs no looking at.
-DELAY_POLL_SECONDS = 5.0
+#: During a delay, between looks whether everything is to end.
+DELAY_POLL_SECONDS = 0.5
 COMPLAINT_SECONDS = 60.0
 
 
@@ -21,25 +21,38 @@ class Obstacles:
 
     Args:
         waited: Told of each look, for a wait with a reason is no standstill.
+        is_over: Whether nothing is worth a wait any more.
     """
 
-    def __init__(self, *, waited: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, *, waited: Callable[[], None], is_over: Callable[[], bool]) -> None:
         self._waited = waited
+        self._is_over = is_over
         self._complained_at = -COMPLAINT_SECONDS
 
-    async def durably(self, record: Callable[[], None]) -> None:
-        """Write to a journal; while the disk is full wait for room."""
+    async def durably(self, record: Callable[[], None]) -> bool:
+        """Write to a journal; while the disk is full wait for room.
+
+        Returns:
+            Whether it is written; not, if everything was over before there was room.
+        """
         while True:
             try:
-                return record()
+                record()
             except DiskFull as full:
+                if self._is_over():
+                    return False
                 await self.wait(full)
+            else:
+                return True
 
     async def delay(self, seconds: float) -> None:
-        """Wait between two attempts: as long as the engine asks for, which may be an hour."""
+        """Wait between two attempts: as long as the engine asks for, which may be an hour.
+
+        Not until then if everything is over before.
+        """
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
-        while (left := until - loop.time()) > 0:
+        while (left := until - loop.time()) > 0 and not self._is_over():
             self._waited()
             await asyncio.sleep(min(left, DELAY_POLL_SECONDS))
 

@@ -90,17 +90,21 @@ class RequestWindow:
     def limit(self) -> int:
         """How many requests may be in flight now; 0 is a pause.
 
-        The least of the width, the most, and the device's share of the width; only a share of 0
-        allows none at all.
+        The device's share of what might be in flight else, so that each step back is one for a
+        device that narrow memory holds back already; only a share of 0 allows none at all.
         """
-        width, share = self._control.width, self._care().share
-        allowed = max(1, math.floor(share * width)) if share > 0 else 0
-        return min(width, self._most(), allowed)
+        share = self._care().share
+        return max(1, math.floor(share * self.unheld)) if share > 0 else 0
 
     @property
     def unheld(self) -> int:
         """How many might be in flight now if the care for the device held nothing back."""
         return min(self._control.width, self._most())
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the care for the device allows none at all."""
+        return self._care().share == 0
 
     @property
     def is_curbed(self) -> bool:

@@ -96,9 +96,9 @@ def _visible(nvml: Any, environ: Any) -> list[Any]:
     for place, word in enumerate(words):
         with _readable(nvml, place):
             handle = _handle(nvml, word.strip(), count)
-        if handle is None:
-            break
-        uuid = text_of(nvml.nvmlDeviceGetUUID(handle))
+            if handle is None:
+                break
+            uuid = text_of(nvml.nvmlDeviceGetUUID(handle))
         if uuid in uuids:
             # CUDA then shows no device at all.
             return []

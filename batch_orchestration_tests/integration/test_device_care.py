@@ -1,15 +1,18 @@
 """What the care for a device allows is kept to by a run: narrower, paused, ended."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
 
 from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.errors import EngineDied, GpuUnhealthy
+from batch_orchestration.domain.errors import DiskFull, EngineDied, GpuUnhealthy
 from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
-from batch_orchestration.services import request_window
+from batch_orchestration.services import obstacles, request_window
+from batch_orchestration.services.chunk_pass import PendingRequest
 from batch_orchestration.services.chunk_runner import run_chunks
+from batch_orchestration_tests.builders import make_failure
 from batch_orchestration_tests.scripted_engine import Script, ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench, make_feeding
 
@@ -173,3 +176,70 @@ def test_a_stop_when_everything_is_answered_changes_nothing(tmp_path: Path) -> N
     list(chunks)
 
     assert bench.indices(plan) == list(range(60))
+
+
+def test_a_stop_does_not_wait_for_an_hour_that_the_engine_asked_for(tmp_path: Path) -> None:
+    bench, device = Workbench(tmp_path), Device((10, DeviceCare(stop="ECC")))
+    device.script = lambda body, times: make_failure(
+        FailureCode.ENGINE_OVERLOADED, retry_after_seconds=3600.0
+    )
+
+    plan, chunks = run(bench, device)
+    began = time.monotonic()
+    with pytest.raises(GpuUnhealthy, match="ECC"):
+        list(chunks)
+
+    assert time.monotonic() - began < 5
+    assert bench.store.failures(plan.batch_id) == []
+
+
+def test_a_stop_does_not_wait_for_room_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(obstacles, "OBSTACLE_POLL_SECONDS", 0.002)
+    bench, device = Workbench(tmp_path), Device((10, DeviceCare(stop="ECC")))
+
+    def no_room(*_: object) -> None:
+        raise DiskFull("no space left")
+
+    monkeypatch.setattr(PendingRequest, "settle", no_room)
+    plan, chunks = run(bench, device)
+    with pytest.raises(GpuUnhealthy, match="ECC"):
+        list(chunks)
+
+    monkeypatch.undo()
+    bench.run(plan, ScriptedEngine(), run_id="run-2")
+    assert bench.indices(plan) == list(range(60))
+
+
+def test_a_pause_costs_a_request_that_waits_for_its_next_attempt_none(tmp_path: Path) -> None:
+    bench, device = Workbench(tmp_path), Device((10, DeviceCare(share=0.0)))
+    device.script = lambda body, times: (
+        make_failure(FailureCode.ENGINE_OVERLOADED) if device.submitted <= 16 else None
+    )
+    plan, looks, during = bench.admitted(16), 0, set[int]()
+
+    def care() -> DeviceCare:
+        nonlocal looks
+        now = device.care()
+        looks += now.share == 0
+        if looks > 200:
+            return DeviceCare()
+        if looks > 20:
+            during.add(device.submitted)
+        return now
+
+    list(
+        run_chunks(
+            {plan.batch_id: range(len(plan.chunks))},
+            engine=device.engine,
+            folder=bench.folder,
+            store=bench.store,
+            run_id="run-1",
+            feeding=make_feeding(in_flight=16),
+            care=care,
+        )
+    )
+
+    assert bench.indices(plan) == list(range(16))
+    assert len(during) == 1

@@ -233,3 +233,38 @@ def test_too_few_devices_are_none():
 
     assert bench.look(4).share == 0.0
     assert "1 of 2 GPU(s) are there" in bench.look(40).stop
+
+
+def test_a_watch_whose_thread_hangs_ends_the_run_of_whoever_asks_for_care():
+    bench = Bench(FIRST)
+    bench.look()
+    cares = []
+    for _ in range(300):
+        bench.now += 0.5
+        cares.append(bench.watch.care())
+
+    assert cares[-1] == DeviceCare(share=0.0, stop="nobody has seen the devices for 136 s")
+    assert bench.look().stop == cares[-1].stop
+
+
+@pytest.mark.parametrize("nonsense", [2**63, -1])
+def test_errors_count_from_the_first_look_that_makes_sense(nonsense):
+    bench = Bench(FIRST)
+    bench.set("GPU-1", ecc_uncorrectable_errors=nonsense)
+    bench.look()
+    bench.set("GPU-1", ecc_uncorrectable_errors=0)
+    before = bench.look()
+    bench.set("GPU-1", ecc_uncorrectable_errors=1)
+
+    assert before == DeviceCare()
+    assert "1 uncorrectable memory errors" in bench.look().stop
+
+
+def test_a_count_of_errors_that_began_anew_is_where_new_ones_count_from():
+    bench = Bench(msgspec.structs.replace(FIRST, ecc_uncorrectable_errors=7))
+    bench.look()
+    bench.set("GPU-1", ecc_uncorrectable_errors=0)
+    bench.look()
+    bench.set("GPU-1", ecc_uncorrectable_errors=1)
+
+    assert "1 uncorrectable memory errors" in bench.look().stop

@@ -122,7 +122,10 @@ def test_any_other_error_is_raised_and_closes_the_library(install, name, error):
     assert nvml.open == 0
 
 
-@pytest.mark.parametrize("fields", [{"handle": GPU_IS_LOST}, {"temperature": GPU_IS_LOST}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"handle": GPU_IS_LOST}, {"uuid_error": GPU_IS_LOST}, {"temperature": GPU_IS_LOST}],
+)
 @pytest.mark.parametrize(
     ("visible", "place"), [(None, 1), ("1", 0), ("2,1", 1), ("GPU-11", 0), ("GPU-00,GPU-11", 1)]
 )
