@@ -151,7 +151,7 @@ def _with_samples(
     with contextlib.closing(commits):
         for commit in commits:
             yield commit
-            if sampler.watches_devices and (batch_id := sampler.vitals.batch_id) is not None:
+            if sampler.watches_devices and (batch_id := sampler.vitals.own_batch_id) is not None:
                 taker.after_commit(batch_id)
 
 

@@ -198,7 +198,7 @@ class _BatchRun:
 
     def committed_chunks(self) -> Iterator[CommittedChunk]:
         """Feed and commit; yield each chunk as it is committed."""
-        self._vitals.batch_id = self._own.plan.batch_id
+        self._vitals.begin_batch(self._own.plan.batch_id)
         self._enter_commits("preparing")
         self._own.committer.start()
         self._thread.start()
@@ -380,6 +380,8 @@ class _BatchRun:
             for batch_id, guest in list(self._turns.guests.items()):
                 if guest.has_left and self._feeder is not None and self._feeder.abandon(batch_id):
                     guest.close_journals()
+                    # What was cancelled is never settled, and no longer at the engine.
+                    guest.unanswered = 0
                 elif guest.is_open:
                     guest.progress.tick()
                 elif guest.progress.phase != "done":

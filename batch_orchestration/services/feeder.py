@@ -89,11 +89,9 @@ class Feeder:
         self._hang_watch = HangWatch(engine, floor_seconds=window.hang_seconds, moved=self._moved)
         looks = window.hang_seconds / LOOKS_PER_LIMIT
         self._poll = EnginePoll(engine, heard=self._heard, most_seconds=looks)
+        waited = self._vitals.note_progress
         self._room = RequestWindow(
-            window,
-            most=lambda: self._easing.in_flight,
-            care=care,
-            waited=self._vitals.note_progress,
+            window, most=lambda: self._easing.in_flight, care=care, waited=waited
         )
         self._isolation: Isolation[PendingRequest] = Isolation()
         #: Drawn from the source and without an outcome, in the order of drawing.
@@ -104,9 +102,7 @@ class Feeder:
         self._tasks: dict[PendingRequest, asyncio.Task[None]] = {}
         self._abandoned: set[str] = set()
         self._source_is_dry = False
-        self._obstacles = Obstacles(
-            waited=self._vitals.note_progress, is_over=lambda: self._room.stop is not None
-        )
+        self._obstacles = Obstacles(waited=waited, is_over=lambda: self._room.stop is not None)
         self.restarts = 0
         self.in_flight = 0
 
@@ -114,6 +110,10 @@ class Feeder:
     def is_dry(self) -> bool:
         """Whether nothing is left to give to the engine."""
         return self._fresh_is_over and not self._isolation
+
+    def note_window(self) -> None:
+        """Keep in the vitals how wide the window is now."""
+        self._vitals.window, self._vitals.unheld_window = self._room.limit, self._room.unheld
 
     async def feed(self) -> None:
         """Settle everything that the source yields.
@@ -282,7 +282,7 @@ class Feeder:
         """
         all_drawn, death = False, None
         self._hang_watch.begin()
-        self._vitals.window, self._vitals.unheld_window = self._room.limit, self._room.unheld
+        self.note_window()
         try:
             async with self._poll.polling(), asyncio.TaskGroup() as group:
                 while not all_drawn and await self._room.open(lambda: len(self._tasks)):
@@ -312,7 +312,7 @@ class Feeder:
         self._vitals.engine = figures
         now = asyncio.get_running_loop().time()
         self._room.hear(figures, in_flight=self.in_flight, now=now)
-        self._vitals.window, self._vitals.unheld_window = self._room.limit, self._room.unheld
+        self.note_window()
         await self._hang_watch.judge(figures, in_flight=self.in_flight)
 
     async def _settle(self, pending: PendingRequest) -> None:

@@ -84,7 +84,7 @@ def run_replay(
     plan, operations = folder.read_plan(batch_id), Operations(folder, batch_id)
     replay = operations.get(number)
     vitals = vitals or RunVitals()
-    vitals.batch_id = batch_id
+    vitals.begin_batch(batch_id)
     if replay.closed_at is None:
         check_settings(plan, feeding.answer_settings, force=replay.force)
         try:

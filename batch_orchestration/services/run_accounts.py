@@ -59,6 +59,7 @@ class RunAccounts:
         self._accountant = Accountant(own.plan.batch_id)
         self._began_at = time.time()
         self._written_at = clock()
+        self._written: dict[str, dict[str, float]] = {}
         self._earlier: dict[str, RunAccount | None] = {}
         self._complained = False
         self._is_fed = False
@@ -108,9 +109,11 @@ class RunAccounts:
         return kept([self._account(self._own.plan.batch_id)])
 
     def _moment(self) -> Moment:
+        """See where the run is; the window as it is now, for heat changes it unasked."""
         vitals, feeder = self._vitals, self.feeder
         if feeder is None:
             return Moment(stage=Stage.STARTING, restarts=vitals.restarts)
+        feeder.note_window()
         by_batch = {batch_id: guest.unanswered for batch_id, guest in self._guests.items()}
         by_batch[self._own.plan.batch_id] = max(0, feeder.in_flight - sum(by_batch.values()))
         works = (self._own, *self._guests.values())
@@ -141,10 +144,12 @@ class RunAccounts:
         return account if earlier is None else account.after(earlier)
 
     def _write(self) -> None:
-        """Write the accounts; a statistic that cannot be written stops no run."""
+        """Write the accounts that have grown; one that cannot be written stops no run."""
         try:
-            for batch_id in list(self._accountant.accounts()):
-                write_account(self._folder, self._account(batch_id))
+            for batch_id, quantities in list(self._accountant.accounts().items()):
+                if quantities != self._written.get(batch_id):
+                    write_account(self._folder, self._account(batch_id))
+                    self._written[batch_id] = dict(quantities)
         except OSError as error:
             if not self._complained:
                 self._complained = True

@@ -87,12 +87,12 @@ class RunSampler:
         vitals = self.vitals
         if self._watch is not None:
             vitals.gpus = self._watch.look()
-        if vitals.batch_id is None:
+        if vitals.own_batch_id is None:
             return
         sample = RunSample(
             at=time.time(),
             run_id=self._run_id,
-            batch_id=vitals.batch_id,
+            batch_id=vitals.own_batch_id,
             in_flight=vitals.in_flight,
             window=vitals.window,
             restarts=vitals.restarts,
@@ -101,4 +101,4 @@ class RunSampler:
             engine=vitals.engine,
             gpus=vitals.gpus,
         )
-        append_sample(self._folder, vitals.batch_id, sample)
+        append_sample(self._folder, vitals.own_batch_id, sample)

@@ -22,7 +22,8 @@ class RunVitals:
 
     Attributes:
         phase: What the run does; set by `enter`.
-        batch_id: The batch in hand.
+        own_batch_id: The batch that the run is about; set by `begin_batch`.
+        batch_id: The batch in hand: its own, or a guest of it.
         chunk: The chunk that was begun last.
         progress_at: POSIX seconds of the last sign that the work goes on.
         patience_seconds: So long without such a sign is slow, not stuck.
@@ -38,6 +39,7 @@ class RunVitals:
 
     def __init__(self, *, patience_seconds: float = WORK_SECONDS) -> None:
         self.phase = "starting"
+        self.own_batch_id: str | None = None
         self.batch_id: str | None = None
         self.chunk: int | None = None
         self.progress_at = time.time()
@@ -66,6 +68,10 @@ class RunVitals:
         self.phase = phase
         self.patience_seconds = patience_seconds
         self.note_progress()
+
+    def begin_batch(self, batch_id: str) -> None:
+        """Take note of the batch that the run is about now."""
+        self.own_batch_id = self.batch_id = batch_id
 
     def begin_chunk(self, batch_id: str, number: int) -> None:
         """Take note of the chunk that is begun now."""

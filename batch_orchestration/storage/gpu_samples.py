@@ -89,10 +89,11 @@ def _take_in(db: duckdb.DuckDBPyConnection, batch_id: str, path: Path) -> bool:
     if found:
         # What is there of these moments was taken from the same lines, before the file was replaced
         # or the store forgot how far it had read it.
-        moments = [row["sampled_at"] for row in found]
+        # Exactly these: a clock that was set back tells the same times anew.
+        moments = list({row["sampled_at"] for row in found})
         db.execute(
-            f"DELETE FROM gpu_samples {_OF_FILE} AND sampled_at BETWEEN ? AND ?",
-            [*of_file, min(moments), max(moments)],
+            f"DELETE FROM gpu_samples {_OF_FILE} AND sampled_at IN (SELECT unnest(?::TIMESTAMP[]))",
+            [*of_file, moments],
         )
         rows.insert(db, "gpu_samples", _COLUMNS, found)
     db.execute(f"DELETE FROM gpu_sample_files {_OF_FILE}", of_file)

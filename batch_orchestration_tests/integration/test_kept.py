@@ -167,6 +167,23 @@ def test_a_step_that_is_tried_again_goes_on_with_the_account_of_its_run(bench: T
     assert both.kept_seconds > first.kept_seconds + 0.1
 
 
+def test_a_guest_that_ends_early_is_charged_no_longer(bench: TurnBench) -> None:
+    own, guest = bench.batch("own", 60), bench.batch("guest", 30)
+    bench.queue(entry(guest, effective=10), entry(own))
+    closing = bench.folder.closing_path(guest.batch_id)
+
+    def closes(body: bytes, submitted: int) -> None:
+        if b"guest 4." in body:
+            closing.touch()
+
+    bench.run(own, KnownEngine(closes, each=0.2), in_flight=4)
+
+    (theirs,) = read_accounts(bench.folder, guest.batch_id)
+    (ours,) = read_accounts(bench.folder, own.batch_id)
+    assert theirs.wall_seconds < 2.5
+    assert ours.updated_at - theirs.updated_at > 1.0
+
+
 def test_a_guest_is_charged_for_its_share_and_nothing_is_charged_twice(bench: TurnBench) -> None:
     own, guest = bench.batch("own", 30), bench.batch("guest", 30)
     bench.queue(entry(guest, effective=10), entry(own))

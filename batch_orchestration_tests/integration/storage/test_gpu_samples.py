@@ -143,6 +143,16 @@ def test_taking_in_again_adds_only_what_is_new(bench, batch_id):
     assert moments == [("run-1", 5), ("run-1", 10), ("run-2", 10), ("run-1", 15)]
 
 
+def test_a_clock_that_was_set_back_costs_no_samples(bench, batch_id):
+    sampled(bench, batch_id, 5, 10, 15)
+    taker(bench).take_in(batch_id)
+    sampled(bench, batch_id, 2, 7, 12, 17)
+    taker(bench).take_in(batch_id)
+
+    moments = [at - NOW for _, at, gpu in table(bench) if gpu == "GPU-1"]
+    assert moments == [2, 5, 7, 10, 12, 15, 17]
+
+
 @pytest.mark.parametrize(
     "forget", ["DELETE FROM gpu_sample_files", "UPDATE gpu_sample_files SET bytes = 9999999"]
 )

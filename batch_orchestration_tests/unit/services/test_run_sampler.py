@@ -27,7 +27,7 @@ def folder(tmp_path):
 @pytest.fixture
 def vitals():
     vitals = RunVitals(patience_seconds=60)
-    vitals.batch_id = "b-1"
+    vitals.begin_batch("b-1")
     return vitals
 
 
@@ -64,7 +64,7 @@ def test_devices_go_into_the_samples_and_the_vitals(folder, vitals):
 
 
 def test_before_there_is_a_batch_devices_are_watched_and_nothing_is_written(folder, vitals):
-    vitals.batch_id = None
+    vitals.own_batch_id = None
     with sampler(vitals, folder, watch=watch(lambda: (HOT,))) as sampling:
         pass
 
@@ -95,3 +95,12 @@ def test_a_driver_that_hangs_does_not_keep_the_run_from_ending(folder, vitals, m
     release.set()
 
     assert time.monotonic() - began < 5
+
+
+def test_samples_stay_with_the_runs_own_batch_while_it_serves_a_guest(folder, vitals):
+    vitals.begin_chunk("guest", 0)
+    with sampler(vitals, folder):
+        pass
+
+    assert read_samples(folder, "b-1")[-1].batch_id == "b-1"
+    assert read_samples(folder, "guest") == []
