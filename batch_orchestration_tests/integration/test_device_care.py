@@ -225,8 +225,8 @@ def test_a_pause_costs_a_request_that_waits_for_its_next_attempt_none(tmp_path: 
         looks += now.share == 0
         if looks > 200:
             return DeviceCare()
-        if looks > 20:
-            during.add(device.submitted)
+        if now.share == 0:
+            during.add(len(device.engine.taken))
         return now
 
     list(
