@@ -1,6 +1,7 @@
 """GPU health: may an engine be started on this machine's device now, and if not, why not."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,8 @@ class GpuVerdict:
         devices: Those that CUDA shows; empty if they could not be read.
         unreadable: Why they could not be read; None if they could.
         reasons: What speaks against starting an engine; empty if nothing does.
+        cared_for: Whether there are reasons and all of them are heat under an engine of ours, whose
+            run gives it less to do (`domain.thermal`).
         fences: Why devices are fenced, by uuid; also of such as CUDA does not show.
     """
 
@@ -61,6 +64,7 @@ class GpuVerdict:
     unreadable: str | None
     need: GpuNeed
     reasons: tuple[str, ...]
+    cared_for: bool
     fences: Mapping[str, str]
 
     @property
@@ -157,22 +161,25 @@ def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
     unreadable = isinstance(readings, GpuUnreadable)
     without = no_gate(settings)
     need, reasons = GpuNeed(), list[str]()
+    cared_for = False
     fences: Mapping[str, str] = {}
     if without is None:
         own = own_pids(DataFolder(settings.data_dir))
         need = engine_need(settings)
         # It was judged before that engine was started, which now has what it needs.
         judged = msgspec.structs.replace(need, memory_bytes=None) if own else need
-        limits = GpuLimits(max_celsius=settings.gpu_max_temperature)
         seen = () if isinstance(readings, GpuUnreadable) else readings
         fences = standing_fences(DataFolder(settings.data_dir), seen)
-        reasons = unhealthy_reasons(readings, limits=limits, need=judged, own=own, fences=fences)
+        verdict = partial(unhealthy_reasons, readings, need=judged, own=own, fences=fences)
+        reasons = verdict(limits=GpuLimits(max_celsius=settings.gpu_max_temperature))
+        cared_for = bool(own and reasons) and not verdict(limits=GpuLimits(max_celsius=math.inf))
     return GpuVerdict(
         no_gate=without,
         devices=() if isinstance(readings, GpuUnreadable) else tuple(readings),
         unreadable=str(readings) if unreadable else None,
         need=need,
         reasons=tuple(reasons),
+        cared_for=cared_for,
         fences=fences,
     )
 

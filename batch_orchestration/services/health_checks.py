@@ -209,7 +209,8 @@ def gpu(look: Look) -> Iterator[Finding]:
     if verdict.no_gate is not None:
         yield healthy("gpu", verdict.no_gate)
     elif verdict.problem is not None:
-        yield unhealthy("gpu", verdict.problem, "python -m batch_orchestration gpu")
+        found = degraded if verdict.cared_for else unhealthy
+        yield found("gpu", verdict.problem, "python -m batch_orchestration gpu")
     else:
         yield healthy("gpu", ", ".join(f"GPU {d.index}: {d.name}" for d in verdict.devices))
 

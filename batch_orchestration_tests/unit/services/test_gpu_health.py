@@ -11,6 +11,7 @@ import pytest
 
 from batch_orchestration.domain.errors import GpuUnhealthy, GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts
+from batch_orchestration.domain.health import Level
 from batch_orchestration.engines.process_records import ProcessRecord, identify, write_record
 from batch_orchestration.services import device_watch as device_watch_module
 from batch_orchestration.services import gpu_health
@@ -29,6 +30,7 @@ from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.telemetry.gpu import read_gpus
 from batch_orchestration_tests.fake_nvml import GIB, GPU_IS_LOST, FakeGpu, FakeNvml
+from batch_orchestration_tests.health_bench import HealthBench
 
 GPU = GpuFacts(index=0, uuid="GPU-1", name="Test")
 
@@ -229,6 +231,32 @@ def test_a_running_engine_of_ours_is_no_stranger_and_its_memory_is_not_missed(
         engine.wait()
     assert own_pids(DataFolder(tmp_path)) == frozenset()
     assert f"pid {engine.pid}" in gpu_problem(make_settings())
+
+
+@pytest.mark.parametrize(
+    ("trouble", "engine_is_ours", "level"),
+    [
+        ({"temperature": 60}, True, Level.HEALTHY),
+        ({"temperature": 89}, True, Level.DEGRADED),
+        ({"temperature": 89}, False, Level.UNHEALTHY),
+        ({"temperature": 89, "ecc": 3}, True, Level.UNHEALTHY),
+        ({"ecc": 3}, True, Level.UNHEALTHY),
+    ],
+)
+def test_heat_under_an_engine_of_ours_is_cared_for_and_wakes_nobody(
+    install, tmp_path, trouble, engine_is_ours, level
+):
+    bench = HealthBench(tmp_path, engine="vllm", device="cuda", model="org/model")
+    engine = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        if engine_is_ours:
+            record_engine(bench.folder, engine)
+        install(FakeGpu(**trouble))
+
+        assert bench.find("gpu").level is level
+    finally:
+        engine.kill()
+        engine.wait()
 
 
 # --- what the engine needs ------------------------------------------------------------------------
