@@ -115,7 +115,8 @@ dev: demo-model ## keep Dagster's UI and daemon running on localhost:3000, until
 # --- checks ---------------------------------------------------------------------------------------
 
 # Most tests wait for Dagster's clocks, not for a core; real engines get the machine to themselves.
-SIDE_BY_SIDE := --numprocesses 3 --dist loadfile
+# Files in their order, as the longest are among the first.
+SIDE_BY_SIDE := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
 test: setup model ## run all tests, those on real vLLM included (PYTEST_ARGS="-k name" narrows it)
