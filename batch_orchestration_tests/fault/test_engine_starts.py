@@ -30,7 +30,7 @@ def test_an_engine_that_never_gets_ready_fails_within_the_limit(tmp_path: Path) 
     with pytest.raises(EngineStartFailed, match="was not ready in 1 s"):
         asyncio.run(engine.start())
 
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60  # of the 300 that it would have taken
     assert not (tmp_path / "engine.process.json").exists()
 
 
