@@ -19,13 +19,13 @@ from batch_orchestration.services.health_look import (
     degraded,
     healthy,
     is_alive,
-    pulses_in,
     running_in,
     unhealthy,
 )
 from batch_orchestration.services.health_of_runs import engine, workers
 from batch_orchestration.services.wording import duration
 from batch_orchestration.storage.files import disk_errors
+from batch_orchestration.storage.heartbeat_files import read_pulses
 from batch_orchestration.storage.queue_files import read_needs, read_pause, read_queue
 
 #: Two of the longest ticks without one that came to its end.
@@ -187,7 +187,7 @@ def standstill(look: Look) -> Standstill | None:
     view = read_queue(look.folder)
     if view is None or read_pause(look.folder) is not None or running_in(view):
         return None
-    if any(is_alive(pulse, look) for pulse in pulses_in(look.folder).values()):
+    if any(is_alive(pulse, look) for pulse in read_pulses(look.folder).values()):
         return None
     asked = {need.batch_id for need in read_needs(look.folder) or ()}
     first = next((e for e in view.entries if e.reason is None and e.id not in asked), None)

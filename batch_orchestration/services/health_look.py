@@ -10,7 +10,6 @@ from batch_orchestration.engines.process_records import is_running
 from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.heartbeat_files import heartbeat_paths, read_pulse
 from batch_orchestration.storage.store import Store
 
 #: `dispatch_sensor` writes `queue.json` every 5 s, and a tick may take a minute.
@@ -40,12 +39,6 @@ class Look:
 
 
 Check = Callable[[Look], Iterable[Finding]]
-
-
-def pulses_in(folder: DataFolder) -> dict[str, Pulse]:
-    """Return what lies there of heartbeats, by run id."""
-    found = ((path.stem, read_pulse(path)) for path in heartbeat_paths(folder))
-    return {run_id: pulse for run_id, pulse in found if pulse is not None}
 
 
 def is_alive(pulse: Pulse, look: Look) -> bool:

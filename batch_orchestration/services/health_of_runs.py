@@ -15,7 +15,6 @@ from batch_orchestration.services.health_look import (
     degraded,
     healthy,
     is_alive,
-    pulses_in,
     unhealthy,
 )
 from batch_orchestration.services.no_redirects import NoRedirects
@@ -23,6 +22,7 @@ from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.services.wording import duration
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.accounts import read_accounts
+from batch_orchestration.storage.heartbeat_files import read_pulses
 from batch_orchestration.storage.queue_files import read_queue
 from batch_orchestration.telemetry.progress import read_progress
 
@@ -39,7 +39,7 @@ _NO_SUCH_PAGE = (404, 405)
 
 def workers(look: Look) -> Iterator[Finding]:
     """Judge each run by its heartbeat: gone, silent, stuck, or only slow."""
-    pulses = pulses_in(look.folder)
+    pulses = read_pulses(look.folder)
     for run_id, pulse in pulses.items():
         yield _judged(run_id, pulse, look)
     if pulses:
@@ -91,7 +91,7 @@ def engine(look: Look) -> Iterator[Finding]:
     """Judge whether engines answer: our own by what their runs say, a remote one by asking it."""
     if look.settings.engine is EngineKind.REMOTE:
         yield _remote(look.settings)
-    pulses = pulses_in(look.folder).values()
+    pulses = read_pulses(look.folder).values()
     beats = [pulse.told for pulse in pulses if pulse.told is not None and is_alive(pulse, look)]
     limit = look.settings.alert_engine_restarts
     for beat in beats:

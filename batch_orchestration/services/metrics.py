@@ -6,8 +6,9 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from math import fsum
+from math import fsum, inf
 
+from msgspec.structs import replace
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
@@ -15,7 +16,7 @@ from batch_orchestration import __version__
 from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.health import HealthReport
-from batch_orchestration.domain.heartbeats import Heartbeat
+from batch_orchestration.domain.heartbeats import Heartbeat, Pulse
 from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry
 from batch_orchestration.domain.run_account import RunAccount, kept
 from batch_orchestration.domain.store_figures import LATENCY_BOUNDS, BatchFigures, StoreFigures
@@ -23,7 +24,8 @@ from batch_orchestration.services.metric_page import Floor, MetricPage
 from batch_orchestration.services.metric_sources import AccountsSource, StoreSource
 from batch_orchestration.storage.fences import read_fences
 from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.health_files import read_health, read_heartbeats
+from batch_orchestration.storage.health_files import read_health
+from batch_orchestration.storage.heartbeat_files import read_pulses
 from batch_orchestration.storage.queue_files import read_pause, read_queue
 from batch_orchestration.telemetry.progress import read_progress
 
@@ -117,7 +119,8 @@ class MetricsCollector(Collector):
         put_queue(page, self._folder, self._store.figures)
 
     def _put_workers(self, page: MetricPage) -> None:
-        beats = sorted(read_heartbeats(self._folder).beats, key=lambda beat: -beat.at)
+        pulses = sorted(read_pulses(self._folder).values(), key=lambda pulse: -pulse.at)
+        beats = [beat for pulse in pulses if (beat := _last_beat(pulse)) is not None]
         put_workers(page, beats[:MOST_NAMED], self._clock())
 
     def _put_fences(self, page: MetricPage) -> None:
@@ -127,6 +130,15 @@ class MetricsCollector(Collector):
     def _put_health(self, page: MetricPage) -> None:
         if (report := read_health(self._folder)) is not None:
             put_health(page, report)
+
+
+def _last_beat(pulse: Pulse) -> Heartbeat | None:
+    """Return what a worker said last; of one that is only heard nobody knows how far it is."""
+    beat = pulse.heartbeat
+    if beat is None:
+        return None
+    patience = inf if pulse.outdated else beat.patience_seconds
+    return replace(beat, at=pulse.at, patience_seconds=patience)
 
 
 def put_store(page: MetricPage, figures: StoreFigures) -> None:

@@ -69,6 +69,16 @@ def read_pulse(path: Path) -> Pulse | None:
         return Pulse(at=at, heartbeat=heartbeat)
 
 
+def read_pulses(folder: DataFolder) -> dict[str, Pulse]:
+    """Return what lies there of the heartbeats of all runs, by run id.
+
+    Raises:
+        OSError: One of them cannot be read.
+    """
+    found = ((path.stem, read_pulse(path)) for path in heartbeat_paths(folder))
+    return {run_id: pulse for run_id, pulse in found if pulse is not None}
+
+
 def remove_heartbeat(path: Path) -> None:
     """Remove a run's heartbeat, with what a killed writer may have left beside it."""
     path.unlink(missing_ok=True)
