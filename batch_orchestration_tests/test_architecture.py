@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 CODE = [ROOT / folder for folder in ("batch_orchestration", "scripts", "benchmarks")]
 TESTS = [ROOT / "batch_orchestration_tests"]
-FILE_LINES, TEST_FILE_LINES = 400, 500
+FILE_LINES, TEST_FILE_LINES = 500, 500
 #: Docstrings do not count: nobody shall save on them.
 FUNCTION_LINES = 50
 

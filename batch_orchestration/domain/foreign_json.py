@@ -1,0 +1,144 @@
+"""JSON that somebody else wrote: the one place where its faults become values.
+
+A request's line, an engine's answer and a side-car come from outside. They are decoded here, or
+not at all: `decode` either returns the whole value or raises `BadJson`, whatever the bytes are, and
+what it returns can be stored, encoded again and compared as a float. The limits are fixed, so that
+every step reaches the same verdict.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+#: Objects and arrays within each other. Python's own limit depends on how deep the caller stands;
+#: vLLM's parser, ours and DuckDB's all manage this many. Real bodies have about ten.
+MAX_DEPTH = 128
+#: Whole numbers must fit 64 bits, with or without sign, as in most engines. The largest that
+#: OpenAI's API knows is a `seed` of 63 bits; JSON schemas have bounds of unsigned 64 bits.
+SMALLEST_INTEGER, LARGEST_INTEGER = -(2**63), 2**64 - 1
+
+#: Strings, whole or torn: brackets inside them do not nest.
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+_BRACKET = re.compile(rb"[\[\]{}]")
+#: Below 19 digits no number is out of range.
+_MANY_DIGITS = re.compile(rb"\d{19}")
+_CONSTANT = re.compile(rb"[:,\[{\s]-?(NaN|Infinity|nan|inf(?:inity)?)\b")
+_decode_any = msgspec.json.Decoder(Any).decode
+
+
+class BadJson(ValueError):
+    """The text cannot be used.
+
+    Attributes:
+        reason: For the author: what is wrong, and where it helps, what to write.
+        field: Path of the value that is out of range, as `messages[0].weight`; None where the text
+            is no JSON at all.
+    """
+
+    def __init__(self, reason: str, *, field: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.field = field
+
+
+def decode(text: bytes | msgspec.Raw) -> Any:
+    """Return the value of a JSON text. Of a key that is there twice the last one wins.
+
+    Raises:
+        BadJson: It is not UTF-8, not JSON, nested deeper than `MAX_DEPTH`, or a number in it is out
+            of range. Nothing else is raised.
+    """
+    text = bytes(text)
+    check_depth(text)
+    try:
+        text.decode()  # msgspec names the fault, but not its byte
+        value = _decode_any(text)
+    except UnicodeDecodeError as error:
+        raise BadJson(f"not UTF-8: byte {error.start + 1}") from error
+    except msgspec.ValidationError as error:
+        raise _out_of_range(text) from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadJson(_reason(text, str(error))) from error
+    if _MANY_DIGITS.search(text):
+        _check_integers(value)
+    return value
+
+
+def check_depth(text: bytes) -> None:
+    """Let a text pass that is nested at most `MAX_DEPTH` deep, well-formed or not.
+
+    Raises:
+        BadJson: It is nested deeper.
+    """
+    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
+        return
+    depth = 0
+    for bracket in _BRACKET.finditer(_STRING.sub(b"", text)):
+        depth += 1 if bracket[0] in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise BadJson(f"nested more than {MAX_DEPTH} deep")
+
+
+def _reason(text: bytes, error: str) -> str:
+    """Say what is wrong in words that its author has a use for."""
+    outside_strings = _STRING.sub(b'""', text)
+    if constant := _CONSTANT.search(outside_strings):
+        word = constant[1].decode()
+        return f"not JSON: {word} is no JSON value; write null, or leave the field out"
+    if b"\\u" in text and _has_lone_surrogate(text):
+        return (
+            "not JSON: half of a surrogate pair, as `\\ud83d` without the half that follows"
+            " (an emoji that was cut?)"
+        )
+    return f"not JSON: {error.removeprefix('JSON is malformed: ')}"
+
+
+def _has_lone_surrogate(text: bytes) -> bool:
+    try:
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except ValueError:
+        return False
+    return False
+
+
+def _out_of_range(text: bytes) -> BadJson:
+    """Find the number that the fast decoder refused."""
+    try:
+        value = json.loads(text, parse_int=_wide_integer)
+    except (ValueError, RecursionError):
+        return BadJson("not JSON that can be read: a number is out of range")
+    try:
+        _check_integers(value, floats=True)
+    except BadJson as error:
+        return error
+    return BadJson("not JSON that can be read: a number is out of range")
+
+
+def _wide_integer(digits: str) -> int | float:
+    """Return an integer; one with thousands of digits, which Python refuses, as infinity."""
+    return int(digits) if len(digits) <= 40 else math.copysign(math.inf, -digits.startswith("-"))
+
+
+def _check_integers(value: object, *, floats: bool = False) -> None:
+    for path, number in _numbers(value):
+        wide = type(number) is int and not SMALLEST_INTEGER <= number <= LARGEST_INTEGER
+        if wide or (floats and math.isinf(number)):
+            raise BadJson(f"the number in `{path or 'body'}` is out of range", field=path or "body")
+
+
+def _numbers(value: object, path: str = "") -> Iterator[tuple[str, int | float]]:
+    """Yield the numbers within a value, each with its path; depth is limited before."""
+    if isinstance(value, Mapping):
+        for key, member in value.items():
+            yield from _numbers(member, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for place, member in enumerate(value):
+            yield from _numbers(member, f"{path}[{place}]")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
