@@ -10,7 +10,9 @@ import msgspec
 from batch_orchestration.domain.batches import BatchOptions, BatchPlan, batch_id, identity
 from batch_orchestration.domain.chunks import Chunk
 from batch_orchestration.domain.commits import Attempt, Provenance, SettledRequest
+from batch_orchestration.domain.foreign_json import decode
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome, Usage
+from batch_orchestration.domain.requests import Request
 from batch_orchestration.storage.files import DataFolder, new_digest, read_lines
 
 ENDPOINT = "/v1/chat/completions"
@@ -35,6 +37,21 @@ def make_line(number: int = 0, **fields: Any) -> bytes:
     }
     given = {name: value for name, value in envelope.items() if value is not ...}
     return json.dumps(given, ensure_ascii=False).encode() + b"\n"
+
+
+def make_request(
+    body: bytes | dict[str, Any], *, endpoint: str = ENDPOINT, index: int = 0
+) -> Request:
+    """A usable line's request, with exactly this body."""
+    written = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
+    return Request(
+        index=index,
+        line=index + 1,
+        custom_id=f"request-{index}",
+        endpoint=endpoint,
+        body=msgspec.Raw(written),
+        fields=decode(written),
+    )
 
 
 def make_input(requests: int) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.domain.outcomes import FailureCode
-from batch_orchestration.domain.overrides import Overrides, resolve_model
+from batch_orchestration.domain.overrides import TOKEN_LIMITS, Overrides, resolve_model
 
 EMBEDDINGS = "/v1/embeddings"
 CHAT = "/v1/chat/completions"
@@ -23,6 +23,8 @@ _CHANGES_PROMPT = (
     *("chat_template", "chat_template_kwargs", "documents", "mm_processor_kwargs"),
 )
 
+#: Of a model's name, in a message.
+_QUOTED_CHARACTERS = 80
 Infeasible = tuple[FailureCode, str]
 
 
@@ -138,7 +140,8 @@ def _unknown_model(
     served = ", ".join(limits.served)
     return (
         FailureCode.MODEL_NOT_FOUND,
-        f"the engine does not serve {asked!r}; it serves {served} (BATCH_MODEL_ALIASES maps names)",
+        f"the engine does not serve {asked[:_QUOTED_CHARACTERS]!r}; it serves {served}"
+        " (BATCH_MODEL_ALIASES maps names)",
     )
 
 
@@ -153,8 +156,9 @@ def _too_long(
     if longest is None:
         return None
     code = FailureCode.CONTEXT_LENGTH_EXCEEDED
-    if endpoint != EMBEDDINGS and (asked := _least_asked(body, overrides)) > longest:
-        return code, f"max_tokens is {asked:,}; the engine's context has {longest:,} tokens"
+    asked, name = _least_asked(body, overrides)
+    if endpoint != EMBEDDINGS and asked > longest:
+        return code, f"{name} is {asked:,}; the engine's context has {longest:,} tokens"
     if any(body.get(name) is not None for name in _CHANGES_PROMPT):
         return None
     prompt = least_prompt_tokens()
@@ -169,12 +173,16 @@ def _too_long(
     )
 
 
-def _least_asked(body: Mapping[str, Any], overrides: Overrides) -> int:
-    """Return the fewest tokens that are asked for, whichever of the limits the engine reads."""
-    given = [body.get("max_tokens"), body.get("max_completion_tokens"), overrides.max_tokens_cap]
-    asked = [limit for limit in given if limit is not None]
-    if not asked or any(type(limit) is not int for limit in asked):
-        return 0
+def _least_asked(body: Mapping[str, Any], overrides: Overrides) -> tuple[int, str]:
+    """Return the fewest tokens that are asked for, and by which of the limits.
+
+    Which of them the engine reads does not matter then.
+    """
+    given = {name: body.get(name) for name in TOKEN_LIMITS}
+    given["BATCH_MAX_TOKENS_CAP"] = overrides.max_tokens_cap
+    asked = [(limit, name) for name, limit in given.items() if limit is not None]
+    if not asked or any(type(limit) is not int for limit, _ in asked):
+        return 0, ""
     return min(asked)
 
 

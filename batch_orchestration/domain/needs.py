@@ -37,28 +37,27 @@ def needs_of(requests: Iterable[Request], *, max_tokens_cap: int | None) -> Need
     longest: int | None = 0
     can_be_cut = True
     for request in requests:
-        fields = msgspec.json.decode(request.body, type=dict[str, Any])
-        text = _is_text(fields)
+        text = _is_text(request.fields)
         can_be_cut = can_be_cut and text and request.endpoint != "/v1/embeddings"
-        tokens = _longest(request, fields, max_tokens_cap) if text else None
+        tokens = _longest(request, max_tokens_cap) if text else None
         longest = None if longest is None or tokens is None else max(longest, tokens)
         if longest is None and not can_be_cut:
             break
     return Needs(longest_tokens=longest, prompts_can_be_cut=can_be_cut)
 
 
-def _longest(request: Request, fields: Mapping[str, Any], cap: int | None) -> int | None:
+def _longest(request: Request, cap: int | None) -> int | None:
     """Return an upper bound of prompt and answer, in tokens; None if there is none.
 
     A token stands for a byte or more, and JSON only makes text longer: the body's size bounds the
     author's words. English has three to four bytes a token; the estimate errs on the safe side.
     """
-    limit = 0 if request.endpoint == "/v1/embeddings" else _answer_tokens(request, fields, cap)
+    limit = 0 if request.endpoint == "/v1/embeddings" else _answer_tokens(request, cap)
     return None if limit is None else len(request.body) + TEMPLATE_TOKENS + limit
 
 
-def _answer_tokens(request: Request, fields: Mapping[str, Any], cap: int | None) -> int | None:
-    limits = [fields.get("max_tokens"), fields.get("max_completion_tokens")]
+def _answer_tokens(request: Request, cap: int | None) -> int | None:
+    limits = [request.fields.get("max_tokens"), request.fields.get("max_completion_tokens")]
     given = [limit for limit in limits if limit is not None]
     if any(type(limit) is not int for limit in given):
         return None

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from batch_orchestration.domain.requests import UTF8_BOM
+from batch_orchestration.domain import foreign_json
+from batch_orchestration.domain.requests import UTF8_BOM, Request
 
 ANY_MODEL = "*"
-_TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
+#: Cuts an object that was decoded before into the bytes of its fields.
+_bytes_of_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,37 +42,26 @@ def resolve_model(name: str | None, *, overrides: Overrides, served: Sequence[st
     return overrides.aliases.get(ANY_MODEL, name)
 
 
-def prepare_body(
-    body: bytes, endpoint: str, *, overrides: Overrides, served: Sequence[str]
-) -> bytes:
-    """Return the body to send: the very bytes given, unless an override applies.
+def prepare_body(request: Request, *, overrides: Overrides, served: Sequence[str]) -> bytes:
+    """Return the body to send: the very bytes of the request's, unless an override applies.
 
     Fields that no override touches keep their bytes. A token limit that is not a whole number is
     left for the engine to refuse.
     """
-    fields = _decode_fields(body)
     changed: dict[str, object] = {}
-    named = _as_string(fields.get("model"))
+    named = request.fields.get("model")
     model = resolve_model(named, overrides=overrides, served=served)
     if model != named:
         changed["model"] = model
-    if overrides.max_tokens_cap is not None and endpoint != "/v1/embeddings":
-        changed |= _capped_limits(fields, overrides.max_tokens_cap)
+    if overrides.max_tokens_cap is not None and request.endpoint != "/v1/embeddings":
+        changed |= _capped_limits(request.fields, overrides.max_tokens_cap)
     if not changed:
-        return bytes(body)
-    return msgspec.json.encode(fields | changed)
+        return bytes(request.body)
+    return msgspec.json.encode(_bytes_of_fields(request.body) | changed)
 
 
-def _as_string(raw: msgspec.Raw | None) -> str | None:
-    if raw is None:
-        return None
-    value = msgspec.json.decode(raw)
-    return value if isinstance(value, str) else None
-
-
-def _capped_limits(fields: Mapping[str, msgspec.Raw], cap: int) -> dict[str, object]:
-    limits = {name: msgspec.json.decode(fields[name]) for name in _TOKEN_LIMITS if name in fields}
-    given = {name: limit for name, limit in limits.items() if limit is not None}
+def _capped_limits(fields: Mapping[str, object], cap: int) -> dict[str, object]:
+    given = {name: fields[name] for name in TOKEN_LIMITS if fields.get(name) is not None}
     if not given:
         return {"max_tokens": cap}
     return {name: cap for name, limit in given.items() if type(limit) is int and limit > cap}
@@ -84,11 +75,15 @@ def override_line(line: bytes, fields: Mapping[str, object]) -> bytes:
     """
     if not fields:
         return line
+    text = line.removeprefix(UTF8_BOM)
     try:
-        envelope = _decode_fields(line.removeprefix(UTF8_BOM))
-        body = _decode_fields(envelope["body"])
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, RecursionError):
+        decoded = foreign_json.decode(text)
+    except foreign_json.BadJson:
         return line
+    if not isinstance(decoded, dict) or not isinstance(decoded.get("body"), dict):
+        return line
+    envelope = _bytes_of_fields(text)
+    body = _bytes_of_fields(envelope["body"])
     given = dict(fields)
     if "max_tokens" in given and "max_completion_tokens" in body:
         given.setdefault("max_completion_tokens", given.pop("max_tokens"))

@@ -1,11 +1,12 @@
 """One request of a batch file: reading its line, and what is wrong with it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
 
+from batch_orchestration.domain import foreign_json
 from batch_orchestration.domain.outcomes import Failure, FailureCode
 
 #: OpenAI's paths that an engine of ours can answer.
@@ -15,6 +16,19 @@ CUSTOM_ID_MAX_LENGTH = 512
 UTF8_BOM = b"\xef\xbb\xbf"
 #: What a message quotes of the author's value: enough to recognise it, too little to flood a log.
 _QUOTED_CHARACTERS = 80
+#: More than this no engine accepts. Of answers to one prompt vLLM gives 16,384 at most
+#: (`VLLM_MAX_N_SEQUENCES`), OpenAI 128. No context holds 2^31 tokens, no vocabulary has as many,
+#: and engines that are not written in Python count both in 32 bits. What is merely too much for
+#: one engine is for that engine to refuse.
+_MOST_ANSWERS, _MOST_TOKENS = 16_384, 2**31 - 1
+_MOST = {
+    **dict.fromkeys(("n", "best_of"), _MOST_ANSWERS),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "min_tokens"), _MOST_TOKENS),
+    **dict.fromkeys(("logprobs", "top_logprobs", "prompt_logprobs", "top_k"), _MOST_TOKENS),
+    **dict.fromkeys(("truncate_prompt_tokens", "dimensions"), _MOST_TOKENS),
+}
+#: What only the engine reads: by size most of a body.
+_ENGINES_FIELDS = frozenset({"messages", "prompt", "input", "tools", "functions", "documents"})
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +40,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         custom_id: The author's key, unique in the batch.
         endpoint: One of `SUPPORTED_ENDPOINTS`.
         body: What is sent to the engine, byte for byte as in the file.
+        fields: What the body says, decoded; never decode it again.
     """
 
     index: int
@@ -33,6 +48,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     custom_id: str
     endpoint: str
     body: msgspec.Raw
+    fields: Mapping[str, Any]
+
+    def lean(self) -> "Request":
+        """Return it without the decoded prompt, which `body` has too: as it is held for long."""
+        kept = {name: said for name, said in self.fields.items() if name not in _ENGINES_FIELDS}
+        return msgspec.structs.replace(self, fields=kept)
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,25 +76,14 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
         return Failure(code=self.code, message=f"line {self.line}: {self.message}")
 
 
-class _Envelope(msgspec.Struct):
-    """The envelope with every field still raw, so that each fault can be named by itself."""
+class _Bytes(msgspec.Struct):
+    """Where the body's bytes are; what they say is decoded with the line."""
 
-    custom_id: Any = None
-    method: Any = None
-    url: Any = None
-    body: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _BodyHead(msgspec.Struct):
-    """The two fields of a body that admission looks at."""
-
-    model: Any = None
-    stream: Any = None
+    body: msgspec.Raw
 
 
 _Problem = tuple[FailureCode, str]
-_decode_envelope = msgspec.json.Decoder(_Envelope).decode
-_decode_body_head = msgspec.json.Decoder(_BodyHead).decode
+_find_bytes = msgspec.json.Decoder(_Bytes).decode
 #: Finds the id at the usual place, the front, of a line that is torn or too long to be read.
 _CUSTOM_ID_AT_FRONT = re.compile(rb'\s*\{\s*"custom_id"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.){1,2048}")')
 
@@ -94,18 +104,27 @@ def parse_line(
     """
     text = raw.removeprefix(UTF8_BOM)
     try:
-        text.decode("utf-8")
-        envelope = _decode_envelope(text)
-    except UnicodeDecodeError as error:
-        problem = (FailureCode.INVALID_JSON, f"not UTF-8: byte {error.start + 1} of the line")
-    except msgspec.ValidationError:
+        envelope = foreign_json.decode(text)
+    except foreign_json.BadJson as error:
+        code = FailureCode.INVALID_REQUEST if error.field else FailureCode.INVALID_JSON
+        named = salvage_custom_id(text)
+        return _fault([(code, error.reason)], index=index, line=line, custom_id=named)
+    if not isinstance(envelope, dict):
         problem = (FailureCode.INVALID_REQUEST, "not a JSON object with `custom_id`, `body`, …")
-    except (msgspec.DecodeError, RecursionError) as error:
-        reason = str(error).removeprefix("JSON is malformed: ")
-        problem = (FailureCode.INVALID_JSON, f"not JSON: {reason}")
-    else:
-        return _check(envelope, index=index, line=line, model_required=model_required)
-    return _fault([problem], index=index, line=line, custom_id=salvage_custom_id(text))
+        return _fault([problem], index=index, line=line, custom_id=None)
+    custom_id: Any = envelope.get("custom_id")
+    if problems := list(_problems(envelope, model_required=model_required)):
+        shown = custom_id if isinstance(custom_id, str) else None
+        return _fault(problems, index=index, line=line, custom_id=shown)
+    return Request(
+        index=index,
+        line=line,
+        custom_id=custom_id,
+        endpoint=envelope["url"],
+        # A copy: a Raw otherwise keeps the whole line alive.
+        body=_find_bytes(text).body.copy(),
+        fields=envelope["body"],
+    )
 
 
 def too_long_fault(
@@ -119,30 +138,23 @@ def too_long_fault(
 
 
 def salvage_custom_id(text: bytes) -> str | None:
-    """Return the id that stands at the front of an unreadable line, so that it can be named."""
-    match = _CUSTOM_ID_AT_FRONT.match(text)
-    if match is None:
-        return None
+    """Return the id of a line that cannot be used, so that it can be named; None without one."""
+    value = foreign_json.salvage(text)
+    if isinstance(value, dict):
+        custom_id = value.get("custom_id")
+    else:
+        match = _CUSTOM_ID_AT_FRONT.match(text)
+        custom_id = None if match is None else foreign_json.salvage(match[1])
+    return custom_id if isinstance(custom_id, str) and _is_text(custom_id) else None
+
+
+def _is_text(string: str) -> bool:
+    """Whether it has no half of a surrogate pair, which nothing can store."""
     try:
-        return msgspec.json.decode(match[1], type=str)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-
-
-def _check(envelope: _Envelope, *, index: int, line: int, model_required: bool) -> Request | Fault:
-    custom_id = envelope.custom_id
-    problems = list(_problems(envelope, model_required=model_required))
-    if problems:
-        shown = custom_id if isinstance(custom_id, str) else None
-        return _fault(problems, index=index, line=line, custom_id=shown)
-    return Request(
-        index=index,
-        line=line,
-        custom_id=custom_id,
-        endpoint=envelope.url,
-        # A copy: a Raw otherwise keeps the whole line alive.
-        body=envelope.body.copy(),
-    )
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _fault(problems: list[_Problem], *, index: int, line: int, custom_id: str | None) -> Fault:
@@ -155,20 +167,21 @@ def _fault(problems: list[_Problem], *, index: int, line: int, custom_id: str | 
     )
 
 
-def _problems(envelope: _Envelope, *, model_required: bool) -> Iterator[_Problem]:
-    if problem := _custom_id_problem(envelope.custom_id):
+def _problems(envelope: Mapping[str, Any], *, model_required: bool) -> Iterator[_Problem]:
+    method, url = envelope.get("method"), envelope.get("url")
+    if problem := _custom_id_problem(envelope.get("custom_id")):
         yield FailureCode.INVALID_REQUEST, problem
-    if envelope.method is None:
+    if method is None:
         yield FailureCode.INVALID_REQUEST, "`method` is missing; it must be POST"
-    elif envelope.method != "POST":
-        yield FailureCode.INVALID_REQUEST, f"`method` must be POST, not {_quoted(envelope.method)}"
-    if envelope.url is None:
+    elif method != "POST":
+        yield FailureCode.INVALID_REQUEST, f"`method` must be POST, not {_quoted(method)}"
+    if url is None:
         yield FailureCode.INVALID_REQUEST, "`url` is missing"
-    elif envelope.url not in SUPPORTED_ENDPOINTS:
+    elif url not in SUPPORTED_ENDPOINTS:
         supported = ", ".join(SUPPORTED_ENDPOINTS)
-        message = f"`url` {_quoted(envelope.url)} is not one of {supported}"
+        message = f"`url` {_quoted(url)} is not one of {supported}"
         yield FailureCode.UNSUPPORTED_ENDPOINT, message
-    if problem := _body_problem(envelope.body, model_required=model_required):
+    for problem in _body_problems(envelope.get("body"), model_required=model_required):
         yield FailureCode.INVALID_REQUEST, problem
 
 
@@ -184,20 +197,22 @@ def _custom_id_problem(custom_id: object) -> str | None:
     return None
 
 
-def _body_problem(body: msgspec.Raw, *, model_required: bool) -> str | None:
-    if bytes(body) == b"null":
-        return "`body` is missing"
-    try:
-        head = _decode_body_head(body)
-    except msgspec.ValidationError:
-        return "`body` must be a JSON object"
-    if head.stream is not None and head.stream is not False:
-        return "`stream` must not be set: a batch is answered in a file"
-    if head.model is None and not model_required:
-        return None
-    if not isinstance(head.model, str) or not head.model:
-        return "`body.model` is missing or not a string"
-    return None
+def _body_problems(body: object, *, model_required: bool) -> Iterator[str]:
+    if body is None:
+        yield "`body` is missing"
+        return
+    if not isinstance(body, dict):
+        yield "`body` must be a JSON object"
+        return
+    if body.get("stream") is not None and body["stream"] is not False:
+        yield "`stream` must not be set: a batch is answered in a file"
+    model = body.get("model")
+    if not (model is None and not model_required) and (not isinstance(model, str) or not model):
+        yield "`body.model` is missing or not a string"
+    for name, most in _MOST.items():
+        given = body.get(name)
+        if type(given) is int and given > most:
+            yield f"`body.{name}` is {given:,}; more than {most:,} no engine accepts"
 
 
 def _quoted(value: object) -> str:

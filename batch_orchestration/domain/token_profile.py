@@ -7,12 +7,19 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.domain.overrides import TOKEN_LIMITS
 from batch_orchestration.domain.requests import Request
 
 #: Enough that the mean of what is sampled is within a few per cent, few enough to be tokenized.
 SAMPLE_PER_SHAPE = 200
 #: Answers up to so many tokens are labels and short sentences; they mostly use what they may.
 SMALL_CAP = 64
+#: Tokens of all answers to a request; the few that may have more are a shape of their own. Else
+#: one of them in the sample would stand for hundreds that are not like it.
+LARGE_CAP = 2**15
+#: Answers to one request, and tokens of each, that are expected at most where nothing is known of
+#: the engine: OpenAI gives 128 at most, and few contexts are longer.
+MOST_ANSWERS, LONGEST_CONTEXT = 128, 2**17
 
 _KINDS = {
     "/v1/chat/completions": "chat",
@@ -28,8 +35,8 @@ class SampledRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         size_bytes: Of the body.
         characters: Of the text that goes into the prompt.
-        cap: Most tokens that an answer may have; None without a limit.
-        answers: How many are asked for (`n`).
+        cap: Most tokens that an answer may have, and can have on the engine; None without a limit.
+        answers: How many are asked for (`n`), at most `MOST_ANSWERS`.
         prompt_tokens: As the model's tokenizer counts them; None where there is none.
     """
 
@@ -89,21 +96,6 @@ class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class _Head(msgspec.Struct):
-    """The fields of a body that say what kind of answer is asked for."""
-
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    n: Any = None
-
-
-_decode_head = msgspec.json.Decoder(_Head).decode
-_decode_body = msgspec.json.Decoder(dict[str, Any]).decode
-
-
 class Profiler:
     """Adds up a batch request by request, in memory that does not grow with it.
 
@@ -111,6 +103,7 @@ class Profiler:
 
     Args:
         max_tokens_cap: Upper bound that the deployment puts on every answer.
+        longest: Tokens of the engine's context; None where it is not known.
         count_tokens: Counts the prompt of an endpoint's body by the model's tokenizer; None where
             it cannot.
     """
@@ -119,30 +112,28 @@ class Profiler:
         self,
         *,
         max_tokens_cap: int | None = None,
+        longest: int | None = None,
         count_tokens: Callable[[str, Mapping[str, Any]], int | None] = lambda endpoint, body: None,
     ) -> None:
         self._cap = max_tokens_cap
+        self._longest = longest or LONGEST_CONTEXT
         self._count_tokens = count_tokens
         self._totals: dict[str, list[int]] = {}
         #: By shape, those whose hash is smallest: highest of them first.
         self._sampled: dict[str, list[tuple[int, int, SampledRequest]]] = {}
 
     def add(self, request: Request) -> None:
-        """Take note of a usable request."""
-        head = _decode_head(request.body)
-        cap = answer_cap(request.endpoint, head, self._cap)
-        shape = shape_of(request.endpoint, head, cap)
-        totals = self._totals.setdefault(shape, [0, 0])
-        totals[0] += 1
-        totals[1] += len(request.body)
+        """Take note of a usable request, or raise and take none."""
+        shape = shape_of_request(request, max_tokens_cap=self._cap)
         sampled = self._sampled.setdefault(shape, [])
         key = -_hash(request)
         if len(sampled) < SAMPLE_PER_SHAPE:
-            heapq.heappush(sampled, (key, request.index, self._sample(request, shape, head, cap)))
+            heapq.heappush(sampled, (key, request.index, self._sample(request, shape)))
         elif key > sampled[0][0]:
-            heapq.heapreplace(
-                sampled, (key, request.index, self._sample(request, shape, head, cap))
-            )
+            heapq.heapreplace(sampled, (key, request.index, self._sample(request, shape)))
+        totals = self._totals.setdefault(shape, [0, 0])
+        totals[0] += 1
+        totals[1] += len(request.body)
 
     def profile(self) -> TokenProfile:
         """Return what was found so far."""
@@ -155,51 +146,56 @@ class Profiler:
             sample=tuple(sorted(sample, key=lambda request: request.index)),
         )
 
-    def _sample(self, request: Request, shape: str, head: _Head, cap: int | None) -> SampledRequest:
-        body = _decode_body(request.body)
+    def _sample(self, request: Request, shape: str) -> SampledRequest:
+        body = request.fields
+        cap = _answer_cap(request.endpoint, body, self._cap)
         return SampledRequest(
             index=request.index,
             shape=shape,
             size_bytes=len(request.body),
             characters=sum(map(len, prompt_texts(request.endpoint, body))),
-            cap=cap,
-            answers=head.n if type(head.n) is int and head.n > 0 else 1,
+            cap=None if cap is None else min(cap, self._longest),
+            answers=min(_answers(body), MOST_ANSWERS),
             prompt_tokens=self._count_tokens(request.endpoint, body),
         )
 
 
 def shape_of_request(request: Request, *, max_tokens_cap: int | None) -> str:
     """Return the shape of a request: requests of one shape have answers of about one length."""
-    head = _decode_head(request.body)
-    return shape_of(request.endpoint, head, answer_cap(request.endpoint, head, max_tokens_cap))
-
-
-def shape_of(endpoint: str, head: _Head, cap: int | None) -> str:
-    """Return the shape by what is asked: kind, form of the answer, and how long it may be."""
-    kind = _KINDS.get(endpoint, "other")
+    kind = _KINDS.get(request.endpoint, "other")
     if kind == EMBEDDING:
         return kind
+    fields = request.fields
+    cap = _answer_cap(request.endpoint, fields, max_tokens_cap)
     if cap is None:
         length = "uncapped"
     elif cap == 1:
         length = "one token"
+    elif cap * _answers(fields) > LARGE_CAP:
+        length = "very long"
     else:
         length = "short" if cap <= SMALL_CAP else "long"
-    return f"{kind}, {'JSON' if _asks_json(head) else 'text'}, {length}"
+    return f"{kind}, {'JSON' if _asks_json(fields) else 'text'}, {length}"
 
 
-def answer_cap(endpoint: str, head: _Head, max_tokens_cap: int | None) -> int | None:
+def _answer_cap(endpoint: str, fields: Mapping[str, Any], max_tokens_cap: int | None) -> int | None:
     """Return the most tokens that an answer may have; None without a limit."""
     if _KINDS.get(endpoint) == EMBEDDING:
         return 0
     limits = [
         limit
-        for limit in (head.max_tokens, head.max_completion_tokens, max_tokens_cap)
+        for limit in (*(fields.get(name) for name in TOKEN_LIMITS), max_tokens_cap)
         if type(limit) is int and limit > 0
     ]
     if not limits and endpoint == "/v1/completions":
         return 16  # OpenAI's default there, and vLLM's
     return min(limits) if limits else None
+
+
+def _answers(fields: Mapping[str, Any]) -> int:
+    """Return how many answers are asked for."""
+    given = fields.get("n")
+    return given if type(given) is int and given > 0 else 1
 
 
 def prompt_texts(endpoint: str, body: Mapping[str, Any]) -> list[str]:
@@ -222,10 +218,12 @@ def _texts(content: object) -> list[str]:
     return [part for part in parts if isinstance(part, str)]
 
 
-def _asks_json(head: _Head) -> bool:
-    form = head.response_format
+def _asks_json(fields: Mapping[str, Any]) -> bool:
+    form = fields.get("response_format")
     kind = form.get("type") if isinstance(form, dict) else None
-    return bool(kind not in (None, "text") or head.structured_outputs or head.guided_json)
+    return bool(
+        kind not in (None, "text") or fields.get("structured_outputs") or fields.get("guided_json")
+    )
 
 
 def _hash(request: Request) -> int:

@@ -80,7 +80,7 @@ class RequestPass:
         """Return a request with what its journal says of earlier attempts."""
         state = self.journal.state
         return PendingRequest(
-            request=request,
+            request=request.lean(),
             chunk=self,
             submissions=state.attempts.get(request.index, 0),
             failed_attempts=state.failed_attempts.get(request.index, 0),

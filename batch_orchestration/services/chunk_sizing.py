@@ -12,9 +12,9 @@ import msgspec
 
 from batch_orchestration.domain import derivation
 from batch_orchestration.domain.derivation import Derived, request_tokens
-from batch_orchestration.domain.requests import Request, parse_line
+from batch_orchestration.domain.requests import parse_line
 from batch_orchestration.services.intake import Intake
-from batch_orchestration.services.line_reading import ReadingRules
+from batch_orchestration.services.line_reading import ReadingRules, judge
 from batch_orchestration.storage.lines import read_lines
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,7 @@ def choose_chunk_size(file: BinaryIO, *, rules: ReadingRules, intake: Intake) ->
 def _derive(file: BinaryIO, rules: ReadingRules, trial: Intake) -> Derived:
     lines, sampled = sample_lines(file, max_line_bytes=rules.max_line_bytes)
     for number, data in enumerate(sampled):
-        request = parse_line(data, index=number, line=number + 1, model_required=False)
-        if isinstance(request, Request):
-            trial.examine(request)
+        judge(parse_line(data, index=number, line=number + 1, model_required=False), trial.examine)
     file.seek(0)
     estimate = trial.estimate(at=0.0)
     tokens = request_tokens([estimate])

@@ -93,12 +93,16 @@ class EstimateSettings:
             model=options.model, aliases=self.model_aliases, max_tokens_cap=self.max_tokens_cap
         )
 
-    def profiler(self) -> Profiler:
-        """Return what profiles one batch."""
-        counter = self.counter
+    def profiler(self, *, longest: int | None = None) -> Profiler:
+        """Return what profiles one batch.
+
+        Args:
+            longest: Tokens of the engine's context; None where it is not known.
+        """
+        counter, cap = self.counter, self.max_tokens_cap
         if counter is None:
-            return Profiler(max_tokens_cap=self.max_tokens_cap)
-        return Profiler(max_tokens_cap=self.max_tokens_cap, count_tokens=counter.prompt_tokens)
+            return Profiler(max_tokens_cap=cap, longest=longest)
+        return Profiler(max_tokens_cap=cap, longest=longest, count_tokens=counter.prompt_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Judges requests by what is known of the engine, before a second of its time is spent on them."""
 
 import logging
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,18 +40,6 @@ _CHANGES_PROMPT = (
     *("pooler-config", "override-pooler-config", "default-chat-template-kwargs", "hf-overrides"),
     *("io-processor-plugin", "trust-request-chat-template", "config"),
 )
-_decode = msgspec.json.Decoder(dict[str, Any]).decode
-
-
-class _Head(msgspec.Struct):
-    """The fields of a body that can make a request infeasible whatever its prompt is."""
-
-    model: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-
-
-_decode_head = msgspec.json.Decoder(_Head).decode
 
 
 def known_limits(engine: EngineInForce, facts: EngineFacts | None, *, now: float) -> Limits:
@@ -129,13 +116,13 @@ class Feasibility:
         """Return what is wrong with a request for this engine; None if it may be answered."""
         if self._limits == Limits():
             return None
-        body = self._decoded(request)
+        body = request.fields
         found = infeasible(
             request.endpoint,
             body,
             limits=self._limits,
             overrides=self._overrides,
-            least_prompt_tokens=lambda: self._least(request.endpoint, body),
+            least_prompt_tokens=lambda: self._least(request),
         )
         if found is None:
             return None
@@ -148,15 +135,12 @@ class Feasibility:
             message=message,
         )
 
-    def _decoded(self, request: Request) -> Mapping[str, Any]:
-        """Return the body, or so much of it as can decide: reading all takes most of the time."""
-        if len(request.body) < (self._limits.longest or sys.maxsize):
-            # Not even one token a byte would make its prompt too long.
-            return msgspec.structs.asdict(_decode_head(request.body))
-        return _decode(request.body)
-
-    def _least(self, endpoint: str, body: Mapping[str, Any]) -> int | None:
+    def _least(self, request: Request) -> int | None:
         """Return a lower bound of the prompt's tokens; None if it is short enough for certain."""
+        endpoint, body = request.endpoint, request.fields
+        if len(request.body) < (self._limits.longest or 0):
+            # Not even one token a byte would make it too long.
+            return None
         if (ids := _token_ids(endpoint, body)) is not None:
             return ids
         longest = self._limits.longest or 0

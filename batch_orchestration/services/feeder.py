@@ -329,9 +329,8 @@ class Feeder:
 
     async def _answer(self, pending: PendingRequest) -> Outcome | None:
         """Return the outcome; None if the device's care forbids the attempts that are left."""
-        request = pending.request
         body = prepare_body(
-            request.body, request.endpoint, overrides=self._overrides(pending), served=self._served
+            pending.request, overrides=self._overrides(pending), served=self._served
         )
         while await self._may_submit():
             outcome = await self._submit(pending, body)

@@ -36,9 +36,10 @@ class Intake:
         self._settings = settings
         self._knowledge = knowledge
         self._now = now
-        self._profiler = settings.profiler()
+        limits = known_limits(settings.engine, knowledge.facts, now=now)
+        self._profiler = settings.profiler(longest=limits.longest)
         self._feasibility = Feasibility(
-            known_limits(settings.engine, knowledge.facts, now=now),
+            limits,
             overrides=settings.overrides(options),
             engine=settings.engine,
             counter=settings.counter,

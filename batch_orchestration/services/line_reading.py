@@ -1,6 +1,7 @@
 """One pass over a batch file: requests and faults line by line, chunks, hash and counts."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import BinaryIO
 
 from batch_orchestration.domain.batches import MAX_REQUESTS_PER_BATCH
 from batch_orchestration.domain.chunks import Chunk
+from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.domain.requests import (
     UTF8_BOM,
@@ -18,6 +20,8 @@ from batch_orchestration.domain.requests import (
 )
 from batch_orchestration.services.heart import note_work
 from batch_orchestration.storage.lines import RawLine, new_digest, read_lines
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,31 @@ class ReadingRules:
     max_line_bytes: int
     requests_per_batch: int = MAX_REQUESTS_PER_BATCH
     model_required: bool = True
+
+
+def judge(
+    parsed: Request | Fault, examine: Callable[[Request], Request | Fault]
+) -> Request | Fault:
+    """Return what a line is once a usable request has been examined.
+
+    Whatever the examination stumbles over is this line's fault, and no other's. Only troubles of
+    disk, memory and store are raised: they are those of the machine.
+    """
+    if isinstance(parsed, Fault):
+        return parsed
+    try:
+        return examine(parsed)
+    except (OSError, MemoryError, BatchOrchestrationError):
+        raise
+    except Exception as error:  # a line must stop neither its file nor other files
+        logger.debug("line %d cannot be examined", parsed.line, exc_info=True)
+        return Fault(
+            index=parsed.index,
+            line=parsed.line,
+            custom_id=parsed.custom_id,
+            code=FailureCode.INVALID_REQUEST,
+            message=f"the request cannot be examined: {type(error).__name__}: {error}"[:500],
+        )
 
 
 class BatchFileReading:
@@ -86,9 +115,7 @@ class BatchFileReading:
                 continue
             self.requests += 1
             self.beginning = self.beginning or line.data.removeprefix(UTF8_BOM).lstrip()[:16]
-            parsed = self._refuse_duplicate(self._parse(line))
-            if isinstance(parsed, Request):
-                parsed = self._examine(parsed)
+            parsed = judge(self._refuse_duplicate(self._parse(line)), self._examine)
             if isinstance(parsed, Fault):
                 self.faults_by_code[parsed.code] += 1
             yield parsed

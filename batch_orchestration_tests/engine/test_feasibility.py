@@ -4,7 +4,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from batch_orchestration.domain.outcomes import Completion, FailureCode, Outcome
@@ -17,6 +16,7 @@ from batch_orchestration.services.prompt_counting import prompt_counter
 
 pytest.importorskip("vllm")
 
+from batch_orchestration_tests.builders import make_request
 from batch_orchestration_tests.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -73,9 +73,8 @@ CASES: list[tuple[str, str, dict[str, Any], bool]] = [
 ]
 
 
-def make_request(endpoint: str, body: dict[str, Any]) -> Request:
-    encoded = msgspec.json.encode({"model": "tiny", **body})
-    return Request(index=0, line=1, custom_id="r", endpoint=endpoint, body=msgspec.Raw(encoded))
+def asked(endpoint: str, body: dict[str, Any]) -> Request:
+    return make_request({"model": "tiny", **body}, endpoint=endpoint)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def verdicts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         try:
             return {
                 name: await engine.answer(
-                    endpoint, bytes(make_request(endpoint, body).body), request_id=name
+                    endpoint, bytes(asked(endpoint, body).body), request_id=name
                 )
                 for name, endpoint, body, _ in CASES
             }
@@ -132,7 +131,7 @@ def test_nothing_is_refused_that_the_engine_accepts(
         counter=prompt_counter(model),
     )
 
-    fault = feasibility.fault_of(make_request(endpoint, body))
+    fault = feasibility.fault_of(asked(endpoint, body))
 
     outcome = verdicts[name]
     if fault is not None:

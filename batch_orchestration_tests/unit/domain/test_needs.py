@@ -1,13 +1,12 @@
 """What a batch needs is estimated from above, or not at all."""
 
-import json
 from typing import Any
 
-import msgspec
 import pytest
 
 from batch_orchestration.domain.needs import TEMPLATE_TOKENS, Needs, needs_of
 from batch_orchestration.domain.requests import Request
+from batch_orchestration_tests.builders import make_request
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -16,8 +15,7 @@ PICTURE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url
 
 
 def request(endpoint: str = CHAT, **body: Any) -> Request:
-    data = json.dumps(body).encode()
-    return Request(index=0, line=1, custom_id="a", endpoint=endpoint, body=msgspec.Raw(data))
+    return make_request(body, endpoint=endpoint)
 
 
 def answer_tokens(needs: Needs, *requests: Request) -> int | None:

@@ -10,8 +10,8 @@ from batch_orchestration.domain.overrides import (
     prepare_body,
     resolve_model,
 )
+from batch_orchestration_tests.builders import make_request
 
-CHAT = "/v1/chat/completions"
 SERVED = ("smollm2", "smollm2-lora")
 
 
@@ -37,13 +37,15 @@ def test_the_batch_decides_on_the_model_then_an_alias_then_the_body(
 def test_a_body_without_overrides_passes_byte_for_byte() -> None:
     body = b'{ "model":"smollm2",  "temperature":0.10, "seed":1e3 }'
 
-    assert prepare_body(body, CHAT, overrides=Overrides(), served=SERVED) == body
+    assert prepare_body(make_request(body), overrides=Overrides(), served=SERVED) == body
 
 
 def test_an_alias_changes_the_model_and_keeps_the_bytes_of_all_else() -> None:
     body = '{"model":"gpt-4o","temperature":0.10,"x":{"ü": [1, 2]},"seed":1e3}'.encode()
 
-    sent = prepare_body(body, CHAT, overrides=Overrides(aliases={"*": "smollm2"}), served=SERVED)
+    sent = prepare_body(
+        make_request(body), overrides=Overrides(aliases={"*": "smollm2"}), served=SERVED
+    )
 
     assert sent == '{"model":"smollm2","temperature":0.10,"x":{"ü": [1, 2]},"seed":1e3}'.encode()
 
@@ -68,7 +70,7 @@ def test_an_alias_changes_the_model_and_keeps_the_bytes_of_all_else() -> None:
 def test_a_cap_bounds_what_a_request_may_ask_for(limits: dict, expected: dict) -> None:
     body = json.dumps({"model": "smollm2"} | limits).encode()
 
-    sent = prepare_body(body, CHAT, overrides=Overrides(max_tokens_cap=8), served=SERVED)
+    sent = prepare_body(make_request(body), overrides=Overrides(max_tokens_cap=8), served=SERVED)
 
     assert json.loads(sent) == {"model": "smollm2"} | expected
 
@@ -77,7 +79,9 @@ def test_embeddings_have_no_token_limit_to_cap() -> None:
     body = b'{"model":"smollm2","input":"cat"}'
 
     sent = prepare_body(
-        body, "/v1/embeddings", overrides=Overrides(max_tokens_cap=8), served=SERVED
+        make_request(body, endpoint="/v1/embeddings"),
+        overrides=Overrides(max_tokens_cap=8),
+        served=SERVED,
     )
 
     assert sent == body

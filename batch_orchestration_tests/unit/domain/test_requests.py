@@ -18,6 +18,8 @@ from batch_orchestration.domain.requests import (
 )
 from batch_orchestration_tests.builders import make_body, make_line
 
+TEMPERATURE = "the number in `body.temperature` is out of range"
+
 
 def parse(raw: bytes, *, model_required: bool = True) -> Request | Fault:
     return parse_line(raw, index=6, line=7, model_required=model_required)
@@ -65,7 +67,7 @@ def test_byte_order_mark_and_line_breaks_are_tolerated(beginning, ending):
         (make_line().replace(b"question", b"question \xff"), "not UTF-8: byte"),
         (b'{"custom_id": "\\ud800"}', "not JSON"),
         (b"\x00\x00", "not JSON"),
-        (b'{"body": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not JSON: maximum recursion"),
+        (b'{"body": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 128 deep"),
         (make_line(body={"model": "m", "x": float("nan")}), "not JSON"),
     ],
 )
@@ -100,6 +102,13 @@ def test_what_cannot_be_read_is_invalid_json(raw, message):
         (make_line(body=make_body(model=5)), "`body.model` is missing or not a string"),
         (make_line(body=make_body(stream=True)), "`stream` must not be set"),
         (make_line(body=make_body(stream="yes")), "`stream` must not be set"),
+        (make_line(body=make_body(temperature=1e300)).replace(b"e+300", b"e999"), TEMPERATURE),
+        (make_line(body=make_body(seed=2**64)), "`body.seed` is out of range"),
+        (make_line(body=make_body(n=16_385)), "`body.n` is 16,385; more than 16,384 no engine"),
+        (make_line(body=make_body(best_of=10**15)), "`body.best_of` is 1,000,000,000,000,000"),
+        (make_line(body=make_body(max_tokens=2**31)), "`body.max_tokens` is 2,147,483,648;"),
+        (make_line(body=make_body(max_completion_tokens=10**18)), "`body.max_completion_tokens`"),
+        (make_line(body=make_body(top_logprobs=10**12)), "`body.top_logprobs` is 1,000,000,"),
     ],
 )
 def test_an_envelope_with_a_fault_is_an_invalid_request(raw, message):
@@ -193,3 +202,61 @@ def test_a_field_of_any_type_is_a_request_or_a_fault(value, field):
     assert isinstance(parsed, Request | Fault)
     if isinstance(parsed, Request) and field == "custom_id":
         assert parsed.custom_id == value
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line.replace(b'"question', b'"\\ud83d question'),
+        lambda line: line.replace(b'"question 5"', b"NaN"),
+        lambda line: line.replace(b'"question 5"', b"1e999"),
+        lambda line: line.replace(b'"question 5"', b"9" * 5000),
+        lambda line: line.replace(b'"question 5"', b"[" * 200 + b"]" * 200),
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_line_that_cannot_be_used_names_its_custom_id_wherever_that_stands(damage, order):
+    fields = list(json.loads(make_line(5)).items())
+    line = json.dumps(dict(fields[::order])).encode()
+
+    assert fault_of(damage(line)).custom_id == "request-5"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 16_384},
+        {"n": -(10**15)},
+        {"n": 1e300},
+        {"n": "3"},
+        {"max_tokens": 2**31 - 1},
+        {"max_tokens": 0},
+        {"max_tokens": True},
+        {"max_completion_tokens": None},
+        {"seed": 2**63},
+    ],
+)
+def test_what_an_engine_can_be_asked_is_for_the_engine_to_refuse(fields):
+    request = parse(make_line(body=make_body(**fields)))
+
+    assert isinstance(request, Request)
+    assert request.fields == make_body(**fields) == json.loads(bytes(request.body))
+
+
+def test_of_a_body_that_is_there_twice_both_forms_are_the_last_one():
+    first, last = json.dumps(make_body("a")).encode(), json.dumps(make_body("b")).encode()
+    envelope = b'{"custom_id":"a","method":"POST","url":"/v1/completions","body":'
+
+    request = parse(envelope + first + b',"body":' + last + b"}")
+
+    assert isinstance(request, Request)
+    assert bytes(request.body) == last
+    assert request.fields == make_body("b")
+
+
+def test_a_lean_request_holds_no_second_prompt():
+    request = parse(make_line(body=make_body("long", max_tokens=5)))
+
+    assert isinstance(request, Request)
+    assert request.lean().fields == {"model": make_body()["model"], "max_tokens": 5}
+    assert request.lean().body == request.body

@@ -1,18 +1,20 @@
 """Profiles: what is counted of every request, what is sampled, and that both are the file's own."""
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 import pytest
 
+from batch_orchestration.domain.estimates import TokenHistory, estimate
 from batch_orchestration.domain.requests import Request
 from batch_orchestration.domain.token_profile import (
+    MOST_ANSWERS,
     SAMPLE_PER_SHAPE,
     Profiler,
     TokenProfile,
     shape_of_request,
 )
+from batch_orchestration_tests import builders
 
 CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
 
@@ -25,14 +27,7 @@ def make_request(
         if endpoint == EMBEDDINGS
         else {"messages": [{"role": "user", "content": text}]}
     )
-    body = json.dumps({"model": "m", **asked, **fields}).encode()
-    return Request(
-        index=index,
-        line=index + 1,
-        custom_id=f"r{index}",
-        endpoint=endpoint,
-        body=msgspec.Raw(body),
-    )
+    return builders.make_request({"model": "m", **asked, **fields}, endpoint=endpoint, index=index)
 
 
 def profile_of(requests: list[Request], **arguments: Any) -> TokenProfile:
@@ -53,6 +48,10 @@ def profile_of(requests: list[Request], **arguments: Any) -> TokenProfile:
         ({"response_format": {"type": "json_schema"}, "max_tokens": 9}, "chat, JSON, short"),
         ({"response_format": {"type": "text"}}, "chat, text, uncapped"),
         ({"structured_outputs": {"choice": ["a"]}}, "chat, JSON, uncapped"),
+        ({"max_tokens": 2**15}, "chat, text, long"),
+        ({"max_tokens": 2**15 + 1}, "chat, text, very long"),
+        ({"max_tokens": 600, "n": 100}, "chat, text, very long"),
+        ({"max_tokens": 1, "n": 10**6}, "chat, text, one token"),
     ],
 )
 def test_a_shape_says_what_kind_of_answer_is_asked_for(fields: dict[str, Any], shape: str) -> None:
@@ -122,17 +121,46 @@ def test_a_part_borrows_the_sample_of_a_shape_that_it_has_none_of() -> None:
 
 
 def test_texts_of_parts_and_of_lists_are_all_counted() -> None:
-    parts = make_request(0)
-    parts = msgspec.structs.replace(
-        parts,
-        body=msgspec.Raw(
-            b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "abc"},'
-            b' {"type": "image_url", "image_url": {}}]}, {"role": "user"}, 3]}'
-        ),
-    )
-    many = make_request(1, endpoint=EMBEDDINGS)
-    many = msgspec.structs.replace(many, body=msgspec.Raw(b'{"input": ["ab", "cd", [1, 2]]}'))
+    content = [{"type": "text", "text": "abc"}, {"type": "image_url", "image_url": {}}]
+    turns = [{"role": "user", "content": content}, {"role": "user"}, 3]
+    parts = make_request(0, messages=turns)
+    many = make_request(1, endpoint=EMBEDDINGS, input=["ab", "cd", [1, 2]])
 
     profile = profile_of([parts, many])
 
     assert [request.characters for request in profile.sample] == [3, 4]
+
+
+@pytest.mark.parametrize("absurd", [{"n": 10**9}, {"max_tokens": 10**9}, {"max_tokens": 1e300}])
+@pytest.mark.parametrize("fields", [{"max_tokens": 200}, {"max_tokens": 8}, {}])
+def test_what_an_absurd_request_asks_for_is_expected_only_as_far_as_an_engine_goes(
+    fields: dict[str, Any], absurd: dict[str, Any]
+) -> None:
+    sound = [make_request(index, **fields) for index in range(2000)]
+    # Wherever it stands: whether it is sampled depends on its place.
+    worst = max(
+        expected([*sound, make_request(2000 + place, **{**fields, **absurd})])
+        for place in range(20)
+    )
+
+    assert worst < 2 * expected(sound) + MOST_ANSWERS * 4096
+
+
+def test_a_request_whose_tokens_cannot_be_counted_leaves_the_profile_as_it_was() -> None:
+    def count_tokens(endpoint: str, body: Mapping[str, Any]) -> int:
+        if body["messages"][0]["content"] == "damned":
+            raise OverflowError
+        return 7
+
+    profiler = Profiler(count_tokens=count_tokens)
+    profiler.add(make_request(0))
+    with pytest.raises(OverflowError):
+        profiler.add(make_request(1, text="damned"))
+
+    assert profiler.profile() == profile_of([make_request(0)], count_tokens=count_tokens)
+
+
+def expected(requests: list[Request]) -> float:
+    profile = profile_of(requests, longest=4096)
+    made = estimate(profile, history=TokenHistory(), throughput=None, at_a_time=8)
+    return made.completion_tokens.mid

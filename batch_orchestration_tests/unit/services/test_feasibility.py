@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from batch_orchestration.domain.feasibility import CHAT, EMBEDDINGS, Limits, Runner
@@ -19,7 +18,7 @@ from batch_orchestration.services.feasibility import (
 )
 from batch_orchestration.services.prompt_counting import PromptCounter, prompt_counter
 from batch_orchestration.storage.estimates import EngineFacts
-from batch_orchestration_tests.builders import NOW
+from batch_orchestration_tests.builders import NOW, make_request
 
 pytest.importorskip("tokenizers")
 
@@ -62,13 +61,7 @@ def chat(*messages: tuple[str, Any], **fields: Any) -> Request:
 
 
 def asked(endpoint: str, body: dict[str, Any]) -> Request:
-    return Request(
-        index=3,
-        line=4,
-        custom_id="r",
-        endpoint=endpoint,
-        body=msgspec.Raw(msgspec.json.encode({"model": "tiny", **body})),
-    )
+    return make_request({"model": "tiny", **body}, endpoint=endpoint, index=3)
 
 
 def judge(
@@ -86,7 +79,7 @@ def test_a_prompt_that_is_certainly_too_long_becomes_a_fault_of_its_line(model: 
     fault = judge(chat(("user", "x" * 300)), make_engine(model))
 
     assert fault is not None
-    assert (fault.index, fault.line, fault.custom_id) == (3, 4, "r")
+    assert (fault.index, fault.line, fault.custom_id) == (3, 4, "request-3")
     assert fault.code is FailureCode.CONTEXT_LENGTH_EXCEEDED
     assert "256" in fault.message
 
