@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from batch_orchestration.services.heart import beating
+from batch_orchestration.services.open_files import raise_open_file_limit
 from batch_orchestration.services.run_workers import STACKS_SIGNAL
 from batch_orchestration.settings import load_settings
 from batch_orchestration.storage.files import DataFolder
@@ -21,6 +22,7 @@ def main() -> None:
     """Execute a run."""
     run_id, job, *command = sys.argv[1:]
     # Of its own: while a step runs, Dagster has the standard one go elsewhere.
+    raise_open_file_limit()
     faulthandler.register(STACKS_SIGNAL, file=os.dup(sys.stderr.fileno()), all_threads=True)
     with _heart(run_id, job):
         from dagster._cli import cli

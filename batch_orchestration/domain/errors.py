@@ -22,7 +22,9 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
     │   ├── EngineSick           the engine lives and fails nearly everything it is given
     │   └── CalibrationFailed    the engine answers nothing that it is to be measured by
     └── StorageError
-        ├── DiskFull             nothing was recorded; make room and try again
+        ├── Shortage             something has run out for now; nothing was recorded
+        │   ├── DiskFull         make room, and what waits goes on
+        │   └── TooManyOpenFiles this process, or the machine, has no descriptor left
         ├── JournalInUse         another process is writing this journal
         ├── OutboxUnwritable     output and error files cannot be written
         ├── JournalError         a second outcome, or a record that could not be read back
@@ -140,8 +142,16 @@ class StorageError(BatchOrchestrationError):
     """The journal or the store is unusable."""
 
 
-class DiskFull(StorageError):
-    """There is no room to write; nothing was recorded, and trying again later is safe."""
+class Shortage(StorageError):
+    """Something has run out for now; nothing was recorded, and trying again later is safe."""
+
+
+class DiskFull(Shortage):
+    """There is no room to write."""
+
+
+class TooManyOpenFiles(Shortage):
+    """This process, or the machine, has as many files open as it may."""
 
 
 class JournalInUse(StorageError):

@@ -65,7 +65,7 @@ from batch_orchestration.services.verdicts import (
 )
 from batch_orchestration.storage.files import (
     DataFolder,
-    full_disk,
+    shortages,
     sync_folder,
     write_atomically,
 )
@@ -94,10 +94,11 @@ def admit(
     Raises:
         FileStillChanging: Somebody was writing the file; it is back in the inbox.
         ClaimNotFound: There is no such claim.
+        Shortage: The disk is full, or no file can be opened; the claim stays.
         StorageError: Something could not be written; the claim stays and can be admitted again.
     """
     place = ClaimFolder(folder, claim.claim_id)
-    with place.lock():
+    with shortages(place.root), place.lock():
         verdict = place.settled_verdict()
         if verdict is None:
             verdict = _Admission(place, folder, store, settings, clock).settle()
@@ -182,7 +183,7 @@ class _Admission:
         encode = msgspec.json.encode
         with (
             open_batch_file(path, max_bytes=self._settings.max_file_bytes) as file,
-            full_disk(self._spool),
+            shortages(self._spool),
             self._spool.open("wb") as spool,
         ):
             for parsed in reading.read(file):
@@ -194,7 +195,7 @@ class _Admission:
         limit = self._settings.max_file_bytes
         with (
             open_batch_file(user_file, max_bytes=limit) as source,
-            full_disk(target),
+            shortages(target),
             target.open("wb") as file,
         ):
             shutil.copyfileobj(source, file, _BLOCK_BYTES)

@@ -10,7 +10,7 @@ from filelock import FileLock
 from batch_orchestration.domain.batch_figures import Latencies
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord, SettledRequest
-from batch_orchestration.domain.errors import AccountingError, DiskFull
+from batch_orchestration.domain.errors import AccountingError, Shortage
 from batch_orchestration.domain.kept import Kept
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
@@ -114,7 +114,7 @@ def assemble(
             text = write_report(batch_id, report, files)
             crash_point(CrashPoint.AFTER_RENAMES)
             _remove_partial_files(files)
-        except DiskFull as error:
+        except Shortage as error:
             raise unwritable(files, str(error)) from error
         reason = f"{tally.completed:,} answered, {tally.failed:,} failed"
         with part_ending(plan, ending.status, folder=folder, store=store) as submission:

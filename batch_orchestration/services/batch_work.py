@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import ChunkReport, Provenance
-from batch_orchestration.domain.errors import DiskFull, JournalError, JournalInUse
+from batch_orchestration.domain.errors import JournalError, JournalInUse, Shortage
 from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.services.chunk_pass import (
     ChunkPass,
@@ -123,7 +123,13 @@ class BatchWork:
                 return None
             if (obstacle := self._begin_chunk()) is not None or self._drawing is None:
                 return obstacle
-        if (pending := next(self._requests, None)) is None:
+        try:
+            pending = next(self._requests, None)
+        except Shortage as shortage:
+            # Found when the kept input is opened: nothing of the chunk is drawn yet.
+            self._requests = self._drawing.pending()
+            return shortage
+        if pending is None:
             drawn, self._drawing = self._drawing, None
             self._seal_if_complete(drawn)
             return None
@@ -151,7 +157,7 @@ class BatchWork:
         """Make what the open journals hold survive a power loss."""
         for chunk_pass in list(self._open):
             # Closed in between: it was synced before.
-            with contextlib.suppress(JournalError, DiskFull):
+            with contextlib.suppress(JournalError, Shortage):
                 chunk_pass.journal.sync()
 
     def close_journals(self) -> None:
@@ -185,7 +191,7 @@ class BatchWork:
         ref = self._refs.popleft()
         try:
             chunk_pass = ChunkPass(ref, provenance=self._provenance())
-        except DiskFull as full:
+        except Shortage as full:
             self._refs.appendleft(ref)
             return full
         except JournalInUse as in_use:
@@ -228,7 +234,7 @@ class BatchWork:
     def _seal_if_complete(self, chunk_pass: RequestPass) -> None:
         if chunk_pass.complete and (ref := self._open.pop(chunk_pass, None)) is not None:
             # A disk without room for the sync has none for the commit either, which waits for it.
-            with contextlib.suppress(DiskFull):
+            with contextlib.suppress(Shortage):
                 chunk_pass.journal.sync()
             chunk_pass.journal.close()
             self.committer.add(ref, engine_rung=self._engine_rung())

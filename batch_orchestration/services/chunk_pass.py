@@ -8,14 +8,14 @@ from pathlib import Path
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import Chunk, chunk_key
 from batch_orchestration.domain.commits import Provenance
-from batch_orchestration.domain.errors import DiskFull, JournalInUse, PlanMismatch
+from batch_orchestration.domain.errors import JournalInUse, PlanMismatch, Shortage
 from batch_orchestration.domain.outcomes import Failure, Outcome
 from batch_orchestration.domain.requests import Request, parse_line
-from batch_orchestration.storage.files import DataFolder, RawLine, read_chunk
+from batch_orchestration.storage.files import DataFolder, RawLine, read_chunk, shortages
 from batch_orchestration.storage.journal import Journal
 
 #: Why a request cannot be drawn just now; it may be drawn a moment later.
-Obstacle = DiskFull | JournalInUse
+Obstacle = Shortage | JournalInUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,11 @@ class ChunkRef:
         """Read its non-blank lines from the kept input.
 
         Raises:
+            Shortage: There is no descriptor for it; found before the first line.
             PlanMismatch: They are not those that were admitted.
         """
-        return read_chunk(self.input_path, self.chunk, self.plan.max_line_bytes)
+        with shortages(self.input_path):
+            yield from read_chunk(self.input_path, self.chunk, self.plan.max_line_bytes)
 
     @property
     def indices(self) -> range:
@@ -111,6 +113,7 @@ class ChunkPass(RequestPass):
         """Read what has no outcome yet, in file order.
 
         Raises:
+            Shortage: There is no descriptor for it; found before the first request.
             PlanMismatch: The kept input is not the one that was admitted.
         """
         for line in self.ref.lines():

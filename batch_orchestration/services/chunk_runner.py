@@ -29,6 +29,7 @@ from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.committer import Committed, Results
 from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.ladders import chunk_needs
+from batch_orchestration.services.obstacles import Obstacles
 from batch_orchestration.services.plan_checks import check_input_size, check_settings
 from batch_orchestration.services.request_window import Window
 from batch_orchestration.services.run_accounts import RunAccounts
@@ -275,7 +276,8 @@ class _BatchRun:
             self._loop.close()
 
     async def _feed(self) -> None:
-        self._own.commit_what_is_complete()
+        waiting = Obstacles(waited=self._vitals.note_progress, is_over=lambda: False)
+        await waiting.durably(self._own.commit_what_is_complete)
         if not self._own.can_draw:
             return self._accounts.begin_committing()
         try:

@@ -28,7 +28,12 @@ from batch_orchestration.domain.sources import Origin
 from batch_orchestration.services.batch_files import is_gzip_name
 from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
 from batch_orchestration.services.verdicts import Admitted, Held, Released, Split, Verdict
-from batch_orchestration.storage.files import DataFolder, sync_folder, write_atomically
+from batch_orchestration.storage.files import (
+    DataFolder,
+    make_folder,
+    sync_folder,
+    write_atomically,
+)
 from batch_orchestration.storage.moves import (
     is_taken,
     move_if_free,
@@ -76,6 +81,7 @@ class ClaimFolder:
     def create(self, origin: Origin) -> None:
         """Make the claim's folder, which durably says where its file will come from."""
         self.root.mkdir()
+        sync_folder(self.root.parent)
         write_atomically(self._origin_path, msgspec.json.encode(origin))
 
     def origin(self) -> Origin:
@@ -158,7 +164,7 @@ class ClaimFolder:
             folder: Made if it is missing.
             verdict_at: Says what the verdict is for a file that is put there; it is kept first.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         targets = (folder / name for name in numbered_names(user_file.name))
         for target in targets:
             if is_taken(target, by_other_than=user_file):
@@ -177,7 +183,7 @@ class ClaimFolder:
 
     def settle(self) -> None:
         """Say that the verdict is carried out, and remove the claim."""
-        self._settled_path.parent.mkdir(exist_ok=True)
+        make_folder(self._settled_path.parent)
         self._verdict_path.replace(self._settled_path)
         sync_folder(self._settled_path.parent)
         self.sweep()

@@ -1,15 +1,17 @@
 """What a run that works on a batch does about its early end: it notices, and stops in time."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Coroutine
 from typing import Any
 
 from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.errors import Shortage
 from batch_orchestration.domain.lifecycle import Closing, deadline
 from batch_orchestration.services.closing import expire
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.files import DataFolder, shortages
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +54,20 @@ class ClosingWatch:
         return self.seen is not None and time.monotonic() - self._seen_at > COMMIT_SECONDS
 
     def look(self) -> Closing | None:
-        """Return the decision, if there is one."""
+        """Return the decision, if there is one; what cannot be opened now may be next time."""
+        with (
+            contextlib.suppress(Shortage),
+            shortages(self._folder.closing_path(self._plan.batch_id)),
+        ):
+            self._look()
+        return self.seen
+
+    def _look(self) -> None:
         batch_id, now = self._plan.batch_id, time.time()
         if self.seen is None and (found := self._folder.read_closing(batch_id)) != self._known:
             self.seen = found
         if self.seen is None and now >= self._deadline:
             self.seen = expire(batch_id, folder=self._folder, actor=self._run_id, now=now)
-        return self.seen
 
     async def unless_closed(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work; as soon as the batch is to end, abort it and return.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from batch_orchestration.domain.commits import ChunkReport, SettledRequest
-from batch_orchestration.domain.errors import DiskFull, StorageError, StoreLocked
+from batch_orchestration.domain.errors import Shortage, StorageError, StoreLocked
 from batch_orchestration.domain.requests import parse_line
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
@@ -117,7 +117,7 @@ class Committer:
         while not self._stopping.is_set():
             try:
                 step()
-            except (StoreLocked, DiskFull) as obstacle:
+            except (StoreLocked, Shortage) as obstacle:
                 logger.warning(
                     "commits of batch %s wait (%d complete chunks); answers are safe in the"
                     " journals and the feed goes on: %s",

@@ -34,6 +34,7 @@ from batch_orchestration.services.easing import Easing
 from batch_orchestration.services.engine_poll import EnginePoll
 from batch_orchestration.services.hang_watch import LOOKS_PER_LIMIT, HangWatch
 from batch_orchestration.services.obstacles import Obstacles
+from batch_orchestration.services.open_files import connections_possible
 from batch_orchestration.services.request_window import RequestWindow, Window
 from batch_orchestration.services.run_vitals import MARGIN_SECONDS, RunVitals
 
@@ -90,9 +91,7 @@ class Feeder:
         looks = window.hang_seconds / LOOKS_PER_LIMIT
         self._poll = EnginePoll(engine, heard=self._heard, most_seconds=looks)
         waited = self._vitals.note_progress
-        self._room = RequestWindow(
-            window, most=lambda: self._easing.in_flight, care=care, waited=waited
-        )
+        self._room = RequestWindow(window, most=self._most_in_flight, care=care, waited=waited)
         self._isolation: Isolation[PendingRequest] = Isolation()
         #: Drawn from the source and without an outcome, in the order of drawing.
         self._unanswered: dict[PendingRequest, None] = {}
@@ -257,6 +256,9 @@ class Feeder:
     def _patience_seconds(self) -> float:
         """So long without progress is slow: an engine that is stuck, `HangWatch` ends before."""
         return self._hang_watch.limit_seconds + MARGIN_SECONDS
+
+    def _most_in_flight(self) -> int:
+        return min(self._easing.in_flight, connections_possible())
 
     def _moved(self) -> None:
         self._vitals.patience_seconds = self._patience_seconds

@@ -1,10 +1,13 @@
-"""Waits for what keeps a run from going on and harms nothing: a full disk, a journal in use."""
+"""Waits for what keeps a run from going on and harms nothing.
+
+A full disk, a lack of descriptors, a journal in use.
+"""
 
 import asyncio
 import logging
 from collections.abc import Callable
 
-from batch_orchestration.domain.errors import DiskFull
+from batch_orchestration.domain.errors import DiskFull, Shortage, TooManyOpenFiles
 from batch_orchestration.services.chunk_pass import Obstacle
 
 logger = logging.getLogger(__name__)
@@ -30,18 +33,18 @@ class Obstacles:
         self._complained_at = -COMPLAINT_SECONDS
 
     async def durably(self, record: Callable[[], None]) -> bool:
-        """Write to a journal; while the disk is full wait for room.
+        """Do what needs the disk; while there is a shortage, wait for its end and do it again.
 
         Returns:
-            Whether it is written; not, if everything was over before there was room.
+            Whether it is done; not, if everything was over before.
         """
         while True:
             try:
                 record()
-            except DiskFull as full:
+            except Shortage as shortage:
                 if self._is_over():
                     return False
-                await self.wait(full)
+                await self.wait(shortage)
             else:
                 return True
 
@@ -61,7 +64,15 @@ class Obstacles:
         now = asyncio.get_running_loop().time()
         if now - self._complained_at > COMPLAINT_SECONDS:
             self._complained_at = now
-            until = "there is room" if isinstance(obstacle, DiskFull) else "others are done"
-            logger.warning("paused until %s, nothing is lost: %s", until, obstacle)
+            logger.warning("paused until %s, nothing is lost: %s", _until(obstacle), obstacle)
         self._waited()
         await asyncio.sleep(OBSTACLE_POLL_SECONDS)
+
+
+def _until(obstacle: Obstacle) -> str:
+    match obstacle:
+        case DiskFull():
+            return "there is room"
+        case TooManyOpenFiles():
+            return "files can be opened again"
+    return "others are done"

@@ -15,7 +15,7 @@ from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.services.documents import Block, to_html, to_markdown
 from batch_orchestration.services.heart import note_work
 from batch_orchestration.services.tallies import Tally
-from batch_orchestration.storage.files import write_atomically
+from batch_orchestration.storage.files import make_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def make_writable(files: OutboxFiles) -> None:
     """Find out now, not after an hour of writing, and clear what a killed assembly left."""
     probe = files.folder / ".probe"
     try:
-        files.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(files.folder)
         probe.touch()
         probe.unlink()
     except OSError as error:

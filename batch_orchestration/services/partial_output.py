@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from filelock import FileLock
 
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import DiskFull
+from batch_orchestration.domain.errors import Shortage
 from batch_orchestration.services.assembly import (
     AssemblyReport,
     assemble,
@@ -98,7 +98,7 @@ def _write_partial(finished: FinishedSoFar, folder: DataFolder, store: Store) ->
         ):
             settled = read_finished(finished, folder=folder, store=store)
             write_lines(batch_id, settled, output, errors, tally)
-    except DiskFull as error:
+    except Shortage as error:
         raise unwritable(files, str(error)) from error
     logger.info(
         "%s: partial, %d of %d requests, in %s",

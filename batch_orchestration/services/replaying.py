@@ -16,7 +16,7 @@ from batch_orchestration.domain.batches import BatchPlan, settings_hash
 from batch_orchestration.domain.commits import Provenance
 from batch_orchestration.domain.dead_letters import Replay
 from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.errors import DiskFull, JournalError, JournalInUse, PlanMismatch
+from batch_orchestration.domain.errors import JournalError, JournalInUse, PlanMismatch, Shortage
 from batch_orchestration.domain.needs import needs_of
 from batch_orchestration.domain.outcomes import Completion
 from batch_orchestration.domain.requests import Fault, Request
@@ -211,7 +211,7 @@ class _ReplayRun:
         while self._journal is None:
             try:
                 self._journal = self._open_journal()
-            except DiskFull as full:
+            except Shortage as full:
                 yield full
         replay_pass = RequestPass(self._plan.batch_id, self._replay.indices, self._journal)
         pending = frozenset(replay_pass.unsettled)
@@ -244,5 +244,5 @@ class _ReplayRun:
         while True:
             await asyncio.sleep(SYNC_SECONDS)
             if self._journal is not None:
-                with contextlib.suppress(JournalError, DiskFull):
+                with contextlib.suppress(JournalError, Shortage):
                     await asyncio.to_thread(self._journal.sync)

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from batch_orchestration.domain.batches import BatchPlan, BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import AccountingError, DiskFull
+from batch_orchestration.domain.errors import AccountingError, Shortage
 from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.domain.submissions import Submission
 from batch_orchestration.services.heart import holding, note_work
@@ -98,7 +98,7 @@ def _assemble(
             submission, list(records.values()), failures, outbox=str(files.folder)
         )
         text = write_report(submission.submission_id, report, files)
-    except DiskFull as error:
+    except Shortage as error:
         raise unwritable(files, str(error)) from error
     logger.info(
         "%s: all %d parts have ended: %d answered, %d failed, in %s",

@@ -18,7 +18,7 @@ def write_book(path: Path, book: AlertBook) -> None:
     """Replace the book, durably.
 
     Raises:
-        DiskFull: There is no room; the old one stands.
+        Shortage: There is no room; the old one stands.
         StorageError: It cannot be written; the old one stands.
     """
     write_atomically(path, msgspec.json.encode(book))

@@ -7,13 +7,13 @@ beside it, and everyone retries, with jitter, until a deadline.
 
 import contextlib
 import logging
+import os
 import random
 import re
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from os import getpid
 from pathlib import Path
 
 import duckdb
@@ -24,8 +24,9 @@ from batch_orchestration.domain.errors import (
     StorageError,
     StoreDamaged,
     StoreLocked,
+    TooManyOpenFiles,
 )
-from batch_orchestration.storage.files import disk_errors, sync_folder
+from batch_orchestration.storage.files import disk_errors, make_folder, shortages, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ QUIET_SECONDS = 0.5
 REPORT_INTERVAL_SECONDS = 10.0
 _FIRST_PAUSE_SECONDS = 0.01
 _LONGEST_PAUSE_SECONDS = 0.25
+#: The database, its log, temporary files, and what other threads open meanwhile.
+_DESCRIPTORS = 16
 
 #: What DuckDB says if another process is inside, and if this process is, in the other mode.
 _LOCKED = ("Could not set lock on file", "different configuration than existing connections")
@@ -53,7 +56,7 @@ def writing(
 
     Raises:
         StoreLocked: Others kept it locked past the deadline.
-        DiskFull: There is no room; nothing was committed.
+        Shortage: There is no room, or no descriptor; nothing was committed.
         StorageError: It cannot be written, is damaged, or DuckDB refused a statement.
     """
     wait = _Wait(path, "write", deadline_seconds)
@@ -82,6 +85,10 @@ def creating(
             log.unlink(missing_ok=True)
         with _transaction(unfinished, wait, read_only=False) as connection:
             yield connection
+        if log.exists():
+            # Closing says nothing of what kept it from emptying the log, a full disk as a rule.
+            with _duckdb_errors(path), contextlib.closing(duckdb.connect(unfinished)) as again:
+                again.execute("CHECKPOINT")
         if log.exists():
             raise StorageError(f"{path} could not be made: DuckDB left {log.name} behind")
         with disk_errors(path):
@@ -149,7 +156,7 @@ class _Wait:
             return
         logger.warning(
             "pid %d has waited %.1f s to %s %s, held by %s; it will wait %.0f s more",
-            *(getpid(), now - self._started, self._purpose, self._path, holder),
+            *(os.getpid(), now - self._started, self._purpose, self._path, holder),
             self._deadline - now,
         )
         self._reported = True
@@ -161,7 +168,7 @@ def _queue(path: Path, wait: _Wait) -> Iterator[None]:
     """Be the one writer of ours."""
     queue = FileLock(path.with_name(f"{path.name}.lock"))
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         wait.until(lambda: _enter_queue(queue))
     try:
         yield
@@ -180,7 +187,7 @@ def _enter_queue(queue: FileLock) -> str | None:
         return "another writer of ours"
     # Only for the others' log: a full disk is noticed by what matters.
     with contextlib.suppress(OSError):
-        owner.write_text(str(getpid()))
+        owner.write_text(str(os.getpid()))
     return None
 
 
@@ -195,13 +202,14 @@ def _transaction(
         if not inside.acquire(timeout=_LONGEST_PAUSE_SECONDS):
             return "another thread of this process"
         try:
+            _require_descriptors(path)
             opened.append(duckdb.connect(path, read_only=read_only))
         except duckdb.Error as error:
             inside.release()
             if not any(words in str(error) for words in _LOCKED):
                 raise
             holder = _HOLDER.search(str(error))
-            return _process(int(holder[1]) if holder else getpid())
+            return _process(int(holder[1]) if holder else os.getpid())
         except BaseException:
             inside.release()
             raise
@@ -220,6 +228,20 @@ def _transaction(
             inside.release()
 
 
+def _require_descriptors(path: Path) -> None:
+    """Make sure that DuckDB can open what it needs.
+
+    It ends the whole process if it finds no descriptor in the middle of its work.
+    """
+    spare: list[int] = []
+    try:
+        with shortages(path):
+            spare.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(_DESCRIPTORS))
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def _duckdb_errors(path: Path) -> Iterator[None]:
     try:
@@ -228,6 +250,8 @@ def _duckdb_errors(path: Path) -> Iterator[None]:
         reason = str(error).strip()
         if "No space left" in reason or "File too large" in reason:
             raise DiskFull(f"no room to write {path}: {reason}") from error
+        if "Too many open files" in reason:
+            raise TooManyOpenFiles(f"cannot open {path}: {reason}") from error
         refused = isinstance(error, duckdb.ProgrammingError)
         if not refused and any(word in reason for word in _DAMAGED):
             raise StoreDamaged(

@@ -56,7 +56,7 @@ def write_table(
         metadata: Goes into the file's own metadata, where the kind has any (Parquet).
 
     Raises:
-        DiskFull: There is no room; `path` is as before.
+        Shortage: There is no room; `path` is as before.
         StorageError: It cannot be written.
     """
     with disk_errors(path):

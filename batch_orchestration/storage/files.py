@@ -13,7 +13,12 @@ import msgspec
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import chunk_key
-from batch_orchestration.domain.errors import BatchNotFound, DiskFull, StorageError
+from batch_orchestration.domain.errors import (
+    BatchNotFound,
+    DiskFull,
+    StorageError,
+    TooManyOpenFiles,
+)
 from batch_orchestration.domain.lifecycle import Closing, Resumption
 from batch_orchestration.domain.submissions import Submission, submission_of
 from batch_orchestration.storage.lines import RawLine, new_digest, read_chunk, read_lines
@@ -23,16 +28,19 @@ __all__ = [
     "RawLine",
     "atomic_writer",
     "disk_errors",
-    "full_disk",
+    "make_folder",
     "new_digest",
     "read_chunk",
     "read_lines",
+    "shortages",
     "sync_folder",
     "write_atomically",
 ]
 
 #: No blocks, no quota, or the process's own limit on the size of files.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+#: Of this process, and of the machine.
+NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 #: Temporary names stay well below the 255 bytes that file systems allow.
 _NAME_KEPT = 40
 
@@ -148,7 +156,7 @@ class DataFolder:
             *(self.inbox, self.rejected, self.claims, self.batches, self.submissions),
             *(self.journals, self.outbox, self.logs),
         ):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
 
     def plan_path(self, batch_id: str) -> Path:
         """Where the plan of a batch is kept."""
@@ -312,10 +320,12 @@ def read_kept(path: Path, kind: type[Kept]) -> Kept | None:
     """Return what is kept in a small JSON file; None if it is not there.
 
     Raises:
+        TooManyOpenFiles: It cannot be read just now.
         StorageError: It is damaged, or cannot be read.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        with shortages(path):
+            return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -346,16 +356,16 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     Missing folders are made. If the body raises, `path` is as before and no rest is left.
 
     Raises:
-        DiskFull: There is no room, whether found by the body or at the end.
+        Shortage: There is no room, whether found by the body or at the end, or no descriptor.
         StorageError: The folder cannot be written.
     """
     temporary = path.with_name(f".{path.name[:_NAME_KEPT]}.{secrets.token_hex(6)}.tmp")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         file = temporary.open("xb")
     try:
         # Closing writes what is left in the buffer, and may be what finds the disk full.
-        with full_disk(path), file:
+        with shortages(path), file:
             yield file
             with disk_errors(path):
                 file.flush()
@@ -376,22 +386,40 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and every one above it that is missing, so that all survive a power loss.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    missing = [folder, *folder.parents]
+    missing = missing[: next(n for n, each in enumerate(missing) if each.exists())]
+    for each in reversed(missing):
+        # Somebody else may make the same one meanwhile; who syncs it does not matter.
+        each.mkdir(exist_ok=True)
+        sync_folder(each.parent)
+    if not missing:
+        folder.mkdir(exist_ok=True)  # raises if it is no folder
+
+
 @contextlib.contextmanager
-def full_disk(path: Path) -> Iterator[None]:
-    """Turn the errors of a full disk into `DiskFull`, and let every other one pass."""
+def shortages(path: Path) -> Iterator[None]:
+    """Turn a lack of room or of descriptors into `Shortage`, and let every other error pass."""
     try:
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
             raise DiskFull(f"no room to write {path}: {error.strerror}") from error
+        if error.errno in NO_DESCRIPTOR:
+            raise TooManyOpenFiles(f"cannot open {path}: {error.strerror}") from error
         raise
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system into `StorageError`, a full disk into `DiskFull`."""
+    """Turn errors of the operating system into `StorageError`, a lack of room into `Shortage`."""
     try:
-        with full_disk(path):
+        with shortages(path):
             yield
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

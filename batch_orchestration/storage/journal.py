@@ -13,7 +13,7 @@ from typing import Self
 from batch_orchestration.domain.commits import Attempt, Provenance
 from batch_orchestration.domain.errors import JournalError, JournalInUse
 from batch_orchestration.domain.outcomes import Failure, Outcome
-from batch_orchestration.storage.files import disk_errors, sync_folder
+from batch_orchestration.storage.files import disk_errors, make_folder, shortages, sync_folder
 from batch_orchestration.storage.records import (
     FailedAttemptRecord,
     OutcomeRecord,
@@ -31,14 +31,29 @@ from batch_orchestration.storage.replay import (
     replay_journal,
 )
 
-__all__ = ["Journal", "JournalEntry", "JournalState", "read_journal", "replay_journal"]
+__all__ = [
+    "Journal",
+    "JournalEntry",
+    "JournalState",
+    "open_journals",
+    "read_journal",
+    "replay_journal",
+]
+
+#: Descriptors of the journals that this process has open for writing.
+_open: set[int] = set()
+
+
+def open_journals() -> int:
+    """Return how many journals this process has open for writing."""
+    return len(_open)
 
 
 class Journal:
     """The journal of a chunk, opened for writing by this process alone.
 
     Every record is with the operating system when its method returns, and so survives the end of
-    this process; it survives a power loss after `sync`. If a method raises `DiskFull`, nothing was
+    this process; it survives a power loss after `sync`. If a method raises `Shortage`, nothing was
     recorded, and it can be called again. Threads may share a journal.
 
     Attributes:
@@ -49,6 +64,7 @@ class Journal:
         self.state = state
         self._path = path
         self._descriptor: int | None = descriptor
+        _open.add(descriptor)
         self._ordinal = state.passes + 1
         self._writing = threading.Lock()
 
@@ -63,16 +79,16 @@ class Journal:
             StorageError: It cannot be written, or belongs to another chunk.
         """
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 _lock(descriptor, path)
                 if os.fstat(descriptor).st_size == 0:
                     sync_folder(path.parent)
-                    sync_folder(path.parent.parent)
                 journal = cls(path, descriptor, replay_journal(path, batch_id, number))
                 journal._begin_pass(batch_id, number, provenance, at)
             except BaseException:
+                _open.discard(descriptor)
                 os.close(descriptor)
                 raise
         return journal
@@ -84,7 +100,8 @@ class Journal:
         Raises:
             JournalInUse: It is; the message names the process.
         """
-        descriptor = os.open(path, os.O_RDONLY)
+        with shortages(path):
+            descriptor = os.open(path, os.O_RDONLY)
         try:
             _lock(descriptor, path)
         finally:
@@ -142,6 +159,7 @@ class Journal:
         """Release the lock. Closing twice does nothing."""
         with self._writing:
             if self._descriptor is not None:
+                _open.discard(self._descriptor)
                 os.close(self._descriptor)
                 self._descriptor = None
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from batch_orchestration.storage.files import sync_folder
+from batch_orchestration.storage.files import make_folder, sync_folder
 
 #: What Linux allows in one name, in bytes.
 NAME_MAX_BYTES = 255
@@ -47,7 +47,7 @@ def move_into(source: Path, folder: Path, name: str) -> Path:
 
     A crash in the middle can leave it in both places, never in none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for free_name in numbered_names(name):
         target = folder / free_name
         if move_if_free(source, target):

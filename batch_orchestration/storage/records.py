@@ -15,6 +15,7 @@ import msgspec
 
 from batch_orchestration.domain.commits import Attempt, Provenance
 from batch_orchestration.domain.outcomes import Failure, Outcome
+from batch_orchestration.storage.files import shortages
 
 RECORD_SEPARATOR = b"\x1e"
 FORMAT = 1
@@ -131,7 +132,9 @@ def _pieces(path: Path, end: int | None) -> Iterator[bytes]:
     """Yield what stands between separators; empty pieces are left out."""
     unfinished: list[bytes] = []
     left = sys.maxsize if end is None else end
-    with path.open("rb") as file:
+    with shortages(path):
+        file = path.open("rb")
+    with file:
         while block := file.read(min(left, _BLOCK_BYTES)):
             left -= len(block)
             first, *others = block.split(RECORD_SEPARATOR)

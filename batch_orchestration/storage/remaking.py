@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.storage.connection import DEADLINE_SECONDS, replacing
-from batch_orchestration.storage.files import disk_errors, sync_folder
+from batch_orchestration.storage.files import disk_errors, make_folder, sync_folder
 from batch_orchestration.storage.moves import move_into
 from batch_orchestration.storage.store import Store
 
@@ -29,7 +29,7 @@ def remake(
         StorageError: The folder cannot be written.
     """
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     with (
         replacing(path, deadline_seconds=deadline_seconds),
         TemporaryDirectory(prefix=".recover-", dir=path.parent) as folder,

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.errors import EngineDied, StorageError
+from batch_orchestration.domain.errors import DiskFull, EngineDied, StorageError
 from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.services.verdicts import Admitted
+from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.mixed_batches import durable_outcomes
+from batch_orchestration_tests.inbox_bench import InboxBench
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench
 
@@ -189,6 +192,32 @@ def test_commits_wait_for_room_while_answers_go_on_into_the_journals(
     assert "answers are safe in the journals" in message
     assert bench.indices(plan) == list(range(REQUESTS))
     assert bench.store.batch(plan.batch_id).chunks_committed == 3
+
+
+def test_wherever_admission_meets_a_full_disk_it_says_so_and_the_file_is_admitted_once(
+    disk: Path,
+) -> None:
+    """With so many pages more at each attempt that it fails at one place after the other."""
+    bench = InboxBench(disk / "data")
+    claim = bench.claim("a.jsonl", make_input(50), meta=b'{"priority": 2}')
+    failures = 0
+    for pages in (*range(8), *range(8, 64, 8), 128, 256, 512):
+        ballast = fill(disk, but=4096 * pages)
+        try:
+            verdict = bench.admit(claim)
+        except DiskFull:
+            failures += 1
+        else:
+            break
+        finally:
+            ballast.unlink()
+
+    assert failures > 2
+    assert isinstance(verdict, Admitted)
+    assert bench.folder.batch_ids() == [verdict.batch_id]
+    assert bench.store.batch(verdict.batch_id).total == 50
+    assert bench.folder.read_plan(verdict.batch_id).options.priority == 2
+    assert bench.inbox.claims() == []
 
 
 @pytest.mark.parametrize("place", ["journals", "."])
