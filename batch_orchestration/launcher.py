@@ -22,6 +22,7 @@ from typing import Any, Self
 
 import dagster as dg
 import msgspec
+from dagster._core.errors import DagsterLaunchFailedError
 from dagster._core.launcher.base import (
     CheckRunHealthResult,
     LaunchRunContext,
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 #: How much of a dead worker's log is shown with the run's failure.
 SHOWN_LOG_LINES = 20
+#: Fields of an op's config whose names are a person's own; `env` is one like any other there.
+_FREE_PAIRS = frozenset({("config", "metadata"), ("config", "overrides")})
 
 
 class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass):
@@ -86,6 +89,7 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
     def launch_run(self, context: LaunchRunContext) -> None:
         """Start the worker, detached: neither Ctrl-C nor the end of Dagster reaches it."""
         self._reap()
+        refuse_names_of_variables(context.dagster_run.run_config)
         run_id = context.dagster_run.run_id
         log_path = self._log_path(run_id)
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +206,30 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         for run_id, worker in list(self._workers.items()):
             if worker.poll() is not None:
                 del self._workers[run_id]
+
+
+def refuse_names_of_variables(config: object, *, place: tuple[str, ...] = ()) -> None:
+    """Refuse a run whose config has the worker read a variable of its environment.
+
+    Dagster puts the variable's value in the place of `{"env": NAME}` in every text and number of
+    any config, and each of these can come to be shown: whoever reaches the launchpad could read any
+    secret of the service.
+
+    Raises:
+        DagsterLaunchFailedError: With the place, if there is one.
+    """
+    free = place[:1] == ("ops",) and place[2:] in _FREE_PAIRS
+    if isinstance(config, Mapping):
+        if not free and list(config) == ["env"]:
+            raise DagsterLaunchFailedError(  # type: ignore[no-untyped-call]
+                f"the run config names an environment variable at {'.'.join(place)}, and a run may"
+                " read none: write the value itself. Keys and passwords are settings (BATCH_*)"
+            )
+        for name, value in config.items():
+            refuse_names_of_variables(value, place=(*place, name))
+    elif isinstance(config, Sequence) and not isinstance(config, str):
+        for value in config:
+            refuse_names_of_variables(value, place=(*place, "[]"))
 
 
 def _settings_if_valid() -> Settings | None:

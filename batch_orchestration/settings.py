@@ -143,6 +143,12 @@ class Settings(BaseSettings):
         default_factory=dict,
         description='Further flags of the vLLM server as JSON: {"max-model-len": 4096}.',
     )
+    engine_env: dict[str, SecretStr | None] = Field(
+        default_factory=dict,
+        description=(
+            'Variables of the vLLM server as JSON; null passes ours on: {"AWS_PROFILE": null}.'
+        ),
+    )
     base_url: str = Field("", description="Of a running OpenAI-compatible server (engine=remote).")
     api_key: SecretStr = Field(SecretStr(""), description="Key of that server.")
     engine_start_timeout_seconds: float = Field(900, gt=0, description="Until the engine is ready.")
@@ -284,6 +290,13 @@ class Settings(BaseSettings):
             raise ValueError("holds a user, which would be shown; a key is for BATCH_API_KEY")
         return url
 
+    @field_validator("engine_env")
+    @classmethod
+    def _none_of_ours(cls, env: dict[str, SecretStr | None]) -> dict[str, SecretStr | None]:
+        if ours := sorted(name for name in env if name.upper().startswith(PREFIX)):
+            raise ValueError(f"{', '.join(ours)}: settings are not for the engine")
+        return env
+
     @model_validator(mode="after")
     def _what_needs_another_has_it(self) -> "Settings":
         if self.engine is EngineKind.REMOTE and not self.base_url:
@@ -320,6 +333,13 @@ class Settings(BaseSettings):
                 " for ever"
             )
         return self
+
+    def engine_environment(self) -> dict[str, str | None]:
+        """Return the variables given to the vLLM server; None for one that is passed on."""
+        return {
+            name: None if value is None else value.get_secret_value()
+            for name, value in self.engine_env.items()
+        }
 
     def answer_settings(self) -> dict[str, Any]:
         """Return what answers depend on, by name: the part of the settings that a plan fixes."""
@@ -396,5 +416,5 @@ def _given(variables: Mapping[str, str | None]) -> set[str]:
 
 def _as_text(value: object) -> str:
     if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False, default=str)
     return "" if value is None else str(value)

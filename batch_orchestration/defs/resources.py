@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_answers import DEFAULT_MODEL
 from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm_flags import flag_name
 from batch_orchestration.services.chunk_runner import Feeding
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine
@@ -31,7 +32,7 @@ from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing, size_run
-from batch_orchestration.settings import Device, EngineKind, Settings
+from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.rung_memory import RungMemory
 from batch_orchestration.storage.store import Store
@@ -95,22 +96,49 @@ def feeding(settings: Settings, sizing: Sizing) -> Feeding:
     )
 
 
+class RunFlags(dg.Config):
+    """Flags of vLLM's server that one run may have otherwise than `BATCH_ENGINE_ARGS` says.
+
+    An allow-list, and numbers only: whoever reaches the launchpad names no host, key, file or code.
+    """
+
+    max_model_len: int | None = Field(default=None, ge=1, description="Longest request, in tokens.")
+    max_num_seqs: int | None = Field(default=None, ge=1, description="Requests computed at a time.")
+    max_num_batched_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens of one step."
+    )
+    gpu_memory_utilization: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the device's memory."
+    )
+    kv_cache_memory_bytes: int | None = Field(
+        default=None, ge=1, description="Instead of that share."
+    )
+    enforce_eager: bool | None = Field(default=None, description="Start sooner, compute slower.")
+    seed: int | None = Field(default=None, ge=0, description="Of the sampling.")
+
+    def over(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the deployment's flags with those of this run in their place."""
+        given = {flag_name(name): value for name, value in self.model_dump().items()}
+        given = {flag: value for flag, value in given.items() if value is not None}
+        kept = {name: value for name, value in args.items() if flag_name(name) not in given}
+        return kept | given
+
+
 class GpuResource(dg.ConfigurableResource):
     """The engine that answers requests, and the device under it.
 
     Nothing is started before a chunk has something pending. The engine is kept from one retry of
     the step to the next and stopped, with its whole process group, when the run ends.
+
+    Which engine it is, where it runs and with which key only the deployment's settings say: what is
+    a field here can be changed in the launchpad, and is kept with the run.
     """
 
-    engine: str = Field(description="vllm, remote or simulated.")
-    device: str = Field(description="cuda or cpu, for vLLM; never guessed.")
-    model: str = Field(description="Folder or hub name of the model that vLLM serves.")
-    served_model_name: str = Field(description="Name to serve it under; default: its last part.")
-    engine_args: dict[str, Any] = Field(description='vLLM server flags, {"max-model-len": 4096}.')
-    base_url: str = Field(description="Of a running OpenAI-compatible server, for remote.")
-    api_key: str = Field(description="Key of that server.")
-    start_timeout_seconds: float = Field(description="Until the engine is ready.")
-    request_timeout_seconds: float = Field(description="One attempt of one request.")
+    flags: RunFlags = Field(
+        default=RunFlags(), description="vLLM's flags that this run has otherwise."
+    )
+    start_timeout_seconds: float = Field(gt=0, description="Until the engine is ready.")
+    request_timeout_seconds: float = Field(gt=0, description="One attempt of one request.")
 
     _engine: Engine | None = PrivateAttr(None)
     _settings: Settings | None = PrivateAttr(None)
@@ -120,14 +148,6 @@ class GpuResource(dg.ConfigurableResource):
     def of(cls, settings: Settings) -> "GpuResource":
         """Return the resource that the settings describe."""
         return cls(
-            engine=str(settings.engine),
-            device=str(settings.device),
-            model=settings.model,
-            served_model_name=settings.served_model_name,
-            engine_args=settings.engine_args,
-            base_url=settings.base_url,
-            # Shown by its name; an EnvVar without a value would be an error.
-            api_key=dg.EnvVar("BATCH_API_KEY") if settings.api_key.get_secret_value() else "",
             start_timeout_seconds=settings.engine_start_timeout_seconds,
             request_timeout_seconds=settings.request_timeout_seconds,
         )
@@ -136,12 +156,9 @@ class GpuResource(dg.ConfigurableResource):
         """Return the settings with what the launchpad changed about the engine."""
         return settings.model_copy(
             update={
-                "engine": EngineKind(self.engine),
-                "device": Device(self.device),
-                "model": self.model,
-                "served_model_name": self.served_model_name,
-                "engine_args": self.engine_args,
-                "base_url": self.base_url,
+                "engine_args": self.flags.over(settings.engine_args),
+                "engine_start_timeout_seconds": self.start_timeout_seconds,
+                "request_timeout_seconds": self.request_timeout_seconds,
             }
         )
 
@@ -204,36 +221,37 @@ class GpuResource(dg.ConfigurableResource):
 
     def _build(self, log_path: Path, settings: Settings) -> Engine:
         most = self._sizing.most_in_flight
-        match EngineKind(self.engine):
+        match settings.engine:
             case EngineKind.VLLM:
                 return VllmEngine(
-                    self.model,
+                    settings.model,
                     log_path=log_path,
-                    served_model_name=self.served_model_name,
-                    device=self.device,
-                    args={**self._sizing.flags, **self.engine_args},
+                    served_model_name=settings.served_model_name,
+                    device=str(settings.device),
+                    args={**self._sizing.flags, **settings.engine_args},
+                    env=settings.engine_environment(),
                     make_ladder=partial(self._ladder, settings),
                     before_start=partial(require_healthy_gpu, settings),
-                    timeout_seconds=self.request_timeout_seconds,
-                    start_timeout_seconds=self.start_timeout_seconds,
+                    timeout_seconds=settings.request_timeout_seconds,
+                    start_timeout_seconds=settings.engine_start_timeout_seconds,
                     connections=most,
                 )
             case EngineKind.REMOTE:
                 return ServerEngine(
-                    self.base_url,
-                    api_key=self.api_key,
-                    timeout_seconds=self.request_timeout_seconds,
-                    start_timeout_seconds=self.start_timeout_seconds,
+                    settings.base_url,
+                    api_key=settings.api_key.get_secret_value(),
+                    timeout_seconds=settings.request_timeout_seconds,
+                    start_timeout_seconds=settings.engine_start_timeout_seconds,
                     connections=most,
                 )
             case EngineKind.SIMULATED:
                 return SimulatedEngine(
                     log_path=log_path,
-                    models=[self.served_model_name or DEFAULT_MODEL],
+                    models=[settings.served_model_name or DEFAULT_MODEL],
                     control_path=data_folder(settings).root / "simulated.json",
                     make_ladder=partial(self._ladder, settings),
-                    timeout_seconds=self.request_timeout_seconds,
-                    start_timeout_seconds=self.start_timeout_seconds,
+                    timeout_seconds=settings.request_timeout_seconds,
+                    start_timeout_seconds=settings.engine_start_timeout_seconds,
                     connections=most,
                 )
 
@@ -241,9 +259,9 @@ class GpuResource(dg.ConfigurableResource):
         return remembered_ladder(
             top,
             memory=RungMemory(data_folder(settings).rungs),
-            model=self.model or self.engine,
-            device=self.device,
-            args=self.engine_args,
+            model=settings.model or str(settings.engine),
+            device=str(settings.device),
+            args=settings.engine_args,
             retry_seconds=settings.rung_retry_seconds,
             derived=tuple(self._sizing.flags),
         )

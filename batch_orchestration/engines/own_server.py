@@ -31,8 +31,8 @@ LAST_WORDS = 3
 CAUSES = 3
 ALL_LINES = 10**9
 
-Launch = Callable[[int, str], tuple[Sequence[str], Mapping[str, str]]]
-"""From port and API key to command and additional environment."""
+Launch = Callable[[int, str], tuple[Sequence[str], Mapping[str, str | None]]]
+"""From port and API key to command and additional environment; see `child_environment`."""
 
 
 class _PortTaken(Exception):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from batch_orchestration.domain.errors import EngineStartFailed
 from batch_orchestration.engines import logs, process_records
+from batch_orchestration.engines.child_environment import child_environment
 from batch_orchestration.engines.parent_guard import GUARD_VARIABLE
 from batch_orchestration.engines.process_records import ProcessRecord
 from batch_orchestration.engines.spawner import spawn_guarded
@@ -55,12 +56,13 @@ class EngineProcess:
         child = self._child
         return None if child is None else child.pid
 
-    def spawn(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+    def spawn(self, command: Sequence[str], env: Mapping[str, str | None]) -> None:
         """Start the server, after ending whatever is left of an earlier one.
 
         Args:
             command: Program and arguments.
-            env: Added to this process's own environment.
+            env: Added to `child_environment`, the part of ours that it gets; with None for its
+                value a variable is passed on as we have it.
 
         Raises:
             EngineStartFailed: It cannot be started, or its record belongs to a living process.
@@ -69,7 +71,7 @@ class EngineProcess:
             self.stop()
             self._end_left_over()
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            environment = {**os.environ, **env, GUARD_VARIABLE: str(os.getpid())}
+            environment = child_environment({**env, GUARD_VARIABLE: str(os.getpid())})
             with self.log_path.open("ab") as log:
                 self._log_start = log.tell()
                 try:

@@ -143,7 +143,8 @@ class _Stat(msgspec.Struct, frozen=True):
 def _stat(pid: int) -> _Stat | None:
     try:
         text = (PROC / str(pid) / "stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        # A process that may not be looked at (`hidepid`) is not ours.
         return None
     # The second field is the program's name in parentheses; it may contain anything.
     fields = text.rpartition(")")[2].split()

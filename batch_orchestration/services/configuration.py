@@ -134,7 +134,7 @@ def _vllm_in_force(settings: Settings) -> EngineInForce:
         args={**(CPU_ARGS if device == "cpu" else {}), **args},
         folder=_folder(settings.model),
         served=_served(settings, args),
-        checks_names=names_are_checked() and "enable-lora" not in args,
+        checks_names=names_are_checked(settings.engine_environment()) and "enable-lora" not in args,
         at_a_time=rung.max_num_seqs or DEFAULT_IN_FLIGHT,
     )
 

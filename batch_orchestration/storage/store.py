@@ -32,6 +32,7 @@ from batch_orchestration.storage import (
 from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.figures import FigureTables
 from batch_orchestration.storage.gpu_samples import GpuSampleTable
+from batch_orchestration.storage.questions import ask
 from batch_orchestration.storage.replay import JournalEntry
 
 _TABLES = (
@@ -285,11 +286,10 @@ class Store:
         """Return column names and rows of a person's SQL, which can only read the store.
 
         Raises:
-            StorageError: DuckDB refuses it; the message is DuckDB's.
+            StorageError: See `questions.ask`.
         """
-        with self._reading() as db:
-            found = db.execute(sql).fetchall()
-            return [column[0] for column in db.description or ()], found
+        self.migrate()
+        return ask(self._path, sql, deadline_seconds=self._deadline_seconds)
 
     def _batches(self, rest: str, parameters: Sequence[Any] = ()) -> list[BatchRecord]:
         with self._reading() as db:

@@ -229,13 +229,7 @@ def test_a_run_that_a_person_launched_gets_the_tag_of_its_batch(deployment):
 def other_engine_args():
     """What the launchpad sends when a person edits one field of the resource."""
     fields = {
-        "engine": "simulated",
-        "device": "cpu",
-        "model": "",
-        "served_model_name": "",
-        "engine_args": {"seed": 7},
-        "base_url": "",
-        "api_key": "",
+        "flags": {"seed": 7},
         "start_timeout_seconds": 60.0,
         "request_timeout_seconds": 60.0,
     }

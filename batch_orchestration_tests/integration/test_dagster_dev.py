@@ -16,6 +16,8 @@ from batch_orchestration_tests.integration.dagster_processes import dagster_dev
 
 pytestmark = pytest.mark.timeout(300)
 
+#: Fields of the engine's resource that the launchpad's form fills in.
+TIMEOUTS = {"start_timeout_seconds": 60.0, "request_timeout_seconds": 60.0}
 #: The backfill daemon looks once in 30 s, and again when the run has ended.
 BACKFILL_SECONDS = 120.0
 #: Of each request of the big batch and of the urgent one: 32 at a time, the big one takes 75 s.
@@ -131,7 +133,7 @@ def test_chunks_can_be_launched_one_by_one_and_as_backfills(dagster):
     # While the backfill daemon takes its time, the two single chunks.
     selection = dagster.backfill("chunk_results", [keys[3], keys[5]])
     assert launch_chunks(dagster, keys[0]).status == "SUCCESS"
-    other = {"resources": {"gpu": {"config": {**gpu_config(), "engine_args": {"seed": 1}}}}}
+    other = {"resources": {"gpu": {"config": {"flags": {"seed": 1}, **TIMEOUTS}}}}
     assert launch_chunks(dagster, keys[1], **other).status == "FAILURE"
     assert status("failed") == {keys[1]}
     dagster.wait_until(
@@ -251,20 +253,6 @@ def test_a_small_urgent_file_overtakes_a_big_batch_within_the_bound(dagster):
     assert {report.run_id for report in reports} <= answering, "by a run of the big batch"
     dagster.simulate()
     dagster.wait_for_status(big, "completed", seconds=200)
-
-
-def gpu_config():
-    return {
-        "engine": "simulated",
-        "device": "cuda",
-        "model": "",
-        "served_model_name": "",
-        "engine_args": {},
-        "base_url": "",
-        "api_key": "",
-        "start_timeout_seconds": 60.0,
-        "request_timeout_seconds": 60.0,
-    }
 
 
 def test_a_replay_that_was_asked_for_elsewhere_is_run_and_delivered(dagster):

@@ -8,12 +8,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
-from pydantic import SecretStr
 
 from batch_orchestration.definitions import definitions
-from batch_orchestration.defs.resources import GpuResource
 from batch_orchestration.launcher import LocalProcessRunLauncher
-from batch_orchestration.settings import EngineKind, Settings
+from batch_orchestration.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 JOBS = ("admit_batch", "submit_batch", "answer_chunks", "deliver_batch", "benchmark_engine")
@@ -104,21 +102,6 @@ def test_everything_of_the_instance_lies_under_the_data_folder():
     ]
 
     assert all(folder.startswith("data/dagster") for folder in folders)
-
-
-def test_the_api_key_is_shown_by_name_only():
-    settings = Settings(
-        engine=EngineKind.REMOTE,
-        base_url="http://engine:8000",
-        api_key=SecretStr("s3cret"),
-        _env_file=None,
-    )
-
-    gpu = GpuResource.of(settings)
-
-    assert isinstance(gpu.api_key, dg.EnvVar)
-    assert "s3cret" not in repr(gpu)
-    assert "s3cret" not in repr(settings)
 
 
 @pytest.mark.parametrize("name", ["batch_orchestration.definitions"])

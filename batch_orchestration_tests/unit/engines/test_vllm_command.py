@@ -104,7 +104,21 @@ def test_the_key_is_in_the_environment_and_not_on_the_command_line(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_API_KEY": "secret",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "VLLM_SERVER_DEV_MODE": "0",
+        "HF_TOKEN": None,
+        "HUGGING_FACE_HUB_TOKEN": None,
     }
+
+
+def test_paths_that_need_no_key_and_reach_into_the_engine_cannot_be_switched_on() -> None:
+    env = server_env("m", "k", device="cuda", env={"VLLM_SERVER_DEV_MODE": "1"})
+
+    assert env["VLLM_SERVER_DEV_MODE"] == "0"
+
+
+def test_a_token_on_the_command_line_is_refused() -> None:
+    with pytest.raises(EngineStartFailed, match="set HF_TOKEN in the environment"):
+        command(args={"hf_token": "hf_secret"})
 
 
 def test_a_local_folder_needs_no_hub_and_a_cpu_no_compiler(tmp_path: Path) -> None:

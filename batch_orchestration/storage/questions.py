@@ -1,0 +1,98 @@
+"""A person's SQL: one SELECT over the store, which reaches no file, no network and no setting."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.storage.connection import reading
+
+#: In this order: each of the last two forbids what would come after it.
+_CONFINED = (
+    "SET memory_limit = '1GiB'",
+    "SET threads = 2",
+    # What does not fit into memory fails; it would go to the disk of the journals.
+    "SET temp_directory = ''",
+    "SET autoinstall_known_extensions = false",
+    "SET autoload_known_extensions = false",
+    "SET allow_community_extensions = false",
+    # Else a name that is no table may be a variable of this program.
+    "SET python_enable_replacements = false",
+    "SET enable_external_access = false",
+    "SET lock_configuration = true",
+)
+#: As long as somebody reads, nobody writes: commits of running batches wait meanwhile.
+MOST_SECONDS = 60.0
+MOST_ROWS = 100_000
+MOST_BYTES = 64 * 2**20
+_ROWS_AT_A_TIME = 100
+
+Answer = tuple[list[str], list[tuple[Any, ...]]]
+
+
+def ask(
+    path: Path,
+    sql: str,
+    *,
+    deadline_seconds: float,
+    most_seconds: float = MOST_SECONDS,
+    most_rows: int = MOST_ROWS,
+    most_bytes: int = MOST_BYTES,
+) -> Answer:
+    """Return column names and rows of one SELECT.
+
+    Args:
+        path: Of the store, which is opened read-only.
+        sql: One statement that is a SELECT, or shows tables and columns.
+        deadline_seconds: Of waiting for a store that somebody writes to.
+        most_seconds: Then the query is interrupted.
+        most_rows: Of the result.
+        most_bytes: Of the result, as text.
+
+    Raises:
+        StorageError: It is no SELECT, DuckDB refuses it, or its result is too large.
+    """
+    with reading(path, deadline_seconds=deadline_seconds) as db:
+        for setting in _CONFINED:
+            db.execute(setting)
+        _check_one_select(db, sql)
+        alarm = threading.Timer(most_seconds, db.interrupt)
+        alarm.start()
+        try:
+            db.execute(sql)
+            columns = [column[0] for column in db.description or ()]
+            return columns, _rows(db, most_rows=most_rows, most_bytes=most_bytes)
+        except duckdb.InterruptException as error:
+            raise StorageError(
+                f"the query took more than {most_seconds:g} s and was stopped, as commits of"
+                " running batches wait meanwhile; ask for less, or copy the store and ask the copy"
+            ) from error
+        finally:
+            alarm.cancel()
+
+
+def _check_one_select(db: duckdb.DuckDBPyConnection, sql: str) -> None:
+    try:
+        kinds = [statement.type for statement in db.extract_statements(sql)]
+    except ValueError:  # a kind of statement that this version of the binding has no name for
+        kinds = []
+    if kinds != [duckdb.StatementType.SELECT]:
+        raise StorageError("a query is one SELECT statement; the store is only read here")
+
+
+def _rows(
+    db: duckdb.DuckDBPyConnection, *, most_rows: int, most_bytes: int
+) -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = []
+    size = 0
+    while some := db.fetchmany(_ROWS_AT_A_TIME):
+        rows += some
+        size += sum(len(str(value)) for row in some for value in row)
+        if len(rows) > most_rows or size > most_bytes:
+            raise StorageError(
+                f"the result has more than {most_rows:,} rows or {most_bytes >> 20:,} MiB: add a"
+                " LIMIT or aggregate; whole batches are written by `results BATCH --output FILE`"
+            )
+    return rows
