@@ -164,6 +164,12 @@ def _show_board(context: Context, *, as_json: bool) -> None:
     _say_store_problem(board.store_problem)
     for table in tables.board_tables(board):
         context.console.print(table)
+    if board.unread:
+        click.echo(
+            f"Files wait in {context.folder.inbox}, and no Dagster daemon has ever looked at this"
+            " data folder. Start one there where dagster.yaml lies: `make dev`, or `dagster dev`"
+            f" with BATCH_DATA_DIR={context.folder.root}"
+        )
 
 
 def _say_store_problem(problem: str | None) -> None:
@@ -184,5 +190,6 @@ def _board_object(board: Board, context: Context) -> dict[str, Any]:
         "claims": [{"claim_id": c.claim_id, "file_name": c.file_name} for c in board.claims],
         "rejected": list(board.rejected),
         "store_problem": board.store_problem,
+        "unread": board.unread,
         "queue": board.queue,
     }

@@ -17,7 +17,7 @@ from batch_orchestration.services import submission, validation
 from batch_orchestration.services.batch_files import open_batch_file
 from batch_orchestration.services.board import rejections
 from batch_orchestration.services.configuration import admission_settings
-from batch_orchestration.services.sidecars import find_sidecar, read_options
+from batch_orchestration.services.sidecars import named_problem, own_sidecar, read_options
 from batch_orchestration.services.status import find_identity
 from batch_orchestration.services.wording import estimate_rows
 
@@ -176,11 +176,11 @@ def _say_sent(sent: Submission, *, as_json: bool, lines: bool) -> None:
 
 
 def _options(file: Path, given: dict[str, Any]) -> BatchOptions:
-    said = msgspec.to_builtins(read_options(find_sidecar(file)))
+    said = msgspec.to_builtins(read_options(own_sidecar(file)))
     try:
         return msgspec.convert(said | given, BatchOptions)
     except msgspec.ValidationError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(named_problem(error)) from error
 
 
 def _pairs(metadata: tuple[str, ...]) -> dict[str, str] | None:

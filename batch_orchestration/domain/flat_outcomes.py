@@ -7,11 +7,14 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.domain import foreign_json
 from batch_orchestration.domain.commits import SIMULATED, SettledRequest
 from batch_orchestration.domain.outcomes import Completion
 
 #: An embedding may come as base64 of 32-bit floats.
 _FLOAT_BYTES = 4
+#: Where the answers of a response are: text, or embeddings.
+_CHOICES = ("choices", "data")
 
 
 class FlatOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +25,8 @@ class FlatOutcome(msgspec.Struct, frozen=True, kw_only=True):
         line: Line number in the file, from 1.
         status: `completed` or `failed`.
         code: Of the failure, as is `message`; None for an answer.
+        choices: How many the answer has: of `n`, of a list of prompts or of texts to embed. The
+            columns that follow are about the first.
         text: Of the first choice; None if it has none (a tool call, an embedding).
         embedding_length: Numbers in the first embedding; None for other answers.
         prompt_tokens: None for a failure, as is `completion_tokens`.
@@ -36,6 +41,7 @@ class FlatOutcome(msgspec.Struct, frozen=True, kw_only=True):
     status: str
     code: str | None = None
     message: str | None = None
+    choices: int | None = None
     text: str | None = None
     embedding_length: int | None = None
     finish_reason: str | None = None
@@ -69,6 +75,7 @@ def flat_outcome(request: SettledRequest) -> FlatOutcome:
     answer = _decoded(outcome.body)
     return msgspec.structs.replace(
         flat,
+        choices=_choices(answer),
         text=_text(answer),
         embedding_length=_embedding_length(answer),
         finish_reason=outcome.finish_reason,
@@ -79,8 +86,8 @@ def flat_outcome(request: SettledRequest) -> FlatOutcome:
 
 def _decoded(body: msgspec.Raw) -> object:
     try:
-        return msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+        return foreign_json.decode(body)
+    except foreign_json.BadJson:
         return None
 
 
@@ -88,6 +95,11 @@ def _first(answer: object, field: str) -> Mapping[str, Any]:
     items = answer.get(field) if isinstance(answer, dict) else None
     first = items[0] if isinstance(items, list) and items else None
     return first if isinstance(first, dict) else {}
+
+
+def _choices(answer: object) -> int | None:
+    items = [answer.get(field) for field in _CHOICES] if isinstance(answer, dict) else []
+    return next((len(each) for each in items if isinstance(each, list)), None)
 
 
 def _text(answer: object) -> str | None:

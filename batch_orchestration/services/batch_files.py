@@ -29,6 +29,11 @@ def is_gzip_name(name: str) -> bool:
     return name.lower().endswith(".gz")
 
 
+def is_batch_file_name(name: str) -> bool:
+    """Whether a name ends as batch files do, in any case."""
+    return name.lower().endswith((".jsonl", ".jsonl.gz"))
+
+
 @contextlib.contextmanager
 def open_batch_file(path: Path, *, max_bytes: int | None = None) -> Iterator[BinaryIO]:
     """Open a batch file for reading, expanded on the way if its name ends in `.gz`.

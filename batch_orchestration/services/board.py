@@ -34,6 +34,7 @@ class Board:
         claims: Files that are being read.
         rejected: The last few files that were refused and are still there, newest first.
         queue: As `dispatch_sensor` last saw it; None if it never looked.
+        unread: Whether files wait, and no daemon has ever looked at this data folder.
     """
 
     batches: tuple[BatchView, ...]
@@ -42,6 +43,7 @@ class Board:
     claims: tuple[Claim, ...]
     rejected: tuple[Rejected, ...]
     queue: QueueView | None = None
+    unread: bool = False
 
     @property
     def store_problem(self) -> str | None:
@@ -73,13 +75,15 @@ def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) ->
     """
     waiting, claims, queue = [], [], _read_queue(folder)
     known = {entry.id: entry for entry in queue.entries} if queue else {}
-    if folder.inbox.is_dir() and folder.claims.is_dir():
+    unread = not folder.queue.exists()
+    if folder.inbox.is_dir():
         waiting = inbox.waiting(now=now)
         waiting += [
-            Waiting(path, name, _ready(known.get(name)))
+            Waiting(path, name, _ready(known.get(name), unread=unread))
             for path in inbox.ready_files(now=now)
             for name in (inbox.name_of(path),)
         ]
+    if folder.claims.is_dir():
         claims = inbox.claims()
     batches = view_batches(folder=folder, store=store, now=now)
     return Board(
@@ -89,10 +93,13 @@ def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) ->
         claims=tuple(claims),
         rejected=tuple(itertools.islice(rejections(folder), REJECTED_SHOWN)),
         queue=queue,
+        unread=unread and bool(waiting or claims),
     )
 
 
-def _ready(entry: QueueEntry | None) -> str:
+def _ready(entry: QueueEntry | None, *, unread: bool) -> str:
+    if unread:
+        return "complete; no daemon has ever looked at this inbox"
     if entry is None or entry.reason in (None, WaitReason.SETTLING):
         return "complete; the inbox sensor will take it"
     return f"{entry.reason}: {entry.detail}"

@@ -25,7 +25,7 @@ import msgspec
 
 from batch_orchestration.domain.errors import ClaimNotFound
 from batch_orchestration.domain.sources import Origin
-from batch_orchestration.services.batch_files import is_gzip_name
+from batch_orchestration.services.batch_files import is_batch_file_name, is_gzip_name
 from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
 from batch_orchestration.services.verdicts import Admitted, Held, Released, Split, Verdict
 from batch_orchestration.storage.files import (
@@ -220,11 +220,6 @@ class ClaimFolder:
 def kept_name(file_name: str) -> str:
     """Return what the author's file is called in the folder of its batch."""
     return "input.jsonl.gz" if is_gzip_name(file_name) else "input.jsonl"
-
-
-def is_batch_file_name(name: str) -> bool:
-    """Whether a name ends as batch files do, in any case."""
-    return name.lower().endswith((".jsonl", ".jsonl.gz"))
 
 
 def find_claim(folder: DataFolder, claim_id: str) -> Claim:

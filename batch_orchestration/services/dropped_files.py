@@ -18,8 +18,14 @@ from pathlib import Path
 
 from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.sources import REJECTED, Origin, origin_in
-from batch_orchestration.services.claims import is_batch_file_name
-from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, options_said
+from batch_orchestration.services.batch_files import is_batch_file_name
+from batch_orchestration.services.sidecars import (
+    SIDECAR_ENDING,
+    doubt_about_sidecar,
+    files_of_sidecar,
+    find_sidecar,
+    options_said,
+)
 from batch_orchestration.services.surveys import Survey
 
 #: Of folders within the inbox.
@@ -27,6 +33,11 @@ MAX_DEPTH = 2
 #: Names that copying programs and editors give to what is not finished.
 _UNFINISHED = re.compile(
     r"(^~.*|.*(~|\.(tmp|temp|part|partial|filepart|crdownload|download|swp)))", re.IGNORECASE
+)
+
+
+_PACKED = re.compile(
+    r".*\.(zst|zstd|bz2|xz|lzma|lz4|br|z|zip|7z|rar|tar|tgz|tbz2?|txz)(\.gz)?", re.IGNORECASE
 )
 
 
@@ -73,6 +84,8 @@ def look(
                 reason = "its folder's name is not UTF-8; rename the folder"
             if reason is None and (reason := _reason_to_wait(path, stats, settle_seconds, now)):
                 settling = True
+            if reason is None:
+                reason = doubt_about_sidecar(path)
             yield DroppedFile(
                 path=path,
                 stats=stats,
@@ -99,6 +112,8 @@ def reason_to_ignore(name: str, mode: int) -> str | None:
         return "named like an unfinished copy; rename it when it is complete"
     if name.endswith(SIDECAR_ENDING):
         return "a side-car without its file"
+    if _PACKED.fullmatch(name):
+        return "packed in a form that is not read; unpack it, or pack it with gzip as .jsonl.gz"
     if not is_batch_file_name(name):
         return "ignored for its ending; rename to .jsonl (or .jsonl.gz) to have it admitted"
     return None
@@ -165,8 +180,4 @@ def _unrest(stats: os.stat_result, settle_seconds: float, now: float) -> str | N
 
 
 def _is_sidecar_in_use(path: Path) -> bool:
-    if not path.name.endswith(SIDECAR_ENDING):
-        return False
-    stem = path.name.removesuffix(SIDECAR_ENDING)
-    names = (stem, f"{stem}.jsonl", f"{stem}.jsonl.gz", f"{stem}.gz")
-    return any(is_batch_file_name(n) and (path.parent / n).exists() for n in names)
+    return path.name.endswith(SIDECAR_ENDING) and bool(files_of_sidecar(path))

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ from batch_orchestration.services.heart import note_work
 from batch_orchestration.storage.lines import RawLine, new_digest, read_lines
 
 logger = logging.getLogger(__name__)
+
+#: What differs between two faults of one kind: places, numbers and quotations.
+_PARTICULARS = re.compile(r"\d[\d,.]*|\"[^\"]*\"?|'[^']*'?")
+#: Kinds of faults that are told apart; a file of nothing but noise may have as many as lines.
+_MOST_KINDS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,8 @@ class BatchFileReading:
     ) -> None:
         self.requests = 0
         self.faults_by_code: Counter[FailureCode] = Counter()
+        self._kinds: Counter[str] = Counter()
+        self._first_of_kind: dict[str, Fault] = {}
         self.lines = 0
         self.size_bytes = 0
         #: The first bytes that are not white space: they tell other formats from JSON lines.
@@ -117,13 +125,18 @@ class BatchFileReading:
             self.beginning = self.beginning or line.data.removeprefix(UTF8_BOM).lstrip()[:16]
             parsed = judge(self._refuse_duplicate(self._parse(line)), self._examine)
             if isinstance(parsed, Fault):
-                self.faults_by_code[parsed.code] += 1
+                self._count_fault(parsed)
             yield parsed
 
     @property
     def faulty(self) -> int:
         """How many of the requests cannot be used."""
         return self.faults_by_code.total()
+
+    @property
+    def commonest_fault(self) -> Fault | None:
+        """The first fault of the kind that most lines have; None if there is none."""
+        return self._first_of_kind[self._kinds.most_common(1)[0][0]] if self._kinds else None
 
     @property
     def usable(self) -> int:
@@ -143,6 +156,13 @@ class BatchFileReading:
     def _observe(self, data: bytes) -> None:
         self._sha256.update(data)
         self._chunks.observe(data)
+
+    def _count_fault(self, fault: Fault) -> None:
+        self.faults_by_code[fault.code] += 1
+        kind = _PARTICULARS.sub("", fault.message)
+        if kind in self._kinds or len(self._kinds) < _MOST_KINDS:
+            self._kinds[kind] += 1
+            self._first_of_kind.setdefault(kind, fault)
 
     def _parse(self, line: RawLine) -> Request | Fault:
         if line.too_long:

@@ -13,6 +13,8 @@ from batch_orchestration.storage.files import atomic_writer
 
 #: A chunk's number has five digits.
 MAX_CHUNKS = 100_000
+#: Of a fault's message, in the reason for which a file is rejected.
+_QUOTED_CHARACTERS = 300
 #: What files begin with that are something else than JSON lines.
 _OTHER_FORMATS = (
     (b"[", "it looks like one JSON array; one object per line is needed"),
@@ -39,8 +41,8 @@ def refusal(
     if not reading.requests:
         return "the file has only blank lines"
     if not reading.usable:
-        hint = _hint(reading.beginning)
-        return f"none of its {reading.requests:,} requests can be used{hint and f': {hint}'}"
+        why = _hint(reading.beginning) or _commonest(reading.commonest_fault)
+        return f"none of its {reading.requests:,} requests can be used: {why}"
     if line_policy is LinePolicy.STRICT and reading.faulty:
         return (
             f"{reading.faulty:,} of its {reading.requests:,} requests are faulty,"
@@ -92,6 +94,14 @@ def write_errors_file(verdict: Rejected, faults: Iterable[Fault]) -> None:
 
 def _hint(beginning: bytes) -> str:
     return next((hint for magic, hint in _OTHER_FORMATS if beginning.startswith(magic)), "")
+
+
+def _commonest(fault: Fault | None) -> str:
+    if fault is None:
+        return "no line of it is a request"
+    message = fault.message
+    short = message if len(message) <= _QUOTED_CHARACTERS else f"{message[:_QUOTED_CHARACTERS]}…"
+    return f"most often because of what is wrong in line {fault.line:,}: {short}"
 
 
 def _json(value: object) -> bytes:

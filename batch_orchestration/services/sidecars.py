@@ -6,10 +6,12 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.domain import foreign_json
 from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.errors import FileRefused
 from batch_orchestration.domain.requests import UTF8_BOM
 from batch_orchestration.domain.sources import DEFAULT_SOURCE, Origin
+from batch_orchestration.services.batch_files import is_batch_file_name
 from batch_orchestration.storage.moves import NAME_MAX_BYTES, fit_name
 
 SIDECAR_ENDING = ".meta.json"
@@ -17,6 +19,12 @@ SIDECAR_ENDING = ".meta.json"
 SIDECAR_MAX_BYTES = 256 * 2**10
 
 _FIELD = re.compile(r" - at `\$\.?(?P<path>.*)`$")
+#: In place of a regular expression, which says nothing to most people.
+_WORDS = {
+    "completion_window": "expected a time like 24h, 90m or 1h30m (s, m, h and d; no blanks)",
+    "user": "expected a name without control characters",
+}
+_ENDINGS = [f"{jsonl}{gz}" for jsonl in ("", ".jsonl", ".JSONL") for gz in ("", ".gz", ".GZ")]
 
 
 def sidecar_names(file_name: str) -> list[str]:
@@ -38,9 +46,47 @@ def sidecar_beside(file: Path) -> Path:
 
 
 def find_sidecar(file: Path) -> Path | None:
-    """Return the side-car that lies beside a batch file, if there is one."""
-    beside = (file.with_name(name) for name in sidecar_names(file.name))
-    return next((path for path in beside if path.is_file() and not path.is_symlink()), None)
+    """Return the side-car that lies beside a batch file, if there is one.
+
+    A side-car with the whole name of another file that lies there is that file's.
+    """
+    for name in sidecar_names(file.name):
+        path, owner = file.with_name(name), file.with_name(name.removesuffix(SIDECAR_ENDING))
+        is_its_own = owner == file or not _is_batch_file(owner)
+        if path.is_file() and not path.is_symlink() and is_its_own:
+            return path
+    return None
+
+
+def files_of_sidecar(sidecar: Path) -> list[Path]:
+    """Return the batch files beside a side-car that would take it."""
+    stem = sidecar.name.removesuffix(SIDECAR_ENDING)
+    beside = (sidecar.with_name(f"{stem}{ending}") for ending in _ENDINGS)
+    return [file for file in beside if _is_batch_file(file) and find_sidecar(file) == sidecar]
+
+
+def doubt_about_sidecar(file: Path) -> str | None:
+    """Say why a batch file's side-car may be meant for another; None if there is no doubt."""
+    sidecar = find_sidecar(file)
+    if sidecar is None or len(files := files_of_sidecar(sidecar)) < 2:
+        return None
+    names = " and ".join(each.name for each in files)
+    meant = sidecar_names(file.name)[0]
+    return (
+        f"the side-car {sidecar.name} fits {names}, and nothing says which of them it is for;"
+        f" rename it to {meant}, or move the other file away until this one is admitted"
+    )
+
+
+def own_sidecar(file: Path) -> Path | None:
+    """Return the side-car that lies beside a batch file, if there is one.
+
+    Raises:
+        FileRefused: It may be meant for another file that lies there.
+    """
+    if (doubt := doubt_about_sidecar(file)) is not None:
+        raise FileRefused(doubt)
+    return find_sidecar(file)
 
 
 def read_options(sidecar: Path | None, origin: Origin | None = None) -> BatchOptions:
@@ -62,13 +108,12 @@ def read_options(sidecar: Path | None, origin: Origin | None = None) -> BatchOpt
     if len(content) > SIDECAR_MAX_BYTES:
         raise FileRefused(f"side-car {sidecar.name}: larger than {SIDECAR_MAX_BYTES:,} bytes")
     try:
-        content = content.removeprefix(UTF8_BOM)
-        said = msgspec.json.decode(content, type=BatchOptions)
-        names = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+        names = foreign_json.decode(content.removeprefix(UTF8_BOM))
+        said = msgspec.convert(names, type=BatchOptions)
+    except foreign_json.BadJson as error:
+        raise FileRefused(f"side-car {sidecar.name}: {error.reason}") from error
     except msgspec.ValidationError as error:
-        raise FileRefused(f"side-car {sidecar.name}: {_named(str(error))}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FileRefused(f"side-car {sidecar.name}: not JSON: {error}") from error
+        raise FileRefused(f"side-car {sidecar.name}: {named_problem(error)}") from error
     return msgspec.structs.replace(
         said,
         priority=said.priority if "priority" in names else origin.priority,
@@ -84,8 +129,17 @@ def options_said(sidecar: Path | None, origin: Origin) -> BatchOptions:
         return read_options(None, origin)
 
 
-def _named(message: str) -> str:
+def _is_batch_file(path: Path) -> bool:
+    return is_batch_file_name(path.name) and path.is_file()
+
+
+def named_problem(error: msgspec.ValidationError) -> str:
+    """Return what is wrong with options in words for their author, the field first."""
+    message = str(error)
     match = _FIELD.search(message)
     if match is None:
         return message
-    return f"`{match['path']}`: {message[: match.start()]}"
+    path, problem = match["path"], message[: match.start()]
+    if "matching regex" in problem:
+        problem = _WORDS.get(path, problem)
+    return f"`{path}`: {problem}"

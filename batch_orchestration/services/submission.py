@@ -17,6 +17,7 @@ from batch_orchestration.services.dropped_files import reason_to_ignore
 from batch_orchestration.services.sidecars import (
     SIDECAR_ENDING,
     find_sidecar,
+    own_sidecar,
     read_options,
     sidecar_beside,
 )
@@ -53,7 +54,7 @@ def submit(path: Path, options: BatchOptions | None, folder: DataFolder) -> Path
     if folder.inbox in source.parents and folder.rejected not in source.parents:
         raise FileRefused(f"{name} is in the inbox already")
     if options is None:
-        options = read_options(find_sidecar(path))
+        options = read_options(own_sidecar(path))
     with _temporary(folder.inbox) as copy, _temporary(folder.inbox) as sidecar:
         _copy(source, copy)
         if options != BatchOptions():

@@ -17,7 +17,7 @@ from batch_orchestration.services.dropped_files import reason_to_ignore
 from batch_orchestration.services.estimates import Knowledge, read_knowledge
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import BatchFileReading
-from batch_orchestration.services.sidecars import find_sidecar, read_options
+from batch_orchestration.services.sidecars import own_sidecar, read_options
 from batch_orchestration.storage.estimates import EstimateTables
 
 #: Faults that a report lists; of the others it only has the number.
@@ -88,7 +88,7 @@ def validate(
     if reason is None:
         try:
             if options is None:
-                options = read_options(find_sidecar(path))
+                options = read_options(own_sidecar(path))
             intake = _intake(options, settings, tables, clock())
             reading = settings.reading(options, intake)
             reason = _read(path, reading, settings, faults, max_listed_faults)

@@ -20,6 +20,7 @@ COLUMNS = {
     "status": "VARCHAR",
     "code": "VARCHAR",
     "message": "VARCHAR",
+    "choices": "BIGINT",
     "text": "VARCHAR",
     "embedding_length": "BIGINT",
     "finish_reason": "VARCHAR",

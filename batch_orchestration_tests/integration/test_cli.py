@@ -35,6 +35,21 @@ def test_status_of_nothing_says_what_to_do_and_makes_nothing(cli):
     assert not cli.folder.root.exists()
 
 
+def test_status_of_a_folder_that_no_daemon_ever_opened_says_what_waits_there(cli, monkeypatch):
+    monkeypatch.setenv("BATCH_SETTLE_SECONDS", "0")
+    cli.folder.inbox.mkdir(parents=True)
+    (cli.folder.inbox / "a.jsonl").write_bytes(make_input(1))
+
+    board = cli.json("status")
+    text = cli.run("status").stdout
+
+    assert board["unread"]
+    assert [row["path"] for row in board["waiting"]] == [str(cli.folder.inbox / "a.jsonl")]
+    assert "complete; no daemon has ever looked at this inbox" in text
+    assert "`make dev`" in text
+    assert f"BATCH_DATA_DIR={cli.folder.root}" in text.replace("\n", "")
+
+
 def test_status_of_an_unknown_batch_fails(cli):
     result = cli.run("status", "nothing-00000000", exit_code=1)
 

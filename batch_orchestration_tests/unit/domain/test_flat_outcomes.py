@@ -64,6 +64,21 @@ def test_the_text_is_that_of_the_first_choice(answer, text):
 
 
 @pytest.mark.parametrize(
+    ("answer", "choices"),
+    [
+        ({"choices": [{"text": "a"}]}, 1),
+        ({"choices": [{"text": "a"}, {"text": "b"}, {"text": "c"}]}, 3),
+        ({"data": [{"embedding": [1]}, {"embedding": [2]}]}, 2),
+        ({"choices": "odd"}, None),
+        ({}, None),
+        (b"null", None),
+    ],
+)
+def test_it_says_how_many_choices_there_are_besides_the_first(answer, choices):
+    assert answered(answer).choices == choices
+
+
+@pytest.mark.parametrize(
     ("embedding", "length"),
     [
         ([0.5, 1, 2], 3),

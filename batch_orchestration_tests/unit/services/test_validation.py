@@ -56,6 +56,31 @@ def test_a_file_that_would_be_rejected_is_told_why(path, content, refusal):
     assert refusal in check(path).refusal
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            [make_line(n).strip() + b"," for n in range(12)],
+            "none of its 12 requests can be used: most often because of what is wrong in line 1:"
+            " not JSON: trailing characters",
+        ),
+        (
+            [b"torn", *(make_line(n, body={"messages": [n]}) for n in range(3)), b"{"],
+            "in line 2: `body.model` is missing",
+        ),
+        (
+            [make_line(n, url=f"/v1/{n}" if n else "/v1/responses") for n in range(3)],
+            'in line 1: `url` "/v1/responses" is not one of',
+        ),
+        ([make_line(0).replace(b"\n", b"") + make_line(1).strip()], "in line 1: not JSON:"),
+    ],
+)
+def test_a_file_without_a_usable_request_is_told_the_commonest_reason(path, lines, words):
+    path.write_bytes(b"\n".join(line.strip() for line in lines))
+
+    assert words in check(path).refusal
+
+
 def test_the_strict_policy_counts_here_too(path):
     path.write_bytes(make_line(0) + b"nope\n")
 
