@@ -1,10 +1,11 @@
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.foreign_json import MAX_DEPTH, BadJson, decode
+from batch_orchestration.domain.foreign_json import MAX_DEPTH, BadJson, check_depth, decode
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -94,6 +95,20 @@ def test_brackets_in_texts_do_not_nest() -> None:
     text = json.dumps({"code": "[" * 500 + '\\"{"' * 100}).encode()
 
     assert decode(text) == json.loads(text)
+
+
+@pytest.mark.parametrize("piece", [b"x", b"\\n", b"x\\n"])
+def test_the_look_at_the_depth_of_a_long_text_takes_no_more_memory_than_the_text(
+    piece: bytes,
+) -> None:
+    text = b'{"texts": [%s], "text": "%s"}' % (b",".join([b"[1]"] * 200), piece * 1_000_000)
+
+    tracemalloc.start()
+    check_depth(text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 2 * len(text)
 
 
 def test_of_a_key_that_is_there_twice_the_last_one_wins() -> None:
