@@ -189,9 +189,18 @@ class Settings(BaseSettings):
         description="Requests given to the engine at a time; default: as its metrics ask for.",
     )
     request_timeout_seconds: float = Field(1800, gt=0, description="One attempt of one request.")
+    max_answer_bytes: int = Field(
+        64 * 2**20, ge=1, description="A longer answer, decompressed, is a failure."
+    )
+    max_answers_in_memory_bytes: int = Field(
+        256 * 2**20, ge=1, description="With more in answers that are being read, reading waits."
+    )
     max_attempts: int = Field(5, ge=1, description="Attempts of a request before it is given up.")
     retry_base_delay_seconds: float = Field(0.5, ge=0, description="Back-off before attempt 2.")
     retry_max_delay_seconds: float = Field(30.0, ge=0, description="Back-off grows up to this.")
+    max_retry_after_seconds: float = Field(
+        600, ge=0, description="Longest wait before the next attempt that an engine may ask for."
+    )
     chunks_per_run: int = Field(50, ge=1, le=500, description="Chunks that one run takes at most.")
     priority_ageing_seconds: float = Field(
         600, gt=0, description="Of waiting, for one more point of priority."

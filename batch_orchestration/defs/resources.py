@@ -17,6 +17,7 @@ from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.process_records import end_recorded
+from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_answers import DEFAULT_MODEL
@@ -79,6 +80,7 @@ def feeding(settings: Settings, sizing: Sizing) -> Feeding:
             max_attempts=settings.max_attempts,
             base_delay_seconds=settings.retry_base_delay_seconds,
             max_delay_seconds=settings.retry_max_delay_seconds,
+            max_retry_after_seconds=settings.max_retry_after_seconds,
         ),
         engine_restarts=settings.engine_restarts,
         hang_seconds=settings.hang_seconds,
@@ -221,6 +223,9 @@ class GpuResource(dg.ConfigurableResource):
 
     def _build(self, log_path: Path, settings: Settings) -> Engine:
         most = self._sizing.most_in_flight
+        limits = AnswerLimits(
+            one_bytes=settings.max_answer_bytes, all_bytes=settings.max_answers_in_memory_bytes
+        )
         match settings.engine:
             case EngineKind.VLLM:
                 return VllmEngine(
@@ -235,6 +240,7 @@ class GpuResource(dg.ConfigurableResource):
                     timeout_seconds=settings.request_timeout_seconds,
                     start_timeout_seconds=settings.engine_start_timeout_seconds,
                     connections=most,
+                    limits=limits,
                 )
             case EngineKind.REMOTE:
                 return ServerEngine(
@@ -243,6 +249,7 @@ class GpuResource(dg.ConfigurableResource):
                     timeout_seconds=settings.request_timeout_seconds,
                     start_timeout_seconds=settings.engine_start_timeout_seconds,
                     connections=most,
+                    limits=limits,
                 )
             case EngineKind.SIMULATED:
                 return SimulatedEngine(
@@ -253,6 +260,7 @@ class GpuResource(dg.ConfigurableResource):
                     timeout_seconds=settings.request_timeout_seconds,
                     start_timeout_seconds=settings.engine_start_timeout_seconds,
                     connections=most,
+                    limits=limits,
                 )
 
     def _ladder(self, settings: Settings, top: Rung) -> Ladder:

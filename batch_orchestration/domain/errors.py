@@ -28,6 +28,7 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
         ├── JournalInUse         another process is writing this journal
         ├── OutboxUnwritable     output and error files cannot be written
         ├── JournalError         a second outcome, or a record that could not be read back
+        │   └── UnstorableRecord the latter
         ├── OutcomeMismatch      a chunk's outcomes are not one-to-one with its requests
         ├── StoreLocked          the DuckDB file stayed locked past the deadline
         └── StoreDamaged         the DuckDB file cannot be read; `recover` makes it anew
@@ -160,6 +161,10 @@ class JournalInUse(StorageError):
 
 class JournalError(StorageError):
     """A record would give a request a second outcome, or could not be read back."""
+
+
+class UnstorableRecord(JournalError):
+    """A record could not be read back: what it says of a request has to be said otherwise."""
 
 
 class OutcomeMismatch(StorageError):

@@ -1,8 +1,20 @@
-"""What becomes of a request: a completion or a failure, and the codes of failure."""
+"""What becomes of a request: a completion or a failure, and the codes of failure.
 
+Whatever an engine says, an outcome can be kept: counts and texts are brought into range when it is
+made, also from a journal that says otherwise.
+"""
+
+import re
 from enum import StrEnum
 
 import msgspec
+
+#: Of tokens. No request has more, and whatever is added up of such counts fits 64 bits.
+LARGEST_COUNT = 2**31 - 1
+#: Of an engine's id of a request, and of its word for why it stopped.
+LONGEST_WORD = 512
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class FailureCode(StrEnum):
@@ -46,11 +58,38 @@ RETRYABLE = frozenset(
 )
 
 
+def unicode_text(text: str) -> str:
+    """Return text that can be encoded: halves of surrogate pairs are replaced."""
+    return text if text.isascii() else _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _word(text: str | None) -> str | None:
+    """Return a short text without control characters."""
+    if text is None or (text.isprintable() and text.isascii() and len(text) <= LONGEST_WORD):
+        return text
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", unicode_text(text[:LONGEST_WORD]))
+
+
+def _count(tokens: int) -> int:
+    return max(0, min(tokens, LARGEST_COUNT))
+
+
+def _keep(part: msgspec.Struct, **fields: int | str | None) -> None:
+    for name, value in fields.items():
+        if value != getattr(part, name):
+            msgspec.structs.force_setattr(part, name, value)
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of one answered request, as the engine counted them."""
+    """Tokens of one answered request, as the engine counted them; 0 … `LARGEST_COUNT`."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Bring the counts into range."""
+        _keep(self, prompt_tokens=_count(self.prompt_tokens))
+        _keep(self, completion_tokens=_count(self.completion_tokens))
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True, tag="completion"):
@@ -71,12 +110,17 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, tag="completion"):
     usage: Usage = Usage()
     latency_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Make the texts storable."""
+        _keep(self, request_id=_word(self.request_id), finish_reason=_word(self.finish_reason))
+
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
     """Why a request has no answer.
 
     Attributes:
-        status: HTTP status if an engine answered at all, else None.
+        status: HTTP status if an engine answered at all, else None; within a 2xx, the status that
+            an error names itself.
         body: The engine's answer byte for byte, if there was one that is JSON.
         retry_after_seconds: How long the engine asked to be left alone.
     """
@@ -88,6 +132,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
     request_id: str | None = None
     retry_after_seconds: float | None = None
     latency_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Make the texts storable."""
+        _keep(self, request_id=_word(self.request_id))
+        _keep(self, message=unicode_text(self.message).replace("\0", "\N{REPLACEMENT CHARACTER}"))
 
     @property
     def retryable(self) -> bool:

@@ -1,5 +1,10 @@
-"""What an HTTP answer of an OpenAI-compatible server means: a completion or a failure."""
+"""What an HTTP answer of an OpenAI-compatible server means: a completion or a failure.
 
+An answer is as untrusted as a request: whatever its status, headers and bytes are, it means exactly
+one outcome, and that outcome can be stored.
+"""
+
+import codecs
 import re
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -7,7 +12,15 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome, Usage
+from batch_orchestration.domain.foreign_json import BadJson, check_depth, decode
+from batch_orchestration.domain.outcomes import (
+    LARGEST_COUNT,
+    Completion,
+    Failure,
+    FailureCode,
+    Outcome,
+    Usage,
+)
 
 #: A page of HTML from a proxy need not fill the error file.
 MESSAGE_MAX_LENGTH = 2000
@@ -21,110 +34,231 @@ _CONTEXT_LENGTH = re.compile(
 )
 #: How vLLM's engine, when it is told to end, finishes all that it has: status 200 and half a text.
 ABORTED = "abort"
-_SECONDS = re.compile(r"\d+(\.\d+)?", re.ASCII)
 _MODEL_NOT_FOUND = re.compile(
     r"model_not_found|\bmodel\b.*(does not exist|not found)|no such model", re.IGNORECASE
 )
+#: Where the answers are, by endpoint; of another endpoint in any of these places.
+_ANSWERS = {
+    "/v1/chat/completions": ("choices",),
+    "/v1/completions": ("choices",),
+    "/v1/embeddings": ("data",),
+    "/v1/score": ("data",),
+    "/v1/rerank": ("results",),
+    "/v1/responses": ("output",),
+}
+_ANYWHERE = ("choices", "data", "results", "output")
+
+_SECONDS = re.compile(r"\d+(\.\d+)?", re.ASCII)
+_INTEGER = re.compile(rb"-?\d+")
+_DIGITS_OF_COUNTS = len(str(LARGEST_COUNT))
+_FILLED_LIST = re.compile(rb"\s*\[\s*\{")
+#: An answer may be nothing but empty objects, each of which takes ten times its bytes when decoded.
+_MOST_OBJECTS = 2**20
+#: A longer error is not decoded: whatever it names itself stands in few words.
+_LONGEST_ERROR = 2**16
+_ERROR_STATUS = re.compile(r"[45]\d\d(\.0)?", re.ASCII)
+#: What gateways say in place of a status, in `code`, `type` or `status` of an error.
+_STATUS_OF_WORDS = {
+    429: re.compile(r"rate.?limit|too.?many|quota|throttl|exhausted", re.IGNORECASE),
+    503: re.compile(r"overload|unavailable|capacity|busy", re.IGNORECASE),
+    504: re.compile(r"timed?.?out|deadline", re.IGNORECASE),
+    400: re.compile(
+        r"context.?length|(bad|invalid).?(request|argument|param)|content.?(filter|policy)",
+        re.IGNORECASE,
+    ),
+    401: re.compile(r"api.?key|unauthori[sz]ed|authenticat", re.IGNORECASE),
+    403: re.compile(r"permission|forbidden", re.IGNORECASE),
+    404: re.compile(r"not.?found", re.IGNORECASE),
+    500: re.compile(r"server.?error|internal|api.?error", re.IGNORECASE),
+}
+#: UTF-8 is checked piece by piece: as a text, one emoji makes each letter four bytes.
+_PIECE_BYTES = 2**20
+
+_NULL = msgspec.Raw(b"null")
 
 
-class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
+class _Head(msgspec.Struct):
+    """The fields of an answer that are read, each by itself; the rest is passed on unread."""
+
+    id: msgspec.Raw = _NULL
+    choices: msgspec.Raw = _NULL
+    data: msgspec.Raw = _NULL
+    results: msgspec.Raw = _NULL
+    output: msgspec.Raw = _NULL
+    usage: msgspec.Raw = _NULL
+    error: msgspec.Raw = _NULL
+    message: msgspec.Raw = _NULL
+    detail: msgspec.Raw = _NULL
+    code: msgspec.Raw = _NULL
+    status: msgspec.Raw = _NULL
+    type: msgspec.Raw = _NULL
+
+
+class _Choice(msgspec.Struct, gc=False):
+    finish_reason: msgspec.Raw = _NULL
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: msgspec.Raw = _NULL
+    completion_tokens: msgspec.Raw = _NULL
 
 
-class _Answer(msgspec.Struct):
-    """The few fields of an answer that are read; the rest is passed on unread."""
-
-    id: str | None = None
-    choices: list[_Choice] | None = None
-    usage: _Usage | None = None
-
-
-_answer_decoder = msgspec.json.Decoder(_Answer)
-_object_decoder = msgspec.json.Decoder(dict[str, Any])
+_decode_head = msgspec.json.Decoder(_Head).decode
+_decode_choices = msgspec.json.Decoder(list[_Choice]).decode
+_decode_usage = msgspec.json.Decoder(_Usage).decode
 
 
 def read_answer(
-    status: int, headers: Mapping[str, str], body: bytes, latency_seconds: float
+    endpoint: str, status: int, headers: Mapping[str, str], body: bytes, latency_seconds: float
 ) -> Outcome:
-    """Return the outcome that an HTTP answer stands for.
+    """Return the outcome that an HTTP answer stands for. Nothing is raised, whatever it is.
 
     Args:
+        endpoint: What was asked: it decides what an answer must have.
         status: HTTP status.
         headers: Of the answer; the mapping ignores case, as aiohttp's does.
         body: The answer, decompressed.
         latency_seconds: From submission to the last byte.
     """
-    if 200 <= status < 300:
-        return _read_success(status, headers, body, latency_seconds)
-    answer = _read_object(body)
-    message = _message(answer, body) or f"HTTP status {status} without a word"
+    try:
+        head = _read_head(body)
+    except BadJson as error:
+        head, why = None, error.reason
+    if not 200 <= status < 300:
+        message = _message(head, body) or f"HTTP status {status} without a word"
+        code = _failure_code(status, head, message)
+    elif head is None:
+        message = f"HTTP status {status}, but not a JSON object ({why}): {_excerpt(body)!r}"
+        code = FailureCode.RESPONSE_UNREADABLE
+    elif (lack := _lack(endpoint, head)) is None:
+        return Completion(
+            status=status,
+            body=msgspec.Raw(body),
+            request_id=_request_id(headers, head),
+            finish_reason=_finish_reason(head.choices),
+            usage=_usage(head.usage),
+            latency_seconds=latency_seconds,
+        )
+    else:
+        said = _message(head, body)
+        message = f"HTTP status {status}, but {lack}: {said}"
+        if (inner := _inner_status(head)) is None:
+            code = FailureCode.RESPONSE_UNREADABLE
+        else:
+            status, code = inner, _failure_code(inner, head, said)
     return Failure(
-        code=_failure_code(status, answer, message),
+        code=code,
         message=message[:MESSAGE_MAX_LENGTH],
         status=status,
-        body=None if answer is None else msgspec.Raw(body),
-        request_id=_request_id(headers, None),
+        body=None if head is None else msgspec.Raw(body),
+        request_id=_request_id(headers, head),
         retry_after_seconds=_retry_after(headers),
         latency_seconds=latency_seconds,
     )
 
 
-def _read_success(
-    status: int, headers: Mapping[str, str], body: bytes, latency_seconds: float
-) -> Outcome:
+def _read_head(body: bytes) -> _Head:
+    """Read the fields of an answer.
+
+    Raises:
+        BadJson: It is no JSON object that could be stored.
+    """
+    check_depth(body)
     try:
-        answer = _decode_answer(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return Failure(
-            code=FailureCode.RESPONSE_UNREADABLE,
-            message=f"HTTP status {status}, but not a JSON object ({error}): {_excerpt(body)!r}",
-            status=status,
-            request_id=_request_id(headers, None),
-            latency_seconds=latency_seconds,
-        )
-    usage = answer.usage or _Usage()
-    return Completion(
-        status=status,
-        body=msgspec.Raw(body),
-        request_id=_request_id(headers, answer.id),
-        finish_reason=_finish_reason(answer.choices or []),
-        usage=Usage(
-            prompt_tokens=usage.prompt_tokens or 0,
-            completion_tokens=usage.completion_tokens or 0,
-        ),
-        latency_seconds=latency_seconds,
+        # msgspec skips over strings that nobody asked for without a look at their bytes.
+        _check_utf8(body)
+        return _decode_head(body)
+    except msgspec.ValidationError as error:
+        raise BadJson("not an object") from error
+    except UnicodeDecodeError as error:
+        raise BadJson("not UTF-8") from error
+    except msgspec.DecodeError as error:
+        raise BadJson(str(error)) from error
+
+
+def _check_utf8(body: bytes) -> None:
+    if body.isascii():
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(body), _PIECE_BYTES):
+        decoder.decode(body[start : start + _PIECE_BYTES])
+    decoder.decode(b"", final=True)
+
+
+def _lack(endpoint: str, head: _Head) -> str | None:
+    """Return why a JSON object with status 2xx is no answer; None if it is one."""
+    if _value(head.error):
+        return "with an error"
+    places = _ANSWERS.get(endpoint, _ANYWHERE)
+    if any(_FILLED_LIST.match(getattr(head, place)) for place in places):
+        return None
+    return f"without {' or '.join(f'`{place}`' for place in places)}"
+
+
+def _usage(raw: msgspec.Raw) -> Usage:
+    try:
+        usage = _decode_usage(raw)
+    except msgspec.DecodeError:
+        return Usage()
+    return Usage(
+        prompt_tokens=whole_number(usage.prompt_tokens) or 0,
+        completion_tokens=whole_number(usage.completion_tokens) or 0,
     )
 
 
-def _finish_reason(choices: list[_Choice]) -> str | None:
-    """Return the first choice's, or `ABORTED` if any choice was: then the answer is not whole."""
-    reasons = [choice.finish_reason for choice in choices]
-    return ABORTED if ABORTED in reasons else next(iter(reasons), None)
-
-
-def _decode_answer(body: bytes) -> _Answer:
-    """Read the fields; an answer whose fields have other types than OpenAI's is still an answer."""
-    body.decode()  # msgspec skips over strings that nobody asked for without a look at their bytes
-    try:
-        return _answer_decoder.decode(body)
-    except msgspec.ValidationError:
-        _object_decoder.decode(body)
-        return _Answer()
-
-
-def _read_object(body: bytes) -> dict[str, Any] | None:
-    try:
-        return _object_decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+def whole_number(raw: msgspec.Raw) -> int | None:
+    """Return a JSON integer, brought into 0 … `LARGEST_COUNT`; None for anything else."""
+    text = bytes(raw).strip()
+    if not _INTEGER.fullmatch(text):
         return None
+    # Python refuses to convert thousands of digits.
+    wide = len(text) > _DIGITS_OF_COUNTS
+    return 0 if text.startswith(b"-") else LARGEST_COUNT if wide else min(int(text), LARGEST_COUNT)
 
 
-def _failure_code(status: int, answer: dict[str, Any] | None, message: str) -> FailureCode:
+def _finish_reason(choices: msgspec.Raw) -> str | None:
+    """Return the first choice's, or `ABORTED` if any choice was: then the answer is not whole."""
+    if bytes(choices).count(b"{") > _MOST_OBJECTS:
+        return None
+    try:
+        reasons = [_value(choice.finish_reason) for choice in _decode_choices(choices)]
+    except msgspec.DecodeError:
+        return None
+    first = ABORTED if ABORTED in reasons else next(iter(reasons), None)
+    return first if isinstance(first, str) else None
+
+
+def _inner_status(head: _Head) -> int | None:
+    """Return the HTTP status that an error itself names, by number or in a word."""
+    error = _value(head.error)
+    inner = error if isinstance(error, dict) else {"code": error}
+    said = [inner.get(name) for name in ("code", "status", "status_code", "type")]
+    said += [_value(raw) for raw in (head.code, head.status, head.type)]
+    words = [str(word).strip() for word in said if isinstance(word, str | int | float)]
+    if number := next(filter(_ERROR_STATUS.fullmatch, words), None):
+        return int(number[:3])
+    return next(
+        (
+            status
+            for word in words
+            for status, pattern in _STATUS_OF_WORDS.items()
+            if pattern.search(word)
+        ),
+        None,
+    )
+
+
+def _value(raw: msgspec.Raw) -> Any:
+    """Return a small value; one that is large or out of range as the beginning of its text."""
+    if len(raw) <= _LONGEST_ERROR:
+        try:
+            return decode(raw)
+        except BadJson:
+            pass
+    return _excerpt(bytes(raw))
+
+
+def _failure_code(status: int, head: _Head | None, message: str) -> FailureCode:
     match status:
         case 429 | 503:
             return FailureCode.ENGINE_OVERLOADED
@@ -135,7 +269,7 @@ def _failure_code(status: int, answer: dict[str, Any] | None, message: str) -> F
             return FailureCode.UNSUPPORTED_ENDPOINT
         case _ if status >= 500:
             return FailureCode.ENGINE_ERROR
-    text = f"{_error_word(answer)} {message}"
+    text = f"{_error_word(head)} {message}"
     if status in {400, 404} and _MODEL_NOT_FOUND.search(text):
         return FailureCode.MODEL_NOT_FOUND
     if status in {400, 413, 422} and _CONTEXT_LENGTH.search(text):
@@ -143,22 +277,22 @@ def _failure_code(status: int, answer: dict[str, Any] | None, message: str) -> F
     return FailureCode.ENGINE_REFUSED
 
 
-def _error_word(answer: dict[str, Any] | None) -> str:
+def _error_word(head: _Head | None) -> str:
     """Return OpenAI's `error.code`, where that is a word."""
-    error = (answer or {}).get("error")
+    error = None if head is None else _value(head.error)
     code = error.get("code") if isinstance(error, dict) else None
     return code if isinstance(code, str) else ""
 
 
-def _message(answer: dict[str, Any] | None, body: bytes) -> str:
+def _message(head: _Head | None, body: bytes) -> str:
     """Return what the server says for people: OpenAI's, older vLLM's, or FastAPI's shape."""
-    if answer is None:
+    if head is None:
         return _excerpt(body)
-    error = answer.get("error")
+    error = _value(head.error)
     places = (
         error.get("message") if isinstance(error, dict) else error,
-        answer.get("message"),
-        answer.get("detail"),
+        _value(head.message),
+        _value(head.detail),
     )
     return next((place for place in places if isinstance(place, str) and place), _excerpt(body))
 
@@ -167,17 +301,19 @@ def _excerpt(body: bytes) -> str:
     return body[:200].decode(errors="replace").strip()
 
 
-def _request_id(headers: Mapping[str, str], body_id: str | None) -> str | None:
-    return headers.get("x-request-id") or body_id
+def _request_id(headers: Mapping[str, str], head: _Head | None) -> str | None:
+    """Return the header's, or the body's; only that of an answer."""
+    of_body = None if head is None else _value(head.id)
+    return headers.get("x-request-id") or (of_body if isinstance(of_body, str) else None)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Return `Retry-After` in seconds; a date counts from the server's own clock, in `Date`."""
     value = headers.get("retry-after", "").strip()
     if _SECONDS.fullmatch(value):
-        return float(value)
+        return min(float(value), LARGEST_COUNT)
     try:
         until, now = parsedate_to_datetime(value), parsedate_to_datetime(headers.get("date", ""))
         return max(0.0, (until - now).total_seconds())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -19,6 +19,9 @@ _COUNTS = {
 }
 _KV_USAGE = "vllm:kv_cache_usage_perc"
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
+#: A larger number is none of these; whole numbers up to here are exact.
+_MOST = 2**53
+_DIGITS_OF_MOST = 15
 
 
 def read_figures(page: str) -> EngineFigures:
@@ -39,23 +42,29 @@ def read_figures(page: str) -> EngineFigures:
             found[name] += _value(line)
     usage = found.get(_KV_USAGE)
     return EngineFigures(
-        kv_usage=sum(usage) / len(usage) if usage else None,
-        kv_cache_tokens=sum(cache_tokens) or None,
-        **{ours: round(sum(found[name])) for name, ours in _COUNTS.items() if found.get(name)},
+        kv_usage=min(1.0, sum(usage) / len(usage)) if usage else None,
+        kv_cache_tokens=min(sum(cache_tokens), _MOST) or None,
+        **{
+            ours: min(round(sum(found[name])), _MOST)
+            for name, ours in _COUNTS.items()
+            if found.get(name)
+        },
     )
 
 
 def _value(line: str) -> list[float]:
-    """Return the sample's value; nothing if that is no finite number."""
+    """Return the sample's value; nothing if that is no number, or none of anything."""
     try:
         value = float(line.rpartition(" ")[2])
     except ValueError:
         return []
-    return [value] if abs(value) < float("inf") else []
+    return [value] if 0 <= value <= _MOST else []
 
 
 def _cache_tokens(line: str) -> list[int]:
     """Return what an engine's KV cache holds: its blocks times their size."""
     labels = dict(_LABEL.findall(line))
     blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
-    return [int(blocks) * int(size)] if blocks.isdecimal() and size.isdecimal() else []
+    if not all(text.isdecimal() and len(text) <= _DIGITS_OF_MOST for text in (blocks, size)):
+        return []
+    return [int(blocks) * int(size)]

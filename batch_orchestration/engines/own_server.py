@@ -17,6 +17,7 @@ from batch_orchestration.domain.rungs import Exhaustion, Ladder
 from batch_orchestration.engines import exhaustion, logs
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.process import EngineProcess, free_port
+from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.server import ServerEngine
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class OwnServerEngine(Engine):
         start_timeout_seconds: Until the server must be ready.
         connections: To the server at a time.
         choose_port: Returns a port to try.
+        limits: How much memory answers may take.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class OwnServerEngine(Engine):
         start_timeout_seconds: float = 900.0,
         connections: int = 1024,
         choose_port: Callable[[], int] = free_port,
+        limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
+        self._limits = limits
         self._kind = kind
         self._launch = launch
         self._before_start = before_start
@@ -171,6 +175,7 @@ class OwnServerEngine(Engine):
                 timeout_seconds=self._timeout_seconds,
                 connections=self._connections,
                 gone=self._why_gone,
+                limits=self._limits,
             )
             try:
                 await self._wait_until_ready(server, key)
@@ -271,8 +276,10 @@ async def _knows_key(session: aiohttp.ClientSession, base_url: str, key: str) ->
     for candidate in (key, "not-the-key"):
         headers = {"Authorization": f"Bearer {candidate}"}
         try:
-            async with session.get(f"{base_url}/v1/models", headers=headers) as response:
+            async with session.get(
+                f"{base_url}/v1/models", headers=headers, allow_redirects=False
+            ) as response:
                 statuses.append(response.status)
-        except aiohttp.ClientError:
+        except (aiohttp.ClientError, TimeoutError):
             return False
     return statuses == [200, 401]

@@ -4,19 +4,29 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
 
 import aiohttp
 import msgspec
 
 from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
+from batch_orchestration.domain.foreign_json import check_depth
 from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.rungs import Ladder, Rung
-from batch_orchestration.engines.answers import ABORTED, read_answer
+from batch_orchestration.engines.answers import ABORTED, read_answer, whole_number
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.metrics_page import read_figures
+from batch_orchestration.engines.reading import (
+    ACCEPT_ENCODING,
+    DEFAULT_LIMITS,
+    AnswerBudget,
+    AnswerLimits,
+    Unreadable,
+    read_body,
+    require_success,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +37,19 @@ CONNECT_SECONDS = 30.0
 #: A server busy with tokenizing answers /health late, not never.
 HEALTH_SECONDS = 10.0
 HEALTH_POLL_SECONDS = 0.2
+#: Of a page that the server has about itself.
+PAGE_BYTES = 4 * 2**20
+#: Each result is stored with it.
+VERSION_MAX_LENGTH = 200
 UNAUTHORIZED = 401
 
 _T = TypeVar("_T")
 
 
 class _Model(msgspec.Struct):
-    id: str
-    owned_by: str = ""
-    max_model_len: int | None = None
+    id: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    owned_by: str | None = None
+    max_model_len: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Models(msgspec.Struct):
@@ -53,8 +67,14 @@ class _Connection:
     wait for one, and a living server would pass for dead.
     """
 
-    def __init__(self, requests: aiohttp.ClientSession, questions: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        requests: aiohttp.ClientSession,
+        questions: aiohttp.ClientSession,
+        budget: AnswerBudget,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
+        self.budget = budget
         self.requests = requests
         self.questions = questions
         self.probing = asyncio.Lock()
@@ -67,6 +87,8 @@ class _Connection:
 class ServerEngine(Engine):
     """An OpenAI-compatible server that somebody else runs.
 
+    No redirect is followed: prompts and key are for this server alone.
+
     Args:
         base_url: With or without a trailing `/v1`.
         kind: For `EngineIdentity`.
@@ -77,6 +99,7 @@ class ServerEngine(Engine):
             met by a 5xx, counts as dead.
         gone: Tells why the server is certainly gone, if whoever runs it knows; asked before and
             during the wait.
+        limits: How much memory answers may take.
     """
 
     def __init__(
@@ -90,6 +113,7 @@ class ServerEngine(Engine):
         start_timeout_seconds: float = 900.0,
         lost_after_seconds: float = 30.0,
         gone: Callable[[], str | None] = lambda: None,
+        limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -99,6 +123,7 @@ class ServerEngine(Engine):
         self._start_timeout_seconds = start_timeout_seconds
         self._lost_after_seconds = lost_after_seconds
         self._gone = gone
+        self._limits = limits
         self._connection: _Connection | None = None
         self._identity: EngineIdentity | None = None
         self._start_seconds = 0.0
@@ -167,7 +192,9 @@ class ServerEngine(Engine):
         """Whether the server answers `/health`, be it only to say that it has no such page."""
         try:
             async with session.get(
-                f"{self.base_url}/health", timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS)
+                f"{self.base_url}/health",
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS),
             ) as response:
                 return response.status < 500
         except (aiohttp.ClientError, TimeoutError):
@@ -179,7 +206,13 @@ class ServerEngine(Engine):
                 limit=self._connections, keepalive_timeout=KEEP_ALIVE_SECONDS
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers={**self._headers, "Content-Type": "application/json"},
+            headers={
+                **self._headers,
+                "Content-Type": "application/json",
+                "Accept-Encoding": ACCEPT_ENCODING,
+            },
+            # Of a small piece it may make one that is as large as memory: `read_body` bounds it.
+            auto_decompress=False,
             timeout=aiohttp.ClientTimeout(
                 total=self._timeout_seconds, sock_connect=CONNECT_SECONDS
             ),
@@ -187,24 +220,46 @@ class ServerEngine(Engine):
 
     def _connected(self) -> _Connection:
         if self._connection is None or self._connection.loop is not asyncio.get_running_loop():
-            self._connection = _Connection(self._open_session(), self._open_session())
+            budget = AnswerBudget(self._limits.all_bytes)
+            self._connection = _Connection(self._open_session(), self._open_session(), budget)
         return self._connection
 
     async def _post(self, endpoint: str, body: bytes, request_id: str) -> Outcome:
-        began = time.perf_counter()
-        try:
-            async with self._connected().requests.post(
-                self.base_url + endpoint, data=body, headers={"X-Request-Id": request_id}
-            ) as response:
-                content = await response.read()
-        except aiohttp.ClientError as error:  # first: some of them are TimeoutErrors, too
-            code, message = FailureCode.CONNECTION_LOST, f"{type(error).__name__}: {error}"
-        except TimeoutError:
-            code, message = FailureCode.TIMEOUT, f"no answer in {self._timeout_seconds:g} s"
-        else:
-            seconds = time.perf_counter() - began
-            return read_answer(response.status, response.headers, content, seconds)
+        began, connection = time.perf_counter(), self._connected()
+        with connection.budget.reader() as take:
+            try:
+                async with (
+                    asyncio.timeout(self._timeout_seconds),  # The wait for memory included.
+                    connection.requests.post(
+                        self.base_url + endpoint,
+                        data=body,
+                        headers={"X-Request-Id": request_id},
+                        allow_redirects=False,
+                    ) as response,
+                ):
+                    content, fault = await self._content(response, take)
+            except aiohttp.ClientError as error:  # first: some of them are TimeoutErrors, too
+                code, message = FailureCode.CONNECTION_LOST, f"{type(error).__name__}: {error}"
+            except TimeoutError:
+                code, message = FailureCode.TIMEOUT, f"no answer in {self._timeout_seconds:g} s"
+            else:
+                seconds = time.perf_counter() - began
+                status = response.status
+                outcome = read_answer(endpoint, status, response.headers, content, seconds)
+                if fault is None:
+                    return outcome
+                fault = f"HTTP status {status}, but the answer cannot be read: {fault}"
+                return msgspec.structs.replace(outcome, message=fault)
         return Failure(code=code, message=message, latency_seconds=time.perf_counter() - began)
+
+    async def _content(
+        self, response: aiohttp.ClientResponse, take: Callable[[int], Awaitable[None]]
+    ) -> tuple[bytes, str | None]:
+        """Return the body, or nothing and why it cannot be read."""
+        try:
+            return await read_body(response, most_bytes=self._limits.one_bytes, take=take), None
+        except Unreadable as fault:
+            return b"", str(fault)
 
     async def _make_sure_it_lives(self, failure: Failure) -> None:
         """Ask the server for a sign of life that is younger than the failure; one asks for all.
@@ -259,34 +314,48 @@ class ServerEngine(Engine):
         version = "unknown"
         with contextlib.suppress(EngineStartFailed):
             number = (await self._ask(session, "/version", _Version)).version
-            version = f"{models.data[0].owned_by} {number}".strip()
+            version = f"{models.data[0].owned_by or ''} {number}".strip()[:VERSION_MAX_LENGTH]
         names = tuple(model.id for model in models.data)
         figures = await self._measure(session)
         self.facts = {
             "models": names,
-            "max_model_len": models.data[0].max_model_len,
+            # None at all is what a server means that says 0.
+            "max_model_len": whole_number(models.data[0].max_model_len) or None,
             "kv_cache_tokens": None if figures is None else figures.kv_cache_tokens,
         }
         return EngineIdentity(kind=self._kind, version=version, models=names)
 
     async def _measure(self, session: aiohttp.ClientSession) -> EngineFigures | None:
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+        try:
             async with session.get(
-                f"{self.base_url}/metrics", timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS)
+                f"{self.base_url}/metrics",
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS),
             ) as response:
                 # Of a server that has no such page, whatever it sends instead.
-                return read_figures((await response.read()).decode(errors="replace"))
-        return None
+                page = await read_body(response, most_bytes=PAGE_BYTES)
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+        except Unreadable:
+            return EngineFigures()
+        return read_figures(page.decode(errors="replace"))
 
     async def _ask(self, session: aiohttp.ClientSession, page: str, kind: type[_T]) -> _T:
-        """Read one of the server's pages about itself."""
+        """Read one of the server's pages about itself.
+
+        Raises:
+            EngineStartFailed: It is not there, or not what it should be.
+        """
         url = self.base_url + page
         try:
             async with session.get(
-                url, timeout=aiohttp.ClientTimeout(total=CONNECT_SECONDS)
+                url,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=CONNECT_SECONDS),
             ) as response:
-                content = await response.read()
-                response.raise_for_status()
+                require_success(response)
+                content = await read_body(response, most_bytes=PAGE_BYTES)
+            check_depth(content)
             return msgspec.json.decode(content, type=kind)
-        except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as error:
+        except (aiohttp.ClientError, TimeoutError, Unreadable, ValueError) as error:
             raise EngineStartFailed(f"{url} is of no use: {error!r}") from error

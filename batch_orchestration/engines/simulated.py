@@ -13,6 +13,7 @@ from pathlib import Path
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.own_server import OwnServerEngine
 from batch_orchestration.engines.process import free_port
+from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.simulated_answers import CONTEXT_TOKENS, DEFAULT_MODEL
 
 API_KEY_VARIABLE = "SIMULATED_ENGINE_API_KEY"
@@ -53,6 +54,7 @@ class SimulatedEngine(OwnServerEngine):
         start_timeout_seconds: float = 60.0,
         connections: int = 1024,
         choose_port: Callable[[], int] = free_port,
+        limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         ladder = make_ladder(Rung(max_num_seqs=min(max_num_seqs, connections)))
         arguments = ["--context-tokens", str(context_tokens)]
@@ -85,6 +87,7 @@ class SimulatedEngine(OwnServerEngine):
             start_timeout_seconds=start_timeout_seconds,
             connections=connections,
             choose_port=choose_port,
+            limits=limits,
         )
 
 

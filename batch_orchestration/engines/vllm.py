@@ -10,6 +10,7 @@ from typing import Any
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.own_server import OwnServerEngine
 from batch_orchestration.engines.process import free_port
+from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.vllm_flags import (
     flag_name,
     server_command,
@@ -48,6 +49,7 @@ class VllmEngine(OwnServerEngine):
         start_timeout_seconds: float = 900.0,
         connections: int = 1024,
         choose_port: Callable[[], int] = free_port,
+        limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         given = {flag_name(name): value for name, value in (args or {}).items()}
         ladder = make_ladder(top_rung(model, device=device, args=given, in_flight=connections))
@@ -73,4 +75,5 @@ class VllmEngine(OwnServerEngine):
             start_timeout_seconds=start_timeout_seconds,
             connections=connections,
             choose_port=choose_port,
+            limits=limits,
         )

@@ -8,8 +8,13 @@ from pathlib import Path
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import Chunk, chunk_key
 from batch_orchestration.domain.commits import Provenance
-from batch_orchestration.domain.errors import JournalInUse, PlanMismatch, Shortage
-from batch_orchestration.domain.outcomes import Failure, Outcome
+from batch_orchestration.domain.errors import (
+    JournalInUse,
+    PlanMismatch,
+    Shortage,
+    UnstorableRecord,
+)
+from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.requests import Request, parse_line
 from batch_orchestration.storage.files import DataFolder, RawLine, read_chunk, shortages
 from batch_orchestration.storage.journal import Journal
@@ -164,9 +169,21 @@ class PendingRequest:
             self.request.index, group, self.submissions, time.time()
         )
 
-    def settle(self, outcome: Outcome) -> None:
-        """Record the outcome; only then does it count."""
-        self.chunk.journal.record_outcome(
-            self.request.index, outcome, self.submissions, time.time()
-        )
+    def settle(self, outcome: Outcome) -> Outcome:
+        """Record the outcome; only then does it count.
+
+        Returns:
+            What is recorded: a failure in place of an outcome that cannot be kept.
+        """
+        record, at = self.chunk.journal.record_outcome, time.time()
+        try:
+            record(self.request.index, outcome, self.submissions, at)
+        except UnstorableRecord as refusal:
+            outcome = Failure(
+                code=FailureCode.RESPONSE_UNREADABLE,
+                message=f"the engine's answer cannot be kept: {refusal.__cause__}",
+                latency_seconds=outcome.latency_seconds,
+            )
+            record(self.request.index, outcome, self.submissions, at)
         self.chunk.unsettled.remove(self.request.index)
+        return outcome

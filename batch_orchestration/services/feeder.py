@@ -322,11 +322,12 @@ class Feeder:
         if outcome is None:
             return
         crash_point(CrashPoint.BEFORE_OUTCOME)
-        if not await self._obstacles.durably(partial(pending.settle, outcome)):
+        recorded: list[Outcome] = []
+        if not await self._obstacles.durably(lambda: recorded.append(pending.settle(outcome))):
             return
         crash_point(CrashPoint.AFTER_OUTCOME)
         del self._unanswered[pending]
-        self._settled(pending, outcome)
+        self._settled(pending, *recorded)
         self._room.note_settled()
 
     async def _answer(self, pending: PendingRequest) -> Outcome | None:

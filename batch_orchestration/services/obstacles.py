@@ -32,7 +32,7 @@ class Obstacles:
         self._is_over = is_over
         self._complained_at = -COMPLAINT_SECONDS
 
-    async def durably(self, record: Callable[[], None]) -> bool:
+    async def durably(self, record: Callable[[], object]) -> bool:
         """Do what needs the disk; while there is a shortage, wait for its end and do it again.
 
         Returns:

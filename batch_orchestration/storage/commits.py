@@ -14,6 +14,9 @@ from batch_orchestration.domain.outcomes import Completion, FailureCode
 from batch_orchestration.storage import letters, rows
 
 OF_CHUNK = "WHERE batch_id = ? AND chunk = ?"
+#: Rows of today cannot add up to more than 64 bits; those of earlier versions may.
+_SUM = "least(coalesce(sum({}), 0), 9223372036854775807)"
+_PROMPT_TOKENS, _COMPLETION_TOKENS = map(_SUM.format, ("prompt_tokens", "completion_tokens"))
 _FAILED = f"{OF_CHUNK} AND {letters.UNRESOLVED}"
 
 
@@ -128,9 +131,8 @@ def count_chunk(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> No
         UPDATE chunks SET
             completed = (SELECT count(*) FROM results {OF_CHUNK}),
             failed = (SELECT count(*) FROM failed_requests {_FAILED}),
-            prompt_tokens = (SELECT coalesce(sum(prompt_tokens), 0) FROM results {OF_CHUNK}),
-            completion_tokens =
-                (SELECT coalesce(sum(completion_tokens), 0) FROM results {OF_CHUNK}),
+            prompt_tokens = (SELECT {_PROMPT_TOKENS} FROM results {OF_CHUNK}),
+            completion_tokens = (SELECT {_COMPLETION_TOKENS} FROM results {OF_CHUNK}),
             attempts = (SELECT coalesce(sum(attempts), 0) FROM results {OF_CHUNK})
                 + (SELECT coalesce(sum(attempts), 0) FROM failed_requests {_FAILED}),
             failures_by_code = ?
@@ -173,9 +175,9 @@ def take_back(
 def update_batch(db: duckdb.DuckDBPyConnection, batch_id: str) -> None:
     """Set the batch's figures from its chunks."""
     ((*figures,),) = db.execute(
-        """
+        f"""
         SELECT count(*), coalesce(sum(completed), 0), coalesce(sum(failed), 0),
-            coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0)
+            {_PROMPT_TOKENS}, {_COMPLETION_TOKENS}
         FROM chunks WHERE batch_id = ? AND status = 'committed'
         """,
         [batch_id],
@@ -217,7 +219,7 @@ def tokens_since(db: duckdb.DuckDBPyConnection, moment: datetime) -> dict[str, i
     return {
         batch_id: int(tokens)
         for batch_id, tokens in db.execute(
-            "SELECT batch_id, sum(prompt_tokens + completion_tokens) FROM chunks"
+            "SELECT batch_id, sum(prompt_tokens::HUGEINT + completion_tokens) FROM chunks"
             " WHERE status = 'committed' AND committed_at >= ? GROUP BY batch_id",
             [moment],
         ).fetchall()

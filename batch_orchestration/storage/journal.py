@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from batch_orchestration.domain.commits import Attempt, Provenance
-from batch_orchestration.domain.errors import JournalError, JournalInUse
+from batch_orchestration.domain.errors import JournalError, JournalInUse, UnstorableRecord
 from batch_orchestration.domain.outcomes import Failure, Outcome
 from batch_orchestration.storage.files import disk_errors, make_folder, shortages, sync_folder
 from batch_orchestration.storage.records import (
@@ -142,7 +142,8 @@ class Journal:
             at: POSIX seconds.
 
         Raises:
-            JournalError: It has an outcome already, or this one cannot be read back.
+            UnstorableRecord: The outcome cannot be read back; nothing was recorded.
+            JournalError: The request has an outcome already.
         """
         self._append(
             OutcomeRecord(
@@ -179,7 +180,7 @@ class Journal:
         try:
             data = encode_record(record)
         except (ValueError, RecursionError) as error:
-            raise JournalError(f"{self._path}: this could not be read back: {error}") from error
+            raise UnstorableRecord(f"{self._path}: this could not be read back: {error}") from error
         with self._writing:
             if not isinstance(record, PassRecord) and record.index in self.state.settled:
                 raise JournalError(f"{self._path}: request {record.index} has an outcome already")

@@ -15,7 +15,13 @@ from batch_orchestration.domain.commits import (
     Provenance,
     SettledRequest,
 )
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Usage
+from batch_orchestration.domain.outcomes import (
+    Completion,
+    Failure,
+    FailureCode,
+    Usage,
+    unicode_text,
+)
 
 Row = dict[str, Any]
 
@@ -126,11 +132,7 @@ def posix_seconds(moment: datetime) -> float:
 
 def text(value: bytes | str) -> str:
     """Return text that the store can hold: what is not Unicode is replaced."""
-    if isinstance(value, str):
-        if value.isascii():
-            return value
-        value = value.encode(errors="surrogatepass")
-    return value.decode(errors="replace")
+    return unicode_text(value) if isinstance(value, str) else value.decode(errors="replace")
 
 
 def result_row(batch_id: str, number: int, request: SettledRequest, answer: Completion) -> Row:

@@ -42,6 +42,33 @@ def test_an_engine_that_asks_for_time_gets_it() -> None:
     assert retry_delay(overloaded, attempts=1, policy=POLICY, jitter=0.5) == 20.0
 
 
+@pytest.mark.parametrize("asked", [601.0, 31_536_000.0, 1e300, float("inf")])
+def test_an_engine_gets_no_more_time_than_the_limit(asked: float) -> None:
+    overloaded = failure(FailureCode.ENGINE_OVERLOADED, retry_after=asked)
+
+    assert retry_delay(overloaded, attempts=1, policy=POLICY, jitter=0.5) == 600.0
+
+
+@pytest.mark.parametrize("asked", [float("nan"), -5.0, float("-inf")])
+def test_a_wait_that_is_none_changes_nothing(asked: float) -> None:
+    overloaded = failure(FailureCode.ENGINE_OVERLOADED, retry_after=asked)
+
+    assert retry_delay(overloaded, attempts=1, policy=POLICY, jitter=0.5) == 0.5
+
+
+def test_a_request_is_asked_again_before_its_batch_is_over() -> None:
+    overloaded = failure(FailureCode.ENGINE_OVERLOADED, retry_after=500.0)
+
+    def delay(seconds_left: float) -> float | None:
+        return retry_delay(
+            overloaded, attempts=1, policy=POLICY, jitter=0.5, seconds_left=seconds_left
+        )
+
+    assert delay(5_000.0) == 500.0
+    assert delay(400.0) == 200.0
+    assert delay(-1.0) == 0.5
+
+
 @given(st.integers(1, 5_000), st.floats(0, 1, exclude_max=True))
 def test_a_delay_is_never_negative_nor_above_the_maximum(attempts: int, jitter: float) -> None:
     policy = RetryPolicy(max_attempts=10_000, base_delay_seconds=0.5, max_delay_seconds=30)

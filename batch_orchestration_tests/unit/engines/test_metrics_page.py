@@ -71,3 +71,31 @@ def test_tokens_are_known_as_soon_as_one_kind_is_counted() -> None:
     assert EngineFigures().tokens is None
     assert EngineFigures(generation_tokens=5).tokens == 5
     assert EngineFigures(generation_tokens=5, prompt_tokens=7).tokens == 12
+
+
+@pytest.mark.parametrize(
+    "value", ["NaN", "+Inf", "-Inf", "-1", "1e308", "9" * 5000, "many", "", "0x10"]
+)
+def test_a_figure_that_is_no_count_is_not_told(value: str) -> None:
+    page = "".join(
+        f"vllm:{name}{{{LABELS}}} {value}\n" * 2
+        for name in ("num_requests_running", "kv_cache_usage_perc", "generation_tokens_total")
+    )
+
+    assert read_figures(page) == EngineFigures()
+
+
+@pytest.mark.parametrize("blocks", ["-5", "9" * 5000, "x", "", "1e9", "٣" * 5000])
+def test_a_cache_of_no_size_is_not_told(blocks: str) -> None:
+    page = f'vllm:cache_config_info{{block_size="16",num_gpu_blocks="{blocks}"}} 1.0\n'
+
+    assert read_figures(page).kv_cache_tokens is None
+
+
+def test_figures_that_are_large_fit_the_store() -> None:
+    caches = f'vllm:cache_config_info{{block_size="{10**14}",num_gpu_blocks="{10**14}"}} 1.0\n'
+    counters = f"vllm:generation_tokens_total {2**53}\n"
+
+    figures = read_figures(caches * 3 + counters * 1_000 + "vllm:kv_cache_usage_perc 7\n")
+
+    assert figures == EngineFigures(kv_usage=1.0, kv_cache_tokens=2**53, generation_tokens=2**53)
