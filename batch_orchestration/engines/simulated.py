@@ -64,16 +64,9 @@ class SimulatedEngine(OwnServerEngine):
             arguments += ["--control", str(control_path.resolve())]
 
         def launch(port: int, key: str) -> tuple[Sequence[str], Mapping[str, str | None]]:
-            command = [
-                sys.executable,
-                "-m",
-                "batch_orchestration.engines.simulated",
-                "--port",
-                str(port),
-                *arguments,
-                "--max-num-seqs",
-                str(ladder.flags.get("max-num-seqs", max_num_seqs)),
-            ]
+            command = [sys.executable, "-m", "batch_orchestration.engines.simulated"]
+            slots = ladder.flags.get("max-num-seqs", max_num_seqs)
+            command += ["--port", str(port), *arguments, "--max-num-seqs", str(slots)]
             return command, {API_KEY_VARIABLE: key, "PYTHONUNBUFFERED": "1"}
 
         super().__init__(
