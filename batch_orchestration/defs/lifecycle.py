@@ -13,6 +13,7 @@ from batch_orchestration.defs.runs import tags_about
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.close_out import close_out
 from batch_orchestration.services.closing import close_due, closing_in_force
 from batch_orchestration.services.dispatch import KnownRun, RunState
@@ -124,22 +125,31 @@ def look_after(
     folder: DataFolder,
     store: Store,
     now: float,
+    faults: Faults | None = None,
 ) -> tuple[list[KnownRun], dict[str, Closing]]:
     """Close the batches that are due; return the runs as they are then, and all that are closing.
 
     Due is a batch whose window is over, and one whose run a person terminated. Runs that wait for
-    the engine to answer such a batch are taken out of the queue.
+    the engine to answer such a batch are taken out of the queue. Batches about which a decision
+    cannot be read are put into `faults`; nothing is decided about them.
     """
-    resumed = {batch.batch_id: folder.read_resumption(batch.batch_id) for batch in batches}
-    since = {batch_id: found.at for batch_id, found in resumed.items() if found}
+    faults = faults or Faults()
+    since: dict[str, float] = {}
+    readable = []
+    for batch in batches:
+        with faults.of(batch.batch_id):
+            if (found := folder.read_resumption(batch.batch_id)) is not None:
+                since[batch.batch_id] = found.at
+            readable.append(batch)
     known = [_superseded(run, since.get(run.batch_id, 0.0)) for run in runs]
     closings = close_due(
-        batches,
+        readable,
         folder=folder,
         store=store,
         terminated=lambda batch_id: _terminated(known, batch_id),
         actor=SENSOR_ACTOR,
         now=now,
+        faults=faults,
     )
     taken = _taken_out_of_the_queue(instance, known, closings)
     return [_stopped(run) if run.run_id in taken else run for run in known], closings

@@ -27,6 +27,7 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError, StoreLocked
+from batch_orchestration.domain.members import Faults, MemberFault
 from batch_orchestration.domain.queueing import NeedsPerson, QueueView
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.configuration import open_inbox, queue_rules
@@ -72,16 +73,18 @@ def inbox_sensor(
 ) -> dg.SensorResult | dg.SkipReason:
     """Claim what is complete and ask for its admission; only look and rename, read nothing."""
     folder = data_folder(settings)
-    inbox, now = open_inbox(settings, folder), time.time()
+    inbox, now, faults = open_inbox(settings, folder), time.time(), Faults()
     reasons = _claim(settings, inbox, now=now)
     reasons += [f"{waiting.name}: {waiting.reason}" for waiting in inbox.waiting(now=now)]
     requests = []
-    for claim in inbox.claims():
-        request = _admission(context.instance, claim, now=now)
-        if isinstance(request, str):
-            reasons.append(request)
-        else:
-            requests.append(request)
+    for claim in inbox.claims(faults):
+        with faults.of(claim.claim_id):
+            request = _admission(context.instance, claim, now=now)
+            if isinstance(request, str):
+                reasons.append(request)
+            else:
+                requests.append(request)
+    reasons += map(str, faults)
     return _result(context, requests, reasons, idle=f"nothing new in {folder.inbox}")
 
 
@@ -111,7 +114,7 @@ def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.
     if len(ended) < len(states):
         return f"{claim.file_name}: being admitted"
     if ended and (wait := backoff_left(len(ended), max(ended), now=now)) > 0:
-        return f"{claim.file_name}: {len(ended)} admissions failed; the next in {wait:.0f} s"
+        return f"{claim.file_name}: {claim.attempts}; the next attempt in {wait:.0f} s"
     return dg.RunRequest(
         run_key=f"{claim.claim_id}#{len(ended)}",
         run_config=dg.RunConfig({admit_claim.name: AdmitConfig(claim_id=claim.claim_id)}),
@@ -131,19 +134,21 @@ def _failing_admissions(
     instance: dg.DagsterInstance, inbox: Inbox, *, now: float
 ) -> Iterator[NeedsPerson]:
     """Yield the files whose admission fails again and again. It is tried on, ever more rarely."""
-    for claim in inbox.claims():
-        states = _admissions(instance, claim, now=now)
-        failed = [record for state, record in states if state is RunState.FAILED]
-        if len(failed) >= MAX_FAILURES:
-            latest = max(failed, key=lambda record: record.end_time or 0.0).dagster_run.run_id
-            yield NeedsPerson(
-                batch_id=claim.file_name,
-                run_id=latest,
-                reason=(
-                    f"its admission failed {len(failed)} times and is tried on, ever more rarely;"
-                    f" mend the cause that the page of run {latest[:8]} shows"
-                ),
-            )
+    faults = Faults()  # `find_damage` tells of the same
+    for claim in inbox.claims(faults):
+        with faults.of(claim.claim_id):
+            states = _admissions(instance, claim, now=now)
+            failed = [record for state, record in states if state is RunState.FAILED]
+            if len(failed) >= MAX_FAILURES:
+                latest = max(failed, key=lambda record: record.end_time or 0.0).dagster_run.run_id
+                yield NeedsPerson(
+                    batch_id=claim.file_name,
+                    run_id=latest,
+                    reason=(
+                        f"its admission failed {len(failed)} times and is tried on, ever more"
+                        f" rarely; mend the cause that the page of run {latest[:8]} shows"
+                    ),
+                )
 
 
 @dg.sensor(
@@ -163,15 +168,17 @@ def dispatch_sensor(
     """Decide from the store and from Dagster's runs, so that it does not matter what was killed."""
     now = time.time()
     store = open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS)
-    folder = data_folder(settings)
+    folder, faults = data_folder(settings), Faults()
     try:
-        finish_resumptions(folder=folder, store=store)
-        queue, problems = _keep_queue(context, settings, now=now)
-        batches = _known_to_dagster(context.instance, unfinished(store.batches()), folder)
+        finish_resumptions(folder=folder, store=store, faults=faults)
+        queue, problems = _keep_queue(context, settings, now=now, faults=faults)
+        batches = _known_to_dagster(context.instance, unfinished(store.batches()), folder, faults)
         runs = known_runs(context.instance, [batch.batch_id for batch in batches], now=now)
         runs, closings = look_after(
-            context.instance, batches, runs, folder=folder, store=store, now=now
+            context.instance, batches, runs, folder=folder, store=store, now=now, faults=faults
         )
+        # The others go on; these do by themselves as soon as their files are mended.
+        batches = [batch for batch in batches if batch.batch_id not in faults]
         verdict = dispatch(
             in_order_of_service(batches, queue),
             runs,
@@ -183,17 +190,27 @@ def dispatch_sensor(
             closings=closings,
         )
     except StorageError as error:
-        return dg.SkipReason(f"the store cannot be read now: {error}")
+        return dg.SkipReason(f"no run is asked for now: {error}")
     with contextlib.suppress(StorageError):  # only what looks at it goes without
         admissions = _failing_admissions(context.instance, open_inbox(settings, folder), now=now)
-        write_needs(folder, [*verdict.needs, *admissions])
+        write_needs(folder, [*verdict.needs, *map(_mend, faults), *admissions])
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
     requests = [_request(needed) for needed in verdict.needed]
-    return _result(context, requests, [*problems, *verdict.waiting], idle=idle)
+    waiting = [*problems, *map(str, faults), *verdict.waiting]
+    return _result(context, requests, waiting, idle=idle)
+
+
+def _mend(fault: MemberFault) -> NeedsPerson:
+    """Say what a batch waits for of which a file cannot be read."""
+    return NeedsPerson(
+        batch_id=fault.member,
+        run_id="",
+        reason=f"waits for a person: {fault.reason}. It goes on by itself once that is mended",
+    )
 
 
 def _keep_queue(
-    context: dg.SensorEvaluationContext, settings: Settings, *, now: float
+    context: dg.SensorEvaluationContext, settings: Settings, *, now: float, faults: Faults
 ) -> tuple[QueueView, list[str]]:
     """Return the queue, and what is wrong with it.
 
@@ -207,6 +224,7 @@ def _keep_queue(
             inbox=open_inbox(settings, folder),
             rules=queue_rules(settings),
             now=now,
+            faults=faults,
         )
         report_queue(context, queue)
     except StoreLocked:
@@ -224,7 +242,10 @@ def _no_engine(settings: Settings, queue: QueueView) -> str | None:
 
 
 def _known_to_dagster(
-    instance: dg.DagsterInstance, batches: Iterable[BatchRecord], folder: DataFolder
+    instance: dg.DagsterInstance,
+    batches: Iterable[BatchRecord],
+    folder: DataFolder,
+    faults: Faults,
 ) -> list[BatchRecord]:
     """Return the batches that have their partitions, after making those that got lost.
 
@@ -238,15 +259,16 @@ def _known_to_dagster(
     live = dg.RunsFilter(job_name=admit_batch.name, statuses=LIVE_STATUSES)
     being_admitted = bool(unknown) and bool(instance.get_runs(live, limit=1))
     for batch in unknown:
-        plan = folder.read_plan(batch.batch_id)
-        # The run that admits a file makes its partitions itself; of a part nobody else does.
-        if being_admitted and plan.part is None:
-            continue
-        estimate = read_estimate(folder, plan.batch_id)
-        event = manifest_materialization(plan, folder.input_path_of(plan), estimate)
-        instance.report_runless_asset_event(event)
-        add_partitions(instance, plan)
-        known.append(batch)
+        with faults.of(batch.batch_id):
+            plan = folder.read_plan(batch.batch_id)
+            # The run that admits a file makes its partitions itself; of a part nobody else does.
+            if being_admitted and plan.part is None:
+                continue
+            estimate = read_estimate(folder, plan.batch_id)
+            event = manifest_materialization(plan, folder.input_path_of(plan), estimate)
+            instance.report_runless_asset_event(event)
+            add_partitions(instance, plan)
+            known.append(batch)
     return known
 
 

@@ -25,6 +25,7 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
         ├── Shortage             something has run out for now; nothing was recorded
         │   ├── DiskFull         make room, and what waits goes on
         │   └── TooManyOpenFiles this process, or the machine, has no descriptor left
+        ├── FileDamaged          one small file of ours cannot be read; others are as they were
         ├── JournalInUse         another process is writing this journal
         ├── OutboxUnwritable     output and error files cannot be written
         ├── JournalError         a second outcome, or a record that could not be read back
@@ -33,6 +34,8 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
         ├── StoreLocked          the DuckDB file stayed locked past the deadline
         └── StoreDamaged         the DuckDB file cannot be read; `recover` makes it anew
 """
+
+from pathlib import Path
 
 from batch_orchestration.domain.rungs import Exhaustion
 
@@ -153,6 +156,20 @@ class DiskFull(Shortage):
 
 class TooManyOpenFiles(Shortage):
     """This process, or the machine, has as many files open as it may."""
+
+
+class FileDamaged(StorageError):
+    """A small file of ours is emptied, torn, of another kind, or cannot be read.
+
+    Attributes:
+        path: Of the file.
+        reason: What is wrong with it, as the rest of a sentence that begins with the path.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+        self.path = path
+        self.reason = reason
 
 
 class JournalInUse(StorageError):

@@ -106,7 +106,7 @@ class NeedsPerson(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         batch_id: Of the batch; of what is not admitted yet, the name of the file.
-        run_id: Of the run whose page shows the cause.
+        run_id: Of the run whose page shows the cause; empty where a file is to blame.
         reason: What happened, and what lets the batch go on.
     """
 

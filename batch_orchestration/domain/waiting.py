@@ -28,6 +28,8 @@ class Standing:
         submitted: Requests of the whole file; None while nobody has read it.
         settling: Why it counts as still being written; None if it does not.
         claimed: Whether it is being read and admitted now.
+        failing: Of one that is claimed: what its admission failed by before. It then takes no room
+            from others, who would wait for as long as it fails.
     """
 
     entry: QueueEntry
@@ -35,6 +37,7 @@ class Standing:
     submitted: int | None = None
     settling: str | None = None
     claimed: bool = False
+    failing: str | None = None
 
     @property
     def open(self) -> bool:
@@ -78,7 +81,7 @@ def decide(
     """
     walk = _Walk(load, rates, rules, now)
     for standing in queue:
-        if standing.claimed:
+        if standing.claimed and standing.failing is None:
             walk.count(standing)
     entries = [walk.next(standing, place) for place, standing in enumerate(queue, start=1)]
     return Decision(entries=tuple(entries), admissible=tuple(walk.admissible))
@@ -99,7 +102,7 @@ class _Walk:
         """Return the entry of the next in the queue."""
         obstacle, detail = self._obstacle(standing), standing.entry.detail
         if standing.claimed:
-            detail = _BEING_READ
+            detail = standing.failing or _BEING_READ
         elif standing.open and obstacle is None:
             self.count(standing)
             self.admissible.append(standing.entry.id)

@@ -6,7 +6,9 @@ makes that folder the batch's, or the submission's, whose parts wait in it. The 
 until then `register_unlisted` finds the batch on the disk.
 """
 
+import contextlib
 import itertools
+import logging
 import os
 import shutil
 import time
@@ -20,12 +22,17 @@ from batch_orchestration.domain.batches import (
     BatchPlan,
     identity,
 )
-from batch_orchestration.domain.errors import ClaimNotFound, FileRefused, FileStillChanging
+from batch_orchestration.domain.errors import (
+    ClaimNotFound,
+    FileRefused,
+    FileStillChanging,
+    StorageError,
+)
 from batch_orchestration.domain.requests import Fault
 from batch_orchestration.domain.room import Obstacle
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, is_gzip_name, open_batch_file
-from batch_orchestration.services.claims import Claim, ClaimFolder
+from batch_orchestration.services.claims import Attempts, Claim, ClaimFolder
 from batch_orchestration.services.estimates import (
     expected_ahead,
     read_knowledge,
@@ -69,9 +76,14 @@ from batch_orchestration.storage.files import (
     sync_folder,
     write_atomically,
 )
-from batch_orchestration.storage.moves import fit_name, move_over
+from batch_orchestration.storage.moves import fit_name, move_over, readable_name
 from batch_orchestration.storage.store import Store
 
+logger = logging.getLogger(__name__)
+
+#: Of one file, for reasons of its own; the pauses between them add up to some minutes.
+MAX_ADMISSION_FAILURES = 5
+_REASON_LENGTH = 300
 #: Faults that a verdict carries along for logs and the UI; the errors file lists all.
 _FAULTS_IN_VERDICT = 20
 _BLOCK_BYTES = 2**20
@@ -91,11 +103,15 @@ def admit(
     Idempotent by claim: after a crash it carries on, once settled it repeats the verdict. Memory
     does not grow with the file but by about 150 bytes per request (to find duplicate ids).
 
+    What the file itself brings to fail is tried again, at most `MAX_ADMISSION_FAILURES` times; then
+    the file is rejected with that as its reason.
+
     Raises:
         FileStillChanging: Somebody was writing the file; it is back in the inbox.
         ClaimNotFound: There is no such claim.
         Shortage: The disk is full, or no file can be opened; the claim stays.
         StorageError: Something could not be written; the claim stays and can be admitted again.
+        Exception: Whatever the file brought to fail; the claim stays and can be admitted again.
     """
     place = ClaimFolder(folder, claim.claim_id)
     with shortages(place.root), place.lock():
@@ -129,12 +145,39 @@ class _Admission:
 
     def settle(self) -> Verdict:
         user_file = self._place.restore()
-        verdict = self._place.verdict() if user_file is None else self._decide(user_file)
+        verdict = self._place.verdict() if user_file is None else self._attempt(user_file)
         if verdict is None:
             raise ClaimNotFound(f"claim {self._place.claim_id} holds no file")
         self._finish(verdict)
         self._place.settle()
         return verdict
+
+    def _attempt(self, user_file: Path) -> Verdict:
+        """Reach a verdict, and keep account of attempts that come to none."""
+        before = self._place.attempts()
+        # First, for an attempt that is killed can say nothing more.
+        self._place.note(msgspec.structs.replace(before, begun=before.begun + 1))
+        try:
+            return self._decide(user_file)
+        except Exception as error:  # whatever it is, others are not to wait for ever behind it
+            if isinstance(error, StorageError | OSError | MemoryError):
+                with contextlib.suppress(StorageError):
+                    self._place.note(before)
+                raise
+            logger.warning("%s: admission failed", user_file.name, exc_info=error)
+            failed = before.failed + 1
+            said = " ".join(str(error).split())[:_REASON_LENGTH]
+            # Text that others have written may hold what no file can.
+            reason = readable_name(f"{type(error).__name__}: {said}")
+            if failed < MAX_ADMISSION_FAILURES or self._place.restore() != user_file:
+                attempts = Attempts(
+                    begun=before.begun, failed=failed, reason=reason, at=self._clock()
+                )
+                self._place.note(attempts)
+                raise
+        self._place.clear_work()
+        why = f"its admission failed {failed} times, at last by {reason}"
+        return self._reject(user_file, why, None)
 
     def _decide(self, user_file: Path) -> Verdict:
         """Reach a verdict and move the author's file accordingly."""

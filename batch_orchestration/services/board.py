@@ -9,12 +9,13 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.queueing import QueueEntry, QueueView, WaitReason
-from batch_orchestration.services.claims import Claim
+from batch_orchestration.services.claims import Claim, read_verdict
 from batch_orchestration.services.inbox import Inbox, Waiting
 from batch_orchestration.services.status import BatchView, view_batches
 from batch_orchestration.services.submission_status import SubmissionView, view_submissions
-from batch_orchestration.services.verdicts import Rejected, Verdict
+from batch_orchestration.services.verdicts import Rejected
 from batch_orchestration.storage import queue_files
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
@@ -120,17 +121,18 @@ def rejections(folder: DataFolder) -> Iterator[Rejected]:
     """Yield what was refused and has not been taken away since, newest first."""
     verdicts = sorted(
         (folder.claims / ".settled").glob("*.json"),
-        key=lambda path: path.stat().st_mtime,
+        key=_changed_at,
         reverse=True,
     )
+    faults = Faults()  # `find_damage` tells of the same
     for path in verdicts:
-        verdict = _read_verdict(path)
-        if isinstance(verdict, Rejected) and Path(verdict.rejected_path).exists():
-            yield verdict
+        with faults.of(path.name):
+            verdict = read_verdict(path)
+            if isinstance(verdict, Rejected) and Path(verdict.rejected_path).exists():
+                yield verdict
 
 
-def _read_verdict(path: Path) -> Verdict | None:
-    with contextlib.suppress(FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
-        verdict: Verdict = msgspec.json.decode(path.read_bytes(), type=Verdict)
-        return verdict
-    return None
+def _changed_at(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0

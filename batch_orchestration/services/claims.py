@@ -1,6 +1,7 @@
 """Claims: dropped files that are ours to read, and what a crash may leave of them.
 
     claims/<claim id>/claim.json                     where the file came from, before it is moved
+                      attempts.json                  how often its admission came to nothing
                       <the author's file>            ours to read
                       <its side-car>
                       verdict.json                   what was decided, before it is carried out
@@ -16,14 +17,14 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import filelock
 import msgspec
 
-from batch_orchestration.domain.errors import ClaimNotFound
+from batch_orchestration.domain.errors import ClaimNotFound, FileDamaged
 from batch_orchestration.domain.sources import Origin
 from batch_orchestration.services.batch_files import is_batch_file_name, is_gzip_name
 from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
@@ -31,6 +32,7 @@ from batch_orchestration.services.verdicts import Admitted, Held, Released, Spli
 from batch_orchestration.storage.files import (
     DataFolder,
     make_folder,
+    read_kept,
     sync_folder,
     write_atomically,
 )
@@ -43,7 +45,32 @@ from batch_orchestration.storage.moves import (
 )
 
 SomeVerdict = TypeVar("SomeVerdict", bound=Verdict)
-_decode_verdict = msgspec.json.Decoder(Verdict).decode
+
+
+class Attempts(msgspec.Struct, frozen=True, kw_only=True):
+    """How often a claim's admission was tried, as far as that came to no verdict.
+
+    Attributes:
+        begun: The present one, and those before it that were killed.
+        failed: Those that the file itself brought to fail.
+        reason: Why the last of these did, and `at` when, POSIX seconds.
+    """
+
+    begun: int = 0
+    failed: int = 0
+    reason: str = ""
+    at: float = 0.0
+
+    def __str__(self) -> str:
+        if self.failed:
+            times = "once" if self.failed == 1 else f"{self.failed} times"
+            return f"its admission failed {times}: {self.reason}"
+        return "its admission was ended from outside before, and is tried again"
+
+    @property
+    def failing(self) -> bool:
+        """Whether one has come to nothing before."""
+        return self.failed > 0 or self.begun > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +83,7 @@ class Claim:
         sidecar: The side-car that came with it.
         file_name: What the author called the file.
         origin: Where it was dropped, and when.
+        attempts: How its admission went so far.
     """
 
     claim_id: str
@@ -63,6 +91,7 @@ class Claim:
     sidecar: Path | None
     file_name: str
     origin: Origin
+    attempts: Attempts = field(default_factory=Attempts)
 
 
 class ClaimFolder:
@@ -73,8 +102,9 @@ class ClaimFolder:
         self._folder = folder
         self.root = folder.claims / claim_id
         self.work = self.root / "work"
-        self._verdict_path = self.root / "verdict.json"
-        self._origin_path = self.root / "claim.json"
+        self.verdict_path = self.root / "verdict.json"
+        self.origin_path = self.root / "claim.json"
+        self.attempts_path = self.root / "attempts.json"
         self._settled_path = folder.claims / ".settled" / f"{claim_id}.json"
         self._lock_path = folder.claims / ".locks" / f"{claim_id}.lock"
 
@@ -82,14 +112,11 @@ class ClaimFolder:
         """Make the claim's folder, which durably says where its file will come from."""
         self.root.mkdir()
         sync_folder(self.root.parent)
-        write_atomically(self._origin_path, msgspec.json.encode(origin))
+        write_atomically(self.origin_path, msgspec.json.encode(origin))
 
     def origin(self) -> Origin:
         """Return where the file came from; the inbox itself, if nobody wrote it down."""
-        try:
-            return msgspec.json.decode(self._origin_path.read_bytes(), type=Origin)
-        except FileNotFoundError:
-            return Origin()
+        return read_kept(self.origin_path, Origin) or Origin()
 
     def inbox_folder(self) -> Path:
         """Return the folder of the inbox that the file came from."""
@@ -127,15 +154,25 @@ class ClaimFolder:
 
     def verdict(self) -> Verdict | None:
         """Return what was decided but perhaps not carried out."""
-        return _read_verdict(self._verdict_path)
+        return read_verdict(self.verdict_path)
 
     def settled_verdict(self) -> Verdict | None:
         """Return what was decided and carried out."""
-        return _read_verdict(self._settled_path)
+        return read_verdict(self._settled_path)
+
+    def attempts(self) -> Attempts:
+        """Return how its admission went so far; where nobody can tell, as if it were the first."""
+        with contextlib.suppress(FileDamaged):  # it is written anew by the next one
+            return read_kept(self.attempts_path, Attempts) or Attempts()
+        return Attempts()
+
+    def note(self, attempts: Attempts) -> None:
+        """Keep how its admission goes."""
+        write_atomically(self.attempts_path, msgspec.json.encode(attempts))
 
     def decide(self, verdict: Verdict) -> None:
         """Keep a verdict, before anything is moved."""
-        write_atomically(self._verdict_path, msgspec.json.encode(verdict))
+        write_atomically(self.verdict_path, msgspec.json.encode(verdict))
 
     def restore(self) -> Path | None:
         """Put the author's file back if a crash left it half moved; return where it lies."""
@@ -184,7 +221,7 @@ class ClaimFolder:
     def settle(self) -> None:
         """Say that the verdict is carried out, and remove the claim."""
         make_folder(self._settled_path.parent)
-        self._verdict_path.replace(self._settled_path)
+        self.verdict_path.replace(self._settled_path)
         sync_folder(self._settled_path.parent)
         self.sweep()
 
@@ -193,7 +230,8 @@ class ClaimFolder:
         if self._settled_path.exists():
             shutil.rmtree(self.work, ignore_errors=True)
         if self.user_file() is None and self.sidecar() is None:
-            self._origin_path.unlink(missing_ok=True)
+            for ours in (self.origin_path, self.attempts_path):
+                ours.unlink(missing_ok=True)
             for rest in self.root.glob(".*.tmp"):  # of a write that a crash cut short
                 rest.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # whatever else is there is not ours to remove
@@ -252,12 +290,16 @@ def claimed(place: ClaimFolder, user_file: Path) -> Claim:
         sidecar=place.sidecar(),
         file_name=place.file_name(user_file),
         origin=place.origin(),
+        attempts=place.attempts(),
     )
 
 
-def _read_verdict(path: Path) -> Verdict | None:
-    try:
-        verdict: Verdict = _decode_verdict(path.read_bytes())
-    except FileNotFoundError:
-        return None
+def read_verdict(path: Path) -> Verdict | None:
+    """Return the verdict that a file holds; None if there is no file.
+
+    Raises:
+        FileDamaged: It cannot be read.
+    """
+    # A union is no type to the checker.
+    verdict: Verdict | None = read_kept(path, Verdict)  # type: ignore[arg-type]
     return verdict

@@ -8,17 +8,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import msgspec
+
 from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.commits import ChunkReport, Provenance
-from batch_orchestration.domain.errors import JournalInUse
+from batch_orchestration.domain.commits import ChunkReport, Provenance, SettledRequest
+from batch_orchestration.domain.errors import FileDamaged, JournalInUse, PlanMismatch, StorageError
 from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.domain.members import Faults, concerns_everyone
 from batch_orchestration.domain.outcomes import Failure, FailureCode
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.closing import closing_in_force
 from batch_orchestration.services.committer import busy_seconds, settled_requests
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.heart import note_work
-from batch_orchestration.services.plan_checks import check_input_size
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal, replay_journal
 from batch_orchestration.storage.store import Store
@@ -58,36 +60,76 @@ def close_out(
     Raises:
         BatchNotFound: There is no such batch.
         JournalInUse: A run is still at work on it after `patience_seconds`.
-        PlanMismatch: The kept input is not the one that was admitted.
+        StorageError: Some chunks cannot be committed; every other one is.
     """
     closing = closing_in_force(folder, store.batch(batch_id))
     if closing is None:
         return
     plan = folder.read_plan(batch_id)
-    check_input_size(plan, folder)
     missing = sorted(set(range(len(plan.chunks))) - store.chunk_reports(batch_id).keys())
     refs = [ChunkRef.of(plan, number, folder) for number in missing]
     _wait_for_writers(refs, patience_seconds)
+    faults = Faults()
     for ref in refs:
         crash_point(CrashPoint.BEFORE_CLOSE_OUT)
         note_work()
-        yield commit_closed(ref, closing, store=store, run_id=run_id, at=clock())
+        with faults.of(ref.key):
+            yield commit_closed(ref, closing, store=store, run_id=run_id, at=clock())
     logger.info("%s: %d chunks closed out, %s", batch_id, len(refs), closing)
+    if left := list(faults):
+        raise StorageError(
+            f"{len(left)} of {len(refs)} chunks cannot be closed out, the others are: {left[0]}"
+        )
 
 
 def commit_closed(
     ref: ChunkRef, closing: Closing, *, store: Store, run_id: str, at: float
 ) -> ChunkReport:
-    """Commit a chunk with the outcomes of its journal and a failure for every other request."""
+    """Commit a chunk with the outcomes of its journal and a failure for every other request.
+
+    Where its part of the kept input is gone or has changed, its requests are known by their index
+    alone: an early end needs no input, and what was answered is delivered.
+    """
     entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
     seconds = busy_seconds(entries.values())
+    outcomes = {**_unasked(ref, closing), **entries}
+    try:
+        settled = settled_requests(ref, outcomes)
+    except (PlanMismatch, FileDamaged, OSError) as error:
+        if concerns_everyone(error):
+            raise
+        logger.warning("%s is closed out without its input: %s", ref.key, error)
+        settled = [_without_its_line(ref, outcomes[index]) for index in ref.indices]
     return store.commit_chunk(
         ref.plan.batch_id,
         ref.chunk.number,
-        settled_requests(ref, {**_unasked(ref, closing), **entries}),
+        settled,
         run_id=run_id,
         at=at,
         seconds=seconds,
+    )
+
+
+def _without_its_line(ref: ChunkRef, entry: JournalEntry) -> SettledRequest:
+    """Return a request whose line is lost, with its `custom_id`.
+
+    What stands at its place now may be another's: better no `custom_id` than a wrong one.
+    """
+    outcome = entry.outcome
+    if isinstance(outcome, Failure):
+        lost = f"{outcome.message} Its line of the kept input is gone, and its custom_id with it."
+        outcome = msgspec.structs.replace(outcome, message=lost)
+    return SettledRequest(
+        index=entry.index,
+        line=ref.chunk.first_line + entry.index - ref.chunk.first_index,
+        custom_id=None,
+        endpoint="",
+        body=b"",
+        outcome=outcome,
+        attempts=entry.attempts,
+        failed_attempts=entry.failed_attempts,
+        settled_at=entry.settled_at,
+        provenance=entry.provenance,
     )
 
 

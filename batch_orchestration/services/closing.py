@@ -6,17 +6,25 @@ first decision stands. What follows from it: `services.close_out`.
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from filelock import BaseFileLock, FileLock
 
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.batches import BatchPlan, BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import BatchNotFound, IllegalTransition, StoreLocked
-from batch_orchestration.domain.lifecycle import Closing, deadline
+from batch_orchestration.domain.errors import (
+    BatchNotFound,
+    FileDamaged,
+    IllegalTransition,
+    StoreLocked,
+)
+from batch_orchestration.domain.lifecycle import Closing, Resumption, deadline
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.files import DataFolder, disk_errors
 from batch_orchestration.storage.store import Store
 
 
@@ -56,7 +64,8 @@ def cancel(
 ) -> Cancellation:
     """Decide that a batch is cancelled. Doing it again changes nothing.
 
-    Where the store is locked, the decision stands all the same; the status follows.
+    Where the store is locked, the decision stands all the same; the status follows. It needs no
+    plan, and takes the place of decisions that cannot be read.
 
     Args:
         batch_id: Of the batch.
@@ -70,8 +79,9 @@ def cancel(
         BatchNotFound: There is no such batch.
         IllegalTransition: There is nothing left to cancel; the message says why.
     """
-    folder.read_plan(batch_id)
+    require_batch(batch_id, folder)
     with closing_lock(folder, batch_id):
+        set_damaged_decisions_aside(batch_id, folder, at=at)
         known = folder.read_closing(batch_id)
         record = _record(batch_id, folder, store)
         if record and (obstacle := _nothing_to_cancel(record, known)) is not None:
@@ -86,20 +96,61 @@ def cancel(
     return Cancellation(closing=closing, earlier=known is not None, over=over)
 
 
-def expire(batch_id: str, *, folder: DataFolder, actor: str, now: float) -> Closing | None:
+def require_batch(batch_id: str, folder: DataFolder) -> None:
+    """Raise `BatchNotFound` unless there is a batch of this id, whatever its plan is like."""
+    if not os.path.lexists(folder.plan_path(batch_id)):
+        folder.read_plan(batch_id)
+
+
+def set_damaged_decisions_aside(batch_id: str, folder: DataFolder, *, at: float) -> None:
+    """Put decisions about a batch that cannot be read out of the way, for people.
+
+    Call it under `closing_lock`, when a person decides anew. Of a damaged resumption it is kept
+    that there was one, and when.
+
+    Raises:
+        StorageError: They cannot be moved.
+    """
+    try:
+        folder.read_closing(batch_id)
+    except FileDamaged as damaged:
+        _set_aside(damaged.path, at)
+    try:
+        folder.read_resumption(batch_id)
+    except FileDamaged as damaged:
+        resumed_at = damaged.path.lstat().st_mtime
+        _set_aside(damaged.path, at)
+        resumption = Resumption(at=resumed_at, actor="unknown", reason=damaged.reason)
+        folder.write_resumption(batch_id, resumption)
+
+
+def _set_aside(path: Path, at: float) -> None:
+    with disk_errors(path):
+        path.rename(path.with_name(f"{path.name}.damaged-{at:.0f}"))
+
+
+def expire(
+    batch: BatchPlan | BatchRecord, *, folder: DataFolder, actor: str, now: float
+) -> Closing | None:
     """Decide that a batch has expired, if its window is over and it is not delivered.
+
+    Args:
+        batch: Its plan, or what the store knows of it.
+        folder: The data folder.
+        actor: Who looks.
+        now: POSIX seconds.
 
     Returns:
         The decision in force, be it an earlier one; None if there is none.
     """
-    plan = folder.read_plan(batch_id)
+    batch_id = batch.batch_id
     with closing_lock(folder, batch_id):
         known = folder.read_closing(batch_id)
-        ends_at = deadline(plan, folder.read_resumption(batch_id))
+        ends_at = deadline(batch, folder.read_resumption(batch_id))
         if known is not None or now < ends_at or delivered(folder, batch_id):
             return known
-        reason = f"its completion window of {plan.options.completion_window} is over"
-        if ends_at > deadline(plan):
+        reason = f"its completion window of {batch.options.completion_window} is over"
+        if ends_at > deadline(batch):
             reason = "the completion window that it was resumed with is over"
         closing = Closing(status=BatchStatus.EXPIRED, at=now, actor=actor, reason=reason)
         folder.write_closing(batch_id, closing)
@@ -115,6 +166,7 @@ def close_due(
     terminated: Callable[[str], str | None],
     actor: str,
     now: float,
+    faults: Faults | None = None,
 ) -> dict[str, Closing]:
     """Decide which of the unfinished batches end early; return these, each with its decision.
 
@@ -128,23 +180,26 @@ def close_due(
             last resumed; None if there is none.
         actor: Who looks at deadlines.
         now: POSIX seconds.
+        faults: Takes batches about which a decision cannot be read, or not be made.
     """
     closings: dict[str, Closing] = {}
+    faults = faults or Faults()
     for batch in batches:
         batch_id = batch.batch_id
-        closing = closing_in_force(folder, batch)
-        if closing is None and _can_end_early(batch):
-            if (run_id := terminated(batch_id)) is not None:
-                reason = "a person terminated this run"
-                closing = cancel(
-                    batch_id, folder=folder, store=store, actor=run_id, reason=reason, at=now
-                ).closing
-            elif now >= deadline(batch, folder.read_resumption(batch_id)):
-                closing = expire(batch_id, folder=folder, actor=actor, now=now)
-        if closing is not None:
-            with closing_lock(folder, batch_id):
-                _tell_store(store.batch(batch_id), closing, store)
-            closings[batch_id] = closing
+        with faults.of(batch_id):
+            closing = closing_in_force(folder, batch)
+            if closing is None and _can_end_early(batch):
+                if (run_id := terminated(batch_id)) is not None:
+                    reason = "a person terminated this run"
+                    closing = cancel(
+                        batch_id, folder=folder, store=store, actor=run_id, reason=reason, at=now
+                    ).closing
+                elif now >= deadline(batch, folder.read_resumption(batch_id)):
+                    closing = expire(batch, folder=folder, actor=actor, now=now)
+            if closing is not None:
+                with closing_lock(folder, batch_id):
+                    _tell_store(store.batch(batch_id), closing, store)
+                closings[batch_id] = closing
     return closings
 
 

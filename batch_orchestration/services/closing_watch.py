@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.errors import Shortage
+from batch_orchestration.domain.errors import FileDamaged, Shortage
 from batch_orchestration.domain.lifecycle import Closing, deadline
 from batch_orchestration.services.closing import expire
 from batch_orchestration.storage.files import DataFolder, shortages
@@ -47,6 +47,7 @@ class ClosingWatch:
         self._deadline = float("inf") if only_new else deadline(plan, resumption)
         self.seen: Closing | None = None
         self._seen_at = 0.0
+        self._told_of_damage = False
 
     @property
     def impatient(self) -> bool:
@@ -63,11 +64,21 @@ class ClosingWatch:
         return self.seen
 
     def _look(self) -> None:
-        batch_id, now = self._plan.batch_id, time.time()
-        if self.seen is None and (found := self._folder.read_closing(batch_id)) != self._known:
+        now = time.time()
+        if self.seen is None and (found := self._read()) != self._known:
             self.seen = found
         if self.seen is None and now >= self._deadline:
-            self.seen = expire(batch_id, folder=self._folder, actor=self._run_id, now=now)
+            self.seen = expire(self._plan, folder=self._folder, actor=self._run_id, now=now)
+
+    def _read(self) -> Closing | None:
+        """Return the decision; one that cannot be read stops no run, but no other is begun then."""
+        try:
+            return self._folder.read_closing(self._plan.batch_id)
+        except FileDamaged as damaged:
+            if not self._told_of_damage:
+                logger.warning("%s; this run goes on", damaged)
+            self._told_of_damage = True
+            return self._known
 
     async def unless_closed(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work; as soon as the batch is to end, abort it and return.

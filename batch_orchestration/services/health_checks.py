@@ -222,7 +222,8 @@ def persons(look: Look) -> Iterator[Finding]:
         yield degraded("persons", "is not known before dispatch_sensor has looked", RESTART)
         return
     for need in needs:
-        yield degraded(f"person:{need.batch_id}", need.reason, run_link(look.settings, need.run_id))
+        page = run_link(look.settings, need.run_id) if need.run_id else STATUS
+        yield degraded(f"person:{need.batch_id}", need.reason, page)
     if not needs:
         yield healthy("persons", "no batch waits for one")
 

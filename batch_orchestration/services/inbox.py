@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ import msgspec
 
 from batch_orchestration.domain.batches import slug
 from batch_orchestration.domain.errors import ClaimNotFound
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.claims import (
     Claim,
     ClaimFolder,
@@ -89,11 +90,11 @@ class Inbox:
                 self._return_half_claimed()
                 files = self.look(now=now)
                 chosen = files if choose is None else choose(files)
-                claims = [self._claim(file) for file in chosen if file.reason is None]
+                claims = self._claim_each(file for file in chosen if file.reason is None)
         except filelock.Timeout:
             logger.info("the inbox is being claimed by another process; it is left to it")
             return []
-        return [claim for claim in claims if claim is not None]
+        return claims
 
     def forget_gone(self) -> None:
         """Remove what is known of files that are neither here nor claimed any more."""
@@ -108,9 +109,16 @@ class Inbox:
         files += [file.stats for file in self.look(now=0.0)]
         surveys.forget_others(files)
 
-    def claims(self) -> list[Claim]:
-        """Return all claims that are not settled, the oldest first."""
-        found = [claim for claim_id in self._claim_ids() if (claim := self._find(claim_id))]
+    def claims(self, faults: Faults | None = None) -> list[Claim]:
+        """Return all claims that are not settled and can be read, the oldest first.
+
+        Args:
+            faults: Takes those that cannot be read, by their id.
+        """
+        found, faults = [], faults or Faults()
+        for claim_id in self._claim_ids():
+            with faults.of(claim_id), contextlib.suppress(ClaimNotFound):
+                found.append(find_claim(self._folder, claim_id))
         return sorted(found, key=lambda claim: (_changed_at(claim.path), claim.claim_id))
 
     def claim(self, claim_id: str) -> Claim:
@@ -145,6 +153,15 @@ class Inbox:
         origin = msgspec.structs.replace(file.origin, arrived_at=survey.arrived_at)
         return replace(file, survey=survey, origin=origin)
 
+    def _claim_each(self, files: Iterable[DroppedFile]) -> list[Claim]:
+        claims, faults = [], Faults()
+        for file in files:
+            with faults.of(str(file.path)):
+                if (claim := self._claim(file)) is not None:
+                    claims.append(claim)
+        faults.log()
+        return claims
+
     def _claim(self, file: DroppedFile) -> Claim | None:
         path = file.path
         place = ClaimFolder(self._folder, f"{slug(path.name)}-{secrets.token_hex(6)}")
@@ -166,12 +183,14 @@ class Inbox:
 
     def _return_half_claimed(self) -> None:
         """Put back side-cars that a crash parted from their file; remove what holds nothing."""
+        faults = Faults()  # `claims` tells of the same
         for claim_id in self._claim_ids():
             place = ClaimFolder(self._folder, claim_id)
-            if place.holds_only_sidecar():
-                with contextlib.suppress(TimeoutError), place.lock(timeout_seconds=0):
-                    if place.holds_only_sidecar():
-                        self._return_sidecar(place)
+            with faults.of(claim_id):
+                if place.holds_only_sidecar():
+                    with contextlib.suppress(TimeoutError), place.lock(timeout_seconds=0):
+                        if place.holds_only_sidecar():
+                            self._return_sidecar(place)
 
     def _return_sidecar(self, place: ClaimFolder) -> None:
         place.release_sidecar()
@@ -180,12 +199,6 @@ class Inbox:
     def _claim_ids(self) -> list[str]:
         with os.scandir(self._folder.claims) as entries:
             return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-
-    def _find(self, claim_id: str) -> Claim | None:
-        try:
-            return find_claim(self._folder, claim_id)
-        except ClaimNotFound:
-            return None
 
 
 def _changed_at(path: Path) -> float:

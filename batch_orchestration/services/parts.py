@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import filelock
 
 from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.errors import BatchNotFound, StorageError, StoreLocked
+from batch_orchestration.domain.errors import BatchNotFound, FileDamaged, StorageError, StoreLocked
 from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.room import Obstacle
 from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
@@ -29,14 +30,24 @@ from batch_orchestration.storage.store import Store
 _LOCK_TIMEOUT_SECONDS = 10.0
 
 
-def waiting_parts(folder: DataFolder) -> list[BatchPlan]:
-    """Return the parts that are not admitted yet: by priority, then by age, in file order."""
-    found = (folder.read_waiting_part(part_id) for part_id in folder.waiting_part_ids())
-    return sorted((plan for plan in found if plan is not None), key=_turn)
+def waiting_parts(folder: DataFolder, faults: Faults | None = None) -> list[BatchPlan]:
+    """Return the parts that are not admitted yet: by priority, then by age, in file order.
+
+    Args:
+        folder: The data folder.
+        faults: Takes those whose plan cannot be read, by their id.
+    """
+    found, faults = [], Faults() if faults is None else faults
+    for part_id in folder.waiting_part_ids():
+        with faults.of(part_id):
+            if (plan := folder.read_waiting_part(part_id)) is not None:
+                found.append((_turn(plan, folder), plan))
+    return [plan for _, plan in sorted(found, key=lambda pair: pair[0])]
 
 
-def _turn(plan: BatchPlan) -> tuple[int, float, str, int]:
-    assert plan.part is not None
+def _turn(plan: BatchPlan, folder: DataFolder) -> tuple[int, float, str, int]:
+    if plan.part is None:
+        raise FileDamaged(folder.waiting_part_path(plan.batch_id) / "plan.json", "is of no part")
     return (-plan.options.priority, plan.created_at, plan.part.submission, plan.part.number)
 
 
@@ -81,7 +92,8 @@ def admit_closed(
     try:
         with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
             for part_id in part_ids:
-                if folder.read_waiting_part(part_id) is not None:
+                # The plan is not needed for that, and may be damaged.
+                if folder.waiting_part_path(part_id).exists():
                     folder.close_waiting_part(part_id, closing)
                     crash_point(CrashPoint.AFTER_CLOSING)
                     _make_batch(part_id, folder)
@@ -109,6 +121,7 @@ def admit_parts(
     store: Store,
     obstacle_to: Callable[[BatchPlan], Obstacle | None],
     at: float,
+    faults: Faults | None = None,
 ) -> list[BatchPlan]:
     """Admit waiting parts up to the first for which there is no room; return them.
 
@@ -118,21 +131,32 @@ def admit_parts(
         store: The store.
         obstacle_to: Decides, while nobody else can be admitted, whether there is room for one more.
         at: POSIX seconds.
+        faults: Takes the parts that cannot be admitted for a reason of their own.
 
     Raises:
         StorageError: The store cannot be asked or told.
     """
     admitted: list[BatchPlan] = []
-    with contextlib.suppress(filelock.Timeout):  # the next tick comes soon
-        for part_id in part_ids:
-            plan = admit_part(part_id, folder=folder, store=store, at=at, obstacle_to=obstacle_to)
+    faults = Faults() if faults is None else faults
+    for part_id in part_ids:
+        with faults.of(part_id):
+            try:
+                plan = admit_part(
+                    part_id, folder=folder, store=store, at=at, obstacle_to=obstacle_to
+                )
+            except filelock.Timeout:  # the next tick comes soon
+                break
             if plan is None:
                 break
             admitted.append(plan)
+        if part_id in faults and folder.plan_path(part_id).exists():
+            break  # it takes room of which the store does not know yet
     return admitted
 
 
-def register_parts(folder: DataFolder, store: Store, *, at: float) -> None:
+def register_parts(
+    folder: DataFolder, store: Store, *, at: float, faults: Faults | None = None
+) -> None:
     """Tell the store of parts that a crash kept from it. Cheap where nothing was ever split.
 
     Raises:
@@ -144,7 +168,7 @@ def register_parts(folder: DataFolder, store: Store, *, at: float) -> None:
     with contextlib.suppress(filelock.Timeout):  # the next tick comes soon
         if any(_unlisted(folder, known)):
             with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
-                register_unlisted(folder, store, at=at)
+                register_unlisted(folder, store, at=at, faults=faults)
 
 
 def _unlisted(folder: DataFolder, known: Collection[str]) -> Iterator[str]:

@@ -5,16 +5,17 @@ Built anew for each tick from what is durable: the inbox, claims, waiting parts,
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
 
 from batch_orchestration.domain.batches import BatchOptions, BatchPlan
 from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.lifecycle import deadline, window_seconds
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.ordering import Candidate, Place, order
 from batch_orchestration.domain.queueing import (
     EntryKind,
@@ -81,15 +82,36 @@ class Queue:
 
 
 def read_queue(
-    *, folder: DataFolder, store: Store, inbox: Inbox, rules: QueueRules, now: float
+    *,
+    folder: DataFolder,
+    store: Store,
+    inbox: Inbox,
+    rules: QueueRules,
+    now: float,
+    faults: Faults | None = None,
 ) -> Queue:
     """Return the queue as it is now.
+
+    Args:
+        folder: The data folder.
+        store: The store.
+        inbox: Of this folder.
+        rules: In force.
+        now: POSIX seconds.
+        faults: Takes those of whom something cannot be read: they stand in the queue with what is
+            known of them, or, where that is nothing, not at all.
 
     Raises:
         StorageError: The store cannot be read.
     """
     return queue_of(
-        inbox.look(now=now), folder=folder, store=store, inbox=inbox, rules=rules, now=now
+        inbox.look(now=now),
+        folder=folder,
+        store=store,
+        inbox=inbox,
+        rules=rules,
+        now=now,
+        faults=faults,
     )
 
 
@@ -125,21 +147,32 @@ def queue_of(
     inbox: Inbox,
     rules: QueueRules,
     now: float,
+    faults: Faults | None = None,
 ) -> Queue:
     """Return the queue with these files in the inbox; see `read_queue`."""
     records = store.batches() if folder.duckdb.exists() else []
     by_name = {inbox.name_of(file.path): file for file in files if _waits(file)}
     paused = read_pause(folder)
+    faults = Faults() if faults is None else faults
     standings = [
-        *(_of_batch(record, folder, now) for record in unfinished(records)),
-        *(_of_part(plan, folder) for plan in waiting_parts(folder)),
-        *(_of_claim(claim, folder, rules) for claim in inbox.claims()),
-        *(_of_file(name, file, rules) for name, file in by_name.items()),
+        *_each(
+            ((r.batch_id, partial(_of_batch, r, folder, now, faults)) for r in unfinished(records)),
+            faults,
+        ),
+        *_each(
+            ((p.batch_id, partial(_of_part, p, folder)) for p in waiting_parts(folder, faults)),
+            faults,
+        ),
+        *_each(
+            ((c.claim_id, partial(_of_claim, c, folder, rules)) for c in inbox.claims(faults)),
+            faults,
+        ),
+        *_each(((name, partial(_of_file, name, f, rules)) for name, f in by_name.items()), faults),
     ]
     decision = decide(
         _in_order(standings, store=store, rules=rules, now=now),
-        load=read_load(folder, records, limits=rules.limits),
-        rates=read_rates(folder, records, limits=rules.rates),
+        load=read_load(folder, records, limits=rules.limits, faults=faults),
+        rates=read_rates(folder, records, limits=rules.rates, faults=faults),
         rules=Rules(
             limits=rules.limits,
             most_requests=rules.most_requests,
@@ -148,6 +181,15 @@ def queue_of(
         now=now,
     )
     return _queue(decision, by_name, paused, now)
+
+
+def _each(
+    members: Iterable[tuple[str, Callable[[], _Arrived]]], faults: Faults
+) -> Iterator[_Arrived]:
+    """Yield what is known of each member of which that can be told."""
+    for member, arrived in members:
+        with faults.of(member):
+            yield arrived()
 
 
 def _waiting_files(view: QueueView) -> Iterator[QueueEntry]:
@@ -226,6 +268,7 @@ def _of_claim(claim: Claim, folder: DataFolder, rules: QueueRules) -> _Arrived:
         demand=demand,
         submitted=None if survey is None else survey.requests,
         claimed=True,
+        failing=str(claim.attempts) if claim.attempts.failing else None,
     )
     return _of_options(standing, options, claim.origin.arrived_at)
 
@@ -294,12 +337,12 @@ def _of_part(plan: BatchPlan, folder: DataFolder) -> _Arrived:
     )
 
 
-def _of_batch(record: BatchRecord, folder: DataFolder, now: float) -> _Arrived:
+def _of_batch(record: BatchRecord, folder: DataFolder, now: float, faults: Faults) -> _Arrived:
     batch_id = record.batch_id
     plan: BatchPlan | None = None
     until: float | None = None
     # One whose plan is damaged is shown all the same.
-    with contextlib.suppress(BatchOrchestrationError):
+    with faults.of(batch_id):
         plan = folder.read_plan(batch_id)
         until = deadline(plan, folder.read_resumption(batch_id))
     tokens = None if plan is None else left_of(demand_in(folder, plan), record).tokens

@@ -6,11 +6,13 @@ Done by `dispatch_sensor` alone, at each of its ticks.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, QueueView
 from batch_orchestration.services.estimates import expected_seconds
 from batch_orchestration.services.inbox import Inbox
@@ -41,15 +43,33 @@ class KeptQueue:
 
 
 def keep_queue(
-    *, folder: DataFolder, store: Store, inbox: Inbox, rules: QueueRules, now: float
+    *,
+    folder: DataFolder,
+    store: Store,
+    inbox: Inbox,
+    rules: QueueRules,
+    now: float,
+    faults: Faults | None = None,
 ) -> KeptQueue:
     """Admit the parts for which there is room, in the order of service, and write the queue.
+
+    Args:
+        folder: The data folder.
+        store: The store.
+        inbox: Of this folder.
+        rules: In force.
+        now: POSIX seconds.
+        faults: Takes the batches, parts and claims of which something cannot be read.
 
     Raises:
         StorageError: The store cannot be read, or the file not be written.
     """
-    register_parts(folder, store, at=now)
-    queue = read_queue(folder=folder, store=store, inbox=inbox, rules=rules, now=now)
+    faults = Faults() if faults is None else faults
+    read = partial(
+        read_queue, folder=folder, store=store, inbox=inbox, rules=rules, now=now, faults=faults
+    )
+    register_parts(folder, store, at=now, faults=faults)
+    queue = read()
     admitted = admit_parts(
         queue.parts,
         folder=folder,
@@ -58,9 +78,10 @@ def keep_queue(
             plan, folder=folder, store=store, rules=rules
         ),
         at=now,
+        faults=faults,
     )
     if admitted:
-        queue = read_queue(folder=folder, store=store, inbox=inbox, rules=rules, now=now)
+        queue = read()
     view = with_expectations(queue.view, lambda entry: _seconds_of(entry, folder))
     before = None
     with contextlib.suppress(StorageError):  # a damaged one is replaced

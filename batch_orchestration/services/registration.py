@@ -4,6 +4,7 @@ A batch exists from the moment its folder does; everything here can be repeated.
 """
 
 import itertools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import filelock
 from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchPlan, batch_id
 from batch_orchestration.domain.commits import Provenance
 from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.requests import Fault
 from batch_orchestration.storage.files import DataFolder, sync_folder
 from batch_orchestration.storage.journal import Journal
@@ -44,8 +46,13 @@ def free_batch_id(folder: DataFolder, file_name: str, identity: str) -> str:
 
 def find_submission(identity: str, *, folder: DataFolder) -> str | None:
     """Return the id of the submission with this identity; None if none has."""
-    alike = (name for name in folder.submission_ids() if identity[:ID_HASH_DIGITS] in name)
-    return next((name for name in alike if folder.read_submission(name).identity == identity), None)
+    faults = Faults()  # `find_damage` tells of the same
+    for name in folder.submission_ids():
+        if identity[:ID_HASH_DIGITS] in name:
+            with faults.of(name):
+                if folder.read_submission(name).identity == identity:
+                    return name
+    return None
 
 
 def write_fault_journals(work: Path, plan: BatchPlan, faults: Iterable[Fault], *, at: float) -> int:
@@ -84,18 +91,32 @@ def register_batch(folder: DataFolder, store: Store, batch_id: str, *, at: float
     store.add_batch(plan, at=at)
 
 
-def register_unlisted(folder: DataFolder, store: Store, *, at: float) -> list[str]:
+def register_unlisted(
+    folder: DataFolder, store: Store, *, at: float, faults: Faults | None = None
+) -> list[str]:
     """Tell the store of batches that a crash kept from it, and return their ids.
 
     Also what fills a store that was lost. Call it under `admission_lock`.
+
+    Args:
+        folder: The data folder.
+        store: The store.
+        at: POSIX seconds.
+        faults: Takes those that cannot be told of; without it the log has them.
     """
+    found = Faults() if faults is None else faults
+    registered = []
     known = {record.batch_id for record in store.batches()}
     unlisted = [
         planned
         for planned in folder.batch_ids()
         # Without journals it would be asked again, though it was delivered.
-        if planned not in known and not folder.pruned_path(planned).exists()
+        if planned not in known and not os.path.lexists(folder.pruned_path(planned))
     ]
     for planned in unlisted:
-        register_batch(folder, store, planned, at=at)
-    return unlisted
+        with found.of(planned):
+            register_batch(folder, store, planned, at=at)
+            registered.append(planned)
+    if faults is None:
+        found.log()
+    return registered

@@ -18,7 +18,8 @@ from batch_orchestration.domain.lifecycle import (
     deadline,
     window_seconds,
 )
-from batch_orchestration.services.closing import closing_lock
+from batch_orchestration.domain.members import Faults
+from batch_orchestration.services.closing import closing_lock, set_damaged_decisions_aside
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
@@ -59,6 +60,7 @@ def resume(
         record = store.batch(batch_id)
         if record.status not in RESUMABLE:
             raise IllegalTransition(f"there is nothing to resume: batch {batch_id} {_why(record)}")
+        set_damaged_decisions_aside(batch_id, folder, at=at)
         before = folder.read_resumption(batch_id)
         resumption = Resumption(
             at=at,
@@ -77,23 +79,31 @@ def resume(
     return resumption
 
 
-def finish_resumptions(*, folder: DataFolder, store: Store) -> list[str]:
+def finish_resumptions(
+    *, folder: DataFolder, store: Store, faults: Faults | None = None
+) -> list[str]:
     """Do what somebody left undone who was killed after the decision; return these batches.
+
+    Args:
+        folder: The data folder.
+        store: The store.
+        faults: Takes batches of which the decision cannot be read, or not be carried out.
 
     Raises:
         StorageError: The store cannot be asked now.
     """
-    finished = []
+    finished, faults = [], faults or Faults()
     for record in store.batches():
         if record.status not in RESUMABLE:
             continue
-        resumption = folder.read_resumption(record.batch_id)
-        if resumption is not None and resumption.at > record.times[record.status]:
-            with closing_lock(folder, record.batch_id):
-                now = store.batch(record.batch_id)
-                if now.status in RESUMABLE:
-                    _carry_out(now, resumption, folder, store)
-                    finished.append(record.batch_id)
+        with faults.of(record.batch_id):
+            resumption = folder.read_resumption(record.batch_id)
+            if resumption is not None and resumption.at > record.times[record.status]:
+                with closing_lock(folder, record.batch_id):
+                    now = store.batch(record.batch_id)
+                    if now.status in RESUMABLE:
+                        _carry_out(now, resumption, folder, store)
+                        finished.append(record.batch_id)
     return finished
 
 

@@ -1,6 +1,5 @@
 """Room in this deployment: what is queued here now, and whether one more batch fits beside it."""
 
-import contextlib
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -8,8 +7,8 @@ from pathlib import Path
 
 from batch_orchestration.domain.batches import MAX_REQUESTS_PER_BATCH, BatchPlan
 from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.ordering import OrderPolicy
 from batch_orchestration.domain.queueing import Pause, WaitReason
 from batch_orchestration.domain.rates import RateLimits
@@ -151,19 +150,26 @@ def left_of(demand: Demand, record: BatchRecord) -> Demand:
     )
 
 
-def read_load(folder: DataFolder, records: Iterable[BatchRecord], *, limits: Limits) -> Load:
+def read_load(
+    folder: DataFolder,
+    records: Iterable[BatchRecord],
+    *,
+    limits: Limits,
+    faults: Faults | None = None,
+) -> Load:
     """Return what is queued: of each unfinished batch what is left to do.
 
     Args:
         folder: The data folder; its disk is looked at.
         records: All batches of the store.
         limits: In force.
+        faults: Takes batches whose plan cannot be read. They wait for a person and do no work, and
+            take no room from others.
     """
+    faults = faults or Faults()
     load = Load(free_bytes=shutil.disk_usage(folder.root).free)
     for record in unfinished(records):
-        left = Demand(requests=record.pending, tokens=None, size_bytes=0)
-        # One whose plan is damaged still counts.
-        with contextlib.suppress(BatchOrchestrationError):
+        with faults.of(record.batch_id):
             left = left_of(demand_in(folder, folder.read_plan(record.batch_id)), record)
-        load = load.plus(left, limits)
+            load = load.plus(left, limits)
     return load

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.rates import RateLimits, SourceRates, SubmissionEvent
 from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.storage.files import DataFolder
@@ -11,7 +12,11 @@ from batch_orchestration.storage.store import Store
 
 
 def read_rates(
-    folder: DataFolder, records: Iterable[BatchRecord], *, limits: RateLimits
+    folder: DataFolder,
+    records: Iterable[BatchRecord],
+    *,
+    limits: RateLimits,
+    faults: Faults | None = None,
 ) -> SourceRates:
     """Return what the sources have submitted so far.
 
@@ -19,8 +24,9 @@ def read_rates(
         folder: The data folder.
         records: All batches of the store.
         limits: In force.
+        faults: Takes submissions that cannot be read: they do not count.
     """
-    events = (*_of_batches(records), *_of_submissions(folder))
+    events = (*_of_batches(records), *_of_submissions(folder, faults or Faults()))
     return SourceRates(limits=limits, events=events)
 
 
@@ -52,7 +58,8 @@ def _of_batches(records: Iterable[BatchRecord]) -> Iterator[SubmissionEvent]:
             yield SubmissionEvent(record.source, at, record.total)
 
 
-def _of_submissions(folder: DataFolder) -> Iterator[SubmissionEvent]:
+def _of_submissions(folder: DataFolder, faults: Faults) -> Iterator[SubmissionEvent]:
     for submission_id in folder.submission_ids():
-        submission = folder.read_submission(submission_id)
-        yield SubmissionEvent(submission.source, submission.created_at, submission.requests)
+        with faults.of(submission_id):
+            submission = folder.read_submission(submission_id)
+            yield SubmissionEvent(submission.source, submission.created_at, submission.requests)

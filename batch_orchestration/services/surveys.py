@@ -12,9 +12,10 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.errors import FileDamaged
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.domain.room import Demand, Obstacle
-from batch_orchestration.storage.files import DataFolder, write_atomically
+from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
 
 
 class Survey(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,10 +76,9 @@ class Surveys:
 
     def find(self, stats: os.stat_result) -> Survey | None:
         """Return the survey of a file, if it was read before and has not changed since."""
-        try:
-            return msgspec.json.decode(self._file(stats).read_bytes(), type=Survey)
-        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
-            return None
+        with contextlib.suppress(FileDamaged):  # the file is read once more
+            return read_kept(self._file(stats), Survey)
+        return None
 
     def keep(self, stats: os.stat_result, survey: Survey) -> None:
         """Keep the survey of a file, durably."""
@@ -90,7 +90,8 @@ class Surveys:
         with contextlib.suppress(FileNotFoundError), os.scandir(self._path) as entries:
             for entry in entries:
                 if entry.name not in kept and not entry.name.startswith("."):
-                    Path(entry.path).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # a folder, say: it does no harm
+                        Path(entry.path).unlink(missing_ok=True)
 
     def _file(self, stats: os.stat_result) -> Path:
         # Renaming keeps all three, and writing moves the last.

@@ -197,7 +197,14 @@ class Turns:
     def _release_guests(self) -> None:
         """Stop serving guests that are to end early, or whose answers cannot be committed."""
         for batch_id, work in self.guests.items():
-            if batch_id not in self._unwelcome and (work.is_closing() or work.committer.gave_up):
+            if batch_id in self._unwelcome:
+                continue
+            try:
+                over = work.is_closing() or work.committer.gave_up
+            except BatchOrchestrationError as error:
+                self._dismiss(batch_id, error)
+                continue
+            if over:
                 logger.info("%s is served no more", batch_id)
                 self._unwelcome.add(batch_id)
                 work.leave()

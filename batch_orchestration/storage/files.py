@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -16,12 +16,14 @@ from batch_orchestration.domain.chunks import chunk_key
 from batch_orchestration.domain.errors import (
     BatchNotFound,
     DiskFull,
+    FileDamaged,
     StorageError,
     TooManyOpenFiles,
 )
 from batch_orchestration.domain.lifecycle import Closing, Resumption
 from batch_orchestration.domain.submissions import Submission, submission_of
 from batch_orchestration.storage.lines import RawLine, new_digest, read_chunk, read_lines
+from batch_orchestration.storage.regular import open_regular
 
 __all__ = [
     "DataFolder",
@@ -234,9 +236,9 @@ class DataFolder:
 
         Raises:
             BatchNotFound: There is none.
-            StorageError: It is damaged.
+            FileDamaged: It cannot be read, or is the plan of another batch.
         """
-        found = read_kept(self.plan_path(batch_id), BatchPlan)
+        found = _plan_at(self.plan_path(batch_id), batch_id)
         if found is None:
             hint = ""
             if self.submission_path(batch_id).exists():
@@ -248,22 +250,25 @@ class DataFolder:
         """Return the plan of a part that is not admitted yet; None if there is none that waits.
 
         Raises:
-            StorageError: It is damaged.
+            FileDamaged: It cannot be read, or is the plan of another part.
         """
         if submission_of(part_id) is None:
             return None
-        return read_kept(self.waiting_part_path(part_id) / "plan.json", BatchPlan)
+        return _plan_at(self.waiting_part_path(part_id) / "plan.json", part_id)
 
     def read_submission(self, submission_id: str) -> Submission:
         """Return what a submission is.
 
         Raises:
             BatchNotFound: There is none.
-            StorageError: It is damaged.
+            FileDamaged: It cannot be read, or is another submission.
         """
-        found = read_kept(self.submission_path(submission_id), Submission)
+        path = self.submission_path(submission_id)
+        found = read_kept(path, Submission)
         if found is None:
             raise BatchNotFound(f"no submission {submission_id!r} in {self.submissions}")
+        if found.submission_id != submission_id:
+            raise FileDamaged(path, f"describes {found.submission_id}: its folder is a copy")
         return found
 
     def write_closing(self, batch_id: str, closing: Closing) -> None:
@@ -280,7 +285,7 @@ class DataFolder:
         """Return the decision to end a batch early; None if there is none.
 
         Raises:
-            StorageError: It is damaged.
+            FileDamaged: It cannot be read.
         """
         return read_kept(self.closing_path(batch_id), Closing)
 
@@ -299,47 +304,78 @@ class DataFolder:
         """Return the latest decision to go on with a batch; None if there is none.
 
         Raises:
-            StorageError: It is damaged.
+            FileDamaged: It cannot be read.
         """
         return read_kept(self.resumption_path(batch_id), Resumption)
 
     def batch_ids(self) -> list[str]:
-        """Return the ids of all planned batches, sorted."""
-        return sorted(path.parent.name for path in self.batches.glob("*/plan.json"))
+        """Return the ids of all planned batches, sorted; folders that cannot be batches are not."""
+        return sorted(_ids(self.batches.glob("*/plan.json")))
 
     def submission_ids(self) -> list[str]:
         """Return the ids of all submissions, sorted."""
-        return sorted(path.parent.name for path in self.submissions.glob("*/submission.json"))
+        return sorted(_ids(self.submissions.glob("*/submission.json")))
 
     def waiting_part_ids(self) -> list[str]:
         """Return the ids of all parts that are not admitted yet, in no particular order."""
-        return [path.parent.name for path in self.submissions.glob("*/parts/*/plan.json")]
+        return [
+            name
+            for name in _ids(self.submissions.glob("*/parts/*/plan.json"))
+            if submission_of(name) is not None
+        ]
 
 
 def read_kept(path: Path, kind: type[Kept]) -> Kept | None:
-    """Return what is kept in a small JSON file; None if it is not there.
+    """Return what is kept in a small JSON file; None if nothing is there.
+
+    The one reader of such files, so that damage always has the same exception. It never waits: a
+    pipe or a socket in the file's place is damage, as is a link that leads nowhere.
 
     Raises:
+        FileDamaged: Something is there that is no such file, or cannot be read.
         TooManyOpenFiles: It cannot be read just now.
-        StorageError: It is damaged, or cannot be read.
     """
     try:
-        with shortages(path):
-            return msgspec.json.decode(path.read_bytes(), type=kind)
+        with open_regular(path) as file:
+            data = file.read()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise StorageError(f"{path} is damaged: {error}") from error
+        raise FileDamaged(path, f"cannot be read: {error.strerror or error}") from error
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = "is empty" if not data else f"is damaged: {error}"
+        raise FileDamaged(path, reason) from error
+
+
+def _plan_at(path: Path, batch_id: str) -> BatchPlan | None:
+    plan = read_kept(path, BatchPlan)
+    if plan is not None and plan.batch_id != batch_id:
+        raise FileDamaged(path, f"is the plan of {plan.batch_id}: its folder is a copy")
+    return plan
+
+
+def _ids(paths: Iterable[Path]) -> Iterator[str]:
+    """Yield the names of the folders of these files that can be ids: others are somebody else's."""
+    for path in paths:
+        if can_be_id(path.parent.name):
+            yield path.parent.name
+
+
+def can_be_id(name: str) -> bool:
+    """Whether a folder of this name can be that of a batch or of a submission."""
+    # What cannot be in a partition key (`/`, `..`) has no business in a path either.
+    try:
+        chunk_key(name, 0)
+    except ValueError:
+        return False
+    return True
 
 
 def _folder_name(batch_id: str) -> str:
-    # What cannot be in a partition key (`/`, `..`) has no business in a path either.
-    try:
-        chunk_key(batch_id, 0)
-    except ValueError:
-        raise BatchNotFound(f"not a batch id: {batch_id!r}") from None
+    if not can_be_id(batch_id):
+        raise BatchNotFound(f"not a batch id: {batch_id!r}")
     return batch_id
 
 

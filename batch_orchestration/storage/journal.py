@@ -101,7 +101,7 @@ class Journal:
             JournalInUse: It is; the message names the process.
         """
         with shortages(path):
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             _lock(descriptor, path)
         finally:

@@ -10,6 +10,7 @@ import msgspec
 from batch_orchestration.domain.chunks import Chunk
 from batch_orchestration.domain.errors import PlanMismatch
 from batch_orchestration.domain.requests import UTF8_BOM
+from batch_orchestration.storage.regular import open_regular
 
 #: What is kept of a line that is too long: enough to recognise it.
 TOO_LONG_KEPT_BYTES = 64 * 2**10
@@ -100,10 +101,11 @@ def read_chunk(input_path: Path, chunk: Chunk, max_line_bytes: int) -> Iterator[
 
     Raises:
         PlanMismatch: The kept input is missing or is not what was planned.
+        FileDamaged: It cannot be read.
     """
     where = f"{input_path}, bytes {chunk.start} to {chunk.end}"
     try:
-        file = input_path.open("rb")
+        file = open_regular(input_path)
     except FileNotFoundError:
         raise PlanMismatch(f"the kept input is gone: {where}") from None
     with file:

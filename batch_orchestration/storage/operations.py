@@ -6,6 +6,7 @@ named `00001-replay.open.json`, so that open ones are found without reading all.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +15,20 @@ from filelock import BaseFileLock, FileLock
 
 from batch_orchestration.domain.commits import Provenance
 from batch_orchestration.domain.dead_letters import Discard, Operation, Replay
-from batch_orchestration.domain.errors import DeadLetterError, JournalInUse, StorageError
-from batch_orchestration.storage.files import DataFolder, disk_errors, write_atomically
+from batch_orchestration.domain.errors import DeadLetterError, FileDamaged, JournalInUse
+from batch_orchestration.storage.files import (
+    DataFolder,
+    can_be_id,
+    disk_errors,
+    read_kept,
+    write_atomically,
+)
 from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal
 from batch_orchestration.storage.store import Store
 
 _FOLDER = "dead_letters"
 _OPEN = ".open.json"
-_decoder: msgspec.json.Decoder[Replay | Discard] = msgspec.json.Decoder(Replay | Discard)
+_NAME = re.compile(r"[0-9]{5,}-(replay(\.open)?|discard)\.json")
 
 
 class Operations:
@@ -45,7 +52,7 @@ class Operations:
         """Return the operations in their order.
 
         Raises:
-            StorageError: One cannot be read.
+            FileDamaged: One cannot be read.
         """
         found = {operation.number: operation for operation in map(_read, self._files())}
         return [found[number] for number in sorted(found)]
@@ -120,21 +127,22 @@ class Operations:
 
     def _files(self) -> list[Path]:
         # Of a replay that was just closed, the closed one counts.
-        return sorted(self._path.glob("*.json"), key=lambda path: not path.name.endswith(_OPEN))
+        found = (path for path in self._path.glob("*.json") if _NAME.fullmatch(path.name))
+        return sorted(found, key=lambda path: not path.name.endswith(_OPEN))
 
 
 def open_replays(folder: DataFolder) -> list[tuple[str, int]]:
     """Return batch id and number of every replay that is not over."""
     return sorted(
         (path.parent.parent.name, _number(path))
-        for path in folder.journals.glob(f"*/{_FOLDER}/*-replay{_OPEN}")
+        for path in _open_files(folder)
         if not path.with_name(path.name.removesuffix(_OPEN) + ".json").exists()
     )
 
 
 def replay_asked_since(folder: DataFolder, at: float) -> bool:
     """Whether a replay that is not over was asked for since then, POSIX seconds."""
-    for path in folder.journals.glob(f"*/{_FOLDER}/*-replay{_OPEN}"):
+    for path in _open_files(folder):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime >= at:
                 return True
@@ -153,12 +161,20 @@ def last_operation_at(folder: DataFolder, batch_id: str) -> float:
     return changed
 
 
+def _open_files(folder: DataFolder) -> Iterator[Path]:
+    """Yield the files of open replays; what is only named like one is nobody's."""
+    for path in folder.journals.glob(f"*/{_FOLDER}/*-replay{_OPEN}"):
+        if can_be_id(path.parent.parent.name) and _NAME.fullmatch(path.name):
+            yield path
+
+
 def _number(path: Path) -> int:
     return int(path.name.split("-")[0])
 
 
 def _read(path: Path) -> Operation:
-    try:
-        return _decoder.decode(path.read_bytes())
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise StorageError(f"{path} is damaged: {error}") from error
+    # A union is no type to the checker.
+    operation: Operation | None = read_kept(path, Replay | Discard)  # type: ignore[arg-type]
+    if operation is None:
+        raise FileDamaged(path, "has just gone")
+    return operation

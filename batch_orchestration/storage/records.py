@@ -15,7 +15,7 @@ import msgspec
 
 from batch_orchestration.domain.commits import Attempt, Provenance
 from batch_orchestration.domain.outcomes import Failure, Outcome
-from batch_orchestration.storage.files import shortages
+from batch_orchestration.storage.regular import open_regular
 
 RECORD_SEPARATOR = b"\x1e"
 FORMAT = 1
@@ -132,9 +132,7 @@ def _pieces(path: Path, end: int | None) -> Iterator[bytes]:
     """Yield what stands between separators; empty pieces are left out."""
     unfinished: list[bytes] = []
     left = sys.maxsize if end is None else end
-    with shortages(path):
-        file = path.open("rb")
-    with file:
+    with open_regular(path) as file:
         while block := file.read(min(left, _BLOCK_BYTES)):
             left -= len(block)
             first, *others = block.split(RECORD_SEPARATOR)

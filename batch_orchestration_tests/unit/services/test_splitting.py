@@ -170,8 +170,7 @@ def test_a_part_that_a_crash_kept_from_the_store_is_told_by_the_next_tick(bench,
     submission = bench.split("people.jsonl", make_input(30))
     with monkeypatch.context() as patch:
         patch.setattr(registration.Store, "add_batch", lambda *args, **kwargs: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            bench.admit_parts()
+        assert bench.admit_parts() == []
 
     bench.admit_parts(max_unfinished=1)
 

@@ -1,0 +1,37 @@
+"""Opening files of ours: regular ones, and nothing that only stands in their place."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from batch_orchestration.domain.errors import FileDamaged, TooManyOpenFiles
+
+#: The limit of this process, or of the machine: no file is to blame.
+_NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. It never waits: who opens a pipe would, for somebody who writes.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        FileDamaged: A folder, a pipe or a link that leads nowhere is, or it cannot be opened.
+        TooManyOpenFiles: It cannot be opened just now.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise FileDamaged(path, "is a link that leads nowhere") from None
+        raise
+    except OSError as error:
+        if error.errno in _NO_DESCRIPTORS:
+            raise TooManyOpenFiles(f"cannot open {path}: {error.strerror}") from error
+        raise FileDamaged(path, f"cannot be read: {error.strerror or error}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise FileDamaged(path, "is a folder" if stat.S_ISDIR(mode) else "is no regular file")
+    return os.fdopen(descriptor, "rb")
