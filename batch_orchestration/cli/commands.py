@@ -187,7 +187,11 @@ def _board_object(board: Board, context: Context) -> dict[str, Any]:
             whole_object(view.whole, folder=context.folder) for view in board.submissions
         ],
         "waiting": [{"path": path, "reason": reason} for path, _, reason in board.waiting],
-        "claims": [{"claim_id": c.claim_id, "file_name": c.file_name} for c in board.claims],
+        "claims": [
+            {"claim_id": c.claim_id, "file_name": c.file_name, "attempts": c.attempts}
+            for c in board.claims
+        ],
+        "damaged": list(board.damaged),
         "rejected": list(board.rejected),
         "store_problem": board.store_problem,
         "unread": board.unread,

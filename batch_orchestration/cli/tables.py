@@ -60,7 +60,14 @@ def board_tables(board: Board) -> Iterator[RenderableType]:
         for _, name, reason in board.waiting:
             table.add_row(Text(name), Text(reason))
         for claim in board.claims:
-            table.add_row(Text(claim.file_name), "claimed; its run reads it now or waits to")
+            failing = str(claim.attempts) if claim.attempts.failing else ""
+            why = failing or "claimed; its run reads it now or waits to"
+            table.add_row(Text(claim.file_name), Text(why))
+        yield table
+    if board.damaged:
+        table = _table("Damaged", "What to do")
+        for damage in board.damaged:
+            table.add_row(Text(damage.reason), Text(damage.next_command))
         yield table
     if board.rejected:
         table = _table("Rejected", "Why", "What to do")

@@ -39,6 +39,7 @@ from batch_orchestration.domain.errors import (
     PlanMismatch,
     StorageError,
 )
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
@@ -137,10 +138,14 @@ def chunk_results(
         with contextlib.closing(commits):
             present_hash = settings_hash(present.answer_settings())
             _report(context, commits, present_hash, partial(_sizes, gpu.sizing, sampler.vitals))
+    faults = Faults()
     for batch_id in selection:
-        if ended := data_folder(present).read_closing(batch_id):
-            say_early_end(context.instance, context.run.run_id, ended)
-            context.log.warning(f"{batch_id}: {ended}. To go on: resume {batch_id}")
+        with faults.of(batch_id):
+            if ended := data_folder(present).read_closing(batch_id):
+                say_early_end(context.instance, context.run.run_id, ended)
+                context.log.warning(f"{batch_id}: {ended}. To go on: resume {batch_id}")
+    for fault in faults:
+        context.log.warning(str(fault))
     yield from ()
 
 

@@ -238,7 +238,7 @@ def _rejected(settings: Settings, folder: DataFolder, since: float, now: float) 
     """Look at the files of which nothing could be used, by what lies beside them."""
     events = []
     for path in sorted(folder.rejected.glob("*.errors.json")):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # gone, or a link in a circle: the others are told
             if (at := path.stat().st_mtime) > since:
                 events.append((_of_rejected(path, settings, at), at))
     return Seen(events=events, cursor=now)

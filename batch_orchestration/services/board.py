@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.queueing import QueueEntry, QueueView, WaitReason
 from batch_orchestration.services.claims import Claim, read_verdict
+from batch_orchestration.services.damage import Damage, find_damage
 from batch_orchestration.services.inbox import Inbox, Waiting
 from batch_orchestration.services.status import BatchView, view_batches
 from batch_orchestration.services.submission_status import SubmissionView, view_submissions
@@ -36,6 +37,7 @@ class Board:
         rejected: The last few files that were refused and are still there, newest first.
         queue: As `dispatch_sensor` last saw it; None if it never looked.
         unread: Whether files wait, and no daemon has ever looked at this data folder.
+        damaged: Files that cannot be read, each with what to do.
     """
 
     batches: tuple[BatchView, ...]
@@ -45,6 +47,7 @@ class Board:
     rejected: tuple[Rejected, ...]
     queue: QueueView | None = None
     unread: bool = False
+    damaged: tuple[Damage, ...] = ()
 
     @property
     def store_problem(self) -> str | None:
@@ -62,7 +65,7 @@ class Board:
     @property
     def empty(self) -> bool:
         """Whether nothing was ever dropped."""
-        return not (self.rows or self.waiting or self.claims or self.rejected)
+        return not (self.rows or self.waiting or self.claims or self.rejected or self.damaged)
 
 
 def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) -> Board:
@@ -95,7 +98,13 @@ def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) ->
         rejected=tuple(itertools.islice(rejections(folder), REJECTED_SHOWN)),
         queue=queue,
         unread=unread and bool(waiting or claims),
+        damaged=tuple(find_damage(folder, _unfinished(batches, folder), thorough=True)),
     )
+
+
+def _unfinished(views: Sequence[BatchView], folder: DataFolder) -> set[str]:
+    """Return the batches that are not known to have ended."""
+    return set(folder.batch_ids()) - {view.batch_id for view in views if view.final}
 
 
 def _ready(entry: QueueEntry | None, *, unread: bool) -> str:

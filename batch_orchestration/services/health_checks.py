@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 
 from batch_orchestration.domain.errors import StorageError, StoreLocked
 from batch_orchestration.domain.health import Finding, Level, Standstill
+from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.domain.queueing import QueueEntry
 from batch_orchestration.services import gpu_health
 from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dagster_links import RESTART, run_link, sensor_link
+from batch_orchestration.services.damage import find_damage
 from batch_orchestration.services.health_look import (
     SLOW_SECONDS,
     STATUS,
@@ -228,10 +230,26 @@ def persons(look: Look) -> Iterator[Finding]:
         yield healthy("persons", "no batch waits for one")
 
 
+def files(look: Look) -> Iterator[Finding]:
+    """Name the files of ours that cannot be read, of the deployment and of unfinished batches."""
+    try:
+        records = look.store.batches() if look.folder.duckdb.exists() else []
+        unfinished = {record.batch_id for record in records if record.status not in FINAL}
+    except StorageError:  # the check of the store says why
+        unfinished = set(look.folder.batch_ids())
+    damaged = find_damage(look.folder, unfinished)
+    for damage in damaged:
+        check = f"file:{damage.path.relative_to(look.folder.root)}"
+        yield degraded(check, damage.reason, damage.next_command)
+    if not damaged:
+        yield healthy("files", "all can be read")
+
+
 CHECKS: Mapping[str, Check] = {
     "dagster": dagster,
     "store": store,
     "disk": disk,
+    "files": files,
     "queue": queue,
     "workers": workers,
     "engine": engine,

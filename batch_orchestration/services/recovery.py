@@ -5,14 +5,16 @@ DuckDB file. Only the store knew when and by whom chunks were committed (now: th
 on which rung of the engine (now: unknown), and when the batch reached its status (its files).
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError, StoreLocked
+from batch_orchestration.domain.errors import FileDamaged, StorageError, StoreLocked
 from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.close_out import commit_closed
@@ -85,11 +87,20 @@ def find_problem(*, folder: DataFolder, store: Store) -> str | None:
         raise
     except StorageError as error:
         return str(error).splitlines()[0]
-    if unknown := sorted(
-        batch_id for batch_id in set(planned) - known if not folder.pruned_path(batch_id).exists()
-    ):
+    if unknown := [name for name in planned if name not in known and _is_to_be_known(name, folder)]:
         return f"{folder.duckdb} does not know batches: {', '.join(unknown[:5])}"
     return None
+
+
+def _is_to_be_known(batch_id: str, folder: DataFolder) -> bool:
+    """Whether the store lacks a batch: not one that is pruned, nor one whose plan is damaged."""
+    if folder.pruned_path(batch_id).exists():
+        return False
+    try:
+        folder.read_plan(batch_id)
+    except FileDamaged:
+        return False
+    return True
 
 
 def recover(
@@ -145,27 +156,31 @@ class _Rebuilding:
                 f" {self._folder.outbox_path(self._batch_id)} only"
             )
             return
-        try:
+        with self._problem():
             plan = self._folder.read_plan(self._batch_id)
-            self._closing = self._folder.read_closing(self._batch_id)
             register_batch(self._folder, self._store, self._batch_id, at=plan.created_at)
-        except BatchOrchestrationError as error:
-            self._problems.append(str(error))
+            self._of_chunks = len(plan.chunks)
+        if not self._of_chunks:
             return
-        self._of_chunks = len(plan.chunks)
+        with self._problem():
+            self._closing = self._folder.read_closing(self._batch_id)
         for number in range(len(plan.chunks)):
-            ref = ChunkRef.of(plan, number, self._folder)
-            try:
-                self._commit(ref)
-            except BatchOrchestrationError as error:
-                self._problems.append(f"chunk {number}: {error}")
-        try:
+            with self._problem(f"chunk {number}: "):
+                self._commit(ChunkRef.of(plan, number, self._folder))
+        with self._problem():
             self._cancel_again()
+        with self._problem("replays and discards: "):
             operations = Operations(self._folder, self._batch_id)
             operations.apply_to(self._store)
             self._operations = len(operations.all())
-        except BatchOrchestrationError as error:
-            self._problems.append(f"replays and discards: {error}")
+
+    @contextlib.contextmanager
+    def _problem(self, prefix: str = "") -> Iterator[None]:
+        """Note what keeps one piece from being rebuilt; the next piece is tried all the same."""
+        faults = Faults()
+        with faults.of(self._batch_id):
+            yield
+        self._problems += [f"{prefix}{fault.reason}" for fault in faults]
 
     def _commit(self, ref: ChunkRef) -> None:
         entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
@@ -205,8 +220,12 @@ class _Rebuilding:
         """Write the files of a batch that was delivered; return what came of it all."""
         output = OutboxFiles(self._folder.outbox_path(self._batch_id)).output
         missing = self._of_chunks - self._chunks
-        SampleTaker(folder=self._folder, store=store).take_in(self._batch_id)
-        if not delivered(self._folder, self._batch_id):
+        with self._problem("samples: "):
+            SampleTaker(folder=self._folder, store=store).take_in(self._batch_id)
+        was_delivered = False
+        with self._problem():
+            was_delivered = delivered(self._folder, self._batch_id)
+        if not was_delivered:
             return self._result(store)
         if missing and not self._problems:
             self._problems.append(
@@ -215,7 +234,7 @@ class _Rebuilding:
             )
         elif not self._problems:
             delivered_at = output.stat().st_mtime
-            try:
+            with self._problem():
                 assemble(
                     self._batch_id,
                     folder=self._folder,
@@ -223,8 +242,6 @@ class _Rebuilding:
                     clock=lambda: delivered_at,
                     actor=ACTOR,
                 )
-            except BatchOrchestrationError as error:
-                self._problems.append(str(error))
         return self._result(store)
 
     def _result(self, store: Store) -> RecoveredBatch:

@@ -14,8 +14,8 @@ import msgspec
 from filelock import FileLock
 
 from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.housekeeping import Removal
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.assembly import assembly_lock_path
 from batch_orchestration.services.heart import holding
 from batch_orchestration.services.housekeeping import House
@@ -53,16 +53,15 @@ def clean_journals(house: House, keep_seconds: float) -> Iterator[Removal]:
     Only if the files in the outbox, counted anew, have every request once. Journals of replays
     stay.
     """
-    folder = house.folder
+    folder, faults = house.folder, Faults()
     for batch_id in house.completed_before(house.now - keep_seconds):
-        if not (journals := _journals(batch_id, folder)):
-            continue
-        removal = Removal(subject=batch_id, size_bytes=_size(journals))
-        try:
+        with faults.of(batch_id):
+            if not (journals := _journals(batch_id, folder)):
+                continue
+            removal = Removal(subject=batch_id, size_bytes=_size(journals))
             if house.dry_run or _prune(batch_id, journals, folder, now=house.now):
                 yield removal
-        except BatchOrchestrationError as error:
-            logger.warning("the journals of %s stay: %s", batch_id, error)
+    faults.log()
 
 
 def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: float) -> bool:
@@ -85,15 +84,18 @@ def clean_inputs(house: House, keep_seconds: float) -> Iterator[Removal]:
     """
     before = house.now - keep_seconds
     completed = house.completed_before(before)
+    faults = Faults()
     for batch_id in completed:
-        plan = house.folder.read_plan(batch_id)
-        files = _inputs(plan, house.folder)
-        if not files or not _needless(plan, frozenset(completed), house.folder):
-            continue
-        removal = Removal(subject=str(files[0]), size_bytes=_size(files))
-        if not house.dry_run:
-            _remove_input(plan, files, house)
-        yield removal
+        with faults.of(batch_id):
+            plan = house.folder.read_plan(batch_id)
+            files = _inputs(plan, house.folder)
+            if not files or not _needless(plan, frozenset(completed), house.folder):
+                continue
+            removal = Removal(subject=str(files[0]), size_bytes=_size(files))
+            if not house.dry_run:
+                _remove_input(plan, files, house)
+            yield removal
+    faults.log()
 
 
 def _needless(plan: BatchPlan, completed: frozenset[str], folder: DataFolder) -> bool:

@@ -1,13 +1,15 @@
 """How batches are: what the store knows, joined with what their runs tell meanwhile."""
 
+import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchOptions, BatchPlan, BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import BatchNotFound, StoreLocked
-from batch_orchestration.domain.lifecycle import FINAL, Closing, deadline
+from batch_orchestration.domain.errors import BatchNotFound, FileDamaged, StoreLocked
+from batch_orchestration.domain.lifecycle import FINAL, Closing, Resumption, deadline
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.parts import plan_of
 from batch_orchestration.services.registration import find_submission
@@ -113,9 +115,15 @@ def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -
 def view_batches(
     *, folder: DataFolder, store: Store, now: float, only: Collection[str] | None = None
 ) -> list[BatchView]:
-    """Return all batches, newest first, or only those with these ids, waiting parts included."""
+    """Return all batches, newest first, or only those with these ids, waiting parts included.
+
+    Those whose plan cannot be read are left out: `services.damage` tells of them.
+    """
     batch_ids = folder.batch_ids() if only is None else only
-    plans = {batch_id: plan_of(batch_id, folder=folder) for batch_id in batch_ids}
+    plans, faults = {}, Faults()
+    for batch_id in batch_ids:
+        with faults.of(batch_id):
+            plans[batch_id] = plan_of(batch_id, folder=folder)
     problem = None
     try:
         # A folder without batches needs no store, and looking at it must not make one.
@@ -173,7 +181,7 @@ def _from_plan(
 ) -> BatchView:
     outbox = folder.outbox_path(plan.batch_id)
     output_file = _if_there(outbox / "output.jsonl")
-    closing = folder.read_closing(plan.batch_id)
+    closing, resumption = _decisions(plan.batch_id, folder)
     return BatchView(
         plan=plan,
         status=status or _guess(plan.batch_id, closing, folder),
@@ -189,14 +197,25 @@ def _from_plan(
         progress_age=None,
         store_problem=problem,
         closing=closing if status is not BatchStatus.COMPLETED else None,
-        deadline=deadline(plan, folder.read_resumption(plan.batch_id)),
+        deadline=deadline(plan, resumption),
     )
+
+
+def _decisions(batch_id: str, folder: DataFolder) -> tuple[Closing | None, Resumption | None]:
+    """Return what was decided about a batch; what cannot be read is told by `services.damage`."""
+    closing, resumption = None, None
+    with contextlib.suppress(FileDamaged):
+        closing = folder.read_closing(batch_id)
+    with contextlib.suppress(FileDamaged):
+        resumption = folder.read_resumption(batch_id)
+    return closing, resumption
 
 
 def _guess(batch_id: str, closing: Closing | None, folder: DataFolder) -> BatchStatus:
     """Return the status that a batch's files tell of."""
-    if delivered(folder, batch_id):
-        return closing.status if closing else BatchStatus.COMPLETED
+    with contextlib.suppress(FileDamaged):
+        if delivered(folder, batch_id):
+            return closing.status if closing else BatchStatus.COMPLETED
     if closing is not None and closing.status is BatchStatus.CANCELLED:
         return BatchStatus.CANCELLING
     admitted = folder.plan_path(batch_id).exists()
@@ -212,6 +231,10 @@ def find_identity(identity: str, *, folder: DataFolder) -> str | None:
 
     None if none has.
     """
-    alike = (name for name in folder.batch_ids() if identity[:ID_HASH_DIGITS] in name)
-    found = next((name for name in alike if folder.read_plan(name).identity == identity), None)
-    return found or find_submission(identity, folder=folder)
+    faults = Faults()  # `services.damage` tells of the same
+    for name in folder.batch_ids():
+        if identity[:ID_HASH_DIGITS] in name:
+            with faults.of(name):
+                if folder.read_plan(name).identity == identity:
+                    return name
+    return find_submission(identity, folder=folder)

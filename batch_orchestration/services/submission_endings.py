@@ -4,12 +4,17 @@ There is no decision but those of the parts, so whatever is killed in between, d
 what is left.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import IllegalTransition
+from batch_orchestration.domain.errors import (
+    BatchOrchestrationError,
+    FileDamaged,
+    IllegalTransition,
+)
 from batch_orchestration.domain.lifecycle import RESUMABLE, Closing, Resumption
 from batch_orchestration.services.closing import Cancellation, cancel
 from batch_orchestration.services.parts import admit_closed
@@ -101,12 +106,12 @@ def cancel_submission(
 
     def cancel_admitted() -> None:
         for part_id in parts:
-            if part_id in left or not folder.plan_path(part_id).exists():
+            if part_id in left or not os.path.lexists(folder.plan_path(part_id)):
                 continue
             try:
                 one = cancel(part_id, folder=folder, store=store, actor=actor, reason=reason, at=at)
                 cancelled.setdefault(part_id, one)
-            except IllegalTransition as error:
+            except (IllegalTransition, FileDamaged) as error:
                 left[part_id] = str(error)
 
     # Those at work first, for the others may have to wait for an admission. Then once more all of
@@ -156,7 +161,7 @@ def resume_submission(
     statuses = {record.batch_id: record.status for record in store.batches()}
     resumed: dict[str, Resumption] = {}
     left: dict[str, str] = {}
-    refused: list[IllegalTransition] = []
+    refused: list[BatchOrchestrationError] = []
     for part_id in parts:
         status = statuses.get(part_id, BatchStatus.VALIDATING)
         if status not in RESUMABLE:
@@ -172,7 +177,7 @@ def resume_submission(
                 completion_window=completion_window,
                 at=at,
             )
-        except IllegalTransition as error:
+        except (IllegalTransition, FileDamaged) as error:
             refused.append(error)
             left[part_id] = str(error)
     if not resumed and refused:

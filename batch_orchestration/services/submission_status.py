@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.lifecycle import FINAL, Closing
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.submissions import Submission
 from batch_orchestration.services.status import BatchView, view_batch, view_batches, view_planned
 from batch_orchestration.storage.files import DataFolder
@@ -42,10 +44,13 @@ def view_submission(
 
 
 def view_submissions(views: Iterable[BatchView], *, folder: DataFolder) -> list[SubmissionView]:
-    """Return all submissions, given the views of all batches."""
+    """Return all submissions that can be read, given the views of all batches."""
     known = {view.batch_id: view for view in views}
-    submissions = (folder.read_submission(name) for name in folder.submission_ids())
-    return [_view(submission, known, folder) for submission in submissions]
+    found, faults = [], Faults()  # `services.damage` tells of the same
+    for name in folder.submission_ids():
+        with faults.of(name):
+            found.append(_view(folder.read_submission(name), known, folder))
+    return found
 
 
 def view_any(name: str, *, folder: DataFolder, store: Store, now: float) -> BatchView:
@@ -81,12 +86,16 @@ def batches_named(name: str, *, folder: DataFolder, store: Store) -> list[str]:
 def _view(
     submission: Submission, known: Mapping[str, BatchView], folder: DataFolder
 ) -> SubmissionView:
-    parts = tuple(
-        known[part_id] if part_id in known else view_planned(part_id, folder=folder)
-        for part_id in submission.parts
-    )
+    parts, faults = [], Faults()
+    for part_id in submission.parts:
+        with faults.of(part_id):
+            view = known.get(part_id) or view_planned(part_id, folder=folder)
+            parts.append(view)
+    if not parts:
+        why = next(iter(faults))
+        raise StorageError(f"nothing of {submission.submission_id} can be read: {why}")
     return SubmissionView(
-        submission=submission, whole=_whole(submission, parts, folder), parts=parts
+        submission=submission, whole=_whole(submission, parts, folder), parts=tuple(parts)
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.domain.heartbeats import Heartbeat, Pulse
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.storage.files import DataFolder
 
 #: Files are padded to whole blocks of this, so that one can be overwritten where no more is free.
@@ -70,13 +71,17 @@ def read_pulse(path: Path) -> Pulse | None:
 
 
 def read_pulses(folder: DataFolder) -> dict[str, Pulse]:
-    """Return what lies there of the heartbeats of all runs, by run id.
+    """Return what lies there of the heartbeats of all runs, by run id; unreadable ones are not.
 
     Raises:
-        OSError: One of them cannot be read.
+        OSError: This process can read no file at all now.
     """
-    found = ((path.stem, read_pulse(path)) for path in heartbeat_paths(folder))
-    return {run_id: pulse for run_id, pulse in found if pulse is not None}
+    found, faults = {}, Faults()  # `services.damage` tells of the same
+    for path in heartbeat_paths(folder):
+        with faults.of(path.stem):
+            if (pulse := read_pulse(path)) is not None:
+                found[path.stem] = pulse
+    return found
 
 
 def remove_heartbeat(path: Path) -> None:

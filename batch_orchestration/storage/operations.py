@@ -135,14 +135,14 @@ def open_replays(folder: DataFolder) -> list[tuple[str, int]]:
     """Return batch id and number of every replay that is not over."""
     return sorted(
         (path.parent.parent.name, _number(path))
-        for path in _open_files(folder)
+        for path in open_files(folder)
         if not path.with_name(path.name.removesuffix(_OPEN) + ".json").exists()
     )
 
 
 def replay_asked_since(folder: DataFolder, at: float) -> bool:
     """Whether a replay that is not over was asked for since then, POSIX seconds."""
-    for path in _open_files(folder):
+    for path in open_files(folder):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime >= at:
                 return True
@@ -161,7 +161,7 @@ def last_operation_at(folder: DataFolder, batch_id: str) -> float:
     return changed
 
 
-def _open_files(folder: DataFolder) -> Iterator[Path]:
+def open_files(folder: DataFolder) -> Iterator[Path]:
     """Yield the files of open replays; what is only named like one is nobody's."""
     for path in folder.journals.glob(f"*/{_FOLDER}/*-replay{_OPEN}"):
         if can_be_id(path.parent.parent.name) and _NAME.fullmatch(path.name):

@@ -1,0 +1,204 @@
+"""Damage: files of ours that cannot be read, each with its path, the reason and what to do.
+
+Whoever comes across such a file goes on with the others (`domain.members`). Here they are looked
+for, so that `status` and `health` name them, also while nothing else comes across them.
+"""
+
+import os
+import stat
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from batch_orchestration.domain.alert_book import AlertBook
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.dead_letters import Replay
+from batch_orchestration.domain.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
+from batch_orchestration.domain.gpu_faults import Fence
+from batch_orchestration.domain.health import HealthReport
+from batch_orchestration.domain.heartbeats import Heartbeat
+from batch_orchestration.domain.housekeeping import PartResult
+from batch_orchestration.domain.lifecycle import Closing, Resumption
+from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
+from batch_orchestration.domain.sources import Origin
+from batch_orchestration.domain.submissions import submission_of
+from batch_orchestration.services.claims import Attempts, ClaimFolder
+from batch_orchestration.services.housekeeping import results_path
+from batch_orchestration.services.plan_checks import check_input_size
+from batch_orchestration.services.surveys import Survey
+from batch_orchestration.services.verdicts import Verdict
+from batch_orchestration.storage.files import DataFolder, can_be_id, read_kept
+from batch_orchestration.storage.operations import open_files
+from batch_orchestration.storage.rung_memory import Descent
+from batch_orchestration.telemetry.progress import Progress
+
+_CLI = "python -m batch_orchestration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """A file that cannot be read.
+
+    Attributes:
+        path: Of the file.
+        reason: What is wrong with it, beginning with the path.
+        next_command: What a person does about it.
+        member: Batch, submission or claim that waits because of it; None if none does.
+    """
+
+    path: Path
+    reason: str
+    next_command: str
+    member: str | None = None
+
+
+def find_damage(
+    folder: DataFolder, unfinished: Collection[str], *, thorough: bool = False
+) -> list[Damage]:
+    """Return the files that cannot be read, of the deployment and of what is not finished.
+
+    Args:
+        folder: The data folder; nothing in it is changed.
+        unfinished: Ids of the batches to look at.
+        thorough: Whether to look for foreign things beside all batches, too; the time for that
+            grows with their number.
+    """
+    found = [*_of_deployment(folder), *_of_claims(folder), *_of_replays(folder)]
+    for batch_id in sorted(unfinished):
+        found += _of_batch(folder, batch_id)
+    submissions = {name for batch_id in unfinished if (name := submission_of(batch_id))}
+    for part_id in sorted(folder.waiting_part_ids()):
+        submissions.add(submission_of(part_id) or part_id)
+        path = folder.waiting_part_path(part_id) / "plan.json"
+        found += _look(path, lambda name=part_id: folder.read_waiting_part(name), _lost(part_id))
+    for name in sorted(submissions):
+        path = folder.submission_path(name)
+        found += _look(path, lambda name=name: folder.read_submission(name), _lost(name), name)
+    if thorough:
+        found += _foreign(folder)
+    return found
+
+
+def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
+    kinds: list[tuple[Iterable[Path], Any]] = [
+        ([folder.queue], QueueView),
+        ([folder.paused], Pause),
+        ([folder.needs], tuple[NeedsPerson, ...]),
+        ([folder.health], HealthReport),
+        ([folder.alerts], AlertBook),
+        ([folder.rungs], dict[str, Descent]),
+        ([results_path(folder)], dict[str, PartResult]),
+        (folder.fences.glob("*.json"), Fence),
+        (folder.surveys.glob("*.json"), Survey),
+        (folder.heartbeats.glob("*.json"), Heartbeat),
+    ]
+    for paths, kind in kinds:
+        for path in sorted(paths):
+            next_command = f"{_CLI} resume" if path == folder.paused else _replaced(path)
+            yield from _unreadable(path, kind, next_command)
+
+
+def _of_claims(folder: DataFolder) -> Iterator[Damage]:
+    for path in _folders(folder.claims):
+        place = ClaimFolder(folder, path.name)
+        way_out = f"mend or remove it, or take the file back: mv {quote(str(path))}/*.jsonl* inbox/"
+        for file, kind in (
+            (place.origin_path, Origin),
+            (place.verdict_path, Verdict),
+            (place.attempts_path, Attempts),
+        ):
+            yield from _unreadable(file, kind, way_out, path.name)
+
+
+def _of_replays(folder: DataFolder) -> Iterator[Damage]:
+    for path in open_files(folder):
+        batch_id = path.parent.parent.name
+        yield from _unreadable(path, Replay, _replaced(path), batch_id)
+
+
+def _of_batch(folder: DataFolder, batch_id: str) -> Iterator[Damage]:
+    decide = f"restore it from a backup, or decide anew: {_CLI} cancel {batch_id}"
+    home = folder.plan_path(batch_id).parent
+    plan: list[BatchPlan] = []
+    yield from _look(
+        folder.plan_path(batch_id),
+        lambda: plan.append(folder.read_plan(batch_id)),
+        _lost(batch_id),
+        batch_id,
+    )
+    yield from _unreadable(folder.closing_path(batch_id), Closing, decide, batch_id)
+    yield from _unreadable(folder.resumption_path(batch_id), Resumption, decide, batch_id)
+    progress = folder.progress_path(batch_id)
+    yield from _unreadable(progress, Progress, _replaced(progress), batch_id)
+    if plan:
+        end = f"{_CLI} cancel {batch_id}"
+        path = folder.input_path_of(plan[0])
+        yield from _look(path, lambda: _check_input(plan[0], folder), end, batch_id)
+    for path in (home, folder.journal_path(batch_id, 0).parent, folder.outbox_path(batch_id)):
+        if os.path.lexists(path) and not path.is_dir():
+            reason = f"{path} is no folder"
+            yield Damage(path=path, reason=reason, next_command=_replaced(path), member=batch_id)
+    for path in folder.journal_path(batch_id, 0).parent.glob("*.journal"):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            reason = f"{path} is no regular file"
+            yield Damage(path=path, reason=reason, next_command=_replaced(path), member=batch_id)
+
+
+def _check_input(plan: BatchPlan, folder: DataFolder) -> None:
+    check_input_size(plan, folder)
+    path = folder.input_path_of(plan)
+    if not path.is_file():
+        raise FileDamaged(path, "is no regular file")
+
+
+def _foreign(folder: DataFolder) -> Iterator[Damage]:
+    """Yield what lies beside batches and is none: copies, and what people have put there."""
+    for place, name in ((folder.batches, "plan.json"), (folder.submissions, "submission.json")):
+        for path in _folders(place):
+            reason = None
+            if not can_be_id(path.name):
+                reason = f"{path} cannot be one of ours, by its name"
+            elif not os.path.lexists(path / name):
+                reason = f"{path} has no {name}"
+            if reason is not None:
+                yield Damage(path=path, reason=reason, next_command="move it elsewhere")
+
+
+def _folders(place: Path) -> list[Path]:
+    try:
+        with os.scandir(place) as entries:
+            return sorted(
+                Path(e.path) for e in entries if e.is_dir() and not e.name.startswith(".")
+            )
+    except OSError:
+        return []
+
+
+def _unreadable(
+    path: Path, kind: Any, next_command: str, member: str | None = None
+) -> Iterator[Damage]:
+    yield from _look(path, lambda: read_kept(path, kind), next_command, member)
+
+
+def _look(path: Path, read: Any, next_command: str, member: str | None = None) -> Iterator[Damage]:
+    try:
+        read()
+    except BatchNotFound:
+        if member is not None:
+            yield Damage(
+                path=path, reason=f"{path} is missing", next_command=next_command, member=member
+            )
+    except (BatchOrchestrationError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        yield Damage(path=path, reason=reason, next_command=next_command, member=member)
+
+
+def _replaced(path: Path) -> str:
+    """Return what to do about a file that is written anew by itself."""
+    return f"mv {quote(str(path))} {quote(str(path))}.damaged"
+
+
+def _lost(name: str) -> str:
+    return f"restore it from a backup, or give it up: {_CLI} cancel {name}"
