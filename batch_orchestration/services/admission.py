@@ -28,6 +28,7 @@ from batch_orchestration.domain.errors import (
     FileStillChanging,
     StorageError,
 )
+from batch_orchestration.domain.members import concerns_everyone
 from batch_orchestration.domain.requests import Fault
 from batch_orchestration.domain.room import Obstacle
 from batch_orchestration.services.admission_settings import AdmissionSettings
@@ -160,10 +161,12 @@ class _Admission:
         try:
             return self._decide(user_file)
         except Exception as error:  # whatever it is, others are not to wait for ever behind it
-            if isinstance(error, StorageError | OSError | MemoryError):
+            if concerns_everyone(error):
                 with contextlib.suppress(StorageError):
                     self._place.note(before)
                 raise
+            if isinstance(error, StorageError | OSError):
+                raise  # no reason to reject the file, which stands in nobody's way
             logger.warning("%s: admission failed", user_file.name, exc_info=error)
             failed = before.failed + 1
             said = " ".join(str(error).split())[:_REASON_LENGTH]

@@ -51,7 +51,7 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True):
     """How often a claim's admission was tried, as far as that came to no verdict.
 
     Attributes:
-        begun: The present one, and those before it that were killed.
+        begun: The present one, and those before it that were killed or could not write.
         failed: Those that the file itself brought to fail.
         reason: Why the last of these did, and `at` when, POSIX seconds.
     """
@@ -65,7 +65,7 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True):
         if self.failed:
             times = "once" if self.failed == 1 else f"{self.failed} times"
             return f"its admission failed {times}: {self.reason}"
-        return "its admission was ended from outside before, and is tried again"
+        return "its admission came to no end before, and is tried again"
 
     @property
     def failing(self) -> bool:

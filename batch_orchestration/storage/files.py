@@ -23,7 +23,7 @@ from batch_orchestration.domain.errors import (
 from batch_orchestration.domain.lifecycle import Closing, Resumption
 from batch_orchestration.domain.submissions import Submission, submission_of
 from batch_orchestration.storage.lines import RawLine, new_digest, read_chunk, read_lines
-from batch_orchestration.storage.regular import open_regular
+from batch_orchestration.storage.regular import NO_DESCRIPTOR, open_regular
 
 __all__ = [
     "DataFolder",
@@ -41,8 +41,6 @@ __all__ = [
 
 #: No blocks, no quota, or the process's own limit on the size of files.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-#: Of this process, and of the machine.
-NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 #: Temporary names stay well below the 255 bytes that file systems allow.
 _NAME_KEPT = 40
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from batch_orchestration.domain.errors import FileDamaged, TooManyOpenFiles
 
 #: The limit of this process, or of the machine: no file is to blame.
-_NO_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -27,7 +27,7 @@ def open_regular(path: Path) -> BinaryIO:
             raise FileDamaged(path, "is a link that leads nowhere") from None
         raise
     except OSError as error:
-        if error.errno in _NO_DESCRIPTORS:
+        if error.errno in NO_DESCRIPTOR:
             raise TooManyOpenFiles(f"cannot open {path}: {error.strerror}") from error
         raise FileDamaged(path, f"cannot be read: {error.strerror or error}") from error
     mode = os.fstat(descriptor).st_mode
