@@ -105,11 +105,14 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         if identity := identify(worker.pid):
             record = RecordedWorker(identity.pid, identity.started, identity.boot_id, run_id)
             self._instance.add_run_tags(run_id, {WORKER_TAG: msgspec.json.encode(record).decode()})
-        self._instance.report_engine_event(
-            f"Started run worker {worker.pid}; what it says outside of steps is in {log_path}",
-            context.dagster_run,
-            cls=self.__class__,
-        )
+        try:
+            self._instance.report_engine_event(
+                f"Started run worker {worker.pid}; what it says outside of steps is in {log_path}",
+                context.dagster_run,
+                cls=self.__class__,
+            )
+        except Exception as error:  # noqa: BLE001 - of any storage: the worker is at work
+            logger.warning("cannot say that run worker %d was started: %s", worker.pid, error)
 
     @property
     def supports_check_run_worker_health(self) -> bool:

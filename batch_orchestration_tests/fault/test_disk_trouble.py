@@ -16,6 +16,7 @@ from batch_orchestration.domain.errors import DiskFull, EngineDied, StorageError
 from batch_orchestration.domain.outcomes import Failure, FailureCode
 from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration_tests.builders import make_input
+from batch_orchestration_tests.fault.disks import fill, mount, small_disk
 from batch_orchestration_tests.fault.mixed_batches import durable_outcomes
 from batch_orchestration_tests.inbox_bench import InboxBench
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
@@ -26,21 +27,11 @@ REQUESTS = 300
 ROOM_BYTES = 64 * 1024
 
 
-def mount(*arguments: object) -> None:
-    subprocess.run(["mount", *map(str, arguments)], check=True, capture_output=True)
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    try:
-        mount("-t", "tmpfs", "-o", "size=24m", "tmpfs", place)
-    except (subprocess.CalledProcessError, FileNotFoundError):
-        pytest.skip("needs the right to mount a file system")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with small_disk(tmp_path / "disk", mebibytes=24) as place:
+        yield place
 
 
 @contextlib.contextmanager
@@ -51,17 +42,6 @@ def read_only(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(disk: Path, *, but: int) -> Path:
-    """Leave no more than so many bytes free; return the file that takes the rest."""
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-    with ballast.open("r+b") as file:
-        file.truncate(ballast.stat().st_size - but)
-    return ballast
 
 
 @contextlib.contextmanager
