@@ -1,5 +1,6 @@
 """`failures`, `replay` and `discard`: what people do about failed requests."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ import msgspec
 
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
+from batch_orchestration.domain import foreign_json
 from batch_orchestration.domain.dead_letters import (
     UNRESOLVED,
     DeadLetter,
@@ -263,9 +265,9 @@ def _fields(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, separator, text = pair.partition("=")
         try:
-            fields[name] = msgspec.json.decode(text)
-        except msgspec.DecodeError as error:
-            raise click.BadParameter(f"--set {name}: not JSON: {error}") from error
+            fields[name] = foreign_json.decode(os.fsencode(text))
+        except foreign_json.BadJson as error:
+            raise click.BadParameter(f"--set {name}: {error.reason}") from error
         if not (name and separator):
             raise click.BadParameter(f"--set {pair}: expected FIELD=JSON")
     return fields

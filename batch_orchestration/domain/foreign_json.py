@@ -31,6 +31,7 @@ _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in _DEEPER)
 #: Below 19 digits no number is out of range. With every digit a zero, a plain search finds them,
 #: eight times as fast as a regular expression does.
 _MANY_DIGITS, _AS_ZEROS = b"0" * 19, bytes.maketrans(b"123456789", b"000000000")
+_MORE = re.compile(r"trailing characters \(byte (\d+)\)")
 _CONSTANT = re.compile(rb"[:,\[{\s]-?(NaN|Infinity|nan|inf(?:inity)?)\b")
 _decode_any = msgspec.json.Decoder(Any).decode
 
@@ -109,7 +110,12 @@ def _reason(text: bytes, error: str) -> str:
             "not JSON: half of a surrogate pair, as `\\ud83d` without the half that follows"
             " (an emoji that was cut?)"
         )
-    return f"not JSON: {error.removeprefix('JSON is malformed: ')}"
+    error = error.removeprefix("JSON is malformed: ")
+    if more := _MORE.search(error):
+        place = int(more[1])
+        follows = text[place - 1 : place].decode(errors="replace")
+        return f"not JSON: after the value, at byte {place}, there is more: {follows!r}"
+    return f"not JSON: {error}"
 
 
 def _has_lone_surrogate(text: bytes) -> bool:

@@ -133,10 +133,11 @@ class BatchFileReading:
         """How many of the requests cannot be used."""
         return self.faults_by_code.total()
 
-    @property
-    def commonest_fault(self) -> Fault | None:
-        """The first fault of the kind that most lines have; None if there is none."""
-        return self._first_of_kind[self._kinds.most_common(1)[0][0]] if self._kinds else None
+    def commonest_fault(self) -> tuple[int, Fault] | None:
+        """Return how many lines have the commonest kind of fault, and the first of them."""
+        for kind, count in self._kinds.most_common(1):
+            return count, self._first_of_kind[kind]
+        return None
 
     @property
     def usable(self) -> int:

@@ -41,7 +41,7 @@ def refusal(
     if not reading.requests:
         return "the file has only blank lines"
     if not reading.usable:
-        why = _hint(reading.beginning) or _commonest(reading.commonest_fault)
+        why = _hint(reading.beginning) or _commonest(reading)
         return f"none of its {reading.requests:,} requests can be used: {why}"
     if line_policy is LinePolicy.STRICT and reading.faulty:
         return (
@@ -96,12 +96,16 @@ def _hint(beginning: bytes) -> str:
     return next((hint for magic, hint in _OTHER_FORMATS if beginning.startswith(magic)), "")
 
 
-def _commonest(fault: Fault | None) -> str:
-    if fault is None:
+def _commonest(reading: BatchFileReading) -> str:
+    """Say what is wrong with most lines; the errors file has all."""
+    found = reading.commonest_fault()
+    if found is None:
         return "no line of it is a request"
+    lines, fault = found
     message = fault.message
     short = message if len(message) <= _QUOTED_CHARACTERS else f"{message[:_QUOTED_CHARACTERS]}…"
-    return f"most often because of what is wrong in line {fault.line:,}: {short}"
+    like = f" ({lines:,} lines are like it)" if lines > 1 else ""
+    return f"line {fault.line:,}: {short}{like}"
 
 
 def _json(value: object) -> bytes:

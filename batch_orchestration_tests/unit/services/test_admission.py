@@ -172,7 +172,7 @@ def test_under_the_strict_policy_one_fault_refuses_the_file(tmp_path):
         (b'{"prioritty": 1}', "`prioritty`"),
         (json.dumps({"metadata": {str(n): "" for n in range(17)}}).encode(), "`metadata`"),
         (b"priority: 1", "not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "not UTF-8"),
         (b"", "not JSON"),
         (b" " * 300_000, "larger than"),
     ],

@@ -61,18 +61,21 @@ def test_a_file_that_would_be_rejected_is_told_why(path, content, refusal):
     [
         (
             [make_line(n).strip() + b"," for n in range(12)],
-            "none of its 12 requests can be used: most often because of what is wrong in line 1:"
-            " not JSON: trailing characters",
+            "none of its 12 requests can be used: line 1: not JSON: after the value, at byte 166,"
+            " there is more: ',' (12 lines are like it)",
         ),
         (
             [b"torn", *(make_line(n, body={"messages": [n]}) for n in range(3)), b"{"],
-            "in line 2: `body.model` is missing",
+            "line 2: `body.model` is missing or not a string (3 lines are like it)",
         ),
         (
             [make_line(n, url=f"/v1/{n}" if n else "/v1/responses") for n in range(3)],
-            'in line 1: `url` "/v1/responses" is not one of',
+            'line 1: `url` "/v1/responses" is not one of',
         ),
-        ([make_line(0).replace(b"\n", b"") + make_line(1).strip()], "in line 1: not JSON:"),
+        (
+            [make_line(0).replace(b"\n", b"") + make_line(1).strip()],
+            "line 1: not JSON: after the value",
+        ),
     ],
 )
 def test_a_file_without_a_usable_request_is_told_the_commonest_reason(path, lines, words):
