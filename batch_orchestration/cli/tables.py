@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batch_orchestration.cli.watching import describe, eta, figures
+from batch_orchestration.cli.watching import describe, eta, figures, waiting
 from batch_orchestration.domain.commits import SIMULATED
 from batch_orchestration.domain.dead_letters import DeadLetter
 from batch_orchestration.domain.estimates import Estimate
@@ -19,7 +19,7 @@ from batch_orchestration.services.board import Board
 from batch_orchestration.services.queue_table import COLUMNS, pause_line, queue_rows
 from batch_orchestration.services.status import BatchView
 from batch_orchestration.services.validation import ValidationReport
-from batch_orchestration.services.wording import estimate_rows
+from batch_orchestration.services.wording import duration, estimate_rows
 from batch_orchestration.settings import SettingInForce
 
 MESSAGE_LENGTH = 300
@@ -45,6 +45,15 @@ def batches_table(views: Iterable[BatchView]) -> Table:
             moment(view.plan.created_at),
         )
     return table
+
+
+def _waits(view: BatchView) -> str:
+    """Return for what requests of a batch wait, and for how long still; empty if none does."""
+    if view.live is None or view.live.waiting is None:
+        return ""
+    wait = view.live.waiting
+    left = max(0.0, wait.until - view.live.updated_at - (view.progress_age or 0.0))
+    return f"{waiting(wait)} ({duration(left)} left): {wait.reason}"
 
 
 def board_tables(board: Board) -> Iterator[RenderableType]:
@@ -103,6 +112,7 @@ def batch_details(
         ("Requests", f"{view.total:,}: {view.completed:,} answered, {view.failed:,} failed, "
                      f"{view.total - view.done:,} pending"),
         ("Run", "  ".join(figures(view)) if view.live else ""),
+        ("Waits", _waits(view)),
         ("Tokens", f"{view.prompt_tokens:,} prompt, {view.completion_tokens:,} completion"),
         ("Failures", ", ".join(f"{code} {count:,}" for code, count in failures_by_code.items())),
         ("Engine", f"{view.engine}: answers are made up" if simulated else view.engine),

@@ -19,6 +19,7 @@ from batch_orchestration.services.submission_status import view_any
 from batch_orchestration.services.wording import duration
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
+from batch_orchestration.telemetry.progress import Wait
 
 LOOK_SECONDS = 1.0
 #: Every look at the store shuts out its writers for a moment; progress files shut out nobody.
@@ -145,7 +146,8 @@ def describe(view: BatchView) -> str:
     if view.closing:
         return f"{view.status}: {view.closing}; what is answered is being delivered"
     if view.live:
-        return f"{view.status}: {view.live.phase}"
+        waits = f"; {waiting(view.live.waiting)}" if view.live.waiting else ""
+        return f"{view.status}: {view.live.phase}{waits}"
     if view.silent_seconds and view.progress:
         return (
             f"{view.status}: no word from its run (pid {view.progress.pid}) for "
@@ -157,6 +159,12 @@ def describe(view: BatchView) -> str:
     if view.status is BatchStatus.VALIDATING and view.plan.part:
         return f"{view.status}: waiting for room among the unfinished batches"
     return str(view.status)
+
+
+def waiting(wait: Wait) -> str:
+    """Return how many requests wait at the engine's wish, and when the first goes on."""
+    until = datetime.fromtimestamp(wait.until).astimezone()
+    return f"{wait.requests:,} wait at the engine's wish, the first until {until:%H:%M:%S}"
 
 
 def figures(view: BatchView) -> list[str]:

@@ -28,6 +28,7 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         retry_after: The `Retry-After` header of that answer.
         drop: Close the connection without an answer.
         garbage: Answer 200 with something that is not JSON.
+        strange: Give an answer of this kind, one of `simulated_strange.KINDS`.
         hang: Never answer.
         abort: Answer by half, as vLLM does with all that it has when it is told to end.
         die: End the whole server at once.
@@ -41,6 +42,7 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     retry_after: str | float | None = None
     drop: bool = False
     garbage: bool = False
+    strange: str | None = None
     hang: bool = False
     abort: bool = False
     die: bool = False

@@ -31,6 +31,7 @@ from batch_orchestration.engines.simulated_answers import (
 )
 from batch_orchestration.engines.simulated_kv import KvMachine
 from batch_orchestration.engines.simulated_pace import KvPace
+from batch_orchestration.engines.simulated_strange import KINDS, strange_answer
 
 #: Torch's words, so that it is recognised like the real thing.
 OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate it all ({} running)"
@@ -49,6 +50,8 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         latency_sigma: Of its logarithm: 0 means always the same, 1 a long tail.
         statuses: HTTP status to share of the attempts that are answered with it.
         drops: Share of the attempts whose connection is dropped.
+        strange: Kind of strange answer (`simulated_strange.KINDS`) to share of the attempts that
+            are answered so.
         overloaded_above: With more requests at a time, the surplus is answered 429.
         dies_above: With more requests running at a time (those beyond `max_num_seqs` wait) the
             server runs out of memory and dies.
@@ -61,6 +64,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     latency_sigma: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     statuses: dict[int, Rate] = {}
     drops: Rate = 0.0
+    strange: dict[str, Rate] = {}
     overloaded_above: int | None = None
     dies_above: int | None = None
     unhealthy: bool = False
@@ -291,6 +295,10 @@ def _chance(dice: random.Random, conditions: Conditions) -> Faults | None:
         throw -= share
         if throw < 0:
             return Faults(status=status)
+    for kind, share in conditions.strange.items():
+        throw -= share
+        if throw < 0:
+            return Faults(strange=kind)
     return None
 
 
@@ -304,6 +312,10 @@ async def _spoil(request: web.Request, faults: Faults) -> web.StreamResponse | N
         request.transport.abort()
     if faults.garbage:
         return web.Response(body=b'{"choices": [', content_type="application/json")
+    if faults.strange is not None:
+        if faults.strange not in KINDS:
+            raise Refused(400, f"simulate: {faults.strange} is none of {', '.join(sorted(KINDS))}")
+        return strange_answer(faults.strange)
     if faults.status is None:
         return None
     if faults.error is not None:

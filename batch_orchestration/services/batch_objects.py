@@ -10,7 +10,7 @@ from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.status import BatchView
 from batch_orchestration.services.submission_status import SubmissionView, is_submission
 from batch_orchestration.storage.files import DataFolder, read_lines
-from batch_orchestration.telemetry.progress import Progress
+from batch_orchestration.telemetry.progress import Progress, Wait
 
 #: Faulty lines at the head of a file that are skipped in search of its endpoint.
 _LINES_READ = 100
@@ -103,7 +103,14 @@ def _progress(live: Progress | None) -> dict[str, Any] | None:
         "output_tokens_per_second": live.output_tokens_per_second,
         "eta_seconds": live.eta_seconds,
         "updated_at": int(live.updated_at),
+        "waiting": _waiting(live.waiting),
     }
+
+
+def _waiting(wait: Wait | None) -> dict[str, Any] | None:
+    if wait is None:
+        return None
+    return {"requests": wait.requests, "until": int(wait.until), "reason": wait.reason}
 
 
 def _endpoint(input_path: Path) -> str | None:

@@ -6,6 +6,7 @@ Three threads: the caller's, which iterates; the feed's, with the event loop; th
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -305,9 +306,11 @@ class _BatchRun:
             started=self._started,
             vitals=self._vitals,
             care=self._care,
+            deadline=self._deadline,
         )
         self._accounts.feeder = self._feeder
         self._own.progress.in_flight = self._own_in_flight
+        self._own.progress.waiting = partial(self._feeder.waits.of, self._own.plan.batch_id)
         await self._feeder.feed()
         self._own.progress.phase = "committing"
         self._enter_commits("committing")
@@ -340,6 +343,8 @@ class _BatchRun:
         check_input_size(plan, self._folder)
         guest = self._works[batch_id] = self._work_on(plan, None)
         guest.progress.in_flight = lambda: guest.unanswered
+        if self._feeder is not None:
+            guest.progress.waiting = partial(self._feeder.waits.of, batch_id)
         guest.committer.start()
         guest.progress.begin_feeding()
         return guest
@@ -361,6 +366,11 @@ class _BatchRun:
     def _overrides(self, pending: PendingRequest) -> Overrides:
         plan = self._works[pending.chunk.batch_id].plan
         return self._feeding.overrides(plan.options.model)
+
+    def _deadline(self, pending: PendingRequest) -> float:
+        """Return when the window of our own batch ends; a guest's run looks after its own."""
+        own = pending.chunk.batch_id == self._own.plan.batch_id
+        return self._closing.deadline if own else math.inf
 
     def _settled(self, pending: PendingRequest, outcome: Outcome) -> None:
         self._works[pending.chunk.batch_id].settled(pending, outcome)

@@ -34,6 +34,7 @@ class ClosingWatch:
 
     Attributes:
         seen: The decision, once it was seen.
+        deadline: When the batch's window ends, POSIX seconds.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ClosingWatch:
         self._run_id = run_id
         self._known = folder.read_closing(plan.batch_id) if only_new else None
         resumption = folder.read_resumption(plan.batch_id)
-        self._deadline = float("inf") if only_new else deadline(plan, resumption)
+        self.deadline = float("inf") if only_new else deadline(plan, resumption)
         self.seen: Closing | None = None
         self._seen_at = 0.0
         self._told_of_damage = False
@@ -67,7 +68,7 @@ class ClosingWatch:
         now = time.time()
         if self.seen is None and (found := self._read()) != self._known:
             self.seen = found
-        if self.seen is None and now >= self._deadline:
+        if self.seen is None and now >= self.deadline:
             self.seen = expire(self._plan, folder=self._folder, actor=self._run_id, now=now)
 
     def _read(self) -> Closing | None:

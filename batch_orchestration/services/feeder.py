@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import math
 import random
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -32,6 +34,7 @@ from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.easing import Easing
 from batch_orchestration.services.engine_poll import EnginePoll
+from batch_orchestration.services.engine_waits import EngineWaits
 from batch_orchestration.services.hang_watch import LOOKS_PER_LIMIT, HangWatch
 from batch_orchestration.services.obstacles import Obstacles
 from batch_orchestration.services.open_files import connections_possible
@@ -76,12 +79,14 @@ class Feeder:
         started: Callable[[EngineIdentity], None] = lambda identity: None,
         vitals: RunVitals | None = None,
         care: Callable[[], DeviceCare] = DeviceCare,
+        deadline: Callable[[PendingRequest], float] = lambda pending: math.inf,
     ) -> None:
         self._vitals = vitals or RunVitals()
         self._engine = engine
         self._source = source
         self._window = window
         self._overrides = overrides
+        self._deadline = deadline
         self._settled = settled
         self._started = started
         self._served: tuple[str, ...] = ()
@@ -102,6 +107,8 @@ class Feeder:
         self._abandoned: set[str] = set()
         self._source_is_dry = False
         self._obstacles = Obstacles(waited=waited, is_over=lambda: self._room.stop is not None)
+        #: What the engine asked to wait for.
+        self.waits = EngineWaits()
         self.restarts = 0
         self.in_flight = 0
 
@@ -345,11 +352,13 @@ class Feeder:
                 attempts=pending.failed_attempts,
                 policy=self._window.retry,
                 jitter=random.random(),
+                seconds_left=self._deadline(pending) - time.time(),
             )
             if delay is None:
                 return outcome
             await self._obstacles.durably(partial(pending.fail_attempt, outcome))
-            await self._obstacles.delay(delay)
+            with self.waits.noted(pending, outcome, delay):
+                await self._obstacles.delay(delay)
         return None
 
     async def _submit(self, pending: PendingRequest, body: bytes) -> Outcome | None:

@@ -49,7 +49,7 @@ class Obstacles:
                 return True
 
     async def delay(self, seconds: float) -> None:
-        """Wait between two attempts: as long as the engine asks for, which may be an hour.
+        """Wait between two attempts: minutes, where the engine asks for it.
 
         Not until then if everything is over before.
         """

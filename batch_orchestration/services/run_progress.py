@@ -17,7 +17,7 @@ from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.telemetry.meter import Meter
-from batch_orchestration.telemetry.progress import Progress, write_progress
+from batch_orchestration.telemetry.progress import Progress, Wait, write_progress
 from batch_orchestration.telemetry.remaining import RemainingWork
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class RunProgress:
     ) -> None:
         self.phase = "starting engine"
         self.in_flight: Callable[[], int] = lambda: 0
+        self.waiting: Callable[[], Wait | None] = lambda: None
         self._plan = plan
         self._path = path
         self._run_id = run_id
@@ -161,6 +162,7 @@ class RunProgress:
             requests_per_second=requests_per_second,
             output_tokens_per_second=tokens_per_second,
             eta_seconds=self._eta_seconds(pending, requests_per_second),
+            waiting=self.waiting(),
         )
 
     def _eta_seconds(self, pending: int, requests_per_second: float) -> float | None:

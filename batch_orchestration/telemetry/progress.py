@@ -9,6 +9,20 @@ STALE_SECONDS = 10.0
 _RESTING_PHASES = frozenset({"done", "stopped"})
 
 
+class Wait(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine asked to wait for before it is asked again.
+
+    Attributes:
+        requests: So many wait.
+        until: When the first of them is sent again, POSIX seconds.
+        reason: For people.
+    """
+
+    requests: int
+    until: float
+    reason: str
+
+
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far a batch is, as the run that works on it sees it.
 
@@ -18,6 +32,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         phase: `starting engine`, `feeding`, `committing`, `done` or `stopped`.
         total: Requests of the batch; `completed` and `failed` have an outcome.
         eta_seconds: Until the last outcome at the present rate; None while there is no rate.
+        waiting: None if no request waits because the engine asked for it.
     """
 
     batch_id: str
@@ -34,6 +49,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_second: float
     output_tokens_per_second: float
     eta_seconds: float | None
+    waiting: Wait | None = None
 
     @property
     def resting(self) -> bool:

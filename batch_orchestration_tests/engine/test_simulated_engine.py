@@ -14,6 +14,8 @@ import pytest
 from batch_orchestration.domain.errors import EngineDied
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated_strange import KINDS
+from batch_orchestration.storage.records import OutcomeRecord, encode_record
 from batch_orchestration_tests.engine_contract import (
     EngineContract,
     ask,
@@ -282,3 +284,25 @@ def test_requests_beyond_the_engines_sequences_wait(tmp_path: Path) -> None:
         assert time.monotonic() - began >= 0.6
     finally:
         engine.stop()
+
+
+def test_every_strange_answer_is_an_outcome_that_can_be_stored(engine: SimulatedEngine) -> None:
+    kinds = sorted(KINDS)
+
+    outcomes = ask(engine, *(chat("Be strange.", simulate={"strange": kind}) for kind in kinds))
+
+    for kind, outcome in zip(kinds, outcomes, strict=True):
+        assert isinstance(outcome, Completion) == kind.endswith("_usage"), kind
+        assert encode_record(OutcomeRecord(ordinal=1, index=0, attempt=1, at=0.0, outcome=outcome))
+
+
+def test_strange_answers_come_in_their_share(
+    engine: SimulatedEngine, set_conditions: Callable[..., None]
+) -> None:
+    set_conditions(strange={"no_choices": 0.5})
+
+    outcomes = ask(engine, *(chat(f"question {number}") for number in range(40)))
+
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    assert {outcome.code for outcome in failed} == {FailureCode.RESPONSE_UNREADABLE}
+    assert 5 < len(failed) < 35
