@@ -201,6 +201,9 @@ class Settings(BaseSettings):
     max_retry_after_seconds: float = Field(
         600, ge=0, description="Longest wait before the next attempt that an engine may ask for."
     )
+    max_failure_rate: float = Field(
+        0.5, ge=0, le=1, description="Share of failures at which a batch pauses; 1 never pauses it."
+    )
     chunks_per_run: int = Field(50, ge=1, le=500, description="Chunks that one run takes at most.")
     priority_ageing_seconds: float = Field(
         600, gt=0, description="Of waiting, for one more point of priority."

@@ -94,20 +94,31 @@ def _say_left(left: Mapping[str, str]) -> None:
     metavar="DURATION",
     help="A new one, counted from now, like 24h; an expired batch needs it.",
 )
+@click.option(
+    "--max-failure-rate",
+    type=click.FloatRange(0, 1),
+    help="A new one, 0 to 1, for the requests that are left; 1 never pauses the batch again.",
+)
 @_reason
 @json_option
 def resume_queue_or_batch(
-    batch_id: str | None, completion_window: str | None, reason: str, as_json: bool
+    batch_id: str | None,
+    completion_window: str | None,
+    max_failure_rate: float | None,
+    reason: str,
+    as_json: bool,
 ) -> None:
-    """Go on with BATCH, which was cancelled or has expired: only what has no answer is asked.
+    """Go on with BATCH, which is paused, was cancelled or has expired.
+
+    Only what has no answer is asked.
 
     Its output files are made anew when everything is answered. BATCH may be a submission: then
     every part goes on that can. Without BATCH, a queue that was paused by `pause` goes on.
     """
     context = open_context()
     if batch_id is None:
-        if completion_window or reason:
-            raise click.UsageError("--completion-window and --reason are about a batch: name it")
+        if completion_window or reason or max_failure_rate is not None:
+            raise click.UsageError("all options but --json are about a batch: name it")
         _resume_queue(context, as_json=as_json)
         return
     try:
@@ -118,6 +129,7 @@ def resume_queue_or_batch(
             actor=person(),
             reason=reason,
             completion_window=completion_window,
+            max_failure_rate=max_failure_rate,
             at=context.clock(),
         )
     except ValueError as error:

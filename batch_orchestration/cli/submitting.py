@@ -38,6 +38,11 @@ _file_argument = click.argument(
 @click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Echoed back; repeatable.")
 @click.option("--completion-window", metavar="DURATION", help="Like 90s or 1h30m; default 24h.")
 @click.option("--user", help="Who submits it; the engine is shared fairly between users.")
+@click.option(
+    "--max-failure-rate",
+    type=click.FloatRange(0, 1),
+    help="Share of failures at which the batch pauses; 1 never. Default: BATCH_MAX_FAILURE_RATE.",
+)
 @click.option("--wait", is_flag=True, help="Watch the batch until it ends.")
 @json_option
 def submit(
@@ -47,6 +52,7 @@ def submit(
     metadata: tuple[str, ...],
     completion_window: str | None,
     user: str | None,
+    max_failure_rate: float | None,
     wait: bool,
     as_json: bool,
 ) -> None:
@@ -61,6 +67,7 @@ def submit(
         "metadata": _pairs(metadata),
         "completion_window": completion_window,
         "user": user,
+        "max_failure_rate": max_failure_rate,
     }
     options = _options(file, {name: value for name, value in given.items() if value is not None})
     sent = send(file, options, context)

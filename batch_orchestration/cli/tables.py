@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batch_orchestration.cli.watching import describe, eta, figures, waiting
+from batch_orchestration.cli.watching import describe, eta, figures, halt_lines, waiting
 from batch_orchestration.domain.commits import SIMULATED
 from batch_orchestration.domain.dead_letters import DeadLetter
 from batch_orchestration.domain.estimates import Estimate
@@ -108,6 +108,7 @@ def batch_details(
         ("Batch", view.batch_id),
         ("Status", describe(view)),
         ("Ended early", str(view.closing or "")),
+        ("Paused", "\n".join(halt_lines(view))),
         ("File", view.plan.file_name),
         ("Requests", f"{view.total:,}: {view.completed:,} answered, {view.failed:,} failed, "
                      f"{view.total - view.done:,} pending"),

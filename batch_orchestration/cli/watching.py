@@ -14,6 +14,7 @@ from rich.text import Text
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.services.batch_objects import whole_object
+from batch_orchestration.services.halting import what_helps
 from batch_orchestration.services.status import BatchView, with_progress
 from batch_orchestration.services.submission_status import view_any
 from batch_orchestration.services.wording import duration
@@ -126,8 +127,8 @@ def live_panel(view: BatchView) -> RenderableType:
     bar = Table.grid(padding=(0, 1), expand=True)
     bar.add_column(ratio=1)
     bar.add_column(no_wrap=True)
-    ended_early = view.closing or view.status is BatchStatus.FAILED
-    colour = "red" if ended_early else "green"
+    amiss = view.closing or view.halt or view.status is BatchStatus.FAILED
+    colour = "red" if amiss else "green"
     bar.add_row(
         ProgressBar(total=max(view.total, 1), completed=view.done, complete_style=colour),
         f"{view.done:,}/{view.total:,}",
@@ -136,7 +137,16 @@ def live_panel(view: BatchView) -> RenderableType:
         Text.assemble((view.batch_id, "bold"), "  ", describe(view)),
         bar,
         Text("  ".join(figures(view)), style="dim"),
+        *(Text(line) for line in halt_lines(view)),
     )
+
+
+def halt_lines(view: BatchView) -> list[str]:
+    """Return examples of what fails in a batch that is paused, and what a person may do."""
+    if view.halt is None:
+        return []
+    examples = [f"{one.custom_id}: {one.code}: {one.message}" for one in view.halt.examples]
+    return [*examples, f"To go on: {what_helps(view.batch_id)}"]
 
 
 def describe(view: BatchView) -> str:
@@ -145,6 +155,8 @@ def describe(view: BatchView) -> str:
         return str(view.status)
     if view.closing:
         return f"{view.status}: {view.closing}; what is answered is being delivered"
+    if view.halt:
+        return f"{view.status}: {view.halt}"
     if view.live:
         waits = f"; {waiting(view.live.waiting)}" if view.live.waiting else ""
         return f"{view.status}: {view.live.phase}{waits}"
@@ -195,11 +207,15 @@ def _line_printer(console: Console, clock: Callable[[], float]) -> Show:
 
     def show(view: BatchView) -> None:
         nonlocal printed_at, printed_status
-        if clock() - printed_at < LINE_SECONDS and view.status == printed_status:
+        if clock() - printed_at < LINE_SECONDS and f"{view.status}{view.halt}" == printed_status:
             return
-        printed_at, printed_status = clock(), view.status
+        printed_at = clock()
         moment = datetime.fromtimestamp(printed_at).astimezone().strftime("%H:%M:%S")
+        news = halt_lines(view) if f"{view.status}{view.halt}" != printed_status else []
         parts = [moment, view.batch_id, describe(view), f"{view.done:,}/{view.total:,}"]
         console.print("  ".join(parts + figures(view)), soft_wrap=True, highlight=False)
+        for line in news:
+            console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
+        printed_status = f"{view.status}{view.halt}"
 
     return show

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 
 import dagster as dg
@@ -44,11 +44,13 @@ from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.gpu_samples import SampleTaker
+from batch_orchestration.services.halting import halt_in_force, what_helps
 from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing
+from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
@@ -119,6 +121,7 @@ def chunk_results(
     """
     force, present = config.force, gpu.in_force(settings)
     selection = _selection(context)
+    by_person = BATCH_TAG not in context.run.tags
     claim_batch(context.instance, context.run, list(selection), data_folder(present))
     engine = gpu.for_run(context.run.run_id, present, batch_ids=list(selection))
     with gpu.sampling(context.run.run_id, present) as sampler:
@@ -146,7 +149,31 @@ def chunk_results(
                 context.log.warning(f"{batch_id}: {ended}. To go on: resume {batch_id}")
     for fault in faults:
         context.log.warning(str(fault))
+    _say_paused(context, selection, data_folder(present), by_person=by_person)
     yield from ()
+
+
+def _say_paused(
+    context: dg.AssetExecutionContext,
+    batch_ids: Iterable[str],
+    folder: DataFolder,
+    *,
+    by_person: bool,
+) -> None:
+    """Say which of the batches are paused.
+
+    A person who asked for partitions of such a batch is refused, once the others are done; a run
+    that `dispatch_sensor` asked for before ends well, for nothing failed.
+    """
+    refused = []
+    for batch_id in batch_ids:
+        if (halt := halt_in_force(folder, batch_id)) is not None:
+            said = f"batch {batch_id} is {halt}. To go on: {what_helps(batch_id)}"
+            context.log.warning(said)
+            if halt.actor != context.run.run_id:
+                refused.append(said)
+    if refused and by_person:
+        raise dg.Failure(description="\n".join(refused), allow_retries=False)
 
 
 def _with_samples(

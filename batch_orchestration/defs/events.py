@@ -9,16 +9,20 @@ from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import chunk_key
 from batch_orchestration.domain.commits import ChunkReport
 from batch_orchestration.domain.estimates import Estimate
+from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.kept import Kept
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.assembly import AssemblyReport
 from batch_orchestration.services.chunk_runner import CommittedChunk
+from batch_orchestration.services.halting import what_helps
 from batch_orchestration.services.partial_output import PartialReport
 from batch_orchestration.services.wording import estimate_rows, window_warning
 
 Metadata = dict[str, dg.MetadataValue | str | int | float | bool]
 
 MANIFEST_KEY = dg.AssetKey("batch_manifest")
+OUTPUT_KEY = dg.AssetKey("batch_output")
+FAILURE_CHECK = "failure_rate_within_budget"
 
 
 def manifest_materialization(
@@ -164,6 +168,37 @@ def progress_observation(commit: CommittedChunk) -> dg.AssetObservation:
     if commit.kept_fraction is not None:
         metadata["kept_fraction"] = round(commit.kept_fraction, 4)
     return dg.AssetObservation(MANIFEST_KEY, partition=commit.report.batch_id, metadata=metadata)
+
+
+def halt_events(
+    batch_id: str, halt: Halt
+) -> Iterator[dg.AssetObservation | dg.AssetCheckEvaluation]:
+    """Say that a batch is paused: beside its progress, and in the check of its failures."""
+    examples = [
+        dg.TableRecord({"custom_id": one.custom_id or "", "code": one.code, "message": one.message})
+        for one in halt.examples
+    ]
+    metadata: Metadata = {
+        "paused": halt.reason,
+        "failed": halt.failed,
+        "judged": halt.judged,
+        "failure_rate": round(halt.failed / max(halt.judged, 1), 6),
+        "max_failure_rate": halt.max_failure_rate,
+        "paused_by_run": halt.actor,
+        "next_step": what_helps(batch_id),
+    }
+    if examples:
+        metadata["examples"] = dg.MetadataValue.table(examples)
+    yield dg.AssetObservation(MANIFEST_KEY, partition=batch_id, metadata=metadata)
+    yield dg.AssetCheckEvaluation(
+        asset_key=OUTPUT_KEY,
+        check_name=FAILURE_CHECK,
+        passed=False,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=str(halt),
+        metadata=metadata,
+        partition=batch_id,
+    )
 
 
 def output_metadata(report: AssemblyReport) -> Metadata:

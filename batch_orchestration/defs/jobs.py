@@ -38,6 +38,13 @@ class SubmitConfig(dg.Config):
     metadata: dict[str, str] = Field({}, description="Up to 16 pairs, echoed in the report.")
     completion_window: str = Field("24h", description="For example 24h or 1h30m.")
     user: str | None = Field(None, description="Who submits it; sources share the engine fairly.")
+    max_failure_rate: float | None = Field(
+        None,
+        description=(
+            "Share of its latest requests, 0 to 1, that may fail before the batch pauses and waits "
+            "for you; 1 never pauses it. Default: BATCH_MAX_FAILURE_RATE."
+        ),
+    )
 
 
 @dg.op

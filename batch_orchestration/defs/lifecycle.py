@@ -72,10 +72,13 @@ class ResumeConfig(dg.Config):
     """Which batch to go on with."""
 
     batch: str = Field(
-        description="Id of a batch, or of a submission, that was cancelled or has expired."
+        description="Id of a batch, or submission, that is paused, was cancelled or has expired."
     )
     completion_window: str = Field(
         "", description="A new one, like 24h, counted from now; an expired batch needs it."
+    )
+    max_failure_rate: float | None = Field(
+        None, description="A new one, 0 to 1, for the requests that are left; 1 never pauses it."
     )
     reason: str = Field("", description="Why; kept in the batch's history.")
 
@@ -84,7 +87,7 @@ class ResumeConfig(dg.Config):
 def resume_one(
     context: dg.OpExecutionContext, config: ResumeConfig, settings: SettingsResource
 ) -> None:
-    """Bring a batch that ended early back into progress; dispatch_sensor does the rest."""
+    """Bring a batch that is paused or ended early back into progress; dispatch_sensor goes on."""
     folder = data_folder(settings)
     context.instance.add_run_tags(context.run.run_id, tags_about(config.batch, folder))
     try:
@@ -95,6 +98,7 @@ def resume_one(
             actor=context.run.run_id,
             reason=config.reason,
             completion_window=config.completion_window or None,
+            max_failure_rate=config.max_failure_rate,
             at=time.time(),
         )
     except (BatchOrchestrationError, ValueError) as error:
@@ -110,7 +114,9 @@ def _say_left(context: dg.OpExecutionContext, left: Mapping[str, str]) -> None:
 
 @dg.job
 def resume_batch() -> None:
-    """Go on with a batch or submission that ended early: only what has no answer is asked.
+    """Go on with a batch or submission that is paused or ended early.
+
+    Only what has no answer is asked.
 
     Its output files are made anew when everything is answered.
     """

@@ -2,16 +2,19 @@
 
 import hashlib
 import time
+from collections.abc import Iterator
 
 import dagster as dg
 from pydantic import Field
 
-from batch_orchestration.defs.events import MANIFEST_KEY, Metadata
+from batch_orchestration.defs.events import MANIFEST_KEY, Metadata, halt_events
 from batch_orchestration.defs.resources import SettingsResource, data_folder
-from batch_orchestration.domain.queueing import Pause, QueueEntry, QueueView
+from batch_orchestration.domain.queueing import Pause, QueueEntry, QueueView, WaitReason
+from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.services.queue_keeping import KeptQueue
 from batch_orchestration.services.queue_table import queue_markdown
 from batch_orchestration.storage import queue_files
+from batch_orchestration.storage.files import DataFolder
 
 QUEUE_KEY = dg.AssetKey("queue_overview")
 #: Each is an event that Dagster keeps.
@@ -66,13 +69,23 @@ def resume_queue() -> None:
     resume_the_queue()
 
 
-def report_queue(context: dg.SensorEvaluationContext, queue: KeptQueue) -> None:
+def report_queue(context: dg.SensorEvaluationContext, queue: KeptQueue, folder: DataFolder) -> None:
     """Tell Dagster what has changed in the queue since the tick before."""
     for part in queue.admitted:
         context.log.info(f"admitted: {part.batch_id}, {part.requests:,} requests")
     for entry in queue.changed:
         context.instance.report_runless_asset_event(_observation(entry))
+        for event in _halt_events(entry, folder):
+            context.instance.report_runless_asset_event(event)
     _report_overview(context.instance, queue.view)
+
+
+def _halt_events(
+    entry: QueueEntry, folder: DataFolder
+) -> Iterator[dg.AssetObservation | dg.AssetCheckEvaluation]:
+    if entry.reason is WaitReason.FAILURE_RATE and entry.batch_id is not None:
+        halt = halt_in_force(folder, entry.batch_id)
+        yield from () if halt is None else halt_events(entry.batch_id, halt)
 
 
 def _observation(entry: QueueEntry) -> dg.AssetObservation:

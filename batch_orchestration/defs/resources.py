@@ -94,6 +94,7 @@ def feeding(settings: Settings, sizing: Sizing) -> Feeding:
         model_aliases=settings.model_aliases,
         max_tokens_cap=settings.max_tokens_cap,
         answer_settings=settings.answer_settings(),
+        max_failure_rate=settings.max_failure_rate,
         guest_chunks=settings.chunks_per_run,
     )
 

@@ -40,6 +40,7 @@ from batch_orchestration.services.dispatch import (
 )
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.gpu_health import gpu_problem
+from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import claim_admissible
 from batch_orchestration.services.queue_keeping import keep_queue
@@ -188,6 +189,7 @@ def dispatch_sensor(
             priorities=run_priorities(queue),
             no_engine=_no_engine(settings, queue) if batches else None,
             closings=closings,
+            halts=halts_in_force(folder, batches),
         )
     except StorageError as error:
         return dg.SkipReason(f"no run is asked for now: {error}")
@@ -226,7 +228,7 @@ def _keep_queue(
             now=now,
             faults=faults,
         )
-        report_queue(context, queue)
+        report_queue(context, queue, folder)
     except StoreLocked:
         raise
     except StorageError as error:

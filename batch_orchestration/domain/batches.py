@@ -26,7 +26,7 @@ MAX_FILE_BYTES = 200 * 2**20
 DURATION = r"^([1-9][0-9]{0,8}[smhd])+\Z"
 
 #: Options that came later: at their default they do not change the identity of older batches.
-_LATER_OPTIONS = ("user",)
+_LATER_OPTIONS = ("user", "max_failure_rate")
 _NOT_SLUG = re.compile(r"[^a-z0-9]+")
 
 
@@ -63,6 +63,7 @@ class OnOversize(StrEnum):
 
 
 Metadata = Annotated[dict[str, str], msgspec.Meta(max_length=METADATA_MAX_PAIRS)]
+FailureShare = Annotated[float, msgspec.Meta(ge=0, le=1)]
 User = Annotated[str, msgspec.Meta(pattern="^[^\\x00-\\x1f]+$", max_length=SOURCE_MAX_LENGTH)]
 
 
@@ -76,6 +77,8 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         completion_window: For example `24h` or `1h30m`, from admission; what has no answer then
             is not asked any more.
         user: Who submits it; else the folder of the inbox says so.
+        max_failure_rate: Share of the latest requests that may fail before the batch pauses, 0 to
+            1; None leaves it to the deployment.
     """
 
     model: str | None = None
@@ -83,6 +86,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     metadata: Metadata = {}
     completion_window: Annotated[str, msgspec.Meta(pattern=DURATION)] = "24h"
     user: User | None = None
+    max_failure_rate: FailureShare | None = None
 
     @property
     def source(self) -> str:

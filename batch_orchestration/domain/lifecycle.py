@@ -86,18 +86,20 @@ class Closing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Resumption(msgspec.Struct, frozen=True, kw_only=True):
-    """The latest decision to go on with a batch that was cancelled or had expired.
+    """The latest decision to go on with a batch that was paused or cancelled, or had expired.
 
     Attributes:
         at: POSIX seconds.
         actor: Run or person that decided.
         deadline: In place of the plan's, POSIX seconds; None leaves that in force.
+        max_failure_rate: In place of the author's; None leaves that in force.
     """
 
     at: float
     actor: str
     reason: str = ""
     deadline: float | None = None
+    max_failure_rate: float | None = None
 
 
 def check_transition(old: BatchStatus, new: BatchStatus) -> None:

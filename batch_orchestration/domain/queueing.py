@@ -6,7 +6,10 @@ import msgspec
 
 
 class WaitReason(StrEnum):
-    """Why something in the queue cannot go on now. Every reason clears itself, but `paused`."""
+    """Why something in the queue cannot go on now.
+
+    Every reason clears itself, but `paused` and `failure_rate`: these wait for a person.
+    """
 
     #: As many batches are unfinished as are allowed at a time.
     QUEUE_FULL = "queue_full"
@@ -20,6 +23,8 @@ class WaitReason(StrEnum):
     GPU_UNHEALTHY = "gpu_unhealthy"
     #: A person has paused the queue, and has to resume it.
     PAUSED = "paused"
+    #: Too many of its requests fail, or of a part of the same submission: it is paused.
+    FAILURE_RATE = "failure_rate"
     #: Its source has submitted more than its share of late.
     SUBMISSION_RATE = "submission_rate"
     #: Somebody may still be writing the file.

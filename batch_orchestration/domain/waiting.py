@@ -27,6 +27,7 @@ class Standing:
         demand: What it asks room for: of a file that will be split, its first part.
         submitted: Requests of the whole file; None while nobody has read it.
         settling: Why it counts as still being written; None if it does not.
+        halted: Why it is paused, it alone; None if it is not.
         claimed: Whether it is being read and admitted now.
         failing: Of one that is claimed: what its admission failed by before. It then takes no room
             from others, who would wait for as long as it fails.
@@ -36,6 +37,7 @@ class Standing:
     demand: Demand
     submitted: int | None = None
     settling: str | None = None
+    halted: str | None = None
     claimed: bool = False
     failing: str | None = None
 
@@ -126,6 +128,8 @@ class _Walk:
             self._rates = self._rates.plus(entry.source, submitted, now=self._now)
 
     def _obstacle(self, standing: Standing) -> Obstacle | None:
+        if standing.halted is not None:
+            return Obstacle(WaitReason.FAILURE_RATE, standing.halted)
         if not standing.open:
             # Who is at work ends what it has begun, and who is being read is not sent back.
             return self._rules.gate if standing.entry.state is EntryState.ADMITTED else None

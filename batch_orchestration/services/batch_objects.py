@@ -4,7 +4,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from batch_orchestration.domain.batches import Part
+from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.requests import Request, parse_line
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.status import BatchView
@@ -29,8 +32,8 @@ _TIMES = (
 def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
     """Return OpenAI's Batch object, with paths in place of file ids.
 
-    Times are whole POSIX seconds. Two fields are ours: `progress` is null unless a run is at work,
-    `closing` unless the batch ends, or has ended, early.
+    Times are whole POSIX seconds. Three fields are ours: `progress` is null unless a run is at
+    work, `closing` unless the batch ends, or has ended, early, `paused` unless it is paused.
     """
     batch_id = view.batch_id
     return {
@@ -64,6 +67,7 @@ def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
         "estimate": read_estimate(folder, batch_id),
         "progress": _progress(view.live),
         "closing": view.closing,
+        "paused": _halt(view.halt),
         "store_problem": view.store_problem,
         **_part(view.plan.part),
     }
@@ -90,6 +94,10 @@ def _part(part: Part | None) -> dict[str, Any]:
     if part is None:
         return {}
     return {"submission": part.submission, "part": part.number, "parts": part.of}
+
+
+def _halt(halt: Halt | None) -> dict[str, Any] | None:
+    return None if halt is None else {"reason": halt.reason, **msgspec.to_builtins(halt)}
 
 
 def _progress(live: Progress | None) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import ChunkReport, Provenance
-from batch_orchestration.domain.errors import JournalError, JournalInUse, Shortage
+from batch_orchestration.domain.errors import JournalError, JournalInUse, Shortage, StorageError
 from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.services.chunk_pass import (
     ChunkPass,
@@ -17,6 +17,7 @@ from batch_orchestration.services.chunk_pass import (
     RequestPass,
 )
 from batch_orchestration.services.committer import Committer, Results
+from batch_orchestration.services.halting import FailureWatch, halt_in_force
 from batch_orchestration.services.run_progress import RunProgress, remaining_work
 from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.storage.files import DataFolder
@@ -36,11 +37,13 @@ class BatchWork:
         results: Where what was committed is put.
         provenance: Known once the engine is.
         engine_rung: What the engine runs on now.
+        failures: Pauses the batch if too many of its requests fail.
 
     Attributes:
         unanswered: Requests that were drawn and have no outcome yet.
         chunks_drawn: Chunks that were opened.
         has_left: Whether nothing of it is asked any more.
+        is_halted: Whether that is because too many of its requests fail.
     """
 
     def __init__(
@@ -56,13 +59,14 @@ class BatchWork:
         engine_rung: Callable[[], str | None],
         max_tokens_cap: int | None,
         vitals: RunVitals,
+        failures: FailureWatch,
     ) -> None:
         self._vitals = vitals
+        self._failures = failures
         self.plan = plan
         self.is_guest = chunks is None
-        self.unanswered = 0
-        self.chunks_drawn = 0
-        self.has_left = False
+        self.unanswered = self.chunks_drawn = 0
+        self.has_left = self.is_halted = False
         self.progress = RunProgress(
             plan,
             folder.progress_path(plan.batch_id),
@@ -140,7 +144,23 @@ class BatchWork:
         """Count an outcome that has just become durable."""
         self.unanswered -= 1
         self.progress.count(outcome, pending.request)
+        if not self.has_left and self._failures.note(
+            outcome, pending.request, unasked=self.progress.pending - self.unanswered
+        ):
+            self.halt()
         self._seal_if_complete(pending.chunk)
+
+    def halt(self) -> None:
+        """Draw nothing more, because too many of its requests fail."""
+        self.is_halted = True
+        self.leave()
+
+    def look_for_halt(self) -> None:
+        """Halt if another run has decided so meanwhile."""
+        # One that cannot be read is in force; another decision that cannot be is not ours to tell.
+        with contextlib.suppress(StorageError):
+            if not self.has_left and halt_in_force(self._folder, self.plan.batch_id):
+                self.halt()
 
     def leave(self) -> None:
         """Draw nothing more, not even the rest of the chunk in hand."""

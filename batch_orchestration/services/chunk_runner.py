@@ -19,6 +19,7 @@ from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.domain.commits import Provenance
 from batch_orchestration.domain.derivation import Derived
 from batch_orchestration.domain.device_care import DeviceCare
+from batch_orchestration.domain.errors import IllegalTransition
 from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.domain.overrides import Overrides
 from batch_orchestration.domain.retries import RetryPolicy
@@ -29,6 +30,7 @@ from batch_orchestration.services.chunk_pass import ChunkRef, PendingRequest
 from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.committer import Committed, Results
 from batch_orchestration.services.feeder import Feeder, first_leaf
+from batch_orchestration.services.halting import FailureWatch, halt_in_force
 from batch_orchestration.services.ladders import chunk_needs
 from batch_orchestration.services.obstacles import Obstacles
 from batch_orchestration.services.plan_checks import check_input_size, check_settings
@@ -60,6 +62,8 @@ class Feeding:
         hang_seconds: Without a sign of progress, after which the engine counts as dead.
         answer_settings: What answers depend on now; compared with each batch's plan.
         start_timeout_seconds: Until the engine must be ready.
+        max_failure_rate: Share of a batch's latest requests that may fail before it pauses, where
+            its author does not say it.
         guest_chunks: Of more urgent batches, that a run serves beside its own at most.
     """
 
@@ -74,6 +78,7 @@ class Feeding:
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
     hang_seconds: float = 100.0
     start_timeout_seconds: float = 900.0
+    max_failure_rate: float = 0.5
     guest_chunks: int = 50
 
     @property
@@ -114,6 +119,7 @@ def run_chunks(
     Requests with a durable outcome are not submitted again; the engine is started only if
     something is pending, and is left running. Closing the iterator stops the feed; every answer
     that arrived is kept. So does the early end of a batch (`services.closing`), within seconds.
+    A batch that is paused (`services.halting`) is passed over, and left if that happens meanwhile.
 
     Where it is the turn of others (see `services.turns`), their chunks are fed and yielded, too;
     and where the run makes room for others it ends early, with chunks of its own left to do.
@@ -134,6 +140,8 @@ def run_chunks(
     vitals = vitals or RunVitals()
     for batch_id, numbers in selection.items():
         plan = folder.read_plan(batch_id)
+        if halt_in_force(folder, batch_id) is not None:
+            continue
         check_settings(plan, feeding.answer_settings, force=force)
         check_input_size(plan, folder)
         batch_run = _BatchRun(
@@ -336,9 +344,12 @@ class _BatchRun:
 
         Raises:
             BatchNotFound: There is no such batch.
+            IllegalTransition: It is paused.
             PlanMismatch: It is not for this engine, or its kept input has changed.
         """
         plan = self._folder.read_plan(batch_id)
+        if (halt := halt_in_force(self._folder, batch_id)) is not None:
+            raise IllegalTransition(f"batch {batch_id} is {halt}")
         check_settings(plan, self._feeding.answer_settings, force=False)
         check_input_size(plan, self._folder)
         guest = self._works[batch_id] = self._work_on(plan, None)
@@ -361,6 +372,9 @@ class _BatchRun:
             engine_rung=lambda: self._engine.ladder.description,
             max_tokens_cap=self._feeding.max_tokens_cap,
             vitals=self._vitals,
+            failures=FailureWatch(
+                plan, self._folder, run_id=self._run_id, default=self._feeding.max_failure_rate
+            ),
         )
 
     def _overrides(self, pending: PendingRequest) -> Overrides:
@@ -373,7 +387,10 @@ class _BatchRun:
         return self._closing.deadline if own else math.inf
 
     def _settled(self, pending: PendingRequest, outcome: Outcome) -> None:
-        self._works[pending.chunk.batch_id].settled(pending, outcome)
+        work = self._works[pending.chunk.batch_id]
+        work.settled(pending, outcome)
+        if work.is_halted and self._feeder is not None:
+            self._feeder.halt(work.plan.batch_id)
 
     def _provenance(self) -> Provenance:
         assert self._identity is not None
@@ -389,12 +406,14 @@ class _BatchRun:
         while True:
             self._own.progress.tick()
             self._note_rates()
-            for batch_id, guest in list(self._turns.guests.items()):
-                if guest.has_left and self._feeder is not None and self._feeder.abandon(batch_id):
-                    guest.close_journals()
-                    # What was cancelled is never settled, and no longer at the engine.
-                    guest.unanswered = 0
-                elif guest.is_open:
+            for work in list(self._works.values()):
+                work.look_for_halt()
+                if work.has_left and self._let_go(work) and work.is_guest:
+                    work.close_journals()
+                    # What was let go is never settled, and no longer at the engine.
+                    work.unanswered = 0
+            for guest in list(self._turns.guests.values()):
+                if guest.is_open:
                     guest.progress.tick()
                 elif guest.progress.phase != "done":
                     # From now on its own run may write the file.
@@ -402,6 +421,13 @@ class _BatchRun:
             for work in list(self._works.values()):
                 await asyncio.to_thread(work.sync)
             await asyncio.sleep(SYNC_SECONDS)
+
+    def _let_go(self, work: BatchWork) -> bool:
+        """Have the feeder let go of a batch; return whether nothing of it is at the engine."""
+        if self._feeder is None:
+            return False
+        let_go = self._feeder.halt if work.is_halted else self._feeder.abandon
+        return let_go(work.plan.batch_id)
 
     def _note_rates(self) -> None:
         rates = [work.progress.rates for work in self._works.values() if work.is_open]

@@ -36,6 +36,8 @@ class CrashPoint(StrEnum):
     AFTER_CLOSING = "after_closing"
     #: The store knows; of the chunks without a commit, some have got theirs.
     BEFORE_CLOSE_OUT = "before_close_out"
+    #: It is decided that the batch is paused; the run at work does not act on it yet.
+    AFTER_HALT = "after_halt"
     #: It is decided that a batch goes on that had ended early; nothing is done yet.
     AFTER_RESUMPTION = "after_resumption"
     #: The decision to end it is taken back; the store does not know.

@@ -16,6 +16,7 @@ from batch_orchestration.domain.alert_book import AlertBook
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.dead_letters import Replay
 from batch_orchestration.domain.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
+from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.gpu_faults import Fence
 from batch_orchestration.domain.health import HealthReport
 from batch_orchestration.domain.heartbeats import Heartbeat
@@ -130,6 +131,8 @@ def _of_batch(folder: DataFolder, batch_id: str) -> Iterator[Damage]:
     )
     yield from _unreadable(folder.closing_path(batch_id), Closing, decide, batch_id)
     yield from _unreadable(folder.resumption_path(batch_id), Resumption, decide, batch_id)
+    go_on = f"{_CLI} resume {batch_id}"
+    yield from _unreadable(folder.halt_path(batch_id), Halt, go_on, batch_id)
     progress = folder.progress_path(batch_id)
     yield from _unreadable(progress, Progress, _replaced(progress), batch_id)
     if plan:

@@ -11,8 +11,10 @@ from itertools import groupby
 from typing import NamedTuple
 
 from batch_orchestration.domain.commits import BatchRecord, ChunkReport
+from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.domain.queueing import NeedsPerson
+from batch_orchestration.services.halting import what_helps
 
 #: Failed runs in a row, without a commit in between, after which a person is asked.
 MAX_FAILURES = 3
@@ -125,6 +127,7 @@ def dispatch(
     priorities: Mapping[str, int] | None = None,
     no_engine: str | None = None,
     closings: Mapping[str, Closing] | None = None,
+    halts: Mapping[str, Halt] | None = None,
 ) -> Dispatch:
     """Decide which runs are needed, at most `MAX_NEW_RUNS` of them.
 
@@ -140,13 +143,12 @@ def dispatch(
         no_engine: Why no engine can be started now: then only outputs are made.
         closings: Of the batches that end early: these only need the run that delivers them, once
             no other is at work on them.
+        halts: Of the batches that are paused: these get no engine until a person has decided.
 
     Raises:
         StorageError: The store cannot be read.
     """
-    runs_by_batch: dict[str, list[KnownRun]] = {}
-    for run in runs:
-        runs_by_batch.setdefault(run.batch_id, []).append(run)
+    runs_by_batch = _by_batch(runs)
     needed: list[NeededRun] = []
     waiting: list[str] = []
     needs: dict[str, NeedsPerson] = {}
@@ -159,11 +161,13 @@ def dispatch(
             if isinstance(last, NeededRun):
                 needed.append(last)
             else:
-                waiting.append(f"{batch.batch_id}: {last.reason}")
-                _take_note(needs, batch.batch_id, last)
+                _wait_whole(batch.batch_id, last, waiting, needs)
             continue
         committed = reports(batch.batch_id)
         last_commit_at = max((report.committed_at for report in committed.values()), default=0.0)
+        if len(committed) < batch.chunks and (halt := (halts or {}).get(batch.batch_id)):
+            _wait_whole(batch.batch_id, _paused(batch.batch_id, halt), waiting, needs)
+            continue
         queued += sum(run.queued and run.chunks is not None for run in known)
         for run_needed in _remaining(batch, committed, known, chunks_per_run, priority):
             wait = _reason_to_wait(run_needed, known, last_commit_at=last_commit_at, now=now)
@@ -181,6 +185,25 @@ def dispatch(
     return Dispatch(
         needed=tuple(needed[:MAX_NEW_RUNS]), waiting=tuple(waiting), needs=tuple(needs.values())
     )
+
+
+def _by_batch(runs: Iterable[KnownRun]) -> dict[str, list[KnownRun]]:
+    found: dict[str, list[KnownRun]] = {}
+    for run in runs:
+        found.setdefault(run.batch_id, []).append(run)
+    return found
+
+
+def _paused(batch_id: str, halt: Halt) -> _Wait:
+    return _Wait(f"{halt}. To go on: {what_helps(batch_id)}", asks=halt.actor)
+
+
+def _wait_whole(
+    batch_id: str, wait: _Wait, waiting: list[str], needs: dict[str, NeedsPerson]
+) -> None:
+    """Say once of a whole batch why it gets no run."""
+    waiting.append(f"{batch_id}: {wait.reason}")
+    _take_note(needs, batch_id, wait)
 
 
 def _take_note(needs: dict[str, NeedsPerson], batch_id: str, wait: _Wait) -> None:

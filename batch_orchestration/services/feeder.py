@@ -105,6 +105,7 @@ class Feeder:
         #: Those that are being answered now.
         self._tasks: dict[PendingRequest, asyncio.Task[None]] = {}
         self._abandoned: set[str] = set()
+        self._halted: set[str] = set()
         self._source_is_dry = False
         self._obstacles = Obstacles(waited=waited, is_over=lambda: self._room.stop is not None)
         #: What the engine asked to wait for.
@@ -147,16 +148,27 @@ class Feeder:
         From then on nothing more is recorded about its requests.
         """
         self._abandoned.add(batch_id)
-        theirs = [task for pending, task in self._tasks.items() if self._is_abandoned(pending)]
+        theirs = self._tasks_of(batch_id)
         for task in theirs:
             task.cancel()
         return not theirs
 
-    def _is_abandoned(self, pending: PendingRequest) -> bool:
-        return pending.chunk.batch_id in self._abandoned
+    def halt(self, batch_id: str) -> bool:
+        """Give the engine none of a batch's requests any more, also none again.
 
-    def _not_abandoned(self, requests: Iterable[PendingRequest]) -> list[PendingRequest]:
-        return [pending for pending in requests if not self._is_abandoned(pending)]
+        What the engine has is settled. Return whether that is done.
+        """
+        self._halted.add(batch_id)
+        return not self._tasks_of(batch_id)
+
+    def _tasks_of(self, batch_id: str) -> list[asyncio.Task[None]]:
+        return [task for pending, task in self._tasks.items() if pending.chunk.batch_id == batch_id]
+
+    def _is_let_go(self, pending: PendingRequest) -> bool:
+        return pending.chunk.batch_id in self._abandoned | self._halted
+
+    def _still_asked(self, requests: Iterable[PendingRequest]) -> list[PendingRequest]:
+        return [pending for pending in requests if not self._is_let_go(pending)]
 
     @property
     def _fresh_is_over(self) -> bool:
@@ -167,7 +179,7 @@ class Feeder:
         loop = asyncio.get_running_loop()
         while not self._isolation or loop.time() < until:
             if self._again:
-                if not self._is_abandoned(again := self._again.popleft()):
+                if not self._is_let_go(again := self._again.popleft()):
                     yield again
             elif (pending := next(self._source, None)) is None:
                 self._source_is_dry = True
@@ -181,7 +193,7 @@ class Feeder:
         death = await self._run_window(self._fresh(until))
         if death is None:
             return
-        left, self._unanswered = self._not_abandoned(self._unanswered), {}
+        left, self._unanswered = self._still_asked(self._unanswered), {}
         suspects = [pending for pending in left if pending.in_flight]
         if await self._easing.ease(death):
             self._again.extend(left)
@@ -196,12 +208,12 @@ class Feeder:
 
     async def _run_turn_of_suspects(self, label: str, group: list[PendingRequest]) -> None:
         logger.info("testing %d suspects apart (group %s)", len(group), label)
-        group = self._not_abandoned(group)
+        group = self._still_asked(group)
         untested = iter(group)
         death = await self._run_window(untested)
         if death is None:
             return
-        left = self._not_abandoned([*self._unanswered, *untested])
+        left = self._still_asked([*self._unanswered, *untested])
         self._unanswered = {}
         for pending in left:
             pending.in_flight = False
@@ -338,11 +350,14 @@ class Feeder:
         self._room.note_settled()
 
     async def _answer(self, pending: PendingRequest) -> Outcome | None:
-        """Return the outcome; None if the device's care forbids the attempts that are left."""
+        """Return the outcome; None if the attempts that are left are not to be made.
+
+        The device's care forbids them, or the batch is paused.
+        """
         body = prepare_body(
             pending.request, overrides=self._overrides(pending), served=self._served
         )
-        while await self._may_submit():
+        while await self._may_submit(pending):
             outcome = await self._submit(pending, body)
             if not isinstance(outcome, Failure):
                 return outcome
@@ -358,7 +373,7 @@ class Feeder:
                 return outcome
             await self._obstacles.durably(partial(pending.fail_attempt, outcome))
             with self.waits.noted(pending, outcome, delay):
-                await self._obstacles.delay(delay)
+                await self._obstacles.delay(delay, unless=partial(self._is_let_go, pending))
         return None
 
     async def _submit(self, pending: PendingRequest, body: bytes) -> Outcome | None:
@@ -387,10 +402,10 @@ class Feeder:
         self._breaker.record(failed=failed, now=asyncio.get_running_loop().time())
         return outcome
 
-    async def _may_submit(self) -> bool:
-        """Wait until breaker and device permit it; return False if nothing may be any more."""
+    async def _may_submit(self, pending: PendingRequest) -> bool:
+        """Wait until breaker and device permit it; return False if it may not be any more."""
         loop = asyncio.get_running_loop()
-        while self._room.stop is None:
+        while self._room.stop is None and not self._is_let_go(pending):
             if not self._room.is_paused and self._breaker.may_submit(loop.time()):
                 return True
             if self._breaker.gave_up:

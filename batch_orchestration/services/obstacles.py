@@ -48,14 +48,14 @@ class Obstacles:
             else:
                 return True
 
-    async def delay(self, seconds: float) -> None:
+    async def delay(self, seconds: float, *, unless: Callable[[], bool] = lambda: False) -> None:
         """Wait between two attempts: minutes, where the engine asks for it.
 
-        Not until then if everything is over before.
+        Not until then if everything is over before, or there is to be no other attempt.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
-        while (left := until - loop.time()) > 0 and not self._is_over():
+        while (left := until - loop.time()) > 0 and not self._is_over() and not unless():
             self._waited()
             await asyncio.sleep(min(left, DELAY_POLL_SECONDS))
 

@@ -14,6 +14,7 @@ import msgspec
 
 from batch_orchestration.domain.batches import BatchOptions, BatchPlan
 from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.lifecycle import deadline, window_seconds
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.ordering import Candidate, Place, order
@@ -31,6 +32,7 @@ from batch_orchestration.services.batch_files import is_gzip_name
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.dropped_files import DroppedFile
 from batch_orchestration.services.estimates import expected_seconds
+from batch_orchestration.services.halting import halted_with, halts_in_force
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.parts import waiting_parts
 from batch_orchestration.services.room import (
@@ -154,13 +156,21 @@ def queue_of(
     by_name = {inbox.name_of(file.path): file for file in files if _waits(file)}
     paused = read_pause(folder)
     faults = Faults() if faults is None else faults
+    admitted = unfinished(records)
+    halts = halts_in_force(folder, admitted)
     standings = [
         *_each(
-            ((r.batch_id, partial(_of_batch, r, folder, now, faults)) for r in unfinished(records)),
+            (
+                (r.batch_id, partial(_of_batch, r, folder, now, faults, halts.get(r.batch_id)))
+                for r in admitted
+            ),
             faults,
         ),
         *_each(
-            ((p.batch_id, partial(_of_part, p, folder)) for p in waiting_parts(folder, faults)),
+            (
+                (p.batch_id, partial(_of_part, p, folder, halts))
+                for p in waiting_parts(folder, faults)
+            ),
             faults,
         ),
         *_each(
@@ -311,7 +321,7 @@ def _demand(name: str, size_bytes: int, survey: Survey | None, rules: QueueRules
     )
 
 
-def _of_part(plan: BatchPlan, folder: DataFolder) -> _Arrived:
+def _of_part(plan: BatchPlan, folder: DataFolder, halts: Mapping[str, Halt]) -> _Arrived:
     demand = demand_of(plan, folder.waiting_part_path(plan.batch_id))
     standing = Standing(
         entry=QueueEntry(
@@ -328,6 +338,7 @@ def _of_part(plan: BatchPlan, folder: DataFolder) -> _Arrived:
             settings_hash=plan.settings_hash,
         ),
         demand=demand,
+        halted=halted_with(plan, halts),
     )
     return _Arrived(
         standing,
@@ -337,7 +348,9 @@ def _of_part(plan: BatchPlan, folder: DataFolder) -> _Arrived:
     )
 
 
-def _of_batch(record: BatchRecord, folder: DataFolder, now: float, faults: Faults) -> _Arrived:
+def _of_batch(
+    record: BatchRecord, folder: DataFolder, now: float, faults: Faults, halt: Halt | None
+) -> _Arrived:
     batch_id = record.batch_id
     plan: BatchPlan | None = None
     until: float | None = None
@@ -364,6 +377,7 @@ def _of_batch(record: BatchRecord, folder: DataFolder, now: float, faults: Fault
             settings_hash=record.settings_hash,
         ),
         demand=Demand(requests=record.pending, tokens=tokens, size_bytes=0),
+        halted=None if halt is None else halt.reason,
     )
     arrived_at = min(record.times.values()) if plan is None else plan.arrived_at or plan.created_at
     seconds = None if plan is None else _seconds(plan, folder, record.pending)

@@ -13,7 +13,13 @@ import msgspec
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError
 from batch_orchestration.domain.members import Faults
-from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, QueueView
+from batch_orchestration.domain.queueing import (
+    EntryKind,
+    EntryState,
+    QueueEntry,
+    QueueView,
+    WaitReason,
+)
 from batch_orchestration.services.estimates import expected_seconds
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.parts import admit_parts, register_parts
@@ -94,11 +100,14 @@ def with_expectations(view: QueueView, seconds_of: SecondsOf) -> QueueView:
     """Return the queue with the times at which each entry will begin and end by the estimates.
 
     As if one were served after the other. Behind one of which nobody knows how long it takes, and
-    behind a pause, nobody knows when it is one's turn.
+    behind a pause, nobody knows when it is one's turn. A batch that is paused holds up nobody.
     """
     at: float | None = view.at
     entries = []
     for entry in view.entries:
+        if entry.reason is WaitReason.FAILURE_RATE:
+            entries.append(entry)
+            continue
         running = entry.state is EntryState.RUNNING
         start = at if view.paused is None or running else None
         seconds = seconds_of(entry)

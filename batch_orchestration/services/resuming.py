@@ -1,4 +1,6 @@
-"""Going on with a batch that was cancelled or had expired: only what has no answer is asked.
+"""Going on with a batch that was paused or cancelled, or had expired.
+
+Only what has no answer is asked.
 
 The decision is a file before the store is told (`resumed.json` beside the plan, which itself never
 changes). What an early end left unanswered was never written into a journal; so it suffices to take
@@ -21,6 +23,7 @@ from batch_orchestration.domain.lifecycle import (
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.closing import closing_lock, set_damaged_decisions_aside
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
@@ -35,6 +38,7 @@ def resume(
     actor: str,
     reason: str = "",
     completion_window: str | None = None,
+    max_failure_rate: float | None = None,
     at: float,
 ) -> Resumption:
     """Decide that a batch goes on, and bring it back into progress.
@@ -46,19 +50,22 @@ def resume(
         actor: Run or person.
         reason: Why, for people.
         completion_window: A new one, counted from now; a batch whose window is over needs it.
+        max_failure_rate: A new one, 0 to 1; outcomes before now are not judged any more.
         at: POSIX seconds.
 
     Raises:
         BatchNotFound: There is no such batch.
-        IllegalTransition: It has not ended early, or its window is over.
-        ValueError: The window is no duration.
+        IllegalTransition: It is not paused and has not ended early, or its window is over.
+        ValueError: The window is no duration, or the rate no share.
         StoreLocked: Nothing was decided.
     """
     folder.read_plan(batch_id)
+    if max_failure_rate is not None and not 0 <= max_failure_rate <= 1:
+        raise ValueError(f"max_failure_rate is a share from 0 to 1, not {max_failure_rate}")
     new_deadline = at + window_seconds(completion_window) if completion_window else None
     with closing_lock(folder, batch_id):
         record = store.batch(batch_id)
-        if record.status not in RESUMABLE:
+        if not can_resume(record, folder):
             raise IllegalTransition(f"there is nothing to resume: batch {batch_id} {_why(record)}")
         set_damaged_decisions_aside(batch_id, folder, at=at)
         before = folder.read_resumption(batch_id)
@@ -67,6 +74,9 @@ def resume(
             actor=actor,
             reason=reason,
             deadline=new_deadline or (before.deadline if before else None),
+            max_failure_rate=before.max_failure_rate
+            if before and max_failure_rate is None
+            else max_failure_rate,
         )
         if deadline(record, resumption) <= at:
             raise IllegalTransition(
@@ -77,6 +87,11 @@ def resume(
         crash_point(CrashPoint.AFTER_RESUMPTION)
         _carry_out(record, resumption, folder, store)
     return resumption
+
+
+def can_resume(record: BatchRecord, folder: DataFolder) -> bool:
+    """Whether a batch can be resumed: it was cancelled, has expired, or is paused."""
+    return record.status in RESUMABLE or halt_in_force(folder, record.batch_id) is not None
 
 
 def finish_resumptions(
@@ -110,7 +125,11 @@ def finish_resumptions(
 def _carry_out(
     record: BatchRecord, resumption: Resumption, folder: DataFolder, store: Store
 ) -> None:
-    # The file first: a run that begins right after must not find it.
+    # The files first: a run that begins right after must not find them.
+    folder.remove_halt(record.batch_id)
+    if record.status not in RESUMABLE:
+        logger.info("%s goes on, it was paused", record.batch_id)
+        return
     folder.remove_closing(record.batch_id)
     crash_point(CrashPoint.AFTER_REOPENING)
     chunks = store.reopen_batch(

@@ -22,6 +22,7 @@ from batch_orchestration.domain.room import (
 )
 from batch_orchestration.domain.waiting import rate_obstacle
 from batch_orchestration.services.estimates import read_estimate_in
+from batch_orchestration.services.halting import halted_with, halts_in_force
 from batch_orchestration.services.submission_rates import read_rates
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.queue_files import read_pause
@@ -78,8 +79,11 @@ def find_obstacle_to_part(
     """Return what keeps a waiting part from being admitted now; see `find_obstacle_to_file`."""
     if (paused := read_pause(folder)) is not None:
         return pause_obstacle(paused)
+    records = store.batches()
+    if (halted := halted_with(plan, halts_in_force(folder, unfinished(records)))) is not None:
+        return Obstacle(WaitReason.FAILURE_RATE, halted)
     demand = demand_of(plan, folder.waiting_part_path(plan.batch_id))
-    load = read_load(folder, store.batches(), limits=rules.limits)
+    load = read_load(folder, records, limits=rules.limits)
     return find_obstacle(demand, load, rules.limits)
 
 
@@ -159,6 +163,8 @@ def read_load(
 ) -> Load:
     """Return what is queued: of each unfinished batch what is left to do.
 
+    One that is paused takes no room from others; it may wait for its person for days.
+
     Args:
         folder: The data folder; its disk is looked at.
         records: All batches of the store.
@@ -168,7 +174,11 @@ def read_load(
     """
     faults = faults or Faults()
     load = Load(free_bytes=shutil.disk_usage(folder.root).free)
-    for record in unfinished(records):
+    waiting = unfinished(records)
+    halts = halts_in_force(folder, waiting)
+    for record in waiting:
+        if record.batch_id in halts:
+            continue
         with faults.of(record.batch_id):
             left = left_of(demand_in(folder, folder.read_plan(record.batch_id)), record)
             load = load.plus(left, limits)

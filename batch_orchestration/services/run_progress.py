@@ -129,6 +129,12 @@ class RunProgress:
             self._log()
 
     @property
+    def pending(self) -> int:
+        """Requests of the batch without an outcome."""
+        found, elsewhere, meter = self._found, self._elsewhere, self._meter
+        return self._plan.requests - sum(found) - sum(elsewhere) - meter.completed - meter.failed
+
+    @property
     def rates(self) -> tuple[float, float]:
         """Requests and output tokens per second, of late."""
         return self._meter.rates()
@@ -145,7 +151,6 @@ class RunProgress:
         """Return how far the batch is now."""
         completed = self._elsewhere[0] + self._found[0] + self._meter.completed
         failed = self._elsewhere[1] + self._found[1] + self._meter.failed
-        pending = self._plan.requests - completed - failed
         requests_per_second, tokens_per_second = self._meter.rates()
         return Progress(
             batch_id=self._plan.batch_id,
@@ -161,7 +166,7 @@ class RunProgress:
             completion_tokens=self._meter.completion_tokens,
             requests_per_second=requests_per_second,
             output_tokens_per_second=tokens_per_second,
-            eta_seconds=self._eta_seconds(pending, requests_per_second),
+            eta_seconds=self._eta_seconds(self.pending, requests_per_second),
             waiting=self.waiting(),
         )
 

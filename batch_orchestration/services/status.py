@@ -8,9 +8,11 @@ from pathlib import Path
 from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchOptions, BatchPlan, BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import BatchNotFound, FileDamaged, StoreLocked
+from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.lifecycle import FINAL, Closing, Resumption, deadline
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.closing import delivered
+from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.services.parts import plan_of
 from batch_orchestration.services.registration import find_submission
 from batch_orchestration.storage.files import DataFolder
@@ -29,6 +31,7 @@ class BatchView:
         progress: The run's own words, if it left any; the batch may be further since.
         progress_age: Seconds since then.
         closing: Why it ends, or has ended, early; None if it does not.
+        halt: Why it is paused; None if it is not.
         deadline: When its completion window ends, POSIX seconds.
         store_problem: Why the store could not be asked; None if it could.
     """
@@ -47,6 +50,7 @@ class BatchView:
     progress_age: float | None
     store_problem: str | None
     closing: Closing | None = None
+    halt: Halt | None = None
     deadline: float = 0.0
 
     @property
@@ -197,8 +201,15 @@ def _from_plan(
         progress_age=None,
         store_problem=problem,
         closing=closing if status is not BatchStatus.COMPLETED else None,
+        halt=None if status in FINAL else _halt(plan.batch_id, folder),
         deadline=deadline(plan, resumption),
     )
+
+
+def _halt(batch_id: str, folder: DataFolder) -> Halt | None:
+    with contextlib.suppress(FileDamaged):  # told by `services.damage`, too
+        return halt_in_force(folder, batch_id)
+    return None
 
 
 def _decisions(batch_id: str, folder: DataFolder) -> tuple[Closing | None, Resumption | None]:

@@ -15,10 +15,10 @@ from batch_orchestration.domain.errors import (
     FileDamaged,
     IllegalTransition,
 )
-from batch_orchestration.domain.lifecycle import RESUMABLE, Closing, Resumption
+from batch_orchestration.domain.lifecycle import Closing, Resumption
 from batch_orchestration.services.closing import Cancellation, cancel
 from batch_orchestration.services.parts import admit_closed
-from batch_orchestration.services.resuming import resume
+from batch_orchestration.services.resuming import can_resume, resume
 from batch_orchestration.services.submission_status import is_submission
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
@@ -60,6 +60,7 @@ def resume_any(
     actor: str,
     reason: str = "",
     completion_window: str | None = None,
+    max_failure_rate: float | None = None,
     at: float,
 ) -> ResumedParts:
     """Go on with a batch or a submission; see `resuming.resume` and `resume_submission`."""
@@ -71,6 +72,7 @@ def resume_any(
         actor=actor,
         reason=reason,
         completion_window=completion_window,
+        max_failure_rate=max_failure_rate,
         at=at,
     )
 
@@ -138,9 +140,10 @@ def resume_submission(
     actor: str,
     reason: str = "",
     completion_window: str | None = None,
+    max_failure_rate: float | None = None,
     at: float,
 ) -> ResumedParts:
-    """Go on with every part of a submission that was cancelled or has expired.
+    """Go on with every part of a submission that is paused, was cancelled or has expired.
 
     Args:
         submission_id: Of the submission.
@@ -149,6 +152,7 @@ def resume_submission(
         actor: Run or person.
         reason: Why, for people.
         completion_window: A new one, counted from now; parts whose window is over need it.
+        max_failure_rate: A new one, 0 to 1, of these parts.
         at: POSIX seconds.
 
     Raises:
@@ -158,16 +162,18 @@ def resume_submission(
         StoreLocked: Some parts may go on already; do it again.
     """
     parts = folder.read_submission(submission_id).parts
-    statuses = {record.batch_id: record.status for record in store.batches()}
+    records = {record.batch_id: record for record in store.batches()}
+    statuses = {part_id: record.status for part_id, record in records.items()}
     resumed: dict[str, Resumption] = {}
     left: dict[str, str] = {}
     refused: list[BatchOrchestrationError] = []
     for part_id in parts:
         status = statuses.get(part_id, BatchStatus.VALIDATING)
-        if status not in RESUMABLE:
-            left[part_id] = f"batch {part_id} is {status}"
-            continue
+        record = records.get(part_id)
         try:
+            if record is None or not can_resume(record, folder):
+                left[part_id] = f"batch {part_id} is {status}"
+                continue
             resumed[part_id] = resume(
                 part_id,
                 folder=folder,
@@ -175,6 +181,7 @@ def resume_submission(
                 actor=actor,
                 reason=reason,
                 completion_window=completion_window,
+                max_failure_rate=max_failure_rate,
                 at=at,
             )
         except (IllegalTransition, FileDamaged) as error:

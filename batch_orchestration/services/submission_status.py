@@ -128,6 +128,7 @@ def _whole(submission: Submission, parts: Sequence[BatchView], folder: DataFolde
         progress=progress,
         progress_age=None if progress is None else 0.0,
         closing=_closing(parts, status),
+        halt=next((part.halt for part in parts if part.halt is not None), None),
         store_problem=next((part.store_problem for part in parts if part.store_problem), None),
     )
 

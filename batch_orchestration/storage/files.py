@@ -20,6 +20,7 @@ from batch_orchestration.domain.errors import (
     StorageError,
     TooManyOpenFiles,
 )
+from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.lifecycle import Closing, Resumption
 from batch_orchestration.domain.submissions import Submission, submission_of
 from batch_orchestration.storage.lines import RawLine, new_digest, read_chunk, read_lines
@@ -197,6 +198,10 @@ class DataFolder:
         """Where it is kept that a batch ends early; that it exists is the decision."""
         return self.batches / _folder_name(batch_id) / "closing.json"
 
+    def halt_path(self, batch_id: str) -> Path:
+        """Where it is kept that a batch is paused, because too many of its requests fail."""
+        return self.batches / _folder_name(batch_id) / "halted.json"
+
     def resumption_path(self, batch_id: str) -> Path:
         """Where it is kept that a batch which had ended early goes on."""
         return self.batches / _folder_name(batch_id) / "resumed.json"
@@ -289,10 +294,23 @@ class DataFolder:
 
     def remove_closing(self, batch_id: str) -> None:
         """Take the decision back, durably."""
-        path = self.closing_path(batch_id)
-        with disk_errors(path):
-            path.unlink(missing_ok=True)
-            sync_folder(path.parent)
+        _remove(self.closing_path(batch_id))
+
+    def write_halt(self, batch_id: str, halt: Halt) -> None:
+        """Keep the decision to pause a batch, durably."""
+        write_atomically(self.halt_path(batch_id), msgspec.json.encode(halt) + b"\n")
+
+    def read_halt(self, batch_id: str) -> Halt | None:
+        """Return the decision to pause a batch; None if there is none.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        return read_kept(self.halt_path(batch_id), Halt)
+
+    def remove_halt(self, batch_id: str) -> None:
+        """Take the decision to pause a batch back, durably."""
+        _remove(self.halt_path(batch_id))
 
     def write_resumption(self, batch_id: str, resumption: Resumption) -> None:
         """Keep the decision to go on with a batch, durably."""
@@ -369,6 +387,12 @@ def can_be_id(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _remove(path: Path) -> None:
+    with disk_errors(path):
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def _folder_name(batch_id: str) -> str:

@@ -52,6 +52,8 @@ IN_AN_EARLY_END = {
     CrashPoint.AFTER_RESUMPTION,
     CrashPoint.AFTER_REOPENING,
 }
+#: Tried in `test_halting_killed`.
+IN_A_PAUSE = {CrashPoint.AFTER_HALT}
 ASSEMBLING = [point for point, _ in IN_A_RUN[-4:]]
 
 
@@ -91,7 +93,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]
 
 def test_every_crash_point_is_tried() -> None:
     in_a_run = {point for point, _ in IN_A_RUN}
-    assert in_a_run | {IN_DAGSTER, IN_A_SEARCH} | IN_AN_EARLY_END == set(CrashPoint)
+    assert in_a_run | {IN_DAGSTER, IN_A_SEARCH} | IN_AN_EARLY_END | IN_A_PAUSE == set(CrashPoint)
 
 
 def test_the_name_of_no_crash_point_is_an_error_at_once() -> None:

@@ -1,0 +1,219 @@
+"""Pausing a batch of which too many requests fail, until a person has looked.
+
+The decision is a file beside the plan (`halted.json`) before anything follows from it. The run at
+work then gives the engine none of the batch's requests any more, and settles what the engine has.
+The batch stays `in_progress`; its completion window goes on counting. It asks for no run, takes no
+room from others until a person resumes or cancels it, or its window is over. A resumption that is
+younger than the decision ends it, whether or not the file is gone.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError
+from batch_orchestration.domain.failure_rate import (
+    LATEST_OUTCOMES,
+    FailedRequest,
+    FailureRate,
+    Halt,
+    failed_request,
+)
+from batch_orchestration.domain.lifecycle import Resumption
+from batch_orchestration.domain.outcomes import Completion, Outcome
+from batch_orchestration.domain.requests import Request
+from batch_orchestration.domain.submissions import submission_of
+from batch_orchestration.services.closing import closing_lock
+from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.services.original_lines import original_lines
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.records import OutcomeRecord, read_records
+
+logger = logging.getLogger(__name__)
+
+
+def halt_in_force(folder: DataFolder, batch_id: str) -> Halt | None:
+    """Return why a batch is paused; None if it is not, or was resumed since, or ends early.
+
+    One that is damaged is in force all the same: a run wanted it.
+
+    Raises:
+        StorageError: One of its other decisions is damaged.
+    """
+    try:
+        halt = folder.read_halt(batch_id)
+    except StorageError as error:
+        halt = _damaged(folder.halt_path(batch_id), error)
+    if halt is None or folder.read_closing(batch_id) is not None:
+        return None
+    resumption = folder.read_resumption(batch_id)
+    return None if resumption is not None and resumption.at >= halt.at else halt
+
+
+def _damaged(path: Path, error: StorageError) -> Halt:
+    with contextlib.suppress(OSError):
+        return Halt(
+            at=path.stat().st_mtime,
+            actor="a run",
+            failed=0,
+            judged=0,
+            max_failure_rate=1.0,
+            alike=0,
+            examples=(),
+            damaged=f"too many of its requests failed, and which cannot be read: {error}",
+        )
+    raise error
+
+
+def halts_in_force(folder: DataFolder, records: Iterable[BatchRecord]) -> dict[str, Halt]:
+    """Return those of the unfinished batches that are paused, each with its decision.
+
+    One whose closing or resumption is damaged is not among them: whoever works on it says so.
+    """
+    found: dict[str, Halt] = {}
+    for record in records:
+        with contextlib.suppress(BatchOrchestrationError):
+            if (halt := halt_in_force(folder, record.batch_id)) is not None:
+                found[record.batch_id] = halt
+    return found
+
+
+def halted_with(plan: BatchPlan, halts: Mapping[str, Halt]) -> str | None:
+    """Return why a waiting part is not admitted: another part is paused, and it would fare alike.
+
+    None if it is.
+
+    Args:
+        plan: Of the part.
+        halts: Of the unfinished batches.
+    """
+    for batch_id, halt in halts.items():
+        if plan.part is not None and submission_of(batch_id) == plan.part.submission:
+            return f"part {batch_id} is {halt}"
+    return None
+
+
+def what_helps(batch_id: str) -> str:
+    """Return what a person may do about a batch that is paused."""
+    return (
+        f"resume {batch_id} (--max-failure-rate 1 to go on whatever fails),"
+        f" or cancel {batch_id} and replay what failed"
+    )
+
+
+class FailureWatch:
+    """Judges the outcomes of a batch as a run gets them, and pauses it where too many fail.
+
+    What earlier runs got since the batch was admitted, or last resumed, is read from the journals.
+
+    Args:
+        plan: Of the batch.
+        folder: The data folder.
+        run_id: Of the run.
+        default: Share of failures up to which a batch goes on whose author does not say it.
+    """
+
+    def __init__(self, plan: BatchPlan, folder: DataFolder, *, run_id: str, default: float) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._run_id = run_id
+        self._resumption = folder.read_resumption(plan.batch_id)
+        most = _most_failures(plan, self._resumption, default)
+        since = self._resumption.at if self._resumption else 0.0
+        self._rate = FailureRate(most, () if most >= 1 else _earlier(plan, folder, since=since))
+
+    def note(self, outcome: Outcome, request: Request, *, unasked: int) -> bool:
+        """Take in an outcome that has just become durable; return whether it pauses the batch.
+
+        Args:
+            outcome: Of the request.
+            request: That it is about.
+            unasked: Requests that a pause spares; without any there is nothing to pause.
+        """
+        if isinstance(outcome, Completion):
+            self._rate.record(None)
+            return False
+        self._rate.record(failed_request(request.index, request.custom_id, outcome))
+        if unasked <= 0 or not self._rate.is_exceeded:
+            return False
+        try:
+            return self._decide()
+        except StorageError as error:
+            # A full disk pauses a run and does not end it; the next failure decides again.
+            logger.warning("%s cannot be paused now: %s", self._plan.batch_id, error)
+            return False
+
+    def _decide(self) -> bool:
+        """Keep the decision, unless somebody has decided since; return whether the run lets go."""
+        batch_id = self._plan.batch_id
+        halt = self._rate.halt(at=time.time(), actor=self._run_id)
+        examples = tuple(_with_custom_ids(halt.examples, self._plan, self._folder))
+        with closing_lock(self._folder, batch_id):
+            if self._folder.read_closing(batch_id) is not None:
+                return False
+            if self._folder.read_resumption(batch_id) != self._resumption:
+                # These outcomes are from before; the next run judges those that come after.
+                return True
+            self._folder.write_halt(batch_id, msgspec.structs.replace(halt, examples=examples))
+        crash_point(CrashPoint.AFTER_HALT)
+        logger.error(
+            "%s is paused: %d of its latest %d requests failed; `status %s` shows why",
+            batch_id,
+            halt.failed,
+            halt.judged,
+            batch_id,
+        )
+        return True
+
+
+def _most_failures(plan: BatchPlan, resumption: Resumption | None, default: float) -> float:
+    if resumption is not None and resumption.max_failure_rate is not None:
+        return resumption.max_failure_rate
+    said = plan.options.max_failure_rate
+    return default if said is None else said
+
+
+def _earlier(plan: BatchPlan, folder: DataFolder, *, since: float) -> list[FailedRequest | None]:
+    """Return the latest outcomes that came after a moment, by the youngest of the journals."""
+    found: list[tuple[float, FailedRequest | None]] = []
+    # The journals tell a statistic here; a run that cannot read one of its own says so.
+    with contextlib.suppress(OSError):
+        paths = folder.journal_path(plan.batch_id, 0).parent.glob("*.journal")
+        journals = sorted(((path.stat().st_mtime, path) for path in paths), reverse=True)
+        for written_at, path in journals:
+            if written_at < since or len(found) >= LATEST_OUTCOMES:
+                break
+            found += (
+                (record.at, _failed(record))
+                for record in read_records(path)
+                # Without an attempt it is a fault that admission found.
+                if isinstance(record, OutcomeRecord) and record.attempt and record.at > since
+            )
+    found.sort(key=lambda outcome: outcome[0])
+    return [failed for _, failed in found[-LATEST_OUTCOMES:]]
+
+
+def _failed(record: OutcomeRecord) -> FailedRequest | None:
+    if isinstance(record.outcome, Completion):
+        return None
+    return failed_request(record.index, None, record.outcome)
+
+
+def _with_custom_ids(
+    examples: Iterable[FailedRequest], plan: BatchPlan, folder: DataFolder
+) -> Iterator[FailedRequest]:
+    """Yield the examples, with the custom_id from the kept input where it is not known."""
+    for example in examples:
+        custom_id = example.custom_id
+        # It is only an example: a damaged input is told of by whoever reads it for the engine.
+        with contextlib.suppress(BatchOrchestrationError, OSError):
+            if custom_id is None:
+                lines = original_lines(plan, [example.index], folder)
+                custom_id = next(line.parsed.custom_id for line in lines)
+        yield msgspec.structs.replace(example, custom_id=custom_id)

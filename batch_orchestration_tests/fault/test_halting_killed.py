@@ -1,0 +1,65 @@
+"""`kill -9` around the decision to pause a batch: it stands, and nothing is asked after it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from batch_orchestration.services.crash_points import VARIABLE, CrashPoint
+from batch_orchestration_tests.children import ROOT
+from batch_orchestration_tests.halting_bench import HaltingBench, refusing
+from batch_orchestration_tests.scripted_engine import ScriptedEngine
+
+
+def run(root: Path, step: str, crash_point: str) -> int:
+    command = [sys.executable, "-m", "batch_orchestration_tests.fault.crashing_halt"]
+    environment = {**os.environ, VARIABLE: crash_point}
+    return subprocess.run(
+        [*command, str(root), step], cwd=ROOT, env=environment, timeout=90, check=False
+    ).returncode
+
+
+def test_a_run_killed_after_the_decision_leaves_the_batch_paused(tmp_path: Path) -> None:
+    bench = HaltingBench(tmp_path)
+    plan = bench.admit(200)
+
+    died = run(tmp_path, "run", f"{CrashPoint.AFTER_HALT}:1")
+    engine = ScriptedEngine()
+    bench.run(plan, engine, run_id="run-2")
+
+    assert died == -signal.SIGKILL
+    assert engine.starts == 0
+    assert bench.halt(plan) is not None
+    assert bench.dispatched().needed == ()
+    bench.go_on(plan, max_failure_rate=1.0)
+    bench.run(plan, ScriptedEngine(), run_id="run-3")
+    bench.deliver(plan)
+    assert bench.status(plan) == "completed"
+    outcomes = bench.lines(plan, "output.jsonl") + bench.lines(plan, "errors.jsonl")
+    assert len({line["custom_id"] for line in outcomes}) == len(outcomes) == 200
+
+
+def test_runs_killed_again_and_again_before_it_burn_no_more_than_one(tmp_path: Path) -> None:
+    bench = HaltingBench(tmp_path)
+    plan = bench.admit(200)
+
+    for _ in range(5):
+        run(tmp_path, "run", f"{CrashPoint.AFTER_OUTCOME}:6")
+    bench.run(plan, refusing("question"))
+
+    assert bench.halt(plan) is not None
+    assert bench.settled(plan) < 50
+
+
+def test_a_resumption_killed_after_its_decision_has_ended_the_pause(tmp_path: Path) -> None:
+    bench = HaltingBench(tmp_path)
+    plan = bench.admit(200)
+    bench.run(plan, refusing("question"))
+
+    died = run(tmp_path, "resume", f"{CrashPoint.AFTER_RESUMPTION}:1")
+
+    assert died == -signal.SIGKILL
+    assert bench.folder.halt_path(plan.batch_id).exists()
+    assert bench.halt(plan) is None
+    assert bench.dispatched().needed
