@@ -29,12 +29,20 @@ from batch_orchestration.defs.resources import (
     open_store,
     sample_taker,
 )
-from batch_orchestration.defs.runs import ask_person, claim_batch, mark_partial, mark_unfit
+from batch_orchestration.defs.runs import (
+    ask_person,
+    claim_batch,
+    mark_partial,
+    mark_unfit,
+    wait_for_the_gate,
+)
 from batch_orchestration.domain.batches import BatchPlan, settings_hash
 from batch_orchestration.domain.chunks import parse_chunk_key
 from batch_orchestration.domain.errors import (
     BatchNotFound,
     EngineError,
+    EngineKeepsDying,
+    EngineRefusesUs,
     GpuUnhealthy,
     PlanMismatch,
     StorageError,
@@ -50,6 +58,7 @@ from batch_orchestration.services.partial_output import PartialReport, deliver_w
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing
+from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
@@ -140,7 +149,8 @@ def chunk_results(
         # Closed at once when the run is terminated, so that the journals are flushed.
         with contextlib.closing(commits):
             present_hash = settings_hash(present.answer_settings())
-            _report(context, commits, present_hash, partial(_sizes, gpu.sizing, sampler.vitals))
+            sizes = partial(_sizes, gpu.sizing, sampler.vitals)
+            _report(context, commits, present_hash, sizes, settings=present)
     faults = Faults()
     for batch_id in selection:
         with faults.of(batch_id):
@@ -212,6 +222,8 @@ def _report(
     commits: Iterator[CommittedChunk],
     settings_hash: str,
     sizes: Callable[[], Metadata],
+    *,
+    settings: Settings,
 ) -> None:
     """Tell Dagster of each chunk the moment it is committed.
 
@@ -227,13 +239,16 @@ def _report(
                 )
             )
             context.log_event(progress_observation(commit))
-    except (BatchNotFound, PlanMismatch) as error:
+    except (BatchNotFound, PlanMismatch, EngineKeepsDying) as error:
         ask_person(context.instance, context.run.run_id, str(error))
         raise dg.Failure(description=str(error), allow_retries=False) from error
     except GpuUnhealthy as unhealthy:
         # Not a failure: what was asked is answered. `dispatch_sensor` waits until it is well.
         mark_unfit(context.instance, context.run.run_id)
         context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: the batch waits: {unhealthy}")
+    except EngineRefusesUs as refused:
+        # Nor is this: no request has paid for it.
+        wait_for_the_gate(context, refused, settings)
     except (EngineError, StorageError) as error:
         retries = context.op_execution_context.retry_number
         # Not by a RetryPolicy: that would also start again what a person terminated.

@@ -18,11 +18,19 @@ from batch_orchestration.defs.resources import (
     feeding,
     open_store,
 )
-from batch_orchestration.defs.runs import ask_person, mark_unfit, run_state, tags_about
+from batch_orchestration.defs.runs import (
+    ask_person,
+    mark_unfit,
+    run_state,
+    tags_about,
+    wait_for_the_gate,
+)
 from batch_orchestration.domain.dead_letters import Selection
 from batch_orchestration.domain.errors import (
     BatchNotFound,
     DeadLetterError,
+    EngineKeepsDying,
+    EngineRefusesUs,
     GpuUnhealthy,
     PlanMismatch,
 )
@@ -31,6 +39,7 @@ from batch_orchestration.domain.overrides import ANY_MODEL
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.dispatch import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.services.gpu_health import gpu_problem
+from batch_orchestration.services.refused_engine import refusal_in_words
 from batch_orchestration.services.replaying import ReplayReport, run_replay
 from batch_orchestration.services.room import closed_gate
 from batch_orchestration.services.submission_letters import request_replays
@@ -119,7 +128,9 @@ def replay_dead_letters(
     except GpuUnhealthy as unhealthy:
         mark_unfit(context.instance, context.run.run_id)
         context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: the replay waits: {unhealthy}")
-    except (BatchNotFound, PlanMismatch, DeadLetterError) as error:
+    except EngineRefusesUs as refused:
+        wait_for_the_gate(context, refused, present)
+    except (BatchNotFound, PlanMismatch, DeadLetterError, EngineKeepsDying) as error:
         ask_person(context.instance, context.run.run_id, str(error))
         raise dg.Failure(description=str(error), allow_retries=False) from error
 
@@ -199,7 +210,10 @@ def replay_sensor(
     reasons: list[str] = []
     folder = data_folder(settings)
     replays = open_replays(folder)
-    if replays and (gate := closed_gate(read_pause(folder), partial(gpu_problem, settings))):
+    gate = closed_gate(
+        read_pause(folder), partial(gpu_problem, settings), partial(refusal_in_words, settings)
+    )
+    if replays and gate:
         return dg.SkipReason(str(gate))
     for batch_id, number in replays:
         request = _request(context.instance, batch_id, number, folder, now=now)
@@ -223,8 +237,9 @@ def _request(
     if len(ended) < len(states):
         return "is running, or waits for the engine"
     stopped = any(state is RunState.STOPPED for state, _ in states)
-    # A device that was not fit says nothing about the replay.
-    failures = sum(state is not RunState.UNFIT for state, _ in states)
+    # A device that was not fit, or an engine that let nobody in, says nothing about the replay.
+    innocent = {RunState.UNFIT, RunState.REFUSED}
+    failures = sum(state not in innocent for state, _ in states)
     if stopped or failures >= MAX_FAILURES:
         return (
             "waits for a person: its last run failed or was terminated. Re-execute that run, or"

@@ -1,6 +1,7 @@
 """Dagster's runs as dispatch sees them: which are live, and how the others ended."""
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
@@ -12,9 +13,12 @@ from batch_orchestration.defs.partitions import (
     name_tags,
     submission_tags,
 )
-from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.errors import BatchOrchestrationError, EngineRefusesUs
+from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.dispatch import KnownRun, RunState
+from batch_orchestration.services.refused_engine import describe, note_refusal
 from batch_orchestration.services.submission_status import is_submission
+from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 
 WILL_RETRY_TAG = "dagster/will_retry"
@@ -26,6 +30,8 @@ ASKS_PERSON_TAG = "batch_orchestration/asks_person"
 PARTIAL_TAG = "batch_orchestration/partial"
 #: Run tag: a run that started no engine, for its device was not fit. As above.
 UNFIT_TAG = "batch_orchestration/gpu_unhealthy"
+#: Run tag: a run that the engine did not let in. As above.
+REFUSED_TAG = "batch_orchestration/engine_refuses_us"
 #: Dagster's own retry shows within seconds; after this long nobody is coming.
 RETRY_SHOWS_SECONDS = 300.0
 _REASON_LENGTH = 200
@@ -63,8 +69,10 @@ def run_state(record: dg.RunRecord, *, now: float) -> RunState | None:
     if run.status in LIVE_STATUSES:
         return RunState.LIVE
     if run.status is dg.DagsterRunStatus.SUCCESS:
-        unfit = run.tags.get(UNFIT_TAG) == run.run_id
-        return RunState.UNFIT if unfit else RunState.SUCCEEDED
+        if run.tags.get(UNFIT_TAG) == run.run_id:
+            return RunState.UNFIT
+        refused = run.tags.get(REFUSED_TAG) == run.run_id
+        return RunState.REFUSED if refused else RunState.SUCCEEDED
     if run.status is dg.DagsterRunStatus.CANCELED or _question(run):
         return RunState.STOPPED
     if run.tags.get(WILL_RETRY_TAG) == "true":
@@ -89,6 +97,24 @@ def mark_partial(instance: dg.DagsterInstance, run_id: str) -> None:
 def mark_unfit(instance: dg.DagsterInstance, run_id: str) -> None:
     """Tell dispatch that this run ended because its device was not fit for an engine."""
     instance.add_run_tags(run_id, {UNFIT_TAG: run_id})
+
+
+def wait_for_the_gate(
+    context: dg.OpExecutionContext | dg.AssetExecutionContext,
+    refused: EngineRefusesUs,
+    settings: Settings,
+) -> None:
+    """End a run that the engine did not let in as well: everybody waits until it does again.
+
+    Raises:
+        StorageError: That cannot be kept.
+    """
+    folder, now = DataFolder(settings.data_dir), time.time()
+    refusal = note_refusal(
+        refused, folder=folder, settings=settings, run_id=context.run.run_id, now=now
+    )
+    context.instance.add_run_tags(context.run.run_id, {REFUSED_TAG: context.run.run_id})
+    context.log.warning(f"{WaitReason.ENGINE_REFUSES_US}: {describe(refusal, now=now)}")
 
 
 def claim_batch(

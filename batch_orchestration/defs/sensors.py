@@ -28,7 +28,7 @@ from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError, StoreLocked
 from batch_orchestration.domain.members import Faults, MemberFault
-from batch_orchestration.domain.queueing import NeedsPerson, QueueView
+from batch_orchestration.domain.queueing import NeedsPerson, QueueView, WaitReason
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.configuration import open_inbox, queue_rules
 from batch_orchestration.services.dispatch import (
@@ -44,6 +44,7 @@ from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import claim_admissible
 from batch_orchestration.services.queue_keeping import keep_queue
+from batch_orchestration.services.refused_engine import look_again, refusal_in_words
 from batch_orchestration.services.resuming import finish_resumptions
 from batch_orchestration.services.room import closed_gate, unfinished
 from batch_orchestration.services.service_order import in_order_of_service, run_priorities
@@ -172,6 +173,7 @@ def dispatch_sensor(
     folder, faults = data_folder(settings), Faults()
     try:
         finish_resumptions(folder=folder, store=store, faults=faults)
+        refusal = look_again(folder, settings, now=now)
         queue, problems = _keep_queue(context, settings, now=now, faults=faults)
         batches = _known_to_dagster(context.instance, unfinished(store.batches()), folder, faults)
         runs = known_runs(context.instance, [batch.batch_id for batch in batches], now=now)
@@ -180,6 +182,7 @@ def dispatch_sensor(
         )
         # The others go on; these do by themselves as soon as their files are mended.
         batches = [batch for batch in batches if batch.batch_id not in faults]
+        no_engine = _no_engine(settings, queue) if batches else None
         verdict = dispatch(
             in_order_of_service(batches, queue),
             runs,
@@ -187,7 +190,8 @@ def dispatch_sensor(
             chunks_per_run=settings.chunks_per_run,
             now=now,
             priorities=run_priorities(queue),
-            no_engine=_no_engine(settings, queue) if batches else None,
+            no_engine=no_engine,
+            refused_run=refusal.run_id if refusal and _is_refusal(no_engine) else None,
             closings=closings,
             halts=halts_in_force(folder, batches),
         )
@@ -237,9 +241,16 @@ def _keep_queue(
     return queue.view, []
 
 
+def _is_refusal(no_engine: str | None) -> bool:
+    """Whether the engine itself keeps everybody waiting: a person may have to act."""
+    return no_engine is not None and no_engine.startswith(WaitReason.ENGINE_REFUSES_US)
+
+
 def _no_engine(settings: Settings, queue: QueueView) -> str | None:
     """Return why no engine can be started now; None if one can."""
-    gate = closed_gate(queue.paused, partial(gpu_problem, settings))
+    gate = closed_gate(
+        queue.paused, partial(gpu_problem, settings), partial(refusal_in_words, settings)
+    )
     return None if gate is None else str(gate)
 
 

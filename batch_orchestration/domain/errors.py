@@ -20,6 +20,8 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
     │   ├── EngineStartFailed    the engine did not become ready
     │   ├── EngineDied           the engine is gone; what was in flight is unanswered
     │   ├── EngineSick           the engine lives and fails nearly everything it is given
+    │   │   └── EngineKeepsDying it dies whatever it is asked
+    │   ├── EngineRefusesUs      the engine, or what stands before it, does not let us in
     │   └── CalibrationFailed    the engine answers nothing that it is to be measured by
     └── StorageError
         ├── Shortage             something has run out for now; nothing was recorded
@@ -136,6 +138,30 @@ class EngineDied(EngineError):
 
 class EngineSick(EngineError):
     """The engine answers, but fails nearly everything; feeding it on would only burn attempts."""
+
+
+class EngineKeepsDying(EngineSick):
+    """The engine dies whatever it is asked: no request is to blame, and no restart helps."""
+
+
+class EngineRefusesUs(EngineError):
+    """The engine, or what stands before it, refuses whatever it is asked: nothing was recorded.
+
+    Attributes:
+        page: What was refused: an endpoint, or the page that lists the models.
+        model: Named in the request that was refused; None for the page.
+        status: HTTP status of the refusal.
+        line: First line of what was said with it, fit to be shown.
+    """
+
+    def __init__(
+        self, message: str, *, page: str, model: str | None = None, status: int | None, line: str
+    ) -> None:
+        super().__init__(message)
+        self.page = page
+        self.model = model
+        self.status = status
+        self.line = line
 
 
 class CalibrationFailed(EngineError):

@@ -9,6 +9,7 @@ guilty request and halving, and once more for each to be sure: the promised
 k·(ceil(log2 w) + 1) + 1 times.
 """
 
+import math
 from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Generic, TypeVar
@@ -34,6 +35,11 @@ def is_confirmation(label: str) -> bool:
     """Whether what is tested under this label has killed the engine alone, or often, before."""
     halvings = label.partition(LABEL_END)[2]
     return _CONFIRMATION in label or len(halvings) >= CERTAIN_HALVINGS
+
+
+def most_deaths(window: int) -> int:
+    """Return how often a search in a window makes the engine die, to convict one request."""
+    return math.ceil(math.log2(max(window, 1))) + 2
 
 
 class Isolation(Generic[Suspect]):
@@ -65,6 +71,14 @@ class Isolation(Generic[Suspect]):
         """
         label = self._order.popleft()
         return label, self._groups.pop(label)
+
+    @property
+    def may_convict(self) -> bool:
+        """Whether the next test is one whose death convicts: of a suspect alone, to be sure."""
+        if not self._order:
+            return False
+        label = self._order[0]
+        return len(self._groups[label]) == 1 and is_confirmation(label)
 
     def split(self, label: str, suspects: Sequence[Suspect]) -> dict[Suspect, str]:
         """Queue the two halves of a group that killed the engine; return each suspect's label.

@@ -21,6 +21,8 @@ class WaitReason(StrEnum):
     DISK_LOW = "disk_low"
     #: The device is not fit for work.
     GPU_UNHEALTHY = "gpu_unhealthy"
+    #: The engine refuses whatever it is asked: a key, a quota, a proxy.
+    ENGINE_REFUSES_US = "engine_refuses_us"
     #: A person has paused the queue, and has to resume it.
     PAUSED = "paused"
     #: Too many of its requests fail, or of a part of the same submission: it is paused.

@@ -42,6 +42,7 @@ class Engine(Protocol):
 
         Raises:
             EngineStartFailed: It did not become ready; the message has its last log lines.
+            EngineRefusesUs: It is there, and does not let us in.
         """
 
     async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:

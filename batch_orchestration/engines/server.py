@@ -11,8 +11,9 @@ import aiohttp
 import msgspec
 
 from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
+from batch_orchestration.domain.errors import EngineDied, EngineRefusesUs, EngineStartFailed
 from batch_orchestration.domain.foreign_json import check_depth
+from batch_orchestration.domain.gate import MODELS_PAGE, first_line, is_doubtful
 from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.answers import ABORTED, read_answer, whole_number
@@ -41,7 +42,6 @@ HEALTH_POLL_SECONDS = 0.2
 PAGE_BYTES = 4 * 2**20
 #: Each result is stored with it.
 VERSION_MAX_LENGTH = 200
-UNAUTHORIZED = 401
 
 _T = TypeVar("_T")
 
@@ -160,9 +160,6 @@ class ServerEngine(Engine):
         if isinstance(outcome, Failure):
             if outcome.status is None or outcome.status >= 500:
                 await self._make_sure_it_lives(outcome)
-            elif outcome.status == UNAUTHORIZED:
-                # The deployment's fault, not the request's: no row of the batch should pay for it.
-                raise EngineDied(f"{self.base_url} refuses the API key: {outcome.message}")
         elif outcome.finish_reason == ABORTED:
             # Nobody but the engine, on its way out: the request is answered by half.
             self.died = self.died or f"{self.base_url} aborted what it had in flight"
@@ -308,11 +305,11 @@ class ServerEngine(Engine):
             await asyncio.sleep(HEALTH_POLL_SECONDS)
 
     async def _identify(self, session: aiohttp.ClientSession) -> EngineIdentity:
-        models = await self._ask(session, "/v1/models", _Models)
+        models = await self._ask(session, MODELS_PAGE, _Models)
         if not models.data:
             raise EngineStartFailed(f"{self.base_url} serves no model")
         version = "unknown"
-        with contextlib.suppress(EngineStartFailed):
+        with contextlib.suppress(EngineStartFailed, EngineRefusesUs):
             number = (await self._ask(session, "/version", _Version)).version
             version = f"{models.data[0].owned_by or ''} {number}".strip()[:VERSION_MAX_LENGTH]
         names = tuple(model.id for model in models.data)
@@ -344,6 +341,7 @@ class ServerEngine(Engine):
         """Read one of the server's pages about itself.
 
         Raises:
+            EngineRefusesUs: It is not shown to us.
             EngineStartFailed: It is not there, or not what it should be.
         """
         url = self.base_url + page
@@ -353,9 +351,23 @@ class ServerEngine(Engine):
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=CONNECT_SECONDS),
             ) as response:
-                require_success(response)
                 content = await read_body(response, most_bytes=PAGE_BYTES)
+                if not response.ok or response.status >= 300:
+                    said = read_answer(page, response.status, response.headers, content, 0.0)
+                    _raise_if_refused(url, page, said)
+                require_success(response)
             check_depth(content)
             return msgspec.json.decode(content, type=kind)
         except (aiohttp.ClientError, TimeoutError, Unreadable, ValueError) as error:
             raise EngineStartFailed(f"{url} is of no use: {error!r}") from error
+
+
+def _raise_if_refused(url: str, page: str, said: Outcome) -> None:
+    if isinstance(said, Failure) and is_doubtful(said):
+        line = first_line(said.message)
+        raise EngineRefusesUs(
+            f"the engine does not let us in: {url} answers HTTP {said.status}: {line}",
+            page=page,
+            status=said.status,
+            line=line,
+        )

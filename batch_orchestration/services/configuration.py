@@ -29,6 +29,7 @@ from batch_orchestration.services.leftovers import (
     clean_rejected,
     clean_samples,
 )
+from batch_orchestration.services.refused_engine import refusal_in_words
 from batch_orchestration.services.retention import clean_inputs, clean_journals
 from batch_orchestration.services.room import QueueRules
 from batch_orchestration.settings import EngineKind, Settings
@@ -85,6 +86,7 @@ def queue_rules(settings: Settings) -> QueueRules:
         most_requests=settings.max_requests_per_batch,
         ordering=OrderPolicy(ageing_seconds=settings.priority_ageing_seconds),
         device_problem=partial(gpu_problem, settings),
+        engine_refusal=partial(refusal_in_words, settings),
     )
 
 

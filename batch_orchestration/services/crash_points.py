@@ -26,6 +26,10 @@ class CrashPoint(StrEnum):
     AFTER_OUTCOME = "after_outcome"
     #: The engine died, and one more of the requests that it had is marked as suspect.
     AFTER_SUSPECT = "after_suspect"
+    #: Something is doubted, and a control request is about to decide; the journal knows neither.
+    BEFORE_CONTROL = "before_control"
+    #: The control has ended; what follows from that is nowhere on disk.
+    AFTER_CONTROL = "after_control"
     #: The chunk's journal is complete; the store has nothing of it.
     BEFORE_COMMIT = "before_commit"
     #: The store has the chunk; the run does not know.

@@ -44,6 +44,8 @@ class RunState(StrEnum):
     SUPERSEDED = "superseded"
     #: Ended well, without an engine: the device was not fit for one.
     UNFIT = "unfit"
+    #: Ended well: the engine did not let us in, and nothing was recorded.
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +128,7 @@ def dispatch(
     now: float,
     priorities: Mapping[str, int] | None = None,
     no_engine: str | None = None,
+    refused_run: str | None = None,
     closings: Mapping[str, Closing] | None = None,
     halts: Mapping[str, Halt] | None = None,
 ) -> Dispatch:
@@ -141,6 +144,7 @@ def dispatch(
         now: POSIX seconds.
         priorities: Of the runs, by batch id; without it that of the batch.
         no_engine: Why no engine can be started now: then only outputs are made.
+        refused_run: The run that the engine did not let in, if that is why: a person is asked.
         closings: Of the batches that end early: these only need the run that delivers them, once
             no other is at work on them.
         halts: Of the batches that are paused: these get no engine until a person has decided.
@@ -171,10 +175,10 @@ def dispatch(
         queued += sum(run.queued and run.chunks is not None for run in known)
         for run_needed in _remaining(batch, committed, known, chunks_per_run, priority):
             wait = _reason_to_wait(run_needed, known, last_commit_at=last_commit_at, now=now)
-            if wait is not None:
-                _take_note(needs, batch.batch_id, wait)
+            _take_note(needs, batch.batch_id, wait)
             if run_needed.chunks is not None and no_engine is not None:
-                wait = _Wait(no_engine)
+                wait = _Wait(no_engine, asks=refused_run)
+                _take_note(needs, batch.batch_id, wait)
             if wait is not None:
                 waiting.append(f"{run_needed.title}: {wait.reason}")
             elif run_needed.chunks is None:
@@ -206,9 +210,9 @@ def _wait_whole(
     _take_note(needs, batch_id, wait)
 
 
-def _take_note(needs: dict[str, NeedsPerson], batch_id: str, wait: _Wait) -> None:
+def _take_note(needs: dict[str, NeedsPerson], batch_id: str, wait: _Wait | None) -> None:
     """Add the batch to those that wait for a person, if it does; the first reason is told."""
-    if wait.asks is not None:
+    if wait is not None and wait.asks is not None:
         needs.setdefault(
             batch_id, NeedsPerson(batch_id=batch_id, run_id=wait.asks, reason=wait.reason)
         )

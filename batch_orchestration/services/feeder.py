@@ -15,26 +15,26 @@ from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.errors import (
     EngineDied,
-    EngineError,
     EngineSick,
-    EngineStartFailed,
     GpuUnhealthy,
 )
+from batch_orchestration.domain.gate import CHAT, is_doubtful
 from batch_orchestration.domain.isolation import (
     LABEL_END,
     Isolation,
     is_confirmation,
     to_confirm,
 )
-from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
+from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.domain.overrides import Overrides, prepare_body
 from batch_orchestration.domain.retries import retry_delay
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
-from batch_orchestration.services.easing import Easing
+from batch_orchestration.services.engine_life import EngineLife
 from batch_orchestration.services.engine_poll import EnginePoll
 from batch_orchestration.services.engine_waits import EngineWaits
+from batch_orchestration.services.gate import Gate
 from batch_orchestration.services.hang_watch import LOOKS_PER_LIMIT, HangWatch
 from batch_orchestration.services.obstacles import Obstacles
 from batch_orchestration.services.open_files import connections_possible
@@ -57,6 +57,11 @@ class Feeder:
     `domain.isolation`); the death costs no request an attempt. Suspects and fresh requests take
     turns and never share a window. A fresh turn lasts at least as long as the turn of suspects
     before it, so that fresh work gets half of the time whatever is wrong with the suspects.
+    Only an engine that has answered something since it was started is believed when it dies with
+    one of them alone; one that dies whatever it is asked is given up, and convicts nobody.
+
+    A refusal that may be the gate's is recorded only when something else was let in since (see
+    `services.gate`).
 
     An engine that ran out of memory makes no suspects, but is started anew with gentler settings
     (see `services.easing`), until there are none.
@@ -90,13 +95,16 @@ class Feeder:
         self._settled = settled
         self._started = started
         self._served: tuple[str, ...] = ()
-        self._easing = Easing(engine.ladder, in_flight=window.most)
+        self._life = self._new_life()
         self._breaker = Breaker(window.breaker)
         self._hang_watch = HangWatch(engine, floor_seconds=window.hang_seconds, moved=self._moved)
         looks = window.hang_seconds / LOOKS_PER_LIMIT
         self._poll = EnginePoll(engine, heard=self._heard, most_seconds=looks)
         waited = self._vitals.note_progress
         self._room = RequestWindow(window, most=self._most_in_flight, care=care, waited=waited)
+        self._gate = self._new_gate()
+        #: Where a control is asked while nothing was answered yet.
+        self._asked_at = CHAT
         self._isolation: Isolation[PendingRequest] = Isolation()
         #: Drawn from the source and without an outcome, in the order of drawing.
         self._unanswered: dict[PendingRequest, None] = {}
@@ -110,8 +118,27 @@ class Feeder:
         self._obstacles = Obstacles(waited=waited, is_over=lambda: self._room.stop is not None)
         #: What the engine asked to wait for.
         self.waits = EngineWaits()
-        self.restarts = 0
         self.in_flight = 0
+
+    def _new_life(self) -> EngineLife:
+        return EngineLife(
+            self._engine,
+            window=self._window,
+            vitals=self._vitals,
+            begun=self._begun,
+            control=self._control,
+            suspects=lambda: len(self._isolation),
+        )
+
+    def _new_gate(self) -> Gate:
+        return Gate(
+            self._ask,
+            served=lambda: self._served,
+            where=str(self._engine.figures().get("base_url", "the engine")),
+            retry=self._window.retry,
+            pause=self._delay,
+            freed=self._room.look_again,
+        )
 
     @property
     def is_dry(self) -> bool:
@@ -128,19 +155,33 @@ class Feeder:
         Raises:
             EngineStartFailed: The engine did not become ready.
             EngineDied: It died more often than it may be restarted.
-            EngineSick: It lives, but fails nearly everything.
+            EngineSick: It lives, but fails nearly everything; or it dies whatever it is asked.
+            EngineRefusesUs: It does not let us in.
             GpuUnhealthy: The care for the device ended the feed; what is left is asked another
                 time.
         """
         loop = asyncio.get_running_loop()
-        await self._start()
+        await self._life.start()
         suspects_took = 0.0
         while self._isolation or not self._fresh_is_over:
-            if self._isolation:
+            if self._isolation and (self._fresh_is_over or not self._wants_proof):
                 began = loop.time()
+                if self._wants_proof:
+                    await self._life.prove_sound()
                 await self._run_turn_of_suspects(*self._isolation.next_group())
                 suspects_took = loop.time() - began
             await self._run_turn_of_fresh(loop.time() + suspects_took)
+
+    @property
+    def _wants_proof(self) -> bool:
+        """Whether the engine has to answer something before the next suspect is tested.
+
+        It does so after the suspect's death, where it may be restarted for that: an engine that
+        is worn out by one request kills the next one, whichever that is. A fresh request is as
+        good as a control, and costs nothing.
+        """
+        last_chance = self._isolation.may_convict and not self._life.may_restart
+        return last_chance and not self._life.deaths.proven
 
     def abandon(self, batch_id: str) -> bool:
         """Let go what was drawn of a batch; return whether none of it is being answered any more.
@@ -177,7 +218,7 @@ class Feeder:
     def _fresh(self, until: float) -> Iterator[PendingRequest | Obstacle]:
         """Yield fresh requests: to the end, or while suspects wait for at most so long."""
         loop = asyncio.get_running_loop()
-        while not self._isolation or loop.time() < until:
+        while not self._isolation or self._wants_proof or loop.time() < until:
             if self._again:
                 if not self._is_let_go(again := self._again.popleft()):
                     yield again
@@ -195,7 +236,7 @@ class Feeder:
             return
         left, self._unanswered = self._still_asked(self._unanswered), {}
         suspects = [pending for pending in left if pending.in_flight]
-        if await self._easing.ease(death):
+        if await self._life.ease(death):
             self._again.extend(left)
         else:
             self._again.extend(pending for pending in left if not pending.in_flight)
@@ -204,30 +245,44 @@ class Feeder:
             await self._suspect(label if len(suspects) > 1 else to_confirm(label), suspects)
         for pending in left:
             pending.in_flight = False
-        await self._restart(death)
+        await self._life.restart(death)
 
     async def _run_turn_of_suspects(self, label: str, group: list[PendingRequest]) -> None:
-        logger.info("testing %d suspects apart (group %s)", len(group), label)
         group = self._still_asked(group)
+        logger.info("testing %d suspects apart (group %s)", len(group), label)
         untested = iter(group)
-        death = await self._run_window(untested)
+        was_proven, death = self._life.deaths.proven, await self._run_window(untested)
         if death is None:
             return
         left = self._still_asked([*self._unanswered, *untested])
         self._unanswered = {}
         for pending in left:
             pending.in_flight = False
-        if await self._easing.ease(death):
+        if await self._life.ease(death):
             for pending in left:
                 self._isolation.add(label, pending)
         elif len(group) > 1:
             await self._suspect(label, left)
-        elif death.exhaustion or is_confirmation(label):
-            await self._convict(group[0], death)
+        elif left and is_confirmation(label):
+            await self._judge(label, left[0], death, was_proven=was_proven)
+            return
         else:
             # Somebody else may have killed the engine just then.
-            await self._suspect(to_confirm(label), group)
-        await self._restart(death)
+            await self._suspect(to_confirm(label), left)
+        await self._life.restart(death)
+
+    async def _judge(
+        self, label: str, pending: PendingRequest, death: EngineDied, *, was_proven: bool
+    ) -> None:
+        """Convict a request that killed the engine alone, if that answers something else."""
+        if was_proven:
+            await self._convict(pending, death)
+            await self._life.restart(death)
+        elif await self._life.restart(death) and await self._life.prove_sound():
+            await self._convict(pending, death)
+        else:
+            # It has died of a control, too, and then answered one.
+            await self._suspect(to_confirm(label), [pending])
 
     async def _suspect(self, label: str, suspects: list[PendingRequest]) -> None:
         for pending, group in self._isolation.split(label, suspects).items():
@@ -241,35 +296,31 @@ class Feeder:
             message=f"the engine died whenever it had this request alone: {death}",
         )
         if death.exhaustion:
-            self._easing.note_culprit()
+            self._life.easing.note_culprit()
         if await self._obstacles.durably(partial(pending.settle, failure)):
             self._settled(pending, failure)
 
-    async def _restart(self, death: EngineDied) -> None:
-        self._count_restart(death)
-        await self._start()
+    async def _control(self) -> EngineDied | None:
+        """Ask a control; return the engine's death, if that was the answer."""
+        death: BaseException | None = None
+        self._hang_watch.begin()
+        try:
+            async with self._poll.polling():
+                await self._gate.prove_sound(self._asked_at)
+        except* EngineDied as deaths:
+            death = first_leaf(deaths)
+        assert death is None or isinstance(death, EngineDied)
+        return death
 
-    async def _start(self) -> None:
-        """Start the engine, on a gentler rung if its memory does not suffice."""
-        while True:
-            self._vitals.enter(
-                "starting engine",
-                patience_seconds=self._window.start_timeout_seconds + MARGIN_SECONDS,
-            )
-            try:
-                identity = await self._engine.start()
-            except EngineStartFailed as failure:
-                if not await self._easing.ease(failure):
-                    raise
-                self._count_restart(failure)
-            else:
-                self._served = identity.models
-                self._vitals.derivation = self._room.begin(self._engine.figures())
-                # The old engine may have died of a probe, which then never ends.
-                self._breaker = Breaker(self._window.breaker)
-                self._hang_watch.note_start()
-                self._vitals.enter("feeding", patience_seconds=self._patience_seconds)
-                return self._started(identity)
+    def _begun(self, identity: EngineIdentity) -> None:
+        """Begin with an engine that has just been started."""
+        self._served = identity.models
+        self._vitals.derivation = self._room.begin(self._engine.figures())
+        # The old engine may have died of a probe, which then never ends.
+        self._breaker = Breaker(self._window.breaker)
+        self._hang_watch.note_start()
+        self._vitals.enter("feeding", patience_seconds=self._patience_seconds)
+        self._started(identity)
 
     @property
     def _patience_seconds(self) -> float:
@@ -277,23 +328,11 @@ class Feeder:
         return self._hang_watch.limit_seconds + MARGIN_SECONDS
 
     def _most_in_flight(self) -> int:
-        return min(self._easing.in_flight, connections_possible())
+        return min(self._life.easing.in_flight, connections_possible())
 
     def _moved(self) -> None:
         self._vitals.patience_seconds = self._patience_seconds
         self._vitals.note_progress()
-
-    def _count_restart(self, death: EngineError) -> None:
-        self.restarts += 1
-        self._vitals.restarts += 1
-        if self.restarts > self._window.engine_restarts:
-            raise EngineDied(
-                f"the engine died {self.restarts} times in this run and may be restarted"
-                f" {self._window.engine_restarts} times (BATCH_ENGINE_RESTARTS);"
-                f" {len(self._isolation)} requests are suspect, the next run goes on with them."
-                f" Last death: {death}"
-            ) from death
-        logger.warning("restart %d of %d", self.restarts, self._window.engine_restarts)
 
     async def _run_window(self, requests: Iterator[PendingRequest | Obstacle]) -> EngineDied | None:
         """Settle the requests; return the engine's death, if that ended it.
@@ -306,7 +345,7 @@ class Feeder:
         self.note_window()
         try:
             async with self._poll.polling(), asyncio.TaskGroup() as group:
-                while not all_drawn and await self._room.open(lambda: len(self._tasks)):
+                while not all_drawn and await self._room.open(self._taken):
                     if (pending := next(requests, None)) is None:
                         all_drawn = True
                     elif isinstance(pending, Obstacle):
@@ -323,6 +362,10 @@ class Feeder:
             # Whoever killed the engine on a device that is not fit, no request is suspect for it.
             raise GpuUnhealthy(stop) from death
         return death
+
+    def _taken(self) -> int:
+        """Return how many places of the window are taken."""
+        return len(self._tasks) - self._gate.held
 
     def _ended(self, pending: PendingRequest, _: object) -> None:
         del self._tasks[pending]
@@ -357,10 +400,16 @@ class Feeder:
         body = prepare_body(
             pending.request, overrides=self._overrides(pending), served=self._served
         )
+        asked_again = False
         while await self._may_submit(pending):
             outcome = await self._submit(pending, body)
             if not isinstance(outcome, Failure):
                 return outcome
+            if is_doubtful(outcome) and not await self._gate.is_its_own(
+                outcome, pending.request.endpoint, body, asked_again=asked_again
+            ):
+                asked_again = True
+                continue
             pending.failed_attempts += 1
             delay = retry_delay(
                 outcome,
@@ -383,24 +432,35 @@ class Feeder:
         if not await self._obstacles.durably(pending.submit):
             return None
         crash_point(CrashPoint.AFTER_SUBMIT)
+        loop, endpoint = asyncio.get_running_loop(), pending.request.endpoint
+        given_at, self._asked_at = loop.time(), endpoint
+        pending.in_flight = True
+        outcome = await self._ask(
+            endpoint, body, request_id=f"{batch_id}-{index}-{pending.submissions}"
+        )
+        # Not in a `finally`: what a dead engine had stays marked.
+        pending.in_flight = False
+        if isinstance(outcome, Completion):
+            self._life.deaths.note_answer()
+            self._gate.note_answer(endpoint, body, outcome, given_at=given_at)
+        failed = isinstance(outcome, Failure) and outcome.retryable
+        self._breaker.record(failed=failed, now=loop.time())
+        return outcome
+
+    async def _ask(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
+        """Give a request, or a control, to the engine."""
         self.in_flight += 1
         self._vitals.in_flight = self.in_flight
-        pending.in_flight = True
         try:
-            outcome = await self._engine.answer(
-                pending.request.endpoint,
-                body,
-                request_id=f"{batch_id}-{index}-{pending.submissions}",
-            )
-            # Not in a `finally`: what a dead engine had stays marked.
-            pending.in_flight = False
+            outcome = await self._engine.answer(endpoint, body, request_id=request_id)
         finally:
             self.in_flight -= 1
             self._vitals.in_flight = self.in_flight
         self._hang_watch.note_progress()
-        failed = isinstance(outcome, Failure) and outcome.retryable
-        self._breaker.record(failed=failed, now=asyncio.get_running_loop().time())
         return outcome
+
+    async def _delay(self, seconds: float) -> None:
+        await self._obstacles.delay(seconds)
 
     async def _may_submit(self, pending: PendingRequest) -> bool:
         """Wait until breaker and device permit it; return False if it may not be any more."""

@@ -186,7 +186,7 @@ def queue_of(
         rules=Rules(
             limits=rules.limits,
             most_requests=rules.most_requests,
-            gate=closed_gate(paused, rules.device_problem),
+            gate=closed_gate(paused, rules.device_problem, rules.engine_refusal),
         ),
         now=now,
     )

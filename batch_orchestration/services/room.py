@@ -37,6 +37,7 @@ class QueueRules:
         most_requests: Of one batch.
         ordering: Who goes before whom.
         device_problem: Asks what is wrong with the device; None if nothing is.
+        engine_refusal: Asks why the engine does not let us in; None if it does, as far as known.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -44,6 +45,7 @@ class QueueRules:
     most_requests: int = MAX_REQUESTS_PER_BATCH
     ordering: OrderPolicy = field(default_factory=OrderPolicy)
     device_problem: Callable[[], str | None] = lambda: None
+    engine_refusal: Callable[[], str | None] = lambda: None
 
 
 def find_obstacle_to_file(
@@ -99,17 +101,28 @@ def never_fits(demand: Demand, *, rules: QueueRules) -> str | None:
     )
 
 
-def closed_gate(paused: Pause | None, device_problem: Callable[[], str | None]) -> Obstacle | None:
-    """Return what everybody waits for: a pause, or a device that is unfit; None if for neither.
+def closed_gate(
+    paused: Pause | None,
+    device_problem: Callable[[], str | None],
+    engine_refusal: Callable[[], str | None],
+) -> Obstacle | None:
+    """Return what everybody waits for: a pause, an unfit device, an engine that refuses us.
 
     Args:
         paused: The pause that is in force.
         device_problem: Asked only if there is none.
+        engine_refusal: Asked only if nothing else is found.
+
+    Returns:
+        None if nobody has to wait.
     """
     if paused is not None:
         return pause_obstacle(paused)
     problem = device_problem()
-    return None if problem is None else Obstacle(WaitReason.GPU_UNHEALTHY, problem)
+    if problem is not None:
+        return Obstacle(WaitReason.GPU_UNHEALTHY, problem)
+    refusal = engine_refusal()
+    return None if refusal is None else Obstacle(WaitReason.ENGINE_REFUSES_US, refusal)
 
 
 def pause_obstacle(paused: Pause) -> Obstacle:

@@ -127,6 +127,11 @@ class DataFolder:
         return self.root / "needs-person.json"
 
     @property
+    def refusal(self) -> Path:
+        """That the engine does not let us in, or that it did again."""
+        return self.root / "engine-refuses-us.json"
+
+    @property
     def health(self) -> Path:
         """What `health_sensor` last found."""
         return self.root / "health.json"

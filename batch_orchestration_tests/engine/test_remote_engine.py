@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
+from batch_orchestration.domain.errors import EngineDied, EngineRefusesUs, EngineStartFailed
+from batch_orchestration.domain.gate import is_doubtful
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.engines.process import free_port
 from batch_orchestration.engines.server import ServerEngine
@@ -111,20 +112,20 @@ def test_a_server_that_never_answers_fails_the_start_within_its_limit() -> None:
     assert time.monotonic() - began < 10
 
 
-def test_a_wrong_key_fails_the_start(server: RemoteServer) -> None:
-    with pytest.raises(EngineStartFailed, match="401"):
+def test_a_wrong_key_is_no_engine_that_does_not_start(server: RemoteServer) -> None:
+    with pytest.raises(EngineRefusesUs, match="HTTP 401: Unauthorized"):
         asyncio.run(server.engine(api_key="wrong").start())
 
 
-def test_a_key_that_is_refused_later_costs_no_request_its_outcome(
+def test_a_key_that_is_refused_later_makes_us_doubt_the_gate(
     engine: ServerEngine, server: RemoteServer
 ) -> None:
     asyncio.run(engine.start())
 
     [outcome] = ask_and_catch(server.engine(api_key="revoked"), chat("Hello."))
 
-    assert isinstance(outcome, EngineDied)
-    assert "refuses the API key" in str(outcome)
+    assert isinstance(outcome, Failure)
+    assert is_doubtful(outcome)
 
 
 def test_a_lost_connection_to_a_living_server_is_the_requests_failure(engine: ServerEngine) -> None:

@@ -45,6 +45,7 @@ IN_A_RUN = [
 ]
 IN_DAGSTER = CrashPoint.BEFORE_EVENT
 IN_A_SEARCH = CrashPoint.AFTER_SUSPECT
+AROUND_A_CONTROL = [CrashPoint.BEFORE_CONTROL, CrashPoint.AFTER_CONTROL]
 #: Tried in `test_closing_killed`.
 IN_AN_EARLY_END = {
     CrashPoint.AFTER_CLOSING,
@@ -93,7 +94,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]
 
 def test_every_crash_point_is_tried() -> None:
     in_a_run = {point for point, _ in IN_A_RUN}
-    assert in_a_run | {IN_DAGSTER, IN_A_SEARCH} | IN_AN_EARLY_END | IN_A_PAUSE == set(CrashPoint)
+    elsewhere = {IN_DAGSTER, IN_A_SEARCH, *AROUND_A_CONTROL} | IN_A_PAUSE
+    assert in_a_run | elsewhere | IN_AN_EARLY_END == set(CrashPoint)
 
 
 def test_the_name_of_no_crash_point_is_an_error_at_once() -> None:
@@ -195,6 +197,26 @@ def test_the_search_for_a_deadly_request_survives_a_kill_at_any_moment(
         and settled.outcome.code is FailureCode.ENGINE_KILLED
     ]
     assert deadly == [44]
+    assert no_attempt_was_lost(bench.store, plan)
+
+
+@pytest.mark.parametrize("victim", ["worker", "engine"])
+@pytest.mark.parametrize("point", AROUND_A_CONTROL)
+def test_a_kill_around_a_control_request_neither_loses_nor_convicts_anyone(
+    tmp_path: Path, point: CrashPoint, victim: str
+) -> None:
+    lines = CONTENT.splitlines(keepends=True)
+    lines[44] = make_line(44, body=make_body("forbidden", simulate={"status": 451}))
+    bench, plan = admitted(tmp_path, b"".join(lines))
+    folder = bench.folder
+
+    died = run("crashing_batch", folder.root, "1", victim, crash_point=f"{point}:1")
+    assert run("crashing_batch", folder.root, "2", "nobody") == 0
+
+    assert died == (-signal.SIGKILL if victim == "worker" else 0)
+    assert_accounted(folder, bench.store, plan)
+    refused = [s for s in bench.store.settled(plan.batch_id) if s.index == 44]
+    assert [s.outcome.code for s in refused] == [FailureCode.ENGINE_REFUSED]
     assert no_attempt_was_lost(bench.store, plan)
 
 

@@ -1,0 +1,142 @@
+"""Starts the engine of a run, and starts it anew when it died, as long as there is hope in that."""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from batch_orchestration.domain.deaths import HOPELESS_DEATHS, DeathCount
+from batch_orchestration.domain.errors import (
+    EngineDied,
+    EngineError,
+    EngineKeepsDying,
+    EngineStartFailed,
+)
+from batch_orchestration.domain.isolation import most_deaths
+from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.services.easing import Easing
+from batch_orchestration.services.request_window import Window
+from batch_orchestration.services.run_vitals import MARGIN_SECONDS, RunVitals
+
+logger = logging.getLogger(__name__)
+
+
+class EngineLife:
+    """The engine from its start to its death, again and again.
+
+    An engine that dies repeatedly without one answer is asked a control request before anything
+    else; one that dies of controls, too, is given up.
+
+    Args:
+        begun: Told of each engine that is ready.
+        control: Asks a control; returns the engine's death, if that was the answer.
+        suspects: How many requests are suspect now, for messages.
+
+    Attributes:
+        easing: What is done about an engine that runs out of memory.
+        deaths: Of this run; told of each answer.
+        restarts: Of this run.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        window: Window,
+        vitals: RunVitals,
+        begun: Callable[[EngineIdentity], None],
+        control: Callable[[], Awaitable[EngineDied | None]],
+        suspects: Callable[[], int],
+    ) -> None:
+        self._engine = engine
+        self._window = window
+        self._vitals = vitals
+        self._begun = begun
+        self._control = control
+        self._suspects = suspects
+        self.easing = Easing(engine.ladder, in_flight=window.most)
+        self.deaths = DeathCount()
+        self.restarts = 0
+
+    async def start(self) -> None:
+        """Start the engine, on a gentler rung if its memory does not suffice.
+
+        Raises:
+            EngineStartFailed: It did not become ready.
+            EngineRefusesUs: It does not let us in.
+            EngineDied: It needed more restarts than it may have.
+        """
+        while True:
+            self._vitals.enter(
+                "starting engine",
+                patience_seconds=self._window.start_timeout_seconds + MARGIN_SECONDS,
+            )
+            try:
+                identity = await self._engine.start()
+            except EngineStartFailed as failure:
+                if not await self.easing.ease(failure):
+                    raise
+                self._count_restart(failure)
+            else:
+                self.deaths.note_start()
+                return self._begun(identity)
+
+    async def ease(self, death: EngineDied) -> bool:
+        """Make things easier for an engine that ran out of memory; return whether that may help.
+
+        If not, the death counts.
+        """
+        if await self.easing.ease(death):
+            return True
+        self.deaths.note_death()
+        return False
+
+    async def restart(self, death: EngineDied) -> bool:
+        """Start it anew; if it has died again and again, see first whether it answers at all.
+
+        Returns:
+            Whether the engine runs that was started first; not, if that died of a control.
+
+        Raises:
+            EngineKeepsDying: It dies whatever it is asked.
+            EngineDied: It has died more often than it may be restarted.
+        """
+        self._count_restart(death)
+        await self.start()
+        return await self.prove_sound() if self.deaths.is_doubtful else True
+
+    @property
+    def may_restart(self) -> bool:
+        """Whether the engine may be started anew once more."""
+        return self.restarts < self._window.engine_restarts
+
+    async def prove_sound(self) -> bool:
+        """Have the engine answer a control, unless it has answered anything yet.
+
+        Returns:
+            As `restart`; raises as that does.
+        """
+        if self.deaths.proven:
+            return True
+        before = self.restarts
+        while (death := await self._control()) is not None:
+            if not await self.ease(death) and self.deaths.in_a_row >= HOPELESS_DEATHS:
+                raise EngineKeepsDying(
+                    f"the engine dies whatever it is asked: {self.deaths.in_a_row} times in a row"
+                    " without one answer, at last of a control request; no request is to blame,"
+                    f" and what was answered is kept. Last death: {death}"
+                ) from death
+            self._count_restart(death)
+            await self.start()
+        self.deaths.note_control(within=most_deaths(self._window.most))
+        return self.restarts == before
+
+    def _count_restart(self, death: EngineError) -> None:
+        self.restarts += 1
+        self._vitals.restarts += 1
+        if self.restarts > self._window.engine_restarts:
+            raise EngineDied(
+                f"the engine died {self.restarts} times in this run and may be restarted"
+                f" {self._window.engine_restarts} times (BATCH_ENGINE_RESTARTS);"
+                f" {self._suspects()} requests are suspect, the next run goes on with them."
+                f" Last death: {death}"
+            ) from death
+        logger.warning("restart %d of %d", self.restarts, self._window.engine_restarts)

@@ -1,0 +1,179 @@
+"""An engine that does not let us in: everybody waits, somebody looks again, and then all go on.
+
+The run that met the refusal keeps it in a file (`note_refusal`). As long as it stands, no run that
+needs the engine is asked for. `dispatch_sensor` looks at the gate itself, with a small request and
+growing pauses (`look_again`); once that is let in, the batches go on without anybody's help.
+An engine that each run starts by itself cannot be asked: there the next look is a run.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+
+import msgspec
+
+from batch_orchestration.domain.errors import EngineError, EngineRefusesUs, StorageError
+from batch_orchestration.domain.gate import (
+    MODELS_PAGE,
+    RELAPSE_SECONDS,
+    Refusal,
+    first_line,
+    lets_in,
+    one_token_probe,
+)
+from batch_orchestration.domain.outcomes import Failure, Outcome
+from batch_orchestration.engines.server import ServerEngine
+from batch_orchestration.settings import EngineKind, Settings
+from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
+from batch_orchestration.storage.operations import open_replays
+from batch_orchestration.storage.queue_files import read_queue
+
+logger = logging.getLogger(__name__)
+
+#: A tick has 60 s for everything.
+LOOK_SECONDS = 10.0
+
+
+def note_refusal(
+    refused: EngineRefusesUs, *, folder: DataFolder, settings: Settings, run_id: str, now: float
+) -> Refusal:
+    """Keep, durably, that the engine does not let us in.
+
+    Args:
+        now: POSIX seconds.
+
+    Raises:
+        StorageError: It could not be written.
+    """
+    before = _read(folder)
+    relapse = before is not None and now - (before.let_in_at or now) < RELAPSE_SECONDS
+    refusal = Refusal(
+        engine=_address(settings),
+        page=refused.page,
+        model=refused.model,
+        status=refused.status,
+        line=refused.line,
+        since=now,
+        run_id=run_id,
+        looked_at=now,
+        looks=before.looks + 1 if before is not None and relapse else 0,
+    )
+    write_atomically(folder.refusal, msgspec.json.encode(refusal))
+    return refusal
+
+
+def standing_refusal(folder: DataFolder, settings: Settings, *, now: float) -> Refusal | None:
+    """Return the refusal that everybody waits for to end; None if nobody has to."""
+    refusal = _read(folder)
+    if refusal is None or refusal.let_in_at is not None:
+        return None
+    if refusal.engine != _address(settings):
+        return None
+    return None if not refusal.engine and now >= refusal.next_look_at else refusal
+
+
+def refusal_in_words(settings: Settings) -> str | None:
+    """Return what `describe` says of the refusal that stands now; None if none does."""
+    now = time.time()
+    refusal = standing_refusal(DataFolder(settings.data_dir), settings, now=now)
+    return None if refusal is None else describe(refusal, now=now)
+
+
+def describe(refusal: Refusal, *, now: float) -> str:
+    """Say what everybody waits for, and what a person can do about it."""
+    left = max(0.0, refusal.next_look_at - now)
+    return (
+        f"the engine does not let us in ({refusal.words}; {refusal.engine or 'our own'}"
+        f"{refusal.page}); looked at again in {left:.0f} s. No request has paid for it, and the"
+        f" batches go on by themselves. {_way_on(refusal.status)}"
+    )
+
+
+def look_again(folder: DataFolder, settings: Settings, *, now: float) -> Refusal | None:
+    """Look at the gate, if it is time to; return the refusal that stands now."""
+    refusal = standing_refusal(folder, settings, now=now)
+    if refusal is None or not refusal.engine or now < refusal.next_look_at:
+        return refusal
+    if not _somebody_waits(folder):
+        return refusal
+    said = asyncio.run(_knock(refusal, settings))
+    seen = msgspec.structs.replace(refusal, looked_at=now, looks=refusal.looks + 1)
+    if said is None:
+        seen = msgspec.structs.replace(seen, let_in_at=now)
+        logger.warning("%s lets us in again; the batches go on", refusal.engine)
+    else:
+        seen = msgspec.structs.replace(seen, status=said.status, line=first_line(said.message))
+    with contextlib.suppress(StorageError):  # the next tick looks again
+        write_atomically(folder.refusal, msgspec.json.encode(seen))
+    return None if said is None else seen
+
+
+def _somebody_waits(folder: DataFolder) -> bool:
+    """Whether a look is worth a token: there is a queue, or a replay."""
+    try:
+        queue = read_queue(folder)
+        return queue is None or bool(queue.entries) or bool(open_replays(folder))
+    except StorageError:
+        return True
+
+
+class _Said(msgspec.Struct, frozen=True):
+    """Why a look was not let in."""
+
+    status: int | None
+    message: str
+
+
+async def _knock(refusal: Refusal, settings: Settings) -> _Said | None:
+    """Ask for what was refused, as cheaply as possible; return why not, None if we are let in."""
+    engine = ServerEngine(
+        settings.base_url,
+        api_key=settings.api_key.get_secret_value(),
+        timeout_seconds=LOOK_SECONDS,
+        start_timeout_seconds=LOOK_SECONDS / 2,
+        lost_after_seconds=0.0,
+    )
+    try:
+        if refusal.page == MODELS_PAGE:
+            await engine.start()
+            return None
+        probe = one_token_probe(refusal.page, refusal.model)
+        outcome: Outcome = await engine.answer(probe.endpoint, probe.body, request_id="look")
+    except EngineRefusesUs as refused:
+        return _Said(refused.status, refused.line)
+    except EngineError as error:  # it is not there at all now
+        return _Said(None, str(error))
+    finally:
+        await engine.disconnect()
+    if lets_in(outcome):
+        return None
+    assert isinstance(outcome, Failure)
+    return _Said(outcome.status, outcome.message)
+
+
+def _way_on(status: int | None) -> str:
+    if status in {401, 403, 407}:
+        return (
+            "If the key is wrong, set BATCH_API_KEY and start the service again;"
+            " `python -m batch_orchestration config` shows what is in force"
+        )
+    if status == 402:
+        return "Top up the quota with whoever runs the engine"
+    return (
+        "If the address or the model has changed, set BATCH_BASE_URL or BATCH_MODEL_ALIASES"
+        " (`python -m batch_orchestration config` shows them) and start the service again"
+    )
+
+
+def _address(settings: Settings) -> str:
+    return settings.base_url if settings.engine is EngineKind.REMOTE else ""
+
+
+def _read(folder: DataFolder) -> Refusal | None:
+    try:
+        return read_kept(folder.refusal, Refusal)
+    except StorageError as error:
+        # The next run that is refused writes it anew.
+        logger.warning("cannot tell whether the engine lets us in: %s", error)
+        return None
