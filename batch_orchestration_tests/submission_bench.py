@@ -11,7 +11,7 @@ from batch_orchestration.domain.submissions import Submission
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.services.chunk_runner import run_chunks
-from batch_orchestration.services.parts import admit_parts, register_parts, waiting_parts
+from batch_orchestration.services.parts import admit_parts, register_lost, waiting_parts
 from batch_orchestration.services.verdicts import Split
 from batch_orchestration_tests.builders import NOW, make_line
 from batch_orchestration_tests.inbox_bench import InboxBench
@@ -33,7 +33,7 @@ class SubmissionBench(InboxBench):
 
     def admit_parts(self, *, max_unfinished: int = 1000) -> list[BatchPlan]:
         """Admit the parts for which there is room."""
-        register_parts(self.folder, self.store, at=NOW)
+        register_lost(self.folder, self.store, at=NOW)
         unfinished = sum(record.status not in FINAL for record in self.store.batches())
         waiting = waiting_parts(self.folder)[: max(0, max_unfinished - unfinished)]
         return admit_parts(

@@ -46,8 +46,9 @@ from batch_orchestration.services.queue import claim_admissible
 from batch_orchestration.services.queue_keeping import keep_queue
 from batch_orchestration.services.refused_engine import look_again, refusal_in_words
 from batch_orchestration.services.resuming import finish_resumptions
-from batch_orchestration.services.room import closed_gate, unfinished
+from batch_orchestration.services.room import closed_gate
 from batch_orchestration.services.service_order import in_order_of_service, run_priorities
+from batch_orchestration.services.unfinished_work import keep_index
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.queue_files import read_pause, write_needs
@@ -172,10 +173,11 @@ def dispatch_sensor(
     store = open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS)
     folder, faults = data_folder(settings), Faults()
     try:
+        keep_index(folder=folder, store=store, limits=queue_rules(settings).rates, now=now)
         finish_resumptions(folder=folder, store=store, faults=faults)
         refusal = look_again(folder, settings, now=now)
         queue, problems = _keep_queue(context, settings, now=now, faults=faults)
-        batches = _known_to_dagster(context.instance, unfinished(store.batches()), folder, faults)
+        batches = _known_to_dagster(context.instance, store.unfinished(), folder, faults)
         runs = known_runs(context.instance, [batch.batch_id for batch in batches], now=now)
         runs, closings = look_after(
             context.instance, batches, runs, folder=folder, store=store, now=now, faults=faults

@@ -80,6 +80,21 @@ class RateLimits:
     submissions: Rate = Rate(per_hour=60, burst=20)
     requests: Rate = Rate(per_hour=400_000, burst=200_000)
 
+    @property
+    def memory_seconds(self) -> float:
+        """How long a submission counts at least: a full bucket has filled ten times by then.
+
+        Who was at the limit all that time may submit one `burst` more in it than the rates say.
+        """
+        hours = max(rate.burst / rate.per_hour for rate in (self.submissions, self.requests))
+        return SECONDS_PER_HOUR * max(24.0, 10.0 * hours)
+
+    def remember(self, event: SubmissionEvent, *, now: float) -> bool:
+        """Whether a submission still counts: it is of late, or so large that it is still owed."""
+        age = now - event.at
+        owed = event.requests >= self.requests.per_hour / SECONDS_PER_HOUR * age
+        return owed or age <= self.memory_seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRates:

@@ -33,6 +33,7 @@ from batch_orchestration.services.verdicts import Verdict
 from batch_orchestration.storage.files import DataFolder, can_be_id, read_kept
 from batch_orchestration.storage.operations import open_files
 from batch_orchestration.storage.rung_memory import Descent
+from batch_orchestration.storage.unfinished import waiting_part_ids
 from batch_orchestration.telemetry.progress import Progress
 
 _CLI = "python -m batch_orchestration"
@@ -66,11 +67,12 @@ def find_damage(
         thorough: Whether to look for foreign things beside all batches, too; the time for that
             grows with their number.
     """
-    found = [*_of_deployment(folder), *_of_claims(folder), *_of_replays(folder)]
+    found = [*_of_deployment(folder), *_of_index(folder), *_of_claims(folder)]
+    found += _of_replays(folder)
     for batch_id in sorted(unfinished):
         found += _of_batch(folder, batch_id)
     submissions = {name for batch_id in unfinished if (name := submission_of(batch_id))}
-    for part_id in sorted(folder.waiting_part_ids()):
+    for part_id in sorted(waiting_part_ids(folder)):
         submissions.add(submission_of(part_id) or part_id)
         path = folder.waiting_part_path(part_id) / "plan.json"
         found += _look(path, lambda name=part_id: folder.read_waiting_part(name), _lost(part_id))
@@ -99,6 +101,13 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
         for path in sorted(paths):
             next_command = f"{_CLI} resume" if path == folder.paused else _replaced(path)
             yield from _unreadable(path, kind, next_command)
+
+
+def _of_index(folder: DataFolder) -> Iterator[Damage]:
+    path = folder.unfinished
+    if os.path.lexists(path) and not path.is_dir():
+        reason = f"{path} is no folder: each tick looks at everything on the disk"
+        yield Damage(path=path, reason=reason, next_command=_replaced(path))
 
 
 def _of_claims(folder: DataFolder) -> Iterator[Damage]:

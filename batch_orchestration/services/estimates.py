@@ -228,7 +228,7 @@ def expected_seconds(
 def expected_ahead(folder: DataFolder, store: Store, *, priority: int) -> float:
     """Return the seconds that unfinished batches of this priority or a higher one will take."""
     seconds = 0.0
-    for record in store.batches():
+    for record in store.unfinished():
         if record.status not in _UNFINISHED or record.options.priority < priority:
             continue
         estimate = read_estimate(folder, record.batch_id)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 
 from batch_orchestration.domain.errors import StorageError, StoreLocked
 from batch_orchestration.domain.health import Finding, Level, Standstill
-from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.domain.queueing import QueueEntry
 from batch_orchestration.services import gpu_health
 from batch_orchestration.services.configuration import open_inbox
@@ -233,8 +232,8 @@ def persons(look: Look) -> Iterator[Finding]:
 def files(look: Look) -> Iterator[Finding]:
     """Name the files of ours that cannot be read, of the deployment and of unfinished batches."""
     try:
-        records = look.store.batches() if look.folder.duckdb.exists() else []
-        unfinished = {record.batch_id for record in records if record.status not in FINAL}
+        records = look.store.unfinished() if look.folder.duckdb.exists() else []
+        unfinished = {record.batch_id for record in records}
     except StorageError:  # the check of the store says why
         unfinished = set(look.folder.batch_ids())
     damaged = find_damage(look.folder, unfinished)

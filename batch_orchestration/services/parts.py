@@ -5,8 +5,7 @@ at any point leaves it waiting, or a batch that the store has yet to be told of.
 """
 
 import contextlib
-import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import filelock
 
@@ -15,16 +14,17 @@ from batch_orchestration.domain.errors import BatchNotFound, FileDamaged, Storag
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.room import Obstacle
-from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.estimates import record_estimate
 from batch_orchestration.services.registration import (
     admission_lock,
     register_batch,
     register_unlisted,
+    unlisted,
 )
 from batch_orchestration.storage.files import DataFolder, sync_folder
 from batch_orchestration.storage.store import Store
+from batch_orchestration.storage.unfinished import mark, waiting_part_ids
 
 #: Of a tick's 60 s; who admits a file holds the lock for as long as it takes to write its plan.
 _LOCK_TIMEOUT_SECONDS = 10.0
@@ -38,7 +38,7 @@ def waiting_parts(folder: DataFolder, faults: Faults | None = None) -> list[Batc
         faults: Takes those whose plan cannot be read, by their id.
     """
     found, faults = [], Faults() if faults is None else faults
-    for part_id in folder.waiting_part_ids():
+    for part_id in waiting_part_ids(folder):
         with faults.of(part_id):
             if (plan := folder.read_waiting_part(part_id)) is not None:
                 found.append((_turn(plan, folder), plan))
@@ -108,6 +108,7 @@ def admit_closed(
 def _make_batch(part_id: str, folder: DataFolder) -> None:
     """Rename the folder of a waiting part to that of a batch, durably; call it under the lock."""
     waiting, target = folder.waiting_part_path(part_id), folder.plan_path(part_id).parent
+    mark(folder, part_id)
     with contextlib.suppress(FileNotFoundError):  # admitted before
         waiting.rename(target)
         sync_folder(folder.batches)
@@ -154,28 +155,18 @@ def admit_parts(
     return admitted
 
 
-def register_parts(
+def register_lost(
     folder: DataFolder, store: Store, *, at: float, faults: Faults | None = None
 ) -> None:
-    """Tell the store of parts that a crash kept from it. Cheap where nothing was ever split.
+    """Tell the store of batches that a crash kept from it, parts or not.
 
     Raises:
         StorageError: The store cannot be asked or told.
     """
-    if not folder.submission_ids():
-        return
-    known = {record.batch_id for record in store.batches()}
     with contextlib.suppress(filelock.Timeout):  # the next tick comes soon
-        if any(_unlisted(folder, known)):
+        if unlisted(folder, store):
             with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
                 register_unlisted(folder, store, at=at, faults=faults)
-
-
-def _unlisted(folder: DataFolder, known: Collection[str]) -> Iterator[str]:
-    with os.scandir(folder.batches) as entries:
-        for entry in entries:
-            if submission_of(entry.name) is not None and entry.name not in known:
-                yield entry.name
 
 
 def plan_of(batch_id: str, *, folder: DataFolder) -> BatchPlan:

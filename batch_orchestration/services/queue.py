@@ -42,7 +42,6 @@ from batch_orchestration.services.room import (
     demand_of,
     left_of,
     read_load,
-    unfinished,
 )
 from batch_orchestration.services.service_order import served_of_late
 from batch_orchestration.services.sidecars import options_said
@@ -152,17 +151,16 @@ def queue_of(
     faults: Faults | None = None,
 ) -> Queue:
     """Return the queue with these files in the inbox; see `read_queue`."""
-    records = store.batches() if folder.duckdb.exists() else []
+    records = store.unfinished() if folder.duckdb.exists() else []
     by_name = {inbox.name_of(file.path): file for file in files if _waits(file)}
     paused = read_pause(folder)
     faults = Faults() if faults is None else faults
-    admitted = unfinished(records)
-    halts = halts_in_force(folder, admitted)
+    halts = halts_in_force(folder, records)
     standings = [
         *_each(
             (
                 (r.batch_id, partial(_of_batch, r, folder, now, faults, halts.get(r.batch_id)))
-                for r in admitted
+                for r in records
             ),
             faults,
         ),
@@ -182,7 +180,7 @@ def queue_of(
     decision = decide(
         _in_order(standings, store=store, rules=rules, now=now),
         load=read_load(folder, records, limits=rules.limits, faults=faults),
-        rates=read_rates(folder, records, limits=rules.rates, faults=faults),
+        rates=read_rates(folder, store, limits=rules.rates, now=now, faults=faults),
         rules=Rules(
             limits=rules.limits,
             most_requests=rules.most_requests,

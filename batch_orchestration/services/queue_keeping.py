@@ -22,7 +22,7 @@ from batch_orchestration.domain.queueing import (
 )
 from batch_orchestration.services.estimates import expected_seconds
 from batch_orchestration.services.inbox import Inbox
-from batch_orchestration.services.parts import admit_parts, register_parts
+from batch_orchestration.services.parts import admit_parts, register_lost
 from batch_orchestration.services.queue import read_queue
 from batch_orchestration.services.room import QueueRules, find_obstacle_to_part
 from batch_orchestration.storage import queue_files
@@ -74,7 +74,7 @@ def keep_queue(
     read = partial(
         read_queue, folder=folder, store=store, inbox=inbox, rules=rules, now=now, faults=faults
     )
-    register_parts(folder, store, at=now, faults=faults)
+    register_lost(folder, store, at=now, faults=faults)
     queue = read()
     admitted = admit_parts(
         queue.parts,

@@ -18,6 +18,7 @@ from batch_orchestration.domain.requests import Fault
 from batch_orchestration.storage.files import DataFolder, sync_folder
 from batch_orchestration.storage.journal import Journal
 from batch_orchestration.storage.store import Store
+from batch_orchestration.storage.unfinished import marked
 
 #: Stands in journals where otherwise a run's id does.
 ADMISSION_RUN_ID = "admission"
@@ -106,17 +107,27 @@ def register_unlisted(
     """
     found = Faults() if faults is None else faults
     registered = []
-    known = {record.batch_id for record in store.batches()}
-    unlisted = [
-        planned
-        for planned in folder.batch_ids()
-        # Without journals it would be asked again, though it was delivered.
-        if planned not in known and not os.path.lexists(folder.pruned_path(planned))
-    ]
-    for planned in unlisted:
+    for planned in unlisted(folder, store):
         with found.of(planned):
             register_batch(folder, store, planned, at=at)
             registered.append(planned)
     if faults is None:
         found.log()
     return registered
+
+
+def unlisted(folder: DataFolder, store: Store) -> list[str]:
+    """Return the planned batches that the store has yet to be told of, as the index has them.
+
+    In an empty store that is every batch on the disk, whatever the index says.
+    """
+    names = folder.batch_ids() if store.is_empty() else marked(folder)
+    known = store.records(names)
+    return [name for name in names if name not in known and is_planned(name, folder)]
+
+
+def is_planned(batch_id: str, folder: DataFolder) -> bool:
+    """Whether a batch has a plan, and can be asked by it."""
+    # Without journals it would be asked again, though it was delivered.
+    pruned = os.path.lexists(folder.pruned_path(batch_id))
+    return os.path.lexists(folder.plan_path(batch_id)) and not pruned

@@ -26,6 +26,7 @@ from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
+from batch_orchestration.storage.unfinished import mark, marked
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def resume(
                 f"the completion window of batch {batch_id} is over:"
                 " give it a new one, counted from now (--completion-window 24h)"
             )
+        mark(folder, batch_id)
         folder.write_resumption(batch_id, resumption)
         crash_point(CrashPoint.AFTER_RESUMPTION)
         _carry_out(record, resumption, folder, store)
@@ -108,18 +110,28 @@ def finish_resumptions(
         StorageError: The store cannot be asked now.
     """
     finished, faults = [], faults or Faults()
-    for record in store.batches():
-        if record.status not in RESUMABLE:
-            continue
+    for record in store.records(marked(folder)).values():
         with faults.of(record.batch_id):
-            resumption = folder.read_resumption(record.batch_id)
-            if resumption is not None and resumption.at > record.times[record.status]:
+            if is_resumed(record, folder):
                 with closing_lock(folder, record.batch_id):
                     now = store.batch(record.batch_id)
-                    if now.status in RESUMABLE:
+                    resumption = folder.read_resumption(record.batch_id)
+                    if now.status in RESUMABLE and resumption is not None:
                         _carry_out(now, resumption, folder, store)
                         finished.append(record.batch_id)
     return finished
+
+
+def is_resumed(record: BatchRecord, folder: DataFolder) -> bool:
+    """Whether somebody decided to go on with a batch, and the store does not know yet.
+
+    Raises:
+        StorageError: The decision cannot be read.
+    """
+    if record.status not in RESUMABLE:
+        return False
+    resumption = folder.read_resumption(record.batch_id)
+    return resumption is not None and resumption.at > record.times[record.status]
 
 
 def _carry_out(

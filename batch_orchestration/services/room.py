@@ -1,13 +1,12 @@
 """Room in this deployment: what is queued here now, and whether one more batch fits beside it."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from batch_orchestration.domain.batches import MAX_REQUESTS_PER_BATCH, BatchPlan
 from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.ordering import OrderPolicy
 from batch_orchestration.domain.queueing import Pause, WaitReason
@@ -67,12 +66,12 @@ def find_obstacle_to_file(
     """
     if (paused := read_pause(folder)) is not None:
         return pause_obstacle(paused)
-    records = store.batches()
-    rates = read_rates(folder, records, limits=rules.rates)
+    rates = read_rates(folder, store, limits=rules.rates, now=now)
     obstacle = rate_obstacle(rates, plan.source, plan.requests, now=now)
     if obstacle is not None or plan.requests > rules.most_requests:
         return obstacle
-    return find_obstacle(demand, read_load(folder, records, limits=rules.limits), rules.limits)
+    load = read_load(folder, store.unfinished(), limits=rules.limits)
+    return find_obstacle(demand, load, rules.limits)
 
 
 def find_obstacle_to_part(
@@ -81,8 +80,8 @@ def find_obstacle_to_part(
     """Return what keeps a waiting part from being admitted now; see `find_obstacle_to_file`."""
     if (paused := read_pause(folder)) is not None:
         return pause_obstacle(paused)
-    records = store.batches()
-    if (halted := halted_with(plan, halts_in_force(folder, unfinished(records)))) is not None:
+    records = store.unfinished()
+    if (halted := halted_with(plan, halts_in_force(folder, records))) is not None:
         return Obstacle(WaitReason.FAILURE_RATE, halted)
     demand = demand_of(plan, folder.waiting_part_path(plan.batch_id))
     load = read_load(folder, records, limits=rules.limits)
@@ -131,11 +130,6 @@ def pause_obstacle(paused: Pause) -> Obstacle:
     return Obstacle(WaitReason.PAUSED, f"{paused.actor} paused the queue{why}")
 
 
-def unfinished(records: Iterable[BatchRecord]) -> list[BatchRecord]:
-    """Return the batches that were admitted and have not ended."""
-    return [record for record in records if record.status not in FINAL]
-
-
 def demand_of(plan: BatchPlan, batch_folder: Path) -> Demand:
     """Return what a batch asks room for.
 
@@ -169,7 +163,7 @@ def left_of(demand: Demand, record: BatchRecord) -> Demand:
 
 def read_load(
     folder: DataFolder,
-    records: Iterable[BatchRecord],
+    records: Collection[BatchRecord],
     *,
     limits: Limits,
     faults: Faults | None = None,
@@ -180,16 +174,15 @@ def read_load(
 
     Args:
         folder: The data folder; its disk is looked at.
-        records: All batches of the store.
+        records: The unfinished batches.
         limits: In force.
         faults: Takes batches whose plan cannot be read. They wait for a person and do no work, and
             take no room from others.
     """
     faults = faults or Faults()
     load = Load(free_bytes=shutil.disk_usage(folder.root).free)
-    waiting = unfinished(records)
-    halts = halts_in_force(folder, waiting)
-    for record in waiting:
+    halts = halts_in_force(folder, records)
+    for record in records:
         if record.batch_id in halts:
             continue
         with faults.of(record.batch_id):

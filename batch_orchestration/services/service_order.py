@@ -39,6 +39,6 @@ def served_of_late(store: Store, *, now: float) -> dict[str, float]:
     """
     by_batch = store.tokens_since(now - SHARE_SECONDS)
     served: dict[str, float] = {}
-    for batch in store.batches() if by_batch else ():
-        served[batch.source] = served.get(batch.source, 0.0) + by_batch.get(batch.batch_id, 0)
+    for batch in store.records(by_batch).values():
+        served[batch.source] = served.get(batch.source, 0.0) + by_batch[batch.batch_id]
     return served

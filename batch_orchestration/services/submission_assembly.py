@@ -80,7 +80,7 @@ def part_ending(
 
 def _records(submission: Submission, store: Store) -> dict[str, BatchRecord]:
     """Return the parts that were admitted, by id, in file order."""
-    known = {record.batch_id: record for record in store.batches()}
+    known = store.records(submission.parts)
     return {part_id: known[part_id] for part_id in submission.parts if part_id in known}
 
 

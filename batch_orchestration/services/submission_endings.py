@@ -162,7 +162,7 @@ def resume_submission(
         StoreLocked: Some parts may go on already; do it again.
     """
     parts = folder.read_submission(submission_id).parts
-    records = {record.batch_id: record for record in store.batches()}
+    records = store.records(parts)
     statuses = {part_id: record.status for part_id, record in records.items()}
     resumed: dict[str, Resumption] = {}
     left: dict[str, str] = {}

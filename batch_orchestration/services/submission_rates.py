@@ -1,33 +1,45 @@
 """What each source has submitted, as batches and submissions tell: no counter that can be torn."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator
 
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.rates import RateLimits, SourceRates, SubmissionEvent
-from batch_orchestration.domain.submissions import submission_of
+from batch_orchestration.domain.submissions import Submission, submission_of
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
+from batch_orchestration.storage.unfinished import marked
 
 
 def read_rates(
     folder: DataFolder,
-    records: Iterable[BatchRecord],
+    store: Store,
     *,
     limits: RateLimits,
+    now: float,
     faults: Faults | None = None,
 ) -> SourceRates:
-    """Return what the sources have submitted so far.
+    """Return what the sources have submitted, as far as the limits remember it.
 
     Args:
         folder: The data folder.
-        records: All batches of the store.
+        store: The store.
         limits: In force.
+        now: POSIX seconds.
         faults: Takes submissions that cannot be read: they do not count.
+
+    Raises:
+        StorageError: The store cannot be read.
     """
-    events = (*_of_batches(records), *_of_submissions(folder, faults or Faults()))
-    return SourceRates(limits=limits, events=events)
+    of_batches = _of_batches(store, limits, now) if folder.duckdb.exists() else ()
+    of_submissions = _of_submissions(folder, Faults() if faults is None else faults)
+    return SourceRates(limits=limits, events=(*of_batches, *of_submissions))
+
+
+def submission_event(submission: Submission) -> SubmissionEvent:
+    """Return what a file that was split counts as."""
+    return SubmissionEvent(submission.source, submission.created_at, submission.requests)
 
 
 def retry_after_seconds(
@@ -47,19 +59,20 @@ def retry_after_seconds(
     Raises:
         StorageError: The store cannot be read.
     """
-    records = store.batches() if folder.duckdb.exists() else []
-    return read_rates(folder, records, limits=limits).retry_after(source, requests, now=now)
+    rates = read_rates(folder, store, limits=limits, now=now)
+    return rates.retry_after(source, requests, now=now)
 
 
-def _of_batches(records: Iterable[BatchRecord]) -> Iterator[SubmissionEvent]:
-    for record in records:
+def _of_batches(store: Store, limits: RateLimits, now: float) -> Iterator[SubmissionEvent]:
+    for record in store.submitted(limits, now=now):
         if submission_of(record.batch_id) is None:
             at = record.times[BatchStatus.VALIDATING]
             yield SubmissionEvent(record.source, at, record.total)
 
 
 def _of_submissions(folder: DataFolder, faults: Faults) -> Iterator[SubmissionEvent]:
-    for submission_id in folder.submission_ids():
-        with faults.of(submission_id):
-            submission = folder.read_submission(submission_id)
-            yield SubmissionEvent(submission.source, submission.created_at, submission.requests)
+    """Yield them from the index: a submission that is off it is forgotten by the limits."""
+    for name in marked(folder):
+        with faults.of(name):
+            if os.path.lexists(folder.submission_path(name)):
+                yield submission_event(folder.read_submission(name))

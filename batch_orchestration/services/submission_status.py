@@ -76,8 +76,9 @@ def batches_named(name: str, *, folder: DataFolder, store: Store) -> list[str]:
         BatchNotFound: There is neither.
     """
     if is_submission(name, folder=folder):
-        known = {record.batch_id for record in store.batches()}
-        return [part for part in folder.read_submission(name).parts if part in known]
+        parts = folder.read_submission(name).parts
+        known = store.records(parts)
+        return [part for part in parts if part in known]
     folder.read_plan(name)
     store.batch(name)
     return [name]

@@ -9,6 +9,7 @@ For whom its engine is of no use the run makes room: it begins no further chunk,
 and leaves the rest to a later run. So it does while the queue is paused.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -240,7 +241,8 @@ class Turns:
         if not 0 <= now - self._sought_replays_at < REPLAY_LOOK_SECONDS:
             self._sought_replays_at = now
             since = self._began_at - REPLAY_MARGIN_SECONDS
-            self._a_replay_waits = replay_asked_since(self._folder, since)
+            with contextlib.suppress(StorageError):  # as it was at the last look
+                self._a_replay_waits = replay_asked_since(self._folder, since)
         return self._a_replay_waits
 
 

@@ -147,6 +147,11 @@ class DataFolder:
         return self.root / "surveys"
 
     @property
+    def unfinished(self) -> Path:
+        """An empty file for each batch and submission that ticks have to look at on the disk."""
+        return self.root / "unfinished"
+
+    @property
     def fences(self) -> Path:
         """One file per GPU that is not to be used."""
         return self.root / "fences"
@@ -337,13 +342,10 @@ class DataFolder:
         """Return the ids of all submissions, sorted."""
         return sorted(_ids(self.submissions.glob("*/submission.json")))
 
-    def waiting_part_ids(self) -> list[str]:
-        """Return the ids of all parts that are not admitted yet, in no particular order."""
-        return [
-            name
-            for name in _ids(self.submissions.glob("*/parts/*/plan.json"))
-            if submission_of(name) is not None
-        ]
+    def waiting_part_ids(self, submission_id: str) -> list[str]:
+        """Return the ids of a submission's parts that are not admitted yet, in no order."""
+        parts = self.submission_path(submission_id).parent / "parts"
+        return [name for name in _ids(parts.glob("*/plan.json")) if submission_of(name) is not None]
 
 
 def read_kept(path: Path, kind: type[Kept]) -> Kept | None:

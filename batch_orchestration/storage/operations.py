@@ -18,13 +18,13 @@ from batch_orchestration.domain.dead_letters import Discard, Operation, Replay
 from batch_orchestration.domain.errors import DeadLetterError, FileDamaged, JournalInUse
 from batch_orchestration.storage.files import (
     DataFolder,
-    can_be_id,
     disk_errors,
     read_kept,
     write_atomically,
 )
 from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal
 from batch_orchestration.storage.store import Store
+from batch_orchestration.storage.unfinished import mark, marked
 
 _FOLDER = "dead_letters"
 _OPEN = ".open.json"
@@ -41,6 +41,7 @@ class Operations:
 
     def __init__(self, folder: DataFolder, batch_id: str) -> None:
         self.batch_id = batch_id
+        self._folder = folder
         self._path = folder.journal_path(batch_id, 0).parent / _FOLDER
         self._lock_path = folder.plan_path(batch_id).with_name("dead-letters.lock")
 
@@ -82,6 +83,8 @@ class Operations:
 
     def add(self, operation: Operation) -> None:
         """Keep an operation, durably."""
+        if isinstance(operation, Replay):
+            mark(self._folder, self.batch_id)
         ending = _OPEN if isinstance(operation, Replay) else ".json"
         write_atomically(self._file(operation, ending), msgspec.json.encode(operation))
 
@@ -132,10 +135,17 @@ class Operations:
 
 
 def open_replays(folder: DataFolder) -> list[tuple[str, int]]:
-    """Return batch id and number of every replay that is not over."""
+    """Return batch id and number of every replay that is not over, as the index has them."""
+    return [
+        (batch_id, number) for batch_id in marked(folder) for number in replays_of(batch_id, folder)
+    ]
+
+
+def replays_of(batch_id: str, folder: DataFolder) -> list[int]:
+    """Return the numbers of a batch's replays that are not over."""
     return sorted(
-        (path.parent.parent.name, _number(path))
-        for path in open_files(folder)
+        _number(path)
+        for path in _open_files(batch_id, folder)
         if not path.with_name(path.name.removesuffix(_OPEN) + ".json").exists()
     )
 
@@ -149,6 +159,17 @@ def replay_asked_since(folder: DataFolder, at: float) -> bool:
     return False
 
 
+def open_files(folder: DataFolder) -> Iterator[Path]:
+    """Yield the files of open replays of the batches on the index."""
+    return (path for batch_id in marked(folder) for path in _open_files(batch_id, folder))
+
+
+def _open_files(batch_id: str, folder: DataFolder) -> Iterator[Path]:
+    """Yield those of a batch; what is only named like one is nobody's."""
+    place = folder.journal_path(batch_id, 0).parent / _FOLDER
+    return (path for path in place.glob(f"*-replay{_OPEN}") if _NAME.fullmatch(path.name))
+
+
 def last_operation_at(folder: DataFolder, batch_id: str) -> float:
     """Return when dead letters of a batch were last replayed or discarded; 0 if never.
 
@@ -159,13 +180,6 @@ def last_operation_at(folder: DataFolder, batch_id: str) -> float:
         with contextlib.suppress(FileNotFoundError):
             changed = max(changed, path.stat().st_mtime)
     return changed
-
-
-def open_files(folder: DataFolder) -> Iterator[Path]:
-    """Yield the files of open replays; what is only named like one is nobody's."""
-    for path in folder.journals.glob(f"*/{_FOLDER}/*-replay{_OPEN}"):
-        if can_be_id(path.parent.parent.name) and _NAME.fullmatch(path.name):
-            yield path
 
 
 def _number(path: Path) -> int:

@@ -18,8 +18,9 @@ from batch_orchestration.domain.dead_letters import (
     Selection,
 )
 from batch_orchestration.domain.errors import BatchNotFound, StorageError
-from batch_orchestration.domain.lifecycle import BatchEvent
+from batch_orchestration.domain.lifecycle import FINAL, BatchEvent
 from batch_orchestration.domain.outcomes import FailureCode
+from batch_orchestration.domain.rates import SECONDS_PER_HOUR, RateLimits
 from batch_orchestration.storage import (
     commits,
     connection,
@@ -156,6 +157,35 @@ class Store:
     def batches(self) -> list[BatchRecord]:
         """Return all batches, newest first."""
         return self._batches("ORDER BY created_at DESC, batch_id")
+
+    def unfinished(self) -> list[BatchRecord]:
+        """Return the batches that were admitted and have not ended, newest first."""
+        marks = ", ".join("?" * len(FINAL))
+        return self._batches(
+            f"WHERE status NOT IN ({marks}) ORDER BY created_at DESC, batch_id", sorted(FINAL)
+        )
+
+    def records(self, batch_ids: Iterable[str]) -> dict[str, BatchRecord]:
+        """Return those of these batches that the store has, by id."""
+        if not (names := [*batch_ids]):
+            return {}
+        found = self._batches("WHERE batch_id IN (SELECT unnest(?::VARCHAR[]))", [names])
+        return {record.batch_id: record for record in found}
+
+    def submitted(self, limits: RateLimits, *, now: float) -> list[BatchRecord]:
+        """Return the batches that `limits` remember at a moment, in POSIX seconds."""
+        return self._batches(
+            "WHERE created_at >= ? OR requests >= ? * epoch(? - created_at)",
+            [
+                rows.timestamp(now - limits.memory_seconds),
+                limits.requests.per_hour / SECONDS_PER_HOUR,
+                rows.timestamp(now),
+            ],
+        )
+
+    def is_empty(self) -> bool:
+        """Whether no batch was ever added, as in a store that was just made."""
+        return not self._batches("LIMIT 1")
 
     def find_identity(self, identity: str) -> BatchRecord | None:
         """Return the batch with this content and these options, if there is one."""

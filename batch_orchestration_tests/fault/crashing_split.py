@@ -11,6 +11,7 @@ import sys
 from gzip import compress
 from pathlib import Path
 
+from batch_orchestration.services.parts import waiting_parts
 from batch_orchestration_tests.crashing_admission import (
     META,
     admit_all,
@@ -39,7 +40,7 @@ def report(bench: SubmissionBench, number: int, content: bytes) -> None:
         "copies": [str(p.relative_to(root)) for p in files if p.read_bytes() == content],
         "sidecars": [str(p.relative_to(root)) for p in files if p.read_bytes() == META],
         "submissions": bench.folder.submission_ids(),
-        "waiting": bench.folder.waiting_part_ids(),
+        "waiting": [plan.batch_id for plan in waiting_parts(bench.folder)],
         "batches": sorted(record.batch_id for record in bench.store.batches()),
         "planned": [plan.batch_id for plan in plans],
         "requests": [plan.requests for plan in plans],

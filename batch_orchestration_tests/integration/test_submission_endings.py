@@ -8,7 +8,7 @@ from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.errors import IllegalTransition, StorageError, StoreLocked
 from batch_orchestration.services.close_out import close_out
 from batch_orchestration.services.closing import close_due
-from batch_orchestration.services.parts import register_parts
+from batch_orchestration.services.parts import register_lost, waiting_parts
 from batch_orchestration.services.registration import admission_lock
 from batch_orchestration.services.submission_endings import cancel_submission, resume_submission
 from batch_orchestration.services.submission_status import view_submission
@@ -80,7 +80,7 @@ def test_parts_at_work_and_parts_that_wait_are_cancelled_and_what_is_answered_is
     assert not any(one.earlier for one in done.cancelled.values())
     assert done.left.keys() == {first.batch_id}
     assert statuses(bench, submission) == ["completed", *["cancelling"] * 3]
-    assert bench.folder.waiting_part_ids() == []
+    assert waiting_parts(bench.folder) == []
     deliver_all(bench, submission)
     assert statuses(bench, submission) == ["completed", *["cancelled"] * 3]
     sid = submission.submission_id
@@ -184,7 +184,7 @@ def test_a_locked_store_delays_what_it_knows_but_not_the_decision(bench, monkeyp
 
     assert all(bench.folder.read_closing(part) for part in submission.parts)
     assert len(bench.store.batches()) == 1
-    register_parts(bench.folder, bench.store, at=now(submission))
+    register_lost(bench.folder, bench.store, at=now(submission))
     due = close_due(
         bench.store.batches(), folder=bench.folder, store=bench.store,
         terminated=lambda batch_id: None, actor="sensor", now=now(submission),
@@ -201,7 +201,7 @@ def test_while_a_file_is_admitted_the_parts_at_work_are_cancelled_all_the_same(b
         cancel(bench, submission)
 
     assert bench.folder.read_closing(submission.parts[0]) is not None
-    assert len(bench.folder.waiting_part_ids()) == 2
+    assert len(waiting_parts(bench.folder)) == 2
 
 
 def test_a_resumed_submission_asks_the_rest_and_its_files_are_as_if_undisturbed(bench):

@@ -12,6 +12,7 @@ from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.dead_letters import Selection
 from batch_orchestration.domain.errors import AccountingError, OutboxUnwritable
 from batch_orchestration.services.dead_letters import as_input, request_replay
+from batch_orchestration.services.parts import waiting_parts
 from batch_orchestration.services.recovery import recover
 from batch_orchestration.services.replaying import run_replay
 from batch_orchestration_tests.builders import NOW, make_input, make_line
@@ -258,4 +259,4 @@ def test_a_lost_store_is_made_anew_with_all_parts_and_the_same_files(bench):
     assert sorted((r.batch_id, r.completed, r.failed) for r in records) == sorted(figures)
     assert {record.status for record in records} == {BatchStatus.COMPLETED}
     assert whole_files(bench, submission) == files
-    assert len(bench.folder.waiting_part_ids()) == len(waiting.parts) == 3
+    assert len(waiting_parts(bench.folder)) == len(waiting.parts) == 3

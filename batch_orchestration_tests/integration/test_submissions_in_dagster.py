@@ -8,6 +8,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from batch_orchestration.services.parts import waiting_parts
 from batch_orchestration.storage.operations import open_replays
 from batch_orchestration_tests.builders import make_body, make_input, make_line
 from batch_orchestration_tests.integration.deployment import Deployment
@@ -63,7 +64,7 @@ def test_jobs_cancel_and_resume_a_whole_submission(tmp_path: Path) -> None:
     with closing(Deployment(tmp_path, **settings)) as deployment:
         submission_id = split(deployment, make_input(12))
         deployment.tick("dispatch_sensor")
-        assert len(deployment.folder.waiting_part_ids()) == 2
+        assert len(waiting_parts(deployment.folder)) == 2
 
         cancelled = launch(deployment, "cancel_batch", "cancel_one", batch=submission_id)
         delivered = work_off(deployment)

@@ -1,0 +1,100 @@
+"""The index of what is unfinished, so that ticks cost what is unfinished, not what ever was.
+
+`unfinished/` has an empty file, named by its id, for each batch and submission of which the disk
+may know more than the store: a batch that the store has yet to be told of, one that somebody
+decided to go on with, one with a replay that is not over, and a submission with parts that wait or
+that the limits on submissions remember. Whoever makes such a thing calls `mark` first: a crash
+leaves a mark too many, never one too few. `services/unfinished_work.py` removes marks, and finds
+what has none.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+from batch_orchestration.storage.files import (
+    DataFolder,
+    can_be_id,
+    disk_errors,
+    make_folder,
+    sync_folder,
+)
+
+#: Its time is that of the last search for things without a mark. No id begins with a dot.
+_SEARCHED = ".searched"
+
+
+def mark(folder: DataFolder, name: str) -> None:
+    """Put a batch or submission on the index, durably; a mark that is there becomes a new one.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    _touch(folder.unfinished / name)
+
+
+def marked(folder: DataFolder) -> list[str]:
+    """Return the ids on the index, sorted; files that are not named like an id are left out.
+
+    An index that cannot be read says that everything is to be looked at.
+    """
+    try:
+        names = {path.name for path in folder.unfinished.iterdir()}
+    except FileNotFoundError:
+        return []
+    except OSError:
+        names = set(all_ids(folder))
+    return sorted(name for name in names if can_be_id(name) and not name.startswith("."))
+
+
+def all_ids(folder: DataFolder) -> list[str]:
+    """Return the ids of all batches and submissions on the disk: their number only grows."""
+    return sorted(
+        path.name
+        for place in (folder.batches, folder.submissions)
+        for path in place.iterdir()
+        if can_be_id(path.name)
+    )
+
+
+def waiting_part_ids(folder: DataFolder) -> list[str]:
+    """Return the ids of all parts that are not admitted yet, as the index has them."""
+    return [part for name in marked(folder) for part in folder.waiting_part_ids(name)]
+
+
+def unmark(folder: DataFolder, name: str, *, older_than: float) -> None:
+    """Take a batch or submission off the index, unless it was marked since, in POSIX seconds."""
+    path = folder.unfinished / name
+    # One that cannot be removed only costs a look at each tick.
+    with contextlib.suppress(OSError):
+        if path.stat().st_mtime < older_than:
+            path.unlink()
+
+
+def searched_at(folder: DataFolder) -> float | None:
+    """Return when everything was last searched, in POSIX seconds; None if never."""
+    try:
+        return (folder.unfinished / _SEARCHED).stat().st_mtime
+    except OSError:
+        return None
+
+
+def note_search(folder: DataFolder, *, at: float) -> None:
+    """Keep that everything was searched.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    path = folder.unfinished / _SEARCHED
+    _touch(path)
+    with contextlib.suppress(OSError):  # the next tick searches again
+        os.utime(path, (at, at))
+
+
+def _touch(path: Path) -> None:
+    if os.path.lexists(path.parent) and not path.parent.is_dir():
+        return  # `marked` looks everywhere
+    with disk_errors(path):
+        make_folder(path.parent)
+        path.touch()
+        sync_folder(path.parent)
