@@ -34,6 +34,7 @@ from batch_orchestration.defs.runs import (
     claim_batch,
     mark_partial,
     mark_unfit,
+    retry_step,
     wait_for_the_gate,
 )
 from batch_orchestration.domain.batches import BatchPlan, settings_hash
@@ -64,9 +65,6 @@ from batch_orchestration.storage.store import Store
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
 CHUNKS_PER_BACKFILL_RUN = 200
-#: Within one run, where the engine stays loaded if it can. What has an outcome is not asked again.
-STEP_RETRIES = 2
-STEP_RETRY_SECONDS = 5.0
 #: For lineage only: Dagster would otherwise look for the same key in both sets of partitions, and
 #: refuse backfills because it is not there.
 ACROSS_SETS = dg.AllPartitionMapping()
@@ -250,11 +248,7 @@ def _report(
         # Nor is this: no request has paid for it.
         wait_for_the_gate(context, refused, settings)
     except (EngineError, StorageError) as error:
-        retries = context.op_execution_context.retry_number
-        # Not by a RetryPolicy: that would also start again what a person terminated.
-        raise dg.RetryRequested(
-            max_retries=STEP_RETRIES, seconds_to_wait=STEP_RETRY_SECONDS * 2**retries
-        ) from error
+        raise retry_step(context.op_execution_context) from error
 
 
 @dg.asset(

@@ -123,11 +123,7 @@ def _clean_runs(
 def _clean_runs_of(
     instance: dg.DagsterInstance, house: House, batch_id: str, before: float
 ) -> Iterator[Removal]:
-    """Remove all runs of a batch, or none: the newest first.
-
-    Keys of runs count the runs that ended before. Should this stop in between, and the batch be
-    resumed, then those that are left are the first of them, and the next key is a free one.
-    """
+    """Remove all runs of a batch, or none: the newest first."""
     records = instance.get_run_records(dg.RunsFilter(tags={BATCH_TAG: batch_id}))
     if all(_ended_before(record, before) for record in records):
         for record in records:

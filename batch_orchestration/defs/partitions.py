@@ -17,6 +17,7 @@ PARTITION_TAG = "dagster/partition"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 PRIORITY_TAG = "dagster/priority"
+RUN_KEY_TAG = "dagster/run_key"
 #: Ours: the runs page filters by them.
 BATCH_TAG = "batch"
 MODEL_TAG = "model"

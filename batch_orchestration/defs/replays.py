@@ -20,7 +20,9 @@ from batch_orchestration.defs.resources import (
 )
 from batch_orchestration.defs.runs import (
     ask_person,
+    free_run_key,
     mark_unfit,
+    retry_step,
     run_state,
     tags_about,
     wait_for_the_gate,
@@ -29,10 +31,12 @@ from batch_orchestration.domain.dead_letters import Selection
 from batch_orchestration.domain.errors import (
     BatchNotFound,
     DeadLetterError,
+    EngineError,
     EngineKeepsDying,
     EngineRefusesUs,
     GpuUnhealthy,
     PlanMismatch,
+    StorageError,
 )
 from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.domain.overrides import ANY_MODEL
@@ -89,12 +93,7 @@ class ReplayConfig(dg.Config):
         return Selection(codes=codes, custom_ids=tuple(self.custom_ids), limit=self.limit)
 
 
-@dg.op(
-    pool="gpu",
-    retry_policy=dg.RetryPolicy(
-        max_retries=2, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS
-    ),
-)
+@dg.op(pool="gpu")
 def replay_dead_letters(
     context: dg.OpExecutionContext,
     config: ReplayConfig,
@@ -133,6 +132,8 @@ def replay_dead_letters(
     except (BatchNotFound, PlanMismatch, DeadLetterError, EngineKeepsDying) as error:
         ask_person(context.instance, context.run.run_id, str(error))
         raise dg.Failure(description=str(error), allow_retries=False) from error
+    except (EngineError, StorageError) as error:
+        raise retry_step(context) from error
 
 
 def _numbers(
@@ -249,7 +250,7 @@ def _request(
         return f"failed; next attempt in {wait:.0f} s"
     config = {"config": {"batch": batch_id, "replay": number}}
     return dg.RunRequest(
-        run_key=f"{tag}#{len(ended)}",
+        run_key=free_run_key(instance, f"{tag}#{len(ended)}"),
         job_name=replay_failed_requests.name,
         run_config={"ops": {replay_dead_letters.name: config}},
         tags={REPLAY_TAG: tag, **tags_about(batch_id, folder)},

@@ -1,6 +1,7 @@
 """Dagster's runs as dispatch sees them: which are live, and how the others ended."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -9,6 +10,7 @@ import dagster as dg
 from batch_orchestration.defs.partitions import (
     BATCH_TAG,
     PARTITION_TAG,
+    RUN_KEY_TAG,
     chunks_by_batch,
     name_tags,
     submission_tags,
@@ -35,6 +37,9 @@ REFUSED_TAG = "batch_orchestration/engine_refuses_us"
 #: Dagster's own retry shows within seconds; after this long nobody is coming.
 RETRY_SHOWS_SECONDS = 300.0
 _REASON_LENGTH = 200
+#: Within one run, where the engine stays loaded if it can. What has an outcome is not asked again.
+STEP_RETRIES = 2
+STEP_RETRY_SECONDS = 5.0
 
 #: Not `NOT_STARTED`: such a run was created but never queued, and asking for it again queues it.
 LIVE_STATUSES = [
@@ -83,10 +88,41 @@ def run_state(record: dg.RunRecord, *, now: float) -> RunState | None:
     return RunState.FAILED
 
 
+def free_run_key(instance: dg.DagsterInstance, wanted: str) -> str:
+    """Return the key to ask for a run with: the wanted one, or the next one that is free.
+
+    Dagster skips a request whose key any run has, but for a run that was created and never queued:
+    that one is then launched. How many runs have ended does not tell, for people delete runs, and
+    retries and re-executions inherit the key.
+
+    Args:
+        instance: Of Dagster.
+        wanted: Ends with `#` and the number of the attempt.
+    """
+    work, _, number = wanted.rpartition("#")
+    attempts = map(f"{work}#{{}}".format, itertools.count(int(number)))
+    return next(key for key in attempts if not _is_taken(instance, key))
+
+
+def _is_taken(instance: dg.DagsterInstance, key: str) -> bool:
+    runs = instance.get_runs(dg.RunsFilter(tags={RUN_KEY_TAG: key}))
+    return any(run.status is not dg.DagsterRunStatus.NOT_STARTED for run in runs)
+
+
 def ask_person(instance: dg.DagsterInstance, run_id: str, reason: str) -> None:
     """Keep dispatch from trying again what this run failed at, until a person has looked."""
     text = f"{run_id}: {reason.splitlines()[0][:_REASON_LENGTH]}"
     instance.add_run_tags(run_id, {ASKS_PERSON_TAG: text})
+
+
+def retry_step(context: dg.OpExecutionContext) -> dg.RetryRequested:
+    """Return what to raise so that Dagster tries the step again, after a growing pause.
+
+    Not a `RetryPolicy`: Dagster honours that even after a person terminated the run.
+    """
+    return dg.RetryRequested(
+        max_retries=STEP_RETRIES, seconds_to_wait=STEP_RETRY_SECONDS * 2**context.retry_number
+    )
 
 
 def mark_partial(instance: dg.DagsterInstance, run_id: str) -> None:

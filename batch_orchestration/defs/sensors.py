@@ -24,7 +24,7 @@ from batch_orchestration.defs.partitions import (
 )
 from batch_orchestration.defs.queue import report_queue
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
-from batch_orchestration.defs.runs import LIVE_STATUSES, known_runs, run_state
+from batch_orchestration.defs.runs import LIVE_STATUSES, free_run_key, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError, StoreLocked
 from batch_orchestration.domain.members import Faults, MemberFault
@@ -119,7 +119,7 @@ def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.
     if ended and (wait := backoff_left(len(ended), max(ended), now=now)) > 0:
         return f"{claim.file_name}: {claim.attempts}; the next attempt in {wait:.0f} s"
     return dg.RunRequest(
-        run_key=f"{claim.claim_id}#{len(ended)}",
+        run_key=free_run_key(instance, f"{claim.claim_id}#{len(ended)}"),
         run_config=dg.RunConfig({admit_claim.name: AdmitConfig(claim_id=claim.claim_id)}),
         tags={CLAIM_TAG: claim.claim_id},
     )
@@ -203,7 +203,7 @@ def dispatch_sensor(
         admissions = _failing_admissions(context.instance, open_inbox(settings, folder), now=now)
         write_needs(folder, [*verdict.needs, *map(_mend, faults), *admissions])
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
-    requests = [_request(needed) for needed in verdict.needed]
+    requests = [_request(context.instance, needed) for needed in verdict.needed]
     waiting = [*problems, *map(str, faults), *verdict.waiting]
     return _result(context, requests, waiting, idle=idle)
 
@@ -287,15 +287,13 @@ def _known_to_dagster(
     return known
 
 
-def _request(needed: NeededRun) -> dg.RunRequest:
-    batch_id = needed.batch.batch_id
+def _request(instance: dg.DagsterInstance, needed: NeededRun) -> dg.RunRequest:
+    batch_id, key = needed.batch.batch_id, free_run_key(instance, needed.key)
     tags = batch_tags(needed.batch, priority=needed.priority)
     if needed.chunks is None:
-        return dg.RunRequest(
-            needed.key, job_name=deliver_batch.name, partition_key=batch_id, tags=tags
-        )
+        return dg.RunRequest(key, job_name=deliver_batch.name, partition_key=batch_id, tags=tags)
     tags |= range_tags(batch_id, needed.chunks)
-    return dg.RunRequest(needed.key, job_name=answer_chunks.name, tags=tags)
+    return dg.RunRequest(key, job_name=answer_chunks.name, tags=tags)
 
 
 def _result(

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 from filelock import FileLock
@@ -16,24 +15,22 @@ from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import AccountingError, Shortage
 from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.domain.submissions import Submission
-from batch_orchestration.services.heart import holding, note_work
+from batch_orchestration.services.heart import holding
 from batch_orchestration.services.outbox import (
     OutboxFiles,
     each_once,
-    flush,
     make_writable,
     unwritable,
     write_lines,
     write_report,
 )
+from batch_orchestration.services.recount import find_miscount
 from batch_orchestration.services.reports import submission_blocks
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import DataFolder, atomic_writer
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
-
-_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,62 +117,21 @@ def _write_files(
     store: Store,
     files: OutboxFiles,
 ) -> tuple[int, int]:
-    """Write both files and return their lines; they appear only if the sum rule holds."""
-    completed = failed = 0
+    """Write both files from the store and return their lines; they appear only if all is there.
+
+    The files of the parts are no source: people may take them away, or edit them.
+    """
+    plans, tally = [folder.read_plan(part_id) for part_id in records], Tally()
     with atomic_writer(files.output) as output, atomic_writer(files.errors) as errors:
-        for part_id, record in records.items():
-            counts = _append_files(record, folder, output, errors)
-            if counts is None:
-                logger.warning("%s: its files are taken from the store", part_id)
-                counts = _append_rows(folder.read_plan(part_id), store, output, errors)
-            completed, failed = completed + counts[0], failed + counts[1]
-        if completed + failed != submission.requests:
+        for plan in plans:
+            settled = each_once(plan, store.settled(plan.batch_id))
+            write_lines(plan.batch_id, settled, output, errors, tally)
+        if tally.completed + tally.failed != submission.requests:
             raise AccountingError(
                 f"submission {submission.submission_id} has {submission.requests} requests, its"
-                f" parts have outcomes of {completed + failed}"
+                f" parts have outcomes of {tally.completed + tally.failed}"
             )
         # Whatever can fail shall fail before the first of the two is renamed.
-        flush(output)
-        flush(errors)
-    return completed, failed
-
-
-def _append_files(
-    record: BatchRecord, folder: DataFolder, output: BinaryIO, errors: BinaryIO
-) -> tuple[int, int] | None:
-    """Copy what a part delivered; None, and nothing copied, if that is not what the store has.
-
-    The outbox belongs to people: they may have taken the files away, or edited them.
-    """
-    files = OutboxFiles(folder.outbox_path(record.batch_id))
-    before = output.tell(), errors.tell()
-    counts = _append(files.output, output), _append(files.errors, errors)
-    if counts == (record.completed, record.failed):
-        return counts
-    for file, position in zip((output, errors), before, strict=True):
-        file.seek(position)
-        file.truncate()
-    return None
-
-
-def _append(path: Path, target: BinaryIO) -> int:
-    """Copy a file and return its lines; -1 if it is not there or ends in the middle of a line."""
-    lines, last = 0, b""
-    try:
-        with path.open("rb") as source:
-            while block := source.read(_BLOCK_BYTES):
-                target.write(block)
-                note_work()
-                lines, last = lines + block.count(b"\n"), block
-    except FileNotFoundError:
-        return -1
-    return lines if not last or last.endswith(b"\n") else -1
-
-
-def _append_rows(
-    plan: BatchPlan, store: Store, output: BinaryIO, errors: BinaryIO
-) -> tuple[int, int]:
-    tally = Tally()
-    settled = each_once(plan, store.settled(plan.batch_id))
-    write_lines(plan.batch_id, settled, output, errors, tally)
+        if (problem := find_miscount(plans, Path(output.name), Path(errors.name))) is not None:
+            raise AccountingError(f"submission {submission.submission_id}: {problem}")
     return tally.completed, tally.failed

@@ -73,12 +73,14 @@ class ChunkOutcomes:
     def replace(self, db: duckdb.DuckDBPyConnection, *, run_id: str) -> None:
         """Write the rows in place of those that the chunk may have.
 
-        What people did about a dead letter stands: its rows are left as they are. And no dead
-        letter vanishes: one that has an answer now stays as `resolved`.
+        What people did about a dead letter stands: its rows are left as they are. But if the chunk
+        has an answer to what no replay has answered, that is the answer, whatever becomes of the
+        replay. And no dead letter vanishes: one that has an answer now stays as `resolved`.
         """
         key = [self.batch_id, self.number]
         before = rows.select(db, "failed_requests", [*letters.LETTERS], OF_CHUNK, key)
-        kept = [row for row in before if row["replay"] is not None or row["state"] == "discarded"]
+        fresh = {row["request_index"] for row in self.results}
+        kept = [row for row in before if _stands(row, answered=row["request_index"] in fresh)]
         touched = [row["request_index"] for row in kept]
         others = f"{OF_CHUNK} AND request_index NOT IN (SELECT unnest(?::BIGINT[]))"
         db.execute(f"DELETE FROM results {others}", [*key, touched])
@@ -101,6 +103,13 @@ class ChunkOutcomes:
                 *(letters.resolved_event(row, run_id=run_id) for row in resolved),
             ],
         )
+
+
+def _stands(letter: rows.Row, *, answered: bool) -> bool:
+    """Whether a dead letter outlives a commit of its chunk, which may have an answer to it."""
+    if letter["state"] == "discarded":
+        return True
+    return letter["replay"] is not None and (letter["state"] == "resolved" or not answered)
 
 
 def update_chunk(

@@ -7,7 +7,7 @@ import dagster as dg
 import msgspec
 import pytest
 
-from batch_orchestration.defs import assets
+from batch_orchestration.defs import runs
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
 from batch_orchestration.defs.runs import ASKS_PERSON_TAG, PARTIAL_TAG, mark_partial
 from batch_orchestration.domain.batches import BatchStatus
@@ -260,7 +260,7 @@ def test_a_forced_run_goes_on_with_other_settings(deployment):
 
 
 def test_an_engine_that_does_not_come_up_is_tried_thrice_then_left_to_dispatch(deploy, monkeypatch):
-    monkeypatch.setattr(assets, "STEP_RETRY_SECONDS", 0)
+    monkeypatch.setattr(runs, "STEP_RETRY_SECONDS", 0)
     deployment = deploy(
         engine=EngineKind.REMOTE,
         base_url="http://127.0.0.1:9",

@@ -1,14 +1,20 @@
 """Replays as Dagster runs them, with the simulated engine."""
 
 import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.errors import DagsterExecutionInterruptedError
 
+from batch_orchestration.defs import replays
 from batch_orchestration.domain.dead_letters import Selection
+from batch_orchestration.domain.errors import EngineStartFailed
 from batch_orchestration.domain.queueing import Pause
 from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.storage import queue_files
@@ -141,3 +147,44 @@ def test_replays_take_turns_at_the_gpu(deployment: Deployment) -> None:
 
     assert job.get_node_named("replay_dead_letters").definition.pool == "gpu"
     assert job.executor_def is dg.in_process_executor
+
+
+def test_a_terminated_replay_is_not_tried_again_by_itself(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id, calls = delivered(deployment), []
+
+    def interrupted(*_: object, **__: object) -> None:
+        calls.append(1)
+        # What the launcher does to a worker whose run a person terminates.
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+
+    monkeypatch.setattr(replays, "run_replay", interrupted)
+
+    try:
+        result = launch(deployment, batch=batch_id)
+        assert not result.success
+    except DagsterExecutionInterruptedError:
+        pass  # Dagster lets it out once the step has ended
+
+    assert len(calls) == 1
+    (run,) = deployment.instance.get_runs(dg.RunsFilter(job_name="replay_failed_requests"))
+    kinds = [entry.dagster_event_type for entry in deployment.instance.all_logs(run.run_id)]
+    assert dg.DagsterEventType.STEP_UP_FOR_RETRY not in kinds
+
+
+def test_a_replay_whose_engine_does_not_come_up_is_tried_thrice_by_its_run(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id, calls = delivered(deployment), []
+    monkeypatch.setattr("batch_orchestration.defs.runs.STEP_RETRY_SECONDS", 0)
+
+    def sick(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise EngineStartFailed("it does not come up")
+
+    monkeypatch.setattr(replays, "run_replay", sick)
+
+    assert not launch(deployment, batch=batch_id).success
+    assert len(calls) == 3

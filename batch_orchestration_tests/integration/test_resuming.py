@@ -1,18 +1,24 @@
 """Batches that go on after they were cancelled or had expired."""
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.dead_letters import DeadLetterState, Selection
+from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.dead_letters import DeadLetterState, Replay, Selection
 from batch_orchestration.domain.errors import BatchNotFound, IllegalTransition
+from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.recovery import recover
+from batch_orchestration.services.replaying import run_replay
 from batch_orchestration.services.resuming import finish_resumptions, resume
 from batch_orchestration.services.status import view_batch
-from batch_orchestration_tests.builders import make_failure
+from batch_orchestration.storage.operations import Operations
+from batch_orchestration_tests.builders import make_completion, make_failure
 from batch_orchestration_tests.closing_bench import ClosingBench, StickingEngine
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.workbench import make_feeding
 
 
 @pytest.fixture
@@ -177,3 +183,83 @@ def test_a_store_lost_after_a_resumption_goes_on_with_the_rest(bench: ClosingBen
     bench.finish(plan, engine)
     assert sum(engine.submissions.values()) == 37
     assert len(bench.lines(plan, "output.jsonl")) == 60
+
+
+def replay_of(bench: ClosingBench, plan: BatchPlan, *numbers: int) -> Replay:
+    """Ask for a replay of these requests; nobody runs it yet."""
+    asked = request_replay(
+        plan.batch_id,
+        Selection(custom_ids=tuple(f"request-{n}" for n in numbers)),
+        folder=bench.folder,
+        store=bench.store,
+        actor="tester",
+        at=time.time(),
+    )
+    (replay,) = asked.replays
+    # A run gives way to a replay that was asked for since it began.
+    for path in bench.folder.journals.glob("*/dead_letters/*.open.json"):
+        os.utime(path, (0, 0))
+    return replay
+
+
+def close(bench: ClosingBench, replay: Replay) -> None:
+    """Close a replay that has no outcome."""
+    operations = Operations(bench.folder, replay.batch_id)
+    operations.close(replay, at=time.time())
+    operations.apply_to(bench.store)
+
+
+@pytest.mark.parametrize("order", ["closed before", "closed after the commit", "fails afterwards"])
+def test_a_replay_without_an_answer_keeps_no_answer_of_a_resumed_batch_out_of_the_store(
+    bench: ClosingBench, order: str
+) -> None:
+    plan, _ = cancelled_half_way(bench)
+    replay = replay_of(bench, plan, 30, 41)
+    if order == "closed before":
+        close(bench, replay)
+
+    bench.resume(plan)
+    bench.finish(plan)
+    if order == "closed after the commit":
+        close(bench, replay)
+    if order == "fails afterwards":
+        run_replay(
+            plan.batch_id,
+            replay.number,
+            engine=ScriptedEngine(lambda body, times: make_failure()),
+            folder=bench.folder,
+            store=bench.store,
+            run_id="replay",
+            feeding=make_feeding(),
+        )
+    bench.deliver(plan)
+
+    assert len(bench.lines(plan, "output.jsonl")) == 60
+    assert bench.lines(plan, "errors.jsonl") == []
+    record = bench.store.batch(plan.batch_id)
+    assert (record.completed, record.failed) == (60, 0)
+    recover(folder=bench.folder, problem="lost", clock=time.time)
+    assert len(bench.lines(plan, "output.jsonl")) == 60
+
+
+def test_an_answer_of_a_replay_stands_when_the_batch_is_resumed_and_answers_again(
+    bench: ClosingBench,
+) -> None:
+    plan, _ = cancelled_half_way(bench)
+    replay = replay_of(bench, plan, 30)
+    run_replay(
+        plan.batch_id,
+        replay.number,
+        engine=ScriptedEngine(lambda body, times: make_completion("of the replay")),
+        folder=bench.folder,
+        store=bench.store,
+        run_id="replay",
+        feeding=make_feeding(),
+    )
+
+    bench.resume(plan)
+    bench.finish(plan)
+
+    lines = {line["custom_id"]: line for line in bench.lines(plan, "output.jsonl")}
+    assert len(lines) == 60
+    assert "of the replay" in str(lines["request-30"])

@@ -12,6 +12,7 @@ from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.dead_letters import Selection
 from batch_orchestration.domain.errors import AccountingError, OutboxUnwritable
 from batch_orchestration.services.dead_letters import as_input, request_replay
+from batch_orchestration.services.outbox import write_lines
 from batch_orchestration.services.parts import waiting_parts
 from batch_orchestration.services.recovery import recover
 from batch_orchestration.services.replaying import run_replay
@@ -180,8 +181,8 @@ def test_the_original_lines_of_a_part_are_those_of_the_file(bench, tmp_path):
     assert target.read_bytes() == b"".join(lines[25:50])
 
 
-@pytest.mark.parametrize("what", ["taken away", "cut", "edited"])
-def test_files_that_people_took_from_the_outbox_are_made_up_from_the_store(bench, what):
+@pytest.mark.parametrize("what", ["taken away", "cut", "edited", "exchanged", "answers changed"])
+def test_what_people_do_to_the_files_of_parts_does_not_reach_those_of_the_whole(bench, what):
     submission = bench.split("people.jsonl", make_input(60))
     for plan in bench.admit_parts():
         bench.answer(plan, refusing(3, 30))
@@ -192,8 +193,13 @@ def test_files_that_people_took_from_the_outbox_are_made_up_from_the_store(bench
         output.unlink()
     elif what == "cut":
         output.write_bytes(output.read_bytes()[:-5])
-    else:
+    elif what == "edited":
         output.write_bytes(b"{}\n" + output.read_bytes())
+    elif what == "exchanged":  # one line changed, one doubled, one dropped: as many as before
+        lines = output.read_bytes().splitlines(keepends=True)
+        output.write_bytes(b"".join([b"{}\n", *lines[2:], lines[5]]))
+    else:
+        output.write_bytes(output.read_bytes().replace(b"assistant", b"somebody"))
 
     bench.deliver(submission.parts[2])
 
@@ -202,6 +208,28 @@ def test_files_that_people_took_from_the_outbox_are_made_up_from_the_store(bench
         n for n in range(60) if n not in (3, 30)
     ]
     assert numbers(bench.delivered(sid, "errors.jsonl")) == [3, 30]
+    assert "somebody" not in str(bench.delivered(sid, "output.jsonl"))
+
+
+def test_the_files_of_the_whole_are_recounted_before_they_can_be_seen(bench, monkeypatch):
+    submission = bench.split("people.jsonl", make_input(30))
+    first, second = bench.admit_parts()
+    for plan in (first, second):
+        bench.answer(plan)
+    bench.deliver(first.batch_id)
+
+    def swapped(batch_id, settled, output, errors, tally):
+        rows = list(settled)
+        write_lines(batch_id, [rows[1], rows[0], *rows[2:]], output, errors, tally)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batch_orchestration.services.submission_assembly.write_lines", swapped)
+        with pytest.raises(AccountingError, match=r"request 0 of .*-p1of2 has no line"):
+            bench.deliver(second.batch_id)
+
+    assert whole_files(bench, submission) == {}
+    bench.deliver(second.batch_id)
+    assert set(whole_files(bench, submission)) == {*FILES, "report.md", "report.html"}
 
 
 def test_a_submission_whose_figures_do_not_add_up_is_not_delivered(bench, monkeypatch):
