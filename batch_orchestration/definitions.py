@@ -18,6 +18,7 @@ from batch_orchestration.defs import (
 )
 from batch_orchestration.defs.resources import GpuResource
 from batch_orchestration.settings import Settings, load_settings
+from batch_orchestration.storage.sharing import keep_from_others
 
 
 def definitions(settings: Settings) -> dg.Definitions:
@@ -57,4 +58,5 @@ def definitions(settings: Settings) -> dg.Definitions:
     )
 
 
+keep_from_others()
 defs = definitions(load_settings())

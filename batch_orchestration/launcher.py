@@ -45,6 +45,7 @@ from batch_orchestration.services.worker_watch import WorkerWatch
 from batch_orchestration.settings import Settings, load_settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.heartbeat_files import read_pulse
+from batch_orchestration.storage.sharing import keep_from_others
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
     def __init__(
         self, log_dir: str | None = None, inst_data: ConfigurableClassData | None = None
     ) -> None:
+        keep_from_others()  # of the daemon, and of every worker that it starts
         self._inst_data = inst_data
         self._log_dir = log_dir
         self._workers: dict[str, subprocess.Popen[bytes]] = {}

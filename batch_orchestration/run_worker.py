@@ -23,6 +23,7 @@ from batch_orchestration.services.open_files import raise_open_file_limit
 from batch_orchestration.services.run_workers import STACKS_SIGNAL
 from batch_orchestration.settings import load_settings
 from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.sharing import keep_from_others
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance, EventLogEntry
@@ -37,6 +38,7 @@ _FULL, _AMBIGUOUS = sqlite3.SQLITE_FULL, (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_C
 
 def main() -> None:
     """Execute a run."""
+    keep_from_others()
     run_id, job, *command = sys.argv[1:]
     raise_open_file_limit()
     # Of its own: while a step runs, Dagster has the standard one go elsewhere.

@@ -10,6 +10,7 @@ from batch_orchestration.cli.context import (
     open_context,
     print_json,
 )
+from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.alert_book import AlertBook
 from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.services.alert_channels import alert_channels
@@ -47,7 +48,7 @@ def alerts(test: bool, watch: bool, as_json: bool) -> None:
     if as_json:
         print_json(_object(book))
     elif book is None:
-        click.echo("alert_sensor has not looked yet.")
+        say("alert_sensor has not looked yet.")
     else:
         _show(context, book)
 
@@ -58,9 +59,9 @@ def _send_test(context: Context, *, as_json: bool) -> None:
     if as_json:
         print_json(problems)
     for name, problem in problems.items() if not as_json else ():
-        click.echo(f"{name}: {problem or 'sent'}")
+        say(f"{name}: {problem or 'sent'}")
     if not channels:
-        click.echo(_SET_ONE, err=True)
+        say(_SET_ONE, err=True)
     if not channels or any(problems.values()):
         click.get_current_context().exit(1)
 
@@ -68,17 +69,17 @@ def _send_test(context: Context, *, as_json: bool) -> None:
 def _watch(context: Context) -> None:
     channels = alert_channels(context.settings)
     if not channels:
-        click.echo(_SET_ONE, err=True)
+        say(_SET_ONE, err=True)
     watchdog = Watchdog(context.settings, context.folder, channels, clock=context.monotonic)
     while True:
         try:
             tended = watchdog.look(context.clock())
             for message in tended.news:
-                click.echo(message.text)
+                say(message.text)
             for name, problem in tended.problems.items():
-                click.echo(f"{name}: {problem or 'sent'}")
+                say(f"{name}: {problem or 'sent'}")
         except (BatchOrchestrationError, OSError) as error:  # it is no reason to stop watching
-            click.echo(f"cannot look: {error}", err=True)
+            say(f"cannot look: {error}", err=True)
         try:
             context.sleep(LOOK_SECONDS)
         except KeyboardInterrupt:
@@ -100,15 +101,15 @@ def _show(context: Context, book: AlertBook) -> None:
     if book.opened:
         context.console.print(table)
     else:
-        click.echo("No alert is open.")
+        say("No alert is open.")
     for name, channel in book.channels.items():
         state = f"{channel.waiting} to be sent"
         if channel.problem is not None:
             wait = max(0.0, channel.next_at - now)
             state += f"; {channel.problem}; tried again in {duration(wait)}"
-        click.echo(f"{name}: {state}")
+        say(f"{name}: {state}")
     if not book.channels:
-        click.echo(_SET_ONE)
+        say(_SET_ONE)
 
 
 def _object(book: AlertBook | None) -> dict[str, object]:

@@ -20,6 +20,7 @@ from batch_orchestration.cli.queue import board_picture, pause, show_live
 from batch_orchestration.cli.recovering import recover
 from batch_orchestration.cli.results import results
 from batch_orchestration.cli.submitting import submit, validate
+from batch_orchestration.cli.visible import say
 from batch_orchestration.cli.watching import watch_batch
 from batch_orchestration.services.batch_objects import (
     batch_object,
@@ -32,6 +33,7 @@ from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.status import view_batch
 from batch_orchestration.services.submission_status import is_submission, view_submission
 from batch_orchestration.settings import settings_in_force
+from batch_orchestration.storage.sharing import keep_from_others
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,6 +44,7 @@ def main() -> None:
     Settings are BATCH_* variables or lines of .env; `config` lists them. Exit codes: 0 done,
     1 failed, 2 wrong usage. (`health`: 3 degraded.)
     """
+    keep_from_others()
 
 
 main.add_command(submit)
@@ -156,7 +159,7 @@ def _show_board(context: Context, *, as_json: bool) -> None:
         print_json(_board_object(board, context))
         return
     if board.empty:
-        click.echo(
+        say(
             f"No batches yet in {context.folder.root}.\n"
             "Drop a .jsonl file into its inbox/, or: python -m batch_orchestration submit FILE"
         )
@@ -174,9 +177,7 @@ def _show_board(context: Context, *, as_json: bool) -> None:
 
 def _say_store_problem(problem: str | None) -> None:
     if problem:
-        click.echo(
-            f"The store cannot be asked now; this is from the runs' files: {problem}", err=True
-        )
+        say(f"The store cannot be asked now; this is from the runs' files: {problem}", err=True)
 
 
 def _board_object(board: Board, context: Context) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import msgspec
 from pydantic import ValidationError
 from rich.console import Console
 
+from batch_orchestration.cli.visible import VisibleConsole, escaped, visible
 from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.settings import PREFIX, Settings, load_settings
 from batch_orchestration.storage.files import DataFolder
@@ -27,6 +28,9 @@ STORE_DEADLINE_SECONDS = 3.0
 PIPED_WIDTH = 200
 #: pydantic-settings names the field in prose, and only there.
 _UNPARSED_FIELD = re.compile(r'error parsing value for field "(\w+)"')
+
+#: For somebody who is not in the group.
+WHO_MAY = "The data folder is for its owner and its group (docs/operations.md, who may do what)"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,8 +48,16 @@ class Commands(click.Group):
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
+        except click.ClickException as error:
+            vars(error)["message"] = visible(error.message)  # of its own class, with its context
+            raise
         except BatchOrchestrationError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(visible(str(error))) from error
+        except PermissionError as error:
+            raise click.ClickException(
+                f"{person()} may not use {visible(str(error.filename))}: {error.strerror}."
+                f" {WHO_MAY}"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +97,9 @@ def open_context() -> Context:
 
 
 def _console() -> Console:
-    console = Console()
+    console = VisibleConsole()
     # rich takes 80 columns where there is no terminal; ids must not be folded there.
-    return console if console.is_terminal else Console(width=max(console.width, PIPED_WIDTH))
+    return console if console.is_terminal else VisibleConsole(width=max(console.width, PIPED_WIDTH))
 
 
 def settings_or_refusal() -> Settings:
@@ -124,7 +136,7 @@ def print_json(value: object, *, lines: bool = False) -> None:
     encoded = msgspec.json.encode(value, enc_hook=str)
     if not lines:
         encoded = msgspec.json.format(encoded, indent=2)
-    sys.stdout.write(encoded.decode() + "\n")
+    sys.stdout.write(escaped(encoded.decode()) + "\n")
     sys.stdout.flush()
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
+from batch_orchestration.cli.visible import say
 from batch_orchestration.domain import foreign_json
 from batch_orchestration.domain.dead_letters import (
     UNRESOLVED,
@@ -107,13 +108,13 @@ def failures(
         return
     if not found:
         meant = "" if selection == Selection(states=UNRESOLVED) else " that is meant"
-        click.echo(f"No request of {batch_id}{meant} has failed.")
+        say(f"No request of {batch_id}{meant} has failed.")
         return
     context.console.print(tables.failures_table(found))
     everything = msgspec.structs.replace(selection, limit=None)
     count = sum(len(context.store.dead_letter_codes(name, everything)) for name in batches)
     if count > len(found):
-        click.echo(f"{count - len(found):,} more: --limit {count} shows all.")
+        say(f"{count - len(found):,} more: --limit {count} shows all.")
 
 
 @click.command()
@@ -165,8 +166,8 @@ def replay(
     if not as_json:
         _say_left_out(asked.left_out)
         names = ", ".join(_names(asked.replays, batch_id))
-        click.echo(f"{asked.requests:,} requests wait for the engine, as replay {names}.")
-        click.echo("Dagster starts it (`make dev`) as soon as the engine is free.")
+        say(f"{asked.requests:,} requests wait for the engine, as replay {names}.")
+        say("Dagster starts it (`make dev`) as soon as the engine is free.")
     if wait:
         _wait_for(asked.replays, context)
     if as_json:
@@ -182,7 +183,7 @@ def replay(
     elif wait:
         counts = [context.store.batch(name) for name in batches]
         completed, failed = sum(c.completed for c in counts), sum(c.failed for c in counts)
-        click.echo(f"{completed:,} answered, {failed:,} failed.")
+        say(f"{completed:,} answered, {failed:,} failed.")
 
 
 def _names(replays: Sequence[Replay], batch_id: str) -> Iterator[str]:
@@ -226,7 +227,7 @@ def discard(
         at=context.clock(),
     )
     count = sum(discarded.counts.values())
-    click.echo(f"{count:,} failed requests of {batch_id} are discarded.")
+    say(f"{count:,} failed requests of {batch_id} are discarded.")
     if discarded.refused:
         raise click.ClickException("; ".join(discarded.refused.values()))
 
@@ -294,14 +295,14 @@ def _write_input(
         print_json({"file": str(path), "requests": written.written, "left_out": written.left_out})
         return
     _say_left_out(written.left_out)
-    click.echo(f"{written.written:,} requests are in {path}.")
+    say(f"{written.written:,} requests are in {path}.")
 
 
 def _say_left_out(left_out: Sequence[dead_letters.LeftOut]) -> None:
     for letter in left_out[:SHOWN_AT_FIRST]:
-        click.echo(f"left out: {letter}", err=True)
+        say(f"left out: {letter}", err=True)
     if len(left_out) > SHOWN_AT_FIRST:
-        click.echo(f"left out: {len(left_out) - SHOWN_AT_FIRST:,} more", err=True)
+        say(f"left out: {len(left_out) - SHOWN_AT_FIRST:,} more", err=True)
 
 
 def _wait_for(replays: Sequence[Replay], context: Context) -> None:

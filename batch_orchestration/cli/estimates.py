@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_orchestration.cli.context import json_option, open_context, print_json
+from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.scores import Calibration, Score, calibration
 from batch_orchestration.services.scoring import LAST_BATCHES
 from batch_orchestration.services.wording import duration, seconds_band, tokens_band
@@ -29,11 +30,11 @@ def estimates(last: int, as_json: bool) -> None:
         print_json({"calibration": calibration(scores), "batches": [*map(_object, scores)]})
         return
     if not scores:
-        click.echo("No batch with an estimate is completed yet.")
+        say("No batch with an estimate is completed yet.")
         return
     context.console.print(_table(scores))
     for line in _summary(calibration(scores)):
-        click.echo(line)
+        say(line)
 
 
 def _object(score: Score) -> dict[str, object]:

@@ -11,6 +11,7 @@ from batch_orchestration.cli.context import (
     person,
     print_json,
 )
+from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.services.gpu_health import GpuVerdict, examine
 from batch_orchestration.storage.fences import clear_fence, read_fences
@@ -49,28 +50,28 @@ def _clear(context: Context, uuid: str) -> None:
     if fence is None:
         known = ", ".join(read_fences(context.folder)) or "none"
         raise click.ClickException(f"{uuid} is not fenced; fenced are: {known}")
-    click.echo(f"{uuid} is no longer fenced. It was: {fence.reason}", err=True)
+    say(f"{uuid} is no longer fenced. It was: {fence.reason}", err=True)
 
 
 def _say(verdict: GpuVerdict) -> None:
     if verdict.unreadable:
-        click.echo(f"No device can be shown: {verdict.unreadable}", err=True)
+        say(f"No device can be shown: {verdict.unreadable}", err=True)
     elif not verdict.devices:
-        click.echo("There is no GPU, or CUDA_VISIBLE_DEVICES shows none.")
+        say("There is no GPU, or CUDA_VISIBLE_DEVICES shows none.")
     if verdict.no_gate:
-        click.echo(verdict.no_gate)
+        say(verdict.no_gate)
         return
     needed = verdict.need.memory_bytes
     amount = "Memory needed" if needed is None else f"{needed / _GIB:.1f} GiB are needed"
-    click.echo(f"{amount}: {verdict.need.why}")
+    say(f"{amount}: {verdict.need.why}")
     for reason in verdict.reasons:
-        click.echo(f"unhealthy: {reason}")
+        say(f"unhealthy: {reason}")
     shown = {device.hardware_uuid for device in verdict.devices}
     for uuid, why in verdict.fences.items():
         if uuid not in shown:
-            click.echo(f"not shown: {uuid}: {why}")
+            say(f"not shown: {uuid}: {why}")
     if verdict.healthy:
-        click.echo("healthy: an engine may be started")
+        say("healthy: an engine may be started")
 
 
 def _object(verdict: GpuVerdict) -> dict[str, object]:

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_orchestration.cli.context import json_option, open_context, print_json
+from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.health import HealthReport, Level
 from batch_orchestration.services.health import examine_health
 from batch_orchestration.services.wording import duration
@@ -31,7 +32,7 @@ def health(as_json: bool) -> None:
     else:
         context.console.print(_table(report))
         ill = ", ".join(finding.check for finding in report.problems)
-        click.echo(f"{report.level.word}: {ill}" if ill else report.level.word)
+        say(f"{report.level.word}: {ill}" if ill else report.level.word)
     click.get_current_context().exit(EXIT_CODES[report.level])
 
 

@@ -10,6 +10,7 @@ import msgspec
 from rich.table import Table
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
+from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.housekeeping import HouseReport, PartResult
 from batch_orchestration.services.configuration import house_parts
 from batch_orchestration.services.housekeeping import House, keep_house_and_tell
@@ -78,8 +79,8 @@ def _show(report: HouseReport, context: Context, *, dry_run: bool) -> None:
         table.add_row(result.part, *(("", "") if result.off else (removed, size)), result.note)
     context.console.print(table)
     for part, removals in report.removals.items():
-        click.echo(f"\n{part}:")
+        say(f"\n{part}:")
         for removal in removals[:NAMES_SHOWN]:
-            click.echo(f"  {removal.subject}  {removal.size_bytes:,} bytes")
+            say(f"  {removal.subject}  {removal.size_bytes:,} bytes")
         if len(removals) > NAMES_SHOWN:
-            click.echo(f"  and {len(removals) - NAMES_SHOWN:,} more (all of them: --json)")
+            say(f"  and {len(removals) - NAMES_SHOWN:,} more (all of them: --json)")

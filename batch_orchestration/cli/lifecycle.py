@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import click
 
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
+from batch_orchestration.cli.visible import say
 from batch_orchestration.services.closing import Cancellation
 from batch_orchestration.services.submission_endings import (
     CancelledParts,
@@ -48,11 +49,11 @@ def _tell_cancelled(batch_id: str, cancellation: Cancellation, *, as_json: bool)
     if as_json:
         print_json({"batch_id": batch_id, **_object(cancellation)})
     elif cancellation.over:
-        click.echo(f"{batch_id} is {cancellation.closing} already.")
+        say(f"{batch_id} is {cancellation.closing} already.")
     elif cancellation.earlier:
-        click.echo(f"{batch_id} is being cancelled already: {cancellation.closing}")
+        say(f"{batch_id} is being cancelled already: {cancellation.closing}")
     else:
-        click.echo(
+        say(
             f"{batch_id} is being cancelled. What is answered is delivered as soon as its run has\n"
             f"stopped: python -m batch_orchestration watch {batch_id}"
         )
@@ -65,9 +66,9 @@ def _tell_cancelled_parts(submission_id: str, result: CancelledParts, *, as_json
         print_json({"submission": submission_id, "parts": told, "left": result.left})
         return
     if all(cancellation.over for cancellation in parts.values()):
-        click.echo(f"{submission_id}: {len(parts)} of {of} parts are cancelled already.")
+        say(f"{submission_id}: {len(parts)} of {of} parts are cancelled already.")
     else:
-        click.echo(
+        say(
             f"{submission_id}: {len(parts)} of {of} parts are being cancelled. The files follow"
             f" when\nall have ended: python -m batch_orchestration watch {submission_id}"
         )
@@ -84,7 +85,7 @@ def _object(cancellation: Cancellation) -> dict[str, object]:
 
 def _say_left(left: Mapping[str, str]) -> None:
     for reason in left.values():
-        click.echo(f"left as it is: {reason}", err=True)
+        say(f"left as it is: {reason}", err=True)
 
 
 @click.command("resume")
@@ -139,7 +140,7 @@ def resume_queue_or_batch(
     elif as_json:
         print_json({"batch_id": batch_id, "resumption": result.resumed[batch_id]})
     else:
-        click.echo(
+        say(
             f"{batch_id} goes on as soon as the engine is free: python -m batch_orchestration"
             f" watch {batch_id}"
         )
@@ -151,7 +152,7 @@ def _tell_resumed_parts(submission_id: str, result: ResumedParts, *, as_json: bo
         print_json(told)
         return
     of = len(result.resumed) + len(result.left)
-    click.echo(
+    say(
         f"{submission_id}: {len(result.resumed)} of {of} parts go on as soon as the engine is free:"
         f" python -m batch_orchestration watch {submission_id}"
     )
@@ -163,6 +164,6 @@ def _resume_queue(context: Context, *, as_json: bool) -> None:
     if as_json:
         print_json({"was_paused": before is not None})
     elif before is None:
-        click.echo("The queue was not paused.")
+        say("The queue was not paused.")
     else:
-        click.echo(f"The queue goes on; {before.actor} had paused it.")
+        say(f"The queue goes on; {before.actor} had paused it.")

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
+from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.queueing import Pause
 from batch_orchestration.services.board import Board
 from batch_orchestration.storage import queue_files
@@ -32,7 +33,7 @@ def pause(reason: str, as_json: bool) -> None:
     if as_json:
         print_json(paused)
     else:
-        click.echo("The queue is paused. To let it go on: python -m batch_orchestration resume")
+        say("The queue is paused. To let it go on: python -m batch_orchestration resume")
 
 
 def show_live(context: Context, picture: Callable[[], RenderableType]) -> None:

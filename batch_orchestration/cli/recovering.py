@@ -3,6 +3,7 @@
 import click
 
 from batch_orchestration.cli.context import json_option, open_context, print_json
+from batch_orchestration.cli.visible import say
 from batch_orchestration.services import recovery
 
 
@@ -20,7 +21,7 @@ def recover(force: bool, as_json: bool) -> None:
         if as_json:
             print_json({"problem": None, "set_aside": None, "batches": []})
         else:
-            click.echo("The store is sound and knows every batch: nothing to do.")
+            say("The store is sound and knows every batch: nothing to do.")
         return
     done = recovery.recover(
         folder=context.folder, problem=problem or "asked for by --force", clock=context.clock
@@ -34,18 +35,18 @@ def recover(force: bool, as_json: bool) -> None:
 
 
 def _say(done: recovery.Recovery) -> None:
-    click.echo(f"Was wrong: {done.problem}")
+    say(f"Was wrong: {done.problem}")
     if done.set_aside:
-        click.echo(f"Old file: {done.set_aside}")
+        say(f"Old file: {done.set_aside}")
     for batch in done.batches:
-        click.echo(
+        say(
             f"{batch.batch_id}: {batch.status or 'not rebuilt'}, {batch.chunks:,} of"
             f" {batch.of_chunks:,} chunks committed ({batch.completed:,} answered,"
             f" {batch.failed:,} failed), {batch.operations:,} replays and discards applied"
         )
         if batch.unfinished:
-            click.echo(f"  {batch.unfinished:,} outcomes wait in journals for their chunk's run")
+            say(f"  {batch.unfinished:,} outcomes wait in journals for their chunk's run")
         for problem in batch.problems:
-            click.echo(f"  could not be rebuilt: {problem}")
+            say(f"  could not be rebuilt: {problem}")
     if not done.batches:
-        click.echo("There is no batch; the store is new and empty.")
+        say("There is no batch; the store is new and empty.")

@@ -10,6 +10,7 @@ from typing import BinaryIO
 import click
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
+from batch_orchestration.cli.visible import escaped, say
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.services.partial_results import FinishedOf, finished_of
 from batch_orchestration.storage.exports import TableFormat, write_table
@@ -43,8 +44,20 @@ class Format(StrEnum):
     metavar="FILE",
     help="Write to FILE, which appears whole, instead of the terminal.",
 )
+@click.option(
+    "--raw-cells",
+    is_flag=True,
+    help="csv: leave text that a spreadsheet would run as a formula as it is, without a ' before.",
+)
 @json_option
-def results(batch_id: str, partial: bool, format_: str, output: Path | None, as_json: bool) -> None:
+def results(
+    batch_id: str,
+    partial: bool,
+    format_: str,
+    output: Path | None,
+    raw_cells: bool,
+    as_json: bool,
+) -> None:
     """Print what became of each request of BATCH, in input order, failed ones included.
 
     BATCH may be a submission. Works while the batch runs, without disturbing it. What is partial
@@ -63,14 +76,14 @@ def results(batch_id: str, partial: bool, format_: str, output: Path | None, as_
             " --partial gives these"
         )
     if finished.partial:
-        click.echo(f"partial: {_so_far(finished)} requests of {batch_id}", err=True)
+        say(f"partial: {_so_far(finished)} requests of {batch_id}", err=True)
     elif early := sorted(_EARLY & set(finished.statuses)):
         codes = " or ".join(f"batch_{status}" for status in early)
-        click.echo(
+        say(
             f"{batch_id} is {_status(finished)}: what was not answered has the code {codes}",
             err=True,
         )
-    _write(finished, kind, output, context)
+    _write(finished, kind, output, context, raw=raw_cells)
     if as_json:
         print_json({**_summary(finished), "format": str(kind), "output": str(output)})
 
@@ -94,9 +107,11 @@ def _summary(finished: FinishedOf) -> dict[str, str | int | bool]:
     }
 
 
-def _write(finished: FinishedOf, kind: Format, output: Path | None, context: Context) -> None:
+def _write(
+    finished: FinishedOf, kind: Format, output: Path | None, context: Context, *, raw: bool
+) -> None:
     if kind is not Format.JSONL:
-        _write_table(finished, kind, output, context)
+        _write_table(finished, kind, output, context, raw=raw)
     elif output is None:
         _write_lines(finished, sys.stdout.buffer, context)
     else:
@@ -106,18 +121,29 @@ def _write(finished: FinishedOf, kind: Format, output: Path | None, context: Con
 
 def _write_lines(finished: FinishedOf, file: BinaryIO, context: Context) -> None:
     for line in finished.lines(folder=context.folder, store=context.store):
-        file.write(line)
+        # A file gets the bytes as they are; a terminal might obey them.
+        file.write(escaped(line.decode(errors="replace")).encode() if file.isatty() else line)
     file.flush()
 
 
-def _write_table(finished: FinishedOf, kind: Format, output: Path | None, context: Context) -> None:
+def _write_table(
+    finished: FinishedOf, kind: Format, output: Path | None, context: Context, *, raw: bool
+) -> None:
     metadata = {name: str(value) for name, value in _summary(finished).items()}
     metadata["partial"] = metadata["partial"].lower()
     with tempfile.TemporaryDirectory(prefix="batch-results-") as folder:
         path = output or Path(folder) / "table"
         rows = finished.rows(folder=context.folder, store=context.store)
-        write_table(rows, path, TableFormat(str(kind)), metadata=metadata)
+        write_table(rows, path, TableFormat(str(kind)), metadata=metadata, raw=raw)
         if output is None:
-            with path.open("rb") as file:
-                shutil.copyfileobj(file, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
+            _print_table(path)
+
+
+def _print_table(path: Path) -> None:
+    with path.open("rb") as file:
+        if sys.stdout.isatty():
+            for line in file:
+                say(line.decode(), nl=False)
+            return
+        shutil.copyfileobj(file, sys.stdout.buffer)
+    sys.stdout.buffer.flush()

@@ -10,6 +10,7 @@ import msgspec
 
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
+from batch_orchestration.cli.visible import say
 from batch_orchestration.cli.watching import finish, follow_shown
 from batch_orchestration.domain.batches import BatchOptions, batch_id, identity
 from batch_orchestration.domain.errors import FileRefused
@@ -137,7 +138,7 @@ class Submission:
             untouched = self.inbox_path is not None and self.inbox_path.exists()
             overdue = self.context.clock() - started > PATIENCE_SECONDS
             if untouched and overdue and not reminded:
-                click.echo("Nobody takes the file. Is Dagster running? `make dev`", err=True)
+                say("Nobody takes the file. Is Dagster running? `make dev`", err=True)
                 reminded = True
             self.context.sleep(LOOK_SECONDS)
         return found
@@ -160,7 +161,7 @@ def _say_estimate(file: Path, options: BatchOptions, context: Context) -> None:
     )
     if report.estimate is not None:
         for name, text in estimate_rows(report.estimate):
-            click.echo(f"{name}: {text}")
+            say(f"{name}: {text}")
 
 
 def _say_sent(sent: Submission, *, as_json: bool, lines: bool) -> None:
@@ -174,9 +175,9 @@ def _say_sent(sent: Submission, *, as_json: bool, lines: bool) -> None:
             lines=lines,
         )
     elif sent.inbox_path is None:
-        click.echo(f"The same content and options are a batch already: {sent.batch_id}")
+        say(f"The same content and options are a batch already: {sent.batch_id}")
     else:
-        click.echo(
+        say(
             f"Submitted as {sent.inbox_path}\n"
             f"It becomes batch {sent.batch_id}: python -m batch_orchestration status"
         )

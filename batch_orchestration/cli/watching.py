@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
+from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.services.batch_objects import whole_object
 from batch_orchestration.services.halting import what_helps
@@ -69,7 +70,7 @@ def finish(view: BatchView, *, as_json: bool) -> None:
         ClickException: It is not completed.
     """
     if view.output_file and not as_json:
-        click.echo(f"Output: {view.output_file}\nErrors: {view.error_file}")
+        say(f"Output: {view.output_file}\nErrors: {view.error_file}")
     if view.status is not BatchStatus.COMPLETED:
         raise click.ClickException(_how_it_ended(view))
 

@@ -36,6 +36,7 @@ from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.rung_memory import RungMemory
+from batch_orchestration.storage.sharing import share
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def data_folder(settings: Settings) -> DataFolder:
     folder.create()
     for name in settings.inbox_priorities:  # so that nobody has to know what they may be called
         (folder.inbox / name).mkdir(exist_ok=True)
+        share(folder.inbox / name)
     return folder
 
 

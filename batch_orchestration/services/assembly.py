@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from batch_orchestration.domain.batch_figures import Latencies
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord, SettledRequest
@@ -35,6 +33,7 @@ from batch_orchestration.storage.files import (
     disk_errors,
 )
 from batch_orchestration.storage.operations import Operations
+from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ def assemble(
     """
     plan = folder.read_plan(batch_id)
     files = OutboxFiles(folder.outbox_path(batch_id))
-    with holding(FileLock(assembly_lock_path(batch_id, folder))):
+    with holding(shared_lock(assembly_lock_path(batch_id, folder))):
         Operations(folder, batch_id).apply_to(store)
         record = store.batch(batch_id)
         _require_all_committed(record)

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import filelock
 import msgspec
 
 from batch_orchestration.domain.errors import ClaimNotFound, FileDamaged
@@ -43,6 +42,7 @@ from batch_orchestration.storage.moves import (
     numbered_names,
     readable_name,
 )
+from batch_orchestration.storage.sharing import share, shared_lock
 
 SomeVerdict = TypeVar("SomeVerdict", bound=Verdict)
 
@@ -217,6 +217,7 @@ class ClaimFolder:
         """Make an empty work folder; only while the author's file lies outside of it."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
+        share(self.work)  # it will be a batch's folder, where people decide
 
     def settle(self) -> None:
         """Say that the verdict is carried out, and remove the claim."""
@@ -246,7 +247,7 @@ class ClaimFolder:
             TimeoutError: Another process holds it for longer.
         """
         self._lock_path.parent.mkdir(exist_ok=True)
-        with filelock.FileLock(self._lock_path, timeout=timeout_seconds):
+        with shared_lock(self._lock_path).acquire(timeout=timeout_seconds):
             yield
 
     def _files(self) -> list[Path]:

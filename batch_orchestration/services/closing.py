@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock
+from filelock import BaseFileLock
 
 from batch_orchestration.domain.batches import BatchPlan, BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
@@ -25,6 +25,7 @@ from batch_orchestration.domain.lifecycle import Closing, Resumption, deadline
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.storage.files import DataFolder, disk_errors
+from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.store import Store
 
 
@@ -44,7 +45,7 @@ class Cancellation:
 
 def closing_lock(folder: DataFolder, batch_id: str) -> BaseFileLock:
     """Return the lock under which it is decided how a batch ends; never held for long."""
-    return FileLock(folder.closing_path(batch_id).with_name("closing.lock"))
+    return shared_lock(folder.closing_path(batch_id).with_name("closing.lock"))
 
 
 def closing_in_force(folder: DataFolder, record: BatchRecord) -> Closing | None:

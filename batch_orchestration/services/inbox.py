@@ -29,6 +29,7 @@ from batch_orchestration.services.sidecars import find_sidecar
 from batch_orchestration.services.surveys import Surveys
 from batch_orchestration.storage.files import DataFolder, sync_folder
 from batch_orchestration.storage.moves import readable_name
+from batch_orchestration.storage.sharing import shared_lock
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Inbox:
             choose: Says which of the complete files there is room for; all of them without it. It
                 is asked while nobody else can claim.
         """
-        lock = filelock.FileLock(self._folder.claims / ".inbox.lock")
+        lock = shared_lock(self._folder.claims / ".inbox.lock")
         try:
             with lock.acquire(timeout=_LOCK_TIMEOUT_SECONDS):
                 self._return_half_claimed()

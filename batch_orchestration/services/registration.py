@@ -17,6 +17,8 @@ from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.requests import Fault
 from batch_orchestration.storage.files import DataFolder, sync_folder
 from batch_orchestration.storage.journal import Journal
+from batch_orchestration.storage.operations import Operations
+from batch_orchestration.storage.sharing import share, shared_lock
 from batch_orchestration.storage.store import Store
 from batch_orchestration.storage.unfinished import marked
 
@@ -27,7 +29,7 @@ _STAGED_JOURNALS = "journals"
 
 def admission_lock(folder: DataFolder) -> filelock.BaseFileLock:
     """Return the lock under which batches come into being, one after the other."""
-    return filelock.FileLock(folder.claims / ".admission.lock")
+    return shared_lock(folder.claims / ".admission.lock")
 
 
 def free_batch_id(folder: DataFolder, file_name: str, identity: str) -> str:
@@ -89,6 +91,8 @@ def register_batch(folder: DataFolder, store: Store, batch_id: str, *, at: float
     if staged.exists():
         staged.rename(folder.journal_path(batch_id, 0).parent)
         sync_folder(folder.journals)
+    share(folder.plan_path(batch_id).parent)
+    Operations(folder, batch_id).make_folder()
     store.add_batch(plan, at=at)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import duckdb
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
 from batch_orchestration.domain.errors import (
     DiskFull,
@@ -27,6 +27,7 @@ from batch_orchestration.domain.errors import (
     TooManyOpenFiles,
 )
 from batch_orchestration.storage.files import disk_errors, make_folder, shortages, sync_folder
+from batch_orchestration.storage.sharing import made_for_the_group, share, shared_lock
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,12 @@ def writing(
         StorageError: It cannot be written, is damaged, or DuckDB refused a statement.
     """
     wait = _Wait(path, "write", deadline_seconds)
-    with _queue(path, wait), _transaction(path, wait, read_only=False) as connection:
+    with (
+        _queue(path, wait),
+        # Of a colleague who is killed DuckDB's log stays, and others have to go on with it.
+        made_for_the_group(),
+        _transaction(path, wait, read_only=False) as connection,
+    ):
         yield connection
 
 
@@ -92,6 +98,7 @@ def creating(
         if log.exists():
             raise StorageError(f"{path} could not be made: DuckDB left {log.name} behind")
         with disk_errors(path):
+            share(unfinished)
             unfinished.replace(path)
             sync_folder(path.parent)
 
@@ -166,7 +173,7 @@ class _Wait:
 @contextlib.contextmanager
 def _queue(path: Path, wait: _Wait) -> Iterator[None]:
     """Be the one writer of ours."""
-    queue = FileLock(path.with_name(f"{path.name}.lock"))
+    queue = shared_lock(path.with_name(f"{path.name}.lock"))
     with disk_errors(path):
         make_folder(path.parent)
         wait.until(lambda: _enter_queue(queue))
@@ -176,7 +183,7 @@ def _queue(path: Path, wait: _Wait) -> Iterator[None]:
         queue.release()
 
 
-def _enter_queue(queue: FileLock) -> str | None:
+def _enter_queue(queue: BaseFileLock) -> str | None:
     """Become the one writer of ours; else return who is."""
     owner = Path(queue.lock_file)
     try:

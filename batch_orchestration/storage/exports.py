@@ -36,6 +36,11 @@ COLUMNS = {
 _LEAST_ROW_BYTES = 2**20
 
 
+#: What spreadsheets run: also behind blanks, and also in the wide signs of East Asian keyboards.
+_FORMULA = r"^(\t|\r|\n|\s*[=+\-@\x{FF1D}\x{FF0B}\x{FF0D}\x{FF20}])"
+_NUMBER = r"[+-]?[0-9]+([.,][0-9]+)*([eE][+-]?[0-9]+)?"
+
+
 class TableFormat(StrEnum):
     """A kind of table that can be written."""
 
@@ -44,7 +49,12 @@ class TableFormat(StrEnum):
 
 
 def write_table(
-    rows: Iterable[FlatOutcome], path: Path, kind: TableFormat, *, metadata: Mapping[str, str]
+    rows: Iterable[FlatOutcome],
+    path: Path,
+    kind: TableFormat,
+    *,
+    metadata: Mapping[str, str],
+    raw: bool = False,
 ) -> None:
     """Write rows as a table, in their order; it appears at `path` whole or not at all.
 
@@ -54,6 +64,8 @@ def write_table(
         rows: In the order of the table.
         path: Of the table; it is replaced.
         kind: CSV has a head and an empty field for null.
+        raw: Whether text of a CSV stays as it is; else `'` stands before what a spreadsheet would
+            run as a formula.
         metadata: Goes into the file's own metadata, where the kind has any (Parquet).
 
     Raises:
@@ -65,7 +77,9 @@ def write_table(
         with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", dir=path.parent) as folder:
             lines, table = Path(folder) / "rows.jsonl", Path(folder) / "table"
             longest = _write_lines(rows, lines)
-            source = _source(lines, max_row_bytes=max(longest, _LEAST_ROW_BYTES))
+            harmless = kind is TableFormat.CSV and not raw
+            size = max(longest, _LEAST_ROW_BYTES)
+            source = _source(lines, max_row_bytes=size, harmless=harmless)
             _copy(source, table, kind, metadata)
             table.replace(path)
 
@@ -80,12 +94,23 @@ def _write_lines(rows: Iterable[FlatOutcome], path: Path) -> int:
     return longest
 
 
-def _source(lines: Path, *, max_row_bytes: int) -> str:
+def _source(lines: Path, *, max_row_bytes: int, harmless: bool) -> str:
     columns = ", ".join(f"{_quoted(name)}: '{type_}'" for name, type_ in COLUMNS.items())
+    texts = [name for name, type_ in COLUMNS.items() if type_ == "VARCHAR" and harmless]
+    changed = ", ".join(f'{_harmless(name)} AS "{name}"' for name in texts)
+    chosen = f"* REPLACE ({changed})" if changed else "*"
     return (
-        f"SELECT * FROM read_json({_quoted(str(lines))}, format = 'newline_delimited',"
+        f"SELECT {chosen} FROM read_json({_quoted(str(lines))}, format = 'newline_delimited',"
         f" columns = {{{columns}}}, maximum_object_size = {max_row_bytes})"
     )
+
+
+def _harmless(column: str) -> str:
+    """Return a text so that no spreadsheet runs it; a number is none to run."""
+    runs = f'regexp_matches("{column}", {_quoted(_FORMULA)})'
+    number = f'regexp_full_match("{column}", {_quoted(_NUMBER)})'
+    quote = _quoted("'")
+    return f'CASE WHEN {runs} AND NOT {number} THEN {quote} || "{column}" ELSE "{column}" END'
 
 
 def _copy(source: str, table: Path, kind: TableFormat, metadata: Mapping[str, str]) -> None:

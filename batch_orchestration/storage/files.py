@@ -25,6 +25,7 @@ from batch_orchestration.domain.lifecycle import Closing, Resumption
 from batch_orchestration.domain.submissions import Submission, submission_of
 from batch_orchestration.storage.lines import RawLine, new_digest, read_chunk, read_lines
 from batch_orchestration.storage.regular import NO_DESCRIPTOR, open_regular
+from batch_orchestration.storage.sharing import share
 
 __all__ = [
     "DataFolder",
@@ -168,6 +169,12 @@ class DataFolder:
             *(self.journals, self.outbox, self.logs),
         ):
             make_folder(folder)
+        # Its own content is nobody else's, so what lies below is not looked through.
+        for folder in (
+            *(self.root, self.inbox, self.rejected, self.claims, self.batches),
+            *(self.submissions, self.journals),
+        ):
+            share(folder)
 
     def plan_path(self, batch_id: str) -> Path:
         """Where the plan of a batch is kept."""

@@ -80,7 +80,7 @@ class Journal:
         """
         with disk_errors(path):
             make_folder(path.parent)
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o640)
             try:
                 _lock(descriptor, path)
                 if os.fstat(descriptor).st_size == 0:

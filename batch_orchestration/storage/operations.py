@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-from filelock import BaseFileLock, FileLock
+from filelock import BaseFileLock
 
 from batch_orchestration.domain.commits import Provenance
 from batch_orchestration.domain.dead_letters import Discard, Operation, Replay
@@ -19,10 +19,12 @@ from batch_orchestration.domain.errors import DeadLetterError, FileDamaged, Jour
 from batch_orchestration.storage.files import (
     DataFolder,
     disk_errors,
+    make_folder,
     read_kept,
     write_atomically,
 )
 from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal
+from batch_orchestration.storage.sharing import share, shared_lock
 from batch_orchestration.storage.store import Store
 from batch_orchestration.storage.unfinished import mark, marked
 
@@ -47,7 +49,13 @@ class Operations:
 
     def lock(self) -> BaseFileLock:
         """Return the lock under which operations are added, closed and applied."""
-        return FileLock(self._lock_path)
+        return shared_lock(self._lock_path)
+
+    def make_folder(self) -> None:
+        """Make the folder of the operations, where everybody in the group may add one."""
+        with disk_errors(self._path):
+            make_folder(self._path)
+            share(self._path)
 
     def all(self) -> list[Operation]:
         """Return the operations in their order.
