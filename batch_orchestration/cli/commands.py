@@ -168,7 +168,7 @@ def _show_board(context: Context, *, as_json: bool) -> None:
     for table in tables.board_tables(board):
         context.console.print(table)
     if board.unread:
-        click.echo(
+        say(
             f"Files wait in {context.folder.inbox}, and no Dagster daemon has ever looked at this"
             " data folder. Start one there where dagster.yaml lies: `make dev`, or `dagster dev`"
             f" with BATCH_DATA_DIR={context.folder.root}"

@@ -7,8 +7,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from filelock import FileLock
-
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.errors import Shortage
 from batch_orchestration.services.assembly import (
@@ -30,6 +28,7 @@ from batch_orchestration.services.partial_results import (
 )
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import DataFolder, atomic_writer
+from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ def deliver_what_is_there(
         OutboxUnwritable: No room or no permission.
         AccountingError: See `assemble`.
     """
-    with holding(FileLock(assembly_lock_path(batch_id, folder))):
+    with holding(shared_lock(assembly_lock_path(batch_id, folder))):
         finished = finished_so_far(batch_id, folder=folder, store=store)
         if not finished.all_committed:
             on_partial()

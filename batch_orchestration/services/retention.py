@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-from filelock import FileLock
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.housekeeping import Removal
@@ -24,6 +23,7 @@ from batch_orchestration.services.plan_checks import input_removed_path
 from batch_orchestration.services.recount import recount
 from batch_orchestration.storage.files import DataFolder, disk_errors, write_atomically
 from batch_orchestration.storage.operations import open_replays
+from batch_orchestration.storage.sharing import shared_lock
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def clean_journals(house: House, keep_seconds: float) -> Iterator[Removal]:
 
 
 def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: float) -> bool:
-    with holding(FileLock(assembly_lock_path(batch_id, folder))):
+    with holding(shared_lock(assembly_lock_path(batch_id, folder))):
         if not folder.pruned_path(batch_id).exists():
             counted = recount(folder.read_plan(batch_id), OutboxFiles(folder.outbox_path(batch_id)))
             if counted.problem is not None or counted.partial:

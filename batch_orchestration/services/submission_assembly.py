@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from filelock import FileLock
 
 from batch_orchestration.domain.batches import BatchPlan, BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
@@ -28,6 +27,7 @@ from batch_orchestration.services.recount import find_miscount
 from batch_orchestration.services.reports import submission_blocks
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import DataFolder, atomic_writer
+from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def part_ending(
         return
     submission = folder.read_submission(plan.part.submission)
     lock = folder.submission_path(submission.submission_id).with_name("assembly.lock")
-    with holding(FileLock(lock)):
+    with holding(shared_lock(lock)):
         records = _records(submission, store)
         if plan.batch_id in records:
             mine = msgspec.structs.replace(records[plan.batch_id], status=status)

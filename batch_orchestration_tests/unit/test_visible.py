@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from pathlib import Path
 
 import click
 import pytest
@@ -10,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from batch_orchestration.cli import visible as visible_module
 from batch_orchestration.cli.context import Commands, print_json
 from batch_orchestration.cli.visible import VisibleConsole, escaped, say, visible
 from batch_orchestration.domain.errors import BatchOrchestrationError
@@ -115,3 +118,15 @@ def test_messages_and_errors_are_harmless(text: str, error: type[Exception]) -> 
     assert result.exit_code in (1, 2)
     assert commands_in(result.output) == []
     assert result.output.count(visible(text)) == 2
+
+
+def test_no_command_prints_by_another_way() -> None:
+    """Metrics are bytes, made of figures and of names that are escaped by their own rules."""
+    folder = Path(visible_module.__file__).parent
+    others = [
+        path.name
+        for path in folder.glob("*.py")
+        if re.search(r"click\.s?echo\(|\bConsole\(|(?<!\.)\bprint\(", path.read_text())
+    ]
+
+    assert sorted(others) == ["metrics.py", "visible.py"]
