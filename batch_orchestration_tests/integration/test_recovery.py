@@ -203,6 +203,32 @@ def test_a_damaged_plan_costs_its_batch_only(bench: LetterBench) -> None:
         bench.folder.read_plan(bench.batch_id)
 
 
+def test_recover_rebuilds_all_but_what_is_damaged_and_names_that(tmp_path: Path) -> None:
+    """One chunk's journal, one decision and one operation are damaged, each of another batch."""
+    bench = LetterBench(tmp_path, failing=(17,))
+    bench.discard(Selection(custom_ids=("request-17",)), reason="out of date")
+    torn, undecided = bench.admitted(30), bench.admitted(6)
+    bench.run(torn, ScriptedEngine())
+    bench.run(undecided, ScriptedEngine())
+    journal = bench.folder.journal_path(torn.batch_id, 1)
+    journal.unlink()
+    journal.mkdir()
+    closing = bench.folder.closing_path(undecided.batch_id)
+    closing.write_bytes(b"")
+    operation = next((bench.folder.journals / bench.batch_id).glob("dead_letters/*-discard.json"))
+    operation.write_bytes(b"{")
+
+    recovery = bench.recover()
+
+    assert not recovery.complete
+    problems = {batch.batch_id: batch.problems for batch in recovery.batches}
+    named = {torn.batch_id: journal, undecided.batch_id: closing, bench.batch_id: operation}
+    for batch_id, path in named.items():
+        assert any(str(path) in problem for problem in problems[batch_id]), batch_id
+    chunks = {batch.batch_id: batch.chunks for batch in recovery.batches}
+    assert chunks == {torn.batch_id: 2, undecided.batch_id: 1, bench.batch_id: 3}
+
+
 def test_states_after_a_closed_replay_are_the_same_after_a_recovery(bench: LetterBench) -> None:
     bench.discard(Selection(states=(DeadLetterState.REPLAYING,)), reason="never mind")
     before = bench.contents()

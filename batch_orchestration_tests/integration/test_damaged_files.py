@@ -1,0 +1,261 @@
+"""Damaged files of one batch, and of the deployment: what they cost is that batch, and no other.
+
+Every kind of file that `DataFolder` names is in one of the tables below, or a test fails.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.lifecycle import Resumption
+from batch_orchestration.services.board import read_board
+from batch_orchestration.services.closing import cancel
+from batch_orchestration.services.configuration import open_inbox
+from batch_orchestration.services.health import examine_health
+from batch_orchestration.services.health_checks import files
+from batch_orchestration.storage.files import DataFolder
+from batch_orchestration_tests.builders import make_input
+from batch_orchestration_tests.integration.deployment import Deployment
+
+#: Folders that all members share: without them there is no deployment.
+SHARED_FOLDERS = {
+    *("inbox", "rejected", "claims", "batches", "submissions", "journals", "outbox", "logs"),
+    *("heartbeats", "surveys", "fences"),
+}
+#: The store has tests of its own: `recover` makes it anew.
+ELSEWHERE = {"duckdb"}
+PART = "whole-1a2b3c4d-p1of2"
+
+OF_A_BATCH: dict[str, Callable[[DataFolder, str], Path]] = {
+    "plan_path": DataFolder.plan_path,
+    "input_path": DataFolder.input_path,
+    "closing_path": DataFolder.closing_path,
+    "resumption_path": DataFolder.resumption_path,
+    "progress_path": DataFolder.progress_path,
+    "journal_path": lambda folder, batch_id: folder.journal_path(batch_id, 1),
+}
+#: That it is there is all that it says.
+MARKS: dict[str, Callable[[DataFolder, str], Path]] = {
+    "pruned_path": DataFolder.pruned_path,
+    "outbox_path": DataFolder.outbox_path,
+}
+OF_SUBMISSIONS: dict[str, Callable[[DataFolder], Path]] = {
+    "submission_path": lambda folder: folder.submission_path("whole-1a2b3c4d"),
+    "submission_input_path": lambda folder: folder.submission_input_path("whole-1a2b3c4d"),
+    "waiting_part_path": lambda folder: folder.waiting_part_path(PART) / "plan.json",
+}
+OF_THE_DEPLOYMENT: dict[str, Callable[[DataFolder], Path]] = {
+    "queue": lambda folder: folder.queue,
+    "needs": lambda folder: folder.needs,
+    "health": lambda folder: folder.health,
+    "alerts": lambda folder: folder.alerts,
+    "rungs": lambda folder: folder.rungs,
+    "heartbeat_path": lambda folder: folder.heartbeat_path("run-9"),
+    "engine_record_path": lambda folder: folder.engine_record_path("run-9"),
+    "a fence": lambda folder: folder.fences / "GPU-9.json",
+    "a survey": lambda folder: folder.surveys / "9-9-9.json",
+    "housekeeping": lambda folder: folder.root / "housekeeping.json",
+}
+#: A damaged pause is a pause: see `test_queue_files_damaged`.
+FAILS_CLOSED = {"paused"}
+
+WAYS: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "truncated": lambda path: path.write_bytes(b'{"batch_'),
+    "a folder": lambda path: path.mkdir(),
+    "emptied": lambda path: path.write_bytes(b""),
+}
+#: No journal is the same as an empty one, and what is torn in it is passed over.
+HARMLESS = {("journal_path", "truncated"), ("journal_path", "emptied")}
+#: Of what a person has to mend before its batch can be delivered.
+NEEDED = {"plan_path", "journal_path"}
+
+
+@pytest.fixture
+def deployment(tmp_path):
+    with closing(Deployment(tmp_path, chunks_per_run=1, disk_reserve_bytes=0)) as deployment:
+        yield deployment
+
+
+def damage(path: Path, way: str) -> None:
+    remove(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    WAYS[way](path)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def look(deployment, path):
+    """Whether health and status name a path."""
+    now = time.time()
+    report = examine_health(
+        settings=deployment.settings,
+        folder=deployment.folder,
+        now=now,
+        checks={"files": files},
+    )
+    board = read_board(
+        folder=deployment.folder,
+        store=deployment.store,
+        inbox=open_inbox(deployment.settings, deployment.folder),
+        now=now,
+    )
+    found = [finding for finding in report.findings if str(path) in finding.reason]
+    assert all(finding.next_command for finding in found)
+    return bool(found), any(damage.path == path for damage in board.damaged)
+
+
+def serve(deployment, batch_id, *, ticks=12):
+    """Run whatever is asked for, until a batch has ended."""
+    for _ in range(ticks):
+        for request in deployment.requests("dispatch_sensor"):
+            deployment.run(request)
+        status = deployment.store.batch(batch_id).status
+        if status in (BatchStatus.COMPLETED, BatchStatus.CANCELLED):
+            return status
+    raise AssertionError(f"{batch_id} is {status}; {deployment.reason('dispatch_sensor')}")
+
+
+def cancel_now(deployment, batch_id):
+    cancel(
+        batch_id,
+        folder=deployment.folder,
+        store=deployment.store,
+        actor="tester",
+        reason="",
+        at=time.time(),
+    )
+
+
+def at_work(deployment, batch_id):
+    """Have the first of two chunks answered."""
+    deployment.run(deployment.requests("dispatch_sensor")[0])
+    assert deployment.store.batch(batch_id).chunks_committed == 1
+
+
+def resumed(deployment, batch_id):
+    """Have a person's decision lie there, so that there is something to damage."""
+    told = Resumption(at=time.time() - 60, actor="tester", reason="once more")
+    deployment.folder.write_resumption(batch_id, told)
+
+
+STAGES = {"waits": lambda *_: None, "runs": at_work, "is resumed": resumed, "closes": cancel_now}
+
+
+def test_every_kind_of_path_that_the_data_folder_names_is_attacked():
+    named = {
+        name
+        for name, member in vars(DataFolder).items()
+        if isinstance(member, property) or name.endswith("_path")
+    }
+    here = {*OF_A_BATCH, *MARKS, *OF_SUBMISSIONS, *OF_THE_DEPLOYMENT}
+
+    assert named <= here | SHARED_FOLDERS | ELSEWHERE | FAILS_CLOSED
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", OF_A_BATCH)
+def test_a_damaged_file_of_one_batch_stops_no_other(deployment, kind, stage):
+    victim = deployment.admit("victim.jsonl", make_input(10))
+    STAGES[stage](deployment, victim)
+    path = OF_A_BATCH[kind](deployment.folder, victim)
+    for way in WAYS:
+        damage(path, way)
+        named = (False, False) if (kind, way) in HARMLESS else (True, True)
+        assert look(deployment, path) == named, way
+        deployment.tick("inbox_sensor")
+        deployment.tick("recovery_sensor")
+        assert str(path) in str(deployment.tick("dispatch_sensor")) or kind not in (
+            *("plan_path", "closing_path", "resumption_path"),
+        )
+    damage(path, "a folder")
+
+    other = deployment.admit("other.jsonl", make_input(7))
+
+    assert serve(deployment, other) is BatchStatus.COMPLETED
+    assert look(deployment, path) == (True, True)
+    cancel_now(deployment, victim)
+    if kind not in NEEDED:
+        assert serve(deployment, victim) is BatchStatus.CANCELLED
+
+
+@pytest.mark.parametrize("way", ["truncated", "a folder"])
+@pytest.mark.parametrize("kind", ["plan_path", "closing_path", "resumption_path"])
+def test_a_batch_goes_on_by_itself_once_its_file_is_mended(deployment, kind, way):
+    victim = deployment.admit("victim.jsonl", make_input(5))
+    path = OF_A_BATCH[kind](deployment.folder, victim)
+    whole = path.read_bytes() if path.exists() else None
+    damage(path, way)
+    assert deployment.requests("dispatch_sensor") == []
+    needs = deployment.folder.needs.read_text()
+    assert str(path) in needs
+
+    remove(path)
+    if whole is not None:
+        path.write_bytes(whole)
+
+    assert serve(deployment, victim) is BatchStatus.COMPLETED
+    assert deployment.folder.needs.read_bytes() == b"[]"
+
+
+@pytest.mark.parametrize("kind", [*OF_THE_DEPLOYMENT, *OF_SUBMISSIONS])
+def test_a_damaged_file_of_the_deployment_stops_no_batch(deployment, kind):
+    path = {**OF_THE_DEPLOYMENT, **OF_SUBMISSIONS}[kind](deployment.folder)
+    for way in WAYS:
+        damage(path, way)
+        if kind not in ("submission_path", "submission_input_path"):
+            assert look(deployment, path) == (True, True), way
+        for sensor in ("inbox_sensor", "dispatch_sensor", "recovery_sensor", "replay_sensor"):
+            deployment.tick(sensor)
+        damage(path, way)
+
+    damage(path, "a folder")
+    batch_id = deployment.admit("a.jsonl", make_input(5))
+
+    assert serve(deployment, batch_id) is BatchStatus.COMPLETED
+
+
+@pytest.mark.parametrize("kind", MARKS)
+@pytest.mark.parametrize("way", ["a pipe", "emptied"])
+def test_a_mark_that_says_nothing_stops_no_other_batch(deployment, kind, way):
+    victim = deployment.admit("victim.jsonl", make_input(10))
+    damage(MARKS[kind](deployment.folder, victim), way)
+
+    other = deployment.admit("other.jsonl", make_input(7))
+
+    assert serve(deployment, other) is BatchStatus.COMPLETED
+
+
+def test_foreign_folders_among_the_batches_stop_nothing_and_are_named(deployment):
+    first = deployment.admit("first.jsonl", make_input(10))
+    plan = deployment.folder.plan_path(first).read_bytes()
+    copies = [deployment.folder.batches / f"My Copy of {first} (batch)"]
+    copies += [deployment.folder.batches / f"{first}-copy", deployment.folder.batches / "notes"]
+    for copy in copies:
+        copy.mkdir()
+    for copy in copies[:2]:
+        (copy / "plan.json").write_bytes(plan)
+
+    other = deployment.admit("other.jsonl", make_input(7))
+
+    assert serve(deployment, other) is BatchStatus.COMPLETED
+    assert {record.batch_id for record in deployment.store.batches()} == {first, other}
+    board = read_board(
+        folder=deployment.folder,
+        store=deployment.store,
+        inbox=open_inbox(deployment.settings, deployment.folder),
+        now=time.time(),
+    )
+    for copy in copies:
+        assert any(str(copy) in damage.reason for damage in board.damaged), copy
