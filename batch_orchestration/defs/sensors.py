@@ -26,7 +26,7 @@ from batch_orchestration.defs.queue import report_queue
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import LIVE_STATUSES, free_run_key, known_runs, run_state
 from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import StorageError, StoreLocked
+from batch_orchestration.domain.errors import StorageError, StoreDamaged, StoreLocked
 from batch_orchestration.domain.members import Faults, MemberFault
 from batch_orchestration.domain.queueing import NeedsPerson, QueueView, WaitReason
 from batch_orchestration.services.claims import Claim
@@ -117,7 +117,8 @@ def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.
     if len(ended) < len(states):
         return f"{claim.file_name}: being admitted"
     if ended and (wait := backoff_left(len(ended), max(ended), now=now)) > 0:
-        return f"{claim.file_name}: {claim.attempts}; the next attempt in {wait:.0f} s"
+        why = f" ({claim.attempts})" if claim.attempts.failed else ""
+        return f"{claim.file_name}: {len(ended)} admissions failed{why}; the next in {wait:.0f} s"
     return dg.RunRequest(
         run_key=free_run_key(instance, f"{claim.claim_id}#{len(ended)}"),
         run_config=dg.RunConfig({admit_claim.name: AdmitConfig(claim_id=claim.claim_id)}),
@@ -197,6 +198,8 @@ def dispatch_sensor(
             closings=closings,
             halts=halts_in_force(folder, batches),
         )
+    except (StoreLocked, StoreDamaged) as error:
+        return dg.SkipReason(f"the store cannot be read now: {error}")
     except StorageError as error:
         return dg.SkipReason(f"no run is asked for now: {error}")
     with contextlib.suppress(StorageError):  # only what looks at it goes without
