@@ -142,6 +142,15 @@ class ClaimFolder:
         went_back = isinstance(verdict, Released | Held)
         return self.user_file() is None and (verdict is None or went_back)
 
+    def release_links(self) -> None:
+        """Put back what came here in a file's place and is none: a link, a pipe."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            strange = [
+                Path(e.path) for e in entries if e.is_symlink() or not (e.is_file() or e.is_dir())
+            ]
+        for path in strange:
+            move_into(path, self.inbox_folder(), path.name)
+
     def release_sidecar(self) -> None:
         """Put the side-car back into the inbox, beside the released file if there is one."""
         if (sidecar := self.sidecar()) is None:

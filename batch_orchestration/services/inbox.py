@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +27,11 @@ from batch_orchestration.services.claims import (
 from batch_orchestration.services.dropped_files import DroppedFile, look
 from batch_orchestration.services.sidecars import find_sidecar
 from batch_orchestration.services.surveys import Surveys
+from batch_orchestration.services.untaken import Untaken, UntakenFiles, reason_of
 from batch_orchestration.storage.files import DataFolder, sync_folder
 from batch_orchestration.storage.moves import readable_name
 from batch_orchestration.storage.sharing import shared_lock
+from batch_orchestration.storage.taking import NotTaken, take
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ class Inbox:
                 self._return_half_claimed()
                 files = self.look(now=now)
                 chosen = files if choose is None else choose(files)
-                claims = self._claim_each(file for file in chosen if file.reason is None)
+                claims = self._claim_each([f for f in chosen if f.reason is None], now)
         except filelock.Timeout:
             logger.info("the inbox is being claimed by another process; it is left to it")
             return []
@@ -142,10 +144,15 @@ class Inbox:
             settle_seconds=self._settle_seconds,
             now=now,
         )
-        surveyed = [self._surveyed(file) for file in found]
+        untaken = UntakenFiles(self._folder).read()
+        surveyed = [self._surveyed(self._tried(file, untaken, now)) for file in found]
         return sorted(
             surveyed, key=lambda file: (-file.origin.priority, file.origin.arrived_at, file.path)
         )
+
+    def _tried(self, file: DroppedFile, untaken: Mapping[str, Untaken], now: float) -> DroppedFile:
+        reason = reason_of(untaken.get(self.name_of(file.path)), file.stats, now=now)
+        return file if file.reason or reason is None else replace(file, reason=reason)
 
     def _surveyed(self, file: DroppedFile) -> DroppedFile:
         survey = Surveys(self._folder).find(file.stats)
@@ -154,31 +161,42 @@ class Inbox:
         origin = msgspec.structs.replace(file.origin, arrived_at=survey.arrived_at)
         return replace(file, survey=survey, origin=origin)
 
-    def _claim_each(self, files: Iterable[DroppedFile]) -> list[Claim]:
+    def _claim_each(self, files: Sequence[DroppedFile], now: float) -> list[Claim]:
         claims, faults = [], Faults()
+        untaken: dict[str, Untaken] = {}
         for file in files:
             with faults.of(str(file.path)):
-                if (claim := self._claim(file)) is not None:
-                    claims.append(claim)
+                try:
+                    claims.append(self._claim(file))
+                except NotTaken as reason:
+                    with contextlib.suppress(FileNotFoundError):  # another tick has it
+                        stats = file.path.lstat()
+                        untaken[self.name_of(file.path)] = Untaken(
+                            inode=stats.st_ino,
+                            changed_ns=stats.st_ctime_ns,
+                            reason=str(reason),
+                            at=now,
+                        )
         faults.log()
+        if files:
+            UntakenFiles(self._folder).keep(untaken, now=now)
         return claims
 
-    def _claim(self, file: DroppedFile) -> Claim | None:
+    def _claim(self, file: DroppedFile) -> Claim:
         path = file.path
         place = ClaimFolder(self._folder, f"{slug(path.name)}-{secrets.token_hex(6)}")
         # First, for a crash after it is moved would leave a file that nobody knows where to put.
         place.create(file.origin)
-        sidecar = find_sidecar(path)
+        sidecar, ours = find_sidecar(path), place.root / path.name
         try:
             if sidecar is not None:
                 # First, so that no file is ever admitted without what its author said about it.
-                sidecar.rename(place.root / sidecar.name)
-            ours = path.rename(place.root / path.name)
-        except OSError as error:
-            logger.warning("cannot claim %s: %s", path, error)
+                take(sidecar, place.root / sidecar.name)
+            take(path, ours)
+        except NotTaken as reason:
+            logger.warning("cannot claim %s: %s", path, reason)
             self._return_sidecar(place)
-            return None
-        sync_folder(place.root)
+            raise
         sync_folder(self._folder.claims)
         return claimed(place, ours)
 
@@ -188,6 +206,7 @@ class Inbox:
         for claim_id in self._claim_ids():
             place = ClaimFolder(self._folder, claim_id)
             with faults.of(claim_id):
+                place.release_links()
                 if place.holds_only_sidecar():
                     with contextlib.suppress(TimeoutError), place.lock(timeout_seconds=0):
                         if place.holds_only_sidecar():

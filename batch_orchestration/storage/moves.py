@@ -4,6 +4,8 @@ import contextlib
 import errno
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +16,9 @@ NAME_MAX_BYTES = 255
 _ENDING = re.compile(
     r"(\.jsonl(\.gz)?|\.[^.\s]{1,10})?(\.(meta|errors)\.json)?$", flags=re.IGNORECASE
 )
-#: File systems without hard links (exFAT, some network ones) answer with one of these.
-_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+#: File systems without hard links (exFAT, some network ones) answer with one of these; between
+#: two disks there are none.
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 
 
 def readable_name(name: str) -> str:
@@ -76,10 +79,28 @@ def move_if_free(source: Path, target: Path) -> bool:
             raise
         if is_taken(target, by_other_than=source):
             return False
-        source.rename(target)
+        if error.errno == errno.EXDEV:
+            _copy_over(source, target)
+        else:
+            source.rename(target)
     else:
         source.unlink()
     return True
+
+
+def _copy_over(source: Path, target: Path) -> None:
+    """Move a file to another disk, durably."""
+    part = target.with_name(f".{secrets.token_hex(6)}.tmp")
+    try:
+        shutil.copy2(source, part, follow_symlinks=False)
+        if not part.is_symlink():
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        part.rename(target)
+        sync_folder(target.parent)
+    finally:
+        part.unlink(missing_ok=True)
+    source.unlink()
 
 
 def is_taken(target: Path, *, by_other_than: Path) -> bool:
@@ -94,5 +115,10 @@ def is_taken(target: Path, *, by_other_than: Path) -> bool:
 def move_over(source: Path, target: Path) -> None:
     """Rename onto the target if the source is still there: safe to repeat."""
     with contextlib.suppress(FileNotFoundError):
-        source.replace(target)
+        try:
+            source.replace(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _copy_over(source, target)
         sync_folder(target.parent)
