@@ -124,3 +124,33 @@ def test_systemd_itself_has_no_complaint(tmp_path):
 
     complaints = [line for line in verdict.stderr.splitlines() if "batch-orchestration" in line]
     assert (verdict.returncode, complaints) == (0, [])
+
+
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.stem)
+def test_a_service_makes_nothing_for_others_and_writes_only_where_it_has_to(unit):
+    service = read_unit(unit)["Service"]
+
+    assert service["UMask"] == "0027"
+    assert service["NoNewPrivileges"] == "yes"
+    assert service["ProtectSystem"] == "strict"
+    assert service["ReadWritePaths"].split()[0] == f"{INSTALLED}/data"
+    # It forbids chmod g+s, by which folders are shared with the group.
+    assert "RestrictSUIDSGID" not in service
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.stem)
+def test_systemd_calls_no_service_exposed(unit, tmp_path):
+    """From 0 to 10; the daemon's, below which engines use the devices, is the highest."""
+    path = tmp_path / unit.name
+    path.write_text(unit.read_text().replace("User=batch", "User=daemon"))
+
+    verdict = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=50", path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert verdict.returncode == 0, verdict.stdout[-300:] + verdict.stderr
+    assert "Overall exposure level" in verdict.stdout
