@@ -8,8 +8,10 @@ from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.process_records import is_running, read_record
 from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated_strange import KINDS
 from batch_orchestration.services.assembly import OutboxFiles, assemble
 from batch_orchestration.services.chunk_runner import run_chunks
+from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.services.recount import recount
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import read_journal
@@ -20,6 +22,37 @@ from batch_orchestration_tests.workbench import make_feeding
 
 #: Names the submission, of which a disturbed batch has more than an undisturbed one.
 _REQUEST_ID = re.compile(rb'("request_id":"[^"]*)-\d+"')
+
+
+#: The simulated engine's strange answers; not those that make us doubt who answers, or wait.
+STRANGE = sorted(KINDS - {"redirect", "retry_after", "bomb"})
+
+
+def strange_input(requests: int, *, name: str) -> bytes:
+    """The same with answers that no engine should give among those of the plain requests."""
+    return b"".join(
+        _strange_line(name, number) if number % 19 == 7 else _line(name, number)
+        for number in range(requests)
+    )
+
+
+def doomed_input(requests: int, *, name: str) -> bytes:
+    """A batch file of which the engine refuses every request."""
+    faults = {"status": 400}
+    return b"".join(
+        make_line(
+            number,
+            custom_id=f"{name}-{number}",
+            body=make_body(f"{name}: question {number}", simulate=faults),
+        )
+        for number in range(requests)
+    )
+
+
+def _strange_line(name: str, number: int) -> bytes:
+    faults = {"strange": STRANGE[number // 19 % len(STRANGE)]}
+    body = make_body(f"{name}: question {number}", simulate=faults)
+    return make_line(number, custom_id=f"{name}-{number}", body=body)
 
 
 def mixed_input(requests: int, *, name: str = "mixed") -> bytes:
@@ -63,8 +96,12 @@ def run_to_the_end(
     *,
     run_id: str,
     in_flight: int = 8,
+    max_failure_rate: float = 0.5,
 ) -> None:
-    """Answer what is pending and assemble the output, as the runs of a batch do."""
+    """Answer what is pending and assemble the output, as the runs of a batch do.
+
+    One that is paused, or pauses meanwhile, is left to a person.
+    """
     plan = folder.read_plan(batch_id)
     commits = run_chunks(
         {batch_id: range(len(plan.chunks))},
@@ -76,10 +113,13 @@ def run_to_the_end(
             in_flight=in_flight,
             engine_restarts=1_000,
             retry=RetryPolicy(max_attempts=4, base_delay_seconds=0.0),
+            max_failure_rate=max_failure_rate,
         ),
     )
     for _ in commits:
         pass
+    if halt_in_force(folder, batch_id) is not None:
+        return
     assemble(batch_id, folder=folder, store=store, clock=lambda: NOW)
 
 

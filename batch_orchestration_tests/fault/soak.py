@@ -3,9 +3,13 @@
 `make soak MINUTES=3 SEED=7`, or `python -m batch_orchestration_tests.fault.soak --minutes 3`. With
 Dagster its daemon is among the victims; `--stage workers` does without, and gets many more kills
 into the same time.
+
+Every fourth batch is doomed: the engine refuses all of it, it pauses, and a person resumes it. Some
+answers are strange, and now and then a file is damaged that its writer replaces.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -23,6 +27,9 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.services.halting import halts_in_force
+from batch_orchestration.services.resuming import resume
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import MODEL
@@ -30,10 +37,11 @@ from batch_orchestration_tests.children import ROOT
 from batch_orchestration_tests.fault.mixed_batches import (
     answers,
     assert_accounted,
+    doomed_input,
     engine_leaders,
-    mixed_input,
     run_to_the_end,
     simulated_engine,
+    strange_input,
 )
 from batch_orchestration_tests.inbox_bench import InboxBench
 from batch_orchestration_tests.integration.dagster_processes import (
@@ -45,8 +53,12 @@ from batch_orchestration_tests.integration.dagster_processes import (
 PER_CHUNK = 20
 #: So many batches are always unfinished: a kill never finds everything idle.
 UNFINISHED = 2
-DRAIN_SECONDS = 300.0
+DRAIN_SECONDS = 600.0
+#: One batch in so many is doomed, and has so many requests: more than are judged.
+DOOMED_EVERY = 4
+DOOMED_REQUESTS = 120
 POLL_SECONDS = 0.2
+_DAMAGES = itertools.count()
 #: Of the simulated engine; long enough for full windows, and with a tail.
 CONDITIONS = {"latency_seconds": 0.1, "latency_sigma": 0.5}
 
@@ -79,7 +91,7 @@ class Stage(Protocol):
 class Workers:
     """One worker process that is started again whenever it is found dead."""
 
-    victims: ClassVar = {"worker": 1, "engine": 1}
+    victims: ClassVar = {"worker": 3, "engine": 3, "file": 1}
     pause_seconds = (0.5, 4.0)
     requests = 240
 
@@ -94,6 +106,8 @@ class Workers:
     def strike(self, victim: str) -> bool:
         if victim == "engine":
             return _kill_an_engine(self.folder)
+        if victim == "file":
+            return _damage_a_file(self.folder)
         assert self._worker is not None
         alive = self._worker.poll() is None
         self._worker.kill()
@@ -123,7 +137,7 @@ class Workers:
 class Dagster:
     """`dagster dev` in a folder of its own; the real daemon, sensors, launcher and retries."""
 
-    victims: ClassVar = {"worker": 3, "engine": 3, "daemon": 1, "everything": 1}
+    victims: ClassVar = {"worker": 3, "engine": 3, "file": 2, "daemon": 1, "everything": 1}
     pause_seconds = (3.0, 9.0)
     #: A run takes Dagster six seconds to start; it should then have something to do for a while.
     requests = 800
@@ -142,6 +156,8 @@ class Dagster:
     def strike(self, victim: str) -> bool:
         if victim == "engine":
             return _kill_an_engine(self.folder)
+        if victim == "file":
+            return _damage_a_file(self.folder)
         if victim == "worker":
             started = [run for run in self._processes.runs() if run.status == "STARTED"]
             for run in started:
@@ -173,6 +189,7 @@ class Figures:
     submissions: int = 0
     lost: int = 0
     duplicated: int = 0
+    paused: int = 0
     kills: Counter[str] = field(default_factory=Counter)
 
 
@@ -211,15 +228,16 @@ def soak(stage: Stage, *, seconds: float, seed: int) -> Figures:
         stage.tend()
         if len(contents) - _completed(stage) < UNFINISHED:
             name = f"soak-{len(contents):03d}.jsonl"
-            contents[name] = mixed_input(stage.requests, name=name)
+            contents[name] = _content(stage, name, number=len(contents))
             stage.submit(name, contents[name])
+        figures.paused += _resume_paused(stage)
         # Whoever is to die next may have to be born first.
         if now > strike_at and stage.strike(victim):
             figures.kills[victim] += 1
-            print(f"{now - began:6.1f} s  kill -9 of: {victim}", flush=True)
+            print(f"{now - began:6.1f} s  strikes: {victim}", flush=True)
             strike_at, victim = next(strikes)
         time.sleep(POLL_SECONDS)
-    _drain(stage, len(contents))
+    _drain(stage, len(contents), figures)
     figures.seconds = time.monotonic() - began
     _check(stage, contents, figures)
     return figures
@@ -237,11 +255,34 @@ def _completed(stage: Stage) -> int:
     return sum(batch.status is BatchStatus.COMPLETED for batch in stage.store.batches())
 
 
-def _drain(stage: Stage, batches: int) -> None:
+def _content(stage: Stage, name: str, *, number: int) -> bytes:
+    if number % DOOMED_EVERY == 1:
+        return doomed_input(DOOMED_REQUESTS, name=name)
+    return strange_input(stage.requests, name=name)
+
+
+def _resume_paused(stage: Stage) -> int:
+    """Do what a person does who wants the rest of a paused batch all the same; count them."""
+    unfinished = [batch for batch in stage.store.batches() if batch.status not in FINAL]
+    paused = halts_in_force(stage.folder, unfinished)
+    for batch_id in paused:
+        resume(
+            batch_id,
+            folder=stage.folder,
+            store=stage.store,
+            actor="soak",
+            max_failure_rate=1.0,
+            at=time.time(),
+        )
+    return len(paused)
+
+
+def _drain(stage: Stage, batches: int, figures: Figures) -> None:
     deadline = time.monotonic() + DRAIN_SECONDS
     while (completed := _completed(stage)) < batches:
         assert time.monotonic() < deadline, f"only {completed} of {batches} batches complete"
         stage.tend()
+        figures.paused += _resume_paused(stage)
         time.sleep(POLL_SECONDS)
 
 
@@ -277,11 +318,33 @@ def _undisturbed(root: Path, contents: Mapping[str, bytes]) -> DataFolder:
         for name, content in contents.items():
             plan = bench.plan_of(name, content)
             run_to_the_end(
-                plan.batch_id, bench.folder, bench.store, engine, run_id="calm", in_flight=32
+                plan.batch_id,
+                bench.folder,
+                bench.store,
+                engine,
+                run_id="calm",
+                in_flight=32,
+                max_failure_rate=1.0,
             )
     finally:
         engine.stop()
     return bench.folder
+
+
+def _damage_a_file(folder: DataFolder) -> bool:
+    """Damage one of the files that are replaced by whoever writes them; say whether there was one.
+
+    Which of them, and how, is given by how often that was done before.
+    """
+    names = (folder.queue, folder.needs, folder.health, folder.alerts)
+    running = (folder.progress_path(batch_id) for batch_id in folder.batch_ids())
+    found = sorted(path for path in (*names, *running) if path.exists())
+    if not found:
+        return False
+    number = next(_DAMAGES)
+    found[number % len(found)].write_bytes((b"", b"{", b"\xff\x00", b"[]")[number % 4])
+    (folder.batches / f"My Copy of {number % 3}").mkdir(exist_ok=True)
+    return True
 
 
 def _kill_an_engine(folder: DataFolder) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.fault.mixed_batches import run_to_the_end, simulated_engine
@@ -22,7 +23,7 @@ def main(root: Path) -> None:
     engine = simulated_engine(folder)
     while True:
         for batch in store.batches():
-            if batch.status is BatchStatus.COMPLETED:
+            if batch.status is BatchStatus.COMPLETED or halt_in_force(folder, batch.batch_id):
                 continue
             # An engine killed while it starts fails the step, which Dagster then tries again.
             with contextlib.suppress(EngineStartFailed):

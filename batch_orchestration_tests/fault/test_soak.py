@@ -13,7 +13,7 @@ SECONDS = float(os.environ.get("SOAK_SECONDS", "180"))
 SEED = int(os.environ.get("SEED", random.randrange(2**32)))
 
 
-@pytest.mark.timeout(SECONDS + 360)
+@pytest.mark.timeout(SECONDS + 660)
 def test_whatever_is_killed_at_random_every_request_has_the_one_outcome_it_would_have_had(
     tmp_path: Path,
 ) -> None:
@@ -24,3 +24,4 @@ def test_whatever_is_killed_at_random_every_request_has_the_one_outcome_it_would
     assert figures.completed + figures.failed == figures.requests > 0
     assert figures.kills["worker"] > 0
     assert figures.kills["engine"] > 0
+    assert figures.paused > 0
