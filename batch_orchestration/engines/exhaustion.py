@@ -1,7 +1,7 @@
 """Recognises, from how an engine ended and what it wrote last, that it ran out of memory."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,6 +119,13 @@ SIGNS = (
     ),
 )
 
+#: A line that only informs; vLLM's request log is at this level, with the prompts.
+_HARMLESS = re.compile(r"^(\([^)]*pid=\d+\) )?(INFO|DEBUG)\b")
+#: Before a sign it says that somebody is quoted: a prompt, or the value of a field. An apostrophe
+#: stands behind a letter.
+_QUOTE = re.compile(r"(?<![A-Za-z])[\"']")
+#: How much older than the latest answer a line must be, for the engine to have survived it.
+SURVIVED_SECONDS = 5.0
 #: In any line that one of the patterns fits; a quarter of the time for a log of megabytes.
 _HINT = re.compile(r"[Mm]emory|max seq len|ALLOC_FAILED|died ")
 
@@ -140,6 +147,40 @@ class KernelKills(msgspec.Struct, frozen=True):
 
 
 NO_KILLS = KernelKills()
+
+
+class Survived(NamedTuple):
+    """What an engine has survived: whatever is older than this, it did not die of.
+
+    Attributes:
+        log_size: Of its log at that time, in bytes.
+        kills: The kernel's counts at that time.
+    """
+
+    log_size: int = 0
+    kills: KernelKills = NO_KILLS
+
+
+class SignsOfLife:
+    """Remembers what was in the log when the engine was still answering.
+
+    An answer may arrive a moment after the words of the death that follows: so what counts is a
+    time at least `SURVIVED_SECONDS` before the latest answer.
+    """
+
+    def __init__(self, begun: Survived) -> None:
+        self._survived = self._candidate = begun
+        self._since = float("-inf")
+
+    def note_answer(self, now: float, look: Callable[[], Survived]) -> None:
+        """Take note of an answer; looks at log and kernel now and then."""
+        if now - self._since >= SURVIVED_SECONDS:
+            self._survived, self._candidate, self._since = self._candidate, look(), now
+
+    @property
+    def survived(self) -> Survived:
+        """What it has survived for certain."""
+        return self._survived
 
 
 def count_kernel_kills(
@@ -175,7 +216,7 @@ def recognise(
     itself, that of the whole machine together with a SIGKILL that hit the engine.
 
     Args:
-        lines: What the engine wrote since it was started.
+        lines: What the engine wrote since it was started, and last gave an answer.
         exit_reason: See `EngineProcess.exit_reason`; None if it runs.
         before: The kernel's counts when it was started.
         now: The kernel's counts after it ended.
@@ -183,9 +224,12 @@ def recognise(
     found: tuple[int, Exhaustion] | None = None
     killed = exit_reason is not None and "SIGKILL" in exit_reason
     for line in filter(_HINT.search, lines):
+        if _HARMLESS.search(line):
+            continue
         killed = killed or _CHILD_KILLED.search(line) is not None
         for rank, sign in enumerate(SIGNS if found is None else SIGNS[: found[0]]):
-            if match := sign.pattern.search(line):
+            match = sign.pattern.search(line)
+            if match and not _QUOTE.search(line[: match.start()]):
                 found = rank, _exhaustion(sign, line, match)
                 break
     if found is not None:

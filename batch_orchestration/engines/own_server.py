@@ -90,7 +90,7 @@ class OwnServerEngine(Engine):
         self._choose_port = choose_port
         self._server: ServerEngine | None = None
         self._stopped = False
-        self._kills_before = exhaustion.NO_KILLS
+        self._life = exhaustion.SignsOfLife(exhaustion.Survived())
         #: The server that died, and how its memory was exhausted: one finding for all in flight.
         self._examined: tuple[ServerEngine, Exhaustion | None] | None = None
         self._figures: dict[str, Any] = {}
@@ -136,6 +136,7 @@ class OwnServerEngine(Engine):
             raise
         if isinstance(outcome, Completion):
             self.ladder.note_answer()
+            self._life.note_answer(time.monotonic(), self._look)
         return outcome
 
     async def measure(self) -> EngineFigures | None:
@@ -187,7 +188,7 @@ class OwnServerEngine(Engine):
 
     async def _spawn(self, port: int, key: str) -> None:
         command, env = self._launch(port, key)
-        self._kills_before = exhaustion.count_kernel_kills()
+        self._life = exhaustion.SignsOfLife(self._look())
         await asyncio.to_thread(self._process.spawn, command, env)
         if self._stopped:
             raise EngineStartFailed(f"{self._process.name} was stopped while it started")
@@ -253,11 +254,17 @@ class OwnServerEngine(Engine):
             self._examined = server, self._recognise_exhaustion()
         return self._examined[1]
 
+    def _look(self) -> exhaustion.Survived:
+        return exhaustion.Survived(self._process.log_size, exhaustion.count_kernel_kills())
+
     def _recognise_exhaustion(self) -> Exhaustion | None:
+        survived = self._life.survived
         return exhaustion.recognise(
-            self._process.last_log_lines(ALL_LINES, tail_bytes=exhaustion.TAIL_BYTES),
+            self._process.last_log_lines(
+                ALL_LINES, since=survived.log_size, tail_bytes=exhaustion.TAIL_BYTES
+            ),
             exit_reason=self._process.exit_reason(),
-            before=self._kills_before,
+            before=survived.kills,
             now=exhaustion.count_kernel_kills(),
         )
 

@@ -133,9 +133,20 @@ class EngineProcess:
             atexit.unregister(self._stop_at_exit)
             logger.info("%s (pid %d) is gone: it %s", self.name, child.pid, self._exit)
 
-    def last_log_lines(self, count: int, *, tail_bytes: int = logs.TAIL_BYTES) -> list[str]:
-        """Return the last lines that the server wrote since it was spawned."""
-        return logs.last_lines(self.log_path, count, start=self._log_start, tail_bytes=tail_bytes)
+    def last_log_lines(
+        self, count: int, *, since: int = 0, tail_bytes: int = logs.TAIL_BYTES
+    ) -> list[str]:
+        """Return the last lines that the server wrote since it was spawned, and after a size."""
+        start = max(self._log_start, since)
+        return logs.last_lines(self.log_path, count, start=start, tail_bytes=tail_bytes)
+
+    @property
+    def log_size(self) -> int:
+        """How long the log is now, in bytes."""
+        try:
+            return self.log_path.stat().st_size
+        except OSError:
+            return 0
 
     def _stop_at_exit(self, owner_pid: int) -> None:
         # A forked child inherits the wish, but not the server.

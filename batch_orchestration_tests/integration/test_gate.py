@@ -152,7 +152,7 @@ def test_a_thousand_refusals_by_a_content_filter_cost_a_few_probes(
         return None if asked.number is None else error(403, f"blocked (request {before})")
 
     server.script = script
-    bench.run(plan, server.engine())
+    bench.run(plan, server.engine(), max_failure_rate=1.0)
 
     assert outcomes(bench, plan) == {("engine_refused", 403): 1000}
     assert len(server.probes) <= 20
@@ -165,7 +165,7 @@ def test_where_every_other_request_is_refused_the_answers_are_the_controls(
     plan = bench.admitted(400, requests_per_chunk=200)
     server.script = lambda asked, before: error(403, "no") if (asked.number or 0) % 2 else None
 
-    bench.run(plan, server.engine())
+    bench.run(plan, server.engine(), max_failure_rate=1.0)
 
     assert outcomes(bench, plan) == {("answered", 200): 200, ("engine_refused", 403): 200}
     assert len(server.asked) <= 400 + 40
@@ -197,7 +197,7 @@ def test_a_gate_that_lets_only_controls_through_refuses_the_requests_and_the_run
     plan = bench.admitted(50)
     server.script = lambda asked, before: None if asked.number is None else error(401, "not you")
 
-    bench.run(plan, server.engine())
+    bench.run(plan, server.engine(), max_failure_rate=1.0)
 
     assert outcomes(bench, plan) == {("engine_refused", 401): 50}
     assert max(server.times[number] for number in range(50)) == 2
@@ -210,7 +210,7 @@ def test_what_is_always_the_requests_own_is_asked_once_and_costs_no_control(
     plan = bench.admitted(40)
     server.script = lambda asked, before: error(status, "bad value")
 
-    bench.run(plan, server.engine())
+    bench.run(plan, server.engine(), max_failure_rate=1.0)
 
     assert sum(outcomes(bench, plan).values()) == len(server.asked) == 40
     assert server.probes == []
@@ -225,7 +225,7 @@ def test_requests_for_a_model_that_never_was_there_fail_as_such(
     missing = error(404, "The model `demo-model` does not exist.", code="model_not_found")
     server.script = lambda asked, before: missing if b"demo-model" in asked.body else None
 
-    bench.run(plan, server.engine())
+    bench.run(plan, server.engine(), max_failure_rate=1.0)
 
     assert outcomes(bench, plan) == {(FailureCode.MODEL_NOT_FOUND, 404): 30}
 

@@ -8,8 +8,11 @@ import pytest
 from batch_orchestration.domain.rungs import Shortage
 from batch_orchestration.engines.exhaustion import (
     SIGNS,
+    SURVIVED_SECONDS,
     KernelKills,
     Sign,
+    SignsOfLife,
+    Survived,
     count_kernel_kills,
     recognise,
 )
@@ -99,6 +102,35 @@ def test_the_most_telling_sign_wins_wherever_it_stands() -> None:
         found = recognise(lines)
         assert found is not None
         assert found.shortage == Shortage.WEIGHTS
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "INFO 11-23 19:30:00 [logger.py:39] Received request chatcmpl-1: prompt: 'why CUDA out of"
+        " memory?', params: SamplingParams(n=1)",
+        "(APIServer pid=7) INFO 11-23 19:30:00 [logger.py:39] CUDA out of memory, says a prompt",
+        "ERROR 11-23 19:30:00 [serving.py:10] bad field: input_value='torch.OutOfMemoryError: CUDA"
+        " out of memory. Tried to allocate 1 GiB'",
+        'ValueError: prompt "MemoryError: CUBLAS_STATUS_ALLOC_FAILED" is too long',
+        "DEBUG 11-23 19:30:00 [x.py:1] Worker proc 0 died unexpectedly (exit code: -9), asks one",
+    ],
+)
+def test_what_a_prompt_says_about_memory_is_no_sign(line: str) -> None:
+    assert recognise([line], exit_reason="was killed by SIGKILL") is None
+
+
+def test_what_an_engine_has_survived_by_some_answers_is_not_what_it_died_of() -> None:
+    life = SignsOfLife(Survived(100))
+
+    life.note_answer(1000.0, lambda: Survived(200))
+    assert life.survived.log_size == 100, "the answer may be older than the words"
+    life.note_answer(1000.0 + SURVIVED_SECONDS / 2, lambda: Survived(300))
+    assert life.survived.log_size == 100
+    life.note_answer(1000.0 + SURVIVED_SECONDS, lambda: Survived(400))
+    assert life.survived.log_size == 200
+    life.note_answer(1000.0 + 2 * SURVIVED_SECONDS, lambda: Survived(500))
+    assert life.survived.log_size == 400
 
 
 KILLED, EXITED = "was killed by SIGKILL", "exited with status 1"
