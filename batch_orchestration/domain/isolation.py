@@ -22,6 +22,8 @@ LABEL_END = "-"
 #: Nobody from outside kills the engine so often just when the same suspect is tested; and with a
 #: confirmation for each of many deaths far apart the promise would not hold.
 CERTAIN_HALVINGS = 4
+#: The same where the engine tells of exhausted memory: a kill from outside says no such thing.
+CERTAIN_HALVINGS_OF_MEMORY = 3
 #: In labels of suspects that killed the engine when they stood alone.
 _CONFIRMATION = "!"
 
@@ -31,10 +33,15 @@ def to_confirm(label: str) -> str:
     return f"{label}{_CONFIRMATION}"
 
 
-def is_confirmation(label: str) -> bool:
-    """Whether what is tested under this label has killed the engine alone, or often, before."""
+def is_confirmation(label: str, *, exhausted: bool = False) -> bool:
+    """Whether what is tested under this label has killed the engine alone, or often, before.
+
+    Args:
+        exhausted: Whether the engine told of exhausted memory at last.
+    """
     halvings = label.partition(LABEL_END)[2]
-    return _CONFIRMATION in label or len(halvings) >= CERTAIN_HALVINGS
+    certain = CERTAIN_HALVINGS_OF_MEMORY if exhausted else CERTAIN_HALVINGS
+    return _CONFIRMATION in label or len(halvings) >= certain
 
 
 def most_deaths(window: int) -> int:

@@ -263,7 +263,7 @@ class Feeder:
                 self._isolation.add(label, pending)
         elif len(group) > 1:
             await self._suspect(label, left)
-        elif left and is_confirmation(label):
+        elif left and is_confirmation(label, exhausted=death.exhaustion is not None):
             await self._judge(label, left[0], death, was_proven=was_proven)
             return
         else:
