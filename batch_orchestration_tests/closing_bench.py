@@ -123,7 +123,9 @@ class ClosingBench(Workbench):
         self.run(plan, engine or ScriptedEngine(), run_id="run-2")
         return self.deliver(plan)
 
-    def look(self, *, terminated: str | None = None) -> dict[str, Closing]:
+    def look(
+        self, *, terminated: str | None = None, doubt: str | None = None
+    ) -> dict[str, Closing]:
         """What a tick of the sensor does about ends."""
         return close_due(
             self.store.batches(),
@@ -132,6 +134,7 @@ class ClosingBench(Workbench):
             terminated=lambda batch_id: terminated,
             actor="sensor",
             now=time.time(),
+            doubt=doubt,
         )
 
     def status(self, plan: BatchPlan) -> str:

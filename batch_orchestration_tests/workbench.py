@@ -10,7 +10,7 @@ from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.chunk_runner import CommittedChunk, Feeding, run_chunks
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
-from batch_orchestration_tests.builders import NOW, make_batch
+from batch_orchestration_tests.builders import NOW, believe_the_clock, make_batch
 
 SETTINGS = {"engine": "simulated", "model": "demo-model"}
 
@@ -34,6 +34,7 @@ class Workbench:
     def __init__(self, root: Path, *, lock_seconds: float = 60.0) -> None:
         self.folder = DataFolder(root)
         self.folder.create()
+        believe_the_clock(self.folder)
         self.store = Store(self.folder.duckdb, deadline_seconds=lock_seconds)
 
     def admitted(self, requests: int, *, requests_per_chunk: int = 10) -> BatchPlan:

@@ -12,6 +12,7 @@ from rich.table import Table
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.housekeeping import HouseReport, PartResult
+from batch_orchestration.services.clock_watch import DELETION_SECONDS, clock_doubt
 from batch_orchestration.services.configuration import house_parts
 from batch_orchestration.services.housekeeping import House, keep_house_and_tell
 
@@ -38,7 +39,8 @@ def housekeeping(dry_run: bool, parts: Sequence[str], as_json: bool) -> None:
     if unknown := [name for name in parts if name not in known]:
         raise click.UsageError(f"no part {unknown[0]!r}; there are {', '.join(known)}")
     chosen = parts or known
-    house = House(context.folder, context.store, now=context.clock(), dry_run=dry_run)
+    doubt = clock_doubt(context.folder, most_seconds=DELETION_SECONDS)
+    house = House(context.folder, context.store, now=context.clock(), dry_run=dry_run, doubt=doubt)
     report = keep_house_and_tell(
         [part for part in own if part.name in chosen], house, clock=time.monotonic
     )

@@ -20,6 +20,7 @@ from batch_orchestration.defs.dagster_parts import chunk_partitions, dagster_par
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.housekeeping import PartResult
+from batch_orchestration.services.clock_watch import DELETION_SECONDS, clock_doubt
 from batch_orchestration.services.configuration import house_parts
 from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.housekeeping import House, Part, keep_house_and_tell
@@ -69,7 +70,9 @@ def keep_house_once(
 
 def _house(settings: Settings, *, dry_run: bool) -> House:
     store = open_store(settings, deadline_seconds=STORE_SECONDS)
-    return House(data_folder(settings), store, now=time.time(), dry_run=dry_run)
+    folder = data_folder(settings)
+    doubt = clock_doubt(folder, most_seconds=DELETION_SECONDS)
+    return House(folder, store, now=time.time(), dry_run=dry_run, doubt=doubt)
 
 
 def _chosen(parts: Sequence[Part], config: HousekeepingConfig) -> list[Part]:

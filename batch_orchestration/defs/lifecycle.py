@@ -131,12 +131,14 @@ def look_after(
     folder: DataFolder,
     store: Store,
     now: float,
+    doubt: str | None = None,
     faults: Faults | None = None,
 ) -> tuple[list[KnownRun], dict[str, Closing]]:
     """Close the batches that are due; return the runs as they are then, and all that are closing.
 
     Due is a batch whose window is over, and one whose run a person terminated. Runs that wait for
-    the engine to answer such a batch are taken out of the queue. Batches about which a decision
+    the engine to answer such a batch are taken out of the queue. While there is a doubt about the
+    clock, no window is over. Batches about which a decision
     cannot be read are put into `faults`; nothing is decided about them.
     """
     faults = faults or Faults()
@@ -155,6 +157,7 @@ def look_after(
         terminated=lambda batch_id: _terminated(known, batch_id),
         actor=SENSOR_ACTOR,
         now=now,
+        doubt=doubt,
         faults=faults,
     )
     taken = _taken_out_of_the_queue(instance, known, closings)

@@ -30,6 +30,7 @@ from batch_orchestration.domain.errors import StorageError, StoreDamaged, StoreL
 from batch_orchestration.domain.members import Faults, MemberFault
 from batch_orchestration.domain.queueing import NeedsPerson, QueueView, WaitReason
 from batch_orchestration.services.claims import Claim
+from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.services.configuration import open_inbox, queue_rules
 from batch_orchestration.services.dispatch import (
     MAX_FAILURES,
@@ -181,7 +182,12 @@ def dispatch_sensor(
         batches = _known_to_dagster(context.instance, store.unfinished(), folder, faults)
         runs = known_runs(context.instance, [batch.batch_id for batch in batches], now=now)
         runs, closings = look_after(
-            context.instance, batches, runs, folder=folder, store=store, now=now, faults=faults
+            *(context.instance, batches, runs),
+            folder=folder,
+            store=store,
+            now=now,
+            doubt=clock_doubt(folder, most_seconds=EXPIRY_SECONDS),
+            faults=faults,
         )
         # The others go on; these do by themselves as soon as their files are mended.
         batches = [batch for batch in batches if batch.batch_id not in faults]

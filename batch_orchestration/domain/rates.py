@@ -111,7 +111,7 @@ class SourceRates:
             requests: Of the file; None while nobody has read it: then one is enough.
             now: POSIX seconds.
         """
-        by_count, by_requests = self._buckets(source)
+        by_count, by_requests = self._buckets(source, now)
         return max(
             by_count.retry_after(1, now=now),
             by_requests.retry_after(1 if requests is None else requests, now=now),
@@ -123,16 +123,19 @@ class SourceRates:
 
     def describe(self, source: str, *, now: float) -> str:
         """Return what a source has left, in words."""
-        by_count, by_requests = (bucket.filled(now) for bucket in self._buckets(source))
+        by_count, by_requests = (bucket.filled(now) for bucket in self._buckets(source, now))
         return (
             f"{source} may submit {max(0.0, by_count.level):,.0f} files"
             f" ({by_count.rate.per_hour:,.0f} an hour) and {max(0.0, by_requests.level):,.0f}"
             f" requests ({by_requests.rate.per_hour:,.0f} an hour) now"
         )
 
-    def _buckets(self, source: str) -> tuple[Bucket, Bucket]:
+    def _buckets(self, source: str, now: float) -> tuple[Bucket, Bucket]:
         own = [event for event in self.events if event.source == source]
+        # What was submitted in the future, was by a clock that was ahead.
+        counts = ((min(e.at, now), 1.0) for e in own)
+        requests = ((min(e.at, now), float(e.requests)) for e in own)
         return (
-            Bucket.after(((e.at, 1.0) for e in own), rate=self.limits.submissions),
-            Bucket.after(((e.at, float(e.requests)) for e in own), rate=self.limits.requests),
+            Bucket.after(counts, rate=self.limits.submissions),
+            Bucket.after(requests, rate=self.limits.requests),
         )

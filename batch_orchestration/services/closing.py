@@ -6,6 +6,7 @@ first decision stands. What follows from it: `services.close_out`.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.storage.files import DataFolder, disk_errors
 from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +170,7 @@ def close_due(
     terminated: Callable[[str], str | None],
     actor: str,
     now: float,
+    doubt: str | None = None,
     faults: Faults | None = None,
 ) -> dict[str, Closing]:
     """Decide which of the unfinished batches end early; return these, each with its decision.
@@ -181,6 +185,7 @@ def close_due(
             last resumed; None if there is none.
         actor: Who looks at deadlines.
         now: POSIX seconds.
+        doubt: Why the clock is not to be believed: then no batch expires; None if it is.
         faults: Takes batches about which a decision cannot be read, or not be made.
     """
     closings: dict[str, Closing] = {}
@@ -195,7 +200,11 @@ def close_due(
                     closing = cancel(
                         batch_id, folder=folder, store=store, actor=run_id, reason=reason, at=now
                     ).closing
-                elif now >= deadline(batch, folder.read_resumption(batch_id)):
+                elif now < deadline(batch, folder.read_resumption(batch_id)):
+                    continue
+                elif doubt is not None:
+                    logger.warning("%s seems to be overdue and goes on: %s", batch_id, doubt)
+                else:
                     closing = expire(batch, folder=folder, actor=actor, now=now)
             if closing is not None:
                 with closing_lock(folder, batch_id):

@@ -10,6 +10,7 @@ from typing import Any
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.errors import FileDamaged, Shortage
 from batch_orchestration.domain.lifecycle import Closing, deadline
+from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.services.closing import expire
 from batch_orchestration.storage.files import DataFolder, shortages
 
@@ -48,7 +49,7 @@ class ClosingWatch:
         self.deadline = float("inf") if only_new else deadline(plan, resumption)
         self.seen: Closing | None = None
         self._seen_at = 0.0
-        self._told_of_damage = False
+        self._told_of_damage = self._told_of_doubt = False
 
     @property
     def impatient(self) -> bool:
@@ -68,8 +69,19 @@ class ClosingWatch:
         now = time.time()
         if self.seen is None and (found := self._read()) != self._known:
             self.seen = found
+<<<<<<< HEAD
         if self.seen is None and now >= self.deadline:
+=======
+        if self.seen is None and now >= self._deadline and self._clock_is_right():
+>>>>>>> e732e3a (Believe the wall clock only when it has agreed with the monotonic one: no window ends and nothing is deleted by a clock that jumped)
             self.seen = expire(self._plan, folder=self._folder, actor=self._run_id, now=now)
+
+    def _clock_is_right(self) -> bool:
+        doubt = clock_doubt(self._folder, most_seconds=EXPIRY_SECONDS)
+        if doubt is not None and not self._told_of_doubt:
+            self._told_of_doubt = True
+            logger.warning("%s seems to be overdue and goes on: %s", self._plan.batch_id, doubt)
+        return doubt is None
 
     def _read(self) -> Closing | None:
         """Return the decision; one that cannot be read stops no run, but no other is begun then."""

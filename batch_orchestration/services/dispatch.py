@@ -221,7 +221,8 @@ def _take_note(needs: dict[str, NeedsPerson], batch_id: str, wait: _Wait | None)
 def backoff_left(failures: int, ended_at: float, *, now: float) -> float:
     """Return seconds until what failed so often in a row may be tried again; negative if it may."""
     delay = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(failures - 1, 20))
-    return ended_at + delay - now
+    # What has ended in the future, ended by a clock that was ahead.
+    return min(ended_at, now) + delay - now
 
 
 def _remaining(

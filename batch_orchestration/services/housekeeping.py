@@ -39,12 +39,14 @@ class House:
     Attributes:
         now: POSIX seconds.
         dry_run: Only tell what would go.
+        doubt: Why the clock is not to be believed, and nothing goes; None if it is.
     """
 
     folder: DataFolder
     store: Store
     now: float
     dry_run: bool = False
+    doubt: str | None = None
 
     @cached_property
     def records(self) -> dict[str, BatchRecord]:
@@ -154,6 +156,9 @@ def _run(
 ) -> PartResult:
     if part.keep_seconds <= 0:
         return PartResult(part=part.name, at=house.now, off=True)
+    if house.doubt is not None and not house.dry_run:
+        logger.warning("housekeeping of %s removes nothing: %s", part.name, house.doubt)
+        return PartResult(part=part.name, at=house.now, problem=f"not done: {house.doubt}")
     note_work()
     began, removed, size_bytes, more, problem = clock(), 0, 0, False, None
     try:

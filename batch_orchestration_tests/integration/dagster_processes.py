@@ -20,6 +20,7 @@ from batch_orchestration.engines.process_records import ProcessIdentity, is_runn
 from batch_orchestration.services.run_workers import recorded_worker
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.builders import believe_the_clock
 from batch_orchestration_tests.integration.dagster_client import DagsterClient, Run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -43,6 +44,7 @@ class DagsterProcesses(DagsterClient):
         self.root = root
         self.folder = DataFolder(root / "data")
         self.folder.create()
+        believe_the_clock(self.folder)
         self._settings = {**SETTINGS, **settings}
         self._dev: subprocess.Popen[bytes] | None = None
         instance = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())

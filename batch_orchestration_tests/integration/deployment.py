@@ -11,6 +11,7 @@ from batch_orchestration.definitions import definitions
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.builders import believe_the_clock
 
 
 class Deployment:
@@ -27,6 +28,7 @@ class Deployment:
         self.settings = Settings(**{**values, **settings}, _env_file=None)
         self.folder = DataFolder(self.settings.data_dir)
         self.folder.create()
+        believe_the_clock(self.folder)
         self.store = Store(self.folder.duckdb, deadline_seconds=10)
         self.instance = dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}})
         self.repository = definitions(self.settings).get_repository_def()
