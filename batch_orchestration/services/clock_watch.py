@@ -73,9 +73,10 @@ def clock_doubt(
     agreed = now.steady - row.since
     if agreed >= needed:
         return None
+    cause = f"it jumped by {row.jump:,.0f} s" if row.jump else "it was looked at for the first time"
     return (
-        f"the clock jumped by {row.jump:,.0f} s or was looked at for the first time"
-        f" {agreed:,.0f} s ago; it is believed in {needed - agreed:,.0f} s"
+        f"the clock may be wrong: {cause} {agreed:,.0f} s ago; it is believed in"
+        f" {needed - agreed:,.0f} s"
     )
 
 

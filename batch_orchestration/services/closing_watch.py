@@ -69,11 +69,7 @@ class ClosingWatch:
         now = time.time()
         if self.seen is None and (found := self._read()) != self._known:
             self.seen = found
-<<<<<<< HEAD
-        if self.seen is None and now >= self.deadline:
-=======
-        if self.seen is None and now >= self._deadline and self._clock_is_right():
->>>>>>> e732e3a (Believe the wall clock only when it has agreed with the monotonic one: no window ends and nothing is deleted by a clock that jumped)
+        if self.seen is None and now >= self.deadline and self._clock_is_right():
             self.seen = expire(self._plan, folder=self._folder, actor=self._run_id, now=now)
 
     def _clock_is_right(self) -> bool:

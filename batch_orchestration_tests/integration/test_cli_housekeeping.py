@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.storage.files import DataFolder
+from batch_orchestration_tests.builders import believe_the_clock
 from batch_orchestration_tests.command_line import CommandLine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -20,6 +21,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
     monkeypatch.chdir(tmp_path)
     folder = DataFolder(tmp_path / "data")
     folder.create()
+    believe_the_clock(folder)
     (folder.logs / "runs").mkdir()
     (folder.logs / "runs/old.log").write_bytes(b"12345")
     return CommandLine(folder)
