@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -168,7 +169,8 @@ class _Admission:
                 raise
             if isinstance(error, StorageError | OSError):
                 raise  # no reason to reject the file, which stands in nobody's way
-            logger.warning("%s: admission failed", user_file.name, exc_info=error)
+            where = "".join(traceback.format_exception(error))
+            logger.warning("%s: admission failed\n%s", user_file.name, readable_name(where))
             failed = before.failed + 1
             said = " ".join(str(error).split())[:_REASON_LENGTH]
             # Text that others have written may hold what no file can.
