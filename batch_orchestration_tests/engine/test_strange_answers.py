@@ -11,7 +11,7 @@ from itertools import repeat
 
 import pytest
 
-from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.domain.errors import EngineRefusesUs, EngineStartFailed
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.server import ServerEngine
@@ -61,7 +61,7 @@ def test_a_page_that_redirects_is_not_followed(page: str) -> None:
     with raw_server(lambda path, body: [], {**PAGES, page: away}) as url:
         engine = ServerEngine(url, start_timeout_seconds=5.0)
         if page == "/v1/models":
-            with pytest.raises(EngineStartFailed, match="302"):
+            with pytest.raises(EngineRefusesUs, match="302"):
                 asyncio.run(engine.start())
         else:
             assert asyncio.run(engine.start()).models == ("demo-model",)
