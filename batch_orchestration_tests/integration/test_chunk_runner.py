@@ -29,7 +29,8 @@ def fails_on(text: bytes, code: FailureCode, *, times: int = 1_000):
 
     def script(body: bytes, submitted: int):
         if text in body and submitted < times:
-            return Failure(code=code, message="scripted", status=500)
+            status = 400 if code is FailureCode.ENGINE_REFUSED else 500
+            return Failure(code=code, message="scripted", status=status)
         return None
 
     return script
