@@ -64,6 +64,7 @@ def main() -> None:
         "stolen": len(thief.taken),
         "committed": len(commits),
         "indices": bench.indices(plan),
+        "completed": sum(commit.report.completed for commit in commits),
         "attempts": sum(commit.report.attempts for commit in commits),
     }
     print(json.dumps(result))

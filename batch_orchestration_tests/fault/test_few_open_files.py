@@ -19,7 +19,7 @@ def port(tmp_path: Path) -> Iterator[int]:
     control = tmp_path / "control.json"
     control.write_text('{"latency_seconds": 1.0}')
     command = [sys.executable, "-m", "batch_orchestration.engines.simulated", "--port", str(port)]
-    command += ["--max-num-seqs", "2000", "--control", str(control)]
+    command += ["--max-num-seqs", "2000", "--control", str(control), "--model", "demo-model"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     yield port
     server.kill()
@@ -49,7 +49,7 @@ def test_a_window_wider_than_the_limit_on_open_files_is_narrowed_and_every_reque
 
     assert result["limit"] == hard
     assert result["indices"] == list(range(requests))
-    assert result["attempts"] == requests
+    assert result["completed"] == result["attempts"] == requests
 
 
 def test_a_run_without_a_descriptor_left_waits_and_loses_nothing(tmp_path: Path) -> None:
