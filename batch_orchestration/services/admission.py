@@ -80,7 +80,6 @@ from batch_orchestration.storage.files import (
 )
 from batch_orchestration.storage.moves import fit_name, move_over, readable_name
 from batch_orchestration.storage.store import Store
-from batch_orchestration.storage.unfinished import mark
 
 logger = logging.getLogger(__name__)
 
@@ -351,7 +350,7 @@ class _Admission:
         self._place.decide(verdict)
         before.verify()
         self._place.take_in(user_file)
-        mark(self._folder, target.name)
+        self._folder.mark_unfinished(target.name)
         self._place.work.rename(target)
         sync_folder(target.parent)
 

@@ -7,7 +7,7 @@ from batch_orchestration.domain.lifecycle import FINAL, RESUMABLE
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.operations import last_operation_at, open_replays
+from batch_orchestration.storage.operations import last_operation_at, replays_of
 
 
 def batches_at_rest(records: Iterable[BatchRecord], folder: DataFolder) -> dict[str, float]:
@@ -17,11 +17,11 @@ def batches_at_rest(records: Iterable[BatchRecord], folder: DataFolder) -> dict[
     and if it is a part, all parts of its submission are at rest, and it is since the last of them
     is. What the store does not know, or what cannot be told from the disk, is not at rest.
     """
-    replaying, faults = {batch_id for batch_id, _ in open_replays(folder)}, Faults()
+    faults = Faults()
     found: dict[str, float] = {}
     for record in records:
         with faults.of(record.batch_id):
-            if record.batch_id not in replaying and record.status in FINAL:
+            if record.status in FINAL and not replays_of(record.batch_id, folder):
                 since = _since(record, folder)
                 found |= {} if since is None else {record.batch_id: since}
     whole: dict[str, float] = {}

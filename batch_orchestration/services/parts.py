@@ -24,7 +24,7 @@ from batch_orchestration.services.registration import (
 )
 from batch_orchestration.storage.files import DataFolder, sync_folder
 from batch_orchestration.storage.store import Store
-from batch_orchestration.storage.unfinished import mark, waiting_part_ids
+from batch_orchestration.storage.unfinished import waiting_part_ids
 
 #: Of a tick's 60 s; who admits a file holds the lock for as long as it takes to write its plan.
 _LOCK_TIMEOUT_SECONDS = 10.0
@@ -108,7 +108,7 @@ def admit_closed(
 def _make_batch(part_id: str, folder: DataFolder) -> None:
     """Rename the folder of a waiting part to that of a batch, durably; call it under the lock."""
     waiting, target = folder.waiting_part_path(part_id), folder.plan_path(part_id).parent
-    mark(folder, part_id)
+    folder.mark_unfinished(part_id)
     with contextlib.suppress(FileNotFoundError):  # admitted before
         waiting.rename(target)
         sync_folder(folder.batches)

@@ -26,7 +26,7 @@ from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
-from batch_orchestration.storage.unfinished import mark, marked
+from batch_orchestration.storage.unfinished import marked
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,6 @@ def resume(
                 f"the completion window of batch {batch_id} is over:"
                 " give it a new one, counted from now (--completion-window 24h)"
             )
-        mark(folder, batch_id)
         folder.write_resumption(batch_id, resumption)
         crash_point(CrashPoint.AFTER_RESUMPTION)
         _carry_out(record, resumption, folder, store)

@@ -22,7 +22,7 @@ from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.plan_checks import input_removed_path
 from batch_orchestration.services.recount import recount
 from batch_orchestration.storage.files import DataFolder, disk_errors, write_atomically
-from batch_orchestration.storage.operations import open_replays
+from batch_orchestration.storage.operations import replays_of
 from batch_orchestration.storage.sharing import shared_lock
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,11 @@ def _needless(plan: BatchPlan, completed: frozenset[str], folder: DataFolder) ->
     names: tuple[str, ...] = (plan.batch_id,)
     if plan.part is not None:
         names = folder.read_submission(plan.part.submission).parts
-    # Somebody may have asked since housekeeping began.
-    replaying = {batch_id for batch_id, _ in open_replays(folder)}
     return all(
-        name in completed and name not in replaying and folder.pruned_path(name).exists()
+        name in completed
+        # Somebody may have asked since housekeeping began.
+        and not replays_of(name, folder)
+        and folder.pruned_path(name).exists()
         for name in names
     )
 

@@ -17,7 +17,6 @@ from batch_orchestration.storage.operations import replays_of
 from batch_orchestration.storage.store import Store
 from batch_orchestration.storage.unfinished import (
     all_ids,
-    mark,
     marked,
     note_search,
     searched_at,
@@ -66,7 +65,7 @@ def _search(
         if name not in known and _is_open(name, records.get(name), folder, limits, now)
     ]
     for name in found:
-        mark(folder, name)
+        folder.mark_unfinished(name)
     return found
 
 

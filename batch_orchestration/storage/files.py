@@ -331,6 +331,7 @@ class DataFolder:
 
     def write_resumption(self, batch_id: str, resumption: Resumption) -> None:
         """Keep the decision to go on with a batch, durably."""
+        self.mark_unfinished(batch_id)
         write_atomically(self.resumption_path(batch_id), msgspec.json.encode(resumption) + b"\n")
 
     def read_resumption(self, batch_id: str) -> Resumption | None:
@@ -340,6 +341,12 @@ class DataFolder:
             FileDamaged: It cannot be read.
         """
         return read_kept(self.resumption_path(batch_id), Resumption)
+
+    def mark_unfinished(self, name: str) -> None:
+        """Put a batch or submission on the index (`storage/unfinished.py`), durably, or anew."""
+        # Where there is something else in its place, everything is looked at.
+        if self.unfinished.is_dir() or not os.path.lexists(self.unfinished):
+            write_atomically(self.unfinished / name, b"")
 
     def batch_ids(self) -> list[str]:
         """Return the ids of all planned batches, sorted; folders that cannot be batches are not."""

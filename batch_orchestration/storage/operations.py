@@ -26,7 +26,7 @@ from batch_orchestration.storage.files import (
 from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal
 from batch_orchestration.storage.sharing import share, shared_lock
 from batch_orchestration.storage.store import Store
-from batch_orchestration.storage.unfinished import mark, marked
+from batch_orchestration.storage.unfinished import marked
 
 _FOLDER = "dead_letters"
 _OPEN = ".open.json"
@@ -92,7 +92,7 @@ class Operations:
     def add(self, operation: Operation) -> None:
         """Keep an operation, durably."""
         if isinstance(operation, Replay):
-            mark(self._folder, self.batch_id)
+            self._folder.mark_unfinished(self.batch_id)
         ending = _OPEN if isinstance(operation, Replay) else ".json"
         write_atomically(self._file(operation, ending), msgspec.json.encode(operation))
 

@@ -185,7 +185,8 @@ class Store:
 
     def is_empty(self) -> bool:
         """Whether no batch was ever added, as in a store that was just made."""
-        return not self._batches("LIMIT 1")
+        with self._reading() as db:
+            return not rows.select(db, "batches", ["batch_id"], "LIMIT 1")
 
     def find_identity(self, identity: str) -> BatchRecord | None:
         """Return the batch with this content and these options, if there is one."""

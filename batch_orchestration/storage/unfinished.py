@@ -3,34 +3,18 @@
 `unfinished/` has an empty file, named by its id, for each batch and submission of which the disk
 may know more than the store: a batch that the store has yet to be told of, one that somebody
 decided to go on with, one with a replay that is not over, and a submission with parts that wait or
-that the limits on submissions remember. Whoever makes such a thing calls `mark` first: a crash
-leaves a mark too many, never one too few. `services/unfinished_work.py` removes marks, and finds
-what has none.
+that the limits on submissions remember. Whoever makes such a thing calls `mark_unfinished` first:
+a crash leaves a mark too many, never one too few. `services/unfinished_work.py` removes marks, and
+finds what has none.
 """
 
 import contextlib
 import os
-from pathlib import Path
 
-from batch_orchestration.storage.files import (
-    DataFolder,
-    can_be_id,
-    disk_errors,
-    make_folder,
-    sync_folder,
-)
+from batch_orchestration.storage.files import DataFolder, can_be_id
 
 #: Its time is that of the last search for things without a mark. No id begins with a dot.
 _SEARCHED = ".searched"
-
-
-def mark(folder: DataFolder, name: str) -> None:
-    """Put a batch or submission on the index, durably; a mark that is there becomes a new one.
-
-    Raises:
-        StorageError: It cannot be written.
-    """
-    _touch(folder.unfinished / name)
 
 
 def marked(folder: DataFolder) -> list[str]:
@@ -85,16 +69,6 @@ def note_search(folder: DataFolder, *, at: float) -> None:
     Raises:
         StorageError: It cannot be written.
     """
-    path = folder.unfinished / _SEARCHED
-    _touch(path)
+    folder.mark_unfinished(_SEARCHED)
     with contextlib.suppress(OSError):  # the next tick searches again
-        os.utime(path, (at, at))
-
-
-def _touch(path: Path) -> None:
-    if os.path.lexists(path.parent) and not path.parent.is_dir():
-        return  # `marked` looks everywhere
-    with disk_errors(path):
-        make_folder(path.parent)
-        path.touch()
-        sync_folder(path.parent)
+        os.utime(folder.unfinished / _SEARCHED, (at, at))

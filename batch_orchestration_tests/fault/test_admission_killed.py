@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+#: Each test dies up to a hundred times, with two processes for each; a busy machine takes minutes.
+pytestmark = pytest.mark.timeout(900)
+
 
 def accidents(scenario: str, folder: Path, *, stride: int) -> list[dict]:
     program = "batch_orchestration_tests.crashing_admission"

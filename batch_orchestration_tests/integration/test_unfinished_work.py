@@ -19,7 +19,7 @@ from batch_orchestration.services.unfinished_work import (
     keep_index,
 )
 from batch_orchestration.storage.operations import open_replays, replay_asked_since
-from batch_orchestration.storage.unfinished import mark, marked
+from batch_orchestration.storage.unfinished import marked
 from batch_orchestration_tests.builders import NOW, make_batch, make_input
 from batch_orchestration_tests.closing_bench import ClosingBench
 from batch_orchestration_tests.letter_bench import LetterBench
@@ -141,7 +141,7 @@ def test_a_mark_stays_while_its_work_is_open_and_goes_when_it_is_done(case, tmp_
 
 def test_a_young_mark_stays_for_what_it_stands_for_may_not_be_there_yet(tmp_path):
     bench = Workbench(tmp_path)
-    mark(bench.folder, "b-12345678")
+    bench.folder.mark_unfinished("b-12345678")
 
     look(bench, now=time.time())
     assert marked(bench.folder) == ["b-12345678"]
