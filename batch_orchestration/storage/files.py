@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -350,16 +350,16 @@ class DataFolder:
 
     def batch_ids(self) -> list[str]:
         """Return the ids of all planned batches, sorted; folders that cannot be batches are not."""
-        return sorted(_ids(self.batches.glob("*/plan.json")))
+        return sorted(_ids(self.batches, "plan.json"))
 
     def submission_ids(self) -> list[str]:
         """Return the ids of all submissions, sorted."""
-        return sorted(_ids(self.submissions.glob("*/submission.json")))
+        return sorted(_ids(self.submissions, "submission.json"))
 
     def waiting_part_ids(self, submission_id: str) -> list[str]:
         """Return the ids of a submission's parts that are not admitted yet, in no order."""
         parts = self.submission_path(submission_id).parent / "parts"
-        return [name for name in _ids(parts.glob("*/plan.json")) if submission_of(name) is not None]
+        return [name for name in _ids(parts, "plan.json") if submission_of(name) is not None]
 
 
 def read_kept(path: Path, kind: type[Kept]) -> Kept | None:
@@ -393,11 +393,15 @@ def _plan_at(path: Path, batch_id: str) -> BatchPlan | None:
     return plan
 
 
-def _ids(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield the names of the folders of these files that can be ids: others are somebody else's."""
-    for path in paths:
-        if can_be_id(path.parent.name):
-            yield path.parent.name
+def _ids(place: Path, file: str) -> list[str]:
+    """Return the folders that hold such a file, whole or damaged, and whose name can be an id."""
+    try:
+        with os.scandir(place) as entries:
+            names = [entry.name for entry in entries if can_be_id(entry.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    # A link that leads nowhere is damage; that a batch is there does not depend on it.
+    return [name for name in names if os.path.lexists(place / name / file)]
 
 
 def can_be_id(name: str) -> bool:
