@@ -59,7 +59,7 @@ def halt_in_force(folder: DataFolder, batch_id: str) -> Halt | None:
 def _damaged(path: Path, error: StorageError) -> Halt:
     with contextlib.suppress(OSError):
         return Halt(
-            at=path.stat().st_mtime,
+            at=path.lstat().st_mtime,
             actor="a run",
             failed=0,
             judged=0,

@@ -36,6 +36,7 @@ OF_A_BATCH: dict[str, Callable[[DataFolder, str], Path]] = {
     "input_path": DataFolder.input_path,
     "closing_path": DataFolder.closing_path,
     "resumption_path": DataFolder.resumption_path,
+    "halt_path": DataFolder.halt_path,
     "progress_path": DataFolder.progress_path,
     "journal_path": lambda folder, batch_id: folder.journal_path(batch_id, 1),
 }
