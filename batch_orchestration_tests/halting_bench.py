@@ -8,6 +8,8 @@ import msgspec
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
+from batch_orchestration.engines.base import Engine
+from batch_orchestration.services.chunk_runner import CommittedChunk
 from batch_orchestration.services.dispatch import Dispatch, KnownRun, dispatch
 from batch_orchestration.services.halting import halt_in_force, halts_in_force
 from batch_orchestration.services.resuming import resume
@@ -45,6 +47,10 @@ class HaltingBench(ClosingBench, TurnBench):
         self.folder.input_path(plan.batch_id).write_bytes(content)
         self.store.add_batch(plan, at=plan.created_at)
         return plan
+
+    def run(self, plan: BatchPlan, engine: Engine, **how: Any) -> list[CommittedChunk]:
+        """Run chunks under the default rate."""
+        return super().run(plan, engine, **{"max_failure_rate": 0.5, **how})
 
     def halt(self, plan: BatchPlan) -> Halt | None:
         """Why the batch is paused."""

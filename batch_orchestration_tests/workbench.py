@@ -16,7 +16,7 @@ SETTINGS = {"engine": "simulated", "model": "demo-model"}
 
 
 def make_feeding(**fields: Any) -> Feeding:
-    """Feeding without waits between attempts."""
+    """Feeding without waits between attempts, however many requests are scripted to fail."""
     values: dict[str, Any] = {
         "in_flight": 8,
         "retry": RetryPolicy(max_attempts=3, base_delay_seconds=0.0),
@@ -24,6 +24,7 @@ def make_feeding(**fields: Any) -> Feeding:
         "model_aliases": {},
         "max_tokens_cap": None,
         "answer_settings": SETTINGS,
+        "max_failure_rate": 1.0,
     }
     return Feeding(**{**values, **fields})
 

@@ -1,5 +1,6 @@
 """An engine that dies whatever it is asked convicts nobody."""
 
+import contextlib
 import random
 import re
 from pathlib import Path
@@ -94,7 +95,12 @@ def test_an_engine_that_dies_at_random_convicts_hardly_anyone(tmp_path: Path, se
     def script(body: bytes, times: int):
         return EngineDied("by chance") if dice.random() < 0.1 else None
 
-    bench.run(plan, ScriptedEngine(script), in_flight=8, engine_restarts=10_000)
+    for run in range(10):  # by chance it dies three times in a row, and a person is asked
+        with contextlib.suppress(EngineKeepsDying):
+            bench.run(
+                plan, ScriptedEngine(script), run_id=f"run-{run}", in_flight=8, engine_restarts=999
+            )
+            break
 
     assert len(convicted(bench, plan)) <= 1
     assert bench.indices(plan) == list(range(200))
