@@ -33,6 +33,12 @@ def table(page: Path, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
 
+def accidents() -> list[list[str]]:
+    """The rows of all tables of accidents."""
+    text = FAILURE_MODES.read_text().partition("\n## Accidents\n")[2].partition("\n## ")[0]
+    return [row for name in re.findall(r"### (.*)", text) for row in table(FAILURE_MODES, name)]
+
+
 def commands_in_use() -> Iterator[tuple[str, str]]:
     """Yield each command that a page tells to run, with the rest of what is typed."""
     for page in PAGES:
@@ -64,11 +70,12 @@ def test_the_codes_that_are_said_to_be_sent_again_are() -> None:
 
 
 def test_every_accident_names_the_tests_that_prove_it_and_they_exist() -> None:
-    accidents = table(FAILURE_MODES, "Accidents")
+    rows = accidents()
 
-    proofs = [re.findall(r"`(test_\w+)`", row[3]) for row in accidents]
-    assert len(accidents) >= 20
+    proofs = [re.findall(r"`(test_\w+)`", proof) for _, _, _, proof in rows]
+    assert len(rows) >= 80
     assert all(proofs)
+    assert all(accident and what_happens for accident, what_happens, _, _ in rows)
     assert {name for names in proofs for name in names} <= names_of_tests()
 
 

@@ -30,7 +30,7 @@ SETTINGS = {
     "BATCH_SETTLE_SECONDS": "0.5",
 }
 UNREACHABLE = "DagsterUserCodeUnreachableError"
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 STOP_SECONDS = 40.0
 
 T = TypeVar("T")
