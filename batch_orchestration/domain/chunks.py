@@ -51,3 +51,13 @@ def parse_chunk_key(key: str) -> tuple[str, int]:
     if match is None or ".." in key:
         raise ValueError(f"not a chunk key: {key!r} (expected <batch id>/<five digits>)")
     return match["batch_id"], int(match["number"])
+
+
+def can_be_id(name: str) -> bool:
+    """Whether a folder of this name can be that of a batch or of a submission."""
+    # What cannot be in a partition key (`/`, `..`) has no business in a path either.
+    try:
+        chunk_key(name, 0)
+    except ValueError:
+        return False
+    return True

@@ -14,6 +14,7 @@ from typing import Any
 
 from batch_orchestration.domain.alert_book import AlertBook
 from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.chunks import can_be_id
 from batch_orchestration.domain.dead_letters import Replay
 from batch_orchestration.domain.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
 from batch_orchestration.domain.failure_rate import Halt
@@ -30,7 +31,7 @@ from batch_orchestration.services.housekeeping import results_path
 from batch_orchestration.services.plan_checks import check_input_size
 from batch_orchestration.services.surveys import Survey
 from batch_orchestration.services.verdicts import Verdict
-from batch_orchestration.storage.files import DataFolder, can_be_id, read_kept
+from batch_orchestration.storage.files import DataFolder, read_kept
 from batch_orchestration.storage.operations import open_files
 from batch_orchestration.storage.rung_memory import Descent
 from batch_orchestration.storage.unfinished import waiting_part_ids

@@ -12,7 +12,7 @@ from typing import BinaryIO, TypeVar
 import msgspec
 
 from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.chunks import chunk_key
+from batch_orchestration.domain.chunks import can_be_id
 from batch_orchestration.domain.errors import (
     BatchNotFound,
     DiskFull,
@@ -402,16 +402,6 @@ def _ids(place: Path, file: str) -> list[str]:
         return []
     # A link that leads nowhere is damage; that a batch is there does not depend on it.
     return [name for name in names if os.path.lexists(place / name / file)]
-
-
-def can_be_id(name: str) -> bool:
-    """Whether a folder of this name can be that of a batch or of a submission."""
-    # What cannot be in a partition key (`/`, `..`) has no business in a path either.
-    try:
-        chunk_key(name, 0)
-    except ValueError:
-        return False
-    return True
 
 
 def _remove(path: Path) -> None:

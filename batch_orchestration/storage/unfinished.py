@@ -11,7 +11,8 @@ finds what has none.
 import contextlib
 import os
 
-from batch_orchestration.storage.files import DataFolder, can_be_id
+from batch_orchestration.domain.chunks import can_be_id
+from batch_orchestration.storage.files import DataFolder
 
 #: Its time is that of the last search for things without a mark. No id begins with a dot.
 _SEARCHED = ".searched"
