@@ -18,6 +18,7 @@ from batch_orchestration.domain.chunks import can_be_id
 from batch_orchestration.domain.dead_letters import Replay
 from batch_orchestration.domain.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
 from batch_orchestration.domain.failure_rate import Halt
+from batch_orchestration.domain.gate import Refusal
 from batch_orchestration.domain.gpu_faults import Fence
 from batch_orchestration.domain.health import HealthReport
 from batch_orchestration.domain.heartbeats import Heartbeat
@@ -26,6 +27,7 @@ from batch_orchestration.domain.lifecycle import Closing, Resumption
 from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
 from batch_orchestration.domain.sources import Origin
 from batch_orchestration.domain.submissions import submission_of
+from batch_orchestration.engines.process_records import ProcessRecord
 from batch_orchestration.services.claims import Attempts, ClaimFolder
 from batch_orchestration.services.housekeeping import results_path
 from batch_orchestration.services.plan_checks import check_input_size
@@ -90,6 +92,7 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
         ([folder.queue], QueueView),
         ([folder.paused], Pause),
         ([folder.needs], tuple[NeedsPerson, ...]),
+        ([folder.refusal], Refusal),
         ([folder.health], HealthReport),
         ([folder.alerts], AlertBook),
         ([folder.rungs], dict[str, Descent]),
@@ -97,6 +100,7 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
         (folder.fences.glob("*.json"), Fence),
         (folder.surveys.glob("*.json"), Survey),
         (folder.heartbeats.glob("*.json"), Heartbeat),
+        ((folder.logs / "engines").glob("*.process.json"), ProcessRecord),
     ]
     for paths, kind in kinds:
         for path in sorted(paths):

@@ -23,7 +23,6 @@ from batch_orchestration.domain.gate import (
     one_token_probe,
 )
 from batch_orchestration.domain.outcomes import Failure, Outcome
-from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
 from batch_orchestration.storage.operations import open_replays
@@ -127,6 +126,9 @@ class _Said(msgspec.Struct, frozen=True):
 
 async def _knock(refusal: Refusal, settings: Settings) -> _Said | None:
     """Ask for what was refused, as cheaply as possible; return why not, None if we are let in."""
+    # The command line, which words a refusal, does without aiohttp.
+    from batch_orchestration.engines.server import ServerEngine
+
     engine = ServerEngine(
         settings.base_url,
         api_key=settings.api_key.get_secret_value(),

@@ -25,7 +25,7 @@ from batch_orchestration_tests.integration.deployment import Deployment
 #: Folders that all members share: without them there is no deployment.
 SHARED_FOLDERS = {
     *("inbox", "rejected", "claims", "batches", "submissions", "journals", "outbox", "logs"),
-    *("heartbeats", "surveys", "fences"),
+    *("heartbeats", "surveys", "fences", "unfinished"),
 }
 #: The store has tests of its own: `recover` makes it anew.
 ELSEWHERE = {"duckdb"}
@@ -56,6 +56,7 @@ OF_THE_DEPLOYMENT: dict[str, Callable[[DataFolder], Path]] = {
     "health": lambda folder: folder.health,
     "alerts": lambda folder: folder.alerts,
     "rungs": lambda folder: folder.rungs,
+    "refusal": lambda folder: folder.refusal,
     "heartbeat_path": lambda folder: folder.heartbeat_path("run-9"),
     "engine_record_path": lambda folder: folder.engine_record_path("run-9"),
     "a fence": lambda folder: folder.fences / "GPU-9.json",
