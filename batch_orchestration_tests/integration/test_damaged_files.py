@@ -176,12 +176,11 @@ def test_a_damaged_file_of_one_batch_stops_no_other(deployment, kind, stage):
         damage(path, way)
         named = (False, False) if (kind, way) in HARMLESS else (True, True)
         assert look(deployment, path) == named, way
-        deployment.tick("inbox_sensor")
-        deployment.tick("recovery_sensor")
         assert str(path) in str(deployment.tick("dispatch_sensor")) or kind not in (
             *("plan_path", "closing_path", "resumption_path"),
         )
     damage(path, "a folder")
+    deployment.tick("recovery_sensor")
 
     other = deployment.admit("other.jsonl", make_input(7))
 
