@@ -47,7 +47,7 @@ def test_a_missing_request_is_named(plan, files, missing):
 
     counts = recount(plan, files)
 
-    assert f"request {missing} has no line" in counts.problem
+    assert f"request {missing} of {plan.batch_id} has no line" in counts.problem
     assert counts.completed + counts.failed == REQUESTS - 1
 
 
