@@ -21,6 +21,7 @@ from batch_orchestration.storage.unfinished import (
     note_search,
     searched_at,
     unmark,
+    waiting_parts_of,
 )
 
 #: What is on the disk without a mark is found after so long. Searching 10,000 batches takes about
@@ -74,7 +75,7 @@ def _is_open(
 ) -> bool:
     """Whether ticks have to look at a batch or submission on the disk."""
     with Faults().of(name):
-        if folder.waiting_part_ids(name):
+        if waiting_parts_of(name, folder):
             return True
         if os.path.lexists(folder.submission_path(name)):
             return limits.remember(submission_event(folder.read_submission(name)), now=now)

@@ -164,16 +164,20 @@ class DataFolder:
 
     def create(self) -> None:
         """Make every folder that is missing."""
-        for folder in (
-            *(self.inbox, self.rejected, self.claims, self.batches, self.submissions),
-            *(self.journals, self.outbox, self.logs),
-        ):
+        ours = (
+            self.inbox,
+            self.rejected,
+            self.claims,
+            self.batches,
+            self.submissions,
+            self.journals,
+        )
+        for folder in (*ours, self.outbox, self.logs):
             make_folder(folder)
+        if not os.path.lexists(self.unfinished):
+            make_folder(self.unfinished)
         # Its own content is nobody else's, so what lies below is not looked through.
-        for folder in (
-            *(self.root, self.inbox, self.rejected, self.claims, self.batches),
-            *(self.submissions, self.journals),
-        ):
+        for folder in (self.root, *ours, self.unfinished):
             share(folder)
 
     def plan_path(self, batch_id: str) -> Path:
@@ -344,22 +348,16 @@ class DataFolder:
 
     def mark_unfinished(self, name: str) -> None:
         """Put a batch or submission on the index (`storage/unfinished.py`), durably, or anew."""
-        # Where there is something else in its place, everything is looked at.
-        if self.unfinished.is_dir() or not os.path.lexists(self.unfinished):
+        if not self.unfinished.is_file():  # then everything is looked at
             write_atomically(self.unfinished / name, b"")
 
     def batch_ids(self) -> list[str]:
         """Return the ids of all planned batches, sorted; folders that cannot be batches are not."""
-        return sorted(_ids(self.batches, "plan.json"))
+        return sorted(ids_in(self.batches, "plan.json"))
 
     def submission_ids(self) -> list[str]:
         """Return the ids of all submissions, sorted."""
-        return sorted(_ids(self.submissions, "submission.json"))
-
-    def waiting_part_ids(self, submission_id: str) -> list[str]:
-        """Return the ids of a submission's parts that are not admitted yet, in no order."""
-        parts = self.submission_path(submission_id).parent / "parts"
-        return [name for name in _ids(parts, "plan.json") if submission_of(name) is not None]
+        return sorted(ids_in(self.submissions, "submission.json"))
 
 
 def read_kept(path: Path, kind: type[Kept]) -> Kept | None:
@@ -393,7 +391,7 @@ def _plan_at(path: Path, batch_id: str) -> BatchPlan | None:
     return plan
 
 
-def _ids(place: Path, file: str) -> list[str]:
+def ids_in(place: Path, file: str) -> list[str]:
     """Return the folders that hold such a file, whole or damaged, and whose name can be an id."""
     try:
         with os.scandir(place) as entries:

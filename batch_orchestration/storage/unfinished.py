@@ -12,7 +12,8 @@ import contextlib
 import os
 
 from batch_orchestration.domain.chunks import can_be_id
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.domain.submissions import submission_of
+from batch_orchestration.storage.files import DataFolder, ids_in
 
 #: Its time is that of the last search for things without a mark. No id begins with a dot.
 _SEARCHED = ".searched"
@@ -44,7 +45,13 @@ def all_ids(folder: DataFolder) -> list[str]:
 
 def waiting_part_ids(folder: DataFolder) -> list[str]:
     """Return the ids of all parts that are not admitted yet, as the index has them."""
-    return [part for name in marked(folder) for part in folder.waiting_part_ids(name)]
+    return [part for name in marked(folder) for part in waiting_parts_of(name, folder)]
+
+
+def waiting_parts_of(submission_id: str, folder: DataFolder) -> list[str]:
+    """Return the ids of a submission's parts that are not admitted yet, in no order."""
+    parts = folder.submission_path(submission_id).parent / "parts"
+    return [name for name in ids_in(parts, "plan.json") if submission_of(name) is not None]
 
 
 def unmark(folder: DataFolder, name: str, *, older_than: float) -> None:
