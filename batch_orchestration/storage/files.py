@@ -164,20 +164,13 @@ class DataFolder:
 
     def create(self) -> None:
         """Make every folder that is missing."""
-        ours = (
-            self.inbox,
-            self.rejected,
-            self.claims,
-            self.batches,
-            self.submissions,
-            self.journals,
-        )
-        for folder in (*ours, self.outbox, self.logs):
+        ours = (self.inbox, self.rejected, self.claims, self.batches, self.journals)
+        for folder in (*ours, self.submissions, self.outbox, self.logs):
             make_folder(folder)
         if not os.path.lexists(self.unfinished):
             make_folder(self.unfinished)
         # Its own content is nobody else's, so what lies below is not looked through.
-        for folder in (self.root, *ours, self.unfinished):
+        for folder in filter(Path.exists, (self.root, *ours, self.submissions, self.unfinished)):
             share(folder)
 
     def plan_path(self, batch_id: str) -> Path:
@@ -348,7 +341,7 @@ class DataFolder:
 
     def mark_unfinished(self, name: str) -> None:
         """Put a batch or submission on the index (`storage/unfinished.py`), durably, or anew."""
-        if not self.unfinished.is_file():  # then everything is looked at
+        if self.unfinished.is_dir():  # without it, everything is looked at
             write_atomically(self.unfinished / name, b"")
 
     def batch_ids(self) -> list[str]:

@@ -22,12 +22,10 @@ _SEARCHED = ".searched"
 def marked(folder: DataFolder) -> list[str]:
     """Return the ids on the index, sorted; files that are not named like an id are left out.
 
-    An index that cannot be read says that everything is to be looked at.
+    Without an index, or with one that cannot be read, everything is to be looked at.
     """
     try:
         names = {path.name for path in folder.unfinished.iterdir()}
-    except FileNotFoundError:
-        return []
     except OSError:
         names = set(all_ids(folder))
     return sorted(name for name in names if can_be_id(name) and not name.startswith("."))
@@ -35,12 +33,11 @@ def marked(folder: DataFolder) -> list[str]:
 
 def all_ids(folder: DataFolder) -> list[str]:
     """Return the ids of all batches and submissions on the disk: their number only grows."""
-    return sorted(
-        path.name
-        for place in (folder.batches, folder.submissions)
-        for path in place.iterdir()
-        if can_be_id(path.name)
-    )
+    names: set[str] = set()
+    for place in (folder.batches, folder.submissions):
+        with contextlib.suppress(FileNotFoundError):  # a data folder that was never used
+            names.update(path.name for path in place.iterdir())
+    return sorted(filter(can_be_id, names))
 
 
 def waiting_part_ids(folder: DataFolder) -> list[str]:

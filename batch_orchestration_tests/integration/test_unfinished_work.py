@@ -86,12 +86,30 @@ def act(bench: Workbench | SubmissionBench) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_what_lost_its_mark_is_found_by_the_next_search(case, tmp_path):
     bench, name, is_seen = case(tmp_path)
-    shutil.rmtree(bench.folder.unfinished, ignore_errors=True)
+    shutil.rmtree(bench.folder.unfinished)
+    bench.folder.create()
 
     found = look(bench, now=time.time())
     act(bench)
 
     assert name in found
+    assert is_seen()
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a file", "a link that leads nowhere"])
+@pytest.mark.parametrize("case", CASES)
+def test_without_an_index_everything_is_looked_at(case, instead, tmp_path):
+    bench, _, is_seen = case(tmp_path)
+    shutil.rmtree(bench.folder.unfinished)
+    if instead == "a file":
+        bench.folder.unfinished.touch()
+    elif instead != "nothing":
+        bench.folder.unfinished.symlink_to(tmp_path / "nowhere")
+
+    act(bench)
+    bench.folder.create()
+    look(bench, now=time.time())
+
     assert is_seen()
 
 
@@ -167,7 +185,6 @@ def test_strange_files_on_the_index_disturb_nothing(tmp_path):
 
 def test_a_clock_that_was_ahead_at_the_last_search_delays_no_other(tmp_path):
     bench, name, _ = unlisted_batch(tmp_path)
-    shutil.rmtree(bench.folder.unfinished, ignore_errors=True)
     look(Workbench(tmp_path), now=time.time() + 100 * DAY)
     for path in bench.folder.unfinished.glob("[!.]*"):
         path.unlink()
