@@ -55,6 +55,7 @@ OF_THE_DEPLOYMENT: dict[str, Callable[[DataFolder], Path]] = {
     "needs": lambda folder: folder.needs,
     "health": lambda folder: folder.health,
     "alerts": lambda folder: folder.alerts,
+    "refusal": lambda folder: folder.refusal,
     "rungs": lambda folder: folder.rungs,
     "refusal": lambda folder: folder.refusal,
     "heartbeat_path": lambda folder: folder.heartbeat_path("run-9"),
