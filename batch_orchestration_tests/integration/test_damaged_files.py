@@ -57,7 +57,6 @@ OF_THE_DEPLOYMENT: dict[str, Callable[[DataFolder], Path]] = {
     "alerts": lambda folder: folder.alerts,
     "refusal": lambda folder: folder.refusal,
     "rungs": lambda folder: folder.rungs,
-    "refusal": lambda folder: folder.refusal,
     "heartbeat_path": lambda folder: folder.heartbeat_path("run-9"),
     "engine_record_path": lambda folder: folder.engine_record_path("run-9"),
     "a fence": lambda folder: folder.fences / "GPU-9.json",
