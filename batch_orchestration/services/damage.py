@@ -95,7 +95,6 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
         ([folder.refusal], Refusal),
         ([folder.health], HealthReport),
         ([folder.alerts], AlertBook),
-        ([folder.refusal], Refusal),
         ([folder.rungs], dict[str, Descent]),
         ([results_path(folder)], dict[str, PartResult]),
         (folder.fences.glob("*.json"), Fence),
