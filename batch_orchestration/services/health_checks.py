@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from batch_orchestration.domain.errors import StorageError, StoreLocked
 from batch_orchestration.domain.health import Finding, Level, Standstill
@@ -25,9 +26,11 @@ from batch_orchestration.services.health_look import (
 )
 from batch_orchestration.services.health_of_runs import engine, workers
 from batch_orchestration.services.wording import duration
+from batch_orchestration.settings import ENV_FILE
 from batch_orchestration.storage.files import disk_errors
 from batch_orchestration.storage.heartbeat_files import read_pulses
 from batch_orchestration.storage.queue_files import read_needs, read_pause, read_queue
+from batch_orchestration.storage.sharing import OTHERS
 
 #: Two of the longest ticks without one that came to its end.
 DEAD_SECONDS = 150.0
@@ -244,11 +247,31 @@ def files(look: Look) -> Iterator[Finding]:
         yield healthy("files", "all can be read")
 
 
+def permissions(look: Look) -> Iterator[Finding]:
+    """Judge whether others of this machine can look at prompts, answers or keys.
+
+    What lies in a folder that they cannot enter is out of their reach, whatever its mode.
+    """
+    open_to_others = [
+        (path, command)
+        for path, command in (
+            (look.folder.root, f"chmod o-rwx {look.folder.root}"),
+            (Path(ENV_FILE).resolve(), f"chmod 600 {Path(ENV_FILE).resolve()}"),
+        )
+        if path.exists() and path.stat().st_mode & OTHERS
+    ]
+    for path, command in open_to_others:
+        yield degraded("permissions", f"every user of this machine can look into {path}", command)
+    if not open_to_others:
+        yield healthy("permissions", "the data folder is for its owner and group")
+
+
 CHECKS: Mapping[str, Check] = {
     "dagster": dagster,
     "store": store,
     "disk": disk,
     "files": files,
+    "permissions": permissions,
     "queue": queue,
     "workers": workers,
     "engine": engine,
