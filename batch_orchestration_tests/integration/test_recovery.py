@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.domain.dead_letters import DeadLetterState, Selection
-from batch_orchestration.domain.errors import StorageError, StoreDamaged
+from batch_orchestration.domain.errors import DiskFull, StorageError, StoreDamaged
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.services.recovery import find_problem
@@ -152,9 +152,13 @@ def test_a_recovery_that_fails_leaves_everything_as_it_was(
 ) -> None:
     damage(bench.folder.duckdb, "header")
     left = bench.folder.duckdb.read_bytes()
-    monkeypatch.setattr("batch_orchestration.storage.store.Store.add_batch", lambda *a, **k: 1 / 0)
 
-    with pytest.raises(ZeroDivisionError):
+    def no_room(*_: object, **__: object) -> None:
+        raise DiskFull("no room for the store")
+
+    monkeypatch.setattr("batch_orchestration.storage.store.Store.add_batch", no_room)
+
+    with pytest.raises(DiskFull):
         bench.recover()
 
     assert bench.folder.duckdb.read_bytes() == left
