@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.domain.errors import EngineError
+from batch_orchestration.storage.regular import read_regular
 
 PROC = Path("/proc")
 POLL_SECONDS = 0.05
@@ -98,7 +99,7 @@ def end_group(group: int, *, grace_seconds: float) -> None:
 def read_record(path: Path) -> ProcessRecord | None:
     """Return what was recorded; None if nothing was, or nothing that can be read."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ProcessRecord)
+        return msgspec.json.decode(read_regular(path), type=ProcessRecord)
     except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 

@@ -17,6 +17,7 @@ import msgspec
 
 from batch_orchestration.engines.process_records import boot_id
 from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.regular import read_regular
 
 #: Two looks that agree are at least so far apart. NTP has set a clock within this, as a rule.
 LEAST_SECONDS = 60.0
@@ -82,7 +83,7 @@ def clock_doubt(
 
 def _kept(path: Path) -> _Row | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Row)
+        return msgspec.json.decode(read_regular(path), type=_Row)
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError):

@@ -253,7 +253,8 @@ def _nothing_to_cancel(record: BatchRecord, known: Closing | None) -> str | None
         return "has expired, what is answered is being delivered"
     if status is BatchStatus.CANCELLED and known is None:
         return "is just being resumed; try again in a moment"
-    if known is None and not _can_end_early(record):
+    # One that is being cancelled already has lost its decision: that was damaged.
+    if known is None and status is not BatchStatus.CANCELLING and not _can_end_early(record):
         return "has an outcome for every request, and its files are being written"
     return None
 

@@ -22,6 +22,7 @@ from batch_orchestration.domain.token_profile import Profiler, TokenProfile
 from batch_orchestration.services.prompt_counting import PromptCounter, prompt_counter
 from batch_orchestration.storage.estimates import EngineFacts, EstimateTables
 from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.regular import read_regular
 from batch_orchestration.storage.store import Store
 
 _T = TypeVar("_T")
@@ -251,7 +252,7 @@ def _read(folder: DataFolder, batch_id: str, name: str, kind: type[_T]) -> _T | 
 
 def _decoded(path: Path, kind: type[_T]) -> _T | None:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return msgspec.json.decode(read_regular(path), type=kind)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from batch_orchestration.services.metric_names import BY_NAME, METRICS, Kind, MetricName
+from batch_orchestration.storage.regular import read_regular
 
 #: Name of the series, and its labels.
 Series = tuple[str, tuple[tuple[str, str], ...]]
@@ -36,7 +37,7 @@ class Floor:
         lasting = [metric for metric in METRICS if metric.is_lasting]
         names = {name for metric in lasting for name in _names_of_series(metric)}
         try:
-            families = list(text_string_to_metric_families(path.read_text()))
+            families = list(text_string_to_metric_families(read_regular(path).decode()))
         except (OSError, ValueError, IndexError):
             # The last one is how the library says that a line ends too early.
             return

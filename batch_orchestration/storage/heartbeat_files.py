@@ -13,6 +13,7 @@ import msgspec
 from batch_orchestration.domain.heartbeats import Heartbeat, Pulse
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.regular import read_regular
 
 #: Files are padded to whole blocks of this, so that one can be overwritten where no more is free.
 BLOCK_BYTES = 4096
@@ -56,7 +57,7 @@ def read_pulse(path: Path) -> Pulse | None:
         OSError: It cannot be read.
     """
     try:
-        data, at = path.read_bytes(), path.stat().st_mtime
+        data, at = read_regular(path), path.stat().st_mtime
     except FileNotFoundError:
         return None
     heartbeat: Heartbeat | None = None

@@ -12,6 +12,19 @@ from batch_orchestration.domain.errors import FileDamaged, TooManyOpenFiles
 NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 
 
+def read_regular(path: Path) -> bytes:
+    """Return what a file holds, as `Path.read_bytes` does, but never wait at a pipe.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(path))
+        return file.read()
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading. It never waits: who opens a pipe would, for somebody who writes.
 

@@ -8,6 +8,7 @@ import msgspec
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.rungs import Rung
 from batch_orchestration.storage.files import write_atomically
+from batch_orchestration.storage.regular import read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class RungMemory:
 
     def _read(self) -> dict[str, Descent]:
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=dict[str, Descent])
+            return msgspec.json.decode(read_regular(self._path), type=dict[str, Descent])
         except FileNotFoundError:
             return {}
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:

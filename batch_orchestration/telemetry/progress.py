@@ -4,6 +4,8 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.storage.regular import read_regular
+
 #: A run writes its progress each second; after this many without a word it is not to be trusted.
 STALE_SECONDS = 10.0
 _RESTING_PHASES = frozenset({"done", "stopped"})
@@ -74,6 +76,6 @@ def write_progress(path: Path, progress: Progress) -> None:
 def read_progress(path: Path) -> Progress | None:
     """Return the last progress written, or None if there is none that can be read."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Progress)
+        return msgspec.json.decode(read_regular(path), type=Progress)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None

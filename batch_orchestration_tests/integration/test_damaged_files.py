@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.lifecycle import Resumption
+from batch_orchestration.domain.lifecycle import FINAL, Resumption
 from batch_orchestration.services.board import read_board
 from batch_orchestration.services.closing import cancel
 from batch_orchestration.services.configuration import open_inbox
@@ -185,7 +185,8 @@ def test_a_damaged_file_of_one_batch_stops_no_other(deployment, kind, stage):
     other = deployment.admit("other.jsonl", make_input(7))
 
     assert serve(deployment, other) is BatchStatus.COMPLETED
-    assert look(deployment, path) == (True, True)
+    if deployment.store.batch(victim).status not in FINAL:  # some can be delivered all the same
+        assert look(deployment, path) == (True, True)
     cancel_now(deployment, victim)
     if kind not in NEEDED:
         assert serve(deployment, victim) is BatchStatus.CANCELLED
