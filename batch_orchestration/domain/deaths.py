@@ -1,6 +1,7 @@
 """Deaths of an engine in a row: of some request, or whatever it is asked?"""
 
-#: So many deaths without one answer between them, the last one of a control, are no request's.
+#: So many deaths without one answer between them, the last one of a control, are no request's;
+#: of an engine that has answered something before, one more: chance may kill it now and then.
 HOPELESS_DEATHS = 3
 #: After so many a control is asked before anything else.
 DOUBTFUL_DEATHS = 2
@@ -19,11 +20,17 @@ class DeathCount:
         self.in_a_row = 0
         self.proven = False
         self._patience = DOUBTFUL_DEATHS
+        self._has_answered = False
 
     @property
     def is_doubtful(self) -> bool:
         """Whether the engine may die of whatever it is asked."""
         return self.in_a_row >= self._patience
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether the engine is to be given up, if it died of a control at last."""
+        return self.in_a_row >= HOPELESS_DEATHS + self._has_answered
 
     def note_start(self) -> None:
         """Take note that the engine was started."""
@@ -32,6 +39,7 @@ class DeathCount:
     def note_answer(self) -> None:
         """Take note that a request was answered."""
         self.in_a_row, self.proven, self._patience = 0, True, DOUBTFUL_DEATHS
+        self._has_answered = True
 
     def note_control(self, *, within: int) -> None:
         """Take note that a control was answered: the search may go on to its end without another.

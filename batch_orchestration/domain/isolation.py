@@ -24,6 +24,8 @@ LABEL_END = "-"
 CERTAIN_HALVINGS = 4
 #: The same where the engine tells of exhausted memory: a kill from outside says no such thing.
 CERTAIN_HALVINGS_OF_MEMORY = 3
+#: Of a suspect, because of deaths without a culprit.
+MOST_CONFIRMATIONS = 3
 #: In labels of suspects that killed the engine when they stood alone.
 _CONFIRMATION = "!"
 
@@ -33,15 +35,18 @@ def to_confirm(label: str) -> str:
     return f"{label}{_CONFIRMATION}"
 
 
-def is_confirmation(label: str, *, exhausted: bool = False) -> bool:
+def is_confirmation(label: str, *, exhausted: bool = False, unexplained: int = 0) -> bool:
     """Whether what is tested under this label has killed the engine alone, or often, before.
 
     Args:
         exhausted: Whether the engine told of exhausted memory at last.
+        unexplained: How many groups killed the engine and had no culprit: one that dies by chance
+            is believed only if it does so again and again with the same request.
     """
-    halvings = label.partition(LABEL_END)[2]
+    halvings = label.partition(LABEL_END)[2].partition(_CONFIRMATION)[0]
     certain = CERTAIN_HALVINGS_OF_MEMORY if exhausted else CERTAIN_HALVINGS
-    return _CONFIRMATION in label or len(halvings) >= certain
+    once_more = len(halvings) < certain
+    return label.count(_CONFIRMATION) >= once_more + min(unexplained, MOST_CONFIRMATIONS)
 
 
 def most_deaths(window: int) -> int:
@@ -55,6 +60,10 @@ class Isolation(Generic[Suspect]):
     def __init__(self) -> None:
         self._groups: dict[str, list[Suspect]] = {}
         self._order: deque[str] = deque()
+        #: Groups that killed the engine here; the guilty; and how many groups had none.
+        self._split: set[str] = set()
+        self._culprits: list[str] = []
+        self._unexplained = 0
 
     def __bool__(self) -> bool:
         return bool(self._order)
@@ -79,13 +88,35 @@ class Isolation(Generic[Suspect]):
         label = self._order.popleft()
         return label, self._groups.pop(label)
 
+    def is_certain(self, label: str, *, exhausted: bool = False) -> bool:
+        """Whether the engine's death with a suspect alone under this label is enough.
+
+        See `is_confirmation`.
+        """
+        return is_confirmation(label, exhausted=exhausted, unexplained=self._unexplained)
+
+    def note_culprit(self, label: str) -> None:
+        """Take note that the suspect who was tested under this label is guilty."""
+        self._culprits.append(label)
+
+    def note_answered(self, label: str) -> None:
+        """Take note that all of a group were answered: both halves of it may be innocent now.
+
+        Then it was no request that killed the engine when it had the whole.
+        """
+        whole = label[:-1]
+        known = [*self._culprits, *self._groups]
+        if whole in self._split and not any(other.startswith(whole) for other in known):
+            self._split.remove(whole)
+            self._unexplained += 1
+
     @property
     def may_convict(self) -> bool:
         """Whether the next test is one whose death convicts: of a suspect alone, to be sure."""
         if not self._order:
             return False
         label = self._order[0]
-        return len(self._groups[label]) == 1 and is_confirmation(label)
+        return len(self._groups[label]) == 1 and self.is_certain(label)
 
     def split(self, label: str, suspects: Sequence[Suspect]) -> dict[Suspect, str]:
         """Queue the two halves of a group that killed the engine; return each suspect's label.
@@ -93,6 +124,7 @@ class Isolation(Generic[Suspect]):
         The halves come next, before groups that wait: a search once begun is ended. A half may
         be there already, with members that an earlier process put into it.
         """
+        self._split.add(label)
         middle = (len(suspects) + 1) // 2
         halves = {f"{label}0": suspects[:middle], f"{label}1": suspects[middle:]}
         labels: dict[Suspect, str] = {}

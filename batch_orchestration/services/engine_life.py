@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable
 
-from batch_orchestration.domain.deaths import HOPELESS_DEATHS, DeathCount
+from batch_orchestration.domain.deaths import DeathCount
 from batch_orchestration.domain.errors import (
     EngineDied,
     EngineError,
@@ -118,7 +118,7 @@ class EngineLife:
             return True
         before = self.restarts
         while (death := await self._control()) is not None:
-            if not await self.ease(death) and self.deaths.in_a_row >= HOPELESS_DEATHS:
+            if not await self.ease(death) and self.deaths.is_hopeless:
                 raise EngineKeepsDying(
                     f"the engine dies whatever it is asked: {self.deaths.in_a_row} times in a row"
                     " without one answer, at last of a control request; no request is to blame,"

@@ -22,7 +22,6 @@ from batch_orchestration.domain.gate import CHAT, is_doubtful
 from batch_orchestration.domain.isolation import (
     LABEL_END,
     Isolation,
-    is_confirmation,
     to_confirm,
 )
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
@@ -253,6 +252,7 @@ class Feeder:
         untested = iter(group)
         was_proven, death = self._life.deaths.proven, await self._run_window(untested)
         if death is None:
+            self._isolation.note_answered(label)
             return
         left = self._still_asked([*self._unanswered, *untested])
         self._unanswered = {}
@@ -263,7 +263,7 @@ class Feeder:
                 self._isolation.add(label, pending)
         elif len(group) > 1:
             await self._suspect(label, left)
-        elif left and is_confirmation(label, exhausted=death.exhaustion is not None):
+        elif left and self._isolation.is_certain(label, exhausted=death.exhaustion is not None):
             await self._judge(label, left[0], death, was_proven=was_proven)
             return
         else:
@@ -276,10 +276,10 @@ class Feeder:
     ) -> None:
         """Convict a request that killed the engine alone, if that answers something else."""
         if was_proven:
-            await self._convict(pending, death)
+            await self._convict(label, pending, death)
             await self._life.restart(death)
         elif await self._life.restart(death) and await self._life.prove_sound():
-            await self._convict(pending, death)
+            await self._convict(label, pending, death)
         else:
             # It has died of a control, too, and then answered one.
             await self._suspect(to_confirm(label), [pending])
@@ -289,7 +289,8 @@ class Feeder:
             await self._obstacles.durably(partial(pending.suspect, group))
             crash_point(CrashPoint.AFTER_SUSPECT)
 
-    async def _convict(self, pending: PendingRequest, death: EngineDied) -> None:
+    async def _convict(self, label: str, pending: PendingRequest, death: EngineDied) -> None:
+        self._isolation.note_culprit(label)
         logger.error("request %d kills the engine", pending.request.index)
         failure = Failure(
             code=FailureCode.OUT_OF_MEMORY if death.exhaustion else FailureCode.ENGINE_KILLED,

@@ -95,10 +95,15 @@ def test_an_engine_that_dies_at_random_convicts_hardly_anyone(tmp_path: Path, se
     def script(body: bytes, times: int):
         return EngineDied("by chance") if dice.random() < 0.1 else None
 
-    for run in range(10):  # by chance it dies three times in a row, and a person is asked
+    for run in range(20):
+        # By chance it dies four times in a row; whoever is asked then lets the run go on.
         with contextlib.suppress(EngineKeepsDying):
             bench.run(
-                plan, ScriptedEngine(script), run_id=f"run-{run}", in_flight=8, engine_restarts=999
+                plan,
+                ScriptedEngine(script),
+                in_flight=8,
+                engine_restarts=10_000,
+                run_id=f"run-{run}",
             )
             break
 

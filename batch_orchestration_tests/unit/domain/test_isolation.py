@@ -82,3 +82,26 @@ def test_a_half_that_came_back_from_a_journal_meanwhile_is_joined_and_loses_nobo
     assert isolation.next_group() == ("a1", ["y"])
     assert isolation.next_group() == ("b", ["w"])
     assert not isolation
+
+
+def test_an_engine_that_killed_itself_without_a_culprit_has_to_do_it_more_often() -> None:
+    isolation: Isolation[str] = Isolation()
+    isolation.split("a-", ["x", "y"])
+    for label, _ in (isolation.next_group(), isolation.next_group()):
+        isolation.note_answered(label)
+
+    assert not isolation.is_certain("b-0000"), "the death of x and y was nobody's"
+    assert isolation.is_certain("b-0000!")
+    assert not isolation.is_certain("b-00!")
+    assert isolation.is_certain("b-00!0!")
+
+
+def test_innocent_neighbours_of_a_culprit_raise_no_doubt() -> None:
+    isolation: Isolation[str] = Isolation()
+    isolation.split("a-", ["x", "y"])
+    guilty, innocent = isolation.next_group(), isolation.next_group()
+    isolation.note_culprit(guilty[0])
+    isolation.note_answered(innocent[0])
+
+    assert isolation.is_certain("b-0000")
+    assert isolation.is_certain("b-!")
