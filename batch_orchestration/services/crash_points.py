@@ -1,12 +1,14 @@
-"""Named places at which a test lets this process, or its engine, die by SIGKILL.
+"""Named places at which a test lets this process, or its engine, die by SIGKILL, or hang.
 
 Nothing happens unless the environment variable `CRASH_POINT` names one of them: `before_commit`
-dies when it is reached first, `before_commit:3` the third time. It is no setting, and on purpose
-has no `BATCH_` in its name: no deployment ever needs it.
+dies when it is reached first, `before_commit:3` the third time, `before_commit:3:hang` does not
+die, but never returns. It is no setting, and on purpose has no `BATCH_` in its name: no deployment
+ever needs it.
 """
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from enum import StrEnum
 
@@ -61,6 +63,12 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def hang() -> None:
+    """Never return; other threads go on."""
+    while True:
+        time.sleep(3600)
+
+
 #: What happens at the point; a test that kills the engine instead puts that in its place.
 accident: Callable[[], None] = die
 
@@ -75,16 +83,17 @@ class _Armed:
     """A point that was named, and how often it may still be passed unharmed."""
 
     def __init__(self, text: str) -> None:
-        name, _, number = text.partition(":")
+        name, number, how = (text.split(":") + ["", ""])[:3]
         self._point = CrashPoint(name)
         self._left = int(number or 1)
+        self._hangs = how == "hang"
 
     def reach(self, point: CrashPoint) -> None:
         if point is not self._point:
             return
         self._left -= 1
         if self._left == 0:
-            accident()
+            hang() if self._hangs else accident()
 
 
 #: A name that is none of the points is an error at import.

@@ -20,14 +20,6 @@ def stop(worker: ProcessIdentity) -> None:
     os.kill(worker.pid, signal.SIGSTOP)
 
 
-def block_at_chunk(dagster: DagsterProcesses, batch_id: str, number: int) -> Path:
-    """Let whoever begins this chunk block for ever: its journal is a pipe that nobody writes to."""
-    journal = dagster.folder.journal_path(batch_id, number)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    os.mkfifo(journal)
-    return journal
-
-
 def wait_for_blocked_loop(dagster: DagsterProcesses, run: Run) -> float:
     """Wait until heartbeats go on and the event loop does not; return when it last came round."""
     path = dagster.folder.heartbeat_path(run.run_id)
