@@ -54,7 +54,7 @@ def ask(
     Raises:
         StorageError: It is no SELECT, DuckDB refuses it, or its result is too large.
     """
-    with reading(path, deadline_seconds=deadline_seconds) as db:
+    with reading(path, deadline_seconds=deadline_seconds, alone=True) as db:
         for setting in _CONFINED:
             db.execute(setting)
         _check_one_select(db, sql)
