@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.domain.errors import EngineError
-from batch_orchestration.storage.regular import read_regular
+from batch_orchestration.storage.regular import NO_DESCRIPTOR, read_regular
 
 PROC = Path("/proc")
 POLL_SECONDS = 0.05
@@ -100,7 +100,11 @@ def read_record(path: Path) -> ProcessRecord | None:
     """Return what was recorded; None if nothing was, or nothing that can be read."""
     try:
         return msgspec.json.decode(read_regular(path), type=ProcessRecord)
-    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise
         return None
 
 

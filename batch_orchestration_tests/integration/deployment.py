@@ -40,6 +40,7 @@ class Deployment:
     def drop(self, name: str, content: bytes) -> Path:
         """Put a file into the inbox that has rested for a while."""
         path = self.folder.inbox / name
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
         os.utime(path)
         return path

@@ -13,13 +13,14 @@ import pytest
 
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.lifecycle import FINAL, Resumption
+from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.services.board import read_board
 from batch_orchestration.services.closing import cancel
 from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.health import examine_health
 from batch_orchestration.services.health_checks import files
 from batch_orchestration.storage.files import DataFolder
-from batch_orchestration_tests.builders import make_input
+from batch_orchestration_tests.builders import NOW, make_input, make_line, make_settled_chunk
 from batch_orchestration_tests.integration.deployment import Deployment
 
 #: Folders that all members share: without them there is no deployment.
@@ -77,11 +78,18 @@ WAYS: dict[str, Callable[[Path], object]] = {
 HARMLESS = {("journal_path", "truncated"), ("journal_path", "emptied")}
 #: Of what a person has to mend before its batch can be delivered.
 NEEDED = {"plan_path", "journal_path"}
+#: Without them nothing of the batch can be decided.
+STOPPING = ("plan_path", "closing_path", "resumption_path")
+#: Of a submission without parts nobody reads anything.
+UNREAD = {"submission_path", "submission_input_path"}
+
+
+ROOMY = {"chunks_per_run": 1, "disk_reserve_bytes": 0, "max_unfinished_batches": 20}
 
 
 @pytest.fixture
 def deployment(tmp_path):
-    with closing(Deployment(tmp_path, chunks_per_run=1, disk_reserve_bytes=0)) as deployment:
+    with closing(Deployment(tmp_path, **ROOMY)) as deployment:
         yield deployment
 
 
@@ -98,8 +106,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def look(deployment, path):
-    """Whether health and status name a path."""
+def named(deployment, paths):
+    """Return which of these paths both health and status name; neither names any of the others."""
     now = time.time()
     report = examine_health(
         settings=deployment.settings,
@@ -113,20 +121,23 @@ def look(deployment, path):
         inbox=open_inbox(deployment.settings, deployment.folder),
         now=now,
     )
-    found = [finding for finding in report.findings if str(path) in finding.reason]
-    assert all(finding.next_command for finding in found)
-    return bool(found), any(damage.path == path for damage in board.damaged)
+    found = {p: [f for f in report.findings if str(p) in f.reason] for p in paths}
+    assert all(finding.next_command for findings in found.values() for finding in findings)
+    in_health = {path for path, findings in found.items() if findings}
+    in_status = {damage.path for damage in board.damaged} & set(paths)
+    assert in_health == in_status
+    return in_health
 
 
-def serve(deployment, batch_id, *, ticks=12):
-    """Run whatever is asked for, until a batch has ended."""
+def serve(deployment, *batch_ids, ticks=25):
+    """Run what is asked for, until these batches have ended; return how."""
     for _ in range(ticks):
         for request in deployment.requests("dispatch_sensor"):
             deployment.run(request)
-        status = deployment.store.batch(batch_id).status
-        if status in (BatchStatus.COMPLETED, BatchStatus.CANCELLED):
-            return status
-    raise AssertionError(f"{batch_id} is {status}; {deployment.reason('dispatch_sensor')}")
+            ended = {id: deployment.store.batch(id).status for id in batch_ids}
+            if set(ended.values()) <= set(FINAL):
+                return set(ended.values())
+    raise AssertionError(f"{ended}; {deployment.reason('dispatch_sensor')}")
 
 
 def cancel_now(deployment, batch_id):
@@ -141,9 +152,10 @@ def cancel_now(deployment, batch_id):
 
 
 def at_work(deployment, batch_id):
-    """Have the first of two chunks answered."""
-    deployment.run(deployment.requests("dispatch_sensor")[0])
-    assert deployment.store.batch(batch_id).chunks_committed == 1
+    """Have the first of two chunks committed."""
+    plan = deployment.folder.read_plan(batch_id)
+    settled = make_settled_chunk(plan.chunks[0])
+    deployment.store.commit_chunk(batch_id, 0, settled, run_id="r", at=NOW, seconds=2.0)
 
 
 def resumed(deployment, batch_id):
@@ -166,31 +178,44 @@ def test_every_kind_of_path_that_the_data_folder_names_is_attacked():
     assert named <= here | SHARED_FOLDERS | ELSEWHERE | FAILS_CLOSED
 
 
+def admit_many(deployment, names):
+    """Admit a batch of two chunks for each name."""
+    contents = {
+        name: b"".join(make_line(100 * number + line) for line in range(10))
+        for number, name in enumerate(names)
+    }
+    return {name: deployment.admit(f"{name}.jsonl", text) for name, text in contents.items()}
+
+
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", OF_A_BATCH)
-def test_a_damaged_file_of_one_batch_stops_no_other(deployment, kind, stage):
-    victim = deployment.admit("victim.jsonl", make_input(10))
-    STAGES[stage](deployment, victim)
-    path = OF_A_BATCH[kind](deployment.folder, victim)
+def test_damaged_files_of_batches_stop_no_other(deployment, stage):
+    victims = admit_many(deployment, OF_A_BATCH)
+    paths = {kind: OF_A_BATCH[kind](deployment.folder, victims[kind]) for kind in OF_A_BATCH}
+    for victim in victims.values():
+        STAGES[stage](deployment, victim)
     for way in WAYS:
-        damage(path, way)
-        named = (False, False) if (kind, way) in HARMLESS else (True, True)
-        assert look(deployment, path) == named, way
-        assert str(path) in str(deployment.tick("dispatch_sensor")) or kind not in (
-            *("plan_path", "closing_path", "resumption_path"),
-        )
-    damage(path, "a folder")
+        for path in paths.values():
+            damage(path, way)
+        harmful = {path for kind, path in paths.items() if (kind, way) not in HARMLESS}
+        assert named(deployment, paths.values()) == harmful, way
+        deployment.tick("dispatch_sensor")
+        told = deployment.folder.needs.read_text()
+        assert [kind for kind in STOPPING if str(paths[kind]) not in told] == []
+    for path in paths.values():
+        damage(path, "a folder")
     deployment.tick("recovery_sensor")
 
-    other = deployment.admit("other.jsonl", make_input(7))
+    other = deployment.admit("high/other.jsonl", make_input(7))
 
-    assert serve(deployment, other) is BatchStatus.COMPLETED
-    if deployment.store.batch(victim).status in FINAL:
-        return  # it could be delivered all the same
-    assert look(deployment, path) == (True, True)
-    cancel_now(deployment, victim)
-    if kind not in NEEDED:
-        assert serve(deployment, victim) is BatchStatus.CANCELLED
+    assert serve(deployment, other) == {BatchStatus.COMPLETED}
+    # Some could be delivered all the same.
+    left = [k for k in OF_A_BATCH if deployment.store.batch(victims[k]).status not in FINAL]
+    assert set(STOPPING) <= set(left)
+    assert named(deployment, paths.values()) >= {paths[kind] for kind in left}
+    for kind in left:
+        cancel_now(deployment, victims[kind])
+    endable = [victims[kind] for kind in left if kind not in NEEDED]
+    assert serve(deployment, *endable) == {BatchStatus.CANCELLED}
 
 
 @pytest.mark.parametrize("way", ["truncated", "a folder"])
@@ -208,36 +233,40 @@ def test_a_batch_goes_on_by_itself_once_its_file_is_mended(deployment, kind, way
     if whole is not None:
         path.write_bytes(whole)
 
-    assert serve(deployment, victim) is BatchStatus.COMPLETED
+    assert serve(deployment, victim) == {BatchStatus.COMPLETED}
     assert deployment.folder.needs.read_bytes() == b"[]"
 
 
-@pytest.mark.parametrize("kind", [*OF_THE_DEPLOYMENT, *OF_SUBMISSIONS])
-def test_a_damaged_file_of_the_deployment_stops_no_batch(deployment, kind):
-    path = {**OF_THE_DEPLOYMENT, **OF_SUBMISSIONS}[kind](deployment.folder)
+@pytest.mark.parametrize("kinds", [{*OF_THE_DEPLOYMENT, "waiting_part_path"}, UNREAD])
+def test_damaged_files_of_the_deployment_stop_no_batch(deployment, kinds):
+    places = {**OF_THE_DEPLOYMENT, **OF_SUBMISSIONS}
+    paths = {kind: places[kind](deployment.folder) for kind in kinds}
     for way in WAYS:
-        damage(path, way)
-        if kind not in ("submission_path", "submission_input_path"):
-            assert look(deployment, path) == (True, True), way
+        deployment.folder.mark_unfinished(submission_of(PART))
+        for path in paths.values():
+            damage(path, way)
+        harmful = {paths[kind] for kind in kinds if kind not in UNREAD}
+        assert named(deployment, paths.values()) >= harmful, way
         for sensor in ("inbox_sensor", "dispatch_sensor", "recovery_sensor", "replay_sensor"):
             deployment.tick(sensor)
-        damage(path, way)
 
-    damage(path, "a folder")
+    for path in paths.values():
+        damage(path, "a folder")
     batch_id = deployment.admit("a.jsonl", make_input(5))
 
-    assert serve(deployment, batch_id) is BatchStatus.COMPLETED
+    assert serve(deployment, batch_id) == {BatchStatus.COMPLETED}
 
 
-@pytest.mark.parametrize("kind", MARKS)
-@pytest.mark.parametrize("way", ["a pipe", "emptied"])
-def test_a_mark_that_says_nothing_stops_no_other_batch(deployment, kind, way):
-    victim = deployment.admit("victim.jsonl", make_input(10))
-    damage(MARKS[kind](deployment.folder, victim), way)
+def test_marks_that_say_nothing_stop_no_other_batch(deployment):
+    ways = ["a pipe", "emptied"]
+    victims = admit_many(deployment, [f"{kind}-{way}" for kind in MARKS for way in ways])
+    for name, victim in victims.items():
+        kind, _, way = name.partition("-")
+        damage(MARKS[kind](deployment.folder, victim), way)
 
-    other = deployment.admit("other.jsonl", make_input(7))
+    other = deployment.admit("high/other.jsonl", make_input(7))
 
-    assert serve(deployment, other) is BatchStatus.COMPLETED
+    assert serve(deployment, other) == {BatchStatus.COMPLETED}
 
 
 def test_foreign_folders_among_the_batches_stop_nothing_and_are_named(deployment):
@@ -250,9 +279,9 @@ def test_foreign_folders_among_the_batches_stop_nothing_and_are_named(deployment
     for copy in copies[:2]:
         (copy / "plan.json").write_bytes(plan)
 
-    other = deployment.admit("other.jsonl", make_input(7))
+    other = deployment.admit("high/other.jsonl", make_input(7))
 
-    assert serve(deployment, other) is BatchStatus.COMPLETED
+    assert serve(deployment, other) == {BatchStatus.COMPLETED}
     assert {record.batch_id for record in deployment.store.batches()} == {first, other}
     board = read_board(
         folder=deployment.folder,
