@@ -76,5 +76,5 @@ def commands_as(
 def _run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )

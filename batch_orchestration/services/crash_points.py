@@ -83,7 +83,7 @@ class _Armed:
     """A point that was named, and how often it may still be passed unharmed."""
 
     def __init__(self, text: str) -> None:
-        name, number, how = (text.split(":") + ["", ""])[:3]
+        name, number, how = [*text.split(":"), "", ""][:3]
         self._point = CrashPoint(name)
         self._left = int(number or 1)
         self._hangs = how == "hang"

@@ -13,7 +13,7 @@ from batch_orchestration.settings import Settings
 from batch_orchestration_tests.unit.services.test_sizing import Site
 from batch_orchestration_tests.workbench import make_feeding
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.engine
 ARGS = {"max-model-len": 512, "kv-cache-memory-bytes": 8 * 2**20}
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 from batch_orchestration_tests.builders import make_request
 from batch_orchestration_tests.tiny_model import make_tiny_model
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 CONTEXT = 512
 CHAT, COMPLETION, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"

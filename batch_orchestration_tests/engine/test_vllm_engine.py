@@ -27,7 +27,7 @@ from batch_orchestration_tests.engine_processes import (
 )
 from batch_orchestration_tests.packaged_models import embedding_model_folder
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.engine
 
 #: As long as the context allows: a second or more.
 LONG = [chat(f"{n}", max_tokens=480, ignore_eos=True) for n in range(20)]

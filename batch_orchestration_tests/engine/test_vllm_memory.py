@@ -9,7 +9,7 @@ from batch_orchestration.domain.rungs import Ladder
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration_tests.workbench import Workbench
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.engine
 
 #: Of the 2,048 tokens of the tiny model's context it holds 1,408, says vLLM.
 SMALL_CACHE_BYTES = 800 * 1024

@@ -22,7 +22,7 @@ from batch_orchestration_tests.inbox_bench import InboxBench
 from batch_orchestration_tests.packaged_models import REPOSITORY, chat_model_folder
 from batch_orchestration_tests.workbench import SETTINGS, make_feeding
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 REAL_FILES = REPOSITORY.parent / "shared" / "batches"
 CONTEXT_TOKENS = 1024

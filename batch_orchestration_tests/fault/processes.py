@@ -22,7 +22,7 @@ from batch_orchestration.engines.process_records import (
 FAMILY = ["sh", "-c", "sleep 300 & sleep 300 & wait"]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 100.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not so in {seconds:g} s"

@@ -140,7 +140,7 @@ def test_of_equal_files_dropped_at_once_one_becomes_the_batch(bench):
 
 def iter_until_none(answers, *, ends: int):
     while ends:
-        answer = answers.get(timeout=60)
+        answer = answers.get(timeout=600)
         if answer is None:
             ends -= 1
         yield answer
@@ -160,7 +160,7 @@ def test_equal_files_in_claims_of_their_own_are_admitted_once_by_processes_at_on
 
     for process in processes:
         process.start()
-    verdicts = [answers.get(timeout=60) for _ in processes]
+    verdicts = [answers.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
 
@@ -202,7 +202,7 @@ def test_a_big_file_is_admitted_in_little_memory(bench):
     process = SPAWN.Process(target=admit_in_little_memory, args=(bench.folder.root, answers))
 
     process.start()
-    verdict = answers.get(timeout=100)
+    verdict = answers.get(timeout=600)
     process.join()
 
     assert (verdict.requests, verdict.faulty) == (requests, 1)

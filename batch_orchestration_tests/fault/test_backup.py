@@ -2,8 +2,6 @@
 
 import shutil
 
-import pytest
-
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import (
     assert_undisturbed,
@@ -17,7 +15,6 @@ REQUESTS = 60
 LEFT_OUT = shutil.ignore_patterns("*.duckdb*", "simulated.json")
 
 
-@pytest.mark.timeout(240)
 def test_a_backup_made_while_a_batch_is_answered_is_enough_to_finish_it(tmp_path):
     with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="20", BATCH_IN_FLIGHT="4") as dagster:
         data, backup = dagster.folder.root, tmp_path / "backup"

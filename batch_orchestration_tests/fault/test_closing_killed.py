@@ -29,7 +29,7 @@ def run(root: Path, step: str, crash_point: str | None = None) -> int:
     environment = {**os.environ, **({VARIABLE: crash_point} if crash_point else {})}
     command = [sys.executable, "-m", "batch_orchestration_tests.fault.crashing_closing"]
     return subprocess.run(
-        [*command, str(root), step], cwd=ROOT, env=environment, timeout=60, check=False
+        [*command, str(root), step], cwd=ROOT, env=environment, timeout=600, check=False
     ).returncode
 
 

@@ -73,7 +73,7 @@ def run(program: str, *arguments: object, crash_point: str | None = None) -> int
     """Run a program of this folder; return its exit code, negative if a signal ended it."""
     environment = {VARIABLE: crash_point} if crash_point else {}
     with start(program, *arguments, **environment) as child:
-        return child.wait(timeout=90)
+        return child.wait(timeout=600)
 
 
 def start(program: str, *arguments: object, **environment: str) -> subprocess.Popen[bytes]:

@@ -1,7 +1,5 @@
 """`kill -9` of Dagster's processes: all at once, as a power cut would, or the daemon alone."""
 
-import pytest
-
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import (
     assert_undisturbed,
@@ -14,7 +12,6 @@ from batch_orchestration_tests.integration.dagster_processes import dagster_dev,
 REQUESTS = 60
 
 
-@pytest.mark.timeout(240)
 def test_after_everything_was_killed_a_restart_finishes_the_batch(tmp_path):
     with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="20", BATCH_IN_FLIGHT="4") as dagster:
         dagster.simulate(latency_seconds=0.3)
@@ -35,7 +32,6 @@ def test_after_everything_was_killed_a_restart_finishes_the_batch(tmp_path):
         assert [run.status for run in runs.values()] == ["SUCCESS"]
 
 
-@pytest.mark.timeout(240)
 def test_a_run_goes_on_while_dagster_is_gone(tmp_path):
     """`dagster dev` gives up when its daemon dies; the run worker does not notice."""
     with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="20", BATCH_IN_FLIGHT="4") as dagster:
@@ -58,7 +54,6 @@ def test_a_run_goes_on_while_dagster_is_gone(tmp_path):
         assert (answering.run_id, answering.status) == (run.run_id, "SUCCESS")
 
 
-@pytest.mark.timeout(240)
 def test_the_daemon_killed_in_the_middle_of_admission_loses_and_doubles_no_file(tmp_path):
     """The files are claimed; nobody knows how far their runs were asked for."""
     with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="20") as dagster:

@@ -32,7 +32,7 @@ def run_limited(folder: Path, *numbers: int) -> tuple[dict[str, Any], str]:
         [sys.executable, "-m", module, str(folder), *map(str, numbers)],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout), done.stderr

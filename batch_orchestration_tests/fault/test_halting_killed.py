@@ -16,7 +16,7 @@ def run(root: Path, step: str, crash_point: str) -> int:
     command = [sys.executable, "-m", "batch_orchestration_tests.fault.crashing_halt"]
     environment = {**os.environ, VARIABLE: crash_point}
     return subprocess.run(
-        [*command, str(root), step], cwd=ROOT, env=environment, timeout=90, check=False
+        [*command, str(root), step], cwd=ROOT, env=environment, timeout=600, check=False
     ).returncode
 
 

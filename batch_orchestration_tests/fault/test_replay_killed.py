@@ -50,7 +50,7 @@ def test_a_killed_replay_goes_on_where_it_stopped(tmp_path: Path, point: str) ->
     bench.ask()
 
     with child(RUN_REPLAY, tmp_path, bench.batch_id, point) as process:
-        assert process.wait(timeout=60) == -9
+        assert process.wait(timeout=600) == -9
 
     assert open_replays(bench.folder) == [(bench.batch_id, 1)]
     assert set(bench.states().values()) <= {"replaying", "resolved"}

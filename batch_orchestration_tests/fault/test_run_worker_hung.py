@@ -3,7 +3,6 @@
 import subprocess
 
 import msgspec
-import pytest
 
 from batch_orchestration.engines.process_records import (
     ProcessRecord,
@@ -43,7 +42,6 @@ QUICK = {
 }
 
 
-@pytest.mark.timeout(300)
 def test_workers_that_hang_are_started_again_and_every_request_is_answered_once(tmp_path):
     """Blocked, then stopped, then a zombie; for none of it the batch is canceled."""
     # No later worker has so many requests left.
@@ -86,7 +84,6 @@ def test_workers_that_hang_are_started_again_and_every_request_is_answered_once(
         wait_until(lambda: not list(dagster.folder.heartbeats.iterdir()), 20, "no heartbeat")
 
 
-@pytest.mark.timeout(240)
 def test_after_a_restart_of_the_machine_nobody_who_has_got_an_old_pid_is_touched(tmp_path):
     """All that is on record is of an earlier boot; its pids are strangers' now."""
     strangers = subprocess.Popen(FAMILY, start_new_session=True)

@@ -1,7 +1,5 @@
 """`kill -9` of the run worker in the middle of a chunk: Dagster starts it again by itself."""
 
-import pytest
-
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import (
     assert_undisturbed,
@@ -14,7 +12,6 @@ from batch_orchestration_tests.integration.dagster_processes import dagster_dev,
 REQUESTS = 90
 
 
-@pytest.mark.timeout(240)
 def test_a_killed_run_worker_costs_no_answer_and_needs_nobody(tmp_path):
     """Killed twice: the second time the retry's first chunks come from the store."""
     with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="30", BATCH_IN_FLIGHT="4") as dagster:

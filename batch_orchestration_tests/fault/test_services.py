@@ -35,7 +35,6 @@ LASTING = [unit for unit in SERVICES if unit.name != INSTANCE]
 REQUESTS = 60
 
 
-@pytest.mark.timeout(300)
 def test_services_that_end_and_are_started_again_do_no_harm_to_batches(tmp_path):
     """An upgrade stops the daemon; a code server that is killed takes every sensor with it."""
     with services(tmp_path, BATCH_REQUESTS_PER_CHUNK="20", BATCH_IN_FLIGHT="2") as site:

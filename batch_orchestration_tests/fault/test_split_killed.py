@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(400)
-
 REQUESTS, PER_PART = 40, 25
 
 

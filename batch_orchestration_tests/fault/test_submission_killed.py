@@ -9,10 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.timeout(400)
-
 FILES = ["errors.jsonl", "output.jsonl", "report.html", "report.md"]
 
 

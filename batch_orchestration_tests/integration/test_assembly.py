@@ -297,6 +297,6 @@ def run_script(script, folder, plan):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )

@@ -23,7 +23,7 @@ def run(folder, *arguments, **environment):
         env=kept | {"PYTHONPATH": str(REPOSITORY)} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
 

@@ -14,8 +14,6 @@ from batch_orchestration.storage.operations import open_replays
 from batch_orchestration_tests.builders import make_body, make_input, make_line
 from batch_orchestration_tests.integration.dagster_processes import dagster_dev
 
-pytestmark = pytest.mark.timeout(300)
-
 #: Fields of the engine's resource that the launchpad's form fills in.
 TIMEOUTS = {"start_timeout_seconds": 60.0, "request_timeout_seconds": 60.0}
 #: The backfill daemon looks once in 30 s, and again when the run has ended.

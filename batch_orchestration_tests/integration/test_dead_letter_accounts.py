@@ -4,7 +4,6 @@ import contextlib
 import tempfile
 from pathlib import Path
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +62,6 @@ def killed_by(chosen: frozenset[int]) -> ScriptedEngine:
 
 
 #: Each step opens DuckDB a few times: a second an example, more on a busy machine.
-@pytest.mark.timeout(400)
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps)
 def test_counts_add_up_through_any_sequence(taken: list[tuple[str, frozenset[int]]]) -> None:

@@ -47,7 +47,6 @@ def work_through(deployment: Deployment, *, batches: int) -> None:
     raise AssertionError(deployment.reason("dispatch_sensor"))
 
 
-@pytest.mark.timeout(300)  # Eighteen runs of Dagster.
 def test_every_file_with_such_a_line_is_admitted_and_delivered_with_its_other_lines(deployment):
     for name, (value, _, _) in HOSTILE.items():
         deployment.drop(f"{name}.jsonl", hostile_file(value))

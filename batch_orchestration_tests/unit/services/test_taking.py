@@ -184,7 +184,6 @@ print([(w.name, w.reason) for w in bench.inbox.waiting(now=LATER)])
 """
 
 
-@pytest.mark.timeout(300)
 def test_a_file_in_a_sticky_folder_stays_and_says_what_helps():
     needs_root()
     with tempfile.TemporaryDirectory(prefix="batch-sticky-", dir="/tmp") as name:
