@@ -67,6 +67,10 @@ class Breaker:
         if full and sum(self._latest) / len(self._latest) > self._policy.failure_rate:
             self.probe_at = now + self._policy.pause_seconds
 
+    def note_let_go(self) -> None:
+        """Take note that an attempt ended without a result: if it was the probe, another may be."""
+        self._probing = False
+
     def _record_while_open(self, *, failed: bool, now: float) -> None:
         if not failed:
             self._latest.clear()

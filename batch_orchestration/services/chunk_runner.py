@@ -406,6 +406,7 @@ class _BatchRun:
         while True:
             self._own.progress.tick()
             self._note_rates()
+            self._turns.look()
             for work in list(self._works.values()):
                 work.look_for_halt()
                 if work.has_left and self._let_go(work) and work.is_guest:

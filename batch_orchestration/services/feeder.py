@@ -403,7 +403,11 @@ class Feeder:
         )
         asked_again = False
         while await self._may_submit(pending):
-            outcome = await self._submit(pending, body)
+            try:
+                outcome = await self._submit(pending, body)
+            except asyncio.CancelledError:
+                self._breaker.note_let_go()
+                raise
             if not isinstance(outcome, Failure):
                 return outcome
             if is_doubtful(outcome) and not await self._gate.is_its_own(

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError
+from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.ordering import whole_points
 from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, QueueView
 from batch_orchestration.services.batch_work import BatchWork
@@ -99,14 +99,14 @@ class Turns:
     def _draw(self, work: BatchWork) -> PendingRequest | Obstacle | None:
         try:
             return work.draw()
-        except BatchOrchestrationError as error:
+        except Exception as error:  # whatever is wrong with a guest, its own run tells
             if work is self._own:
                 raise
             self._dismiss(work.plan.batch_id, error)
             return None
 
     def _next(self) -> BatchWork | None:
-        self._look()
+        self.look()
         begun = [work for work in (self._own, *self.guests.values()) if work.mid_chunk]
         if self.held is not None or not self._own.can_draw:
             return self._first(begun)
@@ -138,7 +138,7 @@ class Turns:
         if batch_id not in self.guests:
             try:
                 self.guests[batch_id] = self._invite(batch_id)
-            except BatchOrchestrationError as error:
+            except Exception as error:  # noqa: BLE001 - see `_draw`
                 self._dismiss(batch_id, error)
                 return None
             logger.info(
@@ -148,7 +148,7 @@ class Turns:
             )
         return self.guests[batch_id]
 
-    def _dismiss(self, batch_id: str, error: BatchOrchestrationError) -> None:
+    def _dismiss(self, batch_id: str, error: Exception) -> None:
         logger.warning("%s is left to its own run: %s", batch_id, error)
         self._unwelcome.add(batch_id)
         if batch_id in self.guests:
@@ -156,8 +156,8 @@ class Turns:
 
     # --- looking ----------------------------------------------------------------------------------
 
-    def _look(self) -> None:
-        """Take in what has changed, at most once in a while."""
+    def look(self) -> None:
+        """Take in what has changed, at most once in a while; also while nothing is drawn."""
         now = self._clock()
         if 0 <= now - self._looked_at < LOOK_SECONDS:
             return
@@ -202,7 +202,7 @@ class Turns:
                 continue
             try:
                 over = work.is_closing() or work.committer.gave_up
-            except BatchOrchestrationError as error:
+            except Exception as error:  # noqa: BLE001 - see `_draw`
                 self._dismiss(batch_id, error)
                 continue
             if over:

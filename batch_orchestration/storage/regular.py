@@ -19,9 +19,11 @@ def read_regular(path: Path) -> bytes:
         OSError: It cannot be read, or is no regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        # Not by `fdopen`: of a folder that neither closes the descriptor nor names the path.
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, _what_it_is(mode), str(path))
     with os.fdopen(descriptor, "rb") as file:
         return file.read()
 
@@ -47,5 +49,9 @@ def open_regular(path: Path) -> BinaryIO:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise FileDamaged(path, "is a folder" if stat.S_ISDIR(mode) else "is no regular file")
+        raise FileDamaged(path, _what_it_is(mode))
     return os.fdopen(descriptor, "rb")
+
+
+def _what_it_is(mode: int) -> str:
+    return "is a folder" if stat.S_ISDIR(mode) else "is no regular file"

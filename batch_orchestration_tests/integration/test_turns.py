@@ -1,14 +1,21 @@
 """Turns inside a run: more urgent batches overtake, and for some the run makes room."""
 
+import asyncio
 import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.domain.errors import PlanMismatch
+from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.queueing import EntryKind, EntryState, WaitReason
 from batch_orchestration.services import turns
+from batch_orchestration.services.chunk_pass import ChunkPass
 from batch_orchestration.storage.journal import Journal
 from batch_orchestration.storage.store import Store
 from batch_orchestration.telemetry.progress import read_progress
@@ -290,6 +297,65 @@ def test_a_guest_whose_input_was_changed_costs_the_run_nothing(bench: TurnBench)
     assert bench.committed(guest) <= {0}
     with pytest.raises(PlanMismatch):
         bench.run(guest, PacedEngine(), run_id="its own run")
+
+
+@pytest.mark.parametrize("how", ["missing", "a bug"])
+def test_whatever_is_wrong_with_a_guest_costs_the_run_nothing(
+    bench: TurnBench, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    own, guest = bench.batch("own", 100), bench.batch("guest", 30)
+    bench.queue(entry(guest, effective=5), entry(own))
+    if how == "missing":
+        bench.folder.input_path(guest.batch_id).unlink()
+    else:
+        pending = ChunkPass.pending
+
+        def stumble(chunk: ChunkPass):
+            if chunk.batch_id == guest.batch_id:
+                raise KeyError("what nobody has thought of")
+            return pending(chunk)
+
+        monkeypatch.setattr(ChunkPass, "pending", stumble)
+
+    bench.run(own, PacedEngine())
+
+    assert len(bench.committed(own)) == 10
+    assert bench.committed(guest) == set()
+
+
+def test_a_guest_that_is_cancelled_while_it_probes_a_sick_engine_does_not_stop_the_run(
+    bench: TurnBench,
+) -> None:
+    """All of the window is the guest's, so that nothing is drawn; and its probe never ends."""
+    own, guest = bench.batch("own", 200), bench.batch("guest", 40)
+    bench.queue(entry(guest, effective=5), entry(own))
+    engine, closing = SickForGuests(), bench.folder.closing_path(guest.batch_id)
+    engine.on_probe = lambda: closing.write_bytes(
+        msgspec.json.encode(Closing(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason=""))
+    )
+
+    policy = BreakerPolicy(last=8, pause_seconds=0.05, max_pause_seconds=0.05, probes=99)
+    bench.run(own, engine, in_flight=8, breaker=policy)
+
+    assert engine.probed
+    assert len(bench.committed(own)) == 20
+
+
+class SickForGuests(PacedEngine):
+    """Fails thirty requests of guests, never ends the next one, and then is well."""
+
+    failed, probed = 0, False
+    on_probe = staticmethod(lambda: None)
+
+    async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
+        if b"guest" not in body or self.probed:
+            return await super().answer(endpoint, body, request_id=request_id)
+        self.failed += 1
+        if self.failed > 30:  # the breaker is open: this is a probe
+            self.probed = True
+            self.on_probe()
+            await asyncio.Event().wait()
+        return Failure(code=FailureCode.ENGINE_OVERLOADED, message="busy", status=503)
 
 
 def test_a_guest_that_ends_early_is_let_go_and_its_journal_is_free(bench: TurnBench) -> None:

@@ -72,6 +72,16 @@ def test_after_so_many_failed_probes_it_gives_up() -> None:
     assert breaker.gave_up
 
 
+def test_a_probe_that_is_let_go_makes_way_for_another_one() -> None:
+    breaker = tripped(now=0)
+    assert breaker.may_submit(10)
+    assert not breaker.may_submit(11)
+
+    breaker.note_let_go()
+
+    assert breaker.may_submit(11)
+
+
 def test_failures_that_were_in_flight_when_it_opened_are_no_probes() -> None:
     breaker = tripped(now=0)
     for _ in range(50):

@@ -9,6 +9,7 @@ import pytest
 from batch_orchestration.domain.errors import FileDamaged
 from batch_orchestration.domain.queueing import Pause
 from batch_orchestration.storage.files import DataFolder, read_kept
+from batch_orchestration.storage.regular import open_regular, read_regular
 from batch_orchestration_tests.builders import make_input, make_plan
 
 
@@ -48,6 +49,21 @@ def test_damage_of_every_kind_has_one_exception_with_the_path(tmp_path, how):
 
     assert raised.value.path == path
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("read", [read_regular, open_regular])
+@pytest.mark.parametrize("how", ["a folder", "a pipe"])
+def test_what_is_no_file_costs_no_descriptor_and_is_named(tmp_path, how, read):
+    """A tick reads each file anew: one lost at each would end the daemon within hours."""
+    path = tmp_path / "clock.json"
+    DAMAGES[how](path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    for _ in range(20):
+        with pytest.raises((OSError, FileDamaged), match=str(path)):
+            read(path)
+
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_file_that_may_not_be_read_is_damaged(tmp_path, monkeypatch):
