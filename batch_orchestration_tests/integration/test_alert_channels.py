@@ -200,9 +200,9 @@ def test_a_command_that_is_not_there_or_hangs_is_a_problem_in_time(monkeypatch, 
 
     missing = alert_channels(make_settings(alert_command=[str(tmp_path / "nothing")]))["command"]
     problem_of(missing)
-    problem_of(command_channel("import time; time.sleep(60)"))
+    problem_of(command_channel("import time; time.sleep(600)"))
 
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 100
 
 
 # --- what is refused, and what only takes its time ---
@@ -263,7 +263,7 @@ def test_a_channel_that_hangs_holds_up_neither_the_tick_nor_the_others(tmp_path,
 
     def hanging(post):
         begun.append(post)
-        never.wait(20)
+        never.wait(200)
 
     channels = {"email": hanging, "webhook": webhook_channel(webhook.url)}
     posts = dict.fromkeys(channels, make_post())
@@ -271,7 +271,7 @@ def test_a_channel_that_hangs_holds_up_neither_the_tick_nor_the_others(tmp_path,
     first = deliver(posts, channels, root=tmp_path, seconds=1.0)
     second = deliver(posts, channels, root=tmp_path, seconds=1.0)
 
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 100
     assert first["webhook"].problem is None
     assert "not done" in first["email"].problem
     assert "still on its way" in second["email"].problem

@@ -296,7 +296,7 @@ def test_a_run_notices_by_itself_that_the_window_is_over(bench: ClosingBench) ->
     commits = bench.run(plan, engine)
     seconds = time.monotonic() - began
 
-    assert seconds < 8
+    assert seconds < 60
     assert [commit.report.number for commit in commits] == [0, 1]
     closing = bench.folder.read_closing(plan.batch_id)
     assert (closing.status, closing.actor) == ("expired", "run-1")

@@ -108,7 +108,7 @@ def test_a_gate_that_is_closed_at_the_start_is_no_engine_that_does_not_start(
     with pytest.raises(EngineRefusesUs, match=rf"/v1/models answers HTTP {status}: go away\?\[31m"):
         bench.run(plan, server.engine())
 
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 100
     assert server.asked == []
 
 

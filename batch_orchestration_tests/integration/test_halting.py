@@ -117,7 +117,7 @@ def test_requests_that_wait_for_another_attempt_are_not_sent_again(bench: Haltin
     began = time.monotonic()
     bench.run(plan, engine, retry=RetryPolicy(max_attempts=3, base_delay_seconds=600))
 
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 300
     assert bench.halt(plan) is not None
     assert all(engine.submissions[body] == 1 for body in engine.submissions)
     assert not {3, 5} & bench.journals(plan)[0].settled

@@ -116,7 +116,7 @@ def test_of_a_key_that_is_there_twice_the_last_one_wins() -> None:
 
 
 @given(st.binary() | ANY_JSON.map(lambda value: json.dumps(value).encode()))
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_any_bytes_are_a_value_that_can_be_written_again_or_bad_json(text: bytes) -> None:
     if verdict(text) is None:
         json.dumps(decode(text), ensure_ascii=False, allow_nan=False).encode()

@@ -194,9 +194,9 @@ def test_this_machines_kernel_can_be_asked() -> None:
 
 def test_a_long_log_is_read_in_a_moment() -> None:
     lines = [f'  File "/usr/lib/vllm/v1/engine/core.py", line {n}, in run' for n in range(150_000)]
-    began = time.monotonic()
+    began = time.thread_time()
 
     found = recognise([SIGNS[6].sample, *lines])
 
     assert found is not None
-    assert time.monotonic() - began < 2
+    assert time.thread_time() - began < 2
