@@ -1,15 +1,18 @@
 """The processes of a real vLLM server, found by what was recorded when it was started."""
 
+import asyncio
 import contextlib
-import re
 import time
-import urllib.request
 from pathlib import Path
 
 import aiohttp
 
 from batch_orchestration.engines.process_records import PROC, read_record
 from batch_orchestration.engines.vllm import VllmEngine
+
+#: State of a socket in the tables of proc(5), `/proc/net/tcp`.
+TCP_LISTEN = "0A"
+LOOPBACK = "0100007F:"
 
 
 def engine_core_pid(engine: VllmEngine) -> int:
@@ -31,18 +34,41 @@ def parent_pid(pid: int) -> int:
 
 async def count_running(engine: VllmEngine) -> int:
     """Return how many requests the engine core worked on at its last step."""
-    url = f"http://127.0.0.1:{engine.figures()['port']}/metrics"
-    async with aiohttp.ClientSession() as session, session.get(url) as response:
-        text = await response.text()
-    return sum(
-        int(float(n)) for n in re.findall(r"^vllm:num_requests_running\S* (\S+)", text, re.M)
-    )
+    figures = await engine.measure()
+    assert figures is not None
+    assert figures.running is not None
+    return figures.running
 
 
 def wait_until_unwell(engine: VllmEngine, *, seconds: float = 20.0) -> None:
     """Return as soon as the server itself knows that its core is gone."""
-    deadline = time.monotonic() + seconds
-    with contextlib.suppress(OSError):  # an HTTP status of 503, or nobody there any more
-        while urllib.request.urlopen(f"http://127.0.0.1:{engine.figures()['port']}/health"):
-            assert time.monotonic() < deadline, "the server still says that all is well"
-            time.sleep(0.02)
+
+    async def ask() -> None:
+        deadline = time.monotonic() + seconds
+        connector = aiohttp.UnixConnector(engine.figures()["socket"])
+        async with aiohttp.ClientSession(connector=connector) as session:
+            while True:
+                async with session.get("http://localhost/health") as response:
+                    if not response.ok:
+                        return
+                assert time.monotonic() < deadline, "the server still says that all is well"
+                await asyncio.sleep(0.02)
+
+    with contextlib.suppress(aiohttp.ClientError):  # nobody there any more
+        asyncio.run(ask())
+
+
+def tcp_listeners(pid: int) -> list[str]:
+    """Return the addresses, as proc(5) writes them, at which a process waits for connections."""
+    listening = {
+        fields[9]: fields[1]
+        for table in ("tcp", "tcp6")
+        for line in (PROC / "net" / table).read_text().splitlines()[1:]
+        if (fields := line.split())[3] == TCP_LISTEN
+    }
+    found = []
+    for link in (PROC / str(pid) / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            inode = str(link.readlink()).removeprefix("socket:[").rstrip("]")
+            found += [listening[inode]] if inode in listening else []
+    return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +12,14 @@ MODELS = b'{"data": [{"id": "demo-model", "owned_by": "raw", "max_model_len": 40
 
 #: Given path and body of a request: what is said, piece by piece, before the connection is closed.
 Answer = Callable[[str, bytes], Iterable[bytes]]
+
+
+def free_port() -> int:
+    """Return a port that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def http(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> bytes:

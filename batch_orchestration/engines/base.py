@@ -68,4 +68,4 @@ class Engine(Protocol):
         """End the engine and free its device memory. Stopping twice does nothing."""
 
     def figures(self) -> dict[str, Any]:
-        """Return what is worth recording about the engine: pid, port, start-up seconds, log."""
+        """Return what is worth recording about the engine: pid, start-up seconds, log."""

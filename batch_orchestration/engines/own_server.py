@@ -2,13 +2,10 @@
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-
-import aiohttp
 
 from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
@@ -16,14 +13,13 @@ from batch_orchestration.domain.outcomes import Completion, Outcome
 from batch_orchestration.domain.rungs import Exhaustion, Ladder
 from batch_orchestration.engines import exhaustion, logs
 from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.engines.process import EngineProcess, free_port
+from batch_orchestration.engines.process import EngineProcess
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.server import ServerEngine
+from batch_orchestration.engines.sockets import choose_socket
 
 logger = logging.getLogger(__name__)
 
-#: Each start takes another port; that three in a row are snatched away does not happen by chance.
-PORT_ATTEMPTS = 3
 #: A server that takes long is asked less often.
 POLL_SECONDS, POLL_MAX_SECONDS = 0.05, 0.5
 PROGRESS_SECONDS = 10.0
@@ -32,12 +28,8 @@ LAST_WORDS = 3
 CAUSES = 3
 ALL_LINES = 10**9
 
-Launch = Callable[[int, str], tuple[Sequence[str], Mapping[str, str | None]]]
-"""From port and API key to command and additional environment; see `child_environment`."""
-
-
-class _PortTaken(Exception):
-    """Somebody else was quicker to bind the port."""
+Launch = Callable[[Path], tuple[Sequence[str], Mapping[str, str | None]]]
+"""From Unix socket to command and additional environment; see `child_environment`."""
 
 
 class OwnServerEngine(Engine):
@@ -55,7 +47,6 @@ class OwnServerEngine(Engine):
         timeout_seconds: Of one attempt of one request.
         start_timeout_seconds: Until the server must be ready.
         connections: To the server at a time.
-        choose_port: Returns a port to try.
         limits: How much memory answers may take.
     """
 
@@ -71,7 +62,6 @@ class OwnServerEngine(Engine):
         timeout_seconds: float = 1800.0,
         start_timeout_seconds: float = 900.0,
         connections: int = 1024,
-        choose_port: Callable[[], int] = free_port,
         limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         self._limits = limits
@@ -87,7 +77,6 @@ class OwnServerEngine(Engine):
         self._timeout_seconds = timeout_seconds
         self._start_timeout_seconds = start_timeout_seconds
         self._connections = connections
-        self._choose_port = choose_port
         self._server: ServerEngine | None = None
         self._stopped = False
         self._life = exhaustion.SignsOfLife(exhaustion.Survived())
@@ -110,7 +99,8 @@ class OwnServerEngine(Engine):
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._start_timeout_seconds):
-                server, identity = await self._start_on_some_port()
+                server = await self._start_server()
+                identity = await server.start()
         except TimeoutError as error:
             self._fail(f"was not ready in {self._start_timeout_seconds:g} s", error)
         except BaseException:
@@ -158,69 +148,58 @@ class OwnServerEngine(Engine):
         self._process.stop()
 
     def figures(self) -> dict[str, Any]:
-        """Return pid, port, number of starts, seconds of the latest one, slots, log, facts."""
+        """Return pid, socket, number of starts, seconds of the latest one, slots, log, facts."""
         return dict(self._figures)
 
     def last_log_lines(self, count: int) -> list[str]:
         """Return what the server wrote last, also after it has died."""
         return self._process.last_log_lines(count)
 
-    async def _start_on_some_port(self) -> tuple[ServerEngine, EngineIdentity]:
-        for _ in range(PORT_ATTEMPTS):
-            port, key = self._choose_port(), secrets.token_urlsafe(32)
-            await self._spawn(port, key)
-            server = ServerEngine(
-                f"http://127.0.0.1:{port}",
-                api_key=key,
-                kind=self._kind,
-                timeout_seconds=self._timeout_seconds,
-                connections=self._connections,
-                gone=self._why_gone,
-                limits=self._limits,
-            )
-            try:
-                await self._wait_until_ready(server, key)
-            except _PortTaken:
-                logger.info("port %d was taken meanwhile; trying another", port)
-                continue
-            return server, await server.start()
-        raise EngineStartFailed(f"{PORT_ATTEMPTS} ports in a row were taken by somebody else")
+    async def _start_server(self) -> ServerEngine:
+        socket = choose_socket()
+        await self._spawn(socket)
+        server = ServerEngine(
+            "http://localhost",
+            socket=socket,
+            kind=self._kind,
+            timeout_seconds=self._timeout_seconds,
+            connections=self._connections,
+            gone=self._why_gone,
+            limits=self._limits,
+        )
+        await self._wait_until_ready(server)
+        return server
 
-    async def _spawn(self, port: int, key: str) -> None:
-        command, env = self._launch(port, key)
+    async def _spawn(self, socket: Path) -> None:
+        command, env = self._launch(socket)
         self._life = exhaustion.SignsOfLife(self._look())
-        await asyncio.to_thread(self._process.spawn, command, env)
+        await asyncio.to_thread(self._process.spawn, command, env, socket=socket)
         if self._stopped:
             raise EngineStartFailed(f"{self._process.name} was stopped while it started")
         self._figures |= {
             "pid": self._process.pid,
-            "port": port,
+            "socket": str(socket),
             "log": str(self._process.log_path),
             "starts": self._figures.get("starts", 0) + 1,
         }
         logger.info(
-            "starting %s (pid %s, port %d); its log is %s",
+            "starting %s (pid %s, %s); its log is %s",
             self._process.name,
             self._process.pid,
-            port,
+            socket,
             self._process.log_path,
         )
 
-    async def _wait_until_ready(self, server: ServerEngine, key: str) -> None:
+    async def _wait_until_ready(self, server: ServerEngine) -> None:
         spoke_at = began = time.monotonic()
-        async with aiohttp.ClientSession() as session:
-            while not await server.healthy(session):
-                self._make_sure_it_runs()
-                self._process.note_members()
-                now = time.monotonic()
-                if now - spoke_at >= PROGRESS_SECONDS:
-                    spoke_at = now
-                    self._log_progress(now - began)
-                await asyncio.sleep(min(POLL_MAX_SECONDS, POLL_SECONDS + (now - began) / 20))
-            ours = await _knows_key(session, server.base_url, key)
-        self._make_sure_it_runs()
-        if not ours:
-            raise _PortTaken
+        while not await server.is_well():
+            self._make_sure_it_runs()
+            self._process.note_members()
+            now = time.monotonic()
+            if now - spoke_at >= PROGRESS_SECONDS:
+                spoke_at = now
+                self._log_progress(now - began)
+            await asyncio.sleep(min(POLL_MAX_SECONDS, POLL_SECONDS + (now - began) / 20))
         self._process.note_members()
 
     def _make_sure_it_runs(self) -> None:
@@ -229,8 +208,6 @@ class OwnServerEngine(Engine):
             return
         if self._stopped:
             raise EngineStartFailed(f"{self._process.name} was stopped while it started")
-        if any("address already in use" in line.lower() for line in self.last_log_lines(200)):
-            raise _PortTaken
         self._fail(f"{reason} before it was ready", None)
 
     def _log_progress(self, seconds: float) -> None:
@@ -275,18 +252,3 @@ class OwnServerEngine(Engine):
         lines = self.last_log_lines(1000)
         last_words = " | ".join(logs.causes(lines)[-CAUSES:] or lines[-LAST_WORDS:])
         return f"{self._process.name} {reason}; its last words: {last_words}"
-
-
-async def _knows_key(session: aiohttp.ClientSession, base_url: str, key: str) -> bool:
-    """Whether the server on this port is ours: it accepts our key, and not just any."""
-    statuses = []
-    for candidate in (key, "not-the-key"):
-        headers = {"Authorization": f"Bearer {candidate}"}
-        try:
-            async with session.get(
-                f"{base_url}/v1/models", headers=headers, allow_redirects=False
-            ) as response:
-                statuses.append(response.status)
-        except (aiohttp.ClientError, TimeoutError):
-            return False
-    return statuses == [200, 401]

@@ -4,14 +4,15 @@ import atexit
 import logging
 import os
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from batch_orchestration.domain.errors import EngineStartFailed
-from batch_orchestration.engines import logs, process_records
+from batch_orchestration.engines import logs, process_records, sockets
 from batch_orchestration.engines.child_environment import child_environment
 from batch_orchestration.engines.parent_guard import GUARD_VARIABLE
 from batch_orchestration.engines.process_records import ProcessRecord
@@ -22,14 +23,6 @@ logger = logging.getLogger(__name__)
 STOP_GRACE_SECONDS = 15.0
 #: Without its API server vLLM's EngineCore does not act on SIGTERM; there is nothing to wait for.
 ORPHAN_GRACE_SECONDS = 1.0
-
-
-def free_port() -> int:
-    """Return a loopback port that was free a moment ago; somebody may take it before its user."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class EngineProcess:
@@ -47,6 +40,7 @@ class EngineProcess:
         self._lock = threading.RLock()
         self._child: subprocess.Popen[bytes] | None = None
         self._record: ProcessRecord | None = None
+        self._socket: Path | None = None
         self._log_start = 0
         self._exit: str | None = None
 
@@ -56,13 +50,21 @@ class EngineProcess:
         child = self._child
         return None if child is None else child.pid
 
-    def spawn(self, command: Sequence[str], env: Mapping[str, str | None]) -> None:
+    def spawn(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str | None],
+        *,
+        socket: Path | None = None,
+    ) -> None:
         """Start the server, after ending whatever is left of an earlier one.
 
         Args:
             command: Program and arguments.
             env: Added to `child_environment`, the part of ours that it gets; with None for its
                 value a variable is passed on as we have it.
+            socket: At which it was told to listen (`sockets.choose_socket`); its folder is made
+                now, and removed when the server is ended.
 
         Raises:
             EngineStartFailed: It cannot be started, or its record belongs to a living process.
@@ -75,8 +77,12 @@ class EngineProcess:
             with self.log_path.open("ab") as log:
                 self._log_start = log.tell()
                 try:
+                    if socket is not None:
+                        sockets.make_private_folder(socket)
+                        self._socket = socket
                     child = spawn_guarded(command, env=environment, output=log)
                 except OSError as error:
+                    self._remove_socket()
                     raise EngineStartFailed(f"{command[0]} cannot be started: {error}") from error
             self._child, self._exit = child, None
             atexit.register(self._stop_at_exit, os.getpid())
@@ -91,12 +97,7 @@ class EngineProcess:
             group = process_records.group_members(self._child.pid)
             members = tuple(member for member in group if member != record.leader)
             if members != record.members:
-                self._record = ProcessRecord(
-                    leader=record.leader,
-                    owner=record.owner,
-                    members=members,
-                    command=record.command,
-                )
+                self._record = msgspec.structs.replace(record, members=members)
                 process_records.write_record(self._record_path, self._record)
 
     def exit_reason(self) -> str | None:
@@ -129,6 +130,7 @@ class EngineProcess:
             process_records.end_group(child.pid, grace_seconds=grace_seconds)
             child.wait()
             self._child = self._record = None
+            self._remove_socket()
             self._record_path.unlink(missing_ok=True)
             atexit.unregister(self._stop_at_exit)
             logger.info("%s (pid %d) is gone: it %s", self.name, child.pid, self._exit)
@@ -153,6 +155,11 @@ class EngineProcess:
         if os.getpid() == owner_pid:
             self.stop()
 
+    def _remove_socket(self) -> None:
+        if self._socket is not None:
+            sockets.remove_socket(self._socket)
+        self._socket = None
+
     def _end_left_over(self) -> None:
         record = process_records.read_record(self._record_path)
         if record is None:
@@ -172,5 +179,11 @@ class EngineProcess:
         owner = process_records.identify(os.getpid())
         if leader is None or owner is None:
             return  # It has ended already; its parent will hear of it by `exit_reason`.
-        self._record = ProcessRecord(leader=leader, owner=owner, members=(), command=command)
+        self._record = ProcessRecord(
+            leader=leader,
+            owner=owner,
+            members=(),
+            command=command,
+            socket=str(self._socket or ""),
+        )
         process_records.write_record(self._record_path, self._record)

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.domain.errors import EngineError
+from batch_orchestration.engines.sockets import remove_socket
 from batch_orchestration.storage.regular import NO_DESCRIPTOR, read_regular
 
 PROC = Path("/proc")
@@ -42,12 +43,14 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
         owner: The process that started it.
         members: The other processes of the group, as far as they were seen.
         command: For people; never used to find anything.
+        socket: At which the server listens, if it does; removed with what is left over.
     """
 
     leader: ProcessIdentity
     owner: ProcessIdentity
     members: tuple[ProcessIdentity, ...]
     command: tuple[str, ...]
+    socket: str = ""
 
 
 def boot_id() -> str:
@@ -136,6 +139,8 @@ def end_recorded(path: Path, *, grace_seconds: float = 10.0) -> bool:
     left = set(group_members(group)) & {record.leader, *record.members}
     if left:
         end_group(group, grace_seconds=grace_seconds)
+    if record.socket:
+        remove_socket(Path(record.socket))
     path.unlink(missing_ok=True)
     return bool(left)
 

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import aiohttp
@@ -28,6 +29,7 @@ from batch_orchestration.engines.reading import (
     read_body,
     require_success,
 )
+from batch_orchestration.engines.sockets import most_connections
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class ServerEngine(Engine):
 
     Args:
         base_url: With or without a trailing `/v1`.
+        socket: Unix socket at which the server listens, whatever host `base_url` names.
         kind: For `EngineIdentity`.
         timeout_seconds: Of one attempt of one request, waiting for a connection included.
         connections: How many at a time; more requests than that wait for one.
@@ -106,6 +109,7 @@ class ServerEngine(Engine):
         self,
         base_url: str,
         *,
+        socket: Path | None = None,
         api_key: str = "",
         kind: str = "remote",
         timeout_seconds: float = 1800.0,
@@ -116,6 +120,9 @@ class ServerEngine(Engine):
         limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self._socket = socket
+        #: How people know it.
+        self._address = self.base_url if socket is None else f"unix:{socket}"
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._kind = kind
         self._timeout_seconds = timeout_seconds
@@ -151,7 +158,7 @@ class ServerEngine(Engine):
         if self.died is not None or self._gone() is not None:
             return False
         async with self._open_session() as session:
-            return await self.healthy(session) and self._gone() is None
+            return await self._healthy(session) and self._gone() is None
 
     async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
         """Post one request and return what became of it. See `Engine.answer`."""
@@ -162,7 +169,7 @@ class ServerEngine(Engine):
                 await self._make_sure_it_lives(outcome)
         elif outcome.finish_reason == ABORTED:
             # Nobody but the engine, on its way out: the request is answered by half.
-            self.died = self.died or f"{self.base_url} aborted what it had in flight"
+            self.died = self.died or f"{self._address} aborted what it had in flight"
             self._raise_if_dead()
         return outcome
 
@@ -185,8 +192,8 @@ class ServerEngine(Engine):
         waited = {"base_url": self.base_url, "start_seconds": round(self._start_seconds, 3)}
         return waited | self.facts
 
-    async def healthy(self, session: aiohttp.ClientSession) -> bool:
-        """Whether the server answers `/health`, be it only to say that it has no such page."""
+    async def _healthy(self, session: aiohttp.ClientSession) -> bool:
+        # Any answer will do, be it only that there is no such page.
         try:
             async with session.get(
                 f"{self.base_url}/health",
@@ -199,9 +206,7 @@ class ServerEngine(Engine):
 
     def _open_session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=self._connections, keepalive_timeout=KEEP_ALIVE_SECONDS
-            ),
+            connector=self._connector(),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={
                 **self._headers,
@@ -213,6 +218,17 @@ class ServerEngine(Engine):
             timeout=aiohttp.ClientTimeout(
                 total=self._timeout_seconds, sock_connect=CONNECT_SECONDS
             ),
+        )
+
+    def _connector(self) -> aiohttp.BaseConnector:
+        if self._socket is None:
+            return aiohttp.TCPConnector(
+                limit=self._connections, keepalive_timeout=KEEP_ALIVE_SECONDS
+            )
+        return aiohttp.UnixConnector(
+            str(self._socket),
+            limit=min(self._connections, most_connections()),
+            keepalive_timeout=KEEP_ALIVE_SECONDS,
         )
 
     def _connected(self) -> _Connection:
@@ -281,10 +297,10 @@ class ServerEngine(Engine):
     async def _why_dead(self, session: aiohttp.ClientSession) -> str | None:
         deadline = time.monotonic() + self._lost_after_seconds
         while (reason := self._gone()) is None:
-            if await self.healthy(session):
+            if await self._healthy(session):
                 return self._gone()
             if time.monotonic() > deadline:
-                return f"{self.base_url} gave no sign of life for {self._lost_after_seconds:g} s"
+                return f"{self._address} gave no sign of life for {self._lost_after_seconds:g} s"
             await asyncio.sleep(HEALTH_POLL_SECONDS)
         return reason
 
@@ -294,20 +310,22 @@ class ServerEngine(Engine):
 
     async def _wait_until_healthy(self, session: aiohttp.ClientSession, deadline: float) -> None:
         waiting = False
-        while not await self.healthy(session):
+        while not await self._healthy(session):
+            if (reason := self._gone()) is not None:
+                raise EngineStartFailed(reason)
             if time.monotonic() > deadline:
                 raise EngineStartFailed(
-                    f"{self.base_url} did not answer in {self._start_timeout_seconds:g} s"
+                    f"{self._address} did not answer in {self._start_timeout_seconds:g} s"
                 )
             if not waiting:
                 waiting = True
-                logger.info("waiting for %s, which does not answer yet", self.base_url)
+                logger.info("waiting for %s, which does not answer yet", self._address)
             await asyncio.sleep(HEALTH_POLL_SECONDS)
 
     async def _identify(self, session: aiohttp.ClientSession) -> EngineIdentity:
         models = await self._ask(session, MODELS_PAGE, _Models)
         if not models.data:
-            raise EngineStartFailed(f"{self.base_url} serves no model")
+            raise EngineStartFailed(f"{self._address} serves no model")
         version = "unknown"
         with contextlib.suppress(EngineStartFailed, EngineRefusesUs):
             number = (await self._ask(session, "/version", _Version)).version

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.own_server import OwnServerEngine
-from batch_orchestration.engines.process import free_port
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.simulated_answers import CONTEXT_TOKENS, DEFAULT_MODEL
+from batch_orchestration.engines.sockets import BACKLOG
 
 API_KEY_VARIABLE = "SIMULATED_ENGINE_API_KEY"
 MAX_NUM_SEQS = 256
@@ -53,7 +53,6 @@ class SimulatedEngine(OwnServerEngine):
         timeout_seconds: float = 1800.0,
         start_timeout_seconds: float = 60.0,
         connections: int = 1024,
-        choose_port: Callable[[], int] = free_port,
         limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         ladder = make_ladder(Rung(max_num_seqs=min(max_num_seqs, connections)))
@@ -63,11 +62,11 @@ class SimulatedEngine(OwnServerEngine):
         if control_path is not None:
             arguments += ["--control", str(control_path.resolve())]
 
-        def launch(port: int, key: str) -> tuple[Sequence[str], Mapping[str, str | None]]:
+        def launch(socket: Path) -> tuple[Sequence[str], Mapping[str, str | None]]:
             command = [sys.executable, "-m", "batch_orchestration.engines.simulated"]
             slots = ladder.flags.get("max-num-seqs", max_num_seqs)
-            command += ["--port", str(port), *arguments, "--max-num-seqs", str(slots)]
-            return command, {API_KEY_VARIABLE: key, "PYTHONUNBUFFERED": "1"}
+            command += ["--socket", str(socket), *arguments, "--max-num-seqs", str(slots)]
+            return command, {"PYTHONUNBUFFERED": "1"}
 
         super().__init__(
             kind="simulated",
@@ -79,7 +78,6 @@ class SimulatedEngine(OwnServerEngine):
             timeout_seconds=timeout_seconds,
             start_timeout_seconds=start_timeout_seconds,
             connections=connections,
-            choose_port=choose_port,
             limits=limits,
         )
 
@@ -104,8 +102,10 @@ def main() -> None:
     )
     web.run_app(
         server.app(),
-        host=arguments.host,
-        port=arguments.port,
+        host=None if arguments.socket else arguments.host,
+        port=None if arguments.socket else arguments.port,
+        path=arguments.socket,
+        backlog=BACKLOG,
         access_log=None,
         # A request that hangs must not keep the server from ending, nor outlive its client.
         shutdown_timeout=0.1,
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Simulated OpenAI-compatible server.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--socket", help="Unix socket to serve at, instead of a port")
     parser.add_argument("--model", action="append", help="name to answer to; repeatable")
     parser.add_argument("--context-tokens", type=int, default=CONTEXT_TOKENS)
     parser.add_argument("--max-num-seqs", type=int, default=MAX_NUM_SEQS)

@@ -9,7 +9,6 @@ from typing import Any
 
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.own_server import OwnServerEngine
-from batch_orchestration.engines.process import free_port
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.vllm_flags import (
     flag_name,
@@ -48,21 +47,20 @@ class VllmEngine(OwnServerEngine):
         timeout_seconds: float = 1800.0,
         start_timeout_seconds: float = 900.0,
         connections: int = 1024,
-        choose_port: Callable[[], int] = free_port,
         limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         given = {flag_name(name): value for name, value in (args or {}).items()}
         ladder = make_ladder(top_rung(model, device=device, args=given, in_flight=connections))
 
-        def launch(port: int, key: str) -> tuple[Sequence[str], Mapping[str, str | None]]:
+        def launch(socket: Path) -> tuple[Sequence[str], Mapping[str, str | None]]:
             command = server_command(
                 model,
-                port,
+                socket,
                 served_model_name=served_model_name,
                 device=device,
                 args={**given, **ladder.flags},
             )
-            return command, server_env(model, key, device=device, env=env or {})
+            return command, server_env(model, device=device, env=env or {})
 
         super().__init__(
             kind="vllm",
@@ -74,6 +72,5 @@ class VllmEngine(OwnServerEngine):
             timeout_seconds=timeout_seconds,
             start_timeout_seconds=start_timeout_seconds,
             connections=connections,
-            choose_port=choose_port,
             limits=limits,
         )

@@ -50,16 +50,17 @@ ACCEPT_ANY_NAME = ("VLLM_SKIP_MODEL_NAME_VALIDATION", "VLLM_ALLOW_RUNTIME_LORA_U
 
 #: Where only those may load a model who were given leave.
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-#: With it the server has paths that need no key and put it to sleep, or run any method in it.
-NO_DEVELOPER = {"VLLM_SERVER_DEV_MODE": "0"}
+#: Decided here as well: no paths that put the server to sleep or run any method in it, and no key,
+#: as nobody but us is let in to its socket.
+OWN_ENV = {"VLLM_SERVER_DEV_MODE": "0", "VLLM_API_KEY": ""}
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def server_command(
-    model: str, port: int, *, served_model_name: str, device: str, args: Mapping[str, Any]
+    model: str, socket: Path, *, served_model_name: str, device: str, args: Mapping[str, Any]
 ) -> list[str]:
-    """Return the command that serves a model on a port of the loopback interface.
+    """Return the command that serves a model at a Unix socket.
 
     Raises:
         EngineStartFailed: There is no model, or a flag is given that is not for users to set.
@@ -80,7 +81,7 @@ def server_command(
         **(CPU_ARGS if device == "cpu" else {}),
         **given,
     }
-    command = [sys.executable, "-m", SERVER_MODULE, "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", SERVER_MODULE, "--uds", str(socket)]
     command += ["--model", model if folder is None else str(folder)]
     return command + [part for flag, value in flags.items() for part in _arguments(flag, value)]
 
@@ -107,20 +108,15 @@ def top_rung(model: str, *, device: str, args: Mapping[str, Any], in_flight: int
     )
 
 
-def server_env(
-    model: str, key: str, *, device: str, env: Mapping[str, str | None]
-) -> dict[str, str | None]:
-    """Return what the server's environment has beyond `child_environment`.
-
-    The key is in it, seen by nobody else.
-    """
+def server_env(model: str, *, device: str, env: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return what the server's environment has beyond `child_environment`."""
     hub: dict[str, str | None] = dict.fromkeys(HUB_TOKENS)
     ours: dict[str, str | None] = {
         "VLLM_NO_USAGE_STATS": "1",
         **(CPU_ENV if device == "cpu" else CUDA_ENV),
         **(hub if model_folder(model) is None else {"HF_HUB_OFFLINE": "1"}),
     }
-    merged = {**ours, **env, "VLLM_API_KEY": key, **NO_DEVELOPER}
+    merged = {**ours, **env, **OWN_ENV}
     plugins = merged.get("VLLM_PLUGINS")
     plugins = os.environ.get("VLLM_PLUGINS") if plugins is None else plugins
     if plugins is not None:

@@ -14,7 +14,6 @@ from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.errors import EngineDied, EngineRefusesUs, EngineStartFailed
 from batch_orchestration.domain.gate import is_doubtful
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
-from batch_orchestration.engines.process import free_port
 from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration_tests.engine_contract import (
     CHAT,
@@ -24,6 +23,7 @@ from batch_orchestration_tests.engine_contract import (
     ask_and_catch,
     chat,
 )
+from batch_orchestration_tests.raw_server import free_port
 
 KEY = "open-sesame"
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiohttp import web
 
 from batch_orchestration.domain.errors import EngineDied
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
+from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
+from batch_orchestration.engines import sockets
+from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated_server import SimulatedServer
 from batch_orchestration.engines.simulated_strange import KINDS
 from batch_orchestration.storage.records import OutcomeRecord, encode_record
 from batch_orchestration_tests.engine_contract import (
+    CHAT,
     EngineContract,
     ask,
     ask_and_catch,
@@ -306,3 +312,33 @@ def test_strange_answers_come_in_their_share(
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     assert {outcome.code for outcome in failed} == {FailureCode.RESPONSE_UNREADABLE}
     assert 5 < len(failed) < 35
+
+
+def test_more_requests_than_the_server_has_yet_let_in_are_all_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Unix socket has no room for more than its backlog, and nobody is told."""
+    (tmp_path / "somaxconn").write_text("10")
+    monkeypatch.setattr(sockets, "BACKLOG_LIMIT", tmp_path / "somaxconn")
+    path = tmp_path / "socket"
+    server = SimulatedServer(
+        models=("m",), context_tokens=512, max_num_seqs=64, api_key="", control_path=None
+    )
+
+    async def submit() -> list[Outcome]:
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(path))
+            listening.listen(10)
+            engine = ServerEngine("http://localhost", socket=path, connections=64)
+            answers = [engine.answer(CHAT, chat("Hi."), request_id=f"r{n}") for n in range(64)]
+            calls = asyncio.gather(*answers)
+            await asyncio.sleep(0.2)
+            runner = web.AppRunner(server.app())
+            await runner.setup()
+            await web.SockSite(runner, listening).start()
+            outcomes = await calls
+            await engine.disconnect()
+            await runner.cleanup()
+            return outcomes
+
+    assert {type(outcome) for outcome in asyncio.run(submit())} == {Completion}

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import stat
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
+from batch_orchestration.engines.process_records import read_record
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration_tests.engine_contract import (
     EngineContract,
@@ -21,8 +23,10 @@ from batch_orchestration_tests.engine_contract import (
     parse,
 )
 from batch_orchestration_tests.engine_processes import (
+    LOOPBACK,
     count_running,
     engine_core_pid,
+    tcp_listeners,
     wait_until_unwell,
 )
 from batch_orchestration_tests.packaged_models import embedding_model_folder
@@ -54,6 +58,19 @@ def test_the_identity_has_vllms_version(engine: VllmEngine) -> None:
     assert identity.kind == "vllm"
     assert identity.version.startswith("vllm 0.")
     assert identity.models == ("tiny",)
+
+
+def test_it_answers_at_a_socket_that_is_ours_alone_and_at_no_port(engine: VllmEngine) -> None:
+    asyncio.run(engine.start())
+    record = read_record(Path(engine.figures()["log"]).with_suffix(".process.json"))
+    assert record is not None
+
+    ports = {member.pid: tcp_listeners(member.pid) for member in [record.leader, *record.members]}
+
+    assert stat.S_IMODE(Path(record.socket).parent.stat().st_mode) == 0o700
+    assert ports.pop(record.leader.pid) == ports.pop(engine_core_pid(engine)) == []
+    # Where the workers' parts of torch meet; none of it speaks HTTP or answers requests.
+    assert all(port.startswith(LOOPBACK) for worker in ports.values() for port in worker)
 
 
 def test_bodies_pass_through_unchanged(engine: VllmEngine) -> None:

@@ -89,6 +89,13 @@ def recorded(log_path: Path) -> list[ProcessIdentity]:
     return [record.leader, *record.members]
 
 
+def socket_of(log_path: Path) -> Path:
+    """Return where the engine with this log listens, or did, as recorded."""
+    record = read_record(log_path.with_suffix(".process.json"))
+    assert record is not None
+    return Path(record.socket)
+
+
 @contextlib.contextmanager
 def guarded_family(
     method: str, *, guarded: bool

@@ -14,9 +14,9 @@ from batch_orchestration_tests.integration.dagster_processes import (
     START_SECONDS,
     STOP_SECONDS,
     DagsterProcesses,
-    free_port,
     wait_until,
 )
+from batch_orchestration_tests.raw_server import free_port
 
 UNITS = REPOSITORY / "deploy/systemd"
 WORKSPACE = REPOSITORY / "deploy/workspace.yaml"

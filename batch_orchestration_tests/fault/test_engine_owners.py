@@ -12,6 +12,7 @@ from batch_orchestration_tests.fault.processes import (
     engine_owner,
     guarded_family,
     recorded,
+    socket_of,
 )
 
 
@@ -47,10 +48,15 @@ def test_after_the_owners_death_the_next_engine_starts_in_its_place(tmp_path: Pa
     with engine_owner("simulated", log_path) as owner:
         owner.kill()
         owner.communicate()
+    left = socket_of(log_path)
     engine = SimulatedEngine(log_path=log_path)
 
     try:
+        assert left.is_socket()
         asyncio.run(engine.start())
+
+        assert not left.parent.exists()
+        assert socket_of(log_path) != left
     finally:
         engine.stop()
 

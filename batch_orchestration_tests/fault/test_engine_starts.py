@@ -1,6 +1,7 @@
 """An engine that does not get ready says why, in time, and leaves nothing behind."""
 
 import asyncio
+import stat
 import threading
 import time
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.domain.errors import EngineStartFailed
-from batch_orchestration.engines.process import free_port
 from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration_tests.engine_processes import tcp_listeners
 
 
 def test_an_engine_that_exits_while_it_starts_says_why(tmp_path: Path) -> None:
@@ -34,34 +35,20 @@ def test_an_engine_that_never_gets_ready_fails_within_the_limit(tmp_path: Path) 
     assert not (tmp_path / "engine.process.json").exists()
 
 
-def test_a_port_taken_by_a_stranger_is_given_up_for_another(tmp_path: Path) -> None:
-    stranger = SimulatedEngine(log_path=tmp_path / "stranger.log")
-    asyncio.run(stranger.start())
-    taken = stranger.figures()["port"]
-    ports = iter([taken, free_port()])
-    engine = SimulatedEngine(log_path=tmp_path / "engine.log", choose_port=lambda: next(ports))
+def test_an_engine_listens_in_a_folder_of_ours_alone_and_at_no_port(tmp_path: Path) -> None:
+    engine = SimulatedEngine(log_path=tmp_path / "engine.log")
 
     try:
         asyncio.run(engine.start())
 
-        assert engine.figures()["starts"] == 2
-        assert engine.figures()["port"] != taken
+        pid, socket = engine.figures()["pid"], Path(engine.figures()["socket"])
+        assert socket.is_socket()
+        assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
+        assert tcp_listeners(pid) == []
     finally:
         engine.stop()
-        stranger.stop()
 
-
-def test_ports_that_are_always_taken_fail_the_start(tmp_path: Path) -> None:
-    stranger = SimulatedEngine(log_path=tmp_path / "stranger.log")
-    asyncio.run(stranger.start())
-    taken = stranger.figures()["port"]
-    engine = SimulatedEngine(log_path=tmp_path / "engine.log", choose_port=lambda: taken)
-
-    try:
-        with pytest.raises(EngineStartFailed, match="3 ports in a row"):
-            asyncio.run(engine.start())
-    finally:
-        stranger.stop()
+    assert not socket.parent.exists()
 
 
 def test_an_engine_can_be_stopped_while_it_starts(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import believe_the_clock
 from batch_orchestration_tests.integration.dagster_client import DagsterClient, Run
+from batch_orchestration_tests.raw_server import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = {
@@ -274,11 +274,3 @@ def _session_members(session: int) -> list[int]:
                 if os.getsid(int(entry.name)) == session:
                     members.append(int(entry.name))
     return members
-
-
-def free_port() -> int:
-    """Return a port that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

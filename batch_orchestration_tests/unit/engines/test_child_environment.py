@@ -71,10 +71,10 @@ def test_a_token_of_the_hub_goes_where_the_model_comes_from_a_hub(
 ) -> None:
     model = "org/model" if from_hub else str(tmp_path)
 
-    environment = child_environment(server_env(model, "k", device="cpu", env={}), ours=SECRET)
+    environment = child_environment(server_env(model, device="cpu", env={}), ours=SECRET)
 
     assert environment.get("HF_TOKEN") == token
-    assert environment["VLLM_API_KEY"] == "k"
+    assert environment["VLLM_API_KEY"] == ""
 
 
 def test_values_for_the_engine_are_masked_where_settings_are_shown() -> None:

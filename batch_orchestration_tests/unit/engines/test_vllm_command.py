@@ -12,19 +12,19 @@ from batch_orchestration.engines.vllm_flags import model_folder, server_command,
 
 def command(model: str = "org/model", **options: Any) -> list[str]:
     given = {"served_model_name": "", "device": "cuda", "args": {}, **options}
-    return server_command(model, 8123, **given)
+    return server_command(model, Path("/tmp/ours/socket"), **given)
 
 
 def value_of(flag: str, words: list[str]) -> str:
     return words[words.index(flag) + 1]
 
 
-def test_the_server_is_a_module_of_this_python_on_the_loopback_interface() -> None:
+def test_the_server_is_a_module_of_this_python_at_a_unix_socket_and_no_port() -> None:
     words = command()
 
     assert words[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    assert value_of("--host", words) == "127.0.0.1"
-    assert value_of("--port", words) == "8123"
+    assert value_of("--uds", words) == "/tmp/ours/socket"
+    assert not {"--host", "--port"} & set(words)
     assert value_of("--model", words) == "org/model"
 
 
@@ -93,16 +93,14 @@ def test_a_name_with_at_most_one_slash_may_be_a_hubs() -> None:
     assert model_folder("gpt2") is None
 
 
-def test_the_key_is_in_the_environment_and_not_on_the_command_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_environment_on_a_gpu_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
 
-    env = server_env("org/model", "secret", device="cuda", env={})
+    env = server_env("org/model", device="cuda", env={})
 
     assert env == {
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_API_KEY": "secret",
+        "VLLM_API_KEY": "",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "VLLM_SERVER_DEV_MODE": "0",
         "HF_TOKEN": None,
@@ -110,10 +108,12 @@ def test_the_key_is_in_the_environment_and_not_on_the_command_line(
     }
 
 
-def test_paths_that_need_no_key_and_reach_into_the_engine_cannot_be_switched_on() -> None:
-    env = server_env("m", "k", device="cuda", env={"VLLM_SERVER_DEV_MODE": "1"})
+def test_paths_that_reach_into_the_engine_and_a_key_that_we_lack_cannot_be_switched_on() -> None:
+    asked = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_API_KEY": "theirs"}
 
-    assert env["VLLM_SERVER_DEV_MODE"] == "0"
+    env = server_env("m", device="cuda", env=asked)
+
+    assert (env["VLLM_SERVER_DEV_MODE"], env["VLLM_API_KEY"]) == ("0", "")
 
 
 def test_a_token_on_the_command_line_is_refused() -> None:
@@ -122,7 +122,7 @@ def test_a_token_on_the_command_line_is_refused() -> None:
 
 
 def test_a_local_folder_needs_no_hub_and_a_cpu_no_compiler(tmp_path: Path) -> None:
-    env = server_env(str(tmp_path), "secret", device="cpu", env={"TORCH_COMPILE_DISABLE": "0"})
+    env = server_env(str(tmp_path), device="cpu", env={"TORCH_COMPILE_DISABLE": "0"})
 
     assert env["HF_HUB_OFFLINE"] == "1"
     assert env["TORCH_COMPILE_DISABLE"] == "0"
@@ -130,9 +130,9 @@ def test_a_local_folder_needs_no_hub_and_a_cpu_no_compiler(tmp_path: Path) -> No
 
 def test_a_list_of_plugins_gets_the_guard_added(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only listed plugins are loaded, and without the guard a crash leaves orphans."""
-    given = server_env("m", "k", device="cuda", env={"VLLM_PLUGINS": "mine"})
+    given = server_env("m", device="cuda", env={"VLLM_PLUGINS": "mine"})
     monkeypatch.setenv("VLLM_PLUGINS", "theirs")
-    inherited = server_env("m", "k", device="cuda", env={})
+    inherited = server_env("m", device="cuda", env={})
 
     assert given["VLLM_PLUGINS"] == "mine,batch_orchestration_parent_guard"
     assert inherited["VLLM_PLUGINS"] == "theirs,batch_orchestration_parent_guard"
