@@ -17,7 +17,6 @@ from batch_orchestration.services.prompt_counting import prompt_counter
 pytest.importorskip("vllm")
 
 from batch_orchestration_tests.builders import make_request
-from batch_orchestration_tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.engine
 
@@ -25,6 +24,7 @@ CONTEXT = 512
 CHAT, COMPLETION, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 #: What the template adds to one message of a user: see `test_prompt_counting`.
 AROUND = 19
+#: As the shared engine has them (`conftest.py`).
 ARGS = {"max-model-len": CONTEXT, "kv-cache-memory-bytes": 64 * 2**20}
 
 
@@ -78,15 +78,9 @@ def asked(endpoint: str, body: dict[str, Any]) -> Request:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def verdicts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """What the engine says to each case; started once."""
-    log = tmp_path_factory.mktemp("logs") / "engine.log"
-    engine = VllmEngine(str(model), log_path=log, device="cpu", args=ARGS)
+def verdicts(vllm_engine: VllmEngine) -> dict[str, Outcome]:
+    """What the engine says to each case."""
+    engine = vllm_engine
 
     async def ask() -> dict[str, Outcome]:
         await engine.start()
@@ -100,11 +94,7 @@ def verdicts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         finally:
             await engine.disconnect()
 
-    try:
-        outcomes = asyncio.run(ask())
-        figures = engine.figures()
-    finally:
-        engine.stop()
+    outcomes, figures = asyncio.run(ask()), engine.figures()
     assert figures["max_model_len"] == CONTEXT
     assert figures["kv_cache_tokens"] >= CONTEXT
     return outcomes
@@ -114,7 +104,7 @@ def verdicts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     ("name", "endpoint", "body", "predicted"), CASES, ids=[c[0] for c in CASES]
 )
 def test_nothing_is_refused_that_the_engine_accepts(
-    model: Path,
+    tiny_model: Path,
     verdicts: dict[str, Outcome],
     name: str,
     endpoint: str,
@@ -122,13 +112,18 @@ def test_nothing_is_refused_that_the_engine_accepts(
     predicted: bool,
 ) -> None:
     engine = EngineInForce(
-        kind="vllm", model=str(model), device="cpu", args=ARGS, folder=model, served=("tiny",)
+        kind="vllm",
+        model=str(tiny_model),
+        device="cpu",
+        args=ARGS,
+        folder=tiny_model,
+        served=("tiny",),
     )
     feasibility = Feasibility(
         known_limits(engine, None, now=0.0),
         overrides=Overrides(),
         engine=engine,
-        counter=prompt_counter(model),
+        counter=prompt_counter(tiny_model),
     )
 
     fault = feasibility.fault_of(asked(endpoint, body))

@@ -45,6 +45,7 @@ SCHEMA = {
 
 @pytest.fixture
 def engine(vllm_engine: VllmEngine) -> VllmEngine:
+    asyncio.run(vllm_engine.start())  # anew, where the test before has killed it
     return vllm_engine
 
 
@@ -61,7 +62,6 @@ def test_the_identity_has_vllms_version(engine: VllmEngine) -> None:
 
 
 def test_it_answers_at_a_socket_that_is_ours_alone_and_at_no_port(engine: VllmEngine) -> None:
-    asyncio.run(engine.start())
     record = read_record(Path(engine.figures()["log"]).with_suffix(".process.json"))
     assert record is not None
 
@@ -96,66 +96,17 @@ def test_an_impossible_schema_is_refused_and_harms_nobody(engine: VllmEngine) ->
     assert isinstance(answered, Completion)
 
 
-@pytest.mark.parametrize("killed_by", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_engine_core_is_the_death_of_all_in_flight_and_can_be_started_again(
-    engine: VllmEngine, killed_by: signal.Signals
-) -> None:
-    asyncio.run(engine.start())
-    core = engine_core_pid(engine)
-
-    async def kill_meanwhile() -> tuple[list[object], float]:
-        calls = await submit_and_halt(engine, core)
-        os.kill(core, killed_by)
-        os.kill(core, signal.SIGCONT)
-        began = time.monotonic()
-        outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        seconds = time.monotonic() - began
-        await engine.disconnect()
-        return list(outcomes), seconds
-
-    outcomes, seconds = asyncio.run(kill_meanwhile())
-
-    assert [type(outcome) for outcome in outcomes] == [EngineDied] * len(LONG)
-    assert seconds < 40
-
-    asyncio.run(engine.start())
-    answers = ask(engine, *LONG)
-
-    assert all(isinstance(answer, Completion) for answer in answers)
-    assert engine_core_pid(engine) != core
-
-
-async def submit_and_halt(engine: VllmEngine, core: int) -> list[asyncio.Task[Outcome]]:
-    """Submit `LONG` and halt the core while it works on all of it, however slow this machine is."""
-    for _ in range(10):
-        calls = [
-            asyncio.create_task(engine.answer("/v1/chat/completions", body, request_id=f"r{n}"))
-            for n, body in enumerate(LONG)
-        ]
-        while await count_running(engine) < len(calls) and not any(c.done() for c in calls):
-            await asyncio.sleep(0.01)
-        os.kill(core, signal.SIGSTOP)
-        # What it had answered before is delivered by the time the server answers twice.
-        await count_running(engine)
-        if await count_running(engine) == len(calls) and not any(call.done() for call in calls):
-            return calls
-        os.kill(core, signal.SIGCONT)
-        await asyncio.gather(*calls)
-    raise AssertionError("the core was never seen at work on everything")
-
-
 def test_an_engine_core_that_was_killed_with_nothing_in_flight_is_noticed_by_the_next_start(
     engine: VllmEngine,
 ) -> None:
-    asyncio.run(engine.start())
     core = engine_core_pid(engine)
     os.kill(core, signal.SIGKILL)
     wait_until_unwell(engine)
 
     asyncio.run(engine.start())
 
-    [answer] = ask(engine, chat("Hello."))
-    assert isinstance(answer, Completion)
+    answers = ask(engine, *LONG)
+    assert all(isinstance(answer, Completion) for answer in answers)
     assert engine_core_pid(engine) != core
 
 
@@ -201,3 +152,45 @@ def test_a_pooling_model_answers_embeddings(tmp_path: Path) -> None:
     assert all(isinstance(o, Completion) and o.usage.prompt_tokens > 3 for o in outcomes)
     assert isinstance(too_long, Failure)
     assert too_long.code == FailureCode.CONTEXT_LENGTH_EXCEEDED
+
+
+# Last, as nobody starts again what the last of them kills.
+@pytest.mark.parametrize("killed_by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_engine_core_is_the_death_of_all_in_flight(
+    engine: VllmEngine, killed_by: signal.Signals
+) -> None:
+    core = engine_core_pid(engine)
+
+    async def kill_meanwhile() -> tuple[list[object], float]:
+        calls = await submit_and_halt(engine, core)
+        os.kill(core, killed_by)
+        os.kill(core, signal.SIGCONT)
+        began = time.monotonic()
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        seconds = time.monotonic() - began
+        await engine.disconnect()
+        return list(outcomes), seconds
+
+    outcomes, seconds = asyncio.run(kill_meanwhile())
+
+    assert [type(outcome) for outcome in outcomes] == [EngineDied] * len(LONG)
+    assert seconds < 40
+
+
+async def submit_and_halt(engine: VllmEngine, core: int) -> list[asyncio.Task[Outcome]]:
+    """Submit `LONG` and halt the core while it works on all of it, however slow this machine is."""
+    for _ in range(10):
+        calls = [
+            asyncio.create_task(engine.answer("/v1/chat/completions", body, request_id=f"r{n}"))
+            for n, body in enumerate(LONG)
+        ]
+        while await count_running(engine) < len(calls) and not any(c.done() for c in calls):
+            await asyncio.sleep(0.01)
+        os.kill(core, signal.SIGSTOP)
+        # What it had answered before is delivered by the time the server answers twice.
+        await count_running(engine)
+        if await count_running(engine) == len(calls) and not any(call.done() for call in calls):
+            return calls
+        os.kill(core, signal.SIGCONT)
+        await asyncio.gather(*calls)
+    raise AssertionError("the core was never seen at work on everything")
