@@ -38,6 +38,7 @@ from batch_orchestration.domain.errors import (
     PlanMismatch,
     StorageError,
 )
+from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.domain.overrides import ANY_MODEL
 from batch_orchestration.domain.queueing import WaitReason
@@ -216,12 +217,16 @@ def replay_sensor(
     )
     if replays and gate:
         return dg.SkipReason(str(gate))
+    faults = Faults()
     for batch_id, number in replays:
-        request = _request(context.instance, batch_id, number, folder, now=now)
-        if isinstance(request, str):
-            reasons.append(f"replay {number} of {batch_id}: {request}")
-        else:
-            requests.append(request)
+        with faults.of(f"replay {number} of {batch_id}"):
+            request = _request(context.instance, batch_id, number, folder, now=now)
+            if isinstance(request, str):
+                reasons.append(f"replay {number} of {batch_id}: {request}")
+            else:
+                requests.append(request)
+    faults.log()
+    reasons += map(str, faults)
     if not requests:
         return dg.SkipReason("; ".join(reasons) or "no replay is asked for")
     return dg.SensorResult(run_requests=requests)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from batch_orchestration.domain import foreign_json
-from batch_orchestration.domain.requests import UTF8_BOM, Request
+from batch_orchestration.domain.requests import UTF8_BOM, Request, taken_as
 
 ANY_MODEL = "*"
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
@@ -45,8 +45,8 @@ def resolve_model(name: str | None, *, overrides: Overrides, served: Sequence[st
 def prepare_body(request: Request, *, overrides: Overrides, served: Sequence[str]) -> bytes:
     """Return the body to send: the very bytes of the request's, unless an override applies.
 
-    Fields that no override touches keep their bytes. A token limit that is not a whole number is
-    left for the engine to refuse.
+    Fields that no override touches keep their bytes. A token limit that no engine takes for a
+    whole number is left for it to refuse.
     """
     changed: dict[str, object] = {}
     named = request.fields.get("model")
@@ -64,7 +64,7 @@ def _capped_limits(fields: Mapping[str, object], cap: int) -> dict[str, object]:
     given = {name: fields[name] for name in TOKEN_LIMITS if fields.get(name) is not None}
     if not given:
         return {"max_tokens": cap}
-    return {name: cap for name, limit in given.items() if type(limit) is int and limit > cap}
+    return {name: cap for name, limit in given.items() if (taken_as(limit) or 0) > cap}
 
 
 def override_line(line: bytes, fields: Mapping[str, object]) -> bytes:

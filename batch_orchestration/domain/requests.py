@@ -27,6 +27,8 @@ _MOST = {
     **dict.fromkeys(("logprobs", "top_logprobs", "prompt_logprobs", "top_k"), _MOST_TOKENS),
     **dict.fromkeys(("truncate_prompt_tokens", "dimensions"), _MOST_TOKENS),
 }
+#: Of a number in a string: as pydantic, and so vLLM, reads it. Longer ones Python does not convert.
+_WHOLE_NUMBER = re.compile(r"\s*[+-]?(?=\d)[\d_]{1,40}(\.0*)?\s*", re.ASCII)
 #: What only the engine reads: by size most of a body.
 _ENGINES_FIELDS = frozenset({"messages", "prompt", "input", "tools", "functions", "documents"})
 
@@ -210,9 +212,25 @@ def _body_problems(body: object, *, model_required: bool) -> Iterator[str]:
     if not (model is None and not model_required) and (not isinstance(model, str) or not model):
         yield "`body.model` is missing or not a string"
     for name, most in _MOST.items():
-        given = body.get(name)
-        if type(given) is int and given > most:
-            yield f"`body.{name}` is {given:,}; more than {most:,} no engine accepts"
+        given = taken_as(body.get(name))
+        if given is not None and given > most:
+            shown = f"{given:,}" if given < 10**20 else "a number of more than twenty digits"
+            yield f"`body.{name}` is {shown}; more than {most:,} no engine accepts"
+
+
+def taken_as(value: object) -> int | None:
+    """Return the whole number that an engine takes a value for; None for what it should refuse.
+
+    Engines in Python take `16.0` and `"16"` for 16: who reads only integers is told nothing by
+    them, and lets them pass any limit.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value):
+        return int(value.partition(".")[0].replace("_", ""))
+    return None
 
 
 def _quoted(value: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.domain.overrides import TOKEN_LIMITS
-from batch_orchestration.domain.requests import Request
+from batch_orchestration.domain.requests import Request, taken_as
 
 #: Enough that the mean of what is sampled is within a few per cent, few enough to be tokenized.
 SAMPLE_PER_SHAPE = 200
@@ -184,8 +184,8 @@ def _answer_cap(endpoint: str, fields: Mapping[str, Any], max_tokens_cap: int | 
         return 0
     limits = [
         limit
-        for limit in (*(fields.get(name) for name in TOKEN_LIMITS), max_tokens_cap)
-        if type(limit) is int and limit > 0
+        for limit in (*(taken_as(fields.get(name)) for name in TOKEN_LIMITS), max_tokens_cap)
+        if limit is not None and limit > 0
     ]
     if not limits and endpoint == "/v1/completions":
         return 16  # OpenAI's default there, and vLLM's
@@ -194,8 +194,7 @@ def _answer_cap(endpoint: str, fields: Mapping[str, Any], max_tokens_cap: int | 
 
 def _answers(fields: Mapping[str, Any]) -> int:
     """Return how many answers are asked for."""
-    given = fields.get("n")
-    return given if type(given) is int and given > 0 else 1
+    return max(1, taken_as(fields.get("n")) or 1)
 
 
 def prompt_texts(endpoint: str, body: Mapping[str, Any]) -> list[str]:

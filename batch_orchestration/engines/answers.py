@@ -96,6 +96,7 @@ class _Head(msgspec.Struct):
 
 class _Choice(msgspec.Struct, gc=False):
     finish_reason: msgspec.Raw = _NULL
+    error: msgspec.Raw = _NULL
 
 
 class _Usage(msgspec.Struct):
@@ -124,6 +125,8 @@ def read_answer(
         head = _read_head(body)
     except BadJson as error:
         head, why = None, error.reason
+    if head is not None and not _value(head.error):
+        head.error = _error_of_a_choice(head.choices)
     if not 200 <= status < 300:
         message = _message(head, body) or f"HTTP status {status} without a word"
         code = _failure_code(status, head, message)
@@ -216,14 +219,26 @@ def whole_number(raw: msgspec.Raw) -> int | None:
     return 0 if text.startswith(b"-") else LARGEST_COUNT if wide else min(int(text), LARGEST_COUNT)
 
 
+def _error_of_a_choice(choices: msgspec.Raw) -> msgspec.Raw:
+    """Return the first error that a gateway has put into a choice; then no choice is an answer."""
+    if b'"error"' not in bytes(choices):
+        return _NULL
+    return next((choice.error for choice in _choices(choices) if _value(choice.error)), _NULL)
+
+
+def _choices(raw: msgspec.Raw) -> list[_Choice]:
+    """Return the choices; none where they are no list of objects, or of too many."""
+    if bytes(raw).count(b"{") > _MOST_OBJECTS:
+        return []
+    try:
+        return _decode_choices(raw)
+    except msgspec.DecodeError:
+        return []
+
+
 def _finish_reason(choices: msgspec.Raw) -> str | None:
     """Return the first choice's, or `ABORTED` if any choice was: then the answer is not whole."""
-    if bytes(choices).count(b"{") > _MOST_OBJECTS:
-        return None
-    try:
-        reasons = [_value(choice.finish_reason) for choice in _decode_choices(choices)]
-    except msgspec.DecodeError:
-        return None
+    reasons = [_value(choice.finish_reason) for choice in _choices(choices)]
     first = ABORTED if ABORTED in reasons else next(iter(reasons), None)
     return first if isinstance(first, str) else None
 

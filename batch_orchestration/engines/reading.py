@@ -144,11 +144,15 @@ class _Inflater:
             return
         if not chunk and not stream.eof:
             raise Unreadable("it is compressed and ends in the middle")
-        while chunk:
+        more = bool(chunk)
+        while more:
             try:
-                yield stream.decompress(chunk, PIECE_BYTES)
+                piece = stream.decompress(chunk, PIECE_BYTES)
             except zlib.error as error:
                 raise Unreadable(f"it cannot be decompressed: {error}") from error
+            yield piece
             if stream.unused_data:
                 raise Unreadable("something follows its compressed data")
             chunk = stream.unconsumed_tail
+            # What a full piece left over may be within the stream, though all bytes are read.
+            more = bool(chunk) or len(piece) == PIECE_BYTES

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -33,6 +34,8 @@ from batch_orchestration.engines.sockets import most_connections
 
 logger = logging.getLogger(__name__)
 
+#: The limit of this process, or of the machine.
+NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 #: Below uvicorn's 5 s: the side that closes an idle connection first should be ours, or else a
 #: request is now and then sent into a connection that the server is just closing.
 KEEP_ALIVE_SECONDS = 4.0
@@ -40,6 +43,8 @@ CONNECT_SECONDS = 30.0
 #: A server busy with tokenizing answers /health late, not never.
 HEALTH_SECONDS = 10.0
 HEALTH_POLL_SECONDS = 0.2
+#: Between attempts to connect while there is no descriptor for it.
+DESCRIPTOR_POLL_SECONDS = 0.5
 #: Of a page that the server has about itself.
 PAGE_BYTES = 4 * 2**20
 #: Each result is stored with it.
@@ -242,14 +247,11 @@ class ServerEngine(Engine):
         with connection.budget.reader() as take:
             try:
                 async with (
-                    asyncio.timeout(self._timeout_seconds),  # The wait for memory included.
-                    connection.requests.post(
-                        self.base_url + endpoint,
-                        data=body,
-                        headers={"X-Request-Id": request_id},
-                        allow_redirects=False,
-                    ) as response,
+                    # The waits for memory and for a descriptor included.
+                    asyncio.timeout(self._timeout_seconds),
+                    contextlib.AsyncExitStack() as stack,
                 ):
+                    response = await self._open(stack, connection, endpoint, body, request_id)
                     content, fault = await self._content(response, take)
             except aiohttp.ClientError as error:  # first: some of them are TimeoutErrors, too
                 code, message = FailureCode.CONNECTION_LOST, f"{type(error).__name__}: {error}"
@@ -264,6 +266,35 @@ class ServerEngine(Engine):
                 fault = f"HTTP status {status}, but the answer cannot be read: {fault}"
                 return msgspec.structs.replace(outcome, message=fault)
         return Failure(code=code, message=message, latency_seconds=time.perf_counter() - began)
+
+    async def _open(
+        self,
+        stack: contextlib.AsyncExitStack,
+        connection: _Connection,
+        endpoint: str,
+        body: bytes,
+        request_id: str,
+    ) -> aiohttp.ClientResponse:
+        """Send a request and return its answer's beginning; the stack closes it.
+
+        While this machine can open no connection, that is waited for: it says nothing about the
+        server, and costs no attempt.
+        """
+        while True:
+            try:
+                return await stack.enter_async_context(
+                    connection.requests.post(
+                        self.base_url + endpoint,
+                        data=body,
+                        headers={"X-Request-Id": request_id},
+                        allow_redirects=False,
+                    )
+                )
+            except aiohttp.ClientConnectorError as error:
+                if error.errno not in NO_DESCRIPTOR:
+                    raise
+                logger.debug("no descriptor for a connection: %s", error)
+                await asyncio.sleep(DESCRIPTOR_POLL_SECONDS)
 
     async def _content(
         self, response: aiohttp.ClientResponse, take: Callable[[int], Awaitable[None]]

@@ -194,7 +194,9 @@ def close_due(
         batch_id = batch.batch_id
         with faults.of(batch_id):
             closing = closing_in_force(folder, batch)
-            if closing is None and _can_end_early(batch):
+            if closing is None and batch.status is BatchStatus.CANCELLING:
+                closing = _decide_again(batch_id, folder=folder, store=store, actor=actor, at=now)
+            elif closing is None and _can_end_early(batch):
                 if (run_id := terminated(batch_id)) is not None:
                     reason = "a person terminated this run"
                     closing = cancel(
@@ -211,6 +213,20 @@ def close_due(
                     _tell_store(store.batch(batch_id), closing, store)
                 closings[batch_id] = closing
     return closings
+
+
+def _decide_again(
+    batch_id: str, *, folder: DataFolder, store: Store, actor: str, at: float
+) -> Closing | None:
+    """Renew a decision that somebody has removed; None if the batch is not being cancelled now."""
+    with closing_lock(folder, batch_id):
+        known = folder.read_closing(batch_id)
+        if known is not None or store.batch(batch_id).status is not BatchStatus.CANCELLING:
+            return known
+        reason = "it is being cancelled; why, was said in closing.json, which is gone"
+        closing = Closing(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
+        folder.write_closing(batch_id, closing)
+    return closing
 
 
 def delivered(folder: DataFolder, batch_id: str) -> bool:

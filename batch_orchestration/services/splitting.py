@@ -15,6 +15,7 @@ from batch_orchestration.domain.requests import Fault
 from batch_orchestration.domain.submissions import Submission, part_id
 from batch_orchestration.services.registration import write_fault_journals
 from batch_orchestration.storage.files import sync_folder, write_atomically
+from batch_orchestration.storage.sharing import share
 
 
 def write_submission(
@@ -43,6 +44,8 @@ def write_submission(
         kept = msgspec.structs.replace(plan, faulty=count)
         path = work / "parts" / plan.batch_id / "plan.json"
         write_atomically(path, msgspec.json.encode(kept) + b"\n")
+        share(path.parent)  # it will be a batch's folder, where people decide
+    share(work / "parts")  # who cancels the submission makes them batches
     sync_folder(work / "parts")
     submission = Submission(
         submission_id=whole.batch_id,

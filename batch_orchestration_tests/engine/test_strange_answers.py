@@ -1,7 +1,10 @@
 """Whatever a server says, each request has one outcome, and the process keeps its memory."""
 
 import asyncio
+import contextlib
 import gzip
+import os
+import resource
 import subprocess
 import sys
 import time
@@ -13,8 +16,9 @@ import pytest
 
 from batch_orchestration.domain.errors import EngineRefusesUs, EngineStartFailed
 from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
-from batch_orchestration.engines.reading import AnswerLimits
+from batch_orchestration.engines.reading import PIECE_BYTES, AnswerLimits
 from batch_orchestration.engines.server import ServerEngine
+from batch_orchestration_tests.builders import ENDPOINT
 from batch_orchestration_tests.engine_contract import ask, chat, figures_of
 from batch_orchestration_tests.raw_server import MODELS, PAGES, Answer, http, raw_server
 
@@ -85,6 +89,17 @@ def test_an_answer_that_is_compressed_is_expanded(encoding: bytes, compress) -> 
     assert bytes(outcome.body) == GOOD
 
 
+@pytest.mark.parametrize("size", [PIECE_BYTES, PIECE_BYTES + 1, PIECE_BYTES + 200, 5 * PIECE_BYTES])
+def test_an_answer_that_ends_within_a_full_piece_is_expanded_to_its_end(size: int) -> None:
+    """Bare deflate has no trailer: its last byte may be read while text is still to come."""
+    text = GOOD.replace(b"yes", b"y" * (size - len(GOOD) + len(b"yes")))
+
+    outcome = outcome_of(http(zlib.compress(text, 9)[2:-4], b"Content-Encoding: deflate"))
+
+    assert isinstance(outcome, Completion)
+    assert len(outcome.body) == size
+
+
 BOMB = gzip.compress(b"[" * 40 * MIB)
 
 
@@ -118,6 +133,41 @@ def test_an_answer_that_cannot_be_read_is_a_failure_that_says_why(
     assert isinstance(outcome, Failure)
     assert (outcome.status, outcome.code) == (int(status[:3]), code)
     assert words in outcome.message
+
+
+def test_a_request_waits_while_there_is_no_descriptor_for_its_connection() -> None:
+    """It costs no attempt, and says nothing about the server."""
+    hoard: list[int] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def ask_and_make_room(engine: ServerEngine) -> Outcome:
+        asking = asyncio.create_task(engine.answer(ENDPOINT, b"{}", request_id="r"))
+        await asyncio.sleep(1.2)
+        assert not asking.done()
+        while hoard:
+            os.close(hoard.pop())
+        try:
+            return await asking
+        finally:
+            await engine.disconnect()
+
+    with raw_server(lambda path, body: [http(GOOD)]) as url:
+        engine = ServerEngine(url, timeout_seconds=30.0)
+        asyncio.run(engine.start())
+        loop = asyncio.new_event_loop()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    hoard.append(os.open(os.devnull, os.O_RDONLY))
+            outcome = loop.run_until_complete(ask_and_make_room(engine))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for descriptor in hoard:
+                os.close(descriptor)
+            loop.close()
+
+    assert isinstance(outcome, Completion)
 
 
 def test_an_answer_without_end_is_read_to_the_limit_only() -> None:

@@ -116,6 +116,18 @@ def test_nothing_is_decided_about_a_batch_whose_decision_cannot_be_read(bench, n
     assert bench.status(plan) == "in_progress"
 
 
+def test_a_batch_whose_decision_to_cancel_is_removed_goes_on_being_cancelled(bench):
+    plan = bench.admit_now(30)
+    bench.cancel(plan)
+    assert bench.status(plan) == "cancelling"
+    bench.folder.closing_path(plan.batch_id).unlink()
+
+    assert set(bench.look()) == {plan.batch_id}
+
+    report = bench.deliver(plan)
+    assert (bench.status(plan), report.tally.failed) == ("cancelled", 30)
+
+
 def test_a_batch_without_a_readable_plan_is_cancelled_and_expires_by_what_the_store_knows(bench):
     cancelled, expired = bench.admit_now(30), bench.admit_now(20)
     for plan in (cancelled, expired):

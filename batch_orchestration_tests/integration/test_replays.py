@@ -124,6 +124,23 @@ def test_a_replay_waits_while_the_queue_is_paused(deployment: Deployment) -> Non
     assert len(deployment.requests("replay_sensor")) == 1
 
 
+def test_a_replay_that_nobody_can_make_a_run_of_stops_no_other(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tags(batch_id: str, folder: object) -> dict[str, str]:
+        if batch_id == "odd":
+            raise KeyError("what nobody has thought of")
+        return {}
+
+    monkeypatch.setattr(replays, "tags_about", tags)
+    monkeypatch.setattr(replays, "open_replays", lambda folder: [("odd", 1), ("sound", 1)])
+    (request,) = deployment.requests("replay_sensor")
+    assert request.run_config["ops"]["replay_dead_letters"]["config"]["batch"] == "sound"
+
+    monkeypatch.setattr(replays, "open_replays", lambda folder: [("odd", 1)])
+    assert "replay 1 of odd: KeyError" in deployment.reason("replay_sensor")
+
+
 def test_a_replay_that_cannot_run_waits_for_a_person(deployment: Deployment) -> None:
     batch_id = delivered(deployment)
     request_replay(

@@ -64,6 +64,12 @@ def test_an_alias_changes_the_model_and_keeps_the_bytes_of_all_else() -> None:
         ),
         ({"max_tokens": -1}, {"max_tokens": -1}),
         ({"max_tokens": "many"}, {"max_tokens": "many"}),
+        ({"max_tokens": 100.0}, {"max_tokens": 8}),
+        ({"max_tokens": 1e30}, {"max_tokens": 8}),
+        ({"max_tokens": " 1_00 "}, {"max_tokens": 8}),
+        ({"max_completion_tokens": "+100.0"}, {"max_completion_tokens": 8}),
+        ({"max_tokens": "4"}, {"max_tokens": "4"}),
+        ({"max_tokens": 100.5}, {"max_tokens": 100.5}),
         ({"max_tokens": True}, {"max_tokens": True}),
     ],
 )

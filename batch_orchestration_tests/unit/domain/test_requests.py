@@ -1,6 +1,7 @@
 """Lines of a batch file: what is a request, and what is said of one that is not."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -227,8 +228,10 @@ def test_a_line_that_cannot_be_used_names_its_custom_id_wherever_that_stands(dam
     [
         {"n": 16_384},
         {"n": -(10**15)},
-        {"n": 1e300},
+        {"n": 16_384.0},
+        {"n": 0.5},
         {"n": "3"},
+        {"n": "1e9"},
         {"max_tokens": 2**31 - 1},
         {"max_tokens": 0},
         {"max_tokens": True},
@@ -260,3 +263,11 @@ def test_a_lean_request_holds_no_second_prompt():
     assert isinstance(request, Request)
     assert request.lean().fields == {"model": make_body()["model"], "max_tokens": 5}
     assert request.lean().body == request.body
+
+
+@pytest.mark.parametrize("absurd", [1e9, 1e300, "1000000000", " +1_000_000_000.0 ", "9" * 40])
+def test_a_number_that_engines_take_for_a_whole_one_has_the_same_limit(absurd):
+    fault = fault_of(make_line(body=make_body(n=absurd)))
+
+    assert fault.code is FailureCode.INVALID_REQUEST
+    assert re.search(r"`body.n` is .*; more than 16,384 no engine accepts", fault.message)

@@ -146,6 +146,17 @@ def test_what_an_absurd_request_asks_for_is_expected_only_as_far_as_an_engine_go
     assert worst < 2 * expected(sound) + MOST_ANSWERS * 4096
 
 
+@pytest.mark.parametrize("kind", [float, str])
+def test_numbers_are_expected_as_engines_take_them(kind: type) -> None:
+    given = {"n": 7, "max_tokens": 3000}
+
+    (sampled,) = profile_of(
+        [make_request(0, **{name: kind(number) for name, number in given.items()})]
+    ).sample
+
+    assert (sampled.answers, sampled.cap) == (7, 3000)
+
+
 def test_a_request_whose_tokens_cannot_be_counted_leaves_the_profile_as_it_was() -> None:
     def count_tokens(endpoint: str, body: Mapping[str, Any]) -> int:
         if body["messages"][0]["content"] == "damned":

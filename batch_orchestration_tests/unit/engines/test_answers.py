@@ -211,6 +211,27 @@ def test_an_error_without_its_own_object_counts_as_the_status_that_it_names() ->
     assert "older vLLM" in outcome.message
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "retried"),
+    [
+        (b'{"code": 429, "message": "slow down"}', FailureCode.ENGINE_OVERLOADED, True),
+        (b'{"code": 502, "message": "upstream"}', FailureCode.ENGINE_ERROR, True),
+        (b'{"code": 403, "message": "flagged"}', FailureCode.ENGINE_REFUSED, False),
+        (b'"something"', FailureCode.RESPONSE_UNREADABLE, True),
+    ],
+)
+def test_an_error_within_a_choice_is_no_answer(
+    error: bytes, code: FailureCode, retried: bool
+) -> None:
+    """As gateways say it that have begun to answer when the model behind them fails."""
+    sound = b'{"finish_reason": "stop", "error": null, "text": "yes"}'
+    outcome = failure(200, b'{"choices": [%s, {"text": "ye", "error": %s}]}' % (sound, error))
+
+    assert (outcome.code, outcome.retryable) == (code, retried)
+    assert "with an error" in outcome.message
+    assert completion(b'{"choices": [%s]}' % sound).finish_reason == "stop"
+
+
 def test_an_error_with_a_number_out_of_range_is_an_error_all_the_same() -> None:
     outcome = failure(200, b'{"choices": [{}], "error": {"code": 1e999}}')
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import stat
 from pathlib import Path
 
 import msgspec
@@ -54,6 +55,15 @@ def test_a_file_over_the_limit_becomes_parts_of_one_kept_input(bench):
     assert bench.files_of(bench.folder.claims) == set()
     kept = bench.files_of(bench.folder.submissions / sid)
     assert {"input.jsonl", "input.jsonl.meta.json", "submission.json"} <= kept
+
+
+def test_whoever_is_in_the_group_may_make_waiting_parts_batches_to_cancel_them(bench):
+    submission = bench.split("people.jsonl", make_input(60))
+
+    parts = [bench.folder.waiting_part_path(part) for part in submission.parts]
+
+    for folder in {*parts, *(part.parent for part in parts)}:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o2770
 
 
 def test_a_file_at_the_limit_is_one_batch_as_before(bench):
