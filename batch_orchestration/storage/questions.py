@@ -1,6 +1,10 @@
 """A person's SQL: one SELECT over the store, which reaches no file, no network and no setting."""
 
+import contextlib
+import re
+import resource
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ _CONFINED = (
     "SET enable_external_access = false",
     "SET lock_configuration = true",
 )
+#: Beyond what the process has. DuckDB's own limit is for its buffers: one long string is none.
+MOST_MEMORY_BYTES = 2 * 2**30
 #: As long as somebody reads, nobody writes: commits of running batches wait meanwhile.
 MOST_SECONDS = 60.0
 MOST_ROWS = 100_000
@@ -54,7 +60,7 @@ def ask(
     Raises:
         StorageError: It is no SELECT, DuckDB refuses it, or its result is too large.
     """
-    with reading(path, deadline_seconds=deadline_seconds, alone=True) as db:
+    with reading(path, deadline_seconds=deadline_seconds, alone=True) as db, _little_memory():
         for setting in _CONFINED:
             db.execute(setting)
         _check_one_select(db, sql)
@@ -71,6 +77,21 @@ def ask(
             ) from error
         finally:
             alarm.cancel()
+
+
+@contextlib.contextmanager
+def _little_memory() -> Iterator[None]:
+    """Bound what this process, which does nothing else meanwhile, may allocate."""
+    used = re.search(r"^VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert used is not None
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = int(used[1]) * 1024 + MOST_MEMORY_BYTES
+    known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([most, *known]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _check_one_select(db: duckdb.DuckDBPyConnection, sql: str) -> None:

@@ -1,5 +1,6 @@
 """A person's SQL reads the store, and does nothing else whatever it says."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -150,4 +151,15 @@ def test_a_query_without_bounds_ends_with_a_reason_and_leaves_the_store_free(
             most_bytes=8 * 2**20,
         )
 
+    assert bench.store.query("SELECT 1")[1] == [(1,)]
+
+
+def test_a_string_that_outgrows_the_memory_ends_its_query_alone(bench: Workbench) -> None:
+    """DuckDB's `memory_limit` bounds its buffers; one long string is none."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+
+    with pytest.raises(StorageError, match="Out of Memory"):
+        bench.store.query("SELECT length(repeat('x', 3000000000))")
+
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
     assert bench.store.query("SELECT 1")[1] == [(1,)]
