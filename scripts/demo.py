@@ -76,7 +76,7 @@ class Demo:
         """Follow the file from the inbox to the end of its batch."""
         if sent.inbox_path is not None:
             self._console.print(f"Dropped {EXAMPLE.name} into {sent.inbox_path.parent}")
-            what = "The inbox sensor takes it, then a run reads and admits it (about half a minute)"
+            what = "The inbox sensor takes it, and a run admits it (about half a minute)"
             with self._console.status(what):
                 if not self._console.is_terminal:
                     self._console.print(what)

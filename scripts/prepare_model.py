@@ -54,6 +54,7 @@ def prepare(folder: Path) -> bool:
         if is_sound(folder):
             return False
         source = find_source()
+        print(f"Converting the model {folder.name}, once", file=sys.stderr)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
             made = Path(scratch) / "made"
             made.mkdir()

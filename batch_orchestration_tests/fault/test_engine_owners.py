@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.engines.process_records import end_recorded
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration_tests.fault.processes import (
     ended_within,
@@ -22,12 +23,14 @@ def test_no_process_is_left_when_the_owner_is_killed(
 ) -> None:
     log_path = tmp_path / "engine.log"
     with engine_owner("simulated", log_path) as owner:
-        processes = recorded(log_path)
+        processes, left = recorded(log_path), socket_of(log_path)
 
         owner.send_signal(number)
         owner.communicate()
 
     assert ended_within(60, processes)
+    assert not end_recorded(log_path.with_suffix(".process.json"))
+    assert not left.parent.exists()
 
 
 @pytest.mark.parametrize("ending", ["exit", "raise"])
