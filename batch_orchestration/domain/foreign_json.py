@@ -31,6 +31,8 @@ _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in _DEEPER)
 #: Below 19 digits no number is out of range. With every digit a zero, a plain search finds them,
 #: eight times as fast as a regular expression does.
 _MANY_DIGITS, _AS_ZEROS = b"0" * 19, bytes.maketrans(b"123456789", b"000000000")
+#: Python's own limit is 4,300. From where the digits begin only: tried within, it is quadratic.
+_ENDLESS = re.compile(rb"(?<!\d)\d{4300}")
 _MORE = re.compile(r"trailing characters \(byte (\d+)\)")
 _CONSTANT = re.compile(rb"[:,\[{\s]-?(NaN|Infinity|nan|inf(?:inity)?)\b")
 _decode_any = msgspec.json.Decoder(Any).decode
@@ -97,6 +99,16 @@ def check_depth(text: bytes) -> None:
     brackets = _STRING.sub(b"", text).translate(None, _NO_BRACKETS)
     if max(accumulate(map(_DEEPER.__getitem__, brackets)), default=0) > MAX_DEPTH:
         raise BadJson(f"nested more than {MAX_DEPTH} deep")
+
+
+def check_digits(text: bytes) -> None:
+    """Let a text pass whose numbers everybody's `json.loads` can read.
+
+    Raises:
+        BadJson: One has more digits than Python converts.
+    """
+    if _ENDLESS.search(text) and _ENDLESS.search(_STRING.sub(b"", text)):
+        raise BadJson("a number has thousands of digits")
 
 
 def _reason(text: bytes, error: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.foreign_json import BadJson, check_depth, decode
+from batch_orchestration.domain.foreign_json import BadJson, check_depth, check_digits, decode
 from batch_orchestration.domain.outcomes import (
     LARGEST_COUNT,
     Completion,
@@ -167,6 +167,7 @@ def _read_head(body: bytes) -> _Head:
         BadJson: It is no JSON object that could be stored.
     """
     check_depth(body)
+    check_digits(body)
     try:
         # msgspec skips over strings that nobody asked for without a look at their bytes.
         _check_utf8(body)

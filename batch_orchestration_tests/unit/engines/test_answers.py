@@ -87,7 +87,7 @@ def test_an_answer_without_the_usual_fields_is_an_answer_all_the_same(fields: by
         ("2147483648", LARGEST_COUNT),
         (f"{2**63}", LARGEST_COUNT),
         (f"{10**30}", LARGEST_COUNT),
-        ("9" * 5000, LARGEST_COUNT),
+        ("9" * 4000, LARGEST_COUNT),
         ("-1", 0),
         (f"-{10**30}", 0),
         ("1e999", 0),
@@ -230,6 +230,17 @@ def test_an_error_within_a_choice_is_no_answer(
     assert (outcome.code, outcome.retryable) == (code, retried)
     assert "with an error" in outcome.message
     assert completion(b'{"choices": [%s]}' % sound).finish_reason == "stop"
+
+
+def test_a_number_that_no_reader_of_the_output_could_convert_is_unreadable() -> None:
+    """One such line would end the loop of whoever reads the file with `json.loads`."""
+    digits = b"9" * 5000
+
+    outcome = failure(200, b'{"choices": [{"text": "yes"}], "created": %s}' % digits)
+
+    assert outcome.code is FailureCode.RESPONSE_UNREADABLE
+    assert "thousands of digits" in outcome.message
+    completion(b'{"choices": [{"text": "\\"%s"}], "created": 1}' % digits)
 
 
 def test_an_error_with_a_number_out_of_range_is_an_error_all_the_same() -> None:
