@@ -1,6 +1,6 @@
 """What faults cost: two soaks, and the search for requests that kill the engine.
 
-    python -m benchmarks.faults [--minutes 3] [--seed 7]
+    python -m benchmarks.faults [--minutes 20] [--seed 7]
 
 Writes `benchmarks/faults.md`. The engine is the simulated one, as a real child server: what is
 measured is this package, not inference.
@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import random
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,11 +28,14 @@ from batch_orchestration_tests.fault.mixed_batches import (
     run_to_the_end,
     simulated_engine,
 )
-from batch_orchestration_tests.fault.soak import Figures, opened, soak
+from batch_orchestration_tests.fault.soak import OTHERS, Figures, opened, soak
 from batch_orchestration_tests.inbox_bench import InboxBench
 
 REQUESTS, WINDOW = 1_000, 64
 GUILTY = (1, 3, 8)
+#: Of the soak without Dagster, in which far more happens in the same time.
+WORKERS_MINUTES = 3.0
+ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("faults.md")
 
 
@@ -49,16 +53,17 @@ class Poisoned(NamedTuple):
 def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=3.0, help="of each soak")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of the soak with Dagster")
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     logging.basicConfig(level=logging.CRITICAL)
     poisoned = [poison(guilty, seed=options.seed) for guilty in GUILTY]
     soaks = {}
-    for stage in ("dagster", "workers"):
+    for stage, minutes in (("workers", WORKERS_MINUTES), ("dagster", options.minutes)):
         with tempfile.TemporaryDirectory() as root, opened(stage, Path(root)) as opened_stage:
-            soaks[stage] = soak(opened_stage, seconds=60 * options.minutes, seed=options.seed)
-    PAGE.write_text("\n".join(page(soaks, poisoned)) + "\n")
+            soaks[stage] = soak(opened_stage, seconds=60 * minutes, seed=options.seed)
+        print(soaks[stage], flush=True)
+    PAGE.write_text("\n".join(page(soaks, poisoned, seed=options.seed)) + "\n")
 
 
 def poison(guilty: int, *, seed: int) -> Poisoned:
@@ -103,32 +108,39 @@ def _lines(guilty: set[int]) -> Iterator[bytes]:
         yield make_line(number, body=make_body(f"question {number}", **faults))
 
 
-def page(soaks: dict[str, Figures], poisoned: list[Poisoned]) -> Iterator[str]:
+def page(soaks: dict[str, Figures], poisoned: list[Poisoned], *, seed: int) -> Iterator[str]:
     """Yield the lines of the page."""
     yield "# What faults cost"
     yield ""
-    yield f"Measured {datetime.now(UTC):%Y-%m-%d} by `python -m benchmarks.faults` on"
-    yield f"{os.cpu_count()} cores ({platform.system()}, Python {platform.python_version()}), with"
+    yield f"Measured {datetime.now(UTC):%Y-%m-%d} at commit `{_commit()}` by"
+    yield f"`python -m benchmarks.faults --seed {seed}` on {os.cpu_count()} cores"
+    yield f"({platform.system()}, Python {platform.python_version()}) that others used, too, with"
     yield "the **simulated engine** as a real child server: these are figures of this package, and"
     yield "say nothing about inference. Every kill is `kill -9`."
     yield ""
     yield "## Soak"
     yield ""
-    yield "Batches in an endless row while processes are killed at random. One in four is refused"
-    yield "by the engine, pauses and is resumed; one answer in 19 is strange; a strike at a file"
-    yield "damages one of those that their writers replace. `dagster` is a whole"
+    yield "Batches in an endless row while accidents happen at random. `dagster` is a whole"
     yield "`dagster dev` (everything: web server, daemon, code server and run workers at once);"
-    yield "`workers` is a bare run worker. What is dead is started again. In the end"
-    yield "every output file is compared with that of the same batch undisturbed: byte for byte,"
-    yield "but for the number of the submission within the engine's request ids."
+    yield "`workers` is a bare run worker. What is dead is started again. One batch in four is"
+    yield "refused by the engine, pauses and is resumed; one answer in 19 is strange."
+    yield ""
+    yield "- *file*: one that its writer replaces, or the end of a journal, is damaged."
+    yield "- *needed file*: a plan or a decision is damaged, and mended some seconds later."
+    yield "- *gate*: the engine refuses everything for some seconds, with 401, 402, 403, 407 or a"
+    yield "  redirect."
+    yield "- *disk*: data folder, Dagster's storage and all logs have no room for some seconds."
+    yield ""
+    yield "In the end every output file is compared with that of the same batch undisturbed: byte"
+    yield "for byte, but for the number of the submission within the engine's request ids."
     yield ""
     yield "| | " + " | ".join(soaks) + " |"
     yield "|---|" + "---:|" * len(soaks)
     for name, values in _soak_rows([*soaks.values()]):
         yield f"| {name} | " + " | ".join(values) + " |"
     yield ""
-    yield "`make soak MINUTES=3 SEED=7` runs the first of the two again; what is killed is given by"
-    yield "the seed, what it was doing at that moment by the machine."
+    yield f"`make soak MINUTES=20 SEED={seed}` runs the one with Dagster again; what happens is"
+    yield "given by the seed, what it hits by the machine."
     yield ""
     yield "## Requests that kill the engine"
     yield ""
@@ -148,14 +160,20 @@ def _soak_rows(figures: list[Figures]) -> Iterator[tuple[str, list[str]]]:
     yield "duration, seconds", [f"{one.seconds:.0f}" for one in figures]
     yield "batches", [str(one.batches) for one in figures]
     yield "requests", [f"{one.requests:,}" for one in figures]
-    for victim in ("worker", "engine", "file", "daemon", "everything"):
-        yield f"strikes: {victim}", [str(one.kills.get(victim, "-")) for one in figures]
+    for accident in ("worker", "daemon", "everything", *OTHERS):
+        yield f"accidents: {accident}", [str(one.kills.get(accident, "-")) for one in figures]
     yield "batches that paused and were resumed", [str(one.paused) for one in figures]
     yield "requests answered", [f"{one.completed:,}" for one in figures]
     yield "requests failed, as undisturbed", [f"{one.failed:,}" for one in figures]
     yield "requests sent to an engine", [f"{one.submissions:,}" for one in figures]
     yield "**lost**", [f"**{one.lost}**" for one in figures]
     yield "**duplicated**", [f"**{one.duplicated}**" for one in figures]
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return told.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -275,7 +275,8 @@ class _Attempts:
         key = hashlib.sha256(content).hexdigest()[:32]
         self._counts[key] += 1
         if durably and self._path is not None:
-            with self._path.open("a") as file:
+            # On a full disk it is known until the server ends.
+            with contextlib.suppress(OSError), self._path.open("a") as file:
                 file.write(f"{key}\n")
         return self._counts[key]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.process_records import is_running, read_record
+from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_strange import KINDS
 from batch_orchestration.services.assembly import OutboxFiles, assemble
@@ -24,8 +25,11 @@ from batch_orchestration_tests.workbench import make_feeding
 _REQUEST_ID = re.compile(rb'("request_id":"[^"]*)-\d+"')
 
 
-#: The simulated engine's strange answers; not those that make us doubt who answers, or wait.
-STRANGE = sorted(KINDS - {"redirect", "retry_after", "bomb"})
+STRANGE = sorted(KINDS)
+#: Far below that of a bomb, so that it takes no time.
+ANSWER_BYTES = 2**20
+#: Quick, and no longer than a moment where the engine asks for a year.
+RETRY = RetryPolicy(max_attempts=4, base_delay_seconds=0.0, max_retry_after_seconds=0.5)
 
 
 def strange_input(requests: int, *, name: str) -> bytes:
@@ -79,6 +83,7 @@ def simulated_engine(folder: DataFolder, *, name: str = "engine") -> SimulatedEn
         log_path=folder.logs / "engines" / f"{name}.log",
         models=[MODEL],
         control_path=folder.root / "simulated.json",
+        limits=AnswerLimits(one_bytes=ANSWER_BYTES),
     )
 
 
@@ -112,7 +117,7 @@ def run_to_the_end(
         feeding=make_feeding(
             in_flight=in_flight,
             engine_restarts=1_000,
-            retry=RetryPolicy(max_attempts=4, base_delay_seconds=0.0),
+            retry=RETRY,
             max_failure_rate=max_failure_rate,
         ),
     )

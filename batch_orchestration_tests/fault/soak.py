@@ -5,14 +5,13 @@ Dagster its daemon is among the victims; `--stage workers` does without, and get
 into the same time.
 
 Every fourth batch is doomed: the engine refuses all of it, it pauses, and a person resumes it. Some
-answers are strange, and now and then a file is damaged that its writer replaces.
+answers are strange. Now and then files are damaged, the engine lets nobody in, or the disk is full
+(`soak_accidents`).
 """
 
 import argparse
-import itertools
 import json
 import logging
-import os
 import random
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.domain.errors import FileDamaged
 from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.resuming import resume
@@ -35,13 +35,21 @@ from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import MODEL
 from batch_orchestration_tests.children import ROOT
 from batch_orchestration_tests.fault.mixed_batches import (
+    ANSWER_BYTES,
+    RETRY,
     answers,
     assert_accounted,
     doomed_input,
-    engine_leaders,
     run_to_the_end,
     simulated_engine,
     strange_input,
+)
+from batch_orchestration_tests.fault.soak_accidents import (
+    LASTING,
+    STRIKES,
+    End,
+    simulate,
+    small_disk_if_allowed,
 )
 from batch_orchestration_tests.inbox_bench import InboxBench
 from batch_orchestration_tests.integration.dagster_processes import (
@@ -58,18 +66,24 @@ DRAIN_SECONDS = 600.0
 DOOMED_EVERY = 4
 DOOMED_REQUESTS = 120
 POLL_SECONDS = 0.2
-_DAMAGES = itertools.count()
-#: Of the simulated engine; long enough for full windows, and with a tail.
-CONDITIONS = {"latency_seconds": 0.1, "latency_sigma": 0.5}
+#: Between two things that last: a gate that opens for a moment and closes again may refuse a
+#: request before a control and after it, which then counts as the request's own refusal.
+CALM_SECONDS = 5.0
+
+
+#: How likely the accidents of `soak_accidents` are, on any stage.
+OTHERS = {"engine": 3, "file": 2, "needed file": 1, "gate": 1, "disk": 1}
 
 
 class Stage(Protocol):
     """Whatever answers batches, and can be killed piece by piece."""
 
     folder: DataFolder
-    #: How likely each kind of victim is.
+    #: Whether the folder has a small disk to itself.
+    own_disk: bool
+    #: How likely each of its processes is to be the next that dies; the rest is in `OTHERS`.
     victims: Mapping[str, int]
-    #: The shortest and the longest time between two kills.
+    #: The shortest and the longest time between two accidents, and of one that lasts.
     pause_seconds: tuple[float, float]
     #: Per batch.
     requests: int
@@ -91,11 +105,12 @@ class Stage(Protocol):
 class Workers:
     """One worker process that is started again whenever it is found dead."""
 
-    victims: ClassVar = {"worker": 3, "engine": 3, "file": 1}
+    victims: ClassVar = {"worker": 3}
     pause_seconds = (0.5, 4.0)
     requests = 240
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, own_disk: bool) -> None:
+        self.own_disk = own_disk
         self._bench = InboxBench(root, clock=time.time, requests_per_chunk=PER_CHUNK)
         self.folder, self.store = self._bench.folder, self._bench.store
         self._worker: subprocess.Popen[bytes] | None = None
@@ -103,11 +118,7 @@ class Workers:
     def submit(self, name: str, content: bytes) -> None:
         self._bench.plan_of(name, content)
 
-    def strike(self, victim: str) -> bool:
-        if victim == "engine":
-            return _kill_an_engine(self.folder)
-        if victim == "file":
-            return _damage_a_file(self.folder)
+    def strike(self, _victim: str) -> bool:
         assert self._worker is not None
         alive = self._worker.poll() is None
         self._worker.kill()
@@ -137,13 +148,14 @@ class Workers:
 class Dagster:
     """`dagster dev` in a folder of its own; the real daemon, sensors, launcher and retries."""
 
-    victims: ClassVar = {"worker": 3, "engine": 3, "file": 2, "daemon": 1, "everything": 1}
+    victims: ClassVar = {"worker": 3, "daemon": 1, "everything": 1}
     pause_seconds = (3.0, 9.0)
     #: A run takes Dagster six seconds to start; it should then have something to do for a while.
     requests = 800
 
-    def __init__(self, processes: DagsterProcesses) -> None:
+    def __init__(self, processes: DagsterProcesses, *, own_disk: bool) -> None:
         self._processes = processes
+        self.own_disk = own_disk
         self.folder = processes.folder
 
     @property
@@ -154,10 +166,6 @@ class Dagster:
         self._processes.drop(name, content)
 
     def strike(self, victim: str) -> bool:
-        if victim == "engine":
-            return _kill_an_engine(self.folder)
-        if victim == "file":
-            return _damage_a_file(self.folder)
         if victim == "worker":
             started = [run for run in self._processes.runs() if run.status == "STARTED"]
             for run in started:
@@ -193,62 +201,117 @@ class Figures:
     kills: Counter[str] = field(default_factory=Counter)
 
 
+class Chaos:
+    """Accidents, one after the other, by the dice of a seed."""
+
+    def __init__(self, stage: Stage, figures: Figures) -> None:
+        self._stage = stage
+        self._figures = figures
+        self._dice = random.Random(figures.seed)
+        self._began = time.monotonic()
+        self._strike_at, self._next = self._draw()
+        #: What lasts at the moment, until when, and how it is ended.
+        self._lasting: tuple[str, float, End] | None = None
+        self._calm_until = 0.0
+
+    @property
+    def disk_is_full(self) -> bool:
+        return self._lasting is not None and self._lasting[0] == "disk"
+
+    def go_on(self) -> None:
+        """End what is over, and do what is due; who is to die may have to be born first."""
+        now = time.monotonic()
+        if self._lasting is not None and now > self._lasting[1]:
+            self.calm_down()
+        if now > self._strike_at and self._strike(now):
+            self._figures.kills[self._next] += 1
+            print(f"{now - self._began:6.1f} s  {self._next}", flush=True)
+            self._strike_at, self._next = self._draw()
+
+    def calm_down(self) -> None:
+        """End what lasts."""
+        if self._lasting is not None:
+            name, _until, end = self._lasting
+            end()
+            print(f"{time.monotonic() - self._began:6.1f} s  {name}: over", flush=True)
+            self._lasting, self._calm_until = None, time.monotonic() + CALM_SECONDS
+
+    def _draw(self) -> tuple[float, str]:
+        """Return when the next accident is due, and which."""
+        odds = {**self._stage.victims, **OTHERS}
+        if not self._stage.own_disk:
+            del odds["disk"]
+        (drawn,) = self._dice.choices([*odds], [*odds.values()])
+        return time.monotonic() + self._dice.uniform(*self._stage.pause_seconds), drawn
+
+    def _strike(self, now: float) -> bool:
+        stage, what = self._stage, self._next
+        if what in LASTING:
+            if self._lasting is not None or now < self._calm_until:
+                return False
+            end = LASTING[what](stage.folder, self._dice)
+            if end is not None:
+                until = time.monotonic() + self._dice.uniform(*stage.pause_seconds)
+                self._lasting = what, until, end
+            return end is not None
+        if what in STRIKES:
+            return STRIKES[what](stage.folder, self._dice)
+        # Who looks for processes to kill needs room on the disk, too.
+        return not self.disk_is_full and stage.strike(what)
+
+
 @contextmanager
 def opened(stage: str, root: Path) -> Iterator[Stage]:
     """Set a stage up in a folder, and clear it away."""
-    if stage == "dagster":
-        settings = {
-            "BATCH_MODEL_ALIASES": "{}",
-            "BATCH_SERVED_MODEL_NAME": MODEL,
-            "BATCH_REQUESTS_PER_CHUNK": str(PER_CHUNK),
-            "BATCH_IN_FLIGHT": "8",
-        }
-        with dagster_dev(root, **settings) as processes:
-            yield Dagster(processes)
-        return
-    workers = Workers(root)
-    try:
-        yield workers
-    finally:
-        workers.stop()
+    with small_disk_if_allowed(root) as (place, own_disk):
+        if stage == "dagster":
+            settings = {
+                "BATCH_MODEL_ALIASES": "{}",
+                "BATCH_SERVED_MODEL_NAME": MODEL,
+                "BATCH_REQUESTS_PER_CHUNK": str(PER_CHUNK),
+                "BATCH_IN_FLIGHT": "8",
+                "BATCH_MAX_ATTEMPTS": str(RETRY.max_attempts),
+                "BATCH_MAX_RETRY_AFTER_SECONDS": str(RETRY.max_retry_after_seconds),
+                "BATCH_MAX_ANSWER_BYTES": str(ANSWER_BYTES),
+                # It is the disk itself that is to be full.
+                "BATCH_DISK_RESERVE_BYTES": "0",
+            }
+            with dagster_dev(place, **settings) as processes:
+                yield Dagster(processes, own_disk=own_disk)
+            return
+        workers = Workers(place, own_disk=own_disk)
+        try:
+            yield workers
+        finally:
+            workers.stop()
 
 
 def soak(stage: Stage, *, seconds: float, seed: int) -> Figures:
-    """Keep batches coming and processes dying; then let the stage finish, and check everything.
+    """Keep batches coming and accidents happening; then let the stage finish; check everything.
 
     Raises:
         AssertionError: A request has no outcome, or two, or another than undisturbed.
     """
     print(f"seed {seed}", flush=True)
-    (stage.folder.root / "simulated.json").write_text(json.dumps(CONDITIONS))
+    simulate(stage.folder)
     figures, contents, began = Figures(seed=seed), dict[str, bytes](), time.monotonic()
-    strikes = _strikes(stage, seed)
-    strike_at, victim = next(strikes)
-    while (now := time.monotonic()) < began + seconds:
-        stage.tend()
-        if len(contents) - _completed(stage) < UNFINISHED:
-            name = f"soak-{len(contents):03d}.jsonl"
-            contents[name] = _content(stage, name, number=len(contents))
-            stage.submit(name, contents[name])
-        figures.paused += _resume_paused(stage)
-        # Whoever is to die next may have to be born first.
-        if now > strike_at and stage.strike(victim):
-            figures.kills[victim] += 1
-            print(f"{now - began:6.1f} s  strikes: {victim}", flush=True)
-            strike_at, victim = next(strikes)
+    chaos = Chaos(stage, figures)
+    while time.monotonic() < began + seconds:
+        # On a full disk no person can do anything, either.
+        if not chaos.disk_is_full:
+            stage.tend()
+            if len(contents) - _completed(stage) < UNFINISHED:
+                name = f"soak-{len(contents):03d}.jsonl"
+                contents[name] = _content(stage, name, number=len(contents))
+                stage.submit(name, contents[name])
+            figures.paused += _resume_paused(stage)
+        chaos.go_on()
         time.sleep(POLL_SECONDS)
+    chaos.calm_down()
     _drain(stage, len(contents), figures)
     figures.seconds = time.monotonic() - began
     _check(stage, contents, figures)
     return figures
-
-
-def _strikes(stage: Stage, seed: int) -> Iterator[tuple[float, str]]:
-    """Yield when to strike next, and whom, without end."""
-    dice = random.Random(seed)
-    while True:
-        (victim,) = dice.choices([*stage.victims], [*stage.victims.values()])
-        yield time.monotonic() + dice.uniform(*stage.pause_seconds), victim
 
 
 def _completed(stage: Stage) -> int:
@@ -264,17 +327,19 @@ def _content(stage: Stage, name: str, *, number: int) -> bytes:
 def _resume_paused(stage: Stage) -> int:
     """Do what a person does who wants the rest of a paused batch all the same; count them."""
     unfinished = [batch for batch in stage.store.batches() if batch.status not in FINAL]
-    paused = halts_in_force(stage.folder, unfinished)
-    for batch_id in paused:
-        resume(
-            batch_id,
-            folder=stage.folder,
-            store=stage.store,
-            actor="soak",
-            max_failure_rate=1.0,
-            at=time.time(),
-        )
-    return len(paused)
+    resumed = 0
+    for batch_id in halts_in_force(stage.folder, unfinished):
+        with suppress(FileDamaged):  # which the person mends first
+            resume(
+                batch_id,
+                folder=stage.folder,
+                store=stage.store,
+                actor="soak",
+                max_failure_rate=1.0,
+                at=time.time(),
+            )
+            resumed += 1
+    return resumed
 
 
 def _drain(stage: Stage, batches: int, figures: Figures) -> None:
@@ -329,30 +394,6 @@ def _undisturbed(root: Path, contents: Mapping[str, bytes]) -> DataFolder:
     finally:
         engine.stop()
     return bench.folder
-
-
-def _damage_a_file(folder: DataFolder) -> bool:
-    """Damage one of the files that are replaced by whoever writes them; say whether there was one.
-
-    Which of them, and how, is given by how often that was done before.
-    """
-    names = (folder.queue, folder.needs, folder.health, folder.alerts)
-    running = (folder.progress_path(batch_id) for batch_id in folder.batch_ids())
-    found = sorted(path for path in (*names, *running) if path.exists())
-    if not found:
-        return False
-    number = next(_DAMAGES)
-    found[number % len(found)].write_bytes((b"", b"{", b"\xff\x00", b"[]")[number % 4])
-    (folder.batches / f"My Copy of {number % 3}").mkdir(exist_ok=True)
-    return True
-
-
-def _kill_an_engine(folder: DataFolder) -> bool:
-    leaders = engine_leaders(folder)
-    for leader in leaders:
-        with suppress(ProcessLookupError):
-            os.kill(leader, signal.SIGKILL)
-    return bool(leaders)
 
 
 def main() -> None:

@@ -10,11 +10,21 @@ import time
 from pathlib import Path
 
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.domain.errors import (
+    DiskFull,
+    EngineRefusesUs,
+    EngineStartFailed,
+    FileDamaged,
+    OutboxUnwritable,
+)
 from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.fault.mixed_batches import run_to_the_end, simulated_engine
+
+#: What ends a run, which Dagster then starts again: an engine killed while it starts, a gate that
+#: is closed, a file that is to be mended, a disk without room for what a run cannot wait with.
+TRIED_AGAIN = (EngineStartFailed, EngineRefusesUs, FileDamaged, DiskFull, OutboxUnwritable)
 
 
 def main(root: Path) -> None:
@@ -23,10 +33,9 @@ def main(root: Path) -> None:
     engine = simulated_engine(folder)
     while True:
         for batch in store.batches():
-            if batch.status is BatchStatus.COMPLETED or halt_in_force(folder, batch.batch_id):
-                continue
-            # An engine killed while it starts fails the step, which Dagster then tries again.
-            with contextlib.suppress(EngineStartFailed):
+            with contextlib.suppress(*TRIED_AGAIN):
+                if batch.status is BatchStatus.COMPLETED or halt_in_force(folder, batch.batch_id):
+                    continue
                 run_to_the_end(
                     batch.batch_id, folder, store, engine, run_id=f"worker-{os.getpid()}"
                 )
