@@ -31,7 +31,7 @@ def fill(disk: Path, *, but: int) -> Path:
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
-            file.write(bytes(4096))
+            file.write(bytes(2**20))
     with ballast.open("r+b") as file:
         file.truncate(ballast.stat().st_size - but)
     return ballast
