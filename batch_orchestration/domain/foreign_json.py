@@ -22,6 +22,9 @@ MAX_DEPTH = 128
 #: OpenAI's API knows is a `seed` of 63 bits; JSON schemas have bounds of unsigned 64 bits.
 SMALLEST_INTEGER, LARGEST_INTEGER = -(2**63), 2**64 - 1
 
+#: Of a request; in memory each takes up to thirty times its bytes. No prompt has so many tokens.
+MAX_VALUES = 1_000_000
+
 #: Strings, whole or torn: brackets inside them do not nest. Possessive: a pattern that could step
 #: back keeps a hundred bytes for each one of a string.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -99,6 +102,15 @@ def check_depth(text: bytes) -> None:
     brackets = _STRING.sub(b"", text).translate(None, _NO_BRACKETS)
     if max(accumulate(map(_DEEPER.__getitem__, brackets)), default=0) > MAX_DEPTH:
         raise BadJson(f"nested more than {MAX_DEPTH} deep")
+
+
+def has_too_many_values(text: bytes) -> bool:
+    """Whether a text, well-formed or not, has more than about `MAX_VALUES` values in it."""
+    return _count_values(text) > MAX_VALUES and _count_values(_STRING.sub(b"", text)) > MAX_VALUES
+
+
+def _count_values(text: bytes) -> int:
+    return sum(map(text.count, (b",", b"[", b"{")))
 
 
 def check_digits(text: bytes) -> None:

@@ -105,6 +105,11 @@ def parse_line(
         model_required: False if an alias `*` supplies a missing `model`.
     """
     text = raw.removeprefix(UTF8_BOM)
+    if foreign_json.has_too_many_values(text):
+        message = f"more than {foreign_json.MAX_VALUES:,} values; no request has so many"
+        problem = (FailureCode.INVALID_JSON, message)
+        named = salvage_custom_id(text)
+        return _fault([problem], index=index, line=line, custom_id=named)
     try:
         envelope = foreign_json.decode(text)
     except foreign_json.BadJson as error:
@@ -141,7 +146,7 @@ def too_long_fault(
 
 def salvage_custom_id(text: bytes) -> str | None:
     """Return the id of a line that cannot be used, so that it can be named; None without one."""
-    value = foreign_json.salvage(text)
+    value = None if foreign_json.has_too_many_values(text) else foreign_json.salvage(text)
     if isinstance(value, dict):
         custom_id = value.get("custom_id")
     else:

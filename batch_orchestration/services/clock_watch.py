@@ -41,12 +41,17 @@ class Clocks(msgspec.Struct, frozen=True):
     wall: float
 
 
-class _Row(msgspec.Struct, frozen=True):
+class LooksAgree(msgspec.Struct, frozen=True):
     """The latest look; `since` is the steady second since which all looks agree, after a `jump`."""
 
     last: Clocks
     since: float
     jump: float
+
+
+def looks_path(folder: DataFolder) -> Path:
+    """Return where the latest look is kept."""
+    return folder.root / "clock.json"
 
 
 def read_clocks() -> Clocks:
@@ -64,7 +69,7 @@ def clock_doubt(
         most_seconds: That a jump may delay the answer.
         read: Looks at the clocks.
     """
-    path, now = folder.root / "clock.json", read()
+    path, now = looks_path(folder), read()
     try:
         row = _continued(_kept(path), now)
         _keep(path, row)
@@ -81,30 +86,30 @@ def clock_doubt(
     )
 
 
-def _kept(path: Path) -> _Row | None:
+def _kept(path: Path) -> LooksAgree | None:
     try:
-        return msgspec.json.decode(read_regular(path), type=_Row)
+        return msgspec.json.decode(read_regular(path), type=LooksAgree)
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError):
         # Emptied by a power loss, or by a person: whatever it said, it is longer ago.
-        return _Row(Clocks("", 0.0, 0.0), 0.0, 0.0)
+        return LooksAgree(Clocks("", 0.0, 0.0), 0.0, 0.0)
 
 
-def _continued(row: _Row | None, now: Clocks) -> _Row:
+def _continued(row: LooksAgree | None, now: Clocks) -> LooksAgree:
     if row is None:
-        return _Row(now, now.steady, 0.0)
+        return LooksAgree(now, now.steady, 0.0)
     wall, steady = now.wall - row.last.wall, now.steady - row.last.steady
     if row.last.boot != now.boot:
         # How long the machine was off, only the wall clock says.
-        return _Row(now, now.steady, abs(wall))
+        return LooksAgree(now, now.steady, abs(wall))
     jump = abs(wall - steady)
     if jump > TOLERANCE_SECONDS + SLEW * steady:
-        return _Row(now, now.steady, max(jump, row.jump))
-    return _Row(now, row.since, row.jump)
+        return LooksAgree(now, now.steady, max(jump, row.jump))
+    return LooksAgree(now, row.since, row.jump)
 
 
-def _keep(path: Path, row: _Row) -> None:
+def _keep(path: Path, row: LooksAgree) -> None:
     """Replace the file. Never fsynced: one that a power loss has emptied is begun again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

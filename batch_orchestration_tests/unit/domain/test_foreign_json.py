@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.foreign_json import MAX_DEPTH, BadJson, check_depth, decode
+from batch_orchestration.domain.foreign_json import (
+    MAX_DEPTH,
+    BadJson,
+    check_depth,
+    decode,
+    has_too_many_values,
+)
 
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -109,6 +115,11 @@ def test_the_look_at_the_depth_of_a_long_text_takes_no_more_memory_than_the_text
     tracemalloc.stop()
 
     assert peak < 2 * len(text)
+
+
+def test_commas_and_brackets_in_texts_are_no_values() -> None:
+    assert not has_too_many_values(b'{"text": "%s"}' % (b'[{,\\"' * 1_000_000))
+    assert has_too_many_values(b"[%s" % (b"[[]," * 400_000))
 
 
 def test_of_a_key_that_is_there_twice_the_last_one_wins() -> None:

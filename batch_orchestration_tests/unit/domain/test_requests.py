@@ -69,6 +69,7 @@ def test_byte_order_mark_and_line_breaks_are_tolerated(beginning, ending):
         (b'{"custom_id": "\\ud800"}', "not JSON"),
         (b"\x00\x00", "not JSON"),
         (b'{"body": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 128 deep"),
+        (b'{"body": [' + b"[]," * 1_000_000 + b"[]]}", "more than 1,000,000 values"),
         (make_line(body={"model": "m", "x": float("nan")}), "not JSON"),
     ],
 )
