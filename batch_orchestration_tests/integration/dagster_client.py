@@ -130,18 +130,21 @@ class DagsterClient:
         return status
 
     def partitions(self, asset: str) -> dict[str, set[str]]:
-        """Keys of an asset's partitions by status: materialized, failed, materializing, missing."""
+        """Keys of an asset's partitions by status: materialized, failed, materializing, missing.
+
+        There are none while the web server has not loaded the code again.
+        """
         query = """query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) {
             ... on AssetNode { partitionKeys assetPartitionStatuses {
             ... on DefaultPartitionStatuses { materializedPartitions failedPartitions
             materializingPartitions unmaterializedPartitions } } } } }"""
         node = self.graphql(query, key={"path": [asset]})["assetNodeOrError"]
-        statuses = node["assetPartitionStatuses"]
+        statuses = node.get("assetPartitionStatuses", {})
         return {
-            "materialized": set(statuses["materializedPartitions"]),
-            "failed": set(statuses["failedPartitions"]),
-            "materializing": set(statuses["materializingPartitions"]),
-            "missing": set(statuses["unmaterializedPartitions"]),
+            "materialized": set(statuses.get("materializedPartitions", ())),
+            "failed": set(statuses.get("failedPartitions", ())),
+            "materializing": set(statuses.get("materializingPartitions", ())),
+            "missing": set(statuses.get("unmaterializedPartitions", ())),
         }
 
     def switch_sensor(self, name: str, *, on: bool) -> None:
