@@ -57,13 +57,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     logging.basicConfig(level=logging.CRITICAL)
-    poisoned = [poison(guilty, seed=options.seed) for guilty in GUILTY]
-    soaks = {}
-    for stage, minutes in (("workers", WORKERS_MINUTES), ("dagster", options.minutes)):
+    commit, soaks = _commit(), {}
+    for stage, minutes in (("dagster", options.minutes), ("workers", WORKERS_MINUTES)):
         with tempfile.TemporaryDirectory() as root, opened(stage, Path(root)) as opened_stage:
             soaks[stage] = soak(opened_stage, seconds=60 * minutes, seed=options.seed)
         print(soaks[stage], flush=True)
-    PAGE.write_text("\n".join(page(soaks, poisoned, seed=options.seed)) + "\n")
+    poisoned = [poison(guilty, seed=options.seed) for guilty in GUILTY]
+    lines = page(soaks, poisoned, seed=options.seed, commit=commit)
+    PAGE.write_text("\n".join(lines) + "\n")
 
 
 def poison(guilty: int, *, seed: int) -> Poisoned:
@@ -108,11 +109,13 @@ def _lines(guilty: set[int]) -> Iterator[bytes]:
         yield make_line(number, body=make_body(f"question {number}", **faults))
 
 
-def page(soaks: dict[str, Figures], poisoned: list[Poisoned], *, seed: int) -> Iterator[str]:
+def page(
+    soaks: dict[str, Figures], poisoned: list[Poisoned], *, seed: int, commit: str
+) -> Iterator[str]:
     """Yield the lines of the page."""
     yield "# What faults cost"
     yield ""
-    yield f"Measured {datetime.now(UTC):%Y-%m-%d} at commit `{_commit()}` by"
+    yield f"Measured {datetime.now(UTC):%Y-%m-%d} at commit `{commit}` by"
     yield f"`python -m benchmarks.faults --seed {seed}` on {os.cpu_count()} cores"
     yield f"({platform.system()}, Python {platform.python_version()}) that others used, too, with"
     yield "the **simulated engine** as a real child server: these are figures of this package, and"

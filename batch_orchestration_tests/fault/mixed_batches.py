@@ -12,7 +12,6 @@ from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_strange import KINDS
 from batch_orchestration.services.assembly import OutboxFiles, assemble
 from batch_orchestration.services.chunk_runner import run_chunks
-from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.services.recount import recount
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import read_journal
@@ -105,7 +104,7 @@ def run_to_the_end(
 ) -> None:
     """Answer what is pending and assemble the output, as the runs of a batch do.
 
-    One that is paused, or pauses meanwhile, is left to a person.
+    One that is paused, or pauses meanwhile, is left to a person, and to the run after that.
     """
     plan = folder.read_plan(batch_id)
     commits = run_chunks(
@@ -123,7 +122,8 @@ def run_to_the_end(
     )
     for _ in commits:
         pass
-    if halt_in_force(folder, batch_id) is not None:
+    # As dispatch decides: a person may have resumed it since it paused.
+    if len(store.chunk_reports(batch_id)) < len(plan.chunks):
         return
     assemble(batch_id, folder=folder, store=store, clock=lambda: NOW)
 
