@@ -1,5 +1,7 @@
 """What is committed: requests with their outcome, and the figures of a chunk and of a batch."""
 
+from pathlib import Path
+
 import msgspec
 
 from batch_orchestration.domain.batches import BatchOptions, BatchStatus
@@ -33,6 +35,14 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     message: str
 
 
+class Place(msgspec.Struct, frozen=True):
+    """Where a journal has an outcome: so many bytes from so many on. Journals only grow."""
+
+    journal: Path
+    start: int
+    size_bytes: int
+
+
 class SettledRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request with its outcome.
 
@@ -41,11 +51,13 @@ class SettledRequest(msgspec.Struct, frozen=True, kw_only=True):
         line: Line number in the file, from 1.
         custom_id: None only where the line did not give one.
         endpoint: Empty where the line was unreadable.
-        body: The request's body; the whole line where it was unreadable. Empty for a completion
-            that is read back from the store: the kept input has it.
+        body: The request's body; the whole line where it was unreadable. Read back from the store
+            it is empty for a completion, and for a failure of which it was too large for the store:
+            the kept input has it.
         attempts: How often it was submitted; 0 if refused at admission.
         failed_attempts: Those before the last one, oldest first.
         settled_at: POSIX seconds.
+        place: Where its outcome can be read again, if the store has no room for it.
     """
 
     index: int
@@ -58,6 +70,7 @@ class SettledRequest(msgspec.Struct, frozen=True, kw_only=True):
     failed_attempts: tuple[Attempt, ...]
     settled_at: float
     provenance: Provenance
+    place: Place | None = None
 
 
 class ChunkReport(msgspec.Struct, frozen=True, kw_only=True):

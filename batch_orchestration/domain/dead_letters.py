@@ -137,4 +137,5 @@ def after_replay(before: SettledRequest, replayed: SettledRequest) -> SettledReq
         failed_attempts=(*before.failed_attempts, last, *replayed.failed_attempts),
         settled_at=replayed.settled_at,
         provenance=replayed.provenance,
+        place=replayed.place,
     )

@@ -7,6 +7,7 @@ answered, and asks the rest.
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import msgspec
 
@@ -93,21 +94,20 @@ def commit_closed(
     entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
     seconds = busy_seconds(entries.values())
     outcomes = {**_unasked(ref, closing), **entries}
-    try:
-        settled = settled_requests(ref, outcomes)
-    except (PlanMismatch, FileDamaged, OSError) as error:
-        if concerns_everyone(error):
-            raise
-        logger.warning("%s is closed out without its input: %s", ref.key, error)
-        settled = [_without_its_line(ref, outcomes[index]) for index in ref.indices]
-    return store.commit_chunk(
-        ref.plan.batch_id,
-        ref.chunk.number,
-        settled,
+    commit = partial(
+        store.commit_chunk,
+        *(ref.plan.batch_id, ref.chunk.number),
         run_id=run_id,
         at=at,
         seconds=seconds,
     )
+    try:
+        return commit(requests=settled_requests(ref, outcomes))
+    except (PlanMismatch, FileDamaged, OSError) as error:
+        if concerns_everyone(error):
+            raise
+        logger.warning("%s is closed out without its input: %s", ref.key, error)
+    return commit(requests=(_without_its_line(ref, outcomes[index]) for index in ref.indices))
 
 
 def _without_its_line(ref: ChunkRef, entry: JournalEntry) -> SettledRequest:
@@ -130,6 +130,7 @@ def _without_its_line(ref: ChunkRef, entry: JournalEntry) -> SettledRequest:
         failed_attempts=entry.failed_attempts,
         settled_at=entry.settled_at,
         provenance=entry.provenance,
+        place=entry.place,
     )
 
 
@@ -140,7 +141,8 @@ def _unasked(ref: ChunkRef, closing: Closing) -> dict[int, JournalEntry]:
     return {
         index: JournalEntry(
             index=index,
-            outcome=failure,
+            held=failure,
+            place=None,
             attempts=state.attempts.get(index, 0),
             failed_attempts=(),
             settled_at=closing.at,

@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -175,14 +175,13 @@ class Committer:
         return True
 
 
-def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> list[SettledRequest]:
-    """Join a chunk's journal with its lines of the kept input, in file order.
+def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> Iterator[SettledRequest]:
+    """Join a chunk's journal with its lines of the kept input, in file order, one by one.
 
     Raises:
         StorageError: A request of the chunk has no outcome in the journal.
         PlanMismatch: The kept input is not the one that was admitted.
     """
-    settled = []
     for line in ref.lines():
         entry = entries.get(line.index)
         if entry is None:
@@ -190,8 +189,7 @@ def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> list[Se
                 f"{ref.journal_path} has no outcome of request {line.index} (line {line.line});"
                 f" run chunk {ref.key} again"
             )
-        settled.append(joined(line, entry))
-    return settled
+        yield joined(line, entry)
 
 
 def joined(line: RawLine, entry: JournalEntry) -> SettledRequest:
@@ -208,6 +206,7 @@ def joined(line: RawLine, entry: JournalEntry) -> SettledRequest:
         failed_attempts=entry.failed_attempts,
         settled_at=entry.settled_at,
         provenance=entry.provenance,
+        place=entry.place,
     )
 
 

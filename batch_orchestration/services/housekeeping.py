@@ -54,6 +54,11 @@ class House:
         return {record.batch_id: record for record in self.store.batches()}
 
     @cached_property
+    def journals_with_answers(self) -> set[Path]:
+        """The journals that have answers which the store has not."""
+        return self.store.journals_with_answers()
+
+    @cached_property
     def at_rest(self) -> dict[str, float]:
         """The batches that may be touched at all, and since when they are at rest."""
         latest = self.now - LEAST_REST_SECONDS

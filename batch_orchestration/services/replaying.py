@@ -116,9 +116,9 @@ def _assemble_if_complete(
 def _report(
     replay: Replay, operations: Operations, assembly: AssemblyReport | None
 ) -> ReplayReport:
-    outcomes = [entry.outcome for entry in operations.outcomes(replay)]
-    answered = sum(isinstance(outcome, Completion) for outcome in outcomes)
-    failed = len(outcomes) - answered
+    kinds = [isinstance(entry.outcome, Completion) for entry in operations.outcomes(replay)]
+    answered = sum(kinds)
+    failed = len(kinds) - answered
     logger.info(
         "%s: replay %d answered %d, failed %d", replay.batch_id, replay.number, answered, failed
     )

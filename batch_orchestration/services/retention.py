@@ -3,7 +3,8 @@
 Once a batch's journals are gone each answer is in the store and in the output, and no longer in a
 journal: `recover` cannot make the batch's rows anew, and leaves the batch out. `pruned.json` in the
 batch's folder says so; it is there before the first journal goes, so that no run takes a missing
-journal for missing answers. Only then may the input go, too; `input-removed.json` says that.
+journal for missing answers. Journals that have answers which are too large for the store stay, for
+the store names them. Only then may the input go, too; `input-removed.json` says that.
 """
 
 import logging
@@ -51,15 +52,19 @@ def clean_journals(house: House, keep_seconds: float) -> Iterator[Removal]:
     """Remove the journals of batches that were completed so long ago.
 
     Only if the files in the outbox, counted anew, have every request once. Journals of replays
-    stay.
+    stay, and those that the store names.
     """
     folder, faults = house.folder, Faults()
     for batch_id in house.completed_before(house.now - keep_seconds):
         with faults.of(batch_id):
-            if not (journals := _journals(batch_id, folder)):
+            if not (found := _journals(batch_id, folder)):
+                continue
+            journals = [path for path in found if path not in house.journals_with_answers]
+            if not journals and folder.pruned_path(batch_id).exists():
                 continue
             removal = Removal(subject=batch_id, size_bytes=_size(journals))
-            if house.dry_run or _prune(batch_id, journals, folder, now=house.now):
+            gone = house.dry_run or _prune(batch_id, journals, folder, now=house.now)
+            if gone and journals:
                 yield removal
     faults.log()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -39,19 +40,27 @@ def insert_batch(db: duckdb.DuckDBPyConnection, plan: BatchPlan, at: float) -> N
 
 
 class ChunkOutcomes:
-    """The rows of one chunk, ready to be written: made before the file is opened."""
+    """The rows of one chunk, ready to be written: made before the file is opened.
 
-    def __init__(self, batch_id: str, number: int, settled: Iterable[SettledRequest]) -> None:
+    The requests are taken one by one. `root` is that of the data folder.
+    """
+
+    def __init__(
+        self, batch_id: str, number: int, settled: Iterable[SettledRequest], root: Path
+    ) -> None:
         self.batch_id = batch_id
         self.number = number
         self.results: list[rows.Row] = []
         self.failed: list[rows.Row] = []
+        room = rows.Room(root, rows.ROOM_BYTES)
         for request in settled:
             if isinstance(request.outcome, Completion):
-                self.results.append(rows.result_row(batch_id, number, request, request.outcome))
+                result = rows.result_row(batch_id, number, request, request.outcome)
+                self.results.append(room.admit(result, request))
             else:
                 failed = rows.failed_row(batch_id, number, request, request.outcome)
-                self.failed.append(letters.new_letter(failed))
+                self.failed.append(letters.new_letter(room.admit(failed, request)))
+        room.sync()
 
     def check_one_to_one(self, db: duckdb.DuckDBPyConnection) -> None:
         """Raise unless each request of the planned chunk has exactly one row."""
@@ -235,10 +244,8 @@ def tokens_since(db: duckdb.DuckDBPyConnection, moment: datetime) -> dict[str, i
     }
 
 
-def settled_requests(
-    db: duckdb.DuckDBPyConnection, batch_id: str, number: int
-) -> list[SettledRequest]:
-    """Return the requests of a committed chunk in index order."""
+def settled_rows(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> list[rows.Row]:
+    """Return the rows of a committed chunk in index order."""
     found = [
         row
         for table, columns, where in (
@@ -248,4 +255,16 @@ def settled_requests(
         for row in rows.select(db, table, [*columns], where, [batch_id, number])
     ]
     found.sort(key=lambda row: row["request_index"])
-    return [rows.settled_request(row) for row in found]
+    return found
+
+
+def journals_with_answers(db: duckdb.DuckDBPyConnection) -> set[str]:
+    """Return the journals that have answers which the store has not, by name."""
+    found = db.execute(
+        """
+        SELECT DISTINCT regexp_replace(response_at, ':[0-9+]*$', '') FROM (
+            SELECT response_at FROM results UNION ALL SELECT response_at FROM failed_requests)
+        WHERE response_at IS NOT NULL
+        """
+    ).fetchall()
+    return {name for (name,) in found}

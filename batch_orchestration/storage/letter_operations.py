@@ -4,7 +4,9 @@ Every change is idempotent, and for each dead letter its operations are applied 
 the queue can be brought up to date at any time from the operations that are kept as files.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
 
 import duckdb
 import msgspec
@@ -25,24 +27,42 @@ from batch_orchestration.storage.replay import JournalEntry
 #: Indices come as one parameter, a list: there may be very many.
 _AMONG = "request_index IN (SELECT unnest(?::BIGINT[]))"
 
+_ENTRIES_AT_A_TIME = 1000
+
 #: Reads the outcomes of a replay from its journal.
 Outcomes = Callable[[Replay], Iterable[JournalEntry]]
 
 
 def apply(
-    db: duckdb.DuckDBPyConnection, operations: Iterable[Operation], outcomes: Outcomes
+    db: duckdb.DuckDBPyConnection,
+    operations: Iterable[Operation],
+    outcomes: Outcomes,
+    root: Path,
 ) -> set[int]:
     """Bring the queue of a batch up to date; return the numbers of the chunks that changed."""
     changed: set[int] = set()
+    # Chunks are replayed bit by bit, and each is to stay one that can be read at once. The journals
+    # of replays are kept for as long as the batch.
+    each = rows.ROOM_BYTES // _ENTRIES_AT_A_TIME
+    room = rows.Room(root, rows.ROOM_BYTES, each=each)
     for operation in operations:
         if isinstance(operation, Discard):
             _discard(db, operation)
         elif isinstance(operation, Replay):
             _begin(db, operation)
             if _held(db, operation):
-                changed |= _settle(db, operation, outcomes(operation))
+                for some in _slices(outcomes(operation)):
+                    changed |= _settle(db, operation, some, room)
                 _release(db, operation)
+    room.sync()
     return changed
+
+
+def _slices(entries: Iterable[JournalEntry]) -> Iterator[dict[int, JournalEntry]]:
+    """Yield entries by index, not too many at a time: with each comes the row of its letter."""
+    left = iter(entries)
+    while some := {entry.index: entry for entry in islice(left, _ENTRIES_AT_A_TIME)}:
+        yield some
 
 
 def _new_to(
@@ -108,10 +128,12 @@ def _held(db: duckdb.DuckDBPyConnection, replay: Replay) -> list[int]:
 
 
 def _settle(
-    db: duckdb.DuckDBPyConnection, replay: Replay, entries: Iterable[JournalEntry]
+    db: duckdb.DuckDBPyConnection,
+    replay: Replay,
+    arrived: dict[int, JournalEntry],
+    room: rows.Room,
 ) -> set[int]:
     """Give held dead letters the outcomes that there are; return the chunks they are of."""
-    arrived = {entry.index: entry for entry in entries}
     where = f"WHERE batch_id = ? AND replay = ? AND state = 'replaying' AND {_AMONG}"
     key = [replay.batch_id, replay.number, list(arrived)]
     letters = rows.select(db, "failed_requests", [*LETTERS], where, key)
@@ -121,17 +143,15 @@ def _settle(
     for letter in letters:
         request = _replayed(rows.settled_request(letter), arrived[letter["request_index"]])
         if isinstance(request.outcome, Completion):
-            answered.append(
-                rows.result_row(replay.batch_id, letter["chunk"], request, request.outcome)
-            )
+            result = rows.result_row(replay.batch_id, letter["chunk"], request, request.outcome)
+            answered.append(room.admit(result, request))
             moment = rows.timestamp(request.settled_at)
             settled.append({**letter, "state": "resolved", "resolved_at": moment})
             events.append(_answered_event(replay, request))
         else:
-            failed = rows.failed_row(replay.batch_id, letter["chunk"], request, request.outcome)
-            settled.append(
-                {**letter, **failed, "state": "dead", "last_failed_at": failed["settled_at"]}
-            )
+            row = rows.failed_row(replay.batch_id, letter["chunk"], request, request.outcome)
+            failed = {**letter, **room.admit(row, request), "body": letter["body"]}
+            settled.append({**failed, "state": "dead", "last_failed_at": failed["settled_at"]})
             events.append(dead_event(settled[-1], replay.number))
     db.execute(f"DELETE FROM failed_requests {where}", key)
     insert_letters(db, settled)
@@ -148,6 +168,7 @@ def _replayed(before: SettledRequest, entry: JournalEntry) -> SettledRequest:
         failed_attempts=entry.failed_attempts,
         settled_at=entry.settled_at,
         provenance=entry.provenance,
+        place=entry.place,
     )
     return after_replay(before, replayed)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.commits import Attempt, Provenance
+from batch_orchestration.domain.commits import Attempt, Place, Provenance
+from batch_orchestration.domain.errors import FileDamaged
 from batch_orchestration.domain.outcomes import Failure, Outcome
 from batch_orchestration.storage.regular import open_regular
 
@@ -98,17 +99,53 @@ def read_records(path: Path, *, end: int | None = None) -> Iterator[Record | Non
         end: Read no further than this many bytes: journals only grow, so that the size at one
             moment is a picture of that moment. A record that it cuts is an unreadable piece.
     """
-    for piece in _pieces(path, end):
+    for record, _ in read_placed_records(path, end=end):
+        yield record
+
+
+def read_placed_records(
+    path: Path, *, end: int | None = None
+) -> Iterator[tuple[Record | None, Place]]:
+    """Yield what `read_records` does, each with its place."""
+    for start, piece in _pieces(path, end):
         payload = _payload(piece)
-        if payload is None:
-            yield None
-            continue
-        try:
-            yield _with_body_inside(_decoder.decode(payload))
-        except (ValueError, RecursionError):
-            yield None
-        if len(piece) > _HEAD_BYTES + len(payload) + len(b"\n"):
-            yield None
+        size = len(piece) if payload is None else _HEAD_BYTES + len(payload)
+        yield _decoded(payload), Place(path, start, size)
+        if len(piece) > size + len(b"\n"):
+            yield None, Place(path, start + size, len(piece) - size)
+
+
+def outcome_at(place: Place, index: int) -> Outcome:
+    """Read the outcome of a request again.
+
+    Raises:
+        FileDamaged: It is not there any more.
+    """
+    try:
+        with open_regular(place.journal) as file:
+            file.seek(place.start)
+            record = _decoded(_payload(file.read(place.size_bytes)))
+    except FileNotFoundError:
+        raise FileDamaged(place.journal, f"is missing, {_lost(index)}") from None
+    if not isinstance(record, OutcomeRecord) or record.index != index:
+        raise FileDamaged(place.journal, f"is damaged at byte {place.start}, {_lost(index)}")
+    return record.outcome
+
+
+def _lost(index: int) -> str:
+    return (
+        f"and has the only copy of what became of request {index}: put back a copy of it, or have"
+        " the request asked again by `python -m batch_orchestration recover --force`"
+    )
+
+
+def _decoded(payload: bytes | None) -> Record | None:
+    if payload is None:
+        return None
+    try:
+        return _with_body_inside(_decoder.decode(payload))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _with_body_apart(record: Record) -> Record:
@@ -128,9 +165,10 @@ def _with_body_inside(record: Record) -> Record:
     return msgspec.structs.replace(record, outcome=whole, failure_body=())
 
 
-def _pieces(path: Path, end: int | None) -> Iterator[bytes]:
-    """Yield what stands between separators; empty pieces are left out."""
+def _pieces(path: Path, end: int | None) -> Iterator[tuple[int, bytes]]:
+    """Yield what stands between separators, and where it begins; empty pieces are left out."""
     unfinished: list[bytes] = []
+    start = 0
     left = sys.maxsize if end is None else end
     with open_regular(path) as file:
         while block := file.read(min(left, _BLOCK_BYTES)):
@@ -139,10 +177,11 @@ def _pieces(path: Path, end: int | None) -> Iterator[bytes]:
             unfinished.append(first)
             for other in others:
                 if piece := b"".join(unfinished):
-                    yield piece
+                    yield start, piece
+                start += len(piece) + len(RECORD_SEPARATOR)
                 unfinished = [other]
     if piece := b"".join(unfinished):
-        yield piece
+        yield start, piece
 
 
 def _payload(piece: bytes) -> bytes | None:

@@ -35,7 +35,7 @@ def remake(
         TemporaryDirectory(prefix=".recover-", dir=path.parent) as folder,
     ):
         made = Path(folder) / path.name
-        store = Store(made)
+        store = Store(made, root=path.parent)
         store.migrate()
         fill(store)
         if made.with_name(f"{made.name}.wal").exists():

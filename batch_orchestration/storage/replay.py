@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.commits import Attempt, Provenance
+from batch_orchestration.domain.commits import Attempt, Place, Provenance
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.outcomes import Completion, Outcome
 from batch_orchestration.storage.records import (
@@ -16,11 +16,16 @@ from batch_orchestration.storage.records import (
     Record,
     SubmittedRecord,
     SuspectedRecord,
+    outcome_at,
+    read_placed_records,
     read_records,
 )
 
 #: Of outcomes whose pass record was damaged: better unknown than somebody else's.
 UNKNOWN_PROVENANCE = Provenance(run_id="unknown")
+#: Of outcomes in memory, by their bytes in the journal: whoever needs the rest reads them one by
+#: one. A chunk of a thousand answers of 4,000 tokens is below it.
+HELD_BYTES = 16 * 2**20
 
 
 @dataclass
@@ -76,6 +81,8 @@ class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A settled request as its journal has it.
 
     Attributes:
+        held: Its outcome, or None if it is read each time that somebody asks.
+        place: Where the journal has the outcome; None if it is in no journal.
         attempts: How often it was submitted.
         failed_attempts: Those before the last one, oldest first.
         settled_at: POSIX seconds.
@@ -83,12 +90,34 @@ class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     index: int
-    outcome: Outcome
+    held: Outcome | None
+    place: Place | None
     attempts: int
     failed_attempts: tuple[Attempt, ...]
     settled_at: float
     provenance: Provenance
     first_submitted_at: float | None
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of it.
+
+        Raises:
+            FileDamaged: It is not held, and not in the journal any more.
+        """
+        if self.held is not None:
+            return self.held
+        assert self.place is not None
+        return outcome_at(self.place, self.index)
+
+
+class _Settled(msgspec.Struct, frozen=True):
+    """An outcome record, without the outcome if that is not held."""
+
+    ordinal: int
+    at: float
+    held: Outcome | None
+    place: Place
 
 
 def replay_journal(
@@ -121,15 +150,16 @@ def replay_journal(
 def read_journal(path: Path, *, end: int | None = None) -> Iterator[JournalEntry]:
     """Yield the settled requests of a journal in index order, each once; its first outcome counts.
 
-    Needs no lock. A missing journal has no entries. Holds one chunk in memory. `end` is that of
-    `read_records`.
+    Needs no lock. A missing journal has no entries. Of the outcomes, `HELD_BYTES` at most are in
+    memory, and one more. `end` is that of `read_records`.
     """
     provenances: dict[int, Provenance] = {}
     submitted: dict[int, float] = {}
     failed: dict[int, list[FailedAttemptRecord]] = {}
-    outcomes: dict[int, OutcomeRecord] = {}
+    outcomes: dict[int, _Settled] = {}
     attempts = JournalState()
-    for record in read_records(path, end=end) if path.exists() else ():
+    room = HELD_BYTES
+    for record, place in read_placed_records(path, end=end) if path.exists() else ():
         if record is None:
             continue
         if isinstance(record, PassRecord):
@@ -138,14 +168,17 @@ def read_journal(path: Path, *, end: int | None = None) -> Iterator[JournalEntry
             submitted.setdefault(record.index, record.at)
         elif isinstance(record, FailedAttemptRecord):
             failed.setdefault(record.index, []).append(record)
-        elif isinstance(record, OutcomeRecord):
-            outcomes.setdefault(record.index, record)
+        elif isinstance(record, OutcomeRecord) and record.index not in outcomes:
+            held = record.outcome if place.size_bytes <= room else None
+            room -= place.size_bytes if held else 0
+            outcomes[record.index] = _Settled(record.ordinal, record.at, held, place)
         attempts.apply(record)
     for index in sorted(outcomes):
         settled = outcomes.pop(index)
         yield JournalEntry(
             index=index,
-            outcome=settled.outcome,
+            held=settled.held,
+            place=settled.place,
             attempts=attempts.attempts[index],
             failed_attempts=tuple(
                 record.failed

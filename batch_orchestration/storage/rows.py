@@ -1,7 +1,9 @@
 """Domain values to rows of the store and back; nobody outside of storage knows of DataFrames."""
 
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -12,6 +14,7 @@ from batch_orchestration.domain.commits import (
     Attempt,
     BatchRecord,
     ChunkReport,
+    Place,
     Provenance,
     SettledRequest,
 )
@@ -22,8 +25,13 @@ from batch_orchestration.domain.outcomes import (
     Usage,
     unicode_text,
 )
+from batch_orchestration.storage.files import disk_errors
+from batch_orchestration.storage.records import outcome_at
 
 Row = dict[str, Any]
+
+#: Of answers and bodies that go into the store at once: DuckDB takes about five times the memory.
+ROOM_BYTES = 16 * 2**20
 
 # Types of DataFrame columns, told because a column of nothing but None has none to be guessed.
 _TEXT = "object"
@@ -55,6 +63,7 @@ RESULTS = {
     **_REQUEST,
     "http_status": _INTEGER,
     "response": _TEXT,
+    "response_at": _TEXT,
     "request_id": _TEXT,
     "finish_reason": _TEXT,
     "prompt_tokens": _INTEGER,
@@ -69,6 +78,7 @@ FAILED_REQUESTS = {
     "message": _TEXT,
     "http_status": _INTEGER_OR_NULL,
     "response": _TEXT,
+    "response_at": _TEXT,
     "request_id": _TEXT,
     "latency_seconds": _REAL,
     "body": _TEXT,
@@ -141,6 +151,7 @@ def result_row(batch_id: str, number: int, request: SettledRequest, answer: Comp
         **_request_columns(batch_id, number, request),
         "http_status": answer.status,
         "response": text(bytes(answer.body)),
+        "response_at": None,
         "request_id": _text_or_null(answer.request_id),
         "finish_reason": _text_or_null(answer.finish_reason),
         "prompt_tokens": answer.usage.prompt_tokens,
@@ -157,10 +168,76 @@ def failed_row(batch_id: str, number: int, request: SettledRequest, failure: Fai
         "message": text(failure.message),
         "http_status": failure.status,
         "response": None if failure.body is None else text(bytes(failure.body)),
+        "response_at": None,
         "request_id": _text_or_null(failure.request_id),
         "latency_seconds": failure.latency_seconds,
         "body": text(request.body),
     }
+
+
+class Room:
+    """How much of what engines and authors wrote goes into the store, of rows made together.
+
+    DuckDB needs several times the size of the texts that it takes in one transaction, and cannot be
+    told not to. What has no place goes without them: an engine's answer stays in the journal, which
+    `response_at` names, and a request's body in the kept input.
+
+    Args:
+        root: Of the data folder.
+        size_bytes: Of all rows together.
+        each: Of one row; any, if it is not told.
+    """
+
+    def __init__(self, root: Path, size_bytes: int, *, each: int | None = None) -> None:
+        self._root = root
+        self._left = size_bytes
+        self._each = size_bytes if each is None else each
+        self._journals: set[Path] = set()
+
+    def admit(self, row: Row, request: SettledRequest) -> Row:
+        """Return the row of a request as it goes into the store."""
+        answer = 0 if request.outcome.body is None else len(request.outcome.body)
+        size = answer + (len(request.body) if "body" in row else 0)
+        if size <= min(self._left, self._each):
+            self._left -= size
+            return row
+        changes: Row = {"body": None} if "body" in row else {}
+        if request.place is not None and answer:
+            changes |= {"response": None, "response_at": _place_name(request.place, self._root)}
+            self._journals.add(request.place.journal)
+        return {**row, **changes}
+
+    def sync(self) -> None:
+        """Make what rows refer to survive a power loss, as the rows themselves will."""
+        for journal in self._journals:
+            with disk_errors(journal):
+                descriptor = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fdatasync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+
+def whole(row: Row, root: Path) -> Row:
+    """Return a row with the engine's answer, read from the journal if the store does not have it.
+
+    Raises:
+        FileDamaged: The journal does not have it any more.
+    """
+    if row["response_at"] is None:
+        return row
+    outcome = outcome_at(_place(row["response_at"], root), row["request_index"])
+    return {**row, "response": None if outcome.body is None else text(bytes(outcome.body))}
+
+
+def _place_name(place: Place, root: Path) -> str:
+    return f"{place.journal.relative_to(root)}:{place.start}+{place.size_bytes}"
+
+
+def _place(name: str, root: Path) -> Place:
+    journal, _, extent = name.rpartition(":")
+    start, size = extent.split("+")
+    return Place(root / journal, int(start), int(size))
 
 
 def _text_or_null(value: str | None) -> str | None:
@@ -189,7 +266,7 @@ def settled_request(row: Row) -> SettledRequest:
         line=row["line"],
         custom_id=row["custom_id"],
         endpoint=row["endpoint"],
-        body=row.get("body", "").encode(),
+        body=(row.get("body") or "").encode(),
         outcome=_failure(row) if "code" in row else _completion(row),
         attempts=row["attempts"],
         failed_attempts=decode_attempts(row["failed_attempts"]),

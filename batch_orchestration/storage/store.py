@@ -54,12 +54,19 @@ class Store:
     Args:
         path: Of the file.
         deadline_seconds: How long a method waits for others to leave the file.
+        root: Of the data folder, whose journals have what is too large for the file; where the file
+            lies, unless it is told.
     """
 
     def __init__(
-        self, path: Path, *, deadline_seconds: float = connection.DEADLINE_SECONDS
+        self,
+        path: Path,
+        *,
+        deadline_seconds: float = connection.DEADLINE_SECONDS,
+        root: Path | None = None,
     ) -> None:
         self._path = path
+        self._root = path.parent if root is None else root
         self._deadline_seconds = deadline_seconds
         #: What was expected of batches, and what was measured.
         self.estimates = EstimateTables(path, deadline_seconds=deadline_seconds)
@@ -111,7 +118,7 @@ class Store:
         Args:
             batch_id: Of the batch.
             number: Of the chunk.
-            requests: Every request of the chunk, each once.
+            requests: Every request of the chunk, each once; they are taken one by one.
             run_id: Of the run that commits.
             at: POSIX seconds.
             seconds: See `ChunkReport`.
@@ -121,7 +128,7 @@ class Store:
             OutcomeMismatch: A request is missing, repeated or not of this chunk.
             BatchNotFound: The store does not have this chunk.
         """
-        outcomes = commits.ChunkOutcomes(batch_id, number, requests)
+        outcomes = commits.ChunkOutcomes(batch_id, number, requests, self._root)
         with self._writing() as db:
             outcomes.check_one_to_one(db)
             outcomes.replace(db, run_id=run_id)
@@ -245,18 +252,28 @@ class Store:
             return statuses.events(db, batch_id)
 
     def settled(self, batch_id: str) -> Iterator[SettledRequest]:
-        """Yield the requests of the committed chunks in index order, holding a chunk at a time.
+        """Yield the requests of the committed chunks in index order.
 
-        The file is not held between chunks. The body of an answered request is empty: the kept
-        input has it.
+        The rows of one chunk are in memory at a time, and the file is not held between chunks. See
+        `SettledRequest` for bodies.
+
+        Raises:
+            FileDamaged: A journal does not have an answer that the store left to it.
         """
         for number in sorted(self.chunk_reports(batch_id)):
             yield from self.settled_in(batch_id, number)
 
-    def settled_in(self, batch_id: str, number: int) -> list[SettledRequest]:
-        """Return the requests of one committed chunk, as `settled` does; else nothing."""
+    def settled_in(self, batch_id: str, number: int) -> Iterator[SettledRequest]:
+        """Yield the requests of one committed chunk, as `settled` does; else nothing."""
         with self._reading() as db:
-            return commits.settled_requests(db, batch_id, number)
+            found = commits.settled_rows(db, batch_id, number)
+        for row in found:
+            yield rows.settled_request(rows.whole(row, self._root))
+
+    def journals_with_answers(self) -> set[Path]:
+        """Return the journals that have answers which are too large for the store."""
+        with self._reading() as db:
+            return {self._root / name for name in commits.journals_with_answers(db)}
 
     def failures(self, batch_id: str, *, limit: int | None = None) -> list[SettledRequest]:
         """Return the failed requests of the committed chunks in index order."""
@@ -264,7 +281,10 @@ class Store:
         return [letter.request for letter in found]
 
     def dead_letters(self, batch_id: str, selection: Selection) -> list[DeadLetter]:
-        """Return the dead letters that are meant, in index order."""
+        """Return the dead letters that are meant, in index order.
+
+        An engine's answer that is in a journal is not read for it: the failure then has no body.
+        """
         with self._reading() as db:
             return letters.select_letters(db, batch_id, selection)
 
@@ -294,7 +314,7 @@ class Store:
             outcomes: Reads the outcomes that a replay has so far.
         """
         with self._writing() as db:
-            for number in letter_operations.apply(db, operations, outcomes):
+            for number in letter_operations.apply(db, operations, outcomes, self._root):
                 commits.count_chunk(db, batch_id, number)
             commits.update_batch(db, batch_id)
 
