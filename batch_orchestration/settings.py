@@ -222,7 +222,9 @@ class Settings(BaseSettings):
         "17 3 * * *", description="When Dagster cleans up, as cron; empty: only by command."
     )
     journal_retention_days: float = Field(
-        30, ge=0, description="Journals, after delivery, but of large answers. 0: for ever."
+        30,
+        ge=0,
+        description="Journals, for `recover`, after delivery; large answers stay. 0: for ever.",
     )
     sample_retention_days: float = Field(
         30, ge=0, description="Samples of runs and GPUs, which plots are drawn from. 0: for ever."

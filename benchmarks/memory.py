@@ -36,7 +36,7 @@ TOKENS = 175_000
 SMALL_ANSWERS = 5000
 SMALL_TOKENS = 300
 ROUNDS = 3
-IN_FLIGHT = 256
+IN_FLIGHT = 64
 MOST_MIB = 400
 PAGE = Path(__file__).with_name("memory.md")
 #: What `--json` wrote at commit 45819fb, in MiB and seconds, on the machine of the page.
