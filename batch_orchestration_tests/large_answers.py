@@ -22,8 +22,8 @@ from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench
 
 MIB = 2**20
-LARGE = 40_000
-SCARCE = 100_000
+LARGE = 20_000
+SCARCE = 50_000
 
 
 def large_completion(size: int, mark: str = "") -> Outcome:

@@ -52,7 +52,7 @@ class ChunkOutcomes:
         self.number = number
         self.results: list[rows.Row] = []
         self.failed: list[rows.Row] = []
-        room = rows.Room(root, rows.ROOM_BYTES)
+        room = rows.Room(root)
         for request in settled:
             if isinstance(request.outcome, Completion):
                 result = rows.result_row(batch_id, number, request, request.outcome)

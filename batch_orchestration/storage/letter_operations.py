@@ -41,10 +41,7 @@ def apply(
 ) -> set[int]:
     """Bring the queue of a batch up to date; return the numbers of the chunks that changed."""
     changed: set[int] = set()
-    # Chunks are replayed bit by bit, and each is to stay one that can be read at once. The journals
-    # of replays are kept for as long as the batch.
-    each = rows.ROOM_BYTES // _ENTRIES_AT_A_TIME
-    room = rows.Room(root, rows.ROOM_BYTES, each=each)
+    room = rows.Room(root)
     for operation in operations:
         if isinstance(operation, Discard):
             _discard(db, operation)

@@ -31,7 +31,10 @@ from batch_orchestration.storage.records import outcome_at
 Row = dict[str, Any]
 
 #: Of answers and bodies that go into the store at once: DuckDB takes about five times the memory.
+#: And of one row, for the row group that it adds to is written anew, with the same factor: it has
+#: 2,048 rows (`connection.ROW_GROUP`), thus 48 MiB at most.
 ROOM_BYTES = 16 * 2**20
+LARGEST_BYTES = 24 * 2**10
 
 # Types of DataFrame columns, told because a column of nothing but None has none to be guessed.
 _TEXT = "object"
@@ -184,21 +187,18 @@ class Room:
 
     Args:
         root: Of the data folder.
-        size_bytes: Of all rows together.
-        each: Of one row; any, if it is not told.
     """
 
-    def __init__(self, root: Path, size_bytes: int, *, each: int | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         self._root = root
-        self._left = size_bytes
-        self._each = size_bytes if each is None else each
+        self._left = ROOM_BYTES
         self._journals: set[Path] = set()
 
     def admit(self, row: Row, request: SettledRequest) -> Row:
         """Return the row of a request as it goes into the store."""
         answer = 0 if request.outcome.body is None else len(request.outcome.body)
         size = answer + (len(request.body) if "body" in row else 0)
-        if size <= min(self._left, self._each):
+        if size <= min(self._left, LARGEST_BYTES):
             self._left -= size
             return row
         changes: Row = {"body": None} if "body" in row else {}

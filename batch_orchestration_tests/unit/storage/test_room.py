@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +46,9 @@ def row_of(request: SettledRequest) -> rows.Row:
 def test_every_outcome_comes_back_as_it_was_however_little_room_the_store_has(
     answers: list[Outcome], size_bytes: int, each: int
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "ROOM_BYTES", size_bytes)
+        patch.setattr(rows, "LARGEST_BYTES", each)
         root = Path(folder)
         path = root / "journals" / "b: 1+1" / "00007.journal"
         with Journal.open(
@@ -53,7 +56,7 @@ def test_every_outcome_comes_back_as_it_was_however_little_room_the_store_has(
         ) as journal:
             for index, outcome in enumerate(answers):
                 journal.record_outcome(index, outcome, 1, NOW)
-        room = rows.Room(root, size_bytes, each=each)
+        room = rows.Room(root)
         taken = 0
 
         for entry in read_journal(path):
