@@ -42,9 +42,10 @@ BEFORE = {
     "recover": "6,479",
 }
 #: Measured by hand at the same time.
-FURTHER = """With small answers (8 chunks of 1,000 of about 2 KiB; CPU seconds, median of 3, alternating
-with commit d37d32a, the last without this) reading journals and committing takes 2.06 s instead of
-2.26, and reading them from the store 0.49 s instead of 0.48: no difference that this can tell."""
+FURTHER = """With small answers (8 chunks of 1,000 of about 2 KiB; CPU seconds, median of 3,
+alternating with commit d37d32a, the last without this) reading journals and committing takes 2.06 s
+instead of 2.26, and reading them from the store 0.49 s instead of 0.48: no difference that this can
+tell."""
 
 
 def main() -> None:
