@@ -10,6 +10,7 @@ from functools import partial
 
 from batch_orchestration.domain.commits import ChunkReport, SettledRequest
 from batch_orchestration.domain.errors import Shortage, StorageError, StoreLocked
+from batch_orchestration.domain.members import concerns_everyone
 from batch_orchestration.domain.requests import parse_line
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
@@ -102,8 +103,7 @@ class Committer:
     def _run(self) -> None:
         try:
             self._when_possible(self._learn_known)
-            while (chunk := self._waiting.get()) is not None and not self._stopping.is_set():
-                self._when_possible(partial(self._commit, *chunk))
+            self._commit_all()
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             if self._is_guest:
                 self.gave_up = True
@@ -112,6 +112,20 @@ class Committer:
                 self.results.put(error)
         finally:
             self.results.put(None)
+
+    def _commit_all(self) -> None:
+        """Commit chunk after chunk; what is wrong with one is raised after the others."""
+        first: Exception | None = None
+        while (chunk := self._waiting.get()) is not None and not self._stopping.is_set():
+            try:
+                self._when_possible(partial(self._commit, *chunk))
+            except Exception as error:
+                if concerns_everyone(error):
+                    raise
+                logger.warning("%s cannot be committed: %s", chunk[0].key, error)
+                first = first or error
+        if first is not None:
+            raise first
 
     def _when_possible(self, step: Callable[[], None]) -> None:
         while not self._stopping.is_set():

@@ -1,0 +1,32 @@
+"""Commits beside the feed: what is wrong with one chunk costs that chunk."""
+
+from pathlib import Path
+
+from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.services.committer import Committed, Committer
+from batch_orchestration_tests.builders import make_completion
+from batch_orchestration_tests.large_answers import answered
+from batch_orchestration_tests.workbench import Workbench
+
+
+def test_a_chunk_that_cannot_be_committed_keeps_no_other_from_it(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    plan = answered(bench, [make_completion()] * 30)
+    lost = bench.folder.journal_path(plan.batch_id, 1)
+    lost.write_bytes(b"")
+    committer = Committer(
+        bench.store, batch_id=plan.batch_id, run_id="run-1", known=lambda reports: None
+    )
+
+    for number in range(3):
+        committer.add(ChunkRef.of(plan, number, bench.folder))
+    committer.finish()
+    committer.start()
+    results = list(iter(committer.results.get, None))
+
+    committed = [result.report.number for result in results if isinstance(result, Committed)]
+    assert committed == [0, 2]
+    assert sorted(bench.store.chunk_reports(plan.batch_id)) == [0, 2]
+    assert isinstance(results[-1], StorageError)
+    assert str(lost) in str(results[-1])
