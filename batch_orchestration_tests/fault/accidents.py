@@ -26,6 +26,10 @@ def durable_outcomes(dagster: DagsterProcesses, batch_id: str) -> dict[int, Sett
     }
 
 
+#: Of a request, so that a test on a busy machine is not too late with its accident.
+SLOW_SECONDS = 2.0
+
+
 def wait_for_outcomes(dagster: DagsterProcesses, batch_id: str, count: int) -> None:
     dagster.wait_until(
         lambda: len(durable_outcomes(dagster, batch_id)) >= count, 60, f"{count} outcomes"

@@ -2,6 +2,7 @@
 
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import (
+    SLOW_SECONDS,
     assert_undisturbed,
     durable_outcomes,
     wait_for_answering,
@@ -14,7 +15,7 @@ REQUESTS = 60
 
 def test_after_everything_was_killed_a_restart_finishes_the_batch(tmp_path):
     with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="20", BATCH_IN_FLIGHT="4") as dagster:
-        dagster.simulate(latency_seconds=0.3)
+        dagster.simulate(latency_seconds=SLOW_SECONDS)
         dagster.drop("a.jsonl", make_input(REQUESTS))
         batch_id = dagster.wait_for_batch("a")
         lost = wait_for_answering(dagster, batch_id)
@@ -22,6 +23,7 @@ def test_after_everything_was_killed_a_restart_finishes_the_batch(tmp_path):
 
         dagster.kill_everything()
         before = durable_outcomes(dagster, batch_id)
+        dagster.simulate(latency_seconds=0.1)
         dagster.start()
 
         dagster.wait_for_status(batch_id, "completed")
@@ -35,7 +37,7 @@ def test_after_everything_was_killed_a_restart_finishes_the_batch(tmp_path):
 def test_a_run_goes_on_while_dagster_is_gone(tmp_path):
     """`dagster dev` gives up when its daemon dies; the run worker does not notice."""
     with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="20", BATCH_IN_FLIGHT="4") as dagster:
-        dagster.simulate(latency_seconds=0.3)
+        dagster.simulate(latency_seconds=SLOW_SECONDS)
         dagster.drop("a.jsonl", make_input(REQUESTS))
         batch_id = dagster.wait_for_batch("a")
         run = wait_for_answering(dagster, batch_id)
@@ -43,6 +45,7 @@ def test_a_run_goes_on_while_dagster_is_gone(tmp_path):
 
         dagster.kill_daemon()
         before = durable_outcomes(dagster, batch_id)
+        dagster.simulate(latency_seconds=0.1)
         wait_until(lambda: not dagster.is_up(), 60, "dagster dev is gone")
         wait_until(lambda: len(dagster.store.chunk_reports(batch_id)) == 3, 60, "all is committed")
         dagster.start()

@@ -2,6 +2,7 @@
 
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import (
+    SLOW_SECONDS,
     assert_undisturbed,
     durable_outcomes,
     wait_for_answering,
@@ -15,7 +16,7 @@ REQUESTS = 90
 def test_a_killed_run_worker_costs_no_answer_and_needs_nobody(tmp_path):
     """Killed twice: the second time the retry's first chunks come from the store."""
     with dagster_dev(tmp_path, BATCH_REQUESTS_PER_CHUNK="30", BATCH_IN_FLIGHT="4") as dagster:
-        dagster.simulate(latency_seconds=0.3)
+        dagster.simulate(latency_seconds=SLOW_SECONDS)
         dagster.drop("a.jsonl", make_input(REQUESTS))
         batch_id = dagster.wait_for_batch("a")
 
@@ -28,6 +29,7 @@ def test_a_killed_run_worker_costs_no_answer_and_needs_nobody(tmp_path):
         wait_for_outcomes(dagster, batch_id, 45)
         dagster.kill_worker(second)
         after_second = durable_outcomes(dagster, batch_id)
+        dagster.simulate(latency_seconds=0.1)
 
         dagster.wait_for_status(batch_id, "completed")
         assert 10 <= len(after_first) < 45 <= len(after_second) < REQUESTS

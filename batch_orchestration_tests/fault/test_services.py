@@ -12,6 +12,7 @@ import yaml
 
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import (
+    SLOW_SECONDS,
     assert_undisturbed,
     durable_outcomes,
     wait_for_answering,
@@ -38,7 +39,7 @@ REQUESTS = 60
 def test_services_that_end_and_are_started_again_do_no_harm_to_batches(tmp_path):
     """An upgrade stops the daemon; a code server that is killed takes every sensor with it."""
     with services(tmp_path, BATCH_REQUESTS_PER_CHUNK="20", BATCH_IN_FLIGHT="2") as site:
-        site.simulate(latency_seconds=0.3)
+        site.simulate(latency_seconds=SLOW_SECONDS)
         site.drop("a.jsonl", make_input(REQUESTS))
         first = site.wait_for_batch("a")
         run = wait_for_answering(site, first)
@@ -46,6 +47,7 @@ def test_services_that_end_and_are_started_again_do_no_harm_to_batches(tmp_path)
 
         site.end_service("daemon", signal.SIGTERM)
         before = durable_outcomes(site, first)
+        site.simulate(latency_seconds=0.1)
         site.start_service("daemon")
 
         site.wait_for_status(first, "completed")
