@@ -135,7 +135,7 @@ test-fast: setup ## run the tests that need no model and kill no process
 # The seed is printed, and SEED=n kills in the same order again.
 MINUTES ?= 3
 .PHONY: soak
-soak: setup ## answer batches for MINUTES=n while Dagster, workers and engines are killed at random
+soak: setup ## answer batches for MINUTES=n while processes die, files are damaged, the disk is full
 	$(BIN)/python -m batch_orchestration_tests.fault.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 .PHONY: big-file
