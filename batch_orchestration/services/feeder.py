@@ -275,6 +275,9 @@ class Feeder:
         self, label: str, pending: PendingRequest, death: EngineDied, *, was_proven: bool
     ) -> None:
         """Convict a request that killed the engine alone, if that answers something else."""
+        if death.exhaustion:
+            # Before the restart: the others are to be answered as configured.
+            self._life.easing.note_culprit()
         if was_proven:
             await self._convict(label, pending, death)
             await self._life.restart(death)
@@ -296,8 +299,6 @@ class Feeder:
             code=FailureCode.OUT_OF_MEMORY if death.exhaustion else FailureCode.ENGINE_KILLED,
             message=f"the engine died whenever it had this request alone: {death}",
         )
-        if death.exhaustion:
-            self._life.easing.note_culprit()
         if await self._obstacles.durably(partial(pending.settle, failure)):
             self._settled(pending, failure)
 

@@ -157,7 +157,9 @@ def test_a_culprit_does_not_slow_down_the_rest_of_the_batch(bench: Deployment) -
 
     bench.run_simulated(plan)
 
-    assert bench.rungs(plan)[-1] == "as configured"
+    # Its chunk is complete once it is convicted; the others may be before.
+    assert bench.failures_of(plan) == {10: FailureCode.OUT_OF_MEMORY}
+    assert bench.rungs(plan)[0] == "as configured"
     assert RungMemory(bench.folder.rungs)._read() == {}
 
 
