@@ -47,7 +47,11 @@ _DESCRIPTORS = 16
 ROW_GROUP = 2048
 
 #: What DuckDB says if another process is inside, and if this process is, in the other mode.
-_LOCKED = ("Could not set lock on file", "different configuration than existing connections")
+_LOCKED = (
+    "Could not set lock on file",
+    "different configuration than existing connections",
+    "Unique file handle conflict",
+)
 _HOLDER = re.compile(r"\(PID (\d+)\)")
 _DAMAGED = ("Corrupt", "not a valid DuckDB", "checksum", "deserialize", "enough bytes")
 
