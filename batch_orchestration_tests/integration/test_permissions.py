@@ -41,8 +41,16 @@ cli.admit_inbox()
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def umask_of_people() -> Iterator[None]:
+    """Write files that others can read: an earlier test may have left us the product's umask."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture(scope="module")
-def site() -> Iterator[tuple[Path, str, str]]:
+def site(umask_of_people: None) -> Iterator[tuple[Path, str, str]]:
     """A data folder of the service, and two batches: one is answered, the other waits."""
     needs_root()
     # pytest closes its own folder against other users, again and again.
@@ -51,7 +59,6 @@ def site() -> Iterator[tuple[Path, str, str]]:
         root.chmod(0o755)
         os.chown(root, SERVICE, GROUP)
         (root / "input").write_bytes(make_line(0) + make_line(1) + b"not a request\n")
-        (root / "input").chmod(0o644)  # another test may have left us the umask of the product
         served = as_user(SERVICE, GROUP, root, SERVE)
         assert served.returncode == 0, served.stderr
         answered, waiting = DataFolder(root / "data").batch_ids()
