@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -31,11 +30,10 @@ from batch_orchestration.engines.reading import (
     require_success,
 )
 from batch_orchestration.engines.sockets import most_connections
+from batch_orchestration.storage.regular import NO_DESCRIPTOR
 
 logger = logging.getLogger(__name__)
 
-#: The limit of this process, or of the machine.
-NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 #: Below uvicorn's 5 s: the side that closes an idle connection first should be ours, or else a
 #: request is now and then sent into a connection that the server is just closing.
 KEEP_ALIVE_SECONDS = 4.0
