@@ -47,7 +47,7 @@ def mixed_outcomes() -> list[Outcome]:
 
 def make_room_scarce() -> None:
     """Have this process hold and store less at once, so that tests need no megabytes."""
-    rows.ROOM_BYTES = SCARCE
+    rows.BUDGET_BYTES = SCARCE
     replay.HELD_BYTES = SCARCE // 2
 
 

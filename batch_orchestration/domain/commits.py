@@ -36,7 +36,13 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where a journal has an outcome: so many bytes from so many on. Journals only grow."""
+    """Where the record of an outcome is. Journals only grow, so it stays there.
+
+    Attributes:
+        journal: Path of the file.
+        start: Offset of the record's first byte.
+        size_bytes: Of the record.
+    """
 
     journal: Path
     start: int

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from batch_orchestration.domain import foreign_json
-from batch_orchestration.domain.requests import UTF8_BOM, Request, taken_as
+from batch_orchestration.domain.requests import UTF8_BOM, Request, as_integer
 
 ANY_MODEL = "*"
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
@@ -64,7 +64,7 @@ def _capped_limits(fields: Mapping[str, object], cap: int) -> dict[str, object]:
     given = {name: fields[name] for name in TOKEN_LIMITS if fields.get(name) is not None}
     if not given:
         return {"max_tokens": cap}
-    return {name: cap for name, limit in given.items() if (taken_as(limit) or 0) > cap}
+    return {name: cap for name, limit in given.items() if (as_integer(limit) or 0) > cap}
 
 
 def override_line(line: bytes, fields: Mapping[str, object]) -> bytes:

@@ -217,17 +217,17 @@ def _body_problems(body: object, *, model_required: bool) -> Iterator[str]:
     if not (model is None and not model_required) and (not isinstance(model, str) or not model):
         yield "`body.model` is missing or not a string"
     for name, most in _MOST.items():
-        given = taken_as(body.get(name))
+        given = as_integer(body.get(name))
         if given is not None and given > most:
             shown = f"{given:,}" if given < 10**20 else "a number of more than twenty digits"
             yield f"`body.{name}` is {shown}; more than {most:,} no engine accepts"
 
 
-def taken_as(value: object) -> int | None:
-    """Return the whole number that an engine takes a value for; None for what it should refuse.
+def as_integer(value: object) -> int | None:
+    """Return the integer that an engine reads from a JSON value; None if engines refuse the value.
 
-    Engines in Python take `16.0` and `"16"` for 16: who reads only integers is told nothing by
-    them, and lets them pass any limit.
+    Pydantic, and so vLLM, reads `16.0` and `"16"` as 16. A limit that looks at JSON integers only
+    lets them through.
     """
     if type(value) is int:
         return value

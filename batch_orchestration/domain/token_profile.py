@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.domain.overrides import TOKEN_LIMITS
-from batch_orchestration.domain.requests import Request, taken_as
+from batch_orchestration.domain.requests import Request, as_integer
 
 #: Enough that the mean of what is sampled is within a few per cent, few enough to be tokenized.
 SAMPLE_PER_SHAPE = 200
@@ -184,7 +184,7 @@ def _answer_cap(endpoint: str, fields: Mapping[str, Any], max_tokens_cap: int | 
         return 0
     limits = [
         limit
-        for limit in (*(taken_as(fields.get(name)) for name in TOKEN_LIMITS), max_tokens_cap)
+        for limit in (*(as_integer(fields.get(name)) for name in TOKEN_LIMITS), max_tokens_cap)
         if limit is not None and limit > 0
     ]
     if not limits and endpoint == "/v1/completions":
@@ -194,7 +194,7 @@ def _answer_cap(endpoint: str, fields: Mapping[str, Any], max_tokens_cap: int | 
 
 def _answers(fields: Mapping[str, Any]) -> int:
     """Return how many answers are asked for."""
-    return max(1, taken_as(fields.get("n")) or 1)
+    return max(1, as_integer(fields.get("n")) or 1)
 
 
 def prompt_texts(endpoint: str, body: Mapping[str, Any]) -> list[str]:

@@ -48,9 +48,9 @@ def remove_socket(socket: Path) -> None:
 
 
 def most_connections() -> int:
-    """Return how many connections a server can be late to accept.
+    """Return how many connections may wait until a server accepts them.
 
-    One more is not refused but looks as if it were made, and breaks at its first byte.
+    On Linux one more than the backlog seems to succeed, and is reset at its first byte.
     """
     try:
         return min(BACKLOG, int(BACKLOG_LIMIT.read_text()))

@@ -128,9 +128,9 @@ class ChunkPass(RequestPass):
             if not isinstance(request, Request):
                 raise PlanMismatch(
                     f"{self.ref.input_path} line {line.line} should have been refused at"
-                    f" admission: {request.message}. The batch was admitted by other rules: get"
-                    " what is answered by `python -m batch_orchestration cancel"
-                    f" {self.batch_id}`, and submit the file anew for the rest"
+                    f" admission: {request.message}. The batch was admitted under older rules: run"
+                    f" `python -m batch_orchestration cancel {self.batch_id}` to get the answers"
+                    " so far, and submit the other requests as a new file"
                 )
             yield self.pending_request(request)
 

@@ -41,16 +41,22 @@ class Clocks(msgspec.Struct, frozen=True):
     wall: float
 
 
-class LooksAgree(msgspec.Struct, frozen=True):
-    """The latest look; `since` is the steady second since which all looks agree, after a `jump`."""
+class ClockRecord(msgspec.Struct, frozen=True):
+    """What `clock.json` holds.
+
+    Attributes:
+        last: The latest look.
+        since: Seconds on the steady clock; all looks from then on agree.
+        jump: Seconds by which the clocks had parted before that.
+    """
 
     last: Clocks
     since: float
     jump: float
 
 
-def looks_path(folder: DataFolder) -> Path:
-    """Return where the latest look is kept."""
+def clock_path(folder: DataFolder) -> Path:
+    """Return the path of the clock record."""
     return folder.root / "clock.json"
 
 
@@ -69,7 +75,7 @@ def clock_doubt(
         most_seconds: That a jump may delay the answer.
         read: Looks at the clocks.
     """
-    path, now = looks_path(folder), read()
+    path, now = clock_path(folder), read()
     try:
         row = _continued(_kept(path), now)
         _keep(path, row)
@@ -86,30 +92,30 @@ def clock_doubt(
     )
 
 
-def _kept(path: Path) -> LooksAgree | None:
+def _kept(path: Path) -> ClockRecord | None:
     try:
-        return msgspec.json.decode(read_regular(path), type=LooksAgree)
+        return msgspec.json.decode(read_regular(path), type=ClockRecord)
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError):
         # Emptied by a power loss, or by a person: whatever it said, it is longer ago.
-        return LooksAgree(Clocks("", 0.0, 0.0), 0.0, 0.0)
+        return ClockRecord(Clocks("", 0.0, 0.0), 0.0, 0.0)
 
 
-def _continued(row: LooksAgree | None, now: Clocks) -> LooksAgree:
+def _continued(row: ClockRecord | None, now: Clocks) -> ClockRecord:
     if row is None:
-        return LooksAgree(now, now.steady, 0.0)
+        return ClockRecord(now, now.steady, 0.0)
     wall, steady = now.wall - row.last.wall, now.steady - row.last.steady
     if row.last.boot != now.boot:
         # How long the machine was off, only the wall clock says.
-        return LooksAgree(now, now.steady, abs(wall))
+        return ClockRecord(now, now.steady, abs(wall))
     jump = abs(wall - steady)
     if jump > TOLERANCE_SECONDS + SLEW * steady:
-        return LooksAgree(now, now.steady, max(jump, row.jump))
-    return LooksAgree(now, row.since, row.jump)
+        return ClockRecord(now, now.steady, max(jump, row.jump))
+    return ClockRecord(now, row.since, row.jump)
 
 
-def _keep(path: Path, row: LooksAgree) -> None:
+def _keep(path: Path, row: ClockRecord) -> None:
     """Replace the file. Never fsynced: one that a power loss has emptied is begun again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -223,7 +223,7 @@ def _decide_again(
         known = folder.read_closing(batch_id)
         if known is not None or store.batch(batch_id).status is not BatchStatus.CANCELLING:
             return known
-        reason = "it is being cancelled; why, was said in closing.json, which is gone"
+        reason = "being cancelled; the reason was in closing.json, which is gone"
         closing = Closing(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
         folder.write_closing(batch_id, closing)
     return closing

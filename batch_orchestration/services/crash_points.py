@@ -86,7 +86,7 @@ class _Armed:
         name, number, how = [*text.split(":"), "", ""][:3]
         self._point = CrashPoint(name)
         self._left = int(number or 1)
-        self._hangs = how == "hang"
+        self._hangs = {"": False, "hang": True}[how]
 
     def reach(self, point: CrashPoint) -> None:
         if point is not self._point:

@@ -29,7 +29,7 @@ from batch_orchestration.domain.sources import Origin
 from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.engines.process_records import ProcessRecord
 from batch_orchestration.services.claims import Attempts, ClaimFolder
-from batch_orchestration.services.clock_watch import LooksAgree, looks_path
+from batch_orchestration.services.clock_watch import ClockRecord, clock_path
 from batch_orchestration.services.housekeeping import results_path
 from batch_orchestration.services.plan_checks import check_input_size
 from batch_orchestration.services.surveys import Survey
@@ -98,7 +98,7 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
         ([folder.alerts], AlertBook),
         ([folder.rungs], dict[str, Descent]),
         ([results_path(folder)], dict[str, PartResult]),
-        ([looks_path(folder)], LooksAgree),
+        ([clock_path(folder)], ClockRecord),
         (folder.fences.glob("*.json"), Fence),
         (folder.surveys.glob("*.json"), Survey),
         (folder.heartbeats.glob("*.json"), Heartbeat),

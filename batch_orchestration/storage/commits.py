@@ -52,15 +52,15 @@ class ChunkOutcomes:
         self.number = number
         self.results: list[rows.Row] = []
         self.failed: list[rows.Row] = []
-        room = rows.Room(root)
+        budget = rows.RowBudget(root)
         for request in settled:
             if isinstance(request.outcome, Completion):
                 result = rows.result_row(batch_id, number, request, request.outcome)
-                self.results.append(room.admit(result, request))
+                self.results.append(budget.fit(result, request))
             else:
                 failed = rows.failed_row(batch_id, number, request, request.outcome)
-                self.failed.append(letters.new_letter(room.admit(failed, request)))
-        room.sync()
+                self.failed.append(letters.new_letter(budget.fit(failed, request)))
+        budget.sync()
 
     def check_one_to_one(self, db: duckdb.DuckDBPyConnection) -> None:
         """Raise unless each request of the planned chunk has exactly one row."""

@@ -41,7 +41,7 @@ def apply(
 ) -> set[int]:
     """Bring the queue of a batch up to date; return the numbers of the chunks that changed."""
     changed: set[int] = set()
-    room = rows.Room(root)
+    budget = rows.RowBudget(root)
     for operation in operations:
         if isinstance(operation, Discard):
             _discard(db, operation)
@@ -49,9 +49,9 @@ def apply(
             _begin(db, operation)
             if _held(db, operation):
                 for some in _slices(outcomes(operation)):
-                    changed |= _settle(db, operation, some, room)
+                    changed |= _settle(db, operation, some, budget)
                 _release(db, operation)
-    room.sync()
+    budget.sync()
     return changed
 
 
@@ -128,7 +128,7 @@ def _settle(
     db: duckdb.DuckDBPyConnection,
     replay: Replay,
     arrived: dict[int, JournalEntry],
-    room: rows.Room,
+    budget: rows.RowBudget,
 ) -> set[int]:
     """Give held dead letters the outcomes that there are; return the chunks they are of."""
     where = f"WHERE batch_id = ? AND replay = ? AND state = 'replaying' AND {_AMONG}"
@@ -141,13 +141,13 @@ def _settle(
         request = _replayed(rows.settled_request(letter), arrived[letter["request_index"]])
         if isinstance(request.outcome, Completion):
             result = rows.result_row(replay.batch_id, letter["chunk"], request, request.outcome)
-            answered.append(room.admit(result, request))
+            answered.append(budget.fit(result, request))
             moment = rows.timestamp(request.settled_at)
             settled.append({**letter, "state": "resolved", "resolved_at": moment})
             events.append(_answered_event(replay, request))
         else:
             row = rows.failed_row(replay.batch_id, letter["chunk"], request, request.outcome)
-            failed = {**letter, **room.admit(row, request), "body": letter["body"]}
+            failed = {**letter, **budget.fit(row, request), "body": letter["body"]}
             settled.append({**failed, "state": "dead", "last_failed_at": failed["settled_at"]})
             events.append(dead_event(settled[-1], replay.number))
     db.execute(f"DELETE FROM failed_requests {where}", key)

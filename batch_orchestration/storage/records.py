@@ -134,8 +134,8 @@ def outcome_at(place: Place, index: int) -> Outcome:
 
 def _lost(index: int) -> str:
     return (
-        f"and has the only copy of what became of request {index}: put back a copy of it, or have"
-        " the request asked again by `python -m batch_orchestration recover --force`"
+        f"and holds the only copy of the outcome of request {index}: restore it from a backup, or"
+        " run `python -m batch_orchestration recover --force` to have that request asked again"
     )
 
 

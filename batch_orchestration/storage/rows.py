@@ -30,10 +30,10 @@ from batch_orchestration.storage.records import outcome_at
 
 Row = dict[str, Any]
 
-#: Of answers and bodies that go into the store at once: DuckDB takes about five times the memory.
-#: And of one row, for the row group that it adds to is written anew, with the same factor: it has
-#: 2,048 rows (`connection.ROW_GROUP`), thus 48 MiB at most.
-ROOM_BYTES = 16 * 2**20
+#: Bytes of responses and bodies in one transaction, and in one row. DuckDB takes about five times
+#: the memory of both, and of the row group that it rewrites for a commit: 2,048 rows
+#: (`connection.ROW_GROUP`), thus 48 MiB. Measured in `benchmarks/memory.md`.
+BUDGET_BYTES = 16 * 2**20
 LARGEST_BYTES = 24 * 2**10
 
 # Types of DataFrame columns, told because a column of nothing but None has none to be guessed.
@@ -178,12 +178,12 @@ def failed_row(batch_id: str, number: int, request: SettledRequest, failure: Fai
     }
 
 
-class Room:
-    """How much of what engines and authors wrote goes into the store, of rows made together.
+class RowBudget:
+    """Limits the bytes of responses and bodies in the rows of one transaction.
 
-    DuckDB needs several times the size of the texts that it takes in one transaction, and cannot be
-    told not to. What has no place goes without them: an engine's answer stays in the journal, which
-    `response_at` names, and a request's body in the kept input.
+    DuckDB takes several times the memory of the texts in a transaction, and cannot be told not to.
+    A row that exceeds the budget is stored without them: the engine's response stays in the
+    journal, which `response_at` names, and the request's body in the kept input.
 
     Args:
         root: Of the data folder.
@@ -191,11 +191,11 @@ class Room:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._left = ROOM_BYTES
+        self._left = BUDGET_BYTES
         self._journals: set[Path] = set()
 
-    def admit(self, row: Row, request: SettledRequest) -> Row:
-        """Return the row of a request as it goes into the store."""
+    def fit(self, row: Row, request: SettledRequest) -> Row:
+        """Return the row of a request as it is to be stored, and charge the budget for it."""
         answer = 0 if request.outcome.body is None else len(request.outcome.body)
         size = answer + (len(request.body) if "body" in row else 0)
         if size <= min(self._left, LARGEST_BYTES):
@@ -208,7 +208,12 @@ class Room:
         return {**row, **changes}
 
     def sync(self) -> None:
-        """Make what rows refer to survive a power loss, as the rows themselves will."""
+        """Flush the journals that rows refer to, so that they outlast a power loss like the rows.
+
+        Raises:
+            Shortage: There is no room or no descriptor; the rows must not be stored.
+            StorageError: A journal cannot be flushed.
+        """
         for journal in self._journals:
             with disk_errors(journal):
                 descriptor = os.open(journal, os.O_RDONLY | os.O_CLOEXEC)
@@ -218,7 +223,7 @@ class Room:
                     os.close(descriptor)
 
 
-def whole(row: Row, root: Path) -> Row:
+def with_response(row: Row, root: Path) -> Row:
     """Return a row with the engine's answer, read from the journal if the store does not have it.
 
     Raises:

@@ -268,7 +268,7 @@ class Store:
         with self._reading() as db:
             found = commits.settled_rows(db, batch_id, number)
         for row in found:
-            yield rows.settled_request(rows.whole(row, self._root))
+            yield rows.settled_request(rows.with_response(row, self._root))
 
     def journals_with_answers(self) -> set[Path]:
         """Return the journals that have answers which are too large for the store."""

@@ -40,7 +40,7 @@ DAY = 86_400.0
 @pytest.fixture
 def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two or three large answers of a chunk fit into the store."""
-    monkeypatch.setattr(rows, "ROOM_BYTES", rows.ROOM_BYTES)
+    monkeypatch.setattr(rows, "BUDGET_BYTES", rows.BUDGET_BYTES)
     monkeypatch.setattr(replay, "HELD_BYTES", replay.HELD_BYTES)
     make_room_scarce()
 

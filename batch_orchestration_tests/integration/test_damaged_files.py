@@ -15,7 +15,7 @@ from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.lifecycle import FINAL, Resumption
 from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.services.board import read_board
-from batch_orchestration.services.clock_watch import looks_path
+from batch_orchestration.services.clock_watch import clock_path
 from batch_orchestration.services.closing import cancel
 from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.health import examine_health
@@ -63,7 +63,7 @@ OF_THE_DEPLOYMENT: dict[str, Callable[[DataFolder], Path]] = {
     "engine_record_path": lambda folder: folder.engine_record_path("run-9"),
     "a fence": lambda folder: folder.fences / "GPU-9.json",
     "a survey": lambda folder: folder.surveys / "9-9-9.json",
-    "clock": looks_path,
+    "clock": clock_path,
     "housekeeping": lambda folder: folder.root / "housekeeping.json",
 }
 #: A damaged pause is a pause: see `test_queue_files_damaged`.

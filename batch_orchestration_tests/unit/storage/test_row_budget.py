@@ -47,7 +47,7 @@ def test_every_outcome_comes_back_as_it_was_however_little_room_the_store_has(
     answers: list[Outcome], size_bytes: int, each: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "ROOM_BYTES", size_bytes)
+        patch.setattr(rows, "BUDGET_BYTES", size_bytes)
         patch.setattr(rows, "LARGEST_BYTES", each)
         root = Path(folder)
         path = root / "journals" / "b: 1+1" / "00007.journal"
@@ -56,15 +56,15 @@ def test_every_outcome_comes_back_as_it_was_however_little_room_the_store_has(
         ) as journal:
             for index, outcome in enumerate(answers):
                 journal.record_outcome(index, outcome, 1, NOW)
-        room = rows.Room(root)
+        budget = rows.RowBudget(root)
         taken = 0
 
         for entry in read_journal(path):
             request = make_settled(entry.index, entry.outcome, place=entry.place)
-            stored = room.admit(row_of(request), request)
+            stored = budget.fit(row_of(request), request)
             taken += sum(len(stored.get(name) or "") for name in ("response", "body"))
-            found = rows.settled_request(rows.whole(stored, root))
+            found = rows.settled_request(rows.with_response(stored, root))
             assert found.outcome == rows.as_stored("b", 7, request).outcome
-        room.sync()
+        budget.sync()
 
         assert taken <= size_bytes
