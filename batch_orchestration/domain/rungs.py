@@ -26,7 +26,7 @@ FRACTION_STEP = 0.9
 SMALLEST_KV_CACHE_BYTES = 64 * 2**20
 
 
-class Shortage(StrEnum):
+class MemoryShortage(StrEnum):
     """What memory was too short for."""
 
     #: An allocation while the engine warmed up or computed, on device or host; or the kernel
@@ -48,7 +48,7 @@ class Exhaustion(msgspec.Struct, frozen=True, kw_only=True):
         max_model_len: The context in force, if the evidence tells.
     """
 
-    shortage: Shortage
+    shortage: MemoryShortage
     evidence: str
     max_model_len: int | None = None
 
@@ -78,16 +78,16 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 def gentler(rung: Rung, exhaustion: Exhaustion, needs: Needs) -> Rung | None:
     """Return the next rung down; None at the bottom."""
     match exhaustion.shortage:
-        case Shortage.WORK:
+        case MemoryShortage.WORK:
             easier = _less_memory(_less_work(rung, needs))
-        case Shortage.CACHE:
+        case MemoryShortage.CACHE:
             easier = _shorter(rung, exhaustion.max_model_len, needs)
             if easier == rung and rung.kv_cache_memory_bytes is None:
                 # What the work does not take is the cache's.
                 easier = _less_work(rung, needs)
-        case Shortage.CLAIM:
+        case MemoryShortage.CLAIM:
             easier = _less_memory(rung)
-        case Shortage.WEIGHTS:
+        case MemoryShortage.WEIGHTS:
             easier = rung
     return None if easier == rung else easier
 

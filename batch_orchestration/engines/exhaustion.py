@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from batch_orchestration.domain.rungs import Exhaustion, Shortage
+from batch_orchestration.domain.rungs import Exhaustion, MemoryShortage
 from batch_orchestration.engines import logs
 
 #: vLLM writes tracebacks of all its processes and of each request in flight after the root cause.
@@ -24,27 +24,27 @@ class Sign(NamedTuple):
         sample: A line as it was seen or as the source formats it.
     """
 
-    shortage: Shortage
+    shortage: MemoryShortage
     pattern: re.Pattern[str]
     source: str
     sample: str
 
 
-def _sign(shortage: Shortage, pattern: str, source: str, sample: str) -> Sign:
+def _sign(shortage: MemoryShortage, pattern: str, source: str, sample: str) -> Sign:
     return Sign(shortage, re.compile(pattern), source, sample)
 
 
 #: The most telling first: a cause is often wrapped into another one of them.
 SIGNS = (
     _sign(
-        Shortage.WEIGHTS,
+        MemoryShortage.WEIGHTS,
         r"Failed to load model - not enough GPU memory",
         "vllm/v1/worker/gpu_model_runner.py, load_model",
         "(EngineCore pid=7) ERROR 11-23 19:30:00 [gpu_model_runner.py:5146] Failed to load model -"
         " not enough GPU memory. Try lowering --gpu-memory-utilization to free memory for weights",
     ),
     _sign(
-        Shortage.CLAIM,
+        MemoryShortage.CLAIM,
         r"Free memory on device .* on startup is less than ",
         "vllm/v1/worker/utils.py, request_memory",
         "ValueError: Free memory on device cuda:0 (7.34/15.49 GiB) on startup is less than desired"
@@ -52,7 +52,7 @@ SIGNS = (
         " memory used by other processes.",
     ),
     _sign(
-        Shortage.CLAIM,
+        MemoryShortage.CLAIM,
         r"Available memory on node .* is less than (desired CPU memory|requested memory for kv)",
         "vllm/v1/worker/cpu_worker.py, __init__ and determine_available_memory",
         "ValueError: Available memory on node 0 (3.1/23.0 GiB) on kv cache allocation is less than"
@@ -60,7 +60,7 @@ SIGNS = (
         " VLLM_CPU_KVCACHE_SPACE, or reduce CPU memory used by other processes.",
     ),
     _sign(
-        Shortage.CACHE,
+        MemoryShortage.CACHE,
         r"To serve at least one request with the model'?s'?s? max seq len \((?P<length>\d+)\)",
         "vllm/v1/core/kv_cache_utils.py, _check_enough_kv_cache_memory; once `the models's`",
         "ValueError: To serve at least one request with the model's max seq len (131072), (16.0 GiB"
@@ -68,7 +68,7 @@ SIGNS = (
         " on the available memory, the estimated maximum model length is 78640.",
     ),
     _sign(
-        Shortage.CACHE,
+        MemoryShortage.CACHE,
         r"max seq len \((?P<length>\d+)\) is larger than the maximum number of tokens that can be"
         r" stored in KV cache",
         "vllm/worker/worker.py, raise_if_cache_size_invalid (the engine before V1)",
@@ -77,14 +77,14 @@ SIGNS = (
         " decreasing `max_model_len` when initializing the engine.",
     ),
     _sign(
-        Shortage.CACHE,
+        MemoryShortage.CACHE,
         r"No available memory for the cache blocks",
         "vllm/v1/core/kv_cache_utils.py, _check_enough_kv_cache_memory",
         "ValueError: No available memory for the cache blocks. Try increasing"
         " `gpu_memory_utilization` when initializing the engine",
     ),
     _sign(
-        Shortage.WORK,
+        MemoryShortage.WORK,
         r"(CUDA|HIP|XPU) out of memory",
         "torch, c10/cuda/CUDACachingAllocator.cpp; vllm/v1/worker/gpu_model_runner.py, warm-up",
         "(EngineCore pid=112) ERROR 05-01 14:39:06 [core.py:1131] torch.OutOfMemoryError: CUDA out"
@@ -92,19 +92,19 @@ SIGNS = (
         " 21.75 MiB is free.",
     ),
     _sign(
-        Shortage.WORK,
+        MemoryShortage.WORK,
         r"CUDA (driver )?error: out of memory|Cuda failure (\d+ )?'out of memory'",
         "torch, c10/cuda/CUDAException.cpp; NCCL, src/include/checks.h",
         "torch.AcceleratorError: CUDA error: out of memory",
     ),
     _sign(
-        Shortage.WORK,
+        MemoryShortage.WORK,
         r"CUBLAS_STATUS_ALLOC_FAILED",
         "torch, aten/src/ATen/cuda/CUDABlas.cpp",
         "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     ),
     _sign(
-        Shortage.WORK,
+        MemoryShortage.WORK,
         r"DefaultCPUAllocator: (can't allocate|not enough) memory",
         "torch, c10/core/impl/alloc_cpu.cpp",
         "RuntimeError: [enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't"
@@ -112,7 +112,7 @@ SIGNS = (
         " memory)",
     ),
     _sign(
-        Shortage.WORK,
+        MemoryShortage.WORK,
         r"(^|\s)MemoryError(:|$)|\[Errno 12\] Cannot allocate memory",
         "Python, MemoryError and OSError of ENOMEM",
         "OSError: [Errno 12] Cannot allocate memory",
@@ -236,7 +236,7 @@ def recognise(
         return found[1]
     if now.ours > before.ours or (killed and now.all > before.all):
         return Exhaustion(
-            shortage=Shortage.WORK, evidence="the kernel killed a process for want of memory"
+            shortage=MemoryShortage.WORK, evidence="the kernel killed a process for want of memory"
         )
     return None
 

@@ -11,7 +11,7 @@ import pytest
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
 from batch_orchestration.domain.outcomes import Failure, FailureCode
-from batch_orchestration.domain.rungs import Exhaustion, Ladder, Rung, Shortage
+from batch_orchestration.domain.rungs import Exhaustion, Ladder, MemoryShortage, Rung
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.storage.rung_memory import RungMemory
@@ -183,7 +183,7 @@ def test_a_person_who_kills_the_engine_moves_no_rung(bench: Deployment) -> None:
 # Starts: the scripted engine runs in this process and says at once how they end.
 
 OUT_OF_CACHE = Exhaustion(
-    shortage=Shortage.CACHE, evidence="To serve at least one request …", max_model_len=100_000
+    shortage=MemoryShortage.CACHE, evidence="To serve at least one request …", max_model_len=100_000
 )
 CONFIGURED = Rung(max_num_seqs=64, max_model_len=100_000, gpu_memory_utilization=0.9)
 
@@ -263,7 +263,7 @@ def test_suspects_that_exhaust_the_memory_together_stay_suspects(tmp_path: Path)
     bench = Workbench(tmp_path)
     plan = bench.admitted(64, requests_per_chunk=64)
     ladder = Ladder(Rung(max_num_seqs=32))
-    exhaustion = Exhaustion(shortage=Shortage.WORK, evidence="CUDA out of memory")
+    exhaustion = Exhaustion(shortage=MemoryShortage.WORK, evidence="CUDA out of memory")
     killed = []
 
     def script(body: bytes, submitted: int):

@@ -9,7 +9,7 @@ import pytest
 
 from batch_orchestration.domain.errors import EngineDied, EngineKeepsDying
 from batch_orchestration.domain.outcomes import Failure, FailureCode
-from batch_orchestration.domain.rungs import Exhaustion, Shortage
+from batch_orchestration.domain.rungs import Exhaustion, MemoryShortage
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench
 
@@ -148,7 +148,7 @@ def test_want_of_memory_on_the_lowest_rung_is_confirmed_before_it_convicts(tmp_p
     """A log that tells of exhausted memory, perhaps of another time, is not believed at once."""
     bench = Workbench(tmp_path)
     plan = bench.admitted(40)
-    exhausted = Exhaustion(shortage=Shortage.WORK, evidence="CUDA out of memory")
+    exhausted = Exhaustion(shortage=MemoryShortage.WORK, evidence="CUDA out of memory")
 
     def script(body: bytes, times: int):
         if number_in(body) == 7 and times == 0:

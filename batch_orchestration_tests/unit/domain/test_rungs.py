@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_orchestration.domain.needs import Needs
-from batch_orchestration.domain.rungs import Exhaustion, Ladder, Rung, Shortage, gentler
+from batch_orchestration.domain.rungs import Exhaustion, Ladder, MemoryShortage, Rung, gentler
 
 MIB = 2**20
 GPU = Rung(
@@ -32,7 +32,7 @@ def less(seqs: int, tokens: int, **memory) -> dict:
     return {"max-num-seqs": seqs, "max-num-batched-tokens": tokens, **names}
 
 
-def short_of(shortage: Shortage, **fields) -> Exhaustion:
+def short_of(shortage: MemoryShortage, **fields) -> Exhaustion:
     return Exhaustion(shortage=shortage, evidence="a line of the log", **fields)
 
 
@@ -51,7 +51,7 @@ def ladder(top: Rung, exhaustion: Exhaustion, needs: Needs) -> list[Rung]:
     [
         pytest.param(
             GPU,
-            Shortage.WORK,
+            MemoryShortage.WORK,
             TEXT,
             [
                 less(32, 1024, gpu_memory_utilization=0.81),
@@ -64,7 +64,7 @@ def ladder(top: Rung, exhaustion: Exhaustion, needs: Needs) -> list[Rung]:
         ),
         pytest.param(
             GPU,
-            Shortage.CACHE,
+            MemoryShortage.CACHE,
             TEXT,
             [
                 {"max-model-len": 1500},
@@ -76,15 +76,15 @@ def ladder(top: Rung, exhaustion: Exhaustion, needs: Needs) -> list[Rung]:
         ),
         pytest.param(
             GPU,
-            Shortage.CLAIM,
+            MemoryShortage.CLAIM,
             TEXT,
             [{"gpu-memory-utilization": f} for f in (0.81, 0.73, 0.66, 0.59, 0.55)],
             id="claim on a gpu: only the share matters",
         ),
-        pytest.param(GPU, Shortage.WEIGHTS, TEXT, [], id="nothing makes a model smaller"),
+        pytest.param(GPU, MemoryShortage.WEIGHTS, TEXT, [], id="nothing makes a model smaller"),
         pytest.param(
             CPU,
-            Shortage.WORK,
+            MemoryShortage.WORK,
             TEXT,
             [
                 less(8, 1024, kv_cache_memory_bytes=128 * MIB),
@@ -93,28 +93,28 @@ def ladder(top: Rung, exhaustion: Exhaustion, needs: Needs) -> list[Rung]:
             id="work on a cpu: less at a time, and a smaller cache",
         ),
         pytest.param(
-            CPU, Shortage.CACHE, TEXT, [{"max-model-len": 1500}], id="cache of a given size"
+            CPU, MemoryShortage.CACHE, TEXT, [{"max-model-len": 1500}], id="cache of a given size"
         ),
-        pytest.param(CPU, Shortage.CACHE, Needs(), [], id="of unknown needs nothing is cut"),
+        pytest.param(CPU, MemoryShortage.CACHE, Needs(), [], id="of unknown needs nothing is cut"),
         pytest.param(
             Rung(max_num_seqs=20),
-            Shortage.WORK,
+            MemoryShortage.WORK,
             Needs(),
             [{"max-num-seqs": 10}, {"max-num-seqs": 8}],
             id="only what is ours to set",
         ),
-        pytest.param(Rung(), Shortage.WORK, TEXT, [], id="a server that is not ours"),
+        pytest.param(Rung(), MemoryShortage.WORK, TEXT, [], id="a server that is not ours"),
     ],
 )
-def test_the_rungs(top: Rung, shortage: Shortage, needs: Needs, flags: list[dict]) -> None:
+def test_the_rungs(top: Rung, shortage: MemoryShortage, needs: Needs, flags: list[dict]) -> None:
     assert [rung.flags(top) for rung in ladder(top, short_of(shortage), needs)] == flags
 
 
 def test_a_context_that_only_the_log_tells_is_cut_all_the_same() -> None:
     top = msgspec.structs.replace(CPU, max_model_len=None)
 
-    told = gentler(top, short_of(Shortage.CACHE, max_model_len=2048), TEXT)
-    untold = gentler(top, short_of(Shortage.CACHE), TEXT)
+    told = gentler(top, short_of(MemoryShortage.CACHE, max_model_len=2048), TEXT)
+    untold = gentler(top, short_of(MemoryShortage.CACHE), TEXT)
 
     assert told is not None
     assert told.max_model_len == 1500
@@ -144,7 +144,7 @@ def exhaustions(top: Rung):
     """What can happen to an engine; if the log tells a context, it is the one in force."""
     return st.builds(
         Exhaustion,
-        shortage=st.sampled_from(Shortage),
+        shortage=st.sampled_from(MemoryShortage),
         evidence=st.just("a line"),
         max_model_len=st.just(top.max_model_len),
     )
@@ -174,8 +174,8 @@ def test_each_rung_is_gentler_and_none_is_below_what_the_batch_needs(
         assert batched >= sequences or top.max_num_batched_tokens < top.max_num_seqs
 
 
-@given(tops, needs_of_batches, st.sampled_from(Shortage))
-def test_every_ladder_ends(top: Rung, needs: Needs, shortage: Shortage) -> None:
+@given(tops, needs_of_batches, st.sampled_from(MemoryShortage))
+def test_every_ladder_ends(top: Rung, needs: Needs, shortage: MemoryShortage) -> None:
     rungs = ladder(top, short_of(shortage, max_model_len=top.max_model_len), needs)
 
     assert len(rungs) <= 20
@@ -194,12 +194,12 @@ def test_of_an_engine_that_is_not_ours_there_is_nothing_to_say() -> None:
 
 
 def test_a_culprit_found_takes_the_engine_back_to_where_the_run_began() -> None:
-    first = gentler(GPU, short_of(Shortage.WORK), TEXT)
+    first = gentler(GPU, short_of(MemoryShortage.WORK), TEXT)
     told: list[tuple[Rung, ...]] = []
     known = Ladder(GPU, descent=[first], worked=told.append)
     known.expect(lambda: TEXT)
 
-    below = [known.step_down(short_of(Shortage.WORK)) for _ in range(2)]
+    below = [known.step_down(short_of(MemoryShortage.WORK)) for _ in range(2)]
     known.note_answer()
     known.climb_back()
 
@@ -213,8 +213,8 @@ def test_what_worked_is_told_once_and_again_when_it_changes() -> None:
 
     known.note_answer()
     known.note_answer()
-    known.step_down(short_of(Shortage.WORK))
-    known.step_down(short_of(Shortage.WORK))
+    known.step_down(short_of(MemoryShortage.WORK))
+    known.step_down(short_of(MemoryShortage.WORK))
     known.note_answer()
     known.note_answer()
 
@@ -224,7 +224,7 @@ def test_what_worked_is_told_once_and_again_when_it_changes() -> None:
 def test_a_context_cut_for_one_batch_is_long_enough_for_the_next() -> None:
     known = Ladder(GPU)
     known.expect(lambda: TEXT)
-    known.step_down(short_of(Shortage.CACHE))
+    known.step_down(short_of(MemoryShortage.CACHE))
     assert known.fit()
 
     known.expect(lambda: Needs(longest_tokens=4000))
@@ -238,7 +238,7 @@ def test_a_context_cut_for_one_batch_is_long_enough_for_the_next() -> None:
 def test_a_batch_of_any_length_gets_the_whole_context(longest: int | None) -> None:
     known = Ladder(GPU)
     known.expect(lambda: TEXT)
-    known.step_down(short_of(Shortage.CACHE))
+    known.step_down(short_of(MemoryShortage.CACHE))
 
     known.expect(lambda: Needs(longest_tokens=longest))
 

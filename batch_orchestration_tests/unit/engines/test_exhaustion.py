@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.rungs import Shortage
+from batch_orchestration.domain.rungs import MemoryShortage
 from batch_orchestration.engines.exhaustion import (
     SIGNS,
     SURVIVED_SECONDS,
@@ -21,28 +21,28 @@ FURTHER_SAMPLES = [
     (
         "ValueError: To serve at least one request with the models's max seq len (8192), (0.35 GiB"
         " KV cache is needed, which is larger than the available KV cache memory (0.29 GiB).",
-        Shortage.CACHE,
+        MemoryShortage.CACHE,
     ),
     (
         "ValueError: Free memory on device (3.27/15.98 GiB) on startup is less than desired GPU"
         " memory utilization (0.9, 14.39 GiB)",
-        Shortage.CLAIM,
+        MemoryShortage.CLAIM,
     ),
     (
         "ValueError: Available memory on node 0 (3.1/23.0 GiB) on startup is less than desired CPU"
         " memory utilization (0.92, 21.2 GiB).",
-        Shortage.CLAIM,
+        MemoryShortage.CLAIM,
     ),
     (
         "RuntimeError: CUDA out of memory occurred when warming up sampler with 256 dummy requests."
         " Please try lowering `max_num_seqs` or `gpu_memory_utilization`",
-        Shortage.WORK,
+        MemoryShortage.WORK,
     ),
-    ("Cuda failure 'out of memory'", Shortage.WORK),
-    ("Cuda failure 2 'out of memory'", Shortage.WORK),
-    ("RuntimeError: CUDA driver error: out of memory", Shortage.WORK),
-    ("MemoryError", Shortage.WORK),
-    ("torch.OutOfMemoryError: HIP out of memory. Tried to allocate 2.00 GiB.", Shortage.WORK),
+    ("Cuda failure 'out of memory'", MemoryShortage.WORK),
+    ("Cuda failure 2 'out of memory'", MemoryShortage.WORK),
+    ("RuntimeError: CUDA driver error: out of memory", MemoryShortage.WORK),
+    ("MemoryError", MemoryShortage.WORK),
+    ("torch.OutOfMemoryError: HIP out of memory. Tried to allocate 2.00 GiB.", MemoryShortage.WORK),
 ]
 
 INNOCENT = [
@@ -65,7 +65,7 @@ def test_every_sign_is_recognised_by_its_sample(sign: Sign) -> None:
 
 
 @pytest.mark.parametrize(("line", "shortage"), FURTHER_SAMPLES)
-def test_further_wordings(line: str, shortage: Shortage) -> None:
+def test_further_wordings(line: str, shortage: MemoryShortage) -> None:
     found = recognise([line])
 
     assert found is not None
@@ -101,7 +101,7 @@ def test_the_most_telling_sign_wins_wherever_it_stands() -> None:
     for lines in ([load, torch], [torch, load]):
         found = recognise(lines)
         assert found is not None
-        assert found.shortage == Shortage.WEIGHTS
+        assert found.shortage == MemoryShortage.WEIGHTS
 
 
 @pytest.mark.parametrize(

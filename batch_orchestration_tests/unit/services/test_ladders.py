@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.rungs import Exhaustion, Ladder, Rung, Shortage
+from batch_orchestration.domain.rungs import Exhaustion, Ladder, MemoryShortage, Rung
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.storage.rung_memory import RungMemory
 
 TOP = Rung(max_num_seqs=64)
-OUT_OF_MEMORY = Exhaustion(shortage=Shortage.WORK, evidence="CUDA out of memory")
+OUT_OF_MEMORY = Exhaustion(shortage=MemoryShortage.WORK, evidence="CUDA out of memory")
 DAY = 86_400
 
 
