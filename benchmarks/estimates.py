@@ -39,6 +39,7 @@ from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration.services.wording import seconds_band, tokens_band
 from batch_orchestration.settings import Device, EngineKind, Settings
+from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
@@ -110,7 +111,9 @@ class Bench:
                 run_id="benchmark",
             )
         )
-        self.store.estimates.add_runs(report.runs, model=in_force.model, device=in_force.device)
+        EstimateTables(self.store).add_runs(
+            report.runs, model=in_force.model, device=in_force.device
+        )
         remember_engine(self.engine, in_force, self.store, at=time.time())
         _say(f"calibrated in {sum(run.seconds for run in report.runs):.0f} s: {report.throughput}")
         return report
@@ -142,7 +145,7 @@ class Bench:
             pass
         assemble(batch.batch_id, folder=self.folder, store=self.store, clock=time.time)
         estimate = read_estimate(self.folder, batch.batch_id)
-        score = self.store.estimates.score_of(batch.batch_id)
+        score = EstimateTables(self.store).score_of(batch.batch_id)
         assert estimate is not None
         assert score is not None
         return estimate, score

@@ -11,6 +11,7 @@ from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.scores import Calibration, Score, calibration
 from batch_orchestration.services.scoring import LAST_BATCHES
 from batch_orchestration.services.wording import duration, seconds_band, tokens_band
+from batch_orchestration.storage.estimates import EstimateTables
 
 
 @click.command()
@@ -25,7 +26,7 @@ from batch_orchestration.services.wording import duration, seconds_band, tokens_
 def estimates(last: int, as_json: bool) -> None:
     """Show estimates of the last batches beside what they took, and how good they were."""
     context = open_context()
-    scores = context.store.estimates.scores(limit=last) if context.folder.duckdb.exists() else []
+    scores = EstimateTables(context.store).scores(limit=last) if context.store.exists else []
     if as_json:
         print_json({"calibration": calibration(scores), "batches": [*map(_object, scores)]})
         return

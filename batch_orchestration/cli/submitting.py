@@ -21,6 +21,7 @@ from batch_orchestration.services.configuration import admission_settings
 from batch_orchestration.services.sidecars import named_problem, own_sidecar, read_options
 from batch_orchestration.services.status import find_identity
 from batch_orchestration.services.wording import estimate_rows
+from batch_orchestration.storage.estimates import EstimateTables
 
 #: A running sensor takes a settled file within a few ticks of five seconds, started ones apart.
 PATIENCE_SECONDS = 30.0
@@ -87,7 +88,7 @@ def validate(file: Path, as_json: bool) -> None:
     """Check FILE as admission would, without admitting it; exit 1 if a line is faulty."""
     context = open_context()
     report = validation.validate(
-        file, settings=admission_settings(context.settings), tables=context.store.estimates
+        file, settings=admission_settings(context.settings), tables=EstimateTables(context.store)
     )
     if as_json:
         print_json(report)
@@ -156,7 +157,7 @@ def _say_estimate(file: Path, options: BatchOptions, context: Context) -> None:
         file,
         settings=admission_settings(context.settings),
         options=options,
-        tables=context.store.estimates,
+        tables=EstimateTables(context.store),
         max_listed_faults=0,
     )
     if report.estimate is not None:

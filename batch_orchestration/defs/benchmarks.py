@@ -18,6 +18,7 @@ from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine
 from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.run_vitals import MARGIN_SECONDS, WORK_SECONDS
+from batch_orchestration.storage.estimates import EstimateTables
 
 
 class CalibrationConfig(dg.Config):
@@ -56,7 +57,7 @@ def measure_engine(
                     run_id=context.run.run_id,
                 )
             )
-        store.estimates.add_runs(report.runs, model=in_force.model, device=in_force.device)
+        EstimateTables(store).add_runs(report.runs, model=in_force.model, device=in_force.device)
         remember_engine(engine, in_force, store, at=time.time())
     except BatchOrchestrationError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error

@@ -72,6 +72,7 @@ from batch_orchestration.services.verdicts import (
     Split,
     Verdict,
 )
+from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.files import (
     DataFolder,
     shortages,
@@ -207,7 +208,7 @@ class _Admission:
 
     def _intake(self, options: BatchOptions) -> Intake:
         estimating = self._settings.estimating
-        knowledge = read_knowledge(self._store.estimates, estimating.engine)
+        knowledge = read_knowledge(EstimateTables(self._store), estimating.engine)
         return Intake(options, settings=estimating, knowledge=knowledge, now=self._clock())
 
     def _keep_estimate(

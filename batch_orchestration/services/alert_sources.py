@@ -28,6 +28,7 @@ from batch_orchestration.services.dagster_links import (
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.wording import duration, seconds_band
 from batch_orchestration.settings import Settings
+from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.queue_files import read_pause
 from batch_orchestration.storage.store import Store
@@ -176,7 +177,7 @@ def _dead_letters(watched: Watched, settings: Settings) -> list[Alert]:
 
 
 def _scores(folder: DataFolder, since: float) -> Sequence[Score]:
-    tables = Store(folder.duckdb, deadline_seconds=STORE_SECONDS).estimates
+    tables = EstimateTables(Store(folder.duckdb, deadline_seconds=STORE_SECONDS))
     if not tables.exist:
         return ()
     return tables.scores_since(since)

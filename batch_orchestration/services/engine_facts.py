@@ -5,7 +5,7 @@ import logging
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.estimates import EngineInForce
-from batch_orchestration.storage.estimates import EngineFacts
+from batch_orchestration.storage.estimates import EngineFacts, EstimateTables
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,6 @@ def remember_engine(engine: Engine, in_force: EngineInForce, store: Store, *, at
         seen_at=at,
     )
     try:
-        store.estimates.put_facts(facts, **in_force.key, args_hash=in_force.args_hash)
+        EstimateTables(store).put_facts(facts, **in_force.key, args_hash=in_force.args_hash)
     except StorageError as error:
         logger.warning("what the engine said of itself is not remembered: %s", error)

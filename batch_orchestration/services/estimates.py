@@ -206,7 +206,7 @@ def read_estimate(folder: DataFolder, batch_id: str) -> Estimate | None:
 def record_estimate(folder: DataFolder, store: Store, batch_id: str) -> None:
     """Tell the store of a batch's estimate; twice is as once."""
     if (estimate := read_estimate(folder, batch_id)) is not None:
-        store.estimates.add_estimate(batch_id, estimate)
+        EstimateTables(store).add_estimate(batch_id, estimate)
 
 
 def expected_seconds(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.storage.files import DataFolder, disk_errors
+from batch_orchestration.storage.gpu_samples import GpuSampleTable
 from batch_orchestration.storage.samples import sample_files
 from batch_orchestration.storage.store import Store
 
@@ -57,7 +58,7 @@ class SampleTaker:
         """Take in what is new of a batch."""
         try:
             if files := sample_files(self._folder, batch_id):
-                while self._store.gpu_samples.take_in(batch_id, files):
+                while GpuSampleTable(self._store).take_in(batch_id, files):
                     pass
         except Exception as error:  # noqa: BLE001 - whatever it is, it is not worth a commit
             if not self._complained:
@@ -100,7 +101,7 @@ def prune_samples(
         for path in sample_files(folder, batch_id)
         if path.stat().st_mtime < before
     ]
-    rows = store.gpu_samples.prune(before, spare=spared, dry_run=dry_run)
+    rows = GpuSampleTable(store).prune(before, spare=spared, dry_run=dry_run)
     if not dry_run:
         for path, _ in old:
             with disk_errors(path):

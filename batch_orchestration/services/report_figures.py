@@ -21,6 +21,7 @@ from batch_orchestration.services.kept import kept_of
 from batch_orchestration.services.plots import Plot, draw
 from batch_orchestration.services.report_timeline import Moment, timeline
 from batch_orchestration.services.tallies import Tally
+from batch_orchestration.storage.figures import FigureTables
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.samples import read_samples
 from batch_orchestration.storage.store import Store
@@ -52,7 +53,7 @@ def gather_figures(
 
     Gathering again gives the same, unless something was replayed, or removed by its age.
     """
-    batch_id, figures = plan.batch_id, store.figures
+    batch_id, figures = plan.batch_id, FigureTables(store)
 
     def known(what: str, look: Callable[[], Figure], otherwise: Figure) -> Figure:
         try:

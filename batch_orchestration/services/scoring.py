@@ -10,6 +10,7 @@ from batch_orchestration.domain.scores import Calibration, Score, calibration
 from batch_orchestration.domain.token_profile import TokenProfile
 from batch_orchestration.services.estimates import read_estimate, read_profile
 from batch_orchestration.services.tallies import Tally
+from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
@@ -40,7 +41,7 @@ def score_batch(
     What was measured and a sample of its answers are kept for the next estimates. Scoring again
     returns the same. None without an estimate, without an answer, and of a batch cut short.
     """
-    tables = store.estimates
+    tables = EstimateTables(store)
     estimate = read_estimate(folder, plan.batch_id)
     if estimate is None or any(tally.failures_by_code[str(code)] for code in _CUT_SHORT):
         return None
@@ -76,7 +77,7 @@ def score_batch(
 
 def _answered(batch_id: str, profile: TokenProfile, store: Store) -> list[AnsweredRequest]:
     sample = {request.index: request for request in profile.sample if request.index >= 0}
-    results = store.estimates.results_of(batch_id, list(sample))
+    results = EstimateTables(store).results_of(batch_id, list(sample))
     return [
         AnsweredRequest(
             shape=sample[index].shape,

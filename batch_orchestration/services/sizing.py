@@ -32,6 +32,7 @@ from batch_orchestration.services.gpu_health import (
     no_gate,
 )
 from batch_orchestration.settings import Device, EngineKind, Settings
+from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
@@ -147,7 +148,7 @@ def memory_share_of(verdict: GpuVerdict) -> Derived | None:
 def _cache_known(settings: Settings, store: Store) -> int | None:
     """Return what the cache held when the same engine ran the last time."""
     try:
-        facts = read_knowledge(store.estimates, engine_in_force(settings)).facts
+        facts = read_knowledge(EstimateTables(store), engine_in_force(settings)).facts
     except StorageError as error:
         logger.warning("what the engine said of itself is not known: %s", error)
         return None

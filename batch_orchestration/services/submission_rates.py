@@ -5,7 +5,12 @@ from collections.abc import Iterator
 
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.members import Faults
-from batch_orchestration.domain.rates import RateLimits, SourceRates, SubmissionEvent
+from batch_orchestration.domain.rates import (
+    SECONDS_PER_HOUR,
+    RateLimits,
+    SourceRates,
+    SubmissionEvent,
+)
 from batch_orchestration.domain.submissions import Submission, submission_of
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
@@ -64,7 +69,12 @@ def retry_after_seconds(
 
 
 def _of_batches(store: Store, limits: RateLimits, now: float) -> Iterator[SubmissionEvent]:
-    for record in store.submitted(limits, now=now):
+    submitted = store.submitted(
+        since=now - limits.memory_seconds,
+        requests_per_second=limits.requests.per_hour / SECONDS_PER_HOUR,
+        now=now,
+    )
+    for record in submitted:
         if submission_of(record.batch_id) is None:
             at = record.times[BatchStatus.VALIDATING]
             yield SubmissionEvent(record.source, at, record.total)

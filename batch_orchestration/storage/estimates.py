@@ -1,8 +1,6 @@
 """Tables of the store about estimates: what was expected, what was measured, what engines said."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -11,7 +9,8 @@ import msgspec
 from batch_orchestration.domain.estimates import AnsweredRequest, Band, Basis, Estimate
 from batch_orchestration.domain.scores import Score
 from batch_orchestration.domain.throughput import Measurement, Source, Work, steps
-from batch_orchestration.storage import connection, rows, schema
+from batch_orchestration.storage import rows
+from batch_orchestration.storage.store import Store
 
 #: Histories do not grow without end: what is older says less than what is newer.
 ANSWERED_READ = 20_000
@@ -108,19 +107,18 @@ class SampledResult(msgspec.Struct, frozen=True, kw_only=True):
 class EstimateTables:
     """The part of the store that estimates rest on. Methods raise as those of `Store` do."""
 
-    def __init__(self, path: Path, *, deadline_seconds: float) -> None:
-        self._path = path
-        self._deadline_seconds = deadline_seconds
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     @property
     def exist(self) -> bool:
         """Whether there is a store: looking for what it learned must not make one."""
-        return self._path.exists()
+        return self._store.exists
 
     def add_estimate(self, batch_id: str, estimate: Estimate) -> None:
         """Keep the estimate of a batch, unless there is one."""
         row = _estimate_row(batch_id, estimate)
-        with self._writing() as db:
+        with self._store.writing() as db:
             if not rows.select(db, "estimates", ["1"], "WHERE batch_id = ?", [batch_id]):
                 _insert(db, "estimates", row)
 
@@ -128,7 +126,7 @@ class EstimateTables:
               answered: Sequence[AnsweredRequest]) -> None:  # fmt: skip
         """Keep what a batch took, once: a later score of the same batch changes nothing."""
         at = rows.timestamp(score.scored_at)
-        with self._writing() as db:
+        with self._store.writing() as db:
             (done,) = db.execute(
                 "SELECT count(*) FROM estimates WHERE batch_id = ? AND scored_at IS NOT NULL",
                 [score.batch_id],
@@ -155,7 +153,7 @@ class EstimateTables:
         """Return the latest scores, newest first; those up to a moment if it is given."""
         where = "WHERE scored_at IS NOT NULL" + (" AND scored_at <= ?" if until else "")
         parameters = [rows.timestamp(until)] if until else []
-        with self._reading() as db:
+        with self._store.reading() as db:
             found = rows.select(
                 db,
                 "estimates",
@@ -167,7 +165,7 @@ class EstimateTables:
 
     def scores_since(self, since: float) -> list[Score]:
         """Return all scores that are later than a moment, oldest first."""
-        with self._reading() as db:
+        with self._store.reading() as db:
             found = rows.select(
                 db,
                 "estimates",
@@ -179,7 +177,7 @@ class EstimateTables:
 
     def score_of(self, batch_id: str) -> Score | None:
         """Return the score of a batch; None while it has none."""
-        with self._reading() as db:
+        with self._store.reading() as db:
             found = rows.select(
                 db, "estimates", _SCORE, "WHERE batch_id = ? AND scored_at IS NOT NULL", [batch_id]
             )
@@ -187,7 +185,7 @@ class EstimateTables:
 
     def runs_of(self, batch_id: str, *, at_a_time: int) -> list[EngineRun]:
         """Return what engines did in each run of a batch, by its answered requests."""
-        with self._reading() as db:
+        with self._store.reading() as db:
             found = db.execute(_RUNS, [batch_id, batch_id]).fetchall()
         return [
             EngineRun(
@@ -209,7 +207,7 @@ class EstimateTables:
 
     def results_of(self, batch_id: str, indices: Sequence[int]) -> dict[int, SampledResult]:
         """Return tokens of those of the requests that were answered, by index."""
-        with self._reading() as db:
+        with self._store.reading() as db:
             found = db.execute(
                 "SELECT request_index, prompt_tokens, completion_tokens, finish_reason"
                 " FROM results WHERE batch_id = ?"
@@ -225,7 +223,7 @@ class EstimateTables:
 
     def answered(self, model: str) -> list[AnsweredRequest]:
         """Return the sampled requests of the latest batches of a model."""
-        with self._reading() as db:
+        with self._store.reading() as db:
             found = rows.select(
                 db,
                 "answered_requests",
@@ -237,14 +235,14 @@ class EstimateTables:
 
     def add_runs(self, runs: Sequence[EngineRun], *, model: str, device: str) -> None:
         """Keep what was measured."""
-        with self._writing() as db:
+        with self._store.writing() as db:
             for run in runs:
                 _insert(db, "benchmarks", _run_row(run, model, device))
 
     def runs(self, *, engine: str, model: str, device: str) -> list[EngineRun]:
         """Return the latest measurements of an engine, on the memory settings used last."""
         where = "WHERE engine = ? AND model = ? AND device = ?"
-        with self._reading() as db:
+        with self._store.reading() as db:
             found = rows.select(
                 db,
                 "benchmarks",
@@ -269,7 +267,7 @@ class EstimateTables:
     ) -> None:
         """Keep what an engine said of itself, in place of what it said before."""
         key = {"engine": engine, "model": model, "device": device, "args_hash": args_hash}
-        with self._writing() as db:
+        with self._store.writing() as db:
             db.execute(f"DELETE FROM engine_facts {_WHERE_ENGINE}", list(key.values()))
             _insert(
                 db,
@@ -284,7 +282,7 @@ class EstimateTables:
 
     def facts(self, *, engine: str, model: str, device: str, args_hash: str) -> EngineFacts | None:
         """Return what an engine with these settings said of itself last."""
-        with self._reading() as db:
+        with self._store.reading() as db:
             found = rows.select(
                 db,
                 "engine_facts",
@@ -298,14 +296,6 @@ class EstimateTables:
         row["models"] = msgspec.json.decode(row["models"], type=tuple[str, ...])
         row["seen_at"] = rows.posix_seconds(row["seen_at"])
         return EngineFacts(**row)
-
-    def _reading(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        schema.migrate(self._path, deadline_seconds=self._deadline_seconds)
-        return connection.reading(self._path, deadline_seconds=self._deadline_seconds)
-
-    def _writing(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        schema.migrate(self._path, deadline_seconds=self._deadline_seconds)
-        return connection.writing(self._path, deadline_seconds=self._deadline_seconds)
 
 
 _WHERE_ENGINE = "WHERE engine = ? AND model = ? AND device = ? AND args_hash = ?"

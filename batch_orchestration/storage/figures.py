@@ -1,11 +1,7 @@
 """Figures of a batch over time, added up by DuckDB: no row of a request comes into Python."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
-
-import duckdb
 
 from batch_orchestration.domain.batch_figures import (
     Interval,
@@ -14,7 +10,7 @@ from batch_orchestration.domain.batch_figures import (
     Throughput,
     interval_width,
 )
-from batch_orchestration.storage import connection, schema
+from batch_orchestration.storage.store import Store
 
 #: Outcomes that an engine gave in the batch's own runs. A replay may be months later.
 _OUTCOMES = """
@@ -31,9 +27,8 @@ _OUTCOMES = """
 class FigureTables:
     """The part of the store that reports rest on. Methods raise as those of `Store` do."""
 
-    def __init__(self, path: Path, *, deadline_seconds: float) -> None:
-        self._path = path
-        self._deadline_seconds = deadline_seconds
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     def latencies(self, batch_id: str) -> Latencies | None:
         """Return percentiles of the latency, those between two requests interpolated.
@@ -108,9 +103,5 @@ class FigureTables:
         ]
 
     def _fetch(self, sql: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
-        with self._reading() as db:
+        with self._store.reading() as db:
             return db.execute(sql, list(parameters)).fetchall()
-
-    def _reading(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        schema.migrate(self._path, deadline_seconds=self._deadline_seconds)
-        return connection.reading(self._path, deadline_seconds=self._deadline_seconds)

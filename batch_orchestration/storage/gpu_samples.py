@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import duckdb
 
 from batch_orchestration.domain.samples import RunSample
-from batch_orchestration.storage import connection, rows, schema
+from batch_orchestration.storage import rows
 from batch_orchestration.storage.samples import decode_samples
+from batch_orchestration.storage.store import Store
 
 #: Taken from a file at a time: so long others are kept out of the store.
 MOST_BYTES = 4 * 2**20
@@ -45,9 +45,8 @@ _OF_FILE = "WHERE batch_id = ? AND run_id = ?"
 class GpuSampleTable:
     """The part of the store that is about GPUs. Methods raise as those of `Store` do."""
 
-    def __init__(self, path: Path, *, deadline_seconds: float) -> None:
-        self._path = path
-        self._deadline_seconds = deadline_seconds
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     def take_in(self, batch_id: str, files: Sequence[Path]) -> bool:
         """Add what is new in samples files of a batch; return whether there is more.
@@ -55,7 +54,7 @@ class GpuSampleTable:
         The table remembers how far it has read each file, in the same transaction: whoever calls
         this, and however often, each (run, moment, device) is in it once.
         """
-        with self._writing() as db:
+        with self._store.writing() as db:
             more = [_take_in(db, batch_id, path) for path in files]
         return any(more)
 
@@ -67,15 +66,11 @@ class GpuSampleTable:
         """
         where = "WHERE sampled_at < ? AND NOT list_contains(?, batch_id)"
         values = [rows.timestamp(before), list(spare)]
-        with self._writing() as db:
+        with self._store.writing() as db:
             old = len(rows.select(db, "gpu_samples", ["1"], where, values))
             if old and not dry_run:
                 db.execute(f"DELETE FROM gpu_samples {where}", values)
         return old
-
-    def _writing(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        schema.migrate(self._path, deadline_seconds=self._deadline_seconds)
-        return connection.writing(self._path, deadline_seconds=self._deadline_seconds)
 
 
 def _take_in(db: duckdb.DuckDBPyConnection, batch_id: str, path: Path) -> bool:

@@ -20,7 +20,6 @@ from batch_orchestration.domain.dead_letters import (
 from batch_orchestration.domain.errors import BatchNotFound, StorageError
 from batch_orchestration.domain.lifecycle import FINAL, BatchEvent
 from batch_orchestration.domain.outcomes import FailureCode
-from batch_orchestration.domain.rates import SECONDS_PER_HOUR, RateLimits
 from batch_orchestration.storage import (
     commits,
     connection,
@@ -30,9 +29,6 @@ from batch_orchestration.storage import (
     schema,
     statuses,
 )
-from batch_orchestration.storage.estimates import EstimateTables
-from batch_orchestration.storage.figures import FigureTables
-from batch_orchestration.storage.gpu_samples import GpuSampleTable
 from batch_orchestration.storage.questions import ask
 from batch_orchestration.storage.replay import JournalEntry
 
@@ -68,12 +64,11 @@ class Store:
         self._path = path
         self._root = path.parent if root is None else root
         self._deadline_seconds = deadline_seconds
-        #: What was expected of batches, and what was measured.
-        self.estimates = EstimateTables(path, deadline_seconds=deadline_seconds)
-        #: What GPUs did.
-        self.gpu_samples = GpuSampleTable(path, deadline_seconds=deadline_seconds)
-        #: What batches did over time.
-        self.figures = FigureTables(path, deadline_seconds=deadline_seconds)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a file: looking for what it knows need not make one."""
+        return self._path.exists()
 
     def migrate(self) -> None:
         """Bring the file to the present schema. Every other method does so first: it is cheap."""
@@ -86,12 +81,12 @@ class Store:
             DiskFull: There is no room.
             StorageError: The file cannot be written.
         """
-        with self._writing() as db:
+        with self.writing() as db:
             db.execute("UPDATE schema_migrations SET name = name")
 
     def add_batch(self, plan: BatchPlan, *, at: float, actor: str = "admission") -> None:
         """Add a batch that was admitted: in progress, all chunks pending. Twice is as once."""
-        with self._writing() as db:
+        with self.writing() as db:
             known = rows.select(db, "batches", ["identity"], "WHERE batch_id = ?", [plan.batch_id])
             if known and known[0]["identity"] != plan.identity:
                 raise StorageError(f"another batch has the id {plan.batch_id}")
@@ -129,7 +124,7 @@ class Store:
             BatchNotFound: The store does not have this chunk.
         """
         outcomes = commits.ChunkOutcomes(batch_id, number, requests, self._root)
-        with self._writing() as db:
+        with self.writing() as db:
             outcomes.check_one_to_one(db)
             outcomes.replace(db, run_id=run_id)
             commits.update_chunk(
@@ -142,13 +137,13 @@ class Store:
 
     def chunk_reports(self, batch_id: str) -> dict[int, ChunkReport]:
         """Return the figures of the committed chunks of a batch, by number."""
-        with self._reading() as db:
+        with self.reading() as db:
             reports = commits.chunk_reports(db, "WHERE batch_id = ?", [batch_id])
         return {report.number: report for report in reports}
 
     def tokens_since(self, at: float) -> dict[str, int]:
         """Return the tokens, prompt and answer, of the chunks committed since, by batch id."""
-        with self._reading() as db:
+        with self.reading() as db:
             return commits.tokens_since(db, rows.timestamp(at))
 
     def batch(self, batch_id: str) -> BatchRecord:
@@ -179,20 +174,25 @@ class Store:
         found = self._batches("WHERE batch_id IN (SELECT unnest(?::VARCHAR[]))", [names])
         return {record.batch_id: record for record in found}
 
-    def submitted(self, limits: RateLimits, *, now: float) -> list[BatchRecord]:
-        """Return the batches that `limits` remember at a moment, in POSIX seconds."""
+    def submitted(
+        self, *, since: float, requests_per_second: float, now: float
+    ) -> list[BatchRecord]:
+        """Return the batches created since a moment, or whose requests at this rate last until now.
+
+        Moments are POSIX seconds.
+        """
         return self._batches(
             "WHERE created_at >= ? OR requests >= ? * epoch(? - created_at)",
             [
-                rows.timestamp(now - limits.memory_seconds),
-                limits.requests.per_hour / SECONDS_PER_HOUR,
+                rows.timestamp(since),
+                requests_per_second,
                 rows.timestamp(now),
             ],
         )
 
     def is_empty(self) -> bool:
         """Whether no batch was ever added, as in a store that was just made."""
-        with self._reading() as db:
+        with self.reading() as db:
             return not rows.select(db, "batches", ["batch_id"], "LIMIT 1")
 
     def find_identity(self, identity: str) -> BatchRecord | None:
@@ -216,7 +216,7 @@ class Store:
             BatchNotFound: The store does not have it.
             IllegalTransition: Its status does not allow this one; nothing changed.
         """
-        with self._writing() as db:
+        with self.writing() as db:
             statuses.change_status(db, batch_id, status, at=at, actor=actor, reason=reason)
 
     def reopen_batch(
@@ -239,7 +239,7 @@ class Store:
             BatchNotFound: The store does not have it.
             IllegalTransition: Its status does not allow that; nothing changed.
         """
-        with self._writing() as db:
+        with self.writing() as db:
             ready = BatchStatus.IN_PROGRESS
             statuses.change_status(db, batch_id, ready, at=at, actor=actor, reason=reason)
             numbers = commits.take_back(db, batch_id, codes)
@@ -248,7 +248,7 @@ class Store:
 
     def batch_events(self, batch_id: str) -> list[BatchEvent]:
         """Return every status that a batch was in, oldest first, with who and why."""
-        with self._reading() as db:
+        with self.reading() as db:
             return statuses.events(db, batch_id)
 
     def settled(self, batch_id: str) -> Iterator[SettledRequest]:
@@ -265,14 +265,14 @@ class Store:
 
     def settled_in(self, batch_id: str, number: int) -> Iterator[SettledRequest]:
         """Yield the requests of one committed chunk, as `settled` does; else nothing."""
-        with self._reading() as db:
+        with self.reading() as db:
             found = commits.settled_rows(db, batch_id, number)
         for row in found:
             yield rows.settled_request(rows.with_response(row, self._root))
 
     def journals_with_answers(self) -> set[Path]:
         """Return the journals that have answers which are too large for the store."""
-        with self._reading() as db:
+        with self.reading() as db:
             return {self._root / name for name in commits.journals_with_answers(db)}
 
     def failures(self, batch_id: str, *, limit: int | None = None) -> list[SettledRequest]:
@@ -285,17 +285,17 @@ class Store:
 
         An engine's answer that is in a journal is not read for it: the failure then has no body.
         """
-        with self._reading() as db:
+        with self.reading() as db:
             return letters.select_letters(db, batch_id, selection)
 
     def dead_letter_codes(self, batch_id: str, selection: Selection) -> dict[int, FailureCode]:
         """Return index and code of the dead letters that are meant: there may be very many."""
-        with self._reading() as db:
+        with self.reading() as db:
             return letters.select_codes(db, batch_id, selection)
 
     def dead_letter_events(self, batch_id: str, index: int | None = None) -> list[DeadLetterEvent]:
         """Return the history of a batch's dead letters, or of one of them, oldest first."""
-        with self._reading() as db:
+        with self.reading() as db:
             return letters.events(db, batch_id, index)
 
     def apply_operations(
@@ -313,14 +313,14 @@ class Store:
             operations: All of the batch, in their order.
             outcomes: Reads the outcomes that a replay has so far.
         """
-        with self._writing() as db:
+        with self.writing() as db:
             for number in letter_operations.apply(db, operations, outcomes, self._root):
                 commits.count_chunk(db, batch_id, number)
             commits.update_batch(db, batch_id)
 
     def failure_counts(self, batch_id: str) -> dict[str, int]:
         """Return how many requests failed with each code, the most frequent first."""
-        with self._reading() as db:
+        with self.reading() as db:
             return commits.failure_counts(db, "WHERE batch_id = ?", [batch_id])
 
     def check_sound(self) -> None:
@@ -329,7 +329,7 @@ class Store:
         Raises:
             StoreDamaged: Something cannot be read.
         """
-        with self._reading() as db:
+        with self.reading() as db:
             for table in _TABLES:
                 db.execute(f"SELECT bit_xor(hash(everything)) FROM {table} everything").fetchall()
 
@@ -343,14 +343,16 @@ class Store:
         return ask(self._path, sql, deadline_seconds=self._deadline_seconds)
 
     def _batches(self, rest: str, parameters: Sequence[Any] = ()) -> list[BatchRecord]:
-        with self._reading() as db:
+        with self.reading() as db:
             found = rows.select(db, "batches", rows.BATCHES, rest, parameters)
         return [rows.batch_record(row) for row in found]
 
-    def _reading(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+    def reading(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        """Open the file, at the present schema, for one transaction that only reads."""
         self.migrate()
         return connection.reading(self._path, deadline_seconds=self._deadline_seconds)
 
-    def _writing(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+    def writing(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        """Open the file, at the present schema, for one transaction that may change it."""
         self.migrate()
         return connection.writing(self._path, deadline_seconds=self._deadline_seconds)

@@ -22,6 +22,7 @@ from batch_orchestration.services import alert_channels, alert_sources, alerting
 from batch_orchestration.services.alert_sources import SLACK_SECONDS
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.alert_files import read_book, tending
+from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration_tests.alert_bench import TICK, Tower
 from batch_orchestration_tests.alert_servers import Webhook, serving
 from batch_orchestration_tests.builders import NOW, make_input, make_plan
@@ -211,8 +212,8 @@ def test_an_estimate_that_was_badly_missed_is_told_once(tower):
             requests=10, basis=Basis.CHARACTERS, prompt_tokens=band(100),
             completion_tokens=band(100), seconds=band(100.0), at_a_time=8,
         )  # fmt: skip
-        tower.store.estimates.add_estimate(batch_id, estimate)
-        tower.store.estimates.score(score, [], model="m", device="d", answered=[])
+        EstimateTables(tower.store).add_estimate(batch_id, estimate)
+        EstimateTables(tower.store).score(score, [], model="m", device="d", answered=[])
 
     tower.tick()
     tower.tick()
@@ -235,8 +236,8 @@ def test_of_more_missed_estimates_than_one_page_none_is_passed_over(tower):
             requests=10, basis=Basis.CHARACTERS, prompt_tokens=band(100),
             completion_tokens=band(100), seconds=band(100.0), at_a_time=8,
         )  # fmt: skip
-        tower.store.estimates.add_estimate(batch_id, estimate)
-        tower.store.estimates.score(score, [], model="m", device="d", answered=[])
+        EstimateTables(tower.store).add_estimate(batch_id, estimate)
+        EstimateTables(tower.store).score(score, [], model="m", device="d", answered=[])
 
     tended = tower.tick()
 

@@ -94,7 +94,7 @@ def deliver(folder: DataFolder, store: Store, plan: BatchPlan) -> dict[str, str]
 def test_latencies_are_those_of_answered_requests(folder: DataFolder, store: Store) -> None:
     plan = settle(folder, store)
 
-    found = store.figures.latencies(plan.batch_id)
+    found = FigureTables(store).latencies(plan.batch_id)
 
     answered = sorted((n + 1) / 100 for n in range(REQUESTS) if n % 10 != 3)
     middle = (answered[44] + answered[45]) / 2
@@ -111,7 +111,7 @@ def test_latencies_are_those_of_answered_requests(folder: DataFolder, store: Sto
 def test_throughput_has_every_outcome_once(folder: DataFolder, store: Store) -> None:
     plan = settle(folder, store)
 
-    found = store.figures.throughput(plan.batch_id, most=20)
+    found = FigureTables(store).throughput(plan.batch_id, most=20)
 
     assert found is not None
     assert found.width_seconds == 5
@@ -125,7 +125,7 @@ def test_throughput_has_every_outcome_once(folder: DataFolder, store: Store) -> 
 def test_a_run_that_ended_before_its_chunks_shows(folder: DataFolder, store: Store) -> None:
     plan = settle(folder, store)
 
-    first, second = store.figures.runs(plan.batch_id)
+    first, second = FigureTables(store).runs(plan.batch_id)
 
     assert (first.run_id, first.outcomes, first.handed_on) == ("first-run", 45, 5)
     assert (second.run_id, second.outcomes, second.handed_on) == ("second-run", 55, 0)
@@ -136,9 +136,9 @@ def test_of_a_batch_without_outcomes_there_are_no_figures(folder: DataFolder, st
     plan = make_batch(folder, 3)
     store.add_batch(plan, at=NOW)
 
-    assert store.figures.latencies(plan.batch_id) is None
-    assert store.figures.throughput(plan.batch_id, most=20) is None
-    assert store.figures.runs(plan.batch_id) == []
+    assert FigureTables(store).latencies(plan.batch_id) is None
+    assert FigureTables(store).throughput(plan.batch_id, most=20) is None
+    assert FigureTables(store).runs(plan.batch_id) == []
 
 
 def test_the_report_tells_the_batch_from_admission_to_delivery(

@@ -8,7 +8,7 @@ import pytest
 
 from batch_orchestration.domain.throughput import Source
 from batch_orchestration.services.configuration import engine_in_force
-from batch_orchestration.storage.estimates import EngineRun
+from batch_orchestration.storage.estimates import EngineRun, EstimateTables
 from batch_orchestration_tests.builders import NOW, make_input
 from batch_orchestration_tests.integration.deployment import Deployment
 
@@ -35,7 +35,7 @@ def measure(deployment: Deployment, *, seconds_a_request: float) -> None:
         seconds=100 * seconds_a_request,
         measured_at=NOW,
     )
-    deployment.store.estimates.add_runs([run], model=in_force.model, device=in_force.device)
+    EstimateTables(deployment.store).add_runs([run], model=in_force.model, device=in_force.device)
 
 
 def chunks_of(deployment: Deployment, requests: int) -> list[int]:

@@ -8,6 +8,7 @@ import pytest
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
 from batch_orchestration.domain.estimates import Basis
 from batch_orchestration.services.estimates import read_estimate
+from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.integration.deployment import Deployment
 
@@ -87,7 +88,7 @@ def test_a_finished_batch_is_scored_and_teaches_the_next_one(deployment):
 
     second = deployment.admit("second.jsonl", make_file(100, requests=40))
 
-    score = deployment.store.estimates.score_of(first)
+    score = EstimateTables(deployment.store).score_of(first)
     learned = read_estimate(deployment.folder, second)
     assert score.actual_seconds > 0
     assert score.error is not None

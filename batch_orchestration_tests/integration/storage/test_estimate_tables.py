@@ -9,7 +9,7 @@ from batch_orchestration.domain.estimates import AnsweredRequest, Band, Basis, E
 from batch_orchestration.domain.outcomes import Usage
 from batch_orchestration.domain.scores import Score
 from batch_orchestration.domain.throughput import Source
-from batch_orchestration.storage.estimates import EngineFacts, EngineRun
+from batch_orchestration.storage.estimates import EngineFacts, EngineRun, EstimateTables
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import (
     NOW,
@@ -102,7 +102,7 @@ def test_only_the_time_counts_during_which_the_engine_had_a_request(store: Store
         store, [("run-1", 0, 4), ("run-1", 1, 3), ("run-1", 2, 6), ("run-1", 100, 101)]
     )
 
-    (run,) = store.estimates.runs_of(batch_id, at_a_time=8)
+    (run,) = EstimateTables(store).runs_of(batch_id, at_a_time=8)
 
     assert run.seconds == pytest.approx(7.0, abs=0.001)
     assert (run.requests, run.prompt_tokens, run.completion_tokens, run.longest) == (4, 40, 6, 3)
@@ -112,7 +112,7 @@ def test_only_the_time_counts_during_which_the_engine_had_a_request(store: Store
 def test_each_run_is_measured_by_itself(store: Store) -> None:
     batch_id = settle(store, [("run-1", 0, 2), ("run-2", 1, 4)])
 
-    first, second = store.estimates.runs_of(batch_id, at_a_time=8)
+    first, second = EstimateTables(store).runs_of(batch_id, at_a_time=8)
 
     assert (first.run_id, second.run_id) == ("run-1", "run-2")
     assert (first.seconds, second.seconds) == (pytest.approx(2.0), pytest.approx(3.0))
@@ -124,11 +124,11 @@ def test_a_batch_without_an_answer_has_no_runs(store: Store) -> None:
     failed = [make_settled(0, make_failure())]
     store.commit_chunk(plan.batch_id, 0, failed, run_id="r", at=NOW, seconds=1.0)
 
-    assert store.estimates.runs_of(plan.batch_id, at_a_time=8) == []
+    assert EstimateTables(store).runs_of(plan.batch_id, at_a_time=8) == []
 
 
 def test_a_score_comes_back_as_it_was_given_and_only_once(store: Store) -> None:
-    tables, score = store.estimates, make_score()
+    tables, score = EstimateTables(store), make_score()
     tables.add_estimate("b", make_estimate())
 
     tables.score(score, [make_run()], model="m", device="cpu", answered=[])
@@ -142,7 +142,7 @@ def test_a_score_comes_back_as_it_was_given_and_only_once(store: Store) -> None:
 
 
 def test_an_estimate_is_kept_once_and_may_have_no_seconds(store: Store) -> None:
-    tables = store.estimates
+    tables = EstimateTables(store)
 
     tables.add_estimate("b", make_estimate(seconds=None))
     tables.add_estimate("b", make_estimate())
@@ -155,11 +155,11 @@ def test_an_estimate_is_kept_once_and_may_have_no_seconds(store: Store) -> None:
 
 def test_scores_are_those_of_the_last_batches_up_to_a_moment(store: Store) -> None:
     for number in range(4):
-        store.estimates.add_estimate(f"b{number}", make_estimate())
+        EstimateTables(store).add_estimate(f"b{number}", make_estimate())
         score = make_score(f"b{number}", scored_at=NOW + number)
-        store.estimates.score(score, [], model="m", device="cpu", answered=[])
+        EstimateTables(store).score(score, [], model="m", device="cpu", answered=[])
 
-    found = store.estimates.scores(limit=2, until=NOW + 2)
+    found = EstimateTables(store).scores(limit=2, until=NOW + 2)
 
     assert [score.batch_id for score in found] == ["b2", "b1"]
 
@@ -168,15 +168,15 @@ def test_answers_are_remembered_by_model(store: Store) -> None:
     answered = AnsweredRequest(
         shape="chat, text, long", characters=9, prompt_tokens=3, completion_tokens=2, cut=True
     )
-    store.estimates.add_estimate("b", make_estimate())
-    store.estimates.score(make_score(), [], model="m", device="cpu", answered=[answered] * 3)
+    EstimateTables(store).add_estimate("b", make_estimate())
+    EstimateTables(store).score(make_score(), [], model="m", device="cpu", answered=[answered] * 3)
 
-    assert store.estimates.answered("m") == [answered] * 3
-    assert store.estimates.answered("other") == []
+    assert EstimateTables(store).answered("m") == [answered] * 3
+    assert EstimateTables(store).answered("other") == []
 
 
 def test_measurements_are_those_of_the_memory_settings_used_last(store: Store) -> None:
-    store.estimates.add_runs(
+    EstimateTables(store).add_runs(
         [
             make_run(rung="max_num_seqs 8", measured_at=NOW - 100),
             make_run(measured_at=NOW),
@@ -185,10 +185,10 @@ def test_measurements_are_those_of_the_memory_settings_used_last(store: Store) -
         device="cpu",
     )
 
-    (run,) = store.estimates.runs(**ENGINE)
+    (run,) = EstimateTables(store).runs(**ENGINE)
 
     assert run == make_run(measured_at=NOW)
-    assert store.estimates.runs(**{**ENGINE, "device": "cuda"}) == []
+    assert EstimateTables(store).runs(**{**ENGINE, "device": "cuda"}) == []
     ((prompt, completion, requests),) = store.query(
         "SELECT prompt_tokens_per_second, completion_tokens_per_second, requests_per_second"
         " FROM benchmarks WHERE rung = 'as configured'"
@@ -203,7 +203,7 @@ def test_what_an_engine_says_replaces_what_it_said_before(store: Store) -> None:
     older = msgspec.structs.replace(facts, max_model_len=1024)
 
     for said in (older, facts):
-        store.estimates.put_facts(said, **ENGINE, args_hash="h")
+        EstimateTables(store).put_facts(said, **ENGINE, args_hash="h")
 
-    assert store.estimates.facts(**ENGINE, args_hash="h") == facts
-    assert store.estimates.facts(**ENGINE, args_hash="other") is None
+    assert EstimateTables(store).facts(**ENGINE, args_hash="h") == facts
+    assert EstimateTables(store).facts(**ENGINE, args_hash="other") is None

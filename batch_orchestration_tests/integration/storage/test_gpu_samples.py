@@ -10,7 +10,8 @@ from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
 from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.services.gpu_samples import SampleTaker, prune_samples
-from batch_orchestration.storage import gpu_samples
+from batch_orchestration.storage import connection, gpu_samples
+from batch_orchestration.storage.gpu_samples import GpuSampleTable
 from batch_orchestration.storage.samples import (
     append_sample,
     read_samples,
@@ -185,7 +186,7 @@ def test_a_line_that_is_being_written_is_taken_in_once_it_is_whole(bench, batch_
 def test_a_long_file_is_taken_in_bit_by_bit_to_its_end(bench, batch_id, monkeypatch):
     sampled(bench, batch_id, *range(4))
     monkeypatch.setattr(gpu_samples, "MOST_BYTES", 2500)
-    more = bench.store.gpu_samples.take_in(batch_id, sample_files(bench.folder, batch_id))
+    more = GpuSampleTable(bench.store).take_in(batch_id, sample_files(bench.folder, batch_id))
     first = len(table(bench))
     taker(bench).take_in(batch_id)
 
@@ -228,7 +229,7 @@ def test_a_locked_store_is_left_alone_and_said_once(bench, batch_id, caplog):
     sampled(bench, batch_id, 5)
     beside = taker(bench, deadline_seconds=0.05)
 
-    with gpu_samples.connection.replacing(bench.folder.duckdb):
+    with connection.replacing(bench.folder.duckdb):
         beside.take_in(batch_id)
         beside.take_in(batch_id)
 
