@@ -6,7 +6,8 @@ from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.lifecycle import FINAL
 
 #: Upper bounds of the latency buckets, in seconds: from an embedding to the time limit of a request
-#: (`BATCH_REQUEST_TIMEOUT_SECONDS`, half an hour by default).
+#: (`BATCH_REQUEST_TIMEOUT_SECONDS`, half an hour by default). Each committed chunk has its
+#: counts by them in the store: other bounds need a migration.
 LATENCY_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 
 
@@ -43,8 +44,9 @@ class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
         prompt_tokens: Of the answers, as `completion_tokens`; neither falls.
         failures_by_code: Every failure that was final when it was committed; never falls.
         dead_letters: By code and state, now.
-        latency_counts: Answers that took at most so long, by `LATENCY_BOUNDS`, then all of them.
-        latency_seconds: Their sum.
+        latency_counts: Answers that took at most so long, by `LATENCY_BOUNDS`, then all of them;
+            never fall.
+        latency_seconds: Their sum; never falls.
     """
 
     batches_by_status: dict[str, int]

@@ -1,17 +1,18 @@
-"""Every metric that there is: name, type, labels and meaning. `docs/metrics.md` says the same."""
+"""Every metric: name, type, labels and meaning, as in `docs/metrics.md`; and a page of values."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
 PREFIX = "batch_orchestration_"
 
-
-class Kind(StrEnum):
-    """Types of Prometheus."""
-
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
 @dataclass(frozen=True)
@@ -20,34 +21,36 @@ class MetricName:
 
     Attributes:
         name: Without `PREFIX`.
+        kind: The library's class for its type.
         help: One sentence, which Prometheus shows.
         labels: In every series of it.
-        is_lasting: A counter over everything that ever happened here, which must never fall. One
-            that is of a run or its engine begins anew with these.
     """
 
     name: str
-    kind: Kind
+    kind: type[Family]
     help: str
     labels: tuple[str, ...] = ()
-    is_lasting: bool = False
 
     @property
     def full_name(self) -> str:
         """As it is exported; a histogram's series have suffixes."""
         return PREFIX + self.name
 
+    def new_family(self) -> Family:
+        """Return it without a series."""
+        return self.kind(self.full_name, self.help, labels=self.labels)
+
 
 def _counter(name: str, text: str, *labels: str) -> MetricName:
-    return MetricName(name, Kind.COUNTER, text, labels, is_lasting=True)
+    return MetricName(name, CounterMetricFamily, text, labels)
 
 
 def _of_engine(name: str, text: str) -> MetricName:
-    return MetricName(name, Kind.COUNTER, text, ("run_id",))
+    return _counter(name, text, "run_id")
 
 
 def _gauge(name: str, text: str, *labels: str) -> MetricName:
-    return MetricName(name, Kind.GAUGE, text, labels)
+    return MetricName(name, GaugeMetricFamily, text, labels)
 
 
 _GPU = ("gpu", "uuid")
@@ -69,9 +72,8 @@ METRICS: tuple[MetricName, ...] = (
     _counter("commits_total", "Chunks that were committed, each once."),
     MetricName(
         "request_latency_seconds",
-        Kind.HISTOGRAM,
+        HistogramMetricFamily,
         "How long the engine took for each committed answer.",
-        is_lasting=True,
     ),
     _gauge("dead_letters", "Failed requests in the queue of dead letters.", "code", "state"),
     # Batches
@@ -107,7 +109,9 @@ METRICS: tuple[MetricName, ...] = (
     _of_engine("engine_preemptions_total", "Requests put back for want of KV cache."),
     _of_engine("engine_prompt_tokens_total", "Tokens that the engine read."),
     _of_engine("engine_generation_tokens_total", "Tokens that the engine wrote."),
-    _of_engine("engine_prefix_cache_queries_total", "Tokens looked up in the prefix cache."),
+    _counter(
+        "engine_prefix_cache_queries_total", "Tokens looked up in the prefix cache.", "run_id"
+    ),
     _of_engine("engine_prefix_cache_hits_total", "Tokens that were found there."),
     # Their GPUs
     _gauge("gpu_info", "Always 1; what a device is.", *_GPU, "name"),
@@ -128,3 +132,39 @@ METRICS: tuple[MetricName, ...] = (
 )
 
 BY_NAME = {metric.name: metric for metric in METRICS}
+
+
+class MetricPage:
+    """The values of one scrape."""
+
+    def __init__(self) -> None:
+        self._families = {metric.name: metric.new_family() for metric in METRICS}
+        self._series: set[tuple[str, ...]] = set()
+
+    def put(self, name: str, value: float | None, /, **labels: str) -> None:
+        """Set a value, each series once; None is nothing. Labels are those of the metric, all.
+
+        Raises:
+            KeyError: There is no such metric, or it has other labels.
+        """
+        metric, family = BY_NAME[name], self._families[name]
+        if set(labels) != set(metric.labels) or isinstance(family, HistogramMetricFamily):
+            raise KeyError(f"{name} has the labels {metric.labels}, not {sorted(labels)}")
+        values = [labels[label] for label in metric.labels]
+        # Prometheus refuses a page that has a series twice.
+        if value is not None and (series := (name, *values)) not in self._series:
+            self._series.add(series)
+            family.add_metric(values, value)
+
+    def put_histogram(
+        self, name: str, bounds: Iterable[float], counts: Iterable[int], total: float
+    ) -> None:
+        """Set a histogram: how many are at most each bound, then all of them; and their sum."""
+        family = self._families[name]
+        assert isinstance(family, HistogramMetricFamily)
+        edges = [*(str(float(bound)) for bound in bounds), "+Inf"]
+        family.add_metric([], list(zip(edges, counts, strict=True)), total)
+
+    def families(self) -> list[Metric]:
+        """Return the metrics that have series."""
+        return [family for family in self._families.values() if family.samples]

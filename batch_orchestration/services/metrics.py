@@ -20,7 +20,7 @@ from batch_orchestration.domain.heartbeats import Heartbeat, Pulse
 from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry
 from batch_orchestration.domain.run_account import RunAccount, kept
 from batch_orchestration.domain.store_figures import LATENCY_BOUNDS, BatchFigures, StoreFigures
-from batch_orchestration.services.metric_page import Floor, MetricPage
+from batch_orchestration.services.metric_names import MetricPage
 from batch_orchestration.services.metric_sources import AccountsSource, StoreSource
 from batch_orchestration.storage.fences import read_fences
 from batch_orchestration.storage.files import DataFolder
@@ -55,19 +55,11 @@ class MetricsCollector(Collector):
 
     Args:
         folder: The data folder; it may not exist yet, or any more.
-        floor: What lasting counters have been.
         clock: POSIX seconds.
     """
 
-    def __init__(
-        self,
-        folder: DataFolder,
-        *,
-        floor: Floor | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, folder: DataFolder, *, clock: Callable[[], float] = time.time) -> None:
         self._folder = folder
-        self._floor = floor or Floor()
         self._clock = clock
         self._store = StoreSource(folder.duckdb)
         self._accounts = AccountsSource(folder)
@@ -89,7 +81,7 @@ class MetricsCollector(Collector):
             began, page = time.monotonic(), MetricPage()
             self._put_all(page)
             page.put("scrape_duration_seconds", time.monotonic() - began)
-            return page.metrics(self._floor)
+            return page.families()
 
     def _put_all(self, page: MetricPage) -> None:
         page.put("build_info", 1, version=__version__)

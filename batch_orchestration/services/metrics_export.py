@@ -7,7 +7,6 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 
-from batch_orchestration.services.metric_page import Floor
 from batch_orchestration.services.metrics import MetricsCollector
 from batch_orchestration.storage.files import DataFolder, atomic_writer
 
@@ -15,22 +14,18 @@ from batch_orchestration.storage.files import DataFolder, atomic_writer
 _READABLE_BY_ALL = 0o644
 
 
-def metrics_text(folder: DataFolder, *, floor: Floor | None = None) -> bytes:
+def metrics_text(folder: DataFolder) -> bytes:
     """Return one page in Prometheus's text format."""
-    return generate_latest(_registry(folder, floor))
+    return generate_latest(_registry(folder))
 
 
 def write_textfile(folder: DataFolder, path: Path) -> None:
     """Write a page for node exporter's textfile collector; readers see the old one or the new one.
 
-    No counter is lower, or gone, than in the page that is there.
-
     Raises:
         StorageError: It cannot be written; a page that was there stays.
     """
-    floor = Floor()
-    floor.read(path)
-    page = metrics_text(folder, floor=floor)
+    page = metrics_text(folder)
     with atomic_writer(path) as file:
         os.fchmod(file.fileno(), _READABLE_BY_ALL)
         file.write(page)
@@ -44,10 +39,10 @@ def serve_metrics(
     Raises:
         OSError: The address is taken or not ours.
     """
-    return start_http_server(port, addr=host, registry=_registry(folder, None))
+    return start_http_server(port, addr=host, registry=_registry(folder))
 
 
-def _registry(folder: DataFolder, floor: Floor | None) -> CollectorRegistry:
+def _registry(folder: DataFolder) -> CollectorRegistry:
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(MetricsCollector(folder, floor=floor))
+    registry.register(MetricsCollector(folder))
     return registry

@@ -12,12 +12,16 @@ from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import ChunkReport, SettledRequest
 from batch_orchestration.domain.errors import BatchNotFound, OutcomeMismatch
 from batch_orchestration.domain.outcomes import Completion, FailureCode
+from batch_orchestration.domain.store_figures import LATENCY_BOUNDS
 from batch_orchestration.storage import letters, rows
 
 OF_CHUNK = "WHERE batch_id = ? AND chunk = ?"
 #: Rows of today cannot add up to more than 64 bits; those of earlier versions may.
 _SUM = "least(coalesce(sum({}), 0), 9223372036854775807)"
 _PROMPT_TOKENS, _COMPLETION_TOKENS = map(_SUM.format, ("prompt_tokens", "completion_tokens"))
+_WITHIN = ", ".join(f"count(*) FILTER (latency_seconds <= {bound})" for bound in LATENCY_BOUNDS)
+_LATENCY_COUNTS = f"[{_WITHIN}, count(*)]"
+_LATENCY_MICROS = "coalesce(sum(try_cast(latency_seconds * 1e6 AS BIGINT)), 0)"
 _FAILED = f"{OF_CHUNK} AND {letters.UNRESOLVED}"
 
 
@@ -153,10 +157,12 @@ def count_chunk(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> No
             completion_tokens = (SELECT {_COMPLETION_TOKENS} FROM results {OF_CHUNK}),
             attempts = (SELECT coalesce(sum(attempts), 0) FROM results {OF_CHUNK})
                 + (SELECT coalesce(sum(attempts), 0) FROM failed_requests {_FAILED}),
+            latency_counts = (SELECT {_LATENCY_COUNTS} FROM results {OF_CHUNK}),
+            latency_micros = (SELECT {_LATENCY_MICROS} FROM results {OF_CHUNK}),
             failures_by_code = ?
         {OF_CHUNK}
         """,
-        [*(key * 6), msgspec.json.encode(codes).decode(), *key],
+        [*(key * 8), msgspec.json.encode(codes).decode(), *key],
     )
 
 

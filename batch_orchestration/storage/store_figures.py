@@ -1,7 +1,6 @@
 """Reads the figures of the whole store in one short transaction, and never makes or changes it."""
 
 from pathlib import Path
-from typing import Any
 
 import duckdb
 
@@ -16,11 +15,14 @@ _IS_FINAL = f"status IN ({', '.join(repr(str(status)) for status in sorted(FINAL
 #: When a batch came to its end.
 _ENDED = "coalesce(completed_at, cancelled_at, expired_at, failed_at, created_at)"
 
+_BUCKETS = len(LATENCY_BOUNDS) + 1
 #: What a commit that was taken back had counted stays in its row until the next one replaces it, so
 #: that these sums never fall.
-_CHUNKS = """
+_CHUNKS = f"""
 SELECT count(committed_at), coalesce(sum(completed), 0), coalesce(sum(attempts), 0),
-    coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0)
+    coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0),
+    coalesce(sum(latency_micros), 0) / 1e6,
+    {", ".join(f"coalesce(sum(latency_counts[{n}]), 0)::BIGINT" for n in range(1, _BUCKETS + 1))}
 FROM chunks
 """
 #: Rows are only added to this table. A replay that was closed has no code: that is no new failure.
@@ -28,15 +30,10 @@ _FAILURES = """
 SELECT code, count(*) FROM dead_letter_events WHERE state = 'dead' AND code IS NOT NULL
 GROUP BY code ORDER BY code
 """
-_LATENCIES = f"""
-SELECT {", ".join(f"count(*) FILTER (latency_seconds <= {bound})" for bound in LATENCY_BOUNDS)},
-    count(*), coalesce(sum(latency_seconds), 0)
-FROM results
-"""
 
 
 def read_figures(path: Path, *, finished: int, deadline_seconds: float) -> StoreFigures:
-    """Return the figures of a store; it costs some milliseconds for each million of requests.
+    """Return the figures of a store; its cost grows with chunks, not with requests.
 
     Args:
         path: Of the file.
@@ -48,8 +45,9 @@ def read_figures(path: Path, *, finished: int, deadline_seconds: float) -> Store
         StorageError: It cannot be read, or has another schema.
     """
     with reading(path, deadline_seconds=deadline_seconds) as db:
-        chunks, completed, attempts, prompt_tokens, completion_tokens = _row(db, _CHUNKS)
-        *latency_counts, latency_seconds = _row(db, _LATENCIES)
+        ((chunks, completed, attempts, prompt, completion, seconds, *latencies),) = db.execute(
+            _CHUNKS
+        ).fetchall()
         newest = f"WHERE {_IS_FINAL} ORDER BY {_ENDED} DESC LIMIT {int(finished)}"
         return StoreFigures(
             batches_by_status=_counts(db, "SELECT status, count(*) FROM batches GROUP BY status"),
@@ -58,8 +56,8 @@ def read_figures(path: Path, *, finished: int, deadline_seconds: float) -> Store
             committed_chunks=chunks,
             completed=completed,
             attempts=attempts,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
             failures_by_code=_counts(db, _FAILURES),
             dead_letters={
                 (code, state): count
@@ -67,14 +65,9 @@ def read_figures(path: Path, *, finished: int, deadline_seconds: float) -> Store
                     "SELECT code, state, count(*) FROM failed_requests GROUP BY code, state"
                 ).fetchall()
             },
-            latency_counts=tuple(latency_counts),
-            latency_seconds=latency_seconds,
+            latency_counts=tuple(latencies),
+            latency_seconds=seconds,
         )
-
-
-def _row(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
-    (row,) = db.execute(sql).fetchall()
-    return tuple(row)
 
 
 def _counts(db: duckdb.DuckDBPyConnection, sql: str) -> dict[str, int]:
