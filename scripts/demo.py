@@ -28,8 +28,8 @@ from batch_orchestration.cli.watching import follow_shown
 from batch_orchestration.domain.batches import BatchOptions, BatchStatus
 from batch_orchestration.domain.commits import SIMULATED
 from batch_orchestration.domain.errors import BatchOrchestrationError
-from batch_orchestration.services.reports import duration
 from batch_orchestration.services.status import BatchView, find_identity, view_batch
+from batch_orchestration.services.wording import duration
 
 EXAMPLE = REPOSITORY / "examples" / "candidates.jsonl"
 ANSWERS_SHOWN = 3

@@ -23,7 +23,7 @@ from batch_orchestration.services.outbox import (
     write_report,
 )
 from batch_orchestration.services.report_figures import gather_figures
-from batch_orchestration.services.reports import report_blocks
+from batch_orchestration.services.reports import batch_report
 from batch_orchestration.services.scoring import score_batch
 from batch_orchestration.services.submission_assembly import SubmissionReport, part_ending
 from batch_orchestration.services.tallies import Tally
@@ -102,7 +102,7 @@ def assemble(
             tally = _write_files(plan, store.settled(batch_id), files)
             scored = score_batch(plan, tally, folder=folder, store=store, clock=clock)
             figures = gather_figures(plan, tally, folder=folder, store=store)
-            report = report_blocks(
+            text = batch_report(
                 *(plan, record, tally, store.chunk_reports(batch_id)),
                 outbox=str(files.folder),
                 scored=scored,
@@ -110,7 +110,7 @@ def assemble(
                 figures=figures,
             )
             crash_point(CrashPoint.BEFORE_REPORT_RENAME)
-            text = write_report(batch_id, report, files)
+            write_report(batch_id, text, files)
             crash_point(CrashPoint.AFTER_RENAMES)
             _remove_partial_files(files)
         except Shortage as error:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -12,7 +12,7 @@ from batch_orchestration.domain.commits import SettledRequest
 from batch_orchestration.domain.errors import AccountingError, OutboxUnwritable
 from batch_orchestration.domain.outcomes import Completion
 from batch_orchestration.domain.output_lines import output_line
-from batch_orchestration.services.documents import Block, to_html, to_markdown
+from batch_orchestration.services.documents import to_html
 from batch_orchestration.services.heart import note_work
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import make_folder, write_atomically
@@ -78,13 +78,11 @@ def write_lines(
     flush(errors)
 
 
-def write_report(title: str, report: Sequence[Block], files: OutboxFiles) -> str:
-    """Write the report as page and as Markdown, durably; return the latter."""
-    text = to_markdown(report)
-    write_atomically(files.page, to_html(title, report).encode(errors="replace"))
+def write_report(title: str, text: str, files: OutboxFiles) -> None:
+    """Write the report, given as Markdown, as a page and as it is, durably."""
+    write_atomically(files.page, to_html(title, text).encode(errors="replace"))
     # Last: who sees it, sees all of the files.
     write_atomically(files.report, text.encode(errors="replace"))
-    return text
 
 
 def each_once(plan: BatchPlan, settled: Iterable[SettledRequest]) -> Iterator[SettledRequest]:

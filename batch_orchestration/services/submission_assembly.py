@@ -24,7 +24,7 @@ from batch_orchestration.services.outbox import (
     write_report,
 )
 from batch_orchestration.services.recount import find_miscount
-from batch_orchestration.services.reports import submission_blocks
+from batch_orchestration.services.reports import submission_report
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import DataFolder, atomic_writer
 from batch_orchestration.storage.sharing import shared_lock
@@ -91,10 +91,10 @@ def _assemble(
         failures: Counter[str] = Counter()
         for part_id in records:
             failures.update(store.failure_counts(part_id))
-        report = submission_blocks(
+        text = submission_report(
             submission, list(records.values()), failures, outbox=str(files.folder)
         )
-        text = write_report(submission.submission_id, report, files)
+        write_report(submission.submission_id, text, files)
     except Shortage as error:
         raise unwritable(files, str(error)) from error
     logger.info(

@@ -1,4 +1,4 @@
-"""Documents: the same text as Markdown and as HTML, whoever wrote it."""
+"""Reports: the same text as Markdown and as HTML, whoever wrote it."""
 
 import re
 from base64 import b64decode
@@ -7,19 +7,24 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from batch_orchestration.services.documents import (
-    Bullets,
-    Code,
-    Heading,
-    Paragraph,
-    Picture,
-    Quote,
-    Strong,
-    Table,
-    to_html,
-    to_markdown,
+from batch_orchestration.domain.batches import BatchOptions, BatchStatus
+from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.services.documents import CELL_LENGTH, Picture, to_html
+from batch_orchestration.services.report_figures import ReportFigures
+from batch_orchestration.services.report_timeline import Moment
+from batch_orchestration.services.reports import batch_report
+from batch_orchestration.services.tallies import Tally
+from batch_orchestration_tests.builders import (
+    NOW,
+    make_failure,
+    make_input,
+    make_plan,
+    make_provenance,
+    make_settled,
 )
+from batch_orchestration_tests.unit.services.test_reports import make_record
 
 #: What somebody may put into an id or provoke in a message.
 HOSTILE = (
@@ -30,6 +35,11 @@ HOSTILE = (
     "`|`</td></tr></table><h1>owned",
     "[throughput]: http://evil.example/pixel.png",
     "a\n\n# heading\n\n[throughput]: http://evil.example/pixel.png",
+    "<http://evil.example> &lt;b&gt; &#91;x](http://evil.example)",
+    "_a_ __init__ *b* **c** ~~d~~ max_tokens \\_e\\_ \\",
+    "| --- | --- |\n| a | b |",
+    "    - [ ] > # 1. ===\n\t```\ncode\n```",
+    "\\| \\\\| `\\|` \\`",
 )
 
 
@@ -49,63 +59,105 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def document(text: str) -> list:
-    return [
-        Heading(1, "report"),
-        Paragraph((text, Strong(text), Code(text))),
-        Quote([text, (Strong(text), text)]),
-        Bullets([text, Code(text)]),
-        Table(("a", "b"), [(text, (Code(text), Strong(text)))]),
-        Picture("throughput", "Throughput", b"<svg/>"),
-    ]
+PICTURE = Picture("throughput", "Throughput", b"<svg/>")
+
+
+def report(text: str, *, examples: int = 2) -> str:
+    """A report in which everything that may be somebody else's is this text."""
+    plan = make_plan(make_input(3), options=BatchOptions(metadata={text: text}))
+    plan = replace(plan, batch_id="candidates-1", file_name=text)
+    provenance = make_provenance(text, engine=text, engine_version=text, model=text)
+    tally = Tally()
+    for index in range(examples):
+        settled = make_settled(index, make_failure(message=text), provenance=provenance)
+        tally.count(replace(settled, custom_id=text))
+    closing = Closing(
+        status=BatchStatus.CANCELLED,
+        at=NOW,
+        actor=text,
+        reason=text,
+    )
+    return batch_report(
+        *(plan, make_record(plan), tally, {}),
+        outbox=text,
+        closing=closing,
+        figures=ReportFigures(timeline=[Moment(NOW, text)], pictures=[PICTURE]),
+    )
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_foreign_text_is_text_in_html(text: str) -> None:
-    page = Tags(to_html(text, document(text)))
+    page = Tags(to_html(text, report(text)))
 
-    kinds = Tags(to_html("x", document("x"))).tags
-    assert page.tags == kinds
+    assert page.tags == Tags(to_html("x", report("x"))).tags
     sources = [attributes["src"] for _, attributes in page.tags if attributes.get("src")]
     assert [source.partition(",")[0] for source in sources] == ["data:image/svg+xml;base64"]
-    assert " ".join(text.split()) in " ".join(page.text.split())
+    shown = one_line(page.text)
+    # File, value, two names, two messages, actor, reason, moment, engine, version, model, title.
+    assert shown.count(one_line(text)) >= 13
+    # Code: the key, and the outbox.
+    assert shown.count(one_line(text).replace("`", "'")) >= 2
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_foreign_text_is_text_in_markdown(text: str) -> None:
-    markdown = to_markdown(document(text))
+    markdown = report(text)
 
-    outside = re.sub(r"`[^`]*`", "", markdown)
+    outside = re.sub(r"`[^`]*`", "", markdown.replace("\\`", ""))
     assert "<" not in outside
     assert not re.search(r"(?<!\\)\[(?!throughput\]|Throughput)", outside.replace("![T", "[T"))
     definitions = [line for line in markdown.splitlines() if line.startswith("[throughput]:")]
     assert definitions == ["[throughput]: data:image/svg+xml;base64,PHN2Zy8+"]
-    assert [line for line in markdown.splitlines() if line.startswith("#")] == ["# report"]
+    headings = [line for line in markdown.splitlines() if line.startswith("#")]
+    assert headings == [line for line in report("x").splitlines() if line.startswith("#")]
 
 
-@given(st.text())
-def test_whatever_the_text_a_table_has_its_rows_and_cells(text: str) -> None:
-    lines = to_markdown([Table(("a", "b"), [(text, Code(text))])]).splitlines()
+@given((st.text() | st.text("\\`|[]()!<>&#;:*_~-=1. \nxa", max_size=40)).filter(str.strip))
+def test_whatever_the_text_the_page_has_the_same_tags_and_shows_it(text: str) -> None:
+    page = Tags(to_html("x", report(text)))
 
-    assert len(lines) == 3
-    assert [len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines] == [3, 3, 3]
+    assert page.tags == REFERENCE.tags
+    if len(text) <= CELL_LENGTH and "\0" not in text:
+        assert one_line(page.text).count(one_line(text)) >= 12
+
+
+REFERENCE = Tags(to_html("x", report("x")))
 
 
 def test_the_page_says_itself_that_it_loads_nothing() -> None:
-    page = to_html("report", document("text"))
+    page = to_html("report", report("text"))
 
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
     assert not re.search(r"https?://", page)
 
 
-def test_a_picture_is_named_in_its_place_and_follows_at_the_end() -> None:
-    lines = to_markdown([Picture("gpu", "GPU", b"<svg>1</svg>"), Paragraph("after")]).splitlines()
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("http://evil.example/x.png", "javascript:alert(1)", "data:text/html;base64,PHN2Zy8+"),
+        *("data:image/svg+xml,<svg/>", "//evil.example", "x.png"),
+    ],
+)
+def test_nothing_is_loaded_or_linked_even_if_markdown_says_so(uri: str) -> None:
+    """A template that is careless one day."""
+    page = Tags(to_html("x", f"![x]({uri}) [x]({uri}) <{uri}> <img src={uri}>\n\n<script>\n"))
 
-    assert lines[0] == "![GPU][gpu]"
-    assert lines[2] == "after"
-    assert b64decode(lines[4].partition("base64,")[2]) == b"<svg>1</svg>"
+    assert {tag for tag, _ in page.tags}.isdisjoint({"a", "img", "script"})
+
+
+def test_a_picture_is_named_in_its_place_and_follows_at_the_end() -> None:
+    lines = report("x").splitlines()
+
+    assert lines.index("![Throughput][throughput]") < lines.index("## Failures")
+    assert b64decode(lines[-1].partition("base64,")[2]) == b"<svg/>"
 
 
 def test_what_is_too_long_for_a_cell_is_cut() -> None:
-    assert "x" * 300 not in to_markdown([Table(("a",), [("x" * 5000,)])])
-    assert "x" * 300 not in to_html("t", [Table(("a",), [(Code("x" * 5000),)])])
+    tables = [line for line in report("x" * 5000).splitlines() if line.startswith("|")]
+
+    assert any("x" * 199 + "…" in line for line in tables)
+    assert not any("x" * 200 in line for line in tables)

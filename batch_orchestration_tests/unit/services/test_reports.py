@@ -4,9 +4,9 @@ import pytest
 
 from batch_orchestration.domain.batches import BatchOptions, BatchStatus
 from batch_orchestration.domain.commits import BatchRecord, ChunkReport
-from batch_orchestration.services.documents import to_markdown
-from batch_orchestration.services.reports import CHUNKS_SHOWN, duration, report_blocks
+from batch_orchestration.services.reports import CHUNKS_SHOWN, batch_report
 from batch_orchestration.services.tallies import Tally
+from batch_orchestration.services.wording import duration
 from batch_orchestration_tests.builders import (
     NOW,
     make_failure,
@@ -60,8 +60,7 @@ def report_of(requests, *, chunks=1, options=None, **provenance):
     for request in requests:
         tally.count(request(make_provenance(**{**provenance, "settings_hash": settings_hash})))
     reports = {number: make_report(number, seconds=number) for number in range(chunks)}
-    blocks = report_blocks(plan, make_record(plan), tally, reports, outbox="/data/outbox/b")
-    return to_markdown(blocks)
+    return batch_report(plan, make_record(plan), tally, reports, outbox="/data/outbox/b")
 
 
 def answered(index):
