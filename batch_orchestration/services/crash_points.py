@@ -96,5 +96,19 @@ class _Armed:
             hang() if self._hangs else accident()
 
 
-#: A name that is none of the points is an error at import.
-_armed = _Armed(os.environ[VARIABLE]) if VARIABLE in os.environ else None
+_armed: _Armed | None = None
+
+
+def arm(text: str) -> None:
+    """Let the accident happen at a point, as `CRASH_POINT` names it.
+
+    Raises:
+        ValueError: There is no such point.
+    """
+    global _armed
+    _armed = _Armed(text)
+
+
+# A name that is none of the points is an error at import.
+if VARIABLE in os.environ:
+    arm(os.environ[VARIABLE])

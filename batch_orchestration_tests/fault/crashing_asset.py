@@ -1,11 +1,6 @@
-"""Materializes the chunks of a batch in a Dagster instance that lasts, and dies at a crash point.
-
-Run as a program: `CRASH_POINT=… python -m batch_orchestration_tests.fault.crashing_asset ROOT
-VICTIM`; see `crashing_batch`.
-"""
+"""Materializes the chunks of a batch in a Dagster instance that lasts; see `crashing_batch`."""
 
 import json
-import sys
 from pathlib import Path
 
 import dagster as dg
@@ -27,7 +22,7 @@ def lasting_deployment(root: Path) -> Deployment:
     return deployment
 
 
-def main(root: Path, victim: str) -> None:
+def materialize(root: Path, victim: str) -> None:
     deployment = lasting_deployment(root)
     if victim == "engine":
         kill_the_engine_instead(deployment.folder)
@@ -35,7 +30,3 @@ def main(root: Path, victim: str) -> None:
     numbers = range(REQUESTS // PER_CHUNK)
     tags = {BATCH_TAG: batch_ids[0], **range_tags(batch_ids[0], numbers)}
     assert deployment.run(dg.RunRequest(job_name="answer_chunks", tags=tags)).success
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,13 +1,11 @@
-"""Runs the one batch of a data folder to its end, and on the way has the accident it is told of.
+"""Runs one batch of a data folder to its end; the accident on the way is named by the crash point.
 
-Run as a program: `CRASH_POINT=… python -m batch_orchestration_tests.fault.crashing_batch FOLDER
-RUN_ID VICTIM`. With `engine` as VICTIM the engine is killed at the point instead of this process,
-and the file `accident` says that it was.
+With `engine` as the victim the engine is killed at the point instead of this process, and the file
+`accident` says that it was.
 """
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 from batch_orchestration.services import crash_points
@@ -32,17 +30,15 @@ def kill_the_engine_instead(folder: DataFolder) -> None:
     crash_points.accident = kill_engine
 
 
-def main(root: Path, run_id: str, victim: str) -> None:
+def run_batch(root: Path, run_id: str, victim: str, batch_id: str | None = None) -> None:
+    """Run this batch, or the only one; others may be its guests."""
     folder = DataFolder(root)
     if victim == "engine":
         kill_the_engine_instead(folder)
-    (batch_id,) = folder.batch_ids()
+    if batch_id is None:
+        (batch_id,) = folder.batch_ids()
     engine = simulated_engine(folder)
     try:
         run_to_the_end(batch_id, folder, Store(folder.duckdb), engine, run_id=run_id)
     finally:
         engine.stop()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,30 +1,31 @@
 """`kill -9` of whoever tends the alerts, at each moment that matters: nothing is lost."""
 
+import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.services import alerting
 from batch_orchestration_tests.alert_bench import Tower
 from batch_orchestration_tests.alert_servers import Webhook, serving
-from batch_orchestration_tests.children import child
+from batch_orchestration_tests.forks import run_forked
 
-#: Tends the book once; dies at the moment that it is told.
-TEND = """
-    import os, signal, sys
-    from pathlib import Path
-    from types import SimpleNamespace
-    from batch_orchestration.services import alerting
-    from batch_orchestration_tests.alert_bench import Tower
-    root, url, now, moment = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4]
+
+def tend(root: Path, url: str, now: float, moment: str) -> None:
+    """Tend the book once; die at the moment that is told."""
     tower = Tower(root, SimpleNamespace(url=url))
     tower.now = now
 
-    def die(*arguments, **options):
+    def die(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     deliver = alerting.deliver
-    def send_and_die(*arguments, **options):
+
+    def send_and_die(*arguments: Any, **options: Any) -> None:
         deliver(*arguments, **options)
         die()
 
@@ -35,7 +36,6 @@ TEND = """
     if moment == "before it is known to be sent":
         alerting.deliver = send_and_die
     tower.tend()
-"""
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_killed_at_any_moment_it_loses_no_alert(tmp_path, monkeypatch, moment, a
         tower.begin()
         tower.end(tower.add(failing=(1, 2)), BatchStatus.COMPLETED)
         tower.now += 30
-        with child(TEND, tmp_path, webhook.url, tower.now, moment) as process:
-            assert process.wait(30) == -signal.SIGKILL
+        died = run_forked(tend, tmp_path, webhook.url, tower.now, moment)
 
         for _ in range(3):
             tower.tick()
 
+        assert died == -signal.SIGKILL
         assert len(webhook.texts) == arrived
         assert all("too many failures" in text for text in webhook.texts)
         assert not list(tower.folder.root.glob("*.damaged-*"))

@@ -1,18 +1,16 @@
 """`kill -9` at every step of an early end: whoever comes next does what is left."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.services.crash_points import VARIABLE, CrashPoint
+from batch_orchestration.services.crash_points import CrashPoint
 from batch_orchestration.services.resuming import finish_resumptions
-from batch_orchestration_tests.children import ROOT
 from batch_orchestration_tests.closing_bench import ClosingBench
+from batch_orchestration_tests.fault.crashing_closing import take_step
+from batch_orchestration_tests.forks import run_forked
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 
 #: The step, where it is killed, and the status that the store has then.
@@ -23,14 +21,6 @@ STEPS = [
     ("deliver", CrashPoint.BEFORE_OUTPUT_RENAME, 1, "cancelling"),
     ("deliver", CrashPoint.AFTER_RENAMES, 1, "cancelling"),
 ]
-
-
-def run(root: Path, step: str, crash_point: str | None = None) -> int:
-    environment = {**os.environ, **({VARIABLE: crash_point} if crash_point else {})}
-    command = [sys.executable, "-m", "batch_orchestration_tests.fault.crashing_closing"]
-    return subprocess.run(
-        [*command, str(root), step], cwd=ROOT, env=environment, timeout=600, check=False
-    ).returncode
 
 
 def half_done(root: Path) -> tuple[ClosingBench, BatchPlan]:
@@ -60,7 +50,7 @@ def test_a_cancellation_killed_anywhere_is_carried_through(
     if step == "deliver":
         bench.cancel(plan)
 
-    died = run(tmp_path, step, f"{point}:{passing}")
+    died = run_forked(take_step, tmp_path, step, crash_point=f"{point}:{passing}")
     status_at_death = bench.status(plan)
     bench.look()
     bench.deliver(plan)
@@ -83,7 +73,7 @@ def test_an_expiry_killed_anywhere_is_carried_through(
     if step == "deliver":
         bench.look()
 
-    died = run(tmp_path, step, f"{point}:1")
+    died = run_forked(take_step, tmp_path, step, crash_point=f"{point}:1")
     bench.look()
     bench.deliver(plan)
 
@@ -97,7 +87,7 @@ def test_a_resumption_killed_anywhere_is_carried_through(tmp_path: Path, point: 
     bench.cancel(plan)
     bench.deliver(plan)
 
-    died = run(tmp_path, "resume", f"{point}:1")
+    died = run_forked(take_step, tmp_path, "resume", crash_point=f"{point}:1")
     status_at_death = bench.status(plan)
     finished = finish_resumptions(folder=bench.folder, store=bench.store)
     bench.finish(plan)

@@ -1,22 +1,20 @@
 """`kill -9` of a run while it serves a guest: neither batch loses a request or gets one twice."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.services.crash_points import VARIABLE, CrashPoint
-from batch_orchestration_tests.children import ROOT
+from batch_orchestration.services.crash_points import CrashPoint
+from batch_orchestration_tests.fault.crashing_batch import run_batch
 from batch_orchestration_tests.fault.mixed_batches import assert_accounted, durable_outcomes
+from batch_orchestration_tests.forks import run_forked
 from batch_orchestration_tests.turn_bench import TurnBench, entry
 
 #: The point, and at which passing the accident happens: while the guest is served, and with its
-#: first, its second and the host's own commit.
+#: first and the host's own commit.
 MOMENTS = [
     (CrashPoint.BEFORE_SUBMIT, 30),
     (CrashPoint.AFTER_SUBMIT, 30),
@@ -24,16 +22,13 @@ MOMENTS = [
     (CrashPoint.AFTER_OUTCOME, 30),
     (CrashPoint.BEFORE_COMMIT, 1),
     (CrashPoint.AFTER_COMMIT, 1),
-    (CrashPoint.AFTER_COMMIT, 2),
     (CrashPoint.AFTER_COMMIT, 4),
 ]
 
 
 def run(bench: TurnBench, run_id: str, plan: BatchPlan, *, crash_point: str | None = None) -> int:
-    command = [sys.executable, "-m", "batch_orchestration_tests.fault.crashing_host"]
-    command += [str(bench.folder.root), run_id, plan.batch_id]
-    environment = {**os.environ, **({VARIABLE: crash_point} if crash_point else {})}
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=600, check=False).returncode
+    arguments = (bench.folder.root, run_id, "worker", plan.batch_id)
+    return run_forked(run_batch, *arguments, crash_point=crash_point)
 
 
 @pytest.mark.parametrize(("point", "passing"), MOMENTS)

@@ -1,23 +1,17 @@
 """`kill -9` around the decision to pause a batch: it stands, and nothing is asked after it."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-from batch_orchestration.services.crash_points import VARIABLE, CrashPoint
-from batch_orchestration_tests.children import ROOT
+from batch_orchestration.services.crash_points import CrashPoint
+from batch_orchestration_tests.fault.crashing_halt import take_step
+from batch_orchestration_tests.forks import run_forked
 from batch_orchestration_tests.halting_bench import HaltingBench, refusing
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 
 
 def run(root: Path, step: str, crash_point: str) -> int:
-    command = [sys.executable, "-m", "batch_orchestration_tests.fault.crashing_halt"]
-    environment = {**os.environ, VARIABLE: crash_point}
-    return subprocess.run(
-        [*command, str(root), step], cwd=ROOT, env=environment, timeout=600, check=False
-    ).returncode
+    return run_forked(take_step, root, step, crash_point=crash_point)
 
 
 def test_a_run_killed_after_the_decision_leaves_the_batch_paused(tmp_path: Path) -> None:

@@ -1,31 +1,34 @@
 """A replay that is killed with SIGKILL at any moment loses no answer and asks none twice."""
 
-import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from batch_orchestration.domain.dead_letters import Selection
+from batch_orchestration.services.replaying import run_replay
+from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.operations import open_replays
-from batch_orchestration_tests.children import child
+from batch_orchestration.storage.store import Store
+from batch_orchestration_tests.forks import run_forked
 from batch_orchestration_tests.letter_bench import LetterBench
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.workbench import make_feeding
 
 FAILING = tuple(range(0, 30, 2))
 
-RUN_REPLAY = """
-    import os, sys
-    os.environ["CRASH_POINT"] = sys.argv[3]
-    from pathlib import Path
-    from batch_orchestration.services.replaying import run_replay
-    from batch_orchestration.storage.files import DataFolder
-    from batch_orchestration.storage.store import Store
-    from batch_orchestration_tests.scripted_engine import ScriptedEngine
-    from batch_orchestration_tests.workbench import make_feeding
-    folder = DataFolder(Path(sys.argv[1]))
-    run_replay(sys.argv[2], 1, engine=ScriptedEngine(), folder=folder, store=Store(folder.duckdb),
-               run_id="killed", feeding=make_feeding(in_flight=4))
-"""
+
+def replay(root: Path, batch_id: str) -> None:
+    folder = DataFolder(root)
+    run_replay(
+        batch_id,
+        1,
+        engine=ScriptedEngine(),
+        folder=folder,
+        store=Store(folder.duckdb),
+        run_id="killed",
+        feeding=make_feeding(in_flight=4),
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,13 +47,11 @@ RUN_REPLAY = """
     ],
 )
 def test_a_killed_replay_goes_on_where_it_stopped(tmp_path: Path, point: str) -> None:
-    assert "CRASH_POINT" not in os.environ
     bench = LetterBench(tmp_path, failing=FAILING, requests=40)
     bench.assemble()
     bench.ask()
 
-    with child(RUN_REPLAY, tmp_path, bench.batch_id, point) as process:
-        assert process.wait(timeout=600) == -9
+    assert run_forked(replay, tmp_path, bench.batch_id, crash_point=point) == -signal.SIGKILL
 
     assert open_replays(bench.folder) == [(bench.batch_id, 1)]
     assert set(bench.states().values()) <= {"replaying", "resolved"}
