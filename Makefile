@@ -30,6 +30,8 @@ ifeq ($(DEVICE),cpu)
 export HF_HUB_OFFLINE ?= 1
 endif
 unexport PYTHONHOME PYTHONPATH
+# Else each process that a test or Dagster starts compiles all of our modules.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTEST_ARGS ?=
 
@@ -115,7 +117,7 @@ dev: demo-model ## keep Dagster's UI and daemon running on localhost:3000, until
 # --- checks ---------------------------------------------------------------------------------------
 
 # Most tests wait for Dagster's clocks, not for a core; real engines get the machine to themselves.
-# Files in their order, as the longest are among the first.
+# Files in their order: those with slow tests are the first (`conftest.py`).
 SIDE_BY_SIDE := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
@@ -123,13 +125,13 @@ test: setup model ## run all tests, those on real vLLM included (PYTEST_ARGS="-k
 ifneq ($(strip $(PYTEST_ARGS)),)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
-	$(BIN)/python -m pytest batch_orchestration_tests/engine
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --ignore=batch_orchestration_tests/engine
+	$(BIN)/python -m pytest --durations=30 batch_orchestration_tests/engine
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=30 --ignore=batch_orchestration_tests/engine
 endif
 
 .PHONY: test-fast
-test-fast: setup ## run the tests that need no model and kill no process
-	$(BIN)/python -m pytest --ignore=batch_orchestration_tests/engine \
+test-fast: setup ## run the tests that need no model, kill no process and are not slow
+	$(BIN)/python -m pytest -m 'not slow' --ignore=batch_orchestration_tests/engine \
 	  --ignore=batch_orchestration_tests/fault $(PYTEST_ARGS)
 
 # The seed is printed, and SEED=n kills in the same order again.

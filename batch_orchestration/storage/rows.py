@@ -104,6 +104,8 @@ def insert(
     rows: Sequence[Row], rest: str = "",
 ) -> None:  # fmt: skip
     """Insert rows in bulk, each with every column; `rest` of the statement says which."""
+    if not rows:
+        return
     # Here, because it takes half a second, which commands that only read should not pay.
     import pandas as pd
 

@@ -22,11 +22,13 @@ def migrate(path: Path, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
     """
     if _identity(path) in _current:
         return
+    made = False
     if _identity(path) is None:
         with creating(path, deadline_seconds=deadline_seconds) as connection:
             if connection:
                 _apply(connection, path)
-    if _lacks_migrations(path, deadline_seconds):
+                made = True
+    if not made and _lacks_migrations(path, deadline_seconds):
         with writing(path, deadline_seconds=deadline_seconds) as connection:
             _apply(connection, path)
     if identity := _identity(path):

@@ -29,9 +29,9 @@ def accidents(scenario: str, folder: Path, *, stride: int) -> list[dict]:
 @pytest.mark.parametrize(
     ("scenario", "ending", "stride", "source"),
     [
-        ("admitted", "", 3, "inbox"),
-        ("folder", "", 7, "alice"),
-        ("gzip", ".gz", 8, "inbox"),
+        ("admitted", "", 4, "inbox"),
+        ("folder", "", 9, "alice"),
+        ("gzip", ".gz", 11, "inbox"),
     ],
 )
 def test_a_file_becomes_one_batch_with_its_options_and_its_failures(
@@ -53,7 +53,7 @@ def test_a_file_becomes_one_batch_with_its_options_and_its_failures(
 def test_a_useless_file_is_rejected_once_with_its_reasons(tmp_path, scenario, ending):
     name = f"a b.jsonl{ending}"
 
-    for found in accidents(scenario, tmp_path, stride=5):
+    for found in accidents(scenario, tmp_path, stride=7):
         assert found["copies"] == [f"inbox/rejected/{name}"], found
         assert found["sidecars"] == [f"inbox/rejected/{name}.meta.json"], found
         assert found["errors"] == [f"{name}.errors.json"], found
@@ -62,7 +62,7 @@ def test_a_useless_file_is_rejected_once_with_its_reasons(tmp_path, scenario, en
 
 
 def test_a_duplicate_is_kept_beside_the_first(tmp_path):
-    for found in accidents("duplicate", tmp_path, stride=7):
+    for found in accidents("duplicate", tmp_path, stride=9):
         [batch] = found["batches"]
         kept = f"batches/{batch}/duplicates/a b.jsonl"
         assert found["copies"] == [kept, f"batches/{batch}/input.jsonl"], found
@@ -72,7 +72,7 @@ def test_a_duplicate_is_kept_beside_the_first(tmp_path):
 
 
 def test_a_file_without_room_is_back_in_its_folder_once_with_its_survey(tmp_path):
-    for found in accidents("held", tmp_path, stride=5):
+    for found in accidents("held", tmp_path, stride=7):
         assert found["copies"] == ["inbox/alice/a b.jsonl"], found
         assert "inbox/alice/a b.jsonl.meta.json" in found["sidecars"], found
         assert len(found["surveys"]) == 1, found

@@ -67,6 +67,7 @@ def test_after_the_owners_death_the_next_engine_starts_in_its_place(tmp_path: Pa
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_no_process_of_real_vllm_is_left_when_its_owner_is_killed(tmp_path: Path) -> None:
     log_path = tmp_path / "engine.log"
     with engine_owner("vllm", log_path) as owner:

@@ -88,6 +88,7 @@ def test_a_run_whose_whole_instance_is_on_a_full_disk_goes_on_by_itself(disk: Pa
         assert keys <= deployment.statuses("chunk_results")
 
 
+@pytest.mark.slow
 def test_a_worker_whose_whole_instance_is_on_a_full_disk_goes_on_by_itself(disk: Path) -> None:
     """Dagster's daemon may end for it; whoever starts it again finds the worker at work."""
     with dagster_dev(disk, **SETTINGS) as dagster:

@@ -50,7 +50,7 @@ def test_exactly_the_requests_that_kill_the_engine_fail(
 def test_the_search_goes_on_where_the_last_run_stopped(tmp_path: Path) -> None:
     """Suspects are in the journal: a run that may not restart again costs no knowledge."""
     bench = Workbench(tmp_path)
-    plan = bench.admitted(200)
+    plan = bench.admitted(200, requests_per_chunk=50)
     starts = 0
     for number in range(20):
         engine = ScriptedEngine(poisoned(77))
@@ -85,7 +85,7 @@ def test_fresh_requests_are_answered_before_the_search_is_over(tmp_path: Path) -
 
 def test_suspects_never_share_a_window_with_fresh_requests(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
-    plan = bench.admitted(300)
+    plan = bench.admitted(300, requests_per_chunk=100)
     lives: list[set[int]] = [set()]
 
     def script(body: bytes, submitted: int):
@@ -109,7 +109,7 @@ def test_suspects_never_share_a_window_with_fresh_requests(tmp_path: Path) -> No
 
 def test_an_engine_killed_by_a_person_costs_no_request_an_attempt(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
-    plan = bench.admitted(100)
+    plan = bench.admitted(100, requests_per_chunk=25)
     killed = []
 
     def script(body: bytes, submitted: int):
@@ -126,7 +126,7 @@ def test_an_engine_killed_by_a_person_costs_no_request_an_attempt(tmp_path: Path
 
 def test_a_sick_engine_does_not_burn_the_attempts_of_every_request(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
-    plan = bench.admitted(500)
+    plan = bench.admitted(500, requests_per_chunk=250)
 
     def script(body: bytes, submitted: int):
         return Failure(code=FailureCode.ENGINE_ERROR, message="sick", status=500)
@@ -145,7 +145,7 @@ def test_a_sick_engine_does_not_burn_the_attempts_of_every_request(tmp_path: Pat
 
 def test_an_engine_that_dies_of_its_probe_is_not_waited_for_for_ever(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
-    plan = bench.admitted(100)
+    plan = bench.admitted(100, requests_per_chunk=25)
     submissions = []
 
     def script(body: bytes, submitted: int):

@@ -33,7 +33,7 @@ def test_an_engine_that_dies_of_everything_convicts_nobody_and_is_started_three_
     tmp_path: Path, window: int
 ) -> None:
     bench = Workbench(tmp_path)
-    plan = bench.admitted(200)
+    plan = bench.admitted(200, requests_per_chunk=100)
     for run in range(3):
         engine = ScriptedEngine(lambda body, times: EngineDied("sick"))
         with pytest.raises(EngineKeepsDying, match="no request is to blame"):
@@ -51,7 +51,7 @@ def test_an_engine_that_falls_sick_in_mid_run_convicts_nobody(
     tmp_path: Path, window: int, restarts: int
 ) -> None:
     bench = Workbench(tmp_path)
-    plan = bench.admitted(200)
+    plan = bench.admitted(200, requests_per_chunk=100)
     asked: list[bytes] = []
 
     def script(body: bytes, times: int):

@@ -38,7 +38,7 @@ COMMIT = """
 
 
 @pytest.mark.parametrize(
-    ("mode", "seconds"), [("read-write", 2), ("read-only", 2), ("read-write", 30)]
+    ("mode", "seconds"), [("read-write", 2), ("read-only", 2), ("read-write", 13)]
 )
 def test_a_stranger_inside_only_delays_a_commit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str, seconds: float

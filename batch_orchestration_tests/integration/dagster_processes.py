@@ -34,6 +34,8 @@ START_SECONDS = 300.0
 STOP_SECONDS = 40.0
 #: Times the seconds that a test gives up after: a busy machine has other work.
 PATIENCE = 5
+#: Between two looks at a deployment: each costs the web server or the store's readers something.
+LOOK_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -227,7 +229,7 @@ class DagsterProcesses(DagsterClient):
 
     def wait_until(self, condition: Callable[[], T | None], seconds: float, what: str) -> T:
         try:
-            return wait_until(condition, seconds, what)
+            return wait_until(condition, seconds, what, look_seconds=LOOK_SECONDS)
         except AssertionError as error:
             runs = "\n".join(f"{run.run_id} {run.job} {run.status}" for run in self.runs())
             raise AssertionError(f"{error}\n{runs}\n{self.log_tail()}") from error
@@ -246,12 +248,14 @@ def dagster_dev(
         processes.stop()
 
 
-def wait_until(condition: Callable[[], T | None], seconds: float, what: str) -> T:
+def wait_until(
+    condition: Callable[[], T | None], seconds: float, what: str, *, look_seconds: float = 0.25
+) -> T:
     """Return the first true value of the condition."""
     deadline = time.monotonic() + PATIENCE * seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {PATIENCE * seconds:.0f} s: {what}"
-        time.sleep(0.25)
+        time.sleep(look_seconds)
     return value
 
 

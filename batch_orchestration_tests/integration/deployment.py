@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import dagster as dg
 
@@ -12,6 +13,20 @@ from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import believe_the_clock
+
+
+def memory_instance() -> dg.DagsterInstance:
+    """An instance in memory, which nobody will migrate.
+
+    Dagster writes down the revision of its schema there, too, and for that loads all its migrations
+    twice: two thirds of the time.
+    """
+    storage = "dagster._core.storage"
+    with (
+        patch(f"{storage}.runs.in_memory.stamp_alembic_rev", lambda *_: None),
+        patch(f"{storage}.event_log.in_memory.stamp_alembic_rev", lambda *_: None),
+    ):
+        return dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}})
 
 
 class Deployment:
@@ -30,7 +45,7 @@ class Deployment:
         self.folder.create()
         believe_the_clock(self.folder)
         self.store = Store(self.folder.duckdb, deadline_seconds=10)
-        self.instance = dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}})
+        self.instance = memory_instance()
         self.repository = definitions(self.settings).get_repository_def()
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ from batch_orchestration.storage.operations import open_replays
 from batch_orchestration_tests.builders import make_body, make_input, make_line
 from batch_orchestration_tests.integration.dagster_processes import PATIENCE, dagster_dev
 
+pytestmark = pytest.mark.slow
+
 #: Fields of the engine's resource that the launchpad's form fills in.
 TIMEOUTS = {"start_timeout_seconds": 60.0, "request_timeout_seconds": 60.0}
 #: The backfill daemon looks once in 30 s, and again when the run has ended.
@@ -37,6 +39,9 @@ def dagster(tmp_path_factory):
         "BATCH_MAX_REQUESTS_PER_BATCH": "600",
     }
     with dagster_dev(root, **settings) as processes:
+        # For the last test: answered and delivered beside the file of the first.
+        bad = make_line(1, body=make_body("question 1", max_tokens=-1))
+        processes.drop("refused.jsonl", make_line(0) + bad)
         yield processes
 
 
@@ -254,8 +259,6 @@ def test_a_small_urgent_file_overtakes_a_big_batch_within_the_bound(dagster):
 
 
 def test_a_replay_that_was_asked_for_elsewhere_is_run_and_delivered(dagster):
-    bad = make_line(1, body=make_body("question 1", max_tokens=-1))
-    dagster.drop("refused.jsonl", make_line(0) + bad)
     batch_id = dagster.wait_for_batch("refused")
     assert delivered(dagster, batch_id) == [["request-0"], ["request-1"]]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.lifecycle import FINAL, Resumption
+from batch_orchestration.domain.lifecycle import FINAL
 from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.services.board import read_board
 from batch_orchestration.services.clock_watch import clock_path
@@ -160,13 +160,7 @@ def at_work(deployment, batch_id):
     deployment.store.commit_chunk(batch_id, 0, settled, run_id="r", at=NOW, seconds=2.0)
 
 
-def resumed(deployment, batch_id):
-    """Have a person's decision lie there, so that there is something to damage."""
-    told = Resumption(at=time.time() - 60, actor="tester", reason="once more")
-    deployment.folder.write_resumption(batch_id, told)
-
-
-STAGES = {"waits": lambda *_: None, "runs": at_work, "is resumed": resumed, "closes": cancel_now}
+STAGES = {"waits": lambda *_: None, "runs": at_work, "closes": cancel_now}
 
 
 def test_every_kind_of_path_that_the_data_folder_names_is_attacked():
@@ -220,8 +214,10 @@ def test_damaged_files_of_batches_stop_no_other(deployment, stage):
     assert serve(deployment, *endable) == {BatchStatus.CANCELLED}
 
 
-@pytest.mark.parametrize("way", ["truncated", "a folder"])
-@pytest.mark.parametrize("kind", ["plan_path", "closing_path", "resumption_path"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [("plan_path", "truncated"), ("closing_path", "a folder"), ("resumption_path", "truncated")],
+)
 def test_a_batch_goes_on_by_itself_once_its_file_is_mended(deployment, kind, way):
     victim = deployment.admit("victim.jsonl", make_input(5))
     path = OF_A_BATCH[kind](deployment.folder, victim)

@@ -62,7 +62,7 @@ def killed_by(chosen: frozenset[int]) -> ScriptedEngine:
 
 
 #: Each step opens DuckDB a few times: a second an example, more on a busy machine.
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps)
 def test_counts_add_up_through_any_sequence(taken: list[tuple[str, frozenset[int]]]) -> None:
     with tempfile.TemporaryDirectory() as root:

@@ -37,6 +37,8 @@ CLOSED = {
     "model unloaded": error(404, "The model `demo-model` does not exist.", code="model_not_found"),
     "501": Reply(501, b"not implemented"),
 }
+#: One of each kind: with a code, with a page, elsewhere, of a model.
+IN_MID_RUN = ["401 key revoked", "403 html", "302 login page", "model unloaded"]
 
 
 @pytest.fixture
@@ -78,12 +80,13 @@ def assert_nobody_has_paid(bench: Workbench, plan: BatchPlan) -> None:
             assert state.completed == len(state.settled)
 
 
-@pytest.mark.parametrize("reply", CLOSED.values(), ids=CLOSED)
-@pytest.mark.parametrize("answered_before", [0, 30], ids=["from the beginning", "in mid-run"])
+@pytest.mark.parametrize(
+    ("how", "answered_before"), [*((how, 0) for how in CLOSED), *((how, 30) for how in IN_MID_RUN)]
+)
 def test_a_gate_that_closes_ends_the_run_and_no_request_pays(
-    bench: Workbench, server: GateServer, reply: Reply, answered_before: int
+    bench: Workbench, server: GateServer, how: str, answered_before: int
 ) -> None:
-    plan = bench.admitted(100)
+    plan, reply = bench.admitted(100, requests_per_chunk=25), CLOSED[how]
     server.script = lambda asked, before: reply if before >= answered_before else None
 
     with pytest.raises(EngineRefusesUs, match=f"HTTP {reply.status}") as refused:
@@ -116,7 +119,7 @@ def test_a_gate_that_is_closed_at_the_start_is_no_engine_that_does_not_start(
 def test_one_refusal_among_answers_is_its_own(
     bench: Workbench, server: GateServer, status: int
 ) -> None:
-    plan = bench.admitted(200)
+    plan = bench.admitted(200, requests_per_chunk=100)
     refusal = error(status, "blocked by guardrail")
     server.script = lambda asked, before: refusal if asked.number == 77 else None
 

@@ -17,7 +17,7 @@ from batch_orchestration.launcher import LocalProcessRunLauncher
 from batch_orchestration.services.run_workers import WORKER_TAG, worker_of
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.heartbeat_files import read_pulse
-from batch_orchestration_tests.integration.dagster_processes import kill, wait_until
+from batch_orchestration_tests.integration.dagster_processes import PATIENCE, kill, wait_until
 
 START_SECONDS = 60
 JOB_FILE = '''"""A job that waits for a file."""
@@ -92,6 +92,17 @@ class Bench:
     def wait_for(self, status: dg.DagsterRunStatus) -> None:
         wait_until(lambda: self.run.status is status, START_SECONDS, f"the run is {status}")
 
+    @property
+    def heartbeat(self) -> Path:
+        return DataFolder(self.root / "data").heartbeat_path(self.run_id)
+
+    def kill_worker(self) -> None:
+        kill(self.worker)
+        wait_until(lambda: not is_running(self.worker), 10, "the worker is gone")
+
+    def seen(self) -> WorkerStatus:
+        return self.launcher.check_run_worker_health(self.run).status
+
     def is_reaped(self) -> bool:
         self.launcher.check_run_worker_health(self.run)
         return not Path(f"/proc/{self.worker.pid}").exists()
@@ -119,33 +130,39 @@ def test_a_worker_is_detached_recorded_and_runs_to_the_end(bench):
     bench.launch()
 
     assert os.getsid(bench.worker.pid) == bench.worker.pid
-    assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.RUNNING
+    assert bench.seen() is WorkerStatus.RUNNING
     assert bench.health_seen_by_another_process() is WorkerStatus.RUNNING
-    bench.until.touch()
-    bench.wait_for(dg.DagsterRunStatus.SUCCESS)
-
-
-def test_a_killed_worker_is_known_to_be_gone_with_its_last_words(bench):
-    bench.launch()
-
-    kill(bench.worker)
-
-    wait_until(lambda: not is_running(bench.worker), 10, "the worker is gone")
-    assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.FAILED
-    assert bench.health_seen_by_another_process() is WorkerStatus.FAILED
-    assert "said while loading" in (bench.launcher.get_run_worker_debug_info(bench.run) or "")
-
-
-def test_a_worker_shows_its_heartbeat_until_it_ends(bench):
-    path = DataFolder(bench.root / "data").heartbeat_path(bench.run_id)
-    bench.launch()
-    beat = read_pulse(path).told
-
+    beat = read_pulse(bench.heartbeat).told
     assert (beat.run_id, beat.job) == (bench.run_id, "waiting")
     assert worker_of(beat) == bench.worker
     bench.until.touch()
     bench.wait_for(dg.DagsterRunStatus.SUCCESS)
-    wait_until(lambda: not path.exists(), 20, "the heartbeat is gone")
+    wait_until(lambda: not bench.heartbeat.exists(), 20, "the heartbeat is gone")
+
+
+def test_a_zombie_that_nobody_reaps_is_no_worker(bench):
+    """Its parent, this process, does not reap; that another one looks changes nothing."""
+    bench.launch()
+    stat = Path(f"/proc/{bench.worker.pid}/stat")
+
+    kill(bench.worker)
+
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z", 10, "it is a zombie")
+    assert bench.health_seen_by_another_process() is WorkerStatus.FAILED
+    assert stat.exists()
+
+
+def test_a_killed_worker_is_known_to_be_gone_with_its_last_words_and_is_reaped(bench):
+    bench.launch()
+
+    bench.kill_worker()
+
+    assert bench.seen() is WorkerStatus.FAILED
+    assert "said while loading" in (bench.launcher.get_run_worker_debug_info(bench.run) or "")
+    # Its threads may take a moment longer to end than it does.
+    wait_until(bench.is_reaped, 10, "it is reaped")
+    assert bench.launcher.terminate(bench.run_id)
+    assert bench.run.status is dg.DagsterRunStatus.CANCELED
 
 
 def test_a_worker_that_is_stopped_is_killed_and_said_to_have_failed(bench):
@@ -154,7 +171,7 @@ def test_a_worker_that_is_stopped_is_killed_and_said_to_have_failed(bench):
     os.kill(bench.worker.pid, signal.SIGSTOP)
 
     def found() -> bool:
-        return bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.FAILED
+        return bench.seen() is WorkerStatus.FAILED
 
     wait_until(found, 20, "it is found")
     assert not is_running(bench.worker)
@@ -164,11 +181,10 @@ def test_a_worker_that_is_stopped_is_killed_and_said_to_have_failed(bench):
 
 def test_a_worker_without_any_heartbeat_is_left_alone_while_it_starts(bench):
     bench.launch()
-    path = DataFolder(bench.root / "data").heartbeat_path(bench.run_id)
     os.kill(bench.worker.pid, signal.SIGSTOP)
-    path.unlink()
+    bench.heartbeat.unlink()
 
-    looks = [bench.launcher.check_run_worker_health(bench.run).status for _ in range(20)]
+    looks = [bench.seen() for _ in range(20)]
 
     assert set(looks) == {WorkerStatus.RUNNING}
 
@@ -180,35 +196,10 @@ def test_a_worker_of_a_version_without_heartbeats_is_never_judged_by_them(bench)
     os.kill(bench.worker.pid, signal.SIGSTOP)
 
     def found() -> bool:
-        return bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.FAILED
+        return bench.seen() is WorkerStatus.FAILED
 
     with pytest.raises(AssertionError, match="it is found"):
-        wait_until(found, 3, "it is found")
-
-
-def test_a_zombie_that_nobody_reaps_is_no_worker(bench):
-    """Its parent, this process, does not reap; that another one looks changes nothing."""
-    bench.launch()
-    pid = bench.worker.pid
-
-    os.kill(pid, signal.SIGKILL)
-
-    stat = Path(f"/proc/{pid}/stat")
-    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z", 10, "it is a zombie")
-    assert bench.health_seen_by_another_process() is WorkerStatus.FAILED
-    assert stat.exists()
-
-
-def test_a_dead_worker_leaves_no_zombie(bench):
-    bench.launch()
-    pid = bench.worker.pid
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: identify(pid) is None, 10, "the worker is gone")
-
-    # Its threads may take a moment longer to end than it does.
-    wait_until(bench.is_reaped, 10, "it is reaped")
-
-    assert not Path(f"/proc/{pid}").exists()
+        wait_until(found, 3 / PATIENCE, "it is found")
 
 
 @pytest.mark.parametrize("field", ["boot_id", "started"])
@@ -218,11 +209,11 @@ def test_another_process_with_the_same_pid_is_not_the_worker(bench, field):
     stranger = msgspec.structs.replace(me, **other)
     bench.instance.add_run_tags(bench.run_id, {WORKER_TAG: msgspec.json.encode(stranger).decode()})
 
-    assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.FAILED
+    assert bench.seen() is WorkerStatus.FAILED
 
 
 def test_a_run_without_a_recorded_worker_is_not_healthy(bench):
-    assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.NOT_FOUND
+    assert bench.seen() is WorkerStatus.NOT_FOUND
 
 
 def test_a_worker_that_was_not_recorded_any_more_is_known_by_its_heartbeat(bench):
@@ -231,33 +222,29 @@ def test_a_worker_that_was_not_recorded_any_more_is_known_by_its_heartbeat(bench
     worker = bench.worker
     bench.instance.add_run_tags(bench.run_id, {WORKER_TAG: ""})
 
-    assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.RUNNING
+    assert bench.seen() is WorkerStatus.RUNNING
     kill(worker)
     wait_until(lambda: not is_running(worker), 10, "the worker is gone")
 
-    assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.FAILED
+    assert bench.seen() is WorkerStatus.FAILED
 
 
-def test_a_worker_that_is_gone_is_known_to_be_so_whatever_the_settings_say(bench, monkeypatch):
-    bench.launch()
-    with monkeypatch.context() as daemon:
-        daemon.setenv("BATCH_SILENT_SECONDS", "a minute")
-        assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.RUNNING
-        kill(bench.worker)
-        wait_until(lambda: not is_running(bench.worker), 10, "the worker is gone")
-
-        assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.FAILED
-
-
-def test_a_heartbeat_that_cannot_be_read_fails_no_check(bench, monkeypatch):
+def test_whether_a_worker_is_gone_needs_neither_settings_nor_heartbeats_that_can_be_read(
+    bench, monkeypatch
+):
     bench.launch()
 
     def refuse(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("batch_orchestration.launcher.read_pulse", refuse)
-
-    assert bench.launcher.check_run_worker_health(bench.run).status is WorkerStatus.RUNNING
+    with monkeypatch.context() as daemon:
+        daemon.setattr("batch_orchestration.launcher.read_pulse", refuse)
+        assert bench.seen() is WorkerStatus.RUNNING
+    with monkeypatch.context() as daemon:
+        daemon.setenv("BATCH_SILENT_SECONDS", "a minute")
+        assert bench.seen() is WorkerStatus.RUNNING
+        bench.kill_worker()
+        assert bench.seen() is WorkerStatus.FAILED
 
 
 def test_terminating_interrupts_the_worker_and_the_run_ends_as_canceled(bench):
@@ -268,13 +255,3 @@ def test_terminating_interrupts_the_worker_and_the_run_ends_as_canceled(bench):
     bench.wait_for(dg.DagsterRunStatus.CANCELED)
     wait_until(lambda: not is_running(bench.worker), 20, "the worker is gone")
     assert not bench.launcher.terminate(bench.run_id)
-
-
-def test_terminating_a_run_whose_worker_is_gone_ends_it(bench):
-    bench.launch()
-    kill(bench.worker)
-    wait_until(lambda: not is_running(bench.worker), 10, "the worker is gone")
-
-    assert bench.launcher.terminate(bench.run_id)
-
-    assert bench.run.status is dg.DagsterRunStatus.CANCELED

@@ -22,7 +22,7 @@ from batch_orchestration.storage.heartbeat_files import write_heartbeat
 from batch_orchestration.storage.queue_files import read_needs
 from batch_orchestration_tests.builders import NOW, make_input
 from batch_orchestration_tests.fault.processes import FAMILY, kill, nobody, wait_for_group
-from batch_orchestration_tests.integration.deployment import Deployment
+from batch_orchestration_tests.integration.deployment import Deployment, memory_instance
 
 RUN_ID = "11111111-2222-3333-4444-555555555555"
 
@@ -190,7 +190,7 @@ def test_batches_in_progress_of_which_dagster_knows_no_run_are_asked_for_again(d
     untouched = deployment.admit("b.jsonl", make_input(7))
 
     deployment.instance.dispose()
-    deployment.instance = dg.DagsterInstance.ephemeral(settings={"telemetry": {"enabled": False}})
+    deployment.instance = memory_instance()
 
     asked = {request.job_name: request for request in deployment.requests("dispatch_sensor")}
     assert asked["deliver_batch"].partition_key == answered

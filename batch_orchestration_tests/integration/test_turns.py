@@ -122,7 +122,8 @@ def test_the_chunk_of_a_guest_is_finished_before_the_next_of_our_own(bench: Turn
 
 
 def test_a_still_more_urgent_batch_overtakes_a_guest(bench: TurnBench) -> None:
-    own, guest, most = bench.batch("own", 300), bench.batch("guest", 200), bench.batch("most", 5)
+    own = bench.batch("own", 300, requests_per_chunk=100)
+    guest, most = bench.batch("guest", 200, requests_per_chunk=50), bench.batch("most", 5)
     bench.queue(entry(guest, effective=1), entry(own))
     queue = [entry(most, effective=2), entry(guest, effective=1), entry(own)]
     engine = PacedEngine(when_asked("guest 7.", lambda: bench.queue(*queue)))
@@ -147,17 +148,17 @@ def test_a_still_more_urgent_batch_overtakes_a_guest(bench: TurnBench) -> None:
 def test_who_cannot_be_served_here_does_not_hold_up_the_run(
     bench: TurnBench, fields: dict[str, object], why: str
 ) -> None:
-    own, other = bench.batch("own", 100), bench.batch("other", 20)
+    own, other = bench.batch("own", 40), bench.batch("other", 20)
     bench.queue(entry(other, effective=5, **fields), entry(own))
 
     bench.run(own, PacedEngine())
 
-    assert (len(bench.committed(own)), bench.committed(other)) == (10, set()), why
+    assert (len(bench.committed(own)), bench.committed(other)) == (4, set()), why
 
 
 @pytest.mark.parametrize("broken", ["nobody is there", "stale", "damaged", "without us", "behind"])
 def test_without_a_queue_that_tells_the_run_goes_on_alone(bench: TurnBench, broken: str) -> None:
-    own, other = bench.batch("own", 100), bench.batch("other", 20)
+    own, other = bench.batch("own", 40), bench.batch("other", 20)
     match broken:
         case "stale":
             stale = time.time() - turns.STALE_SECONDS - 1
@@ -171,7 +172,7 @@ def test_without_a_queue_that_tells_the_run_goes_on_alone(bench: TurnBench, brok
 
     bench.run(own, PacedEngine())
 
-    assert (len(bench.committed(own)), bench.committed(other)) == (10, set())
+    assert (len(bench.committed(own)), bench.committed(other)) == (4, set())
 
 
 def test_a_guests_chunk_that_another_run_is_at_work_on_is_left_alone(bench: TurnBench) -> None:

@@ -131,8 +131,14 @@ def test_texts_of_parts_and_of_lists_are_all_counted() -> None:
     assert [request.characters for request in profile.sample] == [3, 4]
 
 
-@pytest.mark.parametrize("absurd", [{"n": 10**9}, {"max_tokens": 10**9}, {"max_tokens": 1e300}])
-@pytest.mark.parametrize("fields", [{"max_tokens": 200}, {"max_tokens": 8}, {}])
+@pytest.mark.parametrize(
+    ("fields", "absurd"),
+    [
+        ({"max_tokens": 200}, {"n": 10**9}),
+        ({"max_tokens": 8}, {"max_tokens": 1e300}),
+        ({}, {"max_tokens": 10**9}),
+    ],
+)
 def test_what_an_absurd_request_asks_for_is_expected_only_as_far_as_an_engine_goes(
     fields: dict[str, Any], absurd: dict[str, Any]
 ) -> None:
