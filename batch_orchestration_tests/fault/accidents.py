@@ -31,8 +31,12 @@ SLOW_SECONDS = 2.0
 
 
 def wait_for_outcomes(dagster: DagsterProcesses, batch_id: str, count: int) -> None:
+    # Often, so as not to be late with the accident.
     dagster.wait_until(
-        lambda: len(durable_outcomes(dagster, batch_id)) >= count, 60, f"{count} outcomes"
+        lambda: len(durable_outcomes(dagster, batch_id)) >= count,
+        60,
+        f"{count} outcomes",
+        look_seconds=0.1,
     )
 
 

@@ -227,9 +227,16 @@ class DagsterProcesses(DagsterClient):
 
         return self.wait_until(ended, seconds, f"run {run_id} ends")
 
-    def wait_until(self, condition: Callable[[], T | None], seconds: float, what: str) -> T:
+    def wait_until(
+        self,
+        condition: Callable[[], T | None],
+        seconds: float,
+        what: str,
+        *,
+        look_seconds: float = LOOK_SECONDS,
+    ) -> T:
         try:
-            return wait_until(condition, seconds, what, look_seconds=LOOK_SECONDS)
+            return wait_until(condition, seconds, what, look_seconds=look_seconds)
         except AssertionError as error:
             runs = "\n".join(f"{run.run_id} {run.job} {run.status}" for run in self.runs())
             raise AssertionError(f"{error}\n{runs}\n{self.log_tail()}") from error
