@@ -1,8 +1,10 @@
 """A data folder with a store, and chunks run in it: what tests of the chunk runner stand at."""
 
+import copy
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.retries import RetryPolicy
@@ -36,7 +38,16 @@ class Workbench:
         self.folder = DataFolder(root)
         self.folder.create()
         believe_the_clock(self.folder)
+        self._lock_seconds = lock_seconds
         self.store = Store(self.folder.duckdb, deadline_seconds=lock_seconds)
+
+    def copied(self, root: Path) -> Self:
+        """The same with a copy of the data folder, for what takes long to prepare."""
+        shutil.copytree(self.folder.root, root, dirs_exist_ok=True)
+        other = copy.copy(self)
+        other.folder = DataFolder(root)
+        other.store = Store(other.folder.duckdb, deadline_seconds=self._lock_seconds)
+        return other
 
     def admitted(self, requests: int, *, requests_per_chunk: int = 10) -> BatchPlan:
         """A batch of usable requests, ready to run."""

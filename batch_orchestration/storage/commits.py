@@ -146,23 +146,34 @@ def update_chunk(
 
 def count_chunk(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> None:
     """Set the chunk's figures from its rows."""
+    # One statement with a subquery for each figure takes three times as long.
     key = [batch_id, number]
-    codes = failure_counts(db, OF_CHUNK, key)
+    ((completed, prompt_tokens, completion_tokens, attempts),) = db.execute(
+        f"""
+        SELECT count(*), {_PROMPT_TOKENS}, {_COMPLETION_TOKENS}, coalesce(sum(attempts), 0)
+        FROM results {OF_CHUNK}
+        """,
+        key,
+    ).fetchall()
+    failed = db.execute(
+        f"""
+        SELECT code, count(*), sum(attempts) FROM failed_requests {_FAILED}
+        GROUP BY code ORDER BY count(*) DESC, code
+        """,
+        key,
+    ).fetchall()
+    codes = {code: count for code, count, _ in failed}
+    attempts += sum(of_code for _, _, of_code in failed)
     db.execute(
         f"""
-        UPDATE chunks SET
-            completed = (SELECT count(*) FROM results {OF_CHUNK}),
-            failed = (SELECT count(*) FROM failed_requests {_FAILED}),
-            prompt_tokens = (SELECT {_PROMPT_TOKENS} FROM results {OF_CHUNK}),
-            completion_tokens = (SELECT {_COMPLETION_TOKENS} FROM results {OF_CHUNK}),
-            attempts = (SELECT coalesce(sum(attempts), 0) FROM results {OF_CHUNK})
-                + (SELECT coalesce(sum(attempts), 0) FROM failed_requests {_FAILED}),
-            latency_counts = (SELECT {_LATENCY_COUNTS} FROM results {OF_CHUNK}),
-            latency_micros = (SELECT {_LATENCY_MICROS} FROM results {OF_CHUNK}),
-            failures_by_code = ?
-        {OF_CHUNK}
+        UPDATE chunks SET completed = ?, failed = ?, prompt_tokens = ?, completion_tokens = ?,
+            attempts = ?, failures_by_code = ? {OF_CHUNK}
         """,
-        [*(key * 8), msgspec.json.encode(codes).decode(), *key],
+        [
+            *(completed, sum(codes.values()), prompt_tokens, completion_tokens, attempts),
+            msgspec.json.encode(codes).decode(),
+            *key,
+        ],
     )
 
 

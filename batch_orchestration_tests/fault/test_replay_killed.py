@@ -18,6 +18,15 @@ from batch_orchestration_tests.workbench import make_feeding
 FAILING = tuple(range(0, 30, 2))
 
 
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> LetterBench:
+    """A delivered batch with a replay that was asked for."""
+    bench = LetterBench(tmp_path_factory.mktemp("asked"), failing=FAILING, requests=40)
+    bench.assemble()
+    bench.ask()
+    return bench
+
+
 def replay(root: Path, batch_id: str) -> None:
     folder = DataFolder(root)
     run_replay(
@@ -46,10 +55,10 @@ def replay(root: Path, batch_id: str) -> None:
         "after_renames",
     ],
 )
-def test_a_killed_replay_goes_on_where_it_stopped(tmp_path: Path, point: str) -> None:
-    bench = LetterBench(tmp_path, failing=FAILING, requests=40)
-    bench.assemble()
-    bench.ask()
+def test_a_killed_replay_goes_on_where_it_stopped(
+    asked: LetterBench, tmp_path: Path, point: str
+) -> None:
+    bench = asked.copied(tmp_path)
 
     assert run_forked(replay, tmp_path, bench.batch_id, crash_point=point) == -signal.SIGKILL
 

@@ -33,9 +33,14 @@ from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench
 
 
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> LetterBench:
+    return LetterBench(tmp_path_factory.mktemp("answered"))
+
+
 @pytest.fixture
-def bench(tmp_path: Path) -> LetterBench:
-    return LetterBench(tmp_path)
+def bench(answered: LetterBench, tmp_path: Path) -> LetterBench:
+    return answered.copied(tmp_path)
 
 
 # --- replay ---------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from batch_orchestration_tests.letter_bench import LetterBench, refusing
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> LetterBench:
+@pytest.fixture(scope="module")
+def delivered(tmp_path_factory: pytest.TempPathFactory) -> LetterBench:
     """A delivered batch with resolved, discarded, replaying and dead letters."""
-    bench = LetterBench(tmp_path, failing=(3, 4, 5, 17, 18))
+    bench = LetterBench(tmp_path_factory.mktemp("delivered"), failing=(3, 4, 5, 17, 18))
     bench.assemble()
     bench.ask(Selection(custom_ids=("request-3", "request-4")))
     bench.replay(1, refusing(4))
@@ -25,6 +25,11 @@ def bench(tmp_path: Path) -> LetterBench:
     bench.ask(Selection(custom_ids=("request-18",)), overrides={"max_tokens": 5})
     bench.assemble()
     return bench
+
+
+@pytest.fixture
+def bench(delivered: LetterBench, tmp_path: Path) -> LetterBench:
+    return delivered.copied(tmp_path)
 
 
 def damage(path: Path, how: str) -> None:
