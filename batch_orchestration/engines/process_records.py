@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -92,10 +91,10 @@ def end_group(group: int, *, grace_seconds: float) -> None:
     _signal_group(group, signal.SIGTERM)
     # A process that is stopped acts on it only when it goes on; systemd does the same.
     _signal_group(group, signal.SIGCONT)
-    if _wait_until(lambda: not group_members(group), grace_seconds):
+    if _wait_for_group(group, grace_seconds):
         return
     _signal_group(group, signal.SIGKILL)
-    if not _wait_until(lambda: not group_members(group), KILL_SECONDS):
+    if not _wait_for_group(group, KILL_SECONDS):
         raise EngineError(f"process group {group} outlived SIGKILL for {KILL_SECONDS:.0f} s")
 
 
@@ -169,10 +168,14 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+def _wait_for_group(group: int, seconds: float) -> bool:
+    """Wait until nobody of the group runs; say whether that is so."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    # A look at all processes of the machine takes much longer than one at those that are known.
+    left = group_members(group)
+    while left:
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)
+        left = [member for member in left if is_running(member)] or group_members(group)
     return True
