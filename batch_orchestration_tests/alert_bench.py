@@ -5,9 +5,9 @@ import msgspec
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.health import Finding, HealthReport, Level
 from batch_orchestration.services.alert_channels import alert_channels
-from batch_orchestration.services.alerting import tend_alerts
+from batch_orchestration.services.alerting import run_alert_cycle
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.alert_files import read_book
+from batch_orchestration.storage.alert_files import read_alert_state
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.health_files import write_health
 from batch_orchestration.storage.store import Store
@@ -39,10 +39,10 @@ class Tower:
         ]
         fine = Finding(check="disk", level=Level.HEALTHY, reason="there is room")
         write_health(self.folder, HealthReport(at=self.now, findings=(fine, *findings)))
-        return self.tend()
+        return self.cycle()
 
-    def tend(self):
-        return tend_alerts(
+    def cycle(self):
+        return run_alert_cycle(
             settings=self.settings,
             folder=self.folder,
             channels=alert_channels(self.settings),
@@ -74,7 +74,8 @@ class Tower:
     @property
     def kinds(self):
         """Of the open alerts."""
-        return [opened.alert.kind for opened in read_book(self.folder.alerts).opened.values()]
+        state = read_alert_state(self.folder.alerts)
+        return [transition.finding.kind for transition in state.open.values()]
 
     def only(self):
         (text,) = self.webhook.texts

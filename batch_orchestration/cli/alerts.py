@@ -1,6 +1,7 @@
 """`alerts`: which are open, what is still to be sent, and a test of every channel."""
 
 import click
+import msgspec
 from rich.table import Table
 from rich.text import Text
 
@@ -11,13 +12,14 @@ from batch_orchestration.cli.context import (
     print_json,
 )
 from batch_orchestration.cli.visible import say
-from batch_orchestration.domain.alert_book import AlertBook
+from batch_orchestration.domain.alert_book import AlertState
 from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.health import Finding
 from batch_orchestration.services.alert_channels import alert_channels
 from batch_orchestration.services.alert_watchdog import LOOK_SECONDS, Watchdog
 from batch_orchestration.services.alerting import send_test
 from batch_orchestration.services.wording import duration
-from batch_orchestration.storage.alert_files import read_book
+from batch_orchestration.storage.alert_files import read_alert_state
 
 _SET_ONE = (
     "No channel is set: alerts are only in the log. Set BATCH_ALERT_WEBHOOK_URL,"
@@ -44,13 +46,13 @@ def alerts(test: bool, watch: bool, as_json: bool) -> None:
     if test:
         _send_test(context, as_json=as_json)
         return
-    book = read_book(context.folder.alerts)
+    state = read_alert_state(context.folder.alerts)
     if as_json:
-        print_json(_object(book))
-    elif book is None:
+        print_json(_object(state))
+    elif state is None:
         say("alert_sensor has not looked yet.")
     else:
-        _show(context, book)
+        _show(context, state)
 
 
 def _send_test(context: Context, *, as_json: bool) -> None:
@@ -73,11 +75,8 @@ def _watch(context: Context) -> None:
     watchdog = Watchdog(context.settings, context.folder, channels, clock=context.monotonic)
     while True:
         try:
-            tended = watchdog.look(context.clock())
-            for message in tended.news:
-                say(message.text)
-            for name, problem in tended.problems.items():
-                say(f"{name}: {problem or 'sent'}")
+            for text in watchdog.look(context.clock()).lines():
+                say(text)
         except (BatchOrchestrationError, OSError) as error:  # it is no reason to stop watching
             say(f"cannot look: {error}", err=True)
         try:
@@ -86,46 +85,55 @@ def _watch(context: Context) -> None:
             return
 
 
-def _show(context: Context, book: AlertBook) -> None:
+def _show(context: Context, state: AlertState) -> None:
     now = context.clock()
-    table = Table("Since", "Is", "What", "Cause", "Next")
-    for opened in sorted(book.opened.values(), key=lambda opened: opened.since):
-        alert = opened.alert
+    table = Table("Since", "Is", "What", "Because", "Next")
+    for check, since, finding in _open(state):
         table.add_row(
-            Text(f"{duration(max(0.0, now - opened.since))} ago"),
-            Text("is going" if opened.gone_at is not None else alert.severity),
-            Text(alert.title),
-            Text(alert.cause),
-            Text(alert.next_command or alert.link or ""),
+            Text(f"{duration(max(0.0, now - since))} ago"),
+            Text("is going" if check in state.gone else finding.level.severity),
+            Text(finding.title),
+            Text(finding.reason),
+            Text(finding.next_command or finding.link or ""),
         )
-    if book.opened:
+    if state.open:
         context.console.print(table)
     else:
         say("No alert is open.")
-    for name, channel in book.channels.items():
-        state = f"{channel.waiting} to be sent"
+    for name, channel in state.channels.items():
+        line = f"{channel.pending.count} to be sent"
         if channel.problem is not None:
             wait = max(0.0, channel.next_at - now)
-            state += f"; {channel.problem}; tried again in {duration(wait)}"
-        say(f"{name}: {state}")
-    if not book.channels:
+            line += f"; {channel.problem}; tried again in {duration(wait)}"
+        say(f"{name}: {line}")
+    if not state.channels:
         say(_SET_ONE)
 
 
-def _object(book: AlertBook | None) -> dict[str, object]:
-    if book is None:
+def _open(state: AlertState) -> list[tuple[str, float, Finding]]:
+    found = [(check, last.finding.since or 0.0, last.finding) for check, last in state.open.items()]
+    return sorted(found, key=lambda item: item[1])
+
+
+def _object(state: AlertState | None) -> dict[str, object]:
+    if state is None:
         return {"open": [], "channels": {}}
     return {
         "open": [
-            {"since": opened.since, "gone_at": opened.gone_at, "alert": opened.alert}
-            for opened in book.opened.values()
+            {
+                **msgspec.to_builtins(finding),
+                "level": finding.level.word,
+                "severity": finding.level.severity,
+                "gone_at": state.gone.get(check),
+            }
+            for check, _, finding in _open(state)
         ],
         "channels": {
             name: {
-                "waiting": channel.waiting,
+                "waiting": channel.pending.count,
                 "problem": channel.problem,
                 "next_at": channel.next_at,
             }
-            for name, channel in book.channels.items()
+            for name, channel in state.channels.items()
         },
     }

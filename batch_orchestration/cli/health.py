@@ -1,7 +1,6 @@
 """`health`: whether the deployment is well, and if not, why not and what helps."""
 
 import click
-import msgspec
 from rich.table import Table
 from rich.text import Text
 
@@ -41,7 +40,13 @@ def _object(report: HealthReport) -> dict[str, object]:
         "level": report.level.word,
         "at": report.at,
         "findings": [
-            msgspec.to_builtins(finding) | {"level": finding.level.word}
+            {
+                "check": finding.check,
+                "level": finding.level.word,
+                "reason": finding.reason,
+                "next_command": finding.next_command,
+                "since": finding.since,
+            }
             for finding in report.findings
         ],
     }

@@ -1,4 +1,4 @@
-"""Alerts in Dagster: the resource that has the channels, and the sensor that tends the book."""
+"""Alerts in Dagster: the resource with the channels, and the sensor that runs the cycle."""
 
 import time
 
@@ -8,7 +8,7 @@ from pydantic import Field
 from batch_orchestration.defs.resources import SettingsResource, data_folder
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.services.alert_channels import Send, alert_channels
-from batch_orchestration.services.alerting import tend_alerts
+from batch_orchestration.services.alerting import run_alert_cycle
 from batch_orchestration.settings import Settings
 
 INTERVAL_SECONDS = 30
@@ -53,9 +53,9 @@ class AlertsResource(dg.ConfigurableResource):
 def alert_sensor(
     context: dg.SensorEvaluationContext, settings: SettingsResource, alerts: AlertsResource
 ) -> dg.SkipReason:
-    """Look once, and send what is due; the only writer of the book."""
+    """Observe once, and send what is due; the only writer of `alerts.json`."""
     try:
-        tended = tend_alerts(
+        cycle = run_alert_cycle(
             settings=settings,
             folder=data_folder(settings),
             channels=alerts.channels(settings),
@@ -63,8 +63,6 @@ def alert_sensor(
         )
     except StorageError as error:
         return dg.SkipReason(f"not this time: {error}")
-    for message in tended.news:
-        context.log.info(message.text)
-    for name, problem in tended.problems.items():
-        context.log.info(f"{name}: {problem or 'sent'}")
-    return dg.SkipReason(str(tended))
+    for text in cycle.lines():
+        context.log.info(text)
+    return dg.SkipReason(str(cycle))

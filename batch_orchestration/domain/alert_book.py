@@ -1,30 +1,28 @@
-"""The book of alerts: which are open, what is still to be sent through which channel, and when.
+"""The alert state: which are open, what is still to be sent through which channel, and when.
 
-All of it is decided here, from what is passed in; who calls reads, sends and writes.
+All of it is decided here, from what is passed in; the caller observes, sends and writes.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+from msgspec.structs import replace
 
-from batch_orchestration.domain.alerts import Alert, AlertKind, Message, News, Post, Severity
+from batch_orchestration.domain.alerts import MOST_PENDING, Change, Notification, Transition
+from batch_orchestration.domain.health import AlertKind, Finding
 
 #: Wait after the first failed attempt of a channel, doubled by each further one, up to the longest:
 #: an outage of an hour costs nine attempts, and is over for us within 15 minutes of its end.
 BACKOFF_SECONDS = 30.0
 LONGEST_BACKOFF_SECONDS = 900.0
-#: More messages than these wait for no channel in full; older ones are counted.
-MOST_PENDING = 100
-_WORSE = (Severity.INFO, Severity.WARNING, Severity.ERROR)
 #: So many posts may go out at once before the rate counts.
 BURST = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlertRules:
-    """The settings that the book depends on.
+    """The settings that the alert state depends on.
 
     Attributes:
         repeat_seconds: An open alert is told again so often; 0 for never.
@@ -38,38 +36,18 @@ class AlertRules:
     posts_per_hour: float = 20.0
 
 
-class OpenAlert(msgspec.Struct, frozen=True, kw_only=True):
-    """An alert whose condition lasts, or has only just gone.
-
-    Attributes:
-        since: When it was raised, POSIX seconds.
-        told_at: When it was told last.
-        worst: How severe it has been.
-        gone_at: Since when its condition is gone; None while it lasts.
-    """
-
-    alert: Alert
-    since: float
-    told_at: float
-    worst: Severity
-    gone_at: float | None = None
-
-
 class Channel(msgspec.Struct, frozen=True, kw_only=True):
     """What one channel still has to send.
 
     Attributes:
-        pending: Oldest first.
-        left_out: Older ones that found no place among them, counted by kind.
         failures: Attempts that failed in a row.
         next_at: Not before that, POSIX seconds.
         posts: That may still go out at once, as of `counted_at`.
         problem: Why the last attempt failed; None if it did not.
-        at_most: Messages of one post; fewer and fewer until it is found which one is refused.
+        at_most: Transitions of one post; fewer and fewer until it is found which one is refused.
     """
 
-    pending: tuple[Message, ...] = ()
-    left_out: Mapping[str, int] = {}
+    pending: Notification = Notification()
     failures: int = 0
     next_at: float = 0.0
     posts: float = BURST
@@ -77,191 +55,184 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
     problem: str | None = None
     at_most: int = MOST_PENDING
 
-    @property
-    def waiting(self) -> int:
-        """How many messages it still has to send."""
-        return len(self.pending) + sum(self.left_out.values())
 
-
-class AlertBook(msgspec.Struct, frozen=True, kw_only=True):
+class AlertState(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about alerts that outlives a process.
 
     Attributes:
         began: What happened before is history that nobody is told of, POSIX seconds.
-        cursor: Up to when the store was looked at.
-        opened: By key.
-        told: Keys of what was told once, with the time at which it had happened.
+        cursor: Up to when all events were observed.
+        open: The last transition that was told of each condition, by check. Its finding is the
+            latest, at the worst level that it had.
+        gone: Since when the condition of an open alert is gone, by check.
+        events: Checks of the events that were told, with the time at which they happened.
         channels: By name.
     """
 
     began: float
     cursor: float
-    opened: Mapping[str, OpenAlert] = {}
-    told: Mapping[str, float] = {}
+    open: Mapping[str, Transition] = {}
+    gone: Mapping[str, float] = {}
+    events: Mapping[str, float] = {}
     channels: Mapping[str, Channel] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class Observation:
     """What there is to be told at a moment.
 
     Attributes:
-        conditions: What is the case now.
-        events: What has happened, with the time at which it did.
-        unknown: Kinds of which nobody could find out whether they are the case.
-        cursor: Up to when events are complete; None if nobody could look.
+        findings: What is the case, and what has happened. Each has a kind.
+        unknown: Kinds of which it could not be found out whether they are the case, or have
+            happened.
     """
 
-    conditions: Sequence[Alert] = ()
-    events: Sequence[tuple[Alert, float]] = ()
+    findings: Sequence[Finding] = ()
     unknown: Collection[AlertKind] = ()
-    cursor: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
-    """An attempt to send a post.
+class Attempt:
+    """An attempt to send a notification.
 
     Attributes:
         problem: Why it could not be sent; None if it was.
-        refused: That it is the post that is not taken, and never will be.
+        refused: That it is the notification that is not taken, and never will be.
     """
 
-    post: Post
+    notification: Notification
     problem: str | None = None
     refused: bool = False
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether a single message was refused: it would keep back all others for ever."""
-        return self.refused and len(self.post.messages) <= 1
+        """Whether a single transition was refused: it would keep back all others for ever."""
+        return self.refused and len(self.notification.transitions) <= 1
 
 
 def advance(
-    book: AlertBook,
-    seen: Seen,
+    state: AlertState,
+    observed: Observation,
     *,
     channels: Collection[str],
     rules: AlertRules,
     now: float,
     remember_seconds: float,
-) -> tuple[AlertBook, tuple[Message, ...]]:
-    """Return the book after a look at the world, and what is news in it.
+) -> tuple[AlertState, tuple[Transition, ...]]:
+    """Return the state after an observation, and the transitions that it brought.
 
-    The news are pending in every channel then. Save the book before anything is sent, so that a
+    They are pending in every channel then. Save the state before anything is sent, so that a
     process that dies in between loses none.
 
     Args:
         channels: Names of those that are set now; what others had to send is forgotten.
-        remember_seconds: Events are looked at again so long behind the cursor.
+        remember_seconds: Events are observed again so long behind the cursor.
     """
     # Of a clock that was in the future: nothing would be news before that time.
-    began = min(book.began, now)
-    opened, news = _opened(book.opened, seen, rules=rules, now=now)
-    told = dict(book.told)
-    for alert, at in seen.events:
-        if at > began and alert.key not in told:
-            told[alert.key] = at
-            news.append(Message(news=News.RAISED, alert=alert, at=now, since=at))
-    cursor = min(book.cursor, now) if seen.cursor is None else seen.cursor
-    advanced = AlertBook(
+    began = min(state.began, now)
+    missed = any(kind.is_event for kind in observed.unknown)
+    cursor = min(state.cursor, now) if missed else now
+    is_open, gone, transitions = _conditions(state, observed, rules=rules, now=now)
+    events = dict(state.events)
+    for event in observed.findings:
+        at = now if event.since is None else event.since
+        if event.kind and event.kind.is_event and at > began and event.check not in events:
+            events[event.check] = at
+            transitions.append(Transition(change=Change.RAISED, finding=event, at=now))
+    advanced = AlertState(
         began=began,
         cursor=cursor,
-        opened=opened,
-        told={key: at for key, at in told.items() if at > cursor - remember_seconds},
+        open=is_open,
+        gone=gone,
+        events={check: at for check, at in events.items() if at > cursor - remember_seconds},
         channels={
-            name: _with(book.channels.get(name, Channel(counted_at=now)), news, now)
+            name: _with(state.channels.get(name, Channel(counted_at=now)), transitions, now)
             for name in channels
         },
     )
-    return advanced, tuple(news)
+    return advanced, tuple(transitions)
 
 
-def due(book: AlertBook, *, rules: AlertRules, now: float) -> dict[str, Post]:
+def due(state: AlertState, *, rules: AlertRules, now: float) -> dict[str, Notification]:
     """Return what each channel is to send now: all that it has, as one post if it can be one."""
     return {
-        name: Post(messages=channel.pending[: channel.at_most], left_out=channel.left_out)
-        for name, channel in book.channels.items()
-        if channel.waiting and _may_try(channel, now) and _posts(channel, rules, now) >= 1
+        name: channel.pending.oldest(channel.at_most)
+        for name, channel in state.channels.items()
+        if channel.pending.count and _may_try(channel, now) and _posts(channel, rules, now) >= 1
     }
 
 
 def sent(
-    book: AlertBook, tried: Mapping[str, Tried], *, rules: AlertRules, now: float
-) -> AlertBook:
-    """Return the book after attempts to send, by channel; the posts may be of any tick before."""
-    channels = dict(book.channels)
-    for name, attempt in tried.items():
+    state: AlertState, attempts: Mapping[str, Attempt], *, rules: AlertRules, now: float
+) -> AlertState:
+    """Return the state after attempts by channel; their notifications may be of any tick before."""
+    channels = dict(state.channels)
+    for name, attempt in attempts.items():
         channel = channels.get(name)
         if channel is None:
             continue
-        if attempt.problem is None:
-            channels[name] = _after_success(channel, attempt.post, rules, now)
-        elif attempt.is_hopeless:
-            channels[name] = msgspec.structs.replace(
-                _after_success(channel, attempt.post, rules, now),
-                problem=f"{attempt.problem}; that alert was dropped",
+        spent = replace(channel, posts=_posts(channel, rules, now) - 1, counted_at=now)
+        if attempt.problem is None or attempt.is_hopeless:
+            dropped = attempt.problem and f"{attempt.problem}; that alert was dropped"
+            left = channel.pending.minus(attempt.notification)
+            channels[name] = Channel(
+                pending=left, posts=spent.posts, counted_at=now, problem=dropped
             )
         elif attempt.refused:
-            channels[name] = msgspec.structs.replace(
-                channel,
-                posts=_posts(channel, rules, now) - 1,
-                counted_at=now,
-                problem=attempt.problem,
-                at_most=len(attempt.post.messages) // 2,
-            )
+            fewer = len(attempt.notification.transitions) // 2
+            channels[name] = replace(spent, problem=attempt.problem, at_most=fewer)
         else:
             channels[name] = _after_failure(channel, attempt.problem, now)
-    return msgspec.structs.replace(book, channels=channels)
+    return replace(state, channels=channels)
 
 
-def _opened(
-    before: Mapping[str, OpenAlert], seen: Seen, *, rules: AlertRules, now: float
-) -> tuple[dict[str, OpenAlert], list[Message]]:
-    conditions = {alert.key: alert for alert in seen.conditions}
-    opened: dict[str, OpenAlert] = {}
-    news: list[Message] = []
-    for key, alert in conditions.items():
-        old = before.get(key)
-        what = _news(old, alert, rules, now)
-        since = now if old is None else old.since
-        told_at = old.told_at if old is not None and what is None else now
-        worst = alert.severity if old is None else max(alert.severity, old.worst, key=_WORSE.index)
-        opened[key] = OpenAlert(alert=alert, since=since, told_at=told_at, worst=worst)
-        if what is not None:
-            news.append(Message(news=what, alert=alert, at=now, since=since))
-    for key, old in before.items():
-        if key in conditions:
+def _conditions(
+    state: AlertState, observed: Observation, *, rules: AlertRules, now: float
+) -> tuple[dict[str, Transition], dict[str, float], list[Transition]]:
+    """Return which are open, which of them are gone, and what is to be told."""
+    current = {f.check: f for f in observed.findings if not (f.kind and f.kind.is_event)}
+    is_open: dict[str, Transition] = {}
+    gone: dict[str, float] = {}
+    told: list[Transition] = []
+    for check, finding in current.items():
+        old = state.open.get(check)
+        since = (finding.since or now) if old is None else old.finding.since
+        found = replace(finding, since=since)
+        if (change := _change(old, finding, rules, now)) is not None:
+            told.append(Transition(change=change, finding=found, at=now))
+        worst = finding.level if old is None else max(finding.level, old.finding.level)
+        last = told[-1] if change is not None or old is None else old
+        is_open[check] = replace(last, finding=replace(found, level=worst))
+    for check, old in state.open.items():
+        if check in current:
             continue
-        gone_at = now if old.gone_at is None else min(old.gone_at, now)
-        if old.alert.kind in seen.unknown:
-            opened[key] = old
-        elif now - gone_at < rules.settle_seconds:
-            opened[key] = msgspec.structs.replace(old, gone_at=gone_at)
-        else:
-            news.append(Message(news=News.RECOVERED, alert=old.alert, at=now, since=old.since))
-    return opened, news
+        gone_at = min(state.gone.get(check, now), now)
+        is_unknown = old.finding.kind in observed.unknown
+        if not is_unknown and now - gone_at >= rules.settle_seconds:
+            told.append(Transition(change=Change.RECOVERED, finding=old.finding, at=now))
+            continue
+        is_open[check] = old
+        if not is_unknown or check in state.gone:
+            gone[check] = gone_at
+    return is_open, gone, told
 
 
-def _news(old: OpenAlert | None, alert: Alert, rules: AlertRules, now: float) -> News | None:
-    if old is None or _WORSE.index(alert.severity) > _WORSE.index(old.worst):
-        return News.RAISED
+def _change(
+    old: Transition | None, finding: Finding, rules: AlertRules, now: float
+) -> Change | None:
+    if old is None or finding.level > old.finding.level:
+        return Change.RAISED
     # A clock that was set back must not silence it.
-    waited = now - old.told_at
+    waited = now - old.at
     if rules.repeat_seconds and (waited >= rules.repeat_seconds or waited < 0):
-        return News.REMINDER
+        return Change.REMINDER
     return None
 
 
-def _with(channel: Channel, news: Sequence[Message], now: float) -> Channel:
-    pending = [*channel.pending, *news]
-    dropped = pending[: max(0, len(pending) - MOST_PENDING)]
-    left_out = Counter(channel.left_out)
-    left_out.update(str(message.alert.kind) for message in dropped)
-    return msgspec.structs.replace(
+def _with(channel: Channel, transitions: Sequence[Transition], now: float) -> Channel:
+    return replace(
         channel,
-        pending=tuple(pending[len(dropped) :]),
-        left_out=dict(left_out),
+        pending=channel.pending.plus(transitions),
         counted_at=min(channel.counted_at, now),
     )
 
@@ -276,19 +247,7 @@ def _posts(channel: Channel, rules: AlertRules, now: float) -> float:
     return min(float(BURST), channel.posts + passed * rules.posts_per_hour / 3600)
 
 
-def _after_success(channel: Channel, post: Post, rules: AlertRules, now: float) -> Channel:
-    # Of a post that was long on its way, others may have come since, and some be only counted.
-    return Channel(
-        pending=tuple(message for message in channel.pending if message not in post.messages),
-        left_out=dict(Counter(channel.left_out) - Counter(post.left_out)),
-        posts=_posts(channel, rules, now) - 1,
-        counted_at=now,
-    )
-
-
 def _after_failure(channel: Channel, problem: str, now: float) -> Channel:
     # Not more doublings than it takes: the power has no end.
     delay = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(channel.failures, 10))
-    return msgspec.structs.replace(
-        channel, failures=channel.failures + 1, next_at=now + delay, problem=problem
-    )
+    return replace(channel, failures=channel.failures + 1, next_at=now + delay, problem=problem)

@@ -1,78 +1,21 @@
-"""Alerts: what a person is told without having asked, and in which words."""
+"""What people are told of alerts without having asked, and in which words."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
 
-#: Characters of a cause in a digest: with a hundred of them it stays within what Slack takes.
+from batch_orchestration.domain.health import Finding, Level
+
+#: More transitions than these wait for no channel in full; older ones are counted.
+MOST_PENDING = 100
+#: Characters of a reason in a digest: with a hundred of them it stays within what Slack takes.
 _PARAGRAPH = 240
 
 
-class AlertKind(StrEnum):
-    """What an alert is about. `docs/alerts.md` says of each what to do; a test compares the two."""
-
-    # Of one batch, told once.
-    FILE_REJECTED = "file_rejected"
-    BATCH_FAILED = "batch_failed"
-    BATCH_OVER_BUDGET = "batch_over_budget"
-    BATCH_EXPIRED = "batch_expired"
-    ESTIMATE_MISSED = "estimate_missed"
-    # Conditions: told when they begin, now and then while they last, and when they are over.
-    BATCH_STUCK = "batch_stuck"
-    NEEDS_PERSON = "needs_person"
-    BATCH_LATE = "batch_late"
-    DEAD_LETTERS = "dead_letters"
-    ENGINE_RESTARTS = "engine_restarts"
-    ENGINE_SILENT = "engine_silent"
-    GPU_UNHEALTHY = "gpu_unhealthy"
-    QUEUE_STALLED = "queue_stalled"
-    DISK_LOW = "disk_low"
-    STORE_UNUSABLE = "store_unusable"
-    DISPATCH_STOPPED = "dispatch_stopped"
-    HEALTH_UNKNOWN = "health_unknown"
-    # About alerts themselves.
-    ALERTS_SILENT = "alerts_silent"
-    ALERTS_LOST = "alerts_lost"
-    TEST = "test"
-
-
-class Severity(StrEnum):
-    """How soon somebody should look."""
-
-    #: Something stands still, or is lost.
-    ERROR = "error"
-    #: By day.
-    WARNING = "warning"
-    #: Nothing is to be done.
-    INFO = "info"
-
-
-class Alert(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that a person should know.
-
-    Attributes:
-        key: What it is about: of alerts with one key there is one.
-        title: A short line, without figures that change.
-        cause: What was seen, with figures.
-        counts: Of failed requests, by code.
-        link: A page of Dagster; None if none helps.
-        next_command: What a person runs next.
-    """
-
-    key: str
-    kind: AlertKind
-    severity: Severity
-    title: str
-    cause: str
-    counts: Mapping[str, int] = {}
-    link: str | None = None
-    next_command: str | None = None
-
-
-class News(StrEnum):
-    """What about an alert is told."""
+class Change(StrEnum):
+    """What has become of an alert."""
 
     RAISED = "alert"
     #: It lasts.
@@ -80,91 +23,110 @@ class News(StrEnum):
     RECOVERED = "recovered"
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """An alert, told.
+class Transition(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of an alert that people are told; `at` is when it was noticed, POSIX seconds."""
 
-    Attributes:
-        at: When it was decided to tell it, POSIX seconds.
-        since: When the alert was raised.
-    """
-
-    news: News
-    alert: Alert
+    change: Change
+    finding: Finding
     at: float
-    since: float
 
     @property
-    def severity(self) -> Severity:
-        """Of the news: that something is over is no error."""
-        return Severity.INFO if self.news is News.RECOVERED else self.alert.severity
+    def level(self) -> Level:
+        """Of the change: that something is over is nothing bad."""
+        return Level.HEALTHY if self.change is Change.RECOVERED else self.finding.level
 
     @property
     def subject(self) -> str:
         """It in one line."""
-        return f"[{self.news}] {self.alert.title}"
+        return f"[{self.change}] {self.finding.title}"
 
     @property
     def text(self) -> str:
-        """It in full: cause, counts by code, link, next command."""
-        alert, lines = self.alert, [self.subject, self.alert.cause]
-        if self.news is News.RECOVERED:
-            return f"{self.subject}\nIt was: {alert.cause}"
-        if alert.counts:
-            lines.append(", ".join(f"{code}: {count:,}" for code, count in alert.counts.items()))
-        lines += [f"Page: {alert.link}"] if alert.link else []
-        lines += [f"Next: {alert.next_command}"] if alert.next_command else []
+        """It in full: reason, counts by code, link, next command."""
+        found = self.finding
+        if self.change is Change.RECOVERED:
+            return f"{self.subject}\nIt was: {found.reason}"
+        lines = [self.subject, found.reason]
+        if found.counts:
+            lines.append(", ".join(f"{code}: {count:,}" for code, count in found.counts.items()))
+        lines += [f"Page: {found.link}"] if found.link else []
+        lines += [f"Next: {found.next_command}"] if found.next_command else []
         return "\n".join(lines)
 
     @property
     def paragraph(self) -> str:
-        """It as one of many: its cause may be cut, and links are left to those who look."""
-        cause = " ".join(self.alert.cause.split())
-        cut = cause if len(cause) <= _PARAGRAPH else cause[: _PARAGRAPH - 1] + "…"
+        """It as one of many: its reason may be cut, and links are left to those who look."""
+        reason = " ".join(self.finding.reason.split())
+        cut = reason if len(reason) <= _PARAGRAPH else reason[: _PARAGRAPH - 1] + "…"
         return f"{self.subject}\n{cut}"
 
 
-class Post(msgspec.Struct, frozen=True, kw_only=True):
-    """What a channel sends at a time: one message, or all that had to wait.
+class Notification(msgspec.Struct, frozen=True, kw_only=True):
+    """What a channel has to send: one transition, or all that had to wait, oldest first.
 
     Attributes:
-        left_out: How many older messages are only counted, by kind.
+        left_out: How many older transitions are only counted, by kind.
     """
 
-    messages: tuple[Message, ...]
+    transitions: tuple[Transition, ...] = ()
     left_out: Mapping[str, int] = {}
 
     @property
-    def severity(self) -> Severity:
-        """The worst of its messages."""
-        order = (Severity.ERROR, Severity.WARNING, Severity.INFO)
-        return min((m.severity for m in self.messages), key=order.index, default=Severity.WARNING)
+    def count(self) -> int:
+        """How many transitions it tells of."""
+        return len(self.transitions) + sum(self.left_out.values())
+
+    @property
+    def level(self) -> Level:
+        """The worst of its transitions."""
+        return max((t.level for t in self.transitions), default=Level.DEGRADED)
 
     @property
     def subject(self) -> str:
         """It in one line."""
-        if len(self.messages) == 1 and not self.left_out:
-            return self.messages[0].subject
-        total = len(self.messages) + sum(self.left_out.values())
-        return f"[digest] {total} alerts and recoveries that had to wait"
+        if len(self.transitions) == self.count == 1:
+            return self.transitions[0].subject
+        return f"[digest] {self.count} alerts and recoveries that had to wait"
 
     @property
     def text(self) -> str:
-        """All of it; of a digest one paragraph per message, oldest first."""
-        if len(self.messages) == 1 and not self.left_out:
-            return self.messages[0].text
+        """All of it; of a digest one paragraph per transition."""
+        if len(self.transitions) == self.count == 1:
+            return self.transitions[0].text
         lines = [self.subject]
         if self.left_out:
             counts = ", ".join(f"{kind}: {count:,}" for kind, count in self.left_out.items())
             lines.append(f"Only counted, the log has them: {counts}")
-        return "\n\n".join([*lines, *(message.paragraph for message in self.messages)])
+        return "\n\n".join([*lines, *(transition.paragraph for transition in self.transitions)])
 
     def text_within(self, characters: int) -> str:
-        """Return it with as many of its newest messages as find room; others are only counted."""
+        """Return it with as many of its newest transitions as find room; others are counted."""
         text = self.text
-        for first in range(1, len(self.messages)):
+        for most in range(len(self.transitions) - 1, 0, -1):
             if len(text) <= characters:
                 break
-            counted = Counter(self.left_out)
-            counted.update(str(message.alert.kind) for message in self.messages[:first])
-            text = Post(messages=self.messages[first:], left_out=counted).text
+            text = self.newest(most).text
         return text if len(text) <= characters else f"{text[: characters - 1]}…"
+
+    def newest(self, most: int) -> "Notification":
+        """Return it with at most so many transitions in full; the older ones are counted."""
+        first = max(0, len(self.transitions) - most)
+        counted = Counter(self.left_out)
+        counted.update(str(transition.finding.kind) for transition in self.transitions[:first])
+        return Notification(transitions=self.transitions[first:], left_out=dict(counted))
+
+    def oldest(self, most: int) -> "Notification":
+        """Return it without those that have to wait for another one."""
+        return Notification(transitions=self.transitions[:most], left_out=self.left_out)
+
+    def plus(self, transitions: Sequence[Transition]) -> "Notification":
+        """Return it with what came since; more than `MOST_PENDING` are counted."""
+        every = Notification(transitions=(*self.transitions, *transitions), left_out=self.left_out)
+        return every.newest(MOST_PENDING)
+
+    def minus(self, sent: "Notification") -> "Notification":
+        """Return what is left after another one was sent; others may have come since."""
+        return Notification(
+            transitions=tuple(t for t in self.transitions if t not in sent.transitions),
+            left_out=dict(Counter(self.left_out) - Counter(sent.left_out)),
+        )

@@ -1,7 +1,10 @@
-"""Health: what is wrong with a deployment, how badly, and what helps."""
+"""Findings: what is wrong with a deployment, how badly, and what helps.
 
-from collections.abc import Iterable
-from enum import IntEnum
+Checks of the health find them, and so do the sources of alerts: an alert is a finding with a kind.
+"""
+
+from collections.abc import Iterable, Mapping
+from enum import IntEnum, StrEnum
 
 import msgspec
 
@@ -18,16 +21,67 @@ class Level(IntEnum):
         """It as a word: `healthy`, `degraded`, `unhealthy`."""
         return self.name.lower()
 
+    @property
+    def severity(self) -> str:
+        """How soon somebody should look, as an alert says it: at once, by day, never."""
+        return ("info", "warning", "error")[self]
+
+
+class AlertKind(StrEnum):
+    """What an alert is about. `docs/alerts.md` says of each what to do; a test compares the two."""
+
+    # Of one batch, told once.
+    FILE_REJECTED = "file_rejected"
+    BATCH_FAILED = "batch_failed"
+    BATCH_OVER_BUDGET = "batch_over_budget"
+    BATCH_EXPIRED = "batch_expired"
+    ESTIMATE_MISSED = "estimate_missed"
+    # Conditions: told when they begin, now and then while they last, and when they are over.
+    BATCH_STUCK = "batch_stuck"
+    NEEDS_PERSON = "needs_person"
+    BATCH_LATE = "batch_late"
+    DEAD_LETTERS = "dead_letters"
+    ENGINE_RESTARTS = "engine_restarts"
+    ENGINE_SILENT = "engine_silent"
+    GPU_UNHEALTHY = "gpu_unhealthy"
+    QUEUE_STALLED = "queue_stalled"
+    DISK_LOW = "disk_low"
+    STORE_UNUSABLE = "store_unusable"
+    DISPATCH_STOPPED = "dispatch_stopped"
+    HEALTH_UNKNOWN = "health_unknown"
+    # About alerts themselves.
+    ALERTS_SILENT = "alerts_silent"
+    ALERTS_LOST = "alerts_lost"
+    TEST = "test"
+
+    @property
+    def is_event(self) -> bool:
+        """Whether it happens once; what does not begins, lasts and ends."""
+        return self in _EVENTS
+
+
+_EVENTS = frozenset(
+    {
+        *(AlertKind.FILE_REJECTED, AlertKind.BATCH_FAILED, AlertKind.BATCH_OVER_BUDGET),
+        *(AlertKind.BATCH_EXPIRED, AlertKind.ESTIMATE_MISSED, AlertKind.ALERTS_LOST),
+    }
+)
+
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """What one check found.
+    """What one check found, or what people are alerted to.
 
     Attributes:
-        check: Its name, for example `disk`; of one run or device `worker:<run id>`, `gpu:0`.
+        check: Its name, for example `disk`; of one run or device `worker:<run id>`, `gpu:0`. Of the
+            alerts with one name there is one.
         reason: A sentence with figures.
         next_command: What a person runs next; None if there is nothing to do.
-        since: When this check began not to be healthy, POSIX seconds; None while it is, or where
-            nobody looked before.
+        since: When this check began not to be healthy, or when the event happened, POSIX seconds;
+            None while it is healthy, or where nobody looked before.
+        kind: Of an alert.
+        title: Of an alert: a short line, without figures that change.
+        counts: Of failed requests, by code.
+        link: A page of Dagster; None if none helps.
     """
 
     check: str
@@ -35,6 +89,10 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     next_command: str | None = None
     since: float | None = None
+    kind: AlertKind | None = None
+    title: str = ""
+    counts: Mapping[str, int] = {}
+    link: str | None = None
 
 
 class Standstill(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,16 +25,16 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.alert_book import Tried
-from batch_orchestration.domain.alerts import Post
+from batch_orchestration.domain.alert_book import Attempt
+from batch_orchestration.domain.alerts import Notification
 from batch_orchestration.domain.errors import AlertNotSent
 from batch_orchestration.services.no_redirects import NoRedirects
 from batch_orchestration.settings import Settings, SmtpSecurity
 
 logger = logging.getLogger(__name__)
 
-#: Sends a post; raises `AlertNotSent`, whose words may be shown to anybody.
-Send = Callable[[Post], None]
+#: Sends a notification; raises `AlertNotSent`, whose words may be shown to anybody.
+Send = Callable[[Notification], None]
 
 #: Until a mail server is ready to take a mail.
 WAIT_SECONDS = 5.0
@@ -69,14 +69,16 @@ def alert_channels(settings: Settings) -> dict[str, Send]:
 _opener = urllib.request.build_opener(NoRedirects)
 
 
-def send_to_webhook(settings: Settings, post: Post) -> None:
+def send_to_webhook(settings: Settings, notification: Notification) -> None:
     """Post JSON as Slack, Mattermost and Discord (`…/slack`) take it.
 
     Raises:
         AlertNotSent: It was not taken. The address is a secret and not told.
     """
     # https://api.slack.com/reference/surfaces/formatting#escaping
-    text = html.escape(post.text_within(WEBHOOK_CHARACTERS), quote=False)[:DISCORD_CHARACTERS]
+    text = html.escape(notification.text_within(WEBHOOK_CHARACTERS), quote=False)[
+        :DISCORD_CHARACTERS
+    ]
     body = json.dumps({"text": text}).encode()
     try:
         request = urllib.request.Request(
@@ -100,13 +102,13 @@ def send_to_webhook(settings: Settings, post: Post) -> None:
         raise AlertNotSent("BATCH_ALERT_WEBHOOK_URL is not an address") from None
 
 
-def send_mail(settings: Settings, post: Post) -> None:
+def send_mail(settings: Settings, notification: Notification) -> None:
     """Send a mail to everybody who is to have it.
 
     Raises:
         AlertNotSent: The server did not take it for all of them.
     """
-    message = _mail(settings, post)
+    message = _mail(settings, notification)
     try:
         with contextlib.closing(_connect(settings)) as server:
             refused = server.send_message(message)
@@ -126,8 +128,8 @@ def send_mail(settings: Settings, post: Post) -> None:
         raise AlertNotSent(f"the mail server refused {', '.join(sorted(refused))}", partly=True)
 
 
-def run_command(settings: Settings, post: Post) -> None:
-    """Run the command, without a shell, and give it the post as JSON on stdin.
+def run_command(settings: Settings, notification: Notification) -> None:
+    """Run the command, without a shell, and give it the notification as JSON on stdin.
 
     Raises:
         AlertNotSent: It cannot be run, failed, or had to be ended.
@@ -144,7 +146,7 @@ def run_command(settings: Settings, post: Post) -> None:
         except OSError as error:
             raise AlertNotSent(f"the command cannot be run: {_reason(error)}") from None
         try:
-            process.communicate(msgspec.json.encode(post_object(post)), timeout=ANSWER_SECONDS)
+            process.communicate(msgspec.json.encode(_as_json(notification)), timeout=ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
             raise AlertNotSent(f"the command did not end within {ANSWER_SECONDS:.0f} s") from None
         finally:
@@ -155,49 +157,49 @@ def run_command(settings: Settings, post: Post) -> None:
             raise AlertNotSent(f"the command ended with {process.returncode}: {words}")
 
 
-def post_object(post: Post) -> dict[str, Any]:
-    """Return a post as programs read it."""
+def _as_json(notification: Notification) -> dict[str, Any]:
     return {
-        "subject": post.subject,
-        "severity": post.severity,
-        "text": post.text,
+        "subject": notification.subject,
+        "severity": notification.level.severity,
+        "text": notification.text,
         "messages": [
             {
-                "news": message.news,
-                "at": message.at,
-                "since": message.since,
-                **msgspec.to_builtins(message.alert),
+                "change": transition.change,
+                "at": transition.at,
+                "severity": transition.level.severity,
+                **msgspec.to_builtins(transition.finding),
+                "level": transition.finding.level.word,
             }
-            for message in post.messages
+            for transition in notification.transitions
         ],
-        "left_out": dict(post.left_out),
+        "left_out": dict(notification.left_out),
     }
 
 
 class _Delivery(threading.Thread):
-    """One post on its way, in a thread of its own: the other side may drip for ever."""
+    """One notification on its way, in a thread of its own: the other side may drip for ever."""
 
-    def __init__(self, name: str, send: Send, post: Post) -> None:
+    def __init__(self, name: str, send: Send, notification: Notification) -> None:
         super().__init__(name=f"alert:{name}", daemon=True)
-        self._send, self._post = send, post
+        self._send, self._notification = send, notification
         self._problem: str | None = None
         self._partly = self._refused = False
 
     def run(self) -> None:
         try:
-            self._send(self._post)
+            self._send(self._notification)
         except AlertNotSent as error:
             self._problem, self._partly, self._refused = str(error), error.partly, error.refused
         except Exception as error:  # noqa: BLE001 - its words may hold a secret
             self._problem = f"it failed with {type(error).__name__}"
 
-    def tried(self, *, strict: bool = False) -> Tried:
+    def attempt(self, *, strict: bool = False) -> Attempt:
         """Return how it went, once it has ended."""
         problem = self._problem
         if self._partly and not strict:
             logger.warning("%s reached only some: %s", self.name, problem)
             problem = None
-        return Tried(post=self._post, problem=problem, refused=self._refused)
+        return Attempt(notification=self._notification, problem=problem, refused=self._refused)
 
 
 #: On their way, or ended too late for whoever began them.
@@ -205,14 +207,14 @@ _deliveries: dict[tuple[Path, str], _Delivery] = {}
 
 
 def deliver(
-    posts: Mapping[str, Post],
+    notifications: Mapping[str, Notification],
     channels: Mapping[str, Send],
     *,
     root: Path,
     seconds: float = POST_SECONDS,
     strict: bool = False,
-) -> dict[str, Tried]:
-    """Send each channel's post, side by side; return by channel how it went.
+) -> dict[str, Attempt]:
+    """Send each channel's notification, side by side; return by channel how it went.
 
     What has not ended in time is left on its way: nothing else is sent through that channel before
     it has ended, and `delivered_late` then tells how. To send it anew meanwhile would be to send it
@@ -224,28 +226,32 @@ def deliver(
         strict: Whether what has reached only some counts as not sent. To send it again would be a
             flood for those whom it has reached, so it is only logged otherwise.
     """
-    tried: dict[str, Tried] = {}
+    attempts: dict[str, Attempt] = {}
     begun: dict[str, _Delivery] = {}
-    for name, post in posts.items():
+    for name, notification in notifications.items():
         if (root, name) in _deliveries:
-            tried[name] = Tried(post=post, problem="an earlier alert is still on its way")
+            attempts[name] = Attempt(
+                notification=notification, problem="an earlier alert is still on its way"
+            )
             continue
-        begun[name] = _deliveries[root, name] = _Delivery(name, channels[name], post)
+        begun[name] = _deliveries[root, name] = _Delivery(name, channels[name], notification)
         begun[name].start()
     until = time.monotonic() + seconds
     for name, delivery in begun.items():
         delivery.join(max(0.0, until - time.monotonic()))
         if delivery.is_alive():
-            tried[name] = Tried(post=posts[name], problem=f"not done within {seconds:.0f} s")
+            attempts[name] = Attempt(
+                notification=notifications[name], problem=f"not done within {seconds:.0f} s"
+            )
         else:
-            tried[name] = _deliveries.pop((root, name)).tried(strict=strict)
-    return tried
+            attempts[name] = _deliveries.pop((root, name)).attempt(strict=strict)
+    return attempts
 
 
-def delivered_late(root: Path) -> dict[str, Tried]:
+def delivered_late(root: Path) -> dict[str, Attempt]:
     """Return how those have gone that had not ended when `deliver` did, and now have."""
     ended = [key for key, late in _deliveries.items() if key[0] == root and not late.is_alive()]
-    return {key[1]: _deliveries.pop(key).tried() for key in ended}
+    return {key[1]: _deliveries.pop(key).attempt() for key in ended}
 
 
 def _connect(settings: Settings) -> smtplib.SMTP:
@@ -267,16 +273,16 @@ def _connect(settings: Settings) -> smtplib.SMTP:
     return server
 
 
-def _mail(settings: Settings, post: Post) -> EmailMessage:
+def _mail(settings: Settings, notification: Notification) -> EmailMessage:
     message = EmailMessage()
     # Names of files are in it, and those may hold anything.
-    message["Subject"] = " ".join(post.subject.split())
+    message["Subject"] = " ".join(notification.subject.split())
     message["From"] = settings.smtp_from or f"batch@{socket.gethostname()}"
     message["To"] = settings.alert_email_to
     message["Date"] = formatdate(localtime=True)
     message["Message-ID"] = make_msgid()
     message["Auto-Submitted"] = "auto-generated"  # RFC 3834: nobody's holiday notice answers it
-    message.set_content(post.text_within(MAIL_CHARACTERS) + "\n")
+    message.set_content(notification.text_within(MAIL_CHARACTERS) + "\n")
     return message
 
 

@@ -1,7 +1,7 @@
 """What there is to be told: read from what is durable, so that a daemon that was dead misses none.
 
 The store's events, the health report, estimates and the rejected files are looked at anew at each
-tick; which of it is news is decided by `domain/alert_book.py`.
+tick; what of it is told is decided by `domain/alert_book.py`.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.alert_book import AlertBook, Seen
-from batch_orchestration.domain.alerts import Alert, AlertKind, Severity
+from batch_orchestration.domain.alert_book import AlertState, Observation
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.estimates import Band
+from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.domain.scores import Score
 from batch_orchestration.services.alert_findings import FROM_HEALTH, from_health
 from batch_orchestration.services.dagster_links import (
@@ -42,80 +42,87 @@ LOOK_BACK_SECONDS = 3600.0
 STORE_SECONDS = 5.0
 #: Starts of runs and engines take minutes, which means nothing for a batch of seconds.
 SLACK_SECONDS = 600.0
-_FROM_STORE = frozenset({AlertKind.DEAD_LETTERS, AlertKind.BATCH_LATE})
+_FROM_STORE = frozenset(
+    {
+        *(AlertKind.BATCH_FAILED, AlertKind.BATCH_EXPIRED, AlertKind.BATCH_OVER_BUDGET),
+        *(AlertKind.ESTIMATE_MISSED, AlertKind.BATCH_LATE, AlertKind.DEAD_LETTERS),
+    }
+)
+_FROM_FILES = frozenset({AlertKind.FILE_REJECTED})
 
 
-def look_for_alerts(*, settings: Settings, folder: DataFolder, book: AlertBook, now: float) -> Seen:
-    """Return what is the case now, and what has happened since the book's cursor.
+def observe(
+    *, settings: Settings, folder: DataFolder, state: AlertState, now: float
+) -> Observation:
+    """Return what is the case now, and what has happened since the state's cursor.
 
     What cannot be looked at is unknown: nothing of it is taken to be over, and no event is passed
     over. A source that fails keeps no other from being looked at.
     """
-    since = max(book.began, book.cursor - LOOK_BACK_SECONDS)
+    since = max(state.began, state.cursor - LOOK_BACK_SECONDS)
     parts = [
-        _guarded("health", FROM_HEALTH, lambda: from_health(settings, folder, book, now)),
-        _guarded("rejected files", frozenset(), lambda: _rejected(settings, folder, since, now)),
-        _guarded("store", _FROM_STORE, lambda: _from_store(settings, folder, book, since, now)),
+        _guarded("health", FROM_HEALTH, lambda: from_health(settings, folder, state, now)),
+        _guarded("rejected files", _FROM_FILES, lambda: _rejected(settings, folder, since)),
+        _guarded("store", _FROM_STORE, lambda: _from_store(settings, folder, state, since, now)),
     ]
-    return Seen(
-        conditions=[alert for part in parts for alert in part.conditions],
-        events=[event for part in parts for event in part.events],
+    return Observation(
+        findings=[finding for part in parts for finding in part.findings],
         unknown=frozenset(kind for part in parts for kind in part.unknown),
-        cursor=None if any(part.cursor is None for part in parts) else now,
     )
 
 
-def _guarded(name: str, kinds: frozenset[AlertKind], look: Callable[[], Seen]) -> Seen:
+def _guarded(
+    name: str, kinds: frozenset[AlertKind], look: Callable[[], Observation]
+) -> Observation:
     try:
         return look()
     except StorageError:  # that it cannot be read is a finding of the health
-        return Seen(unknown=kinds, cursor=None)
+        return Observation(unknown=kinds)
     except Exception as error:
         logger.exception("looking for alerts in the %s failed", name)
-        broken = Alert(
-            key=f"source:{name}",
+        broken = Finding(
+            check=f"source:{name}",
             kind=AlertKind.HEALTH_UNKNOWN,
-            severity=Severity.ERROR,
+            level=Level.UNHEALTHY,
             title=f"Nobody looks at the {name} for alerts",
-            cause=f"alert_sensor fails at it: {error!r}",
+            reason=f"alert_sensor fails at it: {error!r}",
             next_command="python -m batch_orchestration health",
         )
-        return Seen(conditions=[broken], unknown=kinds, cursor=None)
+        return Observation(findings=[broken], unknown=kinds)
 
 
 # --- the store ------------------------------------------------------------------------------------
 
 
 def _from_store(
-    settings: Settings, folder: DataFolder, book: AlertBook, since: float, now: float
-) -> Seen:
-    watched = watch(folder.duckdb, since=since, began=book.began, deadline_seconds=STORE_SECONDS)
-    events = [(a, e.at) for e in watched.endings if (a := _of_ending(e, settings)) is not None]
-    events += [
-        (_missed(score, settings), score.scored_at)
+    settings: Settings, folder: DataFolder, state: AlertState, since: float, now: float
+) -> Observation:
+    watched = watch(folder.duckdb, since=since, began=state.began, deadline_seconds=STORE_SECONDS)
+    endings = (_of_ending(ending, settings) for ending in watched.endings)
+    missed = (
+        _missed(score, settings)
         for score in _scores(folder, since)
         if _is_missed(score, settings.alert_estimate_factor)
-    ]
+    )
     paused = read_pause(folder) is not None
     late = () if paused else _late(watched.unfinished, settings, folder, now)
-    return Seen(
-        conditions=[*_dead_letters(watched, settings), *late],
-        events=events,
-        unknown=frozenset({AlertKind.BATCH_LATE}) if paused else frozenset(),
-        cursor=now,
+    return Observation(
+        findings=[*filter(None, endings), *missed, *_dead_letters(watched, settings), *late],
+        unknown={AlertKind.BATCH_LATE} if paused else (),
     )
 
 
-def _of_ending(ending: Ending, settings: Settings) -> Alert | None:
+def _of_ending(ending: Ending, settings: Settings) -> Finding | None:
     batch = ending.batch
     failed = sum(ending.failures.values())
     asked = batch.total - ending.unasked
-    alert = Alert(
-        key=f"ending:{batch.batch_id}:{ending.number}",
+    alert = Finding(
+        check=f"ending:{batch.batch_id}:{ending.number}",
         kind=AlertKind.BATCH_FAILED,
-        severity=Severity.ERROR,
+        level=Level.UNHEALTHY,
         title=f"Batch {batch.batch_id} failed",
-        cause=f"{ending.actor}: {ending.reason}",
+        reason=f"{ending.actor}: {ending.reason}",
+        since=ending.at,
         counts=ending.failures,
         link=batch_link(settings, batch.batch_id),
         next_command=f"python -m batch_orchestration status {batch.batch_id}",
@@ -127,7 +134,7 @@ def _of_ending(ending: Ending, settings: Settings) -> Alert | None:
             alert,
             kind=AlertKind.BATCH_EXPIRED,
             title=f"Batch {batch.batch_id} has expired",
-            cause=(
+            reason=(
                 f"{ending.unasked:,} of its {batch.total:,} requests had no answer when its window"
                 " ended; what was answered is delivered"
             ),
@@ -141,7 +148,7 @@ def _of_ending(ending: Ending, settings: Settings) -> Alert | None:
         alert,
         kind=AlertKind.BATCH_OVER_BUDGET,
         title=f"Batch {batch.batch_id} is completed, with too many failures",
-        cause=(
+        reason=(
             f"{failed:,} of {asked:,} requests failed: {failed / asked:.1%},"
             f" {settings.failure_budget:.1%} allowed"
         ),
@@ -149,7 +156,7 @@ def _of_ending(ending: Ending, settings: Settings) -> Alert | None:
     )
 
 
-def _dead_letters(watched: Watched, settings: Settings) -> list[Alert]:
+def _dead_letters(watched: Watched, settings: Settings) -> list[Finding]:
     by_code: Counter[str] = Counter()
     for counts in watched.dead_letters.values():
         by_code.update(counts)
@@ -157,12 +164,12 @@ def _dead_letters(watched: Watched, settings: Settings) -> list[Alert]:
     if total <= settings.alert_dead_letters:
         return []
     worst = max(watched.dead_letters, key=lambda batch: sum(watched.dead_letters[batch].values()))
-    alert = Alert(
-        key=str(AlertKind.DEAD_LETTERS),
+    alert = Finding(
+        check=str(AlertKind.DEAD_LETTERS),
         kind=AlertKind.DEAD_LETTERS,
-        severity=Severity.WARNING,
+        level=Level.DEGRADED,
         title="Many requests have failed for good",
-        cause=(
+        reason=(
             f"{total:,} dead letters of {len(watched.dead_letters)} batches are neither replayed"
             f" nor discarded, more than {settings.alert_dead_letters:,}; most are of {worst}"
         ),
@@ -192,14 +199,15 @@ def _is_beyond(seconds: float, expected: Band, factor: float) -> bool:
     return seconds > max(factor * expected.high, expected.high + SLACK_SECONDS)
 
 
-def _missed(score: Score, settings: Settings) -> Alert:
+def _missed(score: Score, settings: Settings) -> Finding:
     assert score.expected_seconds is not None
-    return Alert(
-        key=f"estimate:{score.batch_id}",
+    return Finding(
+        check=f"estimate:{score.batch_id}",
+        since=score.scored_at,
         kind=AlertKind.ESTIMATE_MISSED,
-        severity=Severity.WARNING,
+        level=Level.DEGRADED,
         title=f"The estimate of {score.batch_id} was badly missed",
-        cause=(
+        reason=(
             f"it took {duration(score.actual_seconds)} of the engine's time,"
             f" {seconds_band(score.expected_seconds)} were expected"
         ),
@@ -210,7 +218,7 @@ def _missed(score: Score, settings: Settings) -> Alert:
 
 def _late(
     batches: Sequence[BatchRecord], settings: Settings, folder: DataFolder, now: float
-) -> Iterator[Alert]:
+) -> Iterator[Finding]:
     for batch in batches:
         estimate = read_estimate(folder, batch.batch_id)
         done = None if estimate is None else estimate.until_done
@@ -218,12 +226,12 @@ def _late(
         factor = settings.alert_estimate_factor
         if done is None or not _is_beyond(now - began, done, factor):
             continue
-        yield Alert(
-            key=f"{AlertKind.BATCH_LATE}:{batch.batch_id}",
+        yield Finding(
+            check=f"{AlertKind.BATCH_LATE}:{batch.batch_id}",
             kind=AlertKind.BATCH_LATE,
-            severity=Severity.WARNING,
+            level=Level.DEGRADED,
             title=f"Batch {batch.batch_id} is far beyond its estimate",
-            cause=(
+            reason=(
                 f"it was to be done after {seconds_band(done)}; {duration(now - began)} have"
                 f" passed and {batch.pending:,} of {batch.total:,} requests are not committed"
             ),
@@ -235,24 +243,25 @@ def _late(
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _rejected(settings: Settings, folder: DataFolder, since: float, now: float) -> Seen:
+def _rejected(settings: Settings, folder: DataFolder, since: float) -> Observation:
     """Look at the files of which nothing could be used, by what lies beside them."""
     events = []
     for path in sorted(folder.rejected.glob("*.errors.json")):
         with contextlib.suppress(OSError):  # gone, or a link in a circle: the others are told
             if (at := path.stat().st_mtime) > since:
-                events.append((_of_rejected(path, settings, at), at))
-    return Seen(events=events, cursor=now)
+                events.append(_of_rejected(path, settings, at))
+    return Observation(findings=events)
 
 
-def _of_rejected(path: Path, settings: Settings, at: float) -> Alert:
+def _of_rejected(path: Path, settings: Settings, at: float) -> Finding:
     name = path.name.removesuffix(".errors.json")
-    return Alert(
-        key=f"rejected:{path.name}:{at:.3f}",
+    return Finding(
+        check=f"rejected:{path.name}:{at:.3f}",
+        since=at,
         kind=AlertKind.FILE_REJECTED,
-        severity=Severity.WARNING,
+        level=Level.DEGRADED,
         title=f"The file {name} was rejected",
-        cause="nothing of it can be used; the file beside it lists every fault",
+        reason="nothing of it can be used; the file beside it lists every fault",
         link=sensor_link(settings, "inbox_sensor"),
         next_command=f"head -c 2000 {shlex.quote(str(path))}",
     )

@@ -1,21 +1,21 @@
 """The watchdog: tells through the channels that nobody looks for alerts any more.
 
-A process of its own, for a daemon that is dead can tell nobody. It keeps a book of its own, so that
-it tells once, and when it is over.
+A process of its own, for a daemon that is dead can tell nobody. It keeps a state of its own, so
+that it tells once, and when it is over.
 """
 
 import time
 from collections.abc import Callable, Mapping
 
-from batch_orchestration.domain.alert_book import Seen
-from batch_orchestration.domain.alerts import Alert, AlertKind, Severity
+from batch_orchestration.domain.alert_book import Observation
+from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.services.alert_channels import Send
-from batch_orchestration.services.alerting import Tended, tend_alerts
+from batch_orchestration.services.alerting import Cycle, run_alert_cycle
 from batch_orchestration.services.dagster_links import RESTART, sensor_link
 from batch_orchestration.services.wording import duration
 from batch_orchestration.services.worker_watch import Unchanged
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.alert_files import last_tended
+from batch_orchestration.storage.alert_files import last_cycle_at
 from batch_orchestration.storage.files import DataFolder
 
 #: `alert_sensor` looks every 30 s; so long without it no restart explains.
@@ -32,7 +32,7 @@ class Watchdog:
         settings: In force.
         folder: The data folder.
         channels: By name.
-        clock: Monotonic seconds. What is counted is for how long the book has not changed while we
+        clock: Monotonic seconds. What is counted is for how long the state has not changed while we
             looked: a clock that is set, or a machine that slept or was off, tells nothing.
     """
 
@@ -47,9 +47,9 @@ class Watchdog:
         self._settings, self._folder, self._channels = settings, folder, channels
         self._clock = clock
         self._looked_at = clock()
-        self._book = Unchanged()
+        self._state = Unchanged()
 
-    def look(self, now: float) -> Tended:
+    def look(self, now: float) -> Cycle:
         """Look once, and send what is due.
 
         Raises:
@@ -57,25 +57,25 @@ class Watchdog:
         """
         looked_at, self._looked_at = self._looked_at, self._clock()
         step = min(self._looked_at - looked_at, LONGEST_STEP_SECONDS)
-        self._book.take_in(last_tended(self._folder.alerts), step)
-        silent = self._book.seconds
-        conditions = [self._alert(silent)] if silent > SILENT_SECONDS else []
-        return tend_alerts(
+        self._state.take_in(last_cycle_at(self._folder.alerts), step)
+        silent = self._state.seconds
+        findings = [self._alert(silent)] if silent > SILENT_SECONDS else []
+        return run_alert_cycle(
             settings=self._settings,
             folder=self._folder,
             channels=self._channels,
             now=now,
-            look=lambda **_: Seen(conditions=conditions, cursor=now),
+            observe=lambda **_: Observation(findings=findings),
             path=self._folder.alerts.with_name("alerts-watchdog.json"),
         )
 
-    def _alert(self, silent: float) -> Alert:
-        return Alert(
-            key=str(AlertKind.ALERTS_SILENT),
+    def _alert(self, silent: float) -> Finding:
+        return Finding(
+            check=str(AlertKind.ALERTS_SILENT),
             kind=AlertKind.ALERTS_SILENT,
-            severity=Severity.ERROR,
+            level=Level.UNHEALTHY,
             title="Dagster's daemon or its code location is dead",
-            cause=(
+            reason=(
                 f"alert_sensor has not looked for {duration(silent)}: nothing is admitted, started"
                 " or told; runs at work go on"
             ),

@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from batch_orchestration.domain.alert_book import AlertBook
+from batch_orchestration.domain.alert_book import AlertState
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import can_be_id
 from batch_orchestration.domain.dead_letters import Replay
@@ -95,7 +95,7 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
         ([folder.needs], tuple[NeedsPerson, ...]),
         ([folder.refusal], Refusal),
         ([folder.health], HealthReport),
-        ([folder.alerts], AlertBook),
+        ([folder.alerts], AlertState),
         ([folder.rungs], dict[str, Descent]),
         ([results_path(folder)], dict[str, PartResult]),
         ([clock_path(folder)], ClockRecord),

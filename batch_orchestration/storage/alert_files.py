@@ -1,4 +1,4 @@
-"""Books of alerts as files: that of `alert_sensor`, and that of the watchdog beside it."""
+"""Alert states as files: that of `alert_sensor`, and that of the watchdog beside it."""
 
 import contextlib
 import os
@@ -9,64 +9,64 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
-from batch_orchestration.domain.alert_book import AlertBook
+from batch_orchestration.domain.alert_book import AlertState
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.storage.files import disk_errors, read_kept, write_atomically
 
 
-def write_book(path: Path, book: AlertBook) -> None:
-    """Replace the book, durably.
+def write_alert_state(path: Path, state: AlertState) -> None:
+    """Replace the state, durably.
 
     Raises:
         Shortage: There is no room; the old one stands.
         StorageError: It cannot be written; the old one stands.
     """
-    write_atomically(path, msgspec.json.encode(book))
+    write_atomically(path, msgspec.json.encode(state))
 
 
-def read_book(path: Path) -> AlertBook | None:
-    """Return the book; None if there is none yet.
+def read_alert_state(path: Path) -> AlertState | None:
+    """Return the state; None if there is none yet.
 
     Raises:
         StorageError: It is damaged.
     """
-    return read_kept(path, AlertBook)
+    return read_kept(path, AlertState)
 
 
 @contextlib.contextmanager
-def tending(path: Path) -> Iterator[None]:
-    """Be the only one who tends a book.
+def alert_cycle(path: Path) -> Iterator[None]:
+    """Keep others from running a cycle on the state.
 
     Raises:
-        StorageError: Somebody else does, for example a tick that a person asked for in the UI.
+        StorageError: Somebody else runs one, for example a tick that a person asked for in the UI.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     with disk_errors(path):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise StorageError(f"{path} is being tended by another tick") from None
+            raise StorageError(f"{path} is in use by another tick") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def set_book_aside(path: Path) -> None:
-    """Put a damaged book out of the way, for people."""
+def set_alert_state_aside(path: Path) -> None:
+    """Put a damaged state out of the way, for people."""
     aside = path.with_name(f"{path.stem}.damaged-{int(time.time())}.json")
     with contextlib.suppress(FileNotFoundError), disk_errors(aside):
         path.replace(aside)
 
 
-def touch_book(path: Path) -> None:
-    """Show the watchdog that the book is tended though it cannot be written; needs no room."""
+def touch_alert_state(path: Path) -> None:
+    """Show the watchdog that a cycle has run though its state cannot be written; needs no room."""
     with contextlib.suppress(OSError):
         os.utime(path)
 
 
-def last_tended(path: Path) -> float | None:
-    """Return the book's time, which each look changes; None if there is no book."""
+def last_cycle_at(path: Path) -> float | None:
+    """Return the file's time, which each cycle changes; None if there is no file."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

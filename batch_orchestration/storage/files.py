@@ -139,7 +139,7 @@ class DataFolder:
 
     @property
     def alerts(self) -> Path:
-        """The book of alerts; `alert_sensor` alone writes it."""
+        """The alert state; `alert_sensor` alone writes it."""
         return self.root / "alerts.json"
 
     @property

@@ -1,4 +1,4 @@
-"""`kill -9` of whoever tends the alerts, at each moment that matters: nothing is lost."""
+"""`kill -9` of whoever runs the alert cycle, at each moment that matters: nothing is lost."""
 
 import os
 import signal
@@ -15,8 +15,8 @@ from batch_orchestration_tests.alert_servers import Webhook, serving
 from batch_orchestration_tests.forks import run_forked
 
 
-def tend(root: Path, url: str, now: float, moment: str) -> None:
-    """Tend the book once; die at the moment that is told."""
+def cycle(root: Path, url: str, now: float, moment: str) -> None:
+    """Run the alert cycle once; die at the moment that is told."""
     tower = Tower(root, SimpleNamespace(url=url))
     tower.now = now
 
@@ -29,19 +29,19 @@ def tend(root: Path, url: str, now: float, moment: str) -> None:
         deliver(*arguments, **options)
         die()
 
-    if moment == "before the book is kept":
-        alerting.write_book = die
+    if moment == "before the state is kept":
+        alerting.write_alert_state = die
     if moment == "before it is sent":
         alerting.deliver = die
     if moment == "before it is known to be sent":
         alerting.deliver = send_and_die
-    tower.tend()
+    tower.cycle()
 
 
 @pytest.mark.parametrize(
     ("moment", "arrived"),
     [
-        ("before the book is kept", 1),
+        ("before the state is kept", 1),
         ("before it is sent", 1),
         # Nobody can know whether it was sent.
         ("before it is known to be sent", 2),
@@ -55,7 +55,7 @@ def test_killed_at_any_moment_it_loses_no_alert(tmp_path, monkeypatch, moment, a
         tower.begin()
         tower.end(tower.add(failing=(1, 2)), BatchStatus.COMPLETED)
         tower.now += 30
-        died = run_forked(tend, tmp_path, webhook.url, tower.now, moment)
+        died = run_forked(cycle, tmp_path, webhook.url, tower.now, moment)
 
         for _ in range(3):
             tower.tick()

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from batch_orchestration.domain.alert_book import Tried
-from batch_orchestration.domain.alerts import Alert, AlertKind, Message, News, Post, Severity
+from batch_orchestration.domain.alert_book import Attempt
+from batch_orchestration.domain.alerts import Change, Notification, Transition
 from batch_orchestration.domain.errors import AlertNotSent
+from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.services import alert_channels as channels_module
 from batch_orchestration.services.alert_channels import alert_channels, deliver, delivered_late
 from batch_orchestration.settings import Settings, settings_in_force
@@ -20,12 +21,13 @@ from batch_orchestration_tests.builders import NOW
 SECRET = "s3cret"
 
 
-def make_post(title="The disk is nearly full", **fields):
-    alert = Alert(
-        key="disk", kind=AlertKind.DISK_LOW, severity=Severity.ERROR, title=title,
-        cause="1 GiB < 2 GiB & falling", counts={"timeout": 3}, **fields,
+def make_notification(title="The disk is nearly full", **fields):
+    finding = Finding(
+        check="disk", kind=AlertKind.DISK_LOW, level=Level.UNHEALTHY, title=title, since=NOW,
+        reason="1 GiB < 2 GiB & falling", counts={"timeout": 3}, **fields,
     )  # fmt: skip
-    return Post(messages=(Message(news=News.RAISED, alert=alert, at=NOW, since=NOW),))
+    transition = Transition(change=Change.RAISED, finding=finding, at=NOW)
+    return Notification(transitions=(transition,))
 
 
 def make_settings(**values):
@@ -64,7 +66,7 @@ def mail_channel(port, **values):
 
 def problem_of(send, post=None):
     with pytest.raises(AlertNotSent) as caught:
-        send(post or make_post())
+        send(post or make_notification())
     assert SECRET not in str(caught.value)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
     return str(caught.value)
@@ -74,7 +76,7 @@ def problem_of(send, post=None):
 
 
 def test_a_webhook_gets_text_that_slack_shows_as_it_is(webhook):
-    webhook_channel(webhook.url)(make_post())
+    webhook_channel(webhook.url)(make_notification())
 
     (text,) = webhook.texts
     assert text.splitlines()[:3] == [
@@ -123,7 +125,7 @@ def test_secrets_are_shown_nowhere():
 
 
 def test_a_mail_goes_to_everybody_with_the_alert_as_its_text(mail_server):
-    mail_channel(mail_server.port)(make_post("The file a\nBcc: x@example.org was rejected"))
+    mail_channel(mail_server.port)(make_notification("The file a\nBcc: x@example.org was rejected"))
 
     ((recipients, mail),) = mail_server.mails
     assert recipients == ["ops@example.org", "night@example.org"]
@@ -146,8 +148,8 @@ def test_a_wrong_address_among_others_is_no_reason_to_send_it_again(mail_server,
     mail_server.refuses = {"ops@example.org"}
     channels = {"email": mail_channel(mail_server.port)}
 
-    problems = deliver({"email": make_post()}, channels, root=tmp_path)
-    tested = deliver({"email": make_post()}, channels, root=tmp_path, strict=True)
+    problems = deliver({"email": make_notification()}, channels, root=tmp_path)
+    tested = deliver({"email": make_notification()}, channels, root=tmp_path, strict=True)
 
     assert problems["email"].problem is None
     assert tested["email"].problem == "the mail server refused ops@example.org"
@@ -176,7 +178,7 @@ def test_a_command_gets_the_post_as_json(tmp_path):
 
     command_channel(
         "import sys, pathlib; pathlib.Path(sys.argv[1]).write_bytes(sys.stdin.buffer.read())", path
-    )(make_post(next_command="du"))
+    )(make_notification(next_command="du"))
 
     got = json.loads(path.read_text())
     assert (got["subject"], got["severity"]) == ("[alert] The disk is nearly full", "error")
@@ -217,14 +219,15 @@ def test_a_webhook_that_refuses_the_post_is_told_from_one_that_is_not_there(
     webhook.status = status
 
     with pytest.raises(AlertNotSent) as caught:
-        webhook_channel(webhook.url)(make_post())
+        webhook_channel(webhook.url)(make_notification())
 
     assert caught.value.refused is refused
 
 
 def test_a_post_is_never_longer_than_discord_takes(webhook):
-    (message,) = make_post().messages
-    webhook_channel(webhook.url)(Post(messages=(message,) * 100, left_out={"disk_low": 900}))
+    (transition,) = make_notification().transitions
+    many = Notification(transitions=(transition,) * 100, left_out={"disk_low": 900})
+    webhook_channel(webhook.url)(many)
 
     assert len(webhook.texts[0]) <= 2000
     assert "1000 alerts" in webhook.texts[0]
@@ -233,7 +236,7 @@ def test_a_post_is_never_longer_than_discord_takes(webhook):
 def test_a_mail_that_was_taken_is_sent_however_the_server_parts(mail_server):
     mail_server.parts_well = False
 
-    mail_channel(mail_server.port)(make_post())
+    mail_channel(mail_server.port)(make_notification())
 
     assert len(mail_server.mails) == 1
 
@@ -241,7 +244,7 @@ def test_a_mail_that_was_taken_is_sent_however_the_server_parts(mail_server):
 def test_what_a_slow_channel_has_taken_late_is_known_afterwards(tmp_path):
     go_on = threading.Event()
     channels = {"email": lambda post: go_on.wait(20)}
-    post = make_post()
+    post = make_notification()
 
     first = deliver({"email": post}, channels, root=tmp_path, seconds=0.05)
     assert first["email"].problem is not None
@@ -251,7 +254,7 @@ def test_what_a_slow_channel_has_taken_late_is_known_afterwards(tmp_path):
         if thread.name == "alert:email":
             thread.join(5)
 
-    assert delivered_late(tmp_path)["email"] == Tried(post=post)
+    assert delivered_late(tmp_path)["email"] == Attempt(notification=post)
     assert delivered_late(tmp_path) == {}
 
 
@@ -266,7 +269,7 @@ def test_a_channel_that_hangs_holds_up_neither_the_tick_nor_the_others(tmp_path,
         never.wait(200)
 
     channels = {"email": hanging, "webhook": webhook_channel(webhook.url)}
-    posts = dict.fromkeys(channels, make_post())
+    posts = dict.fromkeys(channels, make_notification())
     began = time.monotonic()
     first = deliver(posts, channels, root=tmp_path, seconds=1.0)
     second = deliver(posts, channels, root=tmp_path, seconds=1.0)
@@ -285,7 +288,7 @@ def test_a_channel_that_raises_what_nobody_foresaw_is_a_problem_without_its_word
     def broken(post):
         raise RuntimeError(SECRET)
 
-    problems = deliver({"x": make_post()}, {"x": broken}, root=tmp_path)
+    problems = deliver({"x": make_notification()}, {"x": broken}, root=tmp_path)
 
     assert problems["x"].problem == "it failed with RuntimeError"
     assert SECRET not in caplog.text

@@ -77,12 +77,12 @@ def test_a_daemon_whose_disk_is_full_is_not_taken_for_dead(tower, monkeypatch):
     guard = Guard(tower)
     guard.watch(2, alive=True)
 
-    def full(path, book):
+    def full(path, state):
         if path == tower.folder.alerts:
             raise DiskFull("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(alerting, "write_book", full)
+        patch.setattr(alerting, "write_alert_state", full)
         guard.watch(10, alive=True)
     alerting._unsaved.clear()
 

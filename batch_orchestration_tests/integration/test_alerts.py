@@ -1,4 +1,4 @@
-"""Alerts from what is durable to what arrives: events, conditions, accidents of the book."""
+"""Alerts from what is durable to what arrives: events, conditions, accidents of the state."""
 
 import json
 import logging
@@ -12,16 +12,15 @@ import msgspec
 import pytest
 
 from batch_orchestration.defs.alerts import AlertsResource
-from batch_orchestration.domain.alerts import AlertKind
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.errors import DiskFull, StorageError
 from batch_orchestration.domain.estimates import Band, Basis, Estimate
-from batch_orchestration.domain.health import Finding, Level
+from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.domain.scores import Score
 from batch_orchestration.services import alert_channels, alert_sources, alerting
 from batch_orchestration.services.alert_sources import SLACK_SECONDS
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.alert_files import read_book, tending
+from batch_orchestration.storage.alert_files import alert_cycle, read_alert_state
 from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration_tests.alert_bench import TICK, Tower
 from batch_orchestration_tests.alert_servers import Webhook, serving
@@ -120,7 +119,7 @@ def test_a_daemon_that_was_dead_for_a_day_tells_afterwards_and_once(tower):
     assert len(tower.webhook.texts) == 1
 
 
-def test_killed_after_the_book_was_kept_it_sends_what_it_had_not_sent(tower, monkeypatch):
+def test_killed_after_the_state_was_kept_it_sends_what_it_had_not_sent(tower, monkeypatch):
     tower.begin()
     tower.end(tower.add(failing=(1, 2)))
 
@@ -239,9 +238,9 @@ def test_of_more_missed_estimates_than_one_page_none_is_passed_over(tower):
         EstimateTables(tower.store).add_estimate(batch_id, estimate)
         EstimateTables(tower.store).score(score, [], model="m", device="d", answered=[])
 
-    tended = tower.tick()
+    cycle = tower.tick()
 
-    assert len({message.alert.key for message in tended.news}) == count
+    assert len({transition.finding.check for transition in cycle.transitions}) == count
 
 
 # --- the health -----------------------------------------------------------------------------------
@@ -310,7 +309,7 @@ def test_without_a_fresh_report_nothing_is_over_and_that_is_told(tower):
 
     for _ in range(10):
         tower.now += TICK
-        tower.tend()
+        tower.cycle()
 
     assert sorted(tower.kinds) == [AlertKind.GPU_UNHEALTHY, AlertKind.HEALTH_UNKNOWN]
     assert not any("[recovered]" in text for text in tower.webhook.texts)
@@ -361,11 +360,11 @@ def test_two_ticks_at_once_tell_nothing_twice(tower):
     """A person may have a sensor evaluated in the UI while the daemon does."""
     tower.begin()
 
-    with tending(tower.folder.alerts), pytest.raises(StorageError):
+    with alert_cycle(tower.folder.alerts), pytest.raises(StorageError):
         tower.tick()
 
 
-# --- channels and the book ------------------------------------------------------------------------
+# --- channels and the state -----------------------------------------------------------------------
 
 
 def test_an_hour_without_the_webhook_loses_nothing_and_ends_in_one_post(tower):
@@ -410,10 +409,10 @@ def test_a_broken_channel_changes_nothing_but_what_the_tick_says(tower):
     tower.webhook.status = 500
     tower.end(tower.add(failing=(1, 2)))
 
-    tended = tower.tick()
+    cycle = tower.tick()
 
-    assert str(tended) == "open: 0; new: 1; webhook: 1 wait, the webhook answered 500"
-    assert tower.webhook.url not in str(tended)
+    assert str(cycle) == "open: 0; new: 1; webhook: 1 wait, the webhook answered 500"
+    assert tower.webhook.url not in str(cycle)
 
 
 def test_the_log_has_every_alert_and_no_secret(tower, caplog):
@@ -429,31 +428,31 @@ def test_the_log_has_every_alert_and_no_secret(tower, caplog):
     assert b"s3cret" not in tower.folder.alerts.read_bytes()
 
 
-def test_a_damaged_book_is_kept_aside_and_told(tower):
+def test_a_damaged_state_is_kept_aside_and_told(tower):
     tower.begin()
     tower.folder.alerts.write_bytes(b"{")
 
     tower.tick()
 
-    assert "The book of alerts was damaged" in tower.only()
+    assert "The alert state was damaged" in tower.only()
     assert [path.read_bytes() for path in tower.folder.root.glob("alerts.damaged-*")] == [b"{"]
 
 
-def test_a_full_disk_is_told_once_though_the_book_cannot_be_written(tower, monkeypatch):
+def test_a_full_disk_is_told_once_though_the_state_cannot_be_written(tower, monkeypatch):
     tower.begin()
     tower.findings = (Finding(check="disk", level=Level.UNHEALTHY, reason="0.0 GiB are free"),)
 
-    def full(path, book):
+    def full(path, state):
         raise DiskFull("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(alerting, "write_book", full)
+        patch.setattr(alerting, "write_alert_state", full)
         for _ in range(5):
             tower.tick()
     tower.tick()
 
     assert "The disk is nearly full" in tower.only()
-    assert read_book(tower.folder.alerts).opened
+    assert read_alert_state(tower.folder.alerts).open
 
 
 # --- in Dagster -----------------------------------------------------------------------------------
@@ -490,10 +489,10 @@ def test_the_sensor_tells_and_never_fails_and_the_resource_shows_no_secret(tmp_p
         deployment.reason("dispatch_sensor")
         deployment.reason("health_sensor")
         said = [tick(), tick()]
-        book = json.loads(deployment.folder.alerts.read_bytes())
+        state = json.loads(deployment.folder.alerts.read_bytes())
 
     assert said[0].startswith("open: 1; new: 1")
     assert said[1].startswith("open: 1; new: 0")
     assert [text.splitlines()[0] for text in webhook.texts] == ["[alert] The disk is nearly full"]
-    assert list(book["opened"]) == ["disk_low:disk"]
+    assert list(state["open"]) == ["disk_low:disk"]
     assert "s3cret" not in repr(resource)

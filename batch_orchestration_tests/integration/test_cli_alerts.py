@@ -6,7 +6,7 @@ import pytest
 
 from batch_orchestration.domain.health import Finding, HealthReport, Level
 from batch_orchestration.services.alert_channels import alert_channels
-from batch_orchestration.services.alerting import tend_alerts
+from batch_orchestration.services.alerting import run_alert_cycle
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.health_files import write_health
@@ -36,7 +36,7 @@ def test_open_alerts_are_listed_with_what_is_still_to_be_sent(cli):
     in_force = settings(cli, alert_command=FAIL)
     ill = Finding(check="gpu", level=Level.UNHEALTHY, reason="it fell off", next_command="gpu")
     write_health(cli.folder, HealthReport(at=NOW, findings=(ill,)))
-    tend_alerts(
+    run_alert_cycle(
         settings=in_force, folder=cli.folder, channels=alert_channels(in_force), now=NOW + 10
     )
 
@@ -46,7 +46,7 @@ def test_open_alerts_are_listed_with_what_is_still_to_be_sent(cli):
     assert "The GPU is unhealthy" in text
     assert "1 min 30 s ago" in text
     assert "command: 1 to be sent; the command ended with 3" in text
-    assert [opened["alert"]["kind"] for opened in found["open"]] == ["gpu_unhealthy"]
+    assert [alert["kind"] for alert in found["open"]] == ["gpu_unhealthy"]
     assert found["channels"]["command"]["waiting"] == 1
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from batch_orchestration.domain.alert_book import AlertBook
-from batch_orchestration.domain.alerts import AlertKind
-from batch_orchestration.domain.health import Level
+from batch_orchestration.domain.alert_book import AlertState
+from batch_orchestration.domain.health import AlertKind, Level
 from batch_orchestration.domain.run_account import RunAccount
 from batch_orchestration.services.alert_findings import from_health
 from batch_orchestration.storage.accounts import write_account
@@ -29,12 +28,12 @@ def test_restarts_are_counted_over_the_runs_of_a_batch_of_late(tmp_path, ago, le
 
 def test_the_alert_is_of_the_batch_and_goes_on_with_its_next_run(tmp_path):
     bench = HealthBench(tmp_path)
-    keys = set()
+    checks = set()
     for run_id in ("run-1", "run-2"):
         bench.beat(run_id, batch_id="b-1", restarts=9)
         bench.watch()
-        book = AlertBook(began=NOW, cursor=NOW)
-        seen = from_health(bench.settings, bench.folder, book, bench.now)
-        keys |= {a.key for a in seen.conditions if a.kind is AlertKind.ENGINE_RESTARTS}
+        state = AlertState(began=NOW, cursor=NOW)
+        seen = from_health(bench.settings, bench.folder, state, bench.now)
+        checks |= {f.check for f in seen.findings if f.kind is AlertKind.ENGINE_RESTARTS}
 
-    assert keys == {"engine_restarts:b-1"}
+    assert checks == {"engine_restarts:b-1"}
