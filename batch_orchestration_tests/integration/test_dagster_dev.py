@@ -160,8 +160,11 @@ def test_chunks_can_be_launched_one_by_one_and_as_backfills(dagster):
 
 
 def answering_slowly(dagster, name, requests):
-    """A batch in the middle of its run, a second a request: its id, and the run."""
-    dagster.simulate(latency_seconds=1.0)
+    """A batch in the middle of its run: its id, and the run.
+
+    Of 300 requests 32 at a time take 40 s, in which a command starts on the busiest machine.
+    """
+    dagster.simulate(latency_seconds=4.0)
     dagster.drop(f"{name}.jsonl", make_input(requests))
     batch_id = dagster.wait_for_batch(name)
     running = dagster.wait_until(
@@ -171,7 +174,9 @@ def answering_slowly(dagster, name, requests):
         60,
         "the batch is being answered",
     )[0]
-    dagster.wait_until(lambda: dagster.store.chunk_reports(batch_id), 60, "a chunk is committed")
+    dagster.wait_until(
+        lambda: dagster.store.chunk_reports(batch_id), 60, "a chunk is committed", look_seconds=0.25
+    )
     return batch_id, running.run_id
 
 
