@@ -41,9 +41,11 @@ def make_line(number: int = 0, **fields: Any) -> bytes:
 
 
 def make_request(
-    body: bytes | dict[str, Any], *, endpoint: str = ENDPOINT, index: int = 0
+    body: bytes | dict[str, Any] | None = None, *, endpoint: str = ENDPOINT, index: int = 0
 ) -> Request:
-    """A usable line's request, with exactly this body."""
+    """The request of `make_line(index)`, or one with exactly this body."""
+    if body is None:
+        body = make_body(f"question {index}")
     written = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
     return Request(
         index=index,

@@ -17,7 +17,13 @@ from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.storage import replay, rows
 from batch_orchestration.storage.journal import Journal
-from batch_orchestration_tests.builders import NOW, make_completion, make_failure, make_provenance
+from batch_orchestration_tests.builders import (
+    NOW,
+    make_completion,
+    make_failure,
+    make_provenance,
+    make_request,
+)
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench
 
@@ -65,7 +71,7 @@ def answered(bench: Workbench, outcomes: Sequence[Outcome], *, per_chunk: int = 
         ) as journal:
             for index in range(chunk.first_index, chunk.first_index + chunk.requests):
                 journal.record_submitted(index, 1, NOW)
-                journal.record_outcome(index, outcomes[index], 1, NOW + index)
+                journal.record_outcome(make_request(index=index), outcomes[index], 1, NOW + index)
     return plan
 
 

@@ -57,9 +57,8 @@ class SettledRequest(msgspec.Struct, frozen=True, kw_only=True):
         line: Line number in the file, from 1.
         custom_id: None only where the line did not give one.
         endpoint: Empty where the line was unreadable.
-        body: The request's body; the whole line where it was unreadable. Read back from the store
-            it is empty for a completion, and for a failure of which it was too large for the store:
-            the kept input has it.
+        body: The request's body; the whole line where it was unreadable. Empty for a completion,
+            and for a failure of which it was too large for journal or store: the kept input has it.
         attempts: How often it was submitted; 0 if refused at admission.
         failed_attempts: Those before the last one, oldest first.
         settled_at: POSIX seconds.

@@ -28,7 +28,7 @@ class FailedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         index: Within the batch.
-        custom_id: None where only the kept input tells it.
+        custom_id: None where its line did not give one.
     """
 
     index: int

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -29,6 +30,9 @@ _MOST = {
 }
 #: Of a number in a string: as pydantic, and so vLLM, reads it. Longer ones Python does not convert.
 _WHOLE_NUMBER = re.compile(r"\s*[+-]?(?=\d)[\d_]{1,40}(\.0*)?\s*", re.ASCII)
+#: Bytes of a body that is kept beside the failure of its request; of a longer one, and of an
+#: answered request's, the kept input has the only copy.
+LARGEST_KEPT_BODY = 24 * 2**10
 #: What only the engine reads: by size most of a body.
 _ENGINES_FIELDS = frozenset({"messages", "prompt", "input", "tools", "functions", "documents"})
 
@@ -57,12 +61,26 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         kept = {name: said for name, said in self.fields.items() if name not in _ENGINES_FIELDS}
         return msgspec.structs.replace(self, fields=kept)
 
+    def refused(self, code: FailureCode, message: str) -> "Fault":
+        """Return the fault of a request that is readable, and yet is not asked."""
+        return Fault(
+            index=self.index,
+            line=self.line,
+            custom_id=self.custom_id,
+            endpoint=self.endpoint,
+            body=kept_body(self.body),
+            code=code,
+            message=message,
+        )
 
-class Fault(msgspec.Struct, frozen=True, kw_only=True):
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is wrong with one line.
 
     Attributes:
         custom_id: None where it could not be read; cut to `CUSTOM_ID_MAX_LENGTH` where too long.
+        endpoint: Empty where the line is unreadable.
+        body: The request's; the whole line where that is unreadable; see `kept_body`.
         code: Of the first problem found.
         message: All problems of the line, without its number.
     """
@@ -70,8 +88,14 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     line: int
     custom_id: str | None
+    endpoint: str = ""
+    body: bytes = b""
     code: FailureCode
     message: str
+
+    def lean(self) -> "Fault":
+        """Return it without the body: as it is listed."""
+        return msgspec.structs.replace(self, body=b"")
 
     def as_failure(self) -> Failure:
         """Return the failure that this line ends with in a lenient batch."""
@@ -105,24 +129,23 @@ def parse_line(
         model_required: False if an alias `*` supplies a missing `model`.
     """
     text = raw.removeprefix(UTF8_BOM)
+    fault = partial(_fault, index=index, line=line, raw=raw)
     if foreign_json.has_too_many_values(text):
         message = f"more than {foreign_json.MAX_VALUES:,} values; no request has so many"
         problem = (FailureCode.INVALID_JSON, message)
-        named = salvage_custom_id(text)
-        return _fault([problem], index=index, line=line, custom_id=named)
+        return fault([problem], custom_id=salvage_custom_id(text))
     try:
         envelope = foreign_json.decode(text)
     except foreign_json.BadJson as error:
         code = FailureCode.INVALID_REQUEST if error.field else FailureCode.INVALID_JSON
-        named = salvage_custom_id(text)
-        return _fault([(code, error.reason)], index=index, line=line, custom_id=named)
+        return fault([(code, error.reason)], custom_id=salvage_custom_id(text))
     if not isinstance(envelope, dict):
         problem = (FailureCode.INVALID_REQUEST, "not a JSON object with `custom_id`, `body`, …")
-        return _fault([problem], index=index, line=line, custom_id=None)
+        return fault([problem], custom_id=None)
     custom_id: Any = envelope.get("custom_id")
     if problems := list(_problems(envelope, model_required=model_required)):
         shown = custom_id if isinstance(custom_id, str) else None
-        return _fault(problems, index=index, line=line, custom_id=shown)
+        return fault(problems, custom_id=shown)
     return Request(
         index=index,
         line=line,
@@ -141,7 +164,12 @@ def too_long_fault(
     message = f"the line has {size_bytes:,} bytes; at most {max_line_bytes:,} are read"
     custom_id = salvage_custom_id(head.removeprefix(UTF8_BOM))
     problem = (FailureCode.INVALID_REQUEST, message)
-    return _fault([problem], index=index, line=line, custom_id=custom_id)
+    return _fault([problem], index=index, line=line, raw=head, custom_id=custom_id)
+
+
+def kept_body(body: bytes | msgspec.Raw) -> bytes:
+    """Return a body as it is kept beside a failure: whole, or empty where it is too long."""
+    return bytes(body) if len(body) <= LARGEST_KEPT_BODY else b""
 
 
 def salvage_custom_id(text: bytes) -> str | None:
@@ -164,11 +192,14 @@ def _is_text(string: str) -> bool:
     return True
 
 
-def _fault(problems: list[_Problem], *, index: int, line: int, custom_id: str | None) -> Fault:
+def _fault(
+    problems: list[_Problem], *, index: int, line: int, raw: bytes, custom_id: str | None
+) -> Fault:
     return Fault(
         index=index,
         line=line,
         custom_id=custom_id and custom_id[:CUSTOM_ID_MAX_LENGTH],
+        body=kept_body(raw),
         code=problems[0][0],
         message="; ".join(message for _, message in problems),
     )

@@ -365,7 +365,8 @@ class _Admission:
         )
 
     def _reject(self, user_file: Path, reason: str, reading: BatchFileReading | None) -> Rejected:
-        faults = tuple(itertools.islice(self._faults(), _FAULTS_IN_VERDICT))
+        first = itertools.islice(self._faults(), _FAULTS_IN_VERDICT)
+        faults = tuple(fault.lean() for fault in first)
         return self._place.set_aside(
             user_file,
             self._folder.rejected,

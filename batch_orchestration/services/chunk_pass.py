@@ -179,13 +179,13 @@ class PendingRequest:
         """
         record, at = self.chunk.journal.record_outcome, time.time()
         try:
-            record(self.request.index, outcome, self.submissions, at)
+            record(self.request, outcome, self.submissions, at)
         except UnstorableRecord as refusal:
             outcome = Failure(
                 code=FailureCode.RESPONSE_UNREADABLE,
                 message=f"the engine's answer cannot be kept: {refusal.__cause__}",
                 latency_seconds=outcome.latency_seconds,
             )
-            record(self.request.index, outcome, self.submissions, at)
+            record(self.request, outcome, self.submissions, at)
         self.chunk.unsettled.remove(self.request.index)
         return outcome

@@ -6,10 +6,8 @@ answered, and asks the rest.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-
-import msgspec
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import ChunkReport, Provenance, SettledRequest
@@ -17,12 +15,13 @@ from batch_orchestration.domain.errors import FileDamaged, JournalInUse, PlanMis
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.domain.members import Faults, concerns_everyone
 from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.domain.requests import parse_line
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.closing import closing_in_force
-from batch_orchestration.services.committer import busy_seconds, settled_requests
+from batch_orchestration.services.committer import busy_seconds
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.heart import note_work
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.storage.files import DataFolder, RawLine
 from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal, replay_journal
 from batch_orchestration.storage.store import Store
 
@@ -88,70 +87,69 @@ def commit_closed(
 ) -> ChunkReport:
     """Commit a chunk with the outcomes of its journal and a failure for every other request.
 
-    Where its part of the kept input is gone or has changed, its requests are known by their index
-    alone: an early end needs no input, and what was answered is delivered.
+    Where its part of the kept input is gone or has changed, the others are known by their index
+    alone: an early end needs no input.
     """
     entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
-    seconds = busy_seconds(entries.values())
-    outcomes = {**_unasked(ref, closing), **entries}
     commit = partial(
         store.commit_chunk,
         *(ref.plan.batch_id, ref.chunk.number),
         run_id=run_id,
         at=at,
-        seconds=seconds,
+        seconds=busy_seconds(entries.values()),
     )
     try:
-        return commit(requests=settled_requests(ref, outcomes))
+        return commit(requests=_closed(ref, entries, closing, ref.lines()))
     except (PlanMismatch, FileDamaged, OSError) as error:
         if concerns_everyone(error):
             raise
         logger.warning("%s is closed out without its input: %s", ref.key, error)
-    return commit(requests=(_without_its_line(ref, outcomes[index]) for index in ref.indices))
+    return commit(requests=_closed(ref, entries, closing, iter(())))
 
 
-def _without_its_line(ref: ChunkRef, entry: JournalEntry) -> SettledRequest:
-    """Return a request whose line is lost, with its `custom_id`.
+def _closed(
+    ref: ChunkRef, entries: Mapping[int, JournalEntry], closing: Closing, lines: Iterator[RawLine]
+) -> Iterator[SettledRequest]:
+    """Yield each request of a chunk, in file order; lines are read only of those without outcome.
 
-    What stands at its place now may be another's: better no `custom_id` than a wrong one.
+    Args:
+        ref: The chunk.
+        entries: Its outcomes.
+        closing: Why the others have none.
+        lines: Of the chunk; none where they are lost.
     """
-    outcome = entry.outcome
-    if isinstance(outcome, Failure):
-        lost = f"{outcome.message} Its line of the kept input is gone, and its custom_id with it."
-        outcome = msgspec.structs.replace(outcome, message=lost)
-    return SettledRequest(
-        index=entry.index,
-        line=ref.chunk.first_line + entry.index - ref.chunk.first_index,
-        custom_id=None,
-        endpoint="",
-        body=b"",
-        outcome=outcome,
-        attempts=entry.attempts,
-        failed_attempts=entry.failed_attempts,
-        settled_at=entry.settled_at,
-        provenance=entry.provenance,
-        place=entry.place,
-    )
-
-
-def _unasked(ref: ChunkRef, closing: Closing) -> dict[int, JournalEntry]:
-    """Return a failure for each request of the chunk that has no outcome."""
     state = replay_journal(ref.journal_path, ref.plan.batch_id, ref.chunk.number)
-    failure = Failure(code=closing.code, message=_MESSAGES[closing.code])
-    return {
-        index: JournalEntry(
-            index=index,
-            held=failure,
-            place=None,
-            attempts=state.attempts.get(index, 0),
-            failed_attempts=(),
-            settled_at=closing.at,
-            provenance=_provenance(ref.plan),
-            first_submitted_at=None,
-        )
-        for index in ref.indices
-        if index not in state.settled
-    }
+    unasked = (line for line in lines if line.index not in entries)
+    for index in ref.indices:
+        if (entry := entries.get(index)) is not None:
+            yield entry.settled()
+        else:
+            attempts = state.attempts.get(index, 0)
+            yield _unasked(ref, index, next(unasked, None), closing, attempts)
+
+
+def _unasked(
+    ref: ChunkRef, index: int, raw: RawLine | None, closing: Closing, attempts: int
+) -> SettledRequest:
+    """Return a request with the failure that it was not answered in time.
+
+    A `custom_id` is lost with its line: what stands in its place now may be another's.
+    """
+    lost = "" if raw else " Its line of the kept input is gone, and its custom_id with it."
+    line = raw.line if raw else ref.chunk.first_line + index - ref.chunk.first_index
+    request = parse_line(raw.data, index=index, line=line, model_required=False) if raw else None
+    return SettledRequest(
+        index=index,
+        line=line,
+        custom_id=request.custom_id if request else None,
+        endpoint=request.endpoint if request else "",
+        body=bytes(request.body) if request else b"",
+        outcome=Failure(code=closing.code, message=f"{_MESSAGES[closing.code]}{lost}"),
+        attempts=attempts,
+        failed_attempts=(),
+        settled_at=closing.at,
+        provenance=_provenance(ref.plan),
+    )
 
 
 def _provenance(plan: BatchPlan) -> Provenance:

@@ -11,10 +11,8 @@ from functools import partial
 from batch_orchestration.domain.commits import ChunkReport, SettledRequest
 from batch_orchestration.domain.errors import Shortage, StorageError, StoreLocked
 from batch_orchestration.domain.members import concerns_everyone
-from batch_orchestration.domain.requests import parse_line
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
-from batch_orchestration.storage.files import RawLine
 from batch_orchestration.storage.journal import JournalEntry, read_journal
 from batch_orchestration.storage.store import Store
 
@@ -190,38 +188,17 @@ class Committer:
 
 
 def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> Iterator[SettledRequest]:
-    """Join a chunk's journal with its lines of the kept input, in file order, one by one.
+    """Yield the requests of a chunk as its journal has them, in file order, one by one.
 
     Raises:
         StorageError: A request of the chunk has no outcome in the journal.
-        PlanMismatch: The kept input is not the one that was admitted.
     """
-    for line in ref.lines():
-        entry = entries.get(line.index)
-        if entry is None:
+    for index in ref.indices:
+        if (entry := entries.get(index)) is None:
             raise StorageError(
-                f"{ref.journal_path} has no outcome of request {line.index} (line {line.line});"
-                f" run chunk {ref.key} again"
+                f"{ref.journal_path} has no outcome of request {index}; run chunk {ref.key} again"
             )
-        yield joined(line, entry)
-
-
-def joined(line: RawLine, entry: JournalEntry) -> SettledRequest:
-    """Join a line of the kept input with its outcome."""
-    request = parse_line(line.data, index=line.index, line=line.line, model_required=False)
-    return SettledRequest(
-        index=line.index,
-        line=line.line,
-        custom_id=request.custom_id,
-        endpoint=getattr(request, "endpoint", ""),
-        body=bytes(getattr(request, "body", line.data)),
-        outcome=entry.outcome,
-        attempts=entry.attempts,
-        failed_attempts=entry.failed_attempts,
-        settled_at=entry.settled_at,
-        provenance=entry.provenance,
-        place=entry.place,
-    )
+        yield entry.settled()
 
 
 def busy_seconds(entries: Iterable[JournalEntry]) -> float:

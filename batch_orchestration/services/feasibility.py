@@ -124,16 +124,7 @@ class Feasibility:
             overrides=self._overrides,
             least_prompt_tokens=lambda: self._least(request),
         )
-        if found is None:
-            return None
-        code, message = found
-        return Fault(
-            index=request.index,
-            line=request.line,
-            custom_id=request.custom_id,
-            code=code,
-            message=message,
-        )
+        return None if found is None else request.refused(*found)
 
     def _least(self, request: Request) -> int | None:
         """Return a lower bound of the prompt's tokens; None if it is short enough for certain."""

@@ -10,10 +10,8 @@ younger than the decision ends it, whether or not the file is gone.
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import msgspec
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord
@@ -31,7 +29,6 @@ from batch_orchestration.domain.requests import Request
 from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.services.closing import closing_lock
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
-from batch_orchestration.services.original_lines import original_lines
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.records import OutcomeRecord, read_records
 
@@ -153,14 +150,13 @@ class FailureWatch:
         """Keep the decision, unless somebody has decided since; return whether the run lets go."""
         batch_id = self._plan.batch_id
         halt = self._rate.halt(at=time.time(), actor=self._run_id)
-        examples = tuple(_with_custom_ids(halt.examples, self._plan, self._folder))
         with closing_lock(self._folder, batch_id):
             if self._folder.read_closing(batch_id) is not None:
                 return False
             if self._folder.read_resumption(batch_id) != self._resumption:
                 # These outcomes are from before; the next run judges those that come after.
                 return True
-            self._folder.write_halt(batch_id, msgspec.structs.replace(halt, examples=examples))
+            self._folder.write_halt(batch_id, halt)
         crash_point(CrashPoint.AFTER_HALT)
         logger.error(
             "%s is paused: %d of its latest %d requests failed; `status %s` shows why",
@@ -202,18 +198,4 @@ def _earlier(plan: BatchPlan, folder: DataFolder, *, since: float) -> list[Faile
 def _failed(record: OutcomeRecord) -> FailedRequest | None:
     if isinstance(record.outcome, Completion):
         return None
-    return failed_request(record.index, None, record.outcome)
-
-
-def _with_custom_ids(
-    examples: Iterable[FailedRequest], plan: BatchPlan, folder: DataFolder
-) -> Iterator[FailedRequest]:
-    """Yield the examples, with the custom_id from the kept input where it is not known."""
-    for example in examples:
-        custom_id = example.custom_id
-        # It is only an example: a damaged input is told of by whoever reads it for the engine.
-        with contextlib.suppress(BatchOrchestrationError, OSError):
-            if custom_id is None:
-                lines = original_lines(plan, [example.index], folder)
-                custom_id = next(line.parsed.custom_id for line in lines)
-        yield msgspec.structs.replace(example, custom_id=custom_id)
+    return failed_request(record.index, record.custom_id, record.outcome)

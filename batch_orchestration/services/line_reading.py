@@ -61,13 +61,8 @@ def judge(
         raise
     except Exception as error:  # a line must stop neither its file nor other files
         logger.debug("line %d cannot be examined", parsed.line, exc_info=True)
-        return Fault(
-            index=parsed.index,
-            line=parsed.line,
-            custom_id=parsed.custom_id,
-            code=FailureCode.INVALID_REQUEST,
-            message=f"the request cannot be examined: {type(error).__name__}: {error}"[:500],
-        )
+        reason = f"the request cannot be examined: {type(error).__name__}: {error}"[:500]
+        return parsed.refused(FailureCode.INVALID_REQUEST, reason)
 
 
 class BatchFileReading:
@@ -187,13 +182,8 @@ class BatchFileReading:
         first_line = self._first_lines.setdefault(key, parsed.line)
         if first_line == parsed.line:
             return parsed
-        return Fault(
-            index=parsed.index,
-            line=parsed.line,
-            custom_id=parsed.custom_id,
-            code=FailureCode.DUPLICATE_CUSTOM_ID,
-            message=f"`custom_id` is already that of line {first_line}",
-        )
+        reason = f"`custom_id` is already that of line {first_line}"
+        return parsed.refused(FailureCode.DUPLICATE_CUSTOM_ID, reason)
 
 
 class _ChunkCutter:

@@ -17,7 +17,6 @@ from batch_orchestration.domain.errors import BatchNotFound
 from batch_orchestration.domain.flat_outcomes import FlatOutcome, flat_outcome
 from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.services.chunk_pass import ChunkRef
-from batch_orchestration.services.committer import joined
 from batch_orchestration.services.parts import plan_of
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import read_journal, replay_journal
@@ -164,8 +163,7 @@ def read_finished(
     one is read from it.
 
     Raises:
-        StorageError: The store cannot be read.
-        PlanMismatch: The kept input is not the one that was admitted.
+        StorageError: The store or a journal cannot be read.
     """
     for chunk in finished.plan.chunks:
         if chunk.number in finished.committed:
@@ -181,12 +179,8 @@ def _from_journal(
 ) -> Iterator[SettledRequest]:
     plan, number = finished.plan, chunk.number
     ref = ChunkRef.of(plan, number, folder)
-    journal = read_journal(ref.journal_path, end=finished.journal_ends[number])
-    if not (entries := {entry.index: entry for entry in journal}):
-        return
-    for line in ref.lines():
-        if entry := entries.get(line.index):
-            yield as_stored(plan.batch_id, number, joined(line, entry))
+    for entry in read_journal(ref.journal_path, end=finished.journal_ends[number]):
+        yield as_stored(plan.batch_id, number, entry.settled())
 
 
 def _size(ref: ChunkRef) -> int:

@@ -1,8 +1,10 @@
-"""Recovery: makes the store anew from plans, kept inputs, journals and what people did since.
+"""Recovery: makes the store anew from plans, journals and what people did since.
 
-All of these are kept for as long as their batch is, so nothing that was committed is lost with the
-DuckDB file. Only the store knew when and by whom chunks were committed (now: their last outcome),
-on which rung of the engine (now: unknown), and when the batch reached its status (its files).
+Of a batch that ended early it reads the kept input, too: only that has the lines of what was not
+answered. All of these are kept for as long as their batch is, so nothing that was committed is lost
+with the DuckDB file. Only the store knew when and by whom chunks were committed (now: their last
+outcome), on which rung of the engine (now: unknown), and when the batch reached its status (its
+files).
 """
 
 import contextlib

@@ -78,7 +78,7 @@ def write_fault_journals(work: Path, plan: BatchPlan, faults: Iterable[Fault], *
             path, batch_id=plan.batch_id, number=number, provenance=provenance, at=at
         ) as journal:
             for fault in of_chunk:
-                journal.record_outcome(fault.index, fault.as_failure(), 0, at)
+                journal.record_outcome(fault, fault.as_failure(), 0, at)
                 written += 1
             journal.sync()
     return written

@@ -138,5 +138,5 @@ def _read(
     with open_batch_file(path, max_bytes=settings.max_file_bytes) as file:
         for parsed in reading.read(file):
             if isinstance(parsed, Fault) and len(faults) < max_listed_faults:
-                faults.append(parsed)
+                faults.append(parsed.lean())
     return settings.refusal(reading)

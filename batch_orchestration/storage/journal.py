@@ -13,6 +13,7 @@ from typing import Self
 from batch_orchestration.domain.commits import Attempt, Provenance
 from batch_orchestration.domain.errors import JournalError, JournalInUse, UnstorableRecord
 from batch_orchestration.domain.outcomes import Failure, Outcome
+from batch_orchestration.domain.requests import Fault, Request, kept_body
 from batch_orchestration.storage.files import disk_errors, make_folder, shortages, sync_folder
 from batch_orchestration.storage.records import (
     FailedAttemptRecord,
@@ -132,11 +133,13 @@ class Journal:
             SuspectedRecord(ordinal=self._ordinal, index=index, attempt=attempt, at=at, group=group)
         )
 
-    def record_outcome(self, index: int, outcome: Outcome, attempt: int, at: float) -> None:
+    def record_outcome(
+        self, request: Request | Fault, outcome: Outcome, attempt: int, at: float
+    ) -> None:
         """Record what became of a request, at most once per request.
 
         Args:
-            index: Of the request.
+            request: It may be a line that never was one.
             outcome: Its completion or failure.
             attempt: Which submission it came from; 0 if the request never was submitted.
             at: POSIX seconds.
@@ -145,9 +148,18 @@ class Journal:
             UnstorableRecord: The outcome cannot be read back; nothing was recorded.
             JournalError: The request has an outcome already.
         """
+        body = kept_body(request.body) if isinstance(outcome, Failure) else b""
         self._append(
             OutcomeRecord(
-                ordinal=self._ordinal, index=index, attempt=attempt, at=at, outcome=outcome
+                ordinal=self._ordinal,
+                index=request.index,
+                attempt=attempt,
+                at=at,
+                line=request.line,
+                custom_id=request.custom_id,
+                endpoint=request.endpoint,
+                body=body.decode(errors="replace"),
+                outcome=outcome,
             )
         )
 

@@ -19,7 +19,8 @@ from batch_orchestration.domain.outcomes import Failure, Outcome
 from batch_orchestration.storage.regular import open_regular
 
 RECORD_SEPARATOR = b"\x1e"
-FORMAT = 1
+#: 2: outcomes say what a commit has to know of their requests.
+FORMAT = 2
 _BLOCK_BYTES = 2**20
 _HEAD_BYTES = len(b"01234567 ")
 _HEAD = re.compile(rb"([0-9a-f]{8}) ")
@@ -63,8 +64,20 @@ class SuspectedRecord(_RequestRecord, frozen=True, kw_only=True, tag="suspected"
 
 
 class OutcomeRecord(_RequestRecord, frozen=True, kw_only=True, tag="outcome", omit_defaults=True):
-    """What became of the request."""
+    """What became of the request, and all else that a commit has to know of it.
 
+    Attributes:
+        line: Line number in the file, from 1.
+        custom_id: None only where the line did not give one.
+        endpoint: Empty where the line was unreadable.
+        body: Of a request that failed, as text, the whole line where that was unreadable; empty
+            where it is too long (`requests.kept_body`).
+    """
+
+    line: int
+    custom_id: str | None = None
+    endpoint: str = ""
+    body: str = ""
     outcome: Outcome
     #: In the file only: msgspec cannot decode a Raw that is optional, but none or one of them.
     failure_body: tuple[msgspec.Raw, ...] = ()
@@ -98,6 +111,9 @@ def read_records(path: Path, *, end: int | None = None) -> Iterator[Record | Non
         path: Of the journal.
         end: Read no further than this many bytes: journals only grow, so that the size at one
             moment is a picture of that moment. A record that it cuts is an unreadable piece.
+
+    Raises:
+        FileDamaged: Another version of this program wrote it.
     """
     for record, _ in read_placed_records(path, end=end):
         yield record
@@ -110,12 +126,15 @@ def read_placed_records(
     for start, piece in _pieces(path, end):
         payload = _payload(piece)
         size = len(piece) if payload is None else _HEAD_BYTES + len(payload)
-        yield _decoded(payload), Place(path, start, size)
+        record = _decoded(payload)
+        if isinstance(record, PassRecord) and record.format != FORMAT:
+            raise _of_another_format(path, record)
+        yield record, Place(path, start, size)
         if len(piece) > size + len(b"\n"):
             yield None, Place(path, start + size, len(piece) - size)
 
 
-def outcome_at(place: Place, index: int) -> Outcome:
+def record_at(place: Place, index: int) -> OutcomeRecord:
     """Read the outcome of a request again.
 
     Raises:
@@ -129,7 +148,16 @@ def outcome_at(place: Place, index: int) -> Outcome:
         raise FileDamaged(place.journal, f"is missing, {_lost(index)}") from None
     if not isinstance(record, OutcomeRecord) or record.index != index:
         raise FileDamaged(place.journal, f"is damaged at byte {place.start}, {_lost(index)}")
-    return record.outcome
+    return record
+
+
+def _of_another_format(path: Path, begun: PassRecord) -> FileDamaged:
+    return FileDamaged(
+        path,
+        f"is a journal of format {begun.format}, and this version reads format {FORMAT} only:"
+        " finish its batch with the version that began it, or submit the input file again to"
+        " another data folder (BATCH_DATA_DIR)",
+    )
 
 
 def _lost(index: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.commits import Attempt, Place, Provenance
+from batch_orchestration.domain.commits import Attempt, Place, Provenance, SettledRequest
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.outcomes import Completion, Outcome
 from batch_orchestration.storage.records import (
@@ -16,15 +16,15 @@ from batch_orchestration.storage.records import (
     Record,
     SubmittedRecord,
     SuspectedRecord,
-    outcome_at,
     read_placed_records,
     read_records,
+    record_at,
 )
 
 #: Of outcomes whose pass record was damaged: better unknown than somebody else's.
 UNKNOWN_PROVENANCE = Provenance(run_id="unknown")
-#: Of outcomes in memory, by their bytes in the journal: whoever needs the rest reads them one by
-#: one. A chunk of a thousand answers of 4,000 tokens is below it.
+#: Of outcome records in memory, by their bytes in the journal: whoever needs the rest reads them
+#: one by one. A chunk of a thousand answers of 4,000 tokens is below it.
 HELD_BYTES = 16 * 2**20
 
 
@@ -81,8 +81,8 @@ class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A settled request as its journal has it.
 
     Attributes:
-        held: Its outcome, or None if it is read each time that somebody asks.
-        place: Where the journal has the outcome; None if it is in no journal.
+        held: The record of its outcome, or None if that is read each time that somebody asks.
+        place: Where the journal has it.
         attempts: How often it was submitted.
         failed_attempts: Those before the last one, oldest first.
         settled_at: POSIX seconds.
@@ -90,8 +90,8 @@ class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     index: int
-    held: Outcome | None
-    place: Place | None
+    held: OutcomeRecord | None
+    place: Place
     attempts: int
     failed_attempts: tuple[Attempt, ...]
     settled_at: float
@@ -105,18 +105,40 @@ class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             FileDamaged: It is not held, and not in the journal any more.
         """
-        if self.held is not None:
-            return self.held
-        assert self.place is not None
-        return outcome_at(self.place, self.index)
+        return self._record.outcome
+
+    def settled(self) -> SettledRequest:
+        """Return the request with its outcome, as a commit takes it.
+
+        Raises:
+            FileDamaged: It is not held, and not in the journal any more.
+        """
+        record = self._record
+        return SettledRequest(
+            index=self.index,
+            line=record.line,
+            custom_id=record.custom_id,
+            endpoint=record.endpoint,
+            body=record.body.encode(),
+            outcome=record.outcome,
+            attempts=self.attempts,
+            failed_attempts=self.failed_attempts,
+            settled_at=self.settled_at,
+            provenance=self.provenance,
+            place=self.place,
+        )
+
+    @property
+    def _record(self) -> OutcomeRecord:
+        return self.held or record_at(self.place, self.index)
 
 
 class _Settled(msgspec.Struct, frozen=True):
-    """An outcome record, without the outcome if that is not held."""
+    """The head of an outcome record, and the whole of it if it is held."""
 
     ordinal: int
     at: float
-    held: Outcome | None
+    held: OutcomeRecord | None
     place: Place
 
 
@@ -150,8 +172,8 @@ def replay_journal(
 def read_journal(path: Path, *, end: int | None = None) -> Iterator[JournalEntry]:
     """Yield the settled requests of a journal in index order, each once; its first outcome counts.
 
-    Needs no lock. A missing journal has no entries. Of the outcomes, `HELD_BYTES` at most are in
-    memory, and one more. `end` is that of `read_records`.
+    Needs no lock. A missing journal has no entries. Of the outcome records, `HELD_BYTES` at most
+    are in memory, and one more. `end` is that of `read_records`.
     """
     provenances: dict[int, Provenance] = {}
     submitted: dict[int, float] = {}
@@ -169,7 +191,7 @@ def read_journal(path: Path, *, end: int | None = None) -> Iterator[JournalEntry
         elif isinstance(record, FailedAttemptRecord):
             failed.setdefault(record.index, []).append(record)
         elif isinstance(record, OutcomeRecord) and record.index not in outcomes:
-            held = record.outcome if place.size_bytes <= room else None
+            held = record if place.size_bytes <= room else None
             room -= place.size_bytes if held else 0
             outcomes[record.index] = _Settled(record.ordinal, record.at, held, place)
         attempts.apply(record)

@@ -25,8 +25,9 @@ from batch_orchestration.domain.outcomes import (
     Usage,
     unicode_text,
 )
+from batch_orchestration.domain.requests import LARGEST_KEPT_BODY
 from batch_orchestration.storage.files import disk_errors
-from batch_orchestration.storage.records import outcome_at
+from batch_orchestration.storage.records import record_at
 
 Row = dict[str, Any]
 
@@ -34,7 +35,7 @@ Row = dict[str, Any]
 #: the memory of both, and of the row group that it rewrites for a commit: 2,048 rows
 #: (`connection.ROW_GROUP`), thus 48 MiB. Measured in `benchmarks/memory.md`.
 BUDGET_BYTES = 16 * 2**20
-LARGEST_BYTES = 24 * 2**10
+LARGEST_BYTES = LARGEST_KEPT_BODY
 
 # Types of DataFrame columns, told because a column of nothing but None has none to be guessed.
 _TEXT = "object"
@@ -176,7 +177,7 @@ def failed_row(batch_id: str, number: int, request: SettledRequest, failure: Fai
         "response_at": None,
         "request_id": _text_or_null(failure.request_id),
         "latency_seconds": failure.latency_seconds,
-        "body": text(request.body),
+        "body": text(request.body) or None,
     }
 
 
@@ -233,7 +234,7 @@ def with_response(row: Row, root: Path) -> Row:
     """
     if row["response_at"] is None:
         return row
-    outcome = outcome_at(_place(row["response_at"], root), row["request_index"])
+    outcome = record_at(_place(row["response_at"], root), row["request_index"]).outcome
     return {**row, "response": None if outcome.body is None else text(bytes(outcome.body))}
 
 

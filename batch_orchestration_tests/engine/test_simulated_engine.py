@@ -299,7 +299,8 @@ def test_every_strange_answer_is_an_outcome_that_can_be_stored(engine: Simulated
 
     for kind, outcome in zip(kinds, outcomes, strict=True):
         assert isinstance(outcome, Completion) == kind.endswith("_usage"), kind
-        assert encode_record(OutcomeRecord(ordinal=1, index=0, attempt=1, at=0.0, outcome=outcome))
+        record = OutcomeRecord(ordinal=1, index=0, line=1, attempt=1, at=0.0, outcome=outcome)
+        assert encode_record(record)
 
 
 def test_strange_answers_come_in_their_share(

@@ -6,7 +6,7 @@ import pytest
 
 from batch_orchestration.domain.errors import JournalInUse
 from batch_orchestration.storage.journal import Journal, read_journal
-from batch_orchestration_tests.builders import NOW, make_completion, make_provenance
+from batch_orchestration_tests.builders import NOW, make_completion, make_provenance, make_request
 from batch_orchestration_tests.children import child, lines_until_killed, next_line
 
 ANSWER_FOR_EVER = """
@@ -21,7 +21,8 @@ ANSWER_FOR_EVER = """
     pending = (i for i in range(10**6) if i not in journal.state.settled)
     for index in pending:
         journal.record_submitted(index, journal.state.attempts.get(index, 0) + 1, NOW)
-        journal.record_outcome(index, make_completion(f"answer {index}" * 50), 1, NOW)
+        answer = make_completion(f"answer {index}" * 50)
+        journal.record_outcome(make_request(index=index), answer, 1, NOW)
         print(index, flush=True)
 """
 
@@ -54,9 +55,9 @@ def test_every_acknowledged_outcome_survives_its_writer(tmp_path: Path) -> None:
 def test_a_torn_record_is_dropped_and_the_next_one_is_safe(tmp_path: Path) -> None:
     path = tmp_path / "b" / "00000.journal"
     with open_journal(path) as journal:
-        journal.record_outcome(0, make_completion("whole"), 1, NOW)
+        journal.record_outcome(make_request(index=0), make_completion("whole"), 1, NOW)
         size = path.stat().st_size
-        journal.record_outcome(1, make_completion("torn"), 1, NOW)
+        journal.record_outcome(make_request(index=1), make_completion("torn"), 1, NOW)
     whole = path.read_bytes()
 
     # The last byte is a line break, without which the record is as good.
@@ -64,7 +65,7 @@ def test_a_torn_record_is_dropped_and_the_next_one_is_safe(tmp_path: Path) -> No
         path.write_bytes(whole[:end])
         with open_journal(path) as journal:
             assert (journal.state.settled, journal.state.dropped_records) == ({0}, 1)
-            journal.record_outcome(1, make_completion("again"), 2, NOW)
+            journal.record_outcome(make_request(index=1), make_completion("again"), 2, NOW)
 
         assert [entry.outcome for entry in read_journal(path)] == [
             make_completion("whole"),
@@ -99,7 +100,7 @@ FULL_DISK = """
     index = waits = 0
     while index < 100:
         try:
-            journal.record_outcome(index, make_completion("x" * 200), 1, NOW)
+            journal.record_outcome(make_request(index=index), make_completion("x" * 200), 1, NOW)
         except DiskFull:
             waits += 1
             if waits == 5:

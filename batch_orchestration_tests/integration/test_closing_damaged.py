@@ -38,7 +38,7 @@ def a_folder_instead(path):
     path.mkdir()
 
 
-#: What happens to the kept input, and of which chunks that are not committed it takes the lines.
+#: What happens to the kept input, and in which chunks it takes the lines of what has no outcome.
 CHANGES = {
     "appended": (appended, ()),
     "cut": (cut_in_the_third_chunk, (2,)),
@@ -68,10 +68,13 @@ def test_a_batch_whose_kept_input_has_changed_is_delivered_when_it_is_cancelled(
 
     assert bench.status(plan) == "cancelled"
     assert (report.tally.completed, report.tally.failed) == (12, 18)
-    lines = [*bench.lines(plan, "output.jsonl"), *bench.lines(plan, "errors.jsonl")]
+    output, errors = bench.lines(plan, "output.jsonl"), bench.lines(plan, "errors.jsonl")
+    lines = [*output, *errors]
+    answered = {line["custom_id"] for line in output}
     known = {line["custom_id"] for line in lines if line["custom_id"] is not None}
-    whole = [index for index in range(30) if index // 10 not in lost]
-    assert known == {f"request-{index}" for index in whole}
+    whole = {f"request-{index}" for index in range(30) if index // 10 not in lost}
+    assert len(answered - {None}) == 12
+    assert known == whole | answered
     assert len({line["id"] for line in lines}) == 30
 
 

@@ -5,9 +5,29 @@ from pathlib import Path
 from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.committer import Committed, Committer
-from batch_orchestration_tests.builders import make_completion
+from batch_orchestration_tests.builders import make_completion, make_failure, make_request
 from batch_orchestration_tests.large_answers import answered
 from batch_orchestration_tests.workbench import Workbench
+
+
+def test_a_commit_needs_no_kept_input(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    plan = answered(bench, [make_completion(), make_failure(), make_completion()])
+    bench.folder.input_path(plan.batch_id).unlink()
+    committer = Committer(
+        bench.store, batch_id=plan.batch_id, run_id="run-1", known=lambda reports: None
+    )
+
+    committer.add(ChunkRef.of(plan, 0, bench.folder))
+    committer.finish()
+    committer.start()
+    (result,) = iter(committer.results.get, None)
+
+    assert isinstance(result, Committed)
+    settled = list(bench.store.settled(plan.batch_id))
+    assert [request.custom_id for request in settled] == ["request-0", "request-1", "request-2"]
+    assert [request.line for request in settled] == [1, 2, 3]
+    assert settled[1].body == bytes(make_request(index=1).body)
 
 
 def test_a_chunk_that_cannot_be_committed_keeps_no_other_from_it(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from batch_orchestration_tests.builders import (
     make_input,
     make_line,
     make_provenance,
+    make_request,
     make_settled,
     make_settled_chunk,
 )
@@ -62,9 +63,9 @@ def half_done(bench):
     plan = bench.admitted(30)
     commit(bench, plan, 0, failing=(4,))
     with journal(bench, plan, 1) as begun:
-        begun.record_outcome(17, make_completion("late"), 1, NOW)
-        begun.record_outcome(11, make_completion("early"), 1, NOW)
-        begun.record_outcome(12, make_failure(), 2, NOW)
+        begun.record_outcome(make_request(index=17), make_completion("late"), 1, NOW)
+        begun.record_outcome(make_request(index=11), make_completion("early"), 1, NOW)
+        begun.record_outcome(make_request(index=12), make_failure(), 2, NOW)
         begun.record_submitted(13, 1, NOW)
     return plan
 
@@ -96,7 +97,7 @@ def test_what_is_recorded_after_the_look_is_left_for_the_next_one(bench):
     plan = half_done(bench)
     finished = finished_so_far(plan.batch_id, folder=bench.folder, store=bench.store)
     with journal(bench, plan, 1) as begun:
-        begun.record_outcome(13, make_completion(), 2, NOW)
+        begun.record_outcome(make_request(index=13), make_completion(), 2, NOW)
     commit(bench, plan, 2)
 
     rows = list(read_finished(finished, folder=bench.folder, store=bench.store))
@@ -119,7 +120,7 @@ def test_reading_needs_no_lock_and_takes_none(bench):
 
     with journal(bench, plan, 1) as held:
         _, settled = now_finished(bench, plan)
-        held.record_outcome(19, make_completion(), 1, NOW)
+        held.record_outcome(make_request(index=19), make_completion(), 1, NOW)
 
     assert len(settled) == 13
     assert len(now_finished(bench, plan)[1]) == 14
@@ -130,7 +131,9 @@ def test_odd_text_is_the_same_before_and_after_its_commit(bench):
     body = msgspec.Raw(b'{"choices": [{"message": {"content": "h\xfflf \\u0000 \xc3\xbc"}}]}')
     plan = bench.admitted(1)
     with journal(bench, plan, 0) as begun:
-        begun.record_outcome(0, make_completion(body=body, latency_seconds=0.1), 1, NOW + 1e-7)
+        begun.record_outcome(
+            make_request(index=0), make_completion(body=body, latency_seconds=0.1), 1, NOW + 1e-7
+        )
     before = now_finished(bench, plan)[1]
 
     settled = make_settled(0, make_completion(body=body, latency_seconds=0.1))
@@ -415,8 +418,9 @@ def split(tmp_path, monkeypatch):
     first, second = made.admit_parts(max_unfinished=2)
     made.answer(first)
     made.deliver(first.batch_id)
+    request = msgspec.structs.replace(make_request(index=12), line=38, custom_id="request-37")
     with journal(made, second, 1) as begun:
-        begun.record_outcome(12, make_completion("early"), 1, NOW)
+        begun.record_outcome(request, make_completion("early"), 1, NOW)
     return made, submission
 
 

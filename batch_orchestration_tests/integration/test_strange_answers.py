@@ -20,6 +20,7 @@ from batch_orchestration.services.recovery import recover
 from batch_orchestration.storage import records
 from batch_orchestration.storage.journal import Journal
 from batch_orchestration.telemetry.progress import Progress, read_progress
+from batch_orchestration_tests.builders import make_request
 from batch_orchestration_tests.closing_bench import ClosingBench
 from batch_orchestration_tests.command_line import CommandLine
 from batch_orchestration_tests.raw_server import Answer, http, raw_server
@@ -168,7 +169,7 @@ def poison(bench: ClosingBench, monkeypatch: pytest.MonkeyPatch, plan) -> None:
         for index in range(10):
             answer = Completion(status=200, body=msgspec.Raw(GOOD), usage=Usage(prompt_tokens=777))
             journal.record_submitted(index, 1, 2.0)
-            journal.record_outcome(index, answer, 1, 3.0)
+            journal.record_outcome(make_request(index=index), answer, 1, 3.0)
     monkeypatch.undo()
     assert b"%d" % 2**63 in bench.folder.journal_path(plan.batch_id, 0).read_bytes()
 

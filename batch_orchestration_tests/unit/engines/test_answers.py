@@ -120,7 +120,8 @@ def test_the_text_of_a_header_is_made_storable(header: str, kept: str) -> None:
 
 
 def stored(outcome: Completion | Failure) -> bytes:
-    return encode_record(OutcomeRecord(ordinal=1, index=0, attempt=1, at=0.0, outcome=outcome))
+    record = OutcomeRecord(ordinal=1, index=0, line=1, attempt=1, at=0.0, outcome=outcome)
+    return encode_record(record)
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH, 1_000, 100_000])

@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from batch_orchestration.domain.batches import BatchOptions, BatchStatus, LinePolicy
@@ -16,7 +17,7 @@ from batch_orchestration.services.registration import ADMISSION_RUN_ID, register
 from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted, Rejected
 from batch_orchestration.storage.lines import read_chunk
 from batch_orchestration.storage.store import Store
-from batch_orchestration_tests.builders import NOW, make_body, make_input, make_line
+from batch_orchestration_tests.builders import ENDPOINT, NOW, make_body, make_input, make_line
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 
 
@@ -71,6 +72,11 @@ def test_faulty_lines_are_settled_in_the_journals_of_their_chunks(bench):
         message="line 4: not JSON: invalid character (byte 4)",
     )
     assert entries[3].outcome.code is FailureCode.DUPLICATE_CUSTOM_ID
+    # A commit needs no second look at the file.
+    torn, repeated = entries[0].settled(), entries[3].settled()
+    assert (torn.line, torn.custom_id, torn.endpoint, torn.body) == (4, None, "", b"not json\n")
+    assert (repeated.line, repeated.custom_id, repeated.endpoint) == (41, "request-1", ENDPOINT)
+    assert msgspec.json.decode(repeated.body) == make_body("question 1")
     assert sorted(p.name for p in (bench.folder.journals / plan.batch_id).glob("*.journal")) == [
         "00000.journal",
         "00002.journal",

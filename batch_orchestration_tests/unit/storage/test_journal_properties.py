@@ -15,6 +15,7 @@ from batch_orchestration_tests.builders import (
     make_completion,
     make_failure,
     make_provenance,
+    make_request,
 )
 
 
@@ -63,7 +64,7 @@ def test_no_sequence_of_appends_cuts_garbage_and_resumes_loses_an_intact_outcome
                 journal.record_submitted(values[0], 1, NOW)
             elif kind == "outcome" and values[0] not in journal.state.settled:
                 size = path.stat().st_size
-                journal.record_outcome(values[0], values[1], 1, NOW)
+                journal.record_outcome(make_request(index=values[0]), values[1], 1, NOW)
                 record = path.read_bytes()[size:]
                 written.setdefault(values[0], []).append((record, values[1]))
             elif kind in ("cut", "garbage", "resume"):
@@ -109,7 +110,7 @@ def test_garbage_between_two_records_touches_neither(
             ends = []
             for index, outcome in enumerate(answers):
                 ends.append(path.stat().st_size)
-                journal.record_outcome(index, outcome, 1, NOW)
+                journal.record_outcome(make_request(index=index), outcome, 1, NOW)
         end = data.draw(st.sampled_from([0, *ends, path.stat().st_size]))
         content = path.read_bytes()
         path.write_bytes(content[:end] + data.draw(garbage) + content[end:])
@@ -130,7 +131,7 @@ def test_damage_within_a_record_loses_that_record_alone(
         with open_journal(path) as journal:
             for index, outcome in enumerate(answers):
                 ends.append(path.stat().st_size)
-                journal.record_outcome(index, outcome, 1, NOW)
+                journal.record_outcome(make_request(index=index), outcome, 1, NOW)
         ends.append(path.stat().st_size)
         place = data.draw(st.integers(ends[victim + 1], ends[victim + 2] - 2))
         content = bytearray(path.read_bytes())

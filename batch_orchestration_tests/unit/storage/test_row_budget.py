@@ -18,6 +18,7 @@ from batch_orchestration_tests.builders import (
     make_completion,
     make_failure,
     make_provenance,
+    make_request,
     make_settled,
 )
 
@@ -55,7 +56,7 @@ def test_every_outcome_comes_back_as_it_was_however_little_room_the_store_has(
             path, batch_id="b", number=7, provenance=make_provenance(), at=NOW
         ) as journal:
             for index, outcome in enumerate(answers):
-                journal.record_outcome(index, outcome, 1, NOW)
+                journal.record_outcome(make_request(index=index), outcome, 1, NOW)
         budget = rows.RowBudget(root)
         taken = 0
 
