@@ -141,7 +141,7 @@ soak: setup ## answer batches for MINUTES=n while processes die, files are damag
 	$(BIN)/python -m batch_orchestration_tests.fault.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 .PHONY: big-file
-big-file: setup ## split, answer and deliver 200,000 requests with real Dagster, default limits, simulated engine
+big-file: setup ## answer and deliver 200,000 requests as one batch with real Dagster, default limits, simulated engine
 	$(BIN)/python -m benchmarks.big_file
 
 .PHONY: lint

@@ -82,21 +82,21 @@ class Settings(BaseSettings):
         MAX_FILE_BYTES, ge=1, description="A larger file, expanded, is rejected."
     )
     max_requests_per_batch: int = Field(
-        MAX_REQUESTS_PER_BATCH, ge=1, description="A file with more becomes several batches."
+        MAX_REQUESTS_PER_BATCH, ge=1, description="Requests of one batch that are open at a time."
     )
     on_oversize: OnOversize = Field(
-        OnOversize.SPLIT,
-        description="split: a file with more becomes parts; reject: it is refused.",
+        OnOversize.WINDOW,
+        description="window: a file with more is answered window by window; reject: it is refused.",
     )
     requests_per_chunk: int | None = Field(
         None,
         ge=1,
-        description="Requests per chunk (= partition); default: about a minute's, else 1,000.",
+        description="Requests per chunk (= partition) at least; default: a minute's, else 1,000.",
     )
 
     # The queue
     max_unfinished_batches: int = Field(
-        5, ge=1, description="With so many unfinished batches, files and parts wait."
+        5, ge=1, description="With so many unfinished batches, files wait."
     )
     max_queued_requests: int = Field(
         100_000, ge=1, description="Unanswered requests of all unfinished batches together."

@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,9 +93,14 @@ class ClosingBench(Workbench):
         )
 
     def run_until_stuck(
-        self, plan: BatchPlan, engine: StickingEngine, then: Callable[[], object]
+        self,
+        plan: BatchPlan,
+        engine: StickingEngine,
+        then: Callable[[], object],
+        *,
+        numbers: Sequence[int] | None = None,
     ) -> tuple[list[CommittedChunk], float]:
-        """Run all chunks; do `then` once requests stick; return commits and seconds since then."""
+        """Run chunks; do `then` once requests stick; return commits and seconds since then."""
         began = [0.0]
 
         def wait_and_do() -> None:
@@ -105,7 +110,7 @@ class ClosingBench(Workbench):
             then()
 
         with _thread(wait_and_do):
-            commits = self.run(plan, engine)
+            commits = self.run(plan, engine, numbers=numbers)
         return commits, time.monotonic() - began[0]
 
     def deliver(self, plan: BatchPlan, *, run_id: str = "deliver-1") -> AssemblyReport:

@@ -77,6 +77,7 @@ class HaltingBench(ClosingBench, TurnBench):
             runs,
             reports=self.store.chunk_reports,
             chunks_per_run=chunks_per_run,
+            most_requests=50_000,
             now=time.time(),
             halts=halts_in_force(self.folder, batches),
         )

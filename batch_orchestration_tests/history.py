@@ -50,7 +50,7 @@ def _put(path: Path) -> None:
 def _add_rows(store: Store, pattern: str, *, completed: int, cancelled: int) -> None:
     """Copy the rows of one batch so often, and take the one away."""
     ids = [finished_id(number) for number in range(completed + cancelled)]
-    with store._writing() as db:
+    with store.writing() as db:
         db.execute("CREATE TEMP TABLE ids AS SELECT unnest(?::VARCHAR[]) AS id", [ids])
         for table in ("batches", "chunks", "batch_events"):
             db.execute(

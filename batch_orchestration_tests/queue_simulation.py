@@ -209,7 +209,7 @@ class Simulation:
             [self._standing(job) for job in everyone],
             load=load,
             rates=self._rates,
-            rules=Rules(limits=self._limits, most_requests=50_000),
+            rules=Rules(limits=self._limits),
             now=self.clock,
         )
         reasons = {entry.id: entry.reason for entry in decision.entries}
@@ -242,7 +242,6 @@ class Simulation:
                 place=0,
             ),
             demand=Demand(requests=job.left, tokens=job.left * TOKENS_PER_REQUEST, size_bytes=0),
-            submitted=job.requests,
         )
 
     def _load(self) -> Load:

@@ -1,4 +1,4 @@
-"""A file four times as large as a batch may be, dropped into a default installation.
+"""A file with four times the requests that may be open, dropped into a default installation.
 
     python -m benchmarks.big_file [--requests 200000] [--minutes 60]
 
@@ -25,7 +25,7 @@ from batch_orchestration_tests.inbox_bench import InboxBench, make_admission_set
 from batch_orchestration_tests.integration.dagster_processes import DagsterProcesses, dagster_dev
 
 FILE_NAME = "big.jsonl"
-#: The smallest file that is split: of one that is not, DuckDB's memory would be counted.
+#: For comparison: the smallest file of more than one window.
 FEWEST = MAX_REQUESTS_PER_BATCH + 1
 _TIMES = """{ runsOrError(limit: 500) { ... on Runs { results {
     runId jobName status startTime endTime tags { key value } } } } }"""
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--minutes", type=float, default=60.0, help="to wait at most")
-    parser.add_argument("--per-batch", type=int, help="another limit, to try this script out")
+    parser.add_argument("--per-batch", type=int, help="another window, to try this script out")
     options = parser.parse_args()
     limits = {"BATCH_MAX_REQUESTS_PER_BATCH": str(options.per_batch)} if options.per_batch else {}
     with tempfile.TemporaryDirectory(prefix="big-file-") as folder:
@@ -61,10 +61,10 @@ def main() -> None:
         with dagster_dev(root, **limits) as dagster:
             dropped = time.time()
             path.rename(dagster.folder.inbox / FILE_NAME)
-            submission_id = wait_until_delivered(dagster, options.minutes * 60)
+            batch_id = wait_until_delivered(dagster, options.minutes * 60)
             delivered = time.time()
-            check_delivered(dagster, submission_id, options.requests)
-            print_table(dagster, submission_id, options.requests, delivered - dropped, peaks)
+            check_delivered(dagster, batch_id, options.requests)
+            print_table(dagster, batch_id, options.requests, delivered - dropped, peaks)
 
 
 def write_file(path: Path, requests: int) -> None:
@@ -98,9 +98,9 @@ def _admit(path: Path, root: Path, requests: int, answer: Any) -> None:
 
 
 def wait_until_delivered(dagster: DagsterProcesses, seconds: float) -> str:
-    """Return the id of the submission, once its files are there and the runs have ended."""
-    (submission_id,) = dagster.wait_until(dagster.folder.submission_ids, seconds, "it is split")
-    report = dagster.folder.outbox_path(submission_id) / "report.md"
+    """Return the id of the batch, once its files are there and the runs have ended."""
+    (batch_id,) = dagster.wait_until(dagster.folder.batch_ids, seconds, "it is admitted")
+    report = dagster.folder.outbox_path(batch_id) / "report.md"
     deadline = time.monotonic() + seconds
     while not (report.exists() and all(run.ended for run in dagster.runs())):
         if time.monotonic() > deadline:
@@ -108,13 +108,13 @@ def wait_until_delivered(dagster: DagsterProcesses, seconds: float) -> str:
         time.sleep(2)
         records = dagster.store.batches()
         done = sum(record.completed + record.failed for record in records)
-        print(f"{len(records)} parts admitted, {done:,} requests committed", flush=True)
-    return submission_id
+        print(f"{done:,} requests committed", flush=True)
+    return batch_id
 
 
-def check_delivered(dagster: DagsterProcesses, submission_id: str, requests: int) -> None:
+def check_delivered(dagster: DagsterProcesses, batch_id: str, requests: int) -> None:
     """Compare the one output file with the input, row by row."""
-    outbox = dagster.folder.outbox_path(submission_id)
+    outbox = dagster.folder.outbox_path(batch_id)
     if (outbox / "errors.jsonl").read_bytes():
         raise SystemExit("some requests failed")
     with (outbox / "output.jsonl").open("rb") as file:
@@ -136,36 +136,31 @@ def timed_runs(dagster: DagsterProcesses) -> Iterator[TimedRun]:
 
 def print_table(
     dagster: DagsterProcesses,
-    submission_id: str,
+    batch_id: str,
     requests: int,
     seconds: float,
     peaks: list[float],
 ) -> None:
     """Print what it took."""
     runs = list(timed_runs(dagster))
-    parts = dagster.folder.read_submission(submission_id).parts
+    plan = dagster.folder.read_plan(batch_id)
     (admission,) = (run.seconds for run in runs if run.job == "admit_batch")
     answering = [run for run in runs if run.job == "answer_chunks"]
-    delivering = sorted((r for r in runs if r.job == "deliver_batch"), key=lambda run: run.ended)
+    (delivery,) = (run.seconds for run in runs if run.job == "deliver_batch")
     busy = max(run.ended for run in answering) - min(run.started for run in answering)
-    size = dagster.folder.submission_input_path(submission_id).stat().st_size
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"\n{datetime.now(UTC).date()}, {machine}, **simulated engine**, default limits:\n")
     print("| what | |\n|---|---:|")
     rows = [
-        ("requests", f"{requests:,} in {size / 2**20:,.0f} MiB"),
-        ("parts", f"{len(parts)}"),
+        ("requests", f"{requests:,} in {plan.size_bytes / 2**20:,.0f} MiB"),
+        ("chunks, and runs that answered them", f"{len(plan.chunks)}, {len(answering)}"),
         ("rows of the one output file, in input order", f"{requests:,}"),
         ("admission (its run, from start to end)", f"{admission:,.1f} s"),
         (f"peak memory of a process that admits {FEWEST:,} requests", f"{peaks[0]:,.0f} MiB"),
         (f"peak memory of a process that admits {requests:,}", f"{peaks[1]:,.0f} MiB"),
         ("answering (first run to last, pauses included)", f"{busy:,.0f} s"),
         ("requests per second meanwhile", f"{requests / busy:,.0f}"),
-        (
-            "delivery of a part (its run)",
-            ", ".join(f"{run.seconds:,.1f} s" for run in delivering[:-1]),
-        ),
-        ("delivery of the last part and of the submission", f"{delivering[-1].seconds:,.1f} s"),
+        ("delivery (its run)", f"{delivery:,.1f} s"),
         ("from the drop to the end", f"{seconds:,.0f} s"),
     ]
     for name, value in rows:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.services.closing import cancel
-from batch_orchestration.services.partial_results import finished_of
+from batch_orchestration.services.partial_results import finished_so_far, read_finished
 from batch_orchestration.services.recovery import recover
 from batch_orchestration_tests.builders import MODEL, NOW, make_line, make_plan
 from batch_orchestration_tests.closing_bench import ClosingBench
@@ -146,8 +147,9 @@ def close_out_cancelled(bench: ClosingBench, plan: BatchPlan) -> None:
 
 def read_results(bench: ClosingBench, plan: BatchPlan) -> None:
     """Read the lines of all results, as `results` does."""
-    finished = finished_of(plan.batch_id, folder=bench.folder, store=bench.store)
-    assert sum(1 for _ in finished.lines(folder=bench.folder, store=bench.store)) == plan.requests
+    finished = finished_so_far(plan.batch_id, folder=bench.folder, store=bench.store)
+    requests = read_finished(finished, folder=bench.folder, store=bench.store)
+    assert sum(len(output_line(plan.batch_id, one)) > 1 for one in requests) == plan.requests
 
 
 def make_store_anew(bench: ClosingBench, plan: BatchPlan) -> None:

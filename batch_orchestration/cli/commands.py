@@ -1,6 +1,5 @@
 """The commands. Each reads its arguments, asks a service, and prints a table or JSON."""
 
-from collections import Counter
 from typing import Any
 
 import click
@@ -22,16 +21,11 @@ from batch_orchestration.cli.results import results
 from batch_orchestration.cli.submitting import submit, validate
 from batch_orchestration.cli.visible import say
 from batch_orchestration.cli.watching import watch_batch
-from batch_orchestration.services.batch_objects import (
-    batch_object,
-    submission_object,
-    whole_object,
-)
+from batch_orchestration.services.batch_objects import batch_object
 from batch_orchestration.services.board import Board, read_board
 from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.status import view_batch
-from batch_orchestration.services.submission_status import is_submission, view_submission
 from batch_orchestration.settings import settings_in_force
 from batch_orchestration.storage.sharing import keep_from_others
 
@@ -71,10 +65,7 @@ main.add_command(metrics)
 @click.option("--live", is_flag=True, help="Keep showing the board until Ctrl-C.")
 @json_option
 def status(batch_id: str | None, live: bool, as_json: bool) -> None:
-    """Show all batches and what waits in the inbox, or one BATCH in full.
-
-    BATCH may be a submission: a file that was split into several batches.
-    """
+    """Show all batches and what waits in the inbox, or one BATCH in full."""
     context = open_context()
     if live and (as_json or batch_id is not None):
         raise click.UsageError("--live shows the whole board; for one batch: watch BATCH")
@@ -83,9 +74,6 @@ def status(batch_id: str | None, live: bool, as_json: bool) -> None:
         return
     if batch_id is None:
         _show_board(context, as_json=as_json)
-        return
-    if is_submission(batch_id, folder=context.folder):
-        _show_submission(batch_id, context, as_json=as_json)
         return
     view = view_batch(batch_id, folder=context.folder, store=context.store, now=context.clock())
     events = [] if view.store_problem else context.store.batch_events(batch_id)
@@ -97,21 +85,6 @@ def status(batch_id: str | None, live: bool, as_json: bool) -> None:
     by_code = context.store.failure_counts(batch_id) if known else {}
     estimate = read_estimate(context.folder, batch_id)
     context.console.print(tables.batch_details(view, by_code, events, estimate))
-
-
-def _show_submission(submission_id: str, context: Context, *, as_json: bool) -> None:
-    view = view_submission(
-        submission_id, folder=context.folder, store=context.store, now=context.clock()
-    )
-    if as_json:
-        print_json(submission_object(view, folder=context.folder))
-        return
-    _say_store_problem(view.whole.store_problem)
-    by_code: Counter[str] = Counter()
-    for part in view.parts if not view.whole.store_problem else ():
-        by_code.update(context.store.failure_counts(part.batch_id) if part.failed else {})
-    context.console.print(tables.batch_details(view.whole, by_code, []))
-    context.console.print(tables.batches_table(view.parts))
 
 
 @main.command()
@@ -184,9 +157,6 @@ def _board_object(board: Board, context: Context) -> dict[str, Any]:
     return {
         "object": "list",
         "data": [batch_object(view, folder=context.folder) for view in board.batches],
-        "submissions": [
-            whole_object(view.whole, folder=context.folder) for view in board.submissions
-        ],
         "waiting": [{"path": path, "reason": reason} for path, _, reason in board.waiting],
         "claims": [
             {"claim_id": c.claim_id, "file_name": c.file_name, "attempts": c.attempts}

@@ -1,7 +1,7 @@
 """`failures`, `replay` and `discard`: what people do about failed requests."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +22,6 @@ from batch_orchestration.domain.dead_letters import (
 from batch_orchestration.domain.outcomes import Failure, FailureCode
 from batch_orchestration.services import dead_letters
 from batch_orchestration.services.configuration import admission_settings
-from batch_orchestration.services.submission_letters import discard_each, request_replays
-from batch_orchestration.services.submission_status import batches_named
 from batch_orchestration.storage.operations import open_replays
 
 SHOWN_AT_FIRST = 50
@@ -90,29 +88,29 @@ def failures(
     """List the failed requests of BATCH in input order, with codes and messages.
 
     While the batch runs, these are the ones in chunks that are committed already. Those that a
-    replay has answered are listed with --state resolved. BATCH may be a submission: then those of
-    all its parts are meant.
+    replay has answered are listed with --state resolved.
     """
     context = open_context()
-    batches = _batches(batch_id, context)
+    context.folder.read_plan(batch_id)
+    context.store.batch(batch_id)
     selection = _selection(codes, custom_ids, states, limit, default=UNRESOLVED)
     if as_input is not None:
         dead = msgspec.structs.replace(selection, states=selection.states if states else _DEAD)
-        _write_input(batches, dead, as_input, context, include_faulty, as_json=as_json)
+        _write_input(batch_id, dead, as_input, context, include_faulty, as_json=as_json)
         return
     shown = limit or (None if as_json else SHOWN_AT_FIRST)
-    found = [letter for name in batches for letter in _letters(name, selection, shown, context)]
-    found = found[:shown]
+    meant = msgspec.structs.replace(selection, limit=shown)
+    found = context.store.dead_letters(batch_id, meant)
     if as_json:
         print_json([_object(letter) for letter in found])
         return
     if not found:
-        meant = "" if selection == Selection(states=UNRESOLVED) else " that is meant"
-        say(f"No request of {batch_id}{meant} has failed.")
+        which = "" if selection == Selection(states=UNRESOLVED) else " that is meant"
+        say(f"No request of {batch_id}{which} has failed.")
         return
     context.console.print(tables.failures_table(found))
     everything = msgspec.structs.replace(selection, limit=None)
-    count = sum(len(context.store.dead_letter_codes(name, everything)) for name in batches)
+    count = len(context.store.dead_letter_codes(batch_id, everything))
     if count > len(found):
         say(f"{count - len(found):,} more: --limit {count} shows all.")
 
@@ -145,15 +143,13 @@ def replay(
     This command only asks for it, and Dagster runs it (`replay_sensor`, job
     `replay_failed_requests`): two engines on one device would take each other's memory, and only
     Dagster's pool `gpu` knows whether the device is free. The request is kept on disk, so it does
-    not matter whether Dagster runs now. BATCH may be a submission: then each part with failed
-    requests that are meant gets a replay.
+    not matter whether Dagster runs now.
     """
     context = open_context()
-    batches = _batches(batch_id, context)
     given = {"max_tokens": max_tokens, "model": model}
     overrides = {name: value for name, value in given.items() if value is not None}
-    asked = request_replays(
-        batches,
+    asked = dead_letters.request_replay(
+        batch_id,
         _selection(codes, custom_ids, (), limit, default=_DEAD),
         folder=context.folder,
         store=context.store,
@@ -165,7 +161,7 @@ def replay(
     )
     if not as_json:
         _say_left_out(asked.left_out)
-        names = ", ".join(_names(asked.replays, batch_id))
+        names = ", ".join(str(replay.number) for replay in asked.replays)
         say(f"{asked.requests:,} requests wait for the engine, as replay {names}.")
         say("Dagster starts it (`make dev`) as soon as the engine is free.")
     if wait:
@@ -175,21 +171,13 @@ def replay(
             {
                 "batch_id": batch_id,
                 "replays": [replay.number for replay in asked.replays],
-                "batches": [replay.batch_id for replay in asked.replays],
                 "requests": asked.requests,
                 "left_out": asked.left_out,
             }
         )
     elif wait:
-        counts = [context.store.batch(name) for name in batches]
-        completed, failed = sum(c.completed for c in counts), sum(c.failed for c in counts)
-        say(f"{completed:,} answered, {failed:,} failed.")
-
-
-def _names(replays: Sequence[Replay], batch_id: str) -> Iterator[str]:
-    """Yield what people call each replay; of a submission, with the part."""
-    for asked in replays:
-        yield f"{asked.number}" + (f" of {asked.batch_id}" if asked.batch_id != batch_id else "")
+        batch = context.store.batch(batch_id)
+        say(f"{batch.completed:,} answered, {batch.failed:,} failed.")
 
 
 @click.command()
@@ -213,12 +201,11 @@ def discard(
 ) -> None:
     """Give up failed requests of BATCH: they stay in its error file, but need nobody any more.
 
-    BATCH may be a submission: then those of all its parts are meant. Exit 1 if a replay is at work
-    on some of them; the others are discarded.
+    Exit 1 if a replay is at work on some of them.
     """
     context = open_context()
-    discarded = discard_each(
-        _batches(batch_id, context),
+    count = dead_letters.discard(
+        batch_id,
         _selection(codes, custom_ids, states, limit, default=_DEAD),
         reason=reason,
         folder=context.folder,
@@ -226,20 +213,7 @@ def discard(
         actor=person(),
         at=context.clock(),
     )
-    count = sum(discarded.counts.values())
     say(f"{count:,} failed requests of {batch_id} are discarded.")
-    if discarded.refused:
-        raise click.ClickException("; ".join(discarded.refused.values()))
-
-
-def _batches(name: str, context: Context) -> list[str]:
-    return batches_named(name, folder=context.folder, store=context.store)
-
-
-def _letters(
-    batch_id: str, selection: Selection, limit: int | None, context: Context
-) -> list[DeadLetter]:
-    return context.store.dead_letters(batch_id, msgspec.structs.replace(selection, limit=limit))
 
 
 _DEAD = (DeadLetterState.DEAD,)
@@ -275,7 +249,7 @@ def _fields(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _write_input(
-    batches: Sequence[str],
+    batch_id: str,
     selection: Selection,
     path: Path,
     context: Context,
@@ -284,7 +258,7 @@ def _write_input(
     as_json: bool,
 ) -> None:
     written = dead_letters.as_input(
-        batches,
+        batch_id,
         selection,
         path,
         folder=context.folder,

@@ -1,19 +1,11 @@
 """`cancel` and `resume`: ending a batch early, and going on with it, or with the whole queue."""
 
-from collections.abc import Mapping
-
 import click
 
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.cli.visible import say
-from batch_orchestration.services.closing import Cancellation
-from batch_orchestration.services.submission_endings import (
-    CancelledParts,
-    ResumedParts,
-    cancel_any,
-    resume_any,
-)
-from batch_orchestration.services.submission_status import is_submission
+from batch_orchestration.services.closing import cancel
+from batch_orchestration.services.resuming import resume
 from batch_orchestration.storage import queue_files
 
 _reason = click.option("--reason", default="", help="Why; kept in the batch's history and report.")
@@ -26,12 +18,11 @@ _reason = click.option("--reason", default="", help="Why; kept in the batch's hi
 def cancel_batch(batch_id: str, reason: str, as_json: bool) -> None:
     """Stop BATCH: what is answered is delivered, the rest fails as `batch_cancelled`.
 
-    The run at work on it lets go of its requests within seconds; the files follow. BATCH may be a
-    submission: then every part that has not ended is cancelled, also those that wait for room.
-    Exit 1 if there is nothing left to cancel.
+    The run at work on it lets go of its requests within seconds; the files follow. Exit 1 if there
+    is nothing left to cancel.
     """
     context = open_context()
-    result = cancel_any(
+    cancellation = cancel(
         batch_id,
         folder=context.folder,
         store=context.store,
@@ -39,15 +30,15 @@ def cancel_batch(batch_id: str, reason: str, as_json: bool) -> None:
         reason=reason,
         at=context.clock(),
     )
-    if is_submission(batch_id, folder=context.folder):
-        _tell_cancelled_parts(batch_id, result, as_json=as_json)
-    else:
-        _tell_cancelled(batch_id, result.cancelled[batch_id], as_json=as_json)
-
-
-def _tell_cancelled(batch_id: str, cancellation: Cancellation, *, as_json: bool) -> None:
     if as_json:
-        print_json({"batch_id": batch_id, **_object(cancellation)})
+        print_json(
+            {
+                "batch_id": batch_id,
+                "closing": cancellation.closing,
+                "earlier": cancellation.earlier,
+                "over": cancellation.over,
+            }
+        )
     elif cancellation.over:
         say(f"{batch_id} is {cancellation.closing} already.")
     elif cancellation.earlier:
@@ -57,35 +48,6 @@ def _tell_cancelled(batch_id: str, cancellation: Cancellation, *, as_json: bool)
             f"{batch_id} is being cancelled. What is answered is delivered as soon as its run has\n"
             f"stopped: python -m batch_orchestration watch {batch_id}"
         )
-
-
-def _tell_cancelled_parts(submission_id: str, result: CancelledParts, *, as_json: bool) -> None:
-    parts, of = result.cancelled, len(result.cancelled) + len(result.left)
-    if as_json:
-        told = {part_id: _object(cancellation) for part_id, cancellation in parts.items()}
-        print_json({"submission": submission_id, "parts": told, "left": result.left})
-        return
-    if all(cancellation.over for cancellation in parts.values()):
-        say(f"{submission_id}: {len(parts)} of {of} parts are cancelled already.")
-    else:
-        say(
-            f"{submission_id}: {len(parts)} of {of} parts are being cancelled. The files follow"
-            f" when\nall have ended: python -m batch_orchestration watch {submission_id}"
-        )
-    _say_left(result.left)
-
-
-def _object(cancellation: Cancellation) -> dict[str, object]:
-    return {
-        "closing": cancellation.closing,
-        "earlier": cancellation.earlier,
-        "over": cancellation.over,
-    }
-
-
-def _say_left(left: Mapping[str, str]) -> None:
-    for reason in left.values():
-        say(f"left as it is: {reason}", err=True)
 
 
 @click.command("resume")
@@ -113,8 +75,8 @@ def resume_queue_or_batch(
 
     Only what has no answer is asked.
 
-    Its output files are made anew when everything is answered. BATCH may be a submission: then
-    every part goes on that can. Without BATCH, a queue that was paused by `pause` goes on.
+    Its output files are made anew when everything is answered. Without BATCH, a queue
+    that was paused by `pause` goes on.
     """
     context = open_context()
     if batch_id is None:
@@ -123,7 +85,7 @@ def resume_queue_or_batch(
         _resume_queue(context, as_json=as_json)
         return
     try:
-        result = resume_any(
+        resumption = resume(
             batch_id,
             folder=context.folder,
             store=context.store,
@@ -135,28 +97,13 @@ def resume_queue_or_batch(
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    if is_submission(batch_id, folder=context.folder):
-        _tell_resumed_parts(batch_id, result, as_json=as_json)
-    elif as_json:
-        print_json({"batch_id": batch_id, "resumption": result.resumed[batch_id]})
+    if as_json:
+        print_json({"batch_id": batch_id, "resumption": resumption})
     else:
         say(
             f"{batch_id} goes on as soon as the engine is free: python -m batch_orchestration"
             f" watch {batch_id}"
         )
-
-
-def _tell_resumed_parts(submission_id: str, result: ResumedParts, *, as_json: bool) -> None:
-    if as_json:
-        told = {"submission": submission_id, "parts": result.resumed, "left": result.left}
-        print_json(told)
-        return
-    of = len(result.resumed) + len(result.left)
-    say(
-        f"{submission_id}: {len(result.resumed)} of {of} parts go on as soon as the engine is free:"
-        f" python -m batch_orchestration watch {submission_id}"
-    )
-    _say_left(result.left)
 
 
 def _resume_queue(context: Context, *, as_json: bool) -> None:

@@ -12,11 +12,17 @@ import click
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.visible import escaped, say
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.services.partial_results import FinishedOf, finished_of
+from batch_orchestration.domain.flat_outcomes import flat_outcome
+from batch_orchestration.domain.output_lines import output_line
+from batch_orchestration.services.partial_results import (
+    FinishedSoFar,
+    finished_so_far,
+    read_finished,
+)
 from batch_orchestration.storage.exports import TableFormat, write_table
 from batch_orchestration.storage.files import atomic_writer
 
-_EARLY = frozenset({str(BatchStatus.CANCELLED), str(BatchStatus.EXPIRED)})
+_EARLY = frozenset({BatchStatus.CANCELLED, BatchStatus.EXPIRED})
 
 
 class Format(StrEnum):
@@ -60,8 +66,8 @@ def results(
 ) -> None:
     """Print what became of each request of BATCH, in input order, failed ones included.
 
-    BATCH may be a submission. Works while the batch runs, without disturbing it. What is partial
-    says so on stderr, and with --output and --json in the summary that is printed.
+    Works while the batch runs, without disturbing it. What is partial says so on stderr, and with
+    --output and --json in the summary that is printed.
     """
     kind = Format(format_)
     if as_json and output is None:
@@ -69,18 +75,18 @@ def results(
     if kind is Format.PARQUET and output is None and sys.stdout.isatty():
         raise click.UsageError("parquet is not for terminals: give --output FILE")
     context = open_context()
-    finished = finished_of(batch_id, folder=context.folder, store=context.store)
+    finished = finished_so_far(batch_id, folder=context.folder, store=context.store)
     if finished.partial and not partial:
         raise click.ClickException(
-            f"{batch_id} is {_status(finished)}: {_so_far(finished)} requests have an outcome;"
+            f"{batch_id} is {finished.status}: {_so_far(finished)} requests have an outcome;"
             " --partial gives these"
         )
     if finished.partial:
         say(f"partial: {_so_far(finished)} requests of {batch_id}", err=True)
-    elif early := sorted(_EARLY & set(finished.statuses)):
-        codes = " or ".join(f"batch_{status}" for status in early)
+    elif finished.status in _EARLY:
         say(
-            f"{batch_id} is {_status(finished)}: what was not answered has the code {codes}",
+            f"{batch_id} is {finished.status}: what was not answered has the code"
+            f" batch_{finished.status}",
             err=True,
         )
     _write(finished, kind, output, context, raw=raw_cells)
@@ -88,19 +94,15 @@ def results(
         print_json({**_summary(finished), "format": str(kind), "output": str(output)})
 
 
-def _so_far(finished: FinishedOf) -> str:
+def _so_far(finished: FinishedSoFar) -> str:
     share = 100 * finished.done / finished.total if finished.total else 100.0
     return f"{finished.done:,} of {finished.total:,} ({share:.1f} %)"
 
 
-def _status(finished: FinishedOf) -> str:
-    return ", ".join(finished.statuses)
-
-
-def _summary(finished: FinishedOf) -> dict[str, str | int | bool]:
+def _summary(finished: FinishedSoFar) -> dict[str, str | int | bool]:
     return {
-        "batch_id": finished.name,
-        "status": _status(finished),
+        "batch_id": finished.plan.batch_id,
+        "status": str(finished.status),
         "partial": finished.partial,
         "done": finished.done,
         "total": finished.total,
@@ -108,7 +110,7 @@ def _summary(finished: FinishedOf) -> dict[str, str | int | bool]:
 
 
 def _write(
-    finished: FinishedOf, kind: Format, output: Path | None, context: Context, *, raw: bool
+    finished: FinishedSoFar, kind: Format, output: Path | None, context: Context, *, raw: bool
 ) -> None:
     if kind is not Format.JSONL:
         _write_table(finished, kind, output, context, raw=raw)
@@ -119,21 +121,23 @@ def _write(
             _write_lines(finished, file, context)
 
 
-def _write_lines(finished: FinishedOf, file: BinaryIO, context: Context) -> None:
-    for line in finished.lines(folder=context.folder, store=context.store):
+def _write_lines(finished: FinishedSoFar, file: BinaryIO, context: Context) -> None:
+    for request in read_finished(finished, folder=context.folder, store=context.store):
+        line = output_line(finished.plan.batch_id, request)
         # A file gets the bytes as they are; a terminal might obey them.
         file.write(escaped(line.decode(errors="replace")).encode() if file.isatty() else line)
     file.flush()
 
 
 def _write_table(
-    finished: FinishedOf, kind: Format, output: Path | None, context: Context, *, raw: bool
+    finished: FinishedSoFar, kind: Format, output: Path | None, context: Context, *, raw: bool
 ) -> None:
     metadata = {name: str(value) for name, value in _summary(finished).items()}
     metadata["partial"] = metadata["partial"].lower()
     with tempfile.TemporaryDirectory(prefix="batch-results-") as folder:
         path = output or Path(folder) / "table"
-        rows = finished.rows(folder=context.folder, store=context.store)
+        requests = read_finished(finished, folder=context.folder, store=context.store)
+        rows = map(flat_outcome, requests)
         write_table(rows, path, TableFormat(str(kind)), metadata=metadata, raw=raw)
         if output is None:
             _print_table(path)

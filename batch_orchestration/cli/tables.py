@@ -27,14 +27,14 @@ BAR_WIDTH = 12
 
 
 def batches_table(views: Iterable[BatchView]) -> Table:
-    """Return one row per batch; parts stand indented below their submission."""
+    """Return one row per batch."""
     table = _table(
         "Batch", "Status", "", "Done", "Failed", "Tokens/s", "ETA", "Priority", "Created"
     )
     for view in views:
         tokens = f"{view.live.output_tokens_per_second:,.0f}" if view.live else ""
         table.add_row(
-            Text(f"{'  ' if view.plan.part else ''}{view.batch_id}"),
+            Text(view.batch_id),
             Text(describe(view)),
             ProgressBar(total=max(view.total, 1), completed=view.done, width=BAR_WIDTH),
             f"{view.done:,}/{view.total:,}",
@@ -60,8 +60,8 @@ def board_tables(board: Board) -> Iterator[RenderableType]:
     """Yield a table for each part of the board that is not empty."""
     if board.queue and (paused := pause_line(board.queue)):
         yield Text(paused, style="bold")
-    if board.rows:
-        yield batches_table(board.rows)
+    if board.batches:
+        yield batches_table(board.batches)
     if board.queue and board.queue.entries:
         yield queue_table(board.queue)
     if board.waiting or board.claims:
@@ -181,8 +181,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
     if report.refusal is None:
         console.print(
             f"{report.file_name}: {report.requests:,} requests, {report.faulty:,} of them faulty; "
-            f"chunks: {report.chunks:,}"
-            + (f"; parts: {report.parts:,}" if report.parts > 1 else ""),
+            f"chunks: {report.chunks:,}",
             highlight=False,
             markup=False,
         )

@@ -14,10 +14,9 @@ from rich.text import Text
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.services.batch_objects import whole_object
+from batch_orchestration.services.batch_objects import batch_object
 from batch_orchestration.services.halting import what_helps
-from batch_orchestration.services.status import BatchView, with_progress
-from batch_orchestration.services.submission_status import view_any
+from batch_orchestration.services.status import BatchView, view_batch, with_progress
 from batch_orchestration.services.wording import duration
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
@@ -38,7 +37,6 @@ Show = Callable[[BatchView], None]
 def watch_batch(batch_id: str, as_json: bool) -> None:
     """Show the progress of BATCH until it ends; exit 0 if it is completed, else 1.
 
-    BATCH may be a submission: a file that was split into several batches.
     Stopping to watch does not stop the batch. With --json, one line of JSON per look.
     """
     finish(follow_shown(batch_id, open_context(), as_json=as_json), as_json=as_json)
@@ -58,7 +56,7 @@ def follow_shown(batch_id: str, context: Context, *, as_json: bool = False) -> B
         )
 
     if as_json:
-        return look(lambda view: print_json(whole_object(view, folder=context.folder), lines=True))
+        return look(lambda view: print_json(batch_object(view, folder=context.folder), lines=True))
     with display(context.console, clock=context.clock) as show:
         return look(show)
 
@@ -98,14 +96,14 @@ def follow(
     Raises:
         BatchNotFound: There is no such batch.
     """
-    view = view_any(batch_id, folder=folder, store=store, now=clock())
+    view = view_batch(batch_id, folder=folder, store=store, now=clock())
     store_asked_at = clock()
     show(view)
     # Without the store, `final` is a guess.
     while not view.final or view.store_problem:
         sleep(LOOK_SECONDS)
         if clock() - store_asked_at >= STORE_SECONDS:
-            view = view_any(batch_id, folder=folder, store=store, now=clock())
+            view = view_batch(batch_id, folder=folder, store=store, now=clock())
             store_asked_at = clock()
         else:
             view = with_progress(view, folder=folder, now=clock())
@@ -169,8 +167,6 @@ def describe(view: BatchView) -> str:
     if view.status is BatchStatus.IN_PROGRESS:
         waits_for = "its output to be assembled" if view.done == view.total else "a run"
         return f"{view.status}: waiting for {waits_for}"
-    if view.status is BatchStatus.VALIDATING and view.plan.part:
-        return f"{view.status}: waiting for room among the unfinished batches"
     return str(view.status)
 
 

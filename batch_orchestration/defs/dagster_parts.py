@@ -17,7 +17,6 @@ from dagster._core.storage.local_compute_log_manager import LocalComputeLogManag
 from batch_orchestration.defs.partitions import (
     BATCH_TAG,
     PARTITION_TAG,
-    SUBMISSION_TAG,
     batches,
     chunks,
     chunks_by_batch,
@@ -25,7 +24,7 @@ from batch_orchestration.defs.partitions import (
 from batch_orchestration.defs.runs import ENDED_STATUSES, LIVE_STATUSES
 from batch_orchestration.defs.sensors import CLAIM_TAG
 from batch_orchestration.domain.chunks import parse_chunk_key
-from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.domain.errors import BatchNotFound
 from batch_orchestration.domain.housekeeping import Removal, batches_to_retire
 from batch_orchestration.services.configuration import SECONDS_PER_DAY
 from batch_orchestration.services.housekeeping import House, Part
@@ -99,11 +98,10 @@ def _batches_at_work(instance: dg.DagsterInstance) -> set[str]:
 
 
 def _names(run: dg.DagsterRun) -> set[str]:
-    """Return the batches, or the submission, that a run is about."""
-    tagged = (run.tags.get(tag) for tag in (BATCH_TAG, SUBMISSION_TAG))
-    names = {*chunks_by_batch(run.tags), *(name for name in tagged if name)}
-    if not names and (partition := run.tags.get(PARTITION_TAG)):
-        names = {partition}
+    """Return the batches that a run is about."""
+    names = {*chunks_by_batch(run.tags)}
+    if name := run.tags.get(BATCH_TAG) or (run.tags.get(PARTITION_TAG) if not names else None):
+        names.add(name)
     return names
 
 
@@ -150,18 +148,18 @@ def _is_nobodys(run: dg.DagsterRun, house: House, before: float) -> bool:
         return False
     if run.tags.get(BATCH_TAG) in house.at_rest:
         return False  # It goes with all runs of that batch, or not at all.
-    return all(_whole_ended(name, house, before) for name in _names(run))
+    return all(_ended_or_unknown(name, house, before) for name in _names(run))
 
 
-def _whole_ended(name: str, house: House, before: float) -> bool:
+def _ended_or_unknown(name: str, house: House, before: float) -> bool:
     if name in house.at_rest:
         return house.at_rest[name] < before
     try:
-        parts = house.folder.read_submission(name).parts
-    except BatchOrchestrationError:
-        # Neither the store nor the disk knows it: a name that a person has mistyped.
-        return name not in house.records and not house.folder.plan_path(name).exists()
-    return all(house.at_rest.get(part, house.now) < before for part in parts)
+        planned = house.folder.plan_path(name).exists()
+    except BatchNotFound:  # it cannot even be one
+        return True
+    # Neither the store nor the disk knows it: a name that a person has mistyped.
+    return name not in house.records and not planned
 
 
 def _removed(instance: dg.DagsterInstance, run_id: str, house: House) -> Removal:

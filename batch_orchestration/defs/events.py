@@ -42,9 +42,6 @@ def manifest_materialization(
         "input_file": dg.MetadataValue.path(input_file),
         "settings": dg.MetadataValue.json(plan.settings),
     }
-    if plan.part is not None:
-        metadata["submission"] = plan.part.submission
-        metadata["part"] = f"{plan.part.number} of {plan.part.of}"
     if plan.options.metadata:
         metadata["metadata"] = dg.MetadataValue.json(plan.options.metadata)
     if plan.options.model:
@@ -220,12 +217,6 @@ def output_metadata(report: AssemblyReport) -> Metadata:
         "error_file": dg.MetadataValue.path(files.errors),
         "report": dg.MetadataValue.md(report.text),
     }
-    if report.submission is not None:
-        whole = report.submission
-        metadata["submission"] = whole.submission_id
-        metadata["submission_output_file"] = dg.MetadataValue.path(whole.files.output)
-        metadata["submission_error_file"] = dg.MetadataValue.path(whole.files.errors)
-        metadata["submission_report"] = dg.MetadataValue.md(whole.text)
     if tally.failures_by_code:
         metadata["failures_by_code"] = _counts_table(tally.failures_by_code)
     if report.closing is not None:

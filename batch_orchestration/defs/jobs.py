@@ -8,7 +8,7 @@ from pydantic import Field
 
 from batch_orchestration.defs.assets import batch_output, chunk_results
 from batch_orchestration.defs.events import manifest_materialization
-from batch_orchestration.defs.partitions import add_partitions, name_tags, submission_tags
+from batch_orchestration.defs.partitions import add_partitions, name_tags
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.errors import BatchOrchestrationError, FileStillChanging
@@ -17,8 +17,7 @@ from batch_orchestration.services.configuration import admission_settings, open_
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.submission import submit
-from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted, Split
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted
 
 
 class AdmitConfig(dg.Config):
@@ -61,24 +60,16 @@ def admit_claim(
         context.log.warning(str(still_changing))
         return
     context.log.info(str(verdict))
-    if isinstance(verdict, Split):
-        # `dispatch_sensor` admits its parts, and makes their partitions.
-        tags = submission_tags(folder.read_submission(verdict.submission))
-        context.instance.add_run_tags(context.run.run_id, tags)
-    elif isinstance(verdict, Admitted | AlreadyAdmitted) and _is_batch(folder, verdict.batch_id):
+    if isinstance(verdict, Admitted | AlreadyAdmitted):
         plan = folder.read_plan(verdict.batch_id)
         context.instance.add_run_tags(context.run.run_id, name_tags(plan))
         # First, because the partitions say that all of this is done.
         context.log_event(
             manifest_materialization(
-                plan, folder.input_path_of(plan), read_estimate(folder, plan.batch_id)
+                plan, folder.input_path(plan.batch_id), read_estimate(folder, plan.batch_id)
             )
         )
         add_partitions(context.instance, plan)
-
-
-def _is_batch(folder: DataFolder, batch_id: str) -> bool:
-    return folder.plan_path(batch_id).exists()
 
 
 @dg.op

@@ -1,7 +1,7 @@
 """Ending a batch early, and going on with it: jobs for people, and what each tick looks after."""
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import dagster as dg
@@ -15,9 +15,9 @@ from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.close_out import close_out
-from batch_orchestration.services.closing import close_due, closing_in_force
+from batch_orchestration.services.closing import cancel, close_due, closing_in_force
 from batch_orchestration.services.dispatch import KnownRun, RunState
-from batch_orchestration.services.submission_endings import cancel_any, resume_any
+from batch_orchestration.services.resuming import resume
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
@@ -30,7 +30,7 @@ CHUNKS_KEY = dg.AssetKey("chunk_results")
 class CancelConfig(dg.Config):
     """Which batch to cancel."""
 
-    batch: str = Field(description="Id of the batch, or of a submission: then all its parts.")
+    batch: str = Field(description="Id of the batch.")
     reason: str = Field("", description="Why; kept in the batch's history and in its report.")
 
 
@@ -42,7 +42,7 @@ def cancel_one(
     folder = data_folder(settings)
     context.instance.add_run_tags(context.run.run_id, tags_about(config.batch, folder))
     try:
-        cancelled = cancel_any(
+        cancellation = cancel(
             config.batch,
             folder=folder,
             store=open_store(settings),
@@ -52,15 +52,13 @@ def cancel_one(
         )
     except BatchOrchestrationError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
-    for batch_id, cancellation in cancelled.cancelled.items():
-        before = "it was before: " if cancellation.earlier else ""
-        context.log.info(f"{batch_id}: {before}{cancellation.closing}")
-    _say_left(context, cancelled.left)
+    before = "it was before: " if cancellation.earlier else ""
+    context.log.info(f"{config.batch}: {before}{cancellation.closing}")
 
 
 @dg.job
 def cancel_batch() -> None:
-    """Cancel a batch or a submission: what is answered is delivered.
+    """Cancel a batch: what is answered is delivered.
 
     The rest becomes rows of `errors.jsonl`. Requests in flight are let go within seconds.
     Terminating a run of the batch does the same.
@@ -71,9 +69,7 @@ def cancel_batch() -> None:
 class ResumeConfig(dg.Config):
     """Which batch to go on with."""
 
-    batch: str = Field(
-        description="Id of a batch, or submission, that is paused, was cancelled or has expired."
-    )
+    batch: str = Field(description="Id of a batch that is paused, was cancelled or has expired.")
     completion_window: str = Field(
         "", description="A new one, like 24h, counted from now; an expired batch needs it."
     )
@@ -91,7 +87,7 @@ def resume_one(
     folder = data_folder(settings)
     context.instance.add_run_tags(context.run.run_id, tags_about(config.batch, folder))
     try:
-        resumed = resume_any(
+        resume(
             config.batch,
             folder=folder,
             store=open_store(settings),
@@ -103,18 +99,12 @@ def resume_one(
         )
     except (BatchOrchestrationError, ValueError) as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
-    context.log.info(f"go on: {', '.join(resumed.resumed)}")
-    _say_left(context, resumed.left)
-
-
-def _say_left(context: dg.OpExecutionContext, left: Mapping[str, str]) -> None:
-    for reason in left.values():
-        context.log.info(f"left as it is: {reason}")
+    context.log.info(f"{config.batch} goes on")
 
 
 @dg.job
 def resume_batch() -> None:
-    """Go on with a batch or submission that is paused or ended early.
+    """Go on with a batch that is paused or ended early.
 
     Only what has no answer is asked.
 

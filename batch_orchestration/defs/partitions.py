@@ -7,7 +7,6 @@ import dagster as dg
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.chunks import chunk_key, parse_chunk_key
 from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.submissions import Submission, submission_of
 
 batches = dg.DynamicPartitionsDefinition(name="batches")
 chunks = dg.DynamicPartitionsDefinition(name="chunks")
@@ -21,7 +20,6 @@ RUN_KEY_TAG = "dagster/run_key"
 #: Ours: the runs page filters by them.
 BATCH_TAG = "batch"
 MODEL_TAG = "model"
-SUBMISSION_TAG = "submission"
 SOURCE_TAG = "source"
 
 
@@ -51,18 +49,8 @@ def batch_tags(batch: BatchRecord, *, priority: int) -> dict[str, str]:
 
 
 def name_tags(batch: BatchPlan | BatchRecord) -> dict[str, str]:
-    """Return the tags that say which batch this is, of which submission if any, and whose."""
-    submission = submission_of(batch.batch_id)
-    return {
-        BATCH_TAG: batch.batch_id,
-        **({SUBMISSION_TAG: submission} if submission else {}),
-        SOURCE_TAG: batch.source,
-    }
-
-
-def submission_tags(submission: Submission) -> dict[str, str]:
-    """Return the tags of a run about a whole submission."""
-    return {SUBMISSION_TAG: submission.submission_id, SOURCE_TAG: submission.source}
+    """Return the tags that say which batch this is, and whose."""
+    return {BATCH_TAG: batch.batch_id, SOURCE_TAG: batch.source}
 
 
 def range_tags(batch_id: str, numbers: range) -> dict[str, str]:

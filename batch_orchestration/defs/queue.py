@@ -71,8 +71,6 @@ def resume_queue() -> None:
 
 def report_queue(context: dg.SensorEvaluationContext, queue: KeptQueue, folder: DataFolder) -> None:
     """Tell Dagster what has changed in the queue since the tick before."""
-    for part in queue.admitted:
-        context.log.info(f"admitted: {part.batch_id}, {part.requests:,} requests")
     for entry in queue.changed:
         context.instance.report_runless_asset_event(_observation(entry))
         for event in _halt_events(entry, folder):

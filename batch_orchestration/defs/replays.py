@@ -42,13 +42,12 @@ from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.domain.overrides import ANY_MODEL
 from batch_orchestration.domain.queueing import WaitReason
+from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.dispatch import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.refused_engine import refusal_in_words
 from batch_orchestration.services.replaying import ReplayReport, run_replay
 from batch_orchestration.services.room import closed_gate
-from batch_orchestration.services.submission_letters import request_replays
-from batch_orchestration.services.submission_status import batches_named
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.operations import open_replays
@@ -63,7 +62,7 @@ INTERVAL_SECONDS = 5
 class ReplayConfig(dg.Config):
     """Which failed requests to send to the engine again, and with what changes."""
 
-    batch: str = Field(description="Id of the batch, or of a submission: then of all its parts.")
+    batch: str = Field(description="Id of the batch.")
     codes: list[str] = Field([], description="Only failures with these codes; none: any code.")
     custom_ids: list[str] = Field([], description="Only these requests; none: any.")
     limit: int | None = Field(None, ge=1, description="So many at most, in input order.")
@@ -105,10 +104,10 @@ def replay_dead_letters(
 
     Each answer is kept the moment it is there; a run that is started again goes on where it was.
     """
-    present = gpu.in_force(settings)
+    present, batch_id = gpu.in_force(settings), config.batch
     try:
         with gpu.sampling(context.run.run_id, present) as sampler:
-            for batch_id, number in _numbers(context, config, present):
+            for number in _numbers(context, config, present):
                 tags = tags_about(batch_id, data_folder(present))
                 tags |= {REPLAY_TAG: _tag(batch_id, number)}
                 context.instance.add_run_tags(context.run.run_id, tags)
@@ -137,20 +136,17 @@ def replay_dead_letters(
         raise retry_step(context) from error
 
 
-def _numbers(
-    context: dg.OpExecutionContext, config: ReplayConfig, settings: Settings
-) -> list[tuple[str, int]]:
-    """Return the replays that are meant: the batch of each, and its number."""
+def _numbers(context: dg.OpExecutionContext, config: ReplayConfig, settings: Settings) -> list[int]:
+    """Return the numbers of the replays that are meant."""
     if config.replay is not None:
-        return [(config.batch, config.replay)]
-    folder, store = data_folder(settings), open_store(settings)
+        return [config.replay]
     # The same for each try of the step and each retry of the run.
     request_key = context.run.root_run_id or context.run.run_id
-    asked = request_replays(
-        batches_named(config.batch, folder=folder, store=store),
+    asked = request_replay(
+        config.batch,
         config.selection(),
-        folder=folder,
-        store=store,
+        folder=data_folder(settings),
+        store=open_store(settings),
         actor=request_key,
         at=time.time(),
         overrides=config.changes(),
@@ -160,7 +156,7 @@ def _numbers(
     )
     for left_out in asked.left_out:
         context.log.warning(f"cannot be replayed: {left_out}")
-    return [(replay.batch_id, replay.number) for replay in asked.replays]
+    return [replay.number for replay in asked.replays]
 
 
 def _tell(context: dg.OpExecutionContext, report: ReplayReport, settings: Settings) -> None:

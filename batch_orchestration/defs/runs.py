@@ -13,13 +13,11 @@ from batch_orchestration.defs.partitions import (
     RUN_KEY_TAG,
     chunks_by_batch,
     name_tags,
-    submission_tags,
 )
 from batch_orchestration.domain.errors import BatchOrchestrationError, EngineRefusesUs
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.dispatch import KnownRun, RunState
 from batch_orchestration.services.refused_engine import describe, note_refusal
-from batch_orchestration.services.submission_status import is_submission
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 
@@ -162,11 +160,9 @@ def claim_batch(
 
 
 def tags_about(name: str, folder: DataFolder) -> dict[str, str]:
-    """Return the tags that name a batch or a submission, and its source."""
+    """Return the tags that name a batch, and its source."""
     # Of what is unknown or damaged the run itself tells.
     with contextlib.suppress(BatchOrchestrationError):
-        if is_submission(name, folder=folder):
-            return submission_tags(folder.read_submission(name))
         return name_tags(folder.read_plan(name))
     return {BATCH_TAG: name}
 

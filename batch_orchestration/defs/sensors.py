@@ -175,7 +175,7 @@ def dispatch_sensor(
     store = open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS)
     folder, faults = data_folder(settings), Faults()
     try:
-        keep_index(folder=folder, store=store, limits=queue_rules(settings).rates, now=now)
+        keep_index(folder=folder, store=store, now=now)
         finish_resumptions(folder=folder, store=store, faults=faults)
         refusal = look_again(folder, settings, now=now)
         queue, problems = _keep_queue(context, settings, now=now, faults=faults)
@@ -197,6 +197,7 @@ def dispatch_sensor(
             runs,
             reports=store.chunk_reports,
             chunks_per_run=settings.chunks_per_run,
+            most_requests=settings.max_requests_per_batch,
             now=now,
             priorities=run_priorities(queue),
             no_engine=no_engine,
@@ -273,23 +274,22 @@ def _known_to_dagster(
 ) -> list[BatchRecord]:
     """Return the batches that have their partitions, after making those that got lost.
 
-    They are missing when a part was just admitted, when an admission was killed between store and
-    partitions, or when Dagster's own storage was wiped.
+    They are missing when an admission was killed between store and partitions, or when Dagster's
+    own storage was wiped.
     """
     known: list[BatchRecord] = []
     unknown: list[BatchRecord] = []
     for batch in batches:
         (known if has_partitions(instance, batch.batch_id) else unknown).append(batch)
     live = dg.RunsFilter(job_name=admit_batch.name, statuses=LIVE_STATUSES)
-    being_admitted = bool(unknown) and bool(instance.get_runs(live, limit=1))
+    # The run that admits a file makes its partitions itself.
+    if not unknown or instance.get_runs(live, limit=1):
+        return known
     for batch in unknown:
         with faults.of(batch.batch_id):
             plan = folder.read_plan(batch.batch_id)
-            # The run that admits a file makes its partitions itself; of a part nobody else does.
-            if being_admitted and plan.part is None:
-                continue
             estimate = read_estimate(folder, plan.batch_id)
-            event = manifest_materialization(plan, folder.input_path_of(plan), estimate)
+            event = manifest_materialization(plan, folder.input_path(plan.batch_id), estimate)
             instance.report_runless_asset_event(event)
             add_partitions(instance, plan)
             known.append(batch)

@@ -19,7 +19,8 @@ METADATA_MAX_PAIRS = 16
 MAX_PRIORITY = 1000
 #: Of one line of a batch file, unless a setting says otherwise.
 MAX_LINE_BYTES = 16 * 2**20
-#: OpenAI's limits on a batch, unless settings say otherwise; the bytes are of the expanded file.
+#: OpenAI's limits on a batch, unless settings say otherwise. With more requests a file is a batch
+#: all the same: so many of them are open at a time. The bytes are those of the expanded file.
 MAX_REQUESTS_PER_BATCH = 50_000
 MAX_FILE_BYTES = 200 * 2**20
 #: For example `24h` or `1h30m`; `domain.lifecycle.window_seconds` reads it.
@@ -54,10 +55,10 @@ class LinePolicy(StrEnum):
 
 
 class OnOversize(StrEnum):
-    """What becomes of a file with more requests than a batch may have."""
+    """What becomes of a file with more requests than a batch may have open at a time."""
 
-    #: Consecutive parts, each a batch, delivered as one.
-    SPLIT = "split"
+    #: A batch that is answered window by window.
+    WINDOW = "window"
     #: It is refused.
     REJECT = "reject"
 
@@ -94,25 +95,8 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.user or DEFAULT_SOURCE
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """Which part of a submission a batch is.
-
-    Attributes:
-        submission: Id of the submission.
-        number: Place in the file, from 1.
-        of: How many parts there are.
-    """
-
-    submission: str
-    number: int
-    of: int
-
-
 class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything decided at admission; it never changes afterwards.
-
-    Of a part, request indices and chunk numbers count from 0 within the part; line numbers, byte
-    ranges, `sha256` and `size_bytes` are those of the whole kept input.
 
     Attributes:
         batch_id: Readable and unique: file stem and first digits of the identity.
@@ -126,7 +110,6 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
         settings: What answers depend on, by name; its hash is `settings_hash`.
         created_at: POSIX seconds.
         source: Who submitted it, see `BatchOptions.source`.
-        part: None for a batch that is a file of its own.
         arrived_at: In the inbox, POSIX seconds; 0 if that is not known.
     """
 
@@ -143,13 +126,12 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     max_line_bytes: int = MAX_LINE_BYTES
     source: str = DEFAULT_SOURCE
-    part: Part | None = None
     arrived_at: float = 0.0
 
     @property
-    def input_bytes(self) -> int:
-        """Bytes of the kept input that are this batch's own: all, unless it is a part."""
-        return self.chunks[-1].end - self.chunks[0].start if self.chunks else 0
+    def requests_per_chunk(self) -> int:
+        """Requests of each chunk but the last, which may have fewer."""
+        return self.chunks[0].requests if self.chunks else 1
 
     @property
     def chunk_keys(self) -> list[str]:

@@ -4,6 +4,8 @@ import re
 
 import msgspec
 
+#: Of one batch: with more, a batch is slow to look at, and to launch a backfill over.
+MOST_CHUNKS = 2000
 #: Dagster accepts any text as a partition key; we do not (DESIGN section 6).
 _CHUNK_KEY = re.compile(r"(?P<batch_id>[A-Za-z0-9_-][A-Za-z0-9._-]*)/(?P<number>[0-9]{5})")
 
@@ -54,7 +56,7 @@ def parse_chunk_key(key: str) -> tuple[str, int]:
 
 
 def can_be_id(name: str) -> bool:
-    """Whether a folder of this name can be that of a batch or of a submission."""
+    """Whether a folder of this name can be that of a batch."""
     # What cannot be in a partition key (`/`, `..`) has no business in a path either.
     try:
         chunk_key(name, 0)

@@ -110,6 +110,7 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         times: POSIX seconds at which a status was reached, by status word.
+        requests_per_chunk: Of each chunk but the last, which may have fewer.
         chunks_committed: How many of `chunks` are.
     """
 
@@ -121,6 +122,7 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     completed: int
     failed: int
     chunks: int
+    requests_per_chunk: int
     chunks_committed: int
     prompt_tokens: int
     completion_tokens: int

@@ -10,7 +10,6 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
     ├── PlanMismatch             settings or input are not those that the batch was planned with
     ├── AccountingError          a batch whose requests and outcomes do not add up
     ├── DeadLetterError          dead letters that cannot be replayed or discarded as asked
-    │   └── NothingMeant         no dead letter of the batch is meant
     ├── IllegalTransition        a batch whose status does not allow what was asked
     ├── HousekeepingBusy         somebody else cleans up at this moment
     ├── GpuUnreadable            NVML is missing, or raised
@@ -72,10 +71,6 @@ class AccountingError(BatchOrchestrationError):
 
 class DeadLetterError(BatchOrchestrationError):
     """The dead letters cannot be replayed or discarded as asked; nothing was changed."""
-
-
-class NothingMeant(DeadLetterError):
-    """No dead letter of the batch is meant."""
 
 
 class IllegalTransition(BatchOrchestrationError):

@@ -156,21 +156,6 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         """Expected in all, prompts and answers."""
         return round(self.prompt_tokens.mid + self.completion_tokens.mid)
 
-    def part(self, share: float) -> "Estimate":
-        """Return the estimate of such a share of the requests, as a batch of their own."""
-        return msgspec.structs.replace(
-            self,
-            requests=round(self.requests * share),
-            prompt_tokens=self.prompt_tokens.scaled(share),
-            completion_tokens=self.completion_tokens.scaled(share),
-            seconds=None if self.seconds is None else self.seconds.scaled(share),
-            price=None if self.price is None else self.price.scaled(share),
-            expectations={
-                shape: msgspec.structs.replace(each, requests=round(each.requests * share))
-                for shape, each in self.expectations.items()
-            },
-        )
-
     @property
     def until_done(self) -> Band | None:
         """Seconds from admission to the last answer: queue, start of the engine, work."""

@@ -1,6 +1,6 @@
 """Members: loops in which what is wrong with one leaves the others as they are.
 
-Every loop over batches, submissions, parts, claims, replays or files of theirs is written so:
+Every loop over batches, claims, replays or files of theirs is written so:
 
     faults = Faults()
     for batch in batches:

@@ -25,7 +25,7 @@ class WaitReason(StrEnum):
     ENGINE_REFUSES_US = "engine_refuses_us"
     #: A person has paused the queue, and has to resume it.
     PAUSED = "paused"
-    #: Too many of its requests fail, or of a part of the same submission: it is paused.
+    #: Too many of its requests fail: it is paused.
     FAILURE_RATE = "failure_rate"
     #: Its source has submitted more than its share of late.
     SUBMISSION_RATE = "submission_rate"
@@ -38,8 +38,6 @@ class EntryKind(StrEnum):
 
     #: A dropped file that is still in the inbox.
     FILE = "file"
-    #: A part of a split submission that is not admitted yet.
-    PART = "part"
     #: An admitted batch that is not finished.
     BATCH = "batch"
 
@@ -65,7 +63,7 @@ class QueueEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One thing in the queue.
 
     Attributes:
-        id: Batch id, id of a waiting part, or the file's path within the inbox.
+        id: Batch id, or the file's path within the inbox.
         batch_id: Once there is a batch.
         source: Who submitted it.
         priority: As its author gave it.

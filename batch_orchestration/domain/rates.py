@@ -89,12 +89,6 @@ class RateLimits:
         hours = max(rate.burst / rate.per_hour for rate in (self.submissions, self.requests))
         return SECONDS_PER_HOUR * max(24.0, 10.0 * hours)
 
-    def remember(self, event: SubmissionEvent, *, now: float) -> bool:
-        """Whether a submission still counts: it is of late, or so large that it is still owed."""
-        age = now - event.at
-        owed = event.requests >= self.requests.per_hour / SECONDS_PER_HOUR * age
-        return owed or age <= self.memory_seconds
-
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRates:

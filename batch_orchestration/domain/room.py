@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from batch_orchestration.domain.batches import MAX_REQUESTS_PER_BATCH
 from batch_orchestration.domain.queueing import WaitReason
 
 #: Bytes of a batch file per token where nobody knows better: JSON and all.
@@ -24,6 +25,7 @@ class Limits:
         queued_tokens: Expected of these, prompt and answer together.
         disk_reserve_bytes: Free space that stays free.
         output_bytes_ratio: Journals, store and output of a request, per byte of its line.
+        open_requests: Of one batch at a time: with more it takes room for so many only.
     """
 
     unfinished_batches: int = 5
@@ -31,6 +33,7 @@ class Limits:
     queued_tokens: int = 1_000_000_000
     disk_reserve_bytes: int = 2 * 2**30
     output_bytes_ratio: float = 3.0
+    open_requests: int = MAX_REQUESTS_PER_BATCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +51,21 @@ class Demand:
     size_bytes: int
     new_bytes: int = 0
 
-    def guessed(self, *, most_requests: int) -> "Demand":
-        """Return it with a high guess in the place of what is not known.
-
-        Args:
-            most_requests: Of one batch.
-        """
+    def guessed(self, limits: Limits) -> "Demand":
+        """Return it with a high guess in the place of what is not known."""
         requests = self.requests
         if requests is None:
-            requests = min(self.size_bytes // _BYTES_PER_REQUEST + 1, most_requests)
+            requests = min(self.size_bytes // _BYTES_PER_REQUEST + 1, limits.open_requests)
         tokens = rough_tokens(requests, self.size_bytes) if self.tokens is None else self.tokens
         return replace(self, requests=requests, tokens=tokens)
+
+    def open_at_once(self, limits: Limits) -> "Demand":
+        """Return what of it counts by the limits: its window. The disk takes all in the end."""
+        if self.requests is None or self.requests <= limits.open_requests:
+            return self
+        share = limits.open_requests / self.requests
+        tokens = None if self.tokens is None else round(self.tokens * share)
+        return replace(self, requests=limits.open_requests, tokens=tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +87,12 @@ class Load:
 
     def plus(self, demand: Demand, limits: Limits) -> "Load":
         """Return the load with one more batch."""
+        window = demand.open_at_once(limits)
         return replace(
             self,
             batches=self.batches + 1,
-            requests=self.requests + (demand.requests or 0),
-            tokens=self.tokens + (demand.tokens or 0),
+            requests=self.requests + (window.requests or 0),
+            tokens=self.tokens + (window.tokens or 0),
             owed_bytes=self.owed_bytes + needed_bytes(demand, limits),
         )
 
@@ -110,9 +118,11 @@ def find_obstacle(demand: Demand, load: Load, limits: Limits) -> Obstacle | None
             f"{load.batches:,} batches are unfinished; {limits.unfinished_batches:,} may be at a"
             " time",
         )
+    window = demand.open_at_once(limits)
+    whose = "its" if window == demand else "its first"
     return (
-        _over(WaitReason.REQUESTS_QUEUED, demand.requests, load.requests, limits.queued_requests)
-        or _over(WaitReason.TOKENS_QUEUED, demand.tokens, load.tokens, limits.queued_tokens)
+        _over(WaitReason.REQUESTS_QUEUED, whose, window.requests, load.requests, limits)
+        or _over(WaitReason.TOKENS_QUEUED, whose, window.tokens, load.tokens, limits)
         or _disk(demand, load, limits)
     )
 
@@ -127,21 +137,26 @@ def rough_tokens(requests: int, size_bytes: int) -> int:
     return size_bytes // BYTES_PER_TOKEN + requests * _ANSWER_TOKENS
 
 
-def _over(reason: WaitReason, wanted: int | None, queued: int, limit: int) -> Obstacle | None:
+def _over(
+    reason: WaitReason, whose: str, wanted: int | None, queued: int, limits: Limits
+) -> Obstacle | None:
+    if reason is WaitReason.REQUESTS_QUEUED:
+        limit, what = limits.queued_requests, "requests"
+    else:
+        limit, what = limits.queued_tokens, "expected tokens"
     if wanted is None or queued + wanted <= limit:
         return None
-    what = "requests" if reason is WaitReason.REQUESTS_QUEUED else "expected tokens"
     if wanted > limit:
         setting = f"BATCH_MAX_QUEUED_{what.split()[-1].upper()}"
         return Obstacle(
             reason,
-            f"its {wanted:,} {what} alone are more than the {limit:,} that may be queued at a time"
-            f" ({setting})",
+            f"{whose} {wanted:,} {what} alone are more than the {limit:,} that may be queued at a"
+            f" time ({setting})",
         )
     return Obstacle(
         reason,
-        f"its {wanted:,} {what} and the {queued:,} queued are more than the {limit:,} that may be"
-        " queued at a time",
+        f"{whose} {wanted:,} {what} and the {queued:,} queued are more than the {limit:,} that may"
+        " be queued at a time",
     )
 
 

@@ -67,34 +67,6 @@ class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
         """Usable requests of the batch."""
         return sum(totals.requests for totals in self.shapes.values())
 
-    def part(self, first_index: int, requests: int) -> "TokenProfile":
-        """Return the profile of consecutive requests, as a batch of their own.
-
-        The counts by shape are scaled, not counted again. A shape that was not sampled there
-        borrows the sample of the whole, with indices of -1.
-        """
-        share = min(1.0, requests / self.requests) if self.requests else 0.0
-        within = range(first_index, first_index + requests)
-        here = [request for request in self.sample if request.index in within]
-        shapes = {request.shape for request in here}
-        sample = [
-            msgspec.structs.replace(
-                request, index=request.index - first_index if request.index in within else -1
-            )
-            for request in self.sample
-            if request.index in within or request.shape not in shapes
-        ]
-        return TokenProfile(
-            shapes={
-                shape: ShapeTotals(
-                    requests=round(totals.requests * share),
-                    size_bytes=round(totals.size_bytes * share),
-                )
-                for shape, totals in self.shapes.items()
-            },
-            sample=tuple(sample),
-        )
-
 
 class Profiler:
     """Adds up a batch request by request, in memory that does not grow with it.

@@ -24,8 +24,7 @@ class Standing:
     Attributes:
         entry: As everyone will see it, but for place and reason; its detail says why it stands
             where it does.
-        demand: What it asks room for: of a file that will be split, its first part.
-        submitted: Requests of the whole file; None while nobody has read it.
+        demand: What it asks room for.
         settling: Why it counts as still being written; None if it does not.
         halted: Why it is paused, it alone; None if it is not.
         claimed: Whether it is being read and admitted now.
@@ -35,7 +34,6 @@ class Standing:
 
     entry: QueueEntry
     demand: Demand
-    submitted: int | None = None
     settling: str | None = None
     halted: str | None = None
     claimed: bool = False
@@ -52,12 +50,10 @@ class Rules:
     """What may be in the queue.
 
     Attributes:
-        most_requests: Of one batch.
         gate: What holds up everyone: a pause, a sick device; None if nothing does.
     """
 
     limits: Limits
-    most_requests: int
     gate: Obstacle | None = None
 
 
@@ -119,13 +115,12 @@ class _Walk:
     def count(self, standing: Standing) -> None:
         """Count somebody who is not in the load yet."""
         known = standing.demand.requests is not None
-        demand = standing.demand.guessed(most_requests=self._rules.most_requests)
+        demand = standing.demand.guessed(self._rules.limits)
         self._load = self._load.plus(demand, self._rules.limits)
         self._load = replace(self._load, guessed=self._load.guessed or not known)
         if standing.entry.kind is EntryKind.FILE:
-            entry = standing.entry
-            submitted = standing.submitted or demand.requests or 0
-            self._rates = self._rates.plus(entry.source, submitted, now=self._now)
+            source, requests = standing.entry.source, demand.requests or 0
+            self._rates = self._rates.plus(source, requests, now=self._now)
 
     def _obstacle(self, standing: Standing) -> Obstacle | None:
         if standing.halted is not None:
@@ -138,10 +133,8 @@ class _Walk:
         return self._rules.gate or self._rate(standing) or self._room(standing)
 
     def _rate(self, standing: Standing) -> Obstacle | None:
-        entry = standing.entry
-        if entry.kind is not EntryKind.FILE:  # a part was counted with its submission
-            return None
-        return rate_obstacle(self._rates, entry.source, standing.submitted, now=self._now)
+        source, requests = standing.entry.source, standing.demand.requests
+        return rate_obstacle(self._rates, source, requests, now=self._now)
 
     def _room(self, standing: Standing) -> Obstacle | None:
         if self._head is not None:
@@ -150,7 +143,7 @@ class _Walk:
         demand = standing.demand
         if self._load.guessed:
             # Else it might take what those ahead of it turn out to need.
-            demand = demand.guessed(most_requests=self._rules.most_requests)
+            demand = demand.guessed(self._rules.limits)
         found = find_obstacle(demand, self._load, self._rules.limits)
         if found is not None:
             if self._load.guessed:

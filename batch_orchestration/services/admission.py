@@ -1,9 +1,9 @@
-"""Admission: a claimed file becomes a batch, or several, or is set aside with its reasons.
+"""Admission: a claimed file becomes a batch, or is set aside with its reasons.
 
 The steps are ordered so that a crash between any two is made good by admitting the claim again:
 everything is prepared in the claim's work folder, the author's file is moved there, and one rename
-makes that folder the batch's, or the submission's, whose parts wait in it. The store is told last;
-until then `register_unlisted` finds the batch on the disk.
+makes that folder the batch's. The store is told last; until then `register_unlisted` finds the
+batch on the disk.
 """
 
 import contextlib
@@ -40,7 +40,6 @@ from batch_orchestration.services.estimates import (
     read_knowledge,
     record_estimate,
     write_estimate,
-    write_part_estimates,
 )
 from batch_orchestration.services.heart import holding
 from batch_orchestration.services.intake import Intake
@@ -48,7 +47,6 @@ from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.refusals import next_step, write_errors_file
 from batch_orchestration.services.registration import (
     admission_lock,
-    find_submission,
     free_batch_id,
     register_batch,
     register_unlisted,
@@ -60,7 +58,6 @@ from batch_orchestration.services.room import (
     never_fits,
 )
 from batch_orchestration.services.sidecars import read_options, sidecar_beside
-from batch_orchestration.services.splitting import write_submission
 from batch_orchestration.services.surveys import keep_survey
 from batch_orchestration.services.verdicts import (
     Admission,
@@ -69,7 +66,6 @@ from batch_orchestration.services.verdicts import (
     Held,
     Rejected,
     Released,
-    Split,
     Verdict,
 )
 from batch_orchestration.storage.estimates import EstimateTables
@@ -272,8 +268,8 @@ class _Admission:
         key = identity(reading.sha256, options)
         with holding(admission_lock(self._folder)):
             register_unlisted(self._folder, self._store, at=self._clock())
-            if (first := self._admitted_before(key)) is not None:
-                return self._keep_duplicate(user_file, name, *first)
+            if (first := self._store.find_identity(key)) is not None:
+                return self._keep_duplicate(user_file, name, first.batch_id)
             plan = BatchPlan(
                 batch_id=free_batch_id(self._folder, name, key),
                 identity=key,
@@ -292,17 +288,7 @@ class _Admission:
             )
             if (aside := self._wait(user_file, before, plan, reading)) is not None:
                 return aside
-            if plan.requests > self._settings.max_requests_per_batch:
-                return self._split(user_file, before, plan)
             return self._commit(user_file, before, plan)
-
-    def _admitted_before(self, key: str) -> tuple[str, Path] | None:
-        """Return id and folder of the batch or submission with this identity, if there is one."""
-        if (batch := self._store.find_identity(key)) is not None:
-            return batch.batch_id, self._folder.plan_path(batch.batch_id).parent
-        if (submission := find_submission(key, folder=self._folder)) is not None:
-            return submission, self._folder.submission_path(submission).parent
-        return None
 
     def _commit(self, user_file: Path, before: Fingerprint, plan: BatchPlan) -> Admitted:
         work = self._place.work
@@ -319,33 +305,8 @@ class _Admission:
         self._take_in(user_file, before, verdict, self._folder.plan_path(plan.batch_id).parent)
         return verdict
 
-    def _split(self, user_file: Path, before: Fingerprint, whole: BatchPlan) -> Split:
-        submission = write_submission(
-            self._place.work,
-            whole,
-            self._faults(),
-            requests_per_part=self._settings.max_requests_per_batch,
-            at=self._clock(),
-        )
-        write_part_estimates(
-            self._place.work,
-            submission.parts,
-            requests_per_part=self._settings.max_requests_per_batch,
-        )
-        self._spool.unlink()
-        verdict = Split(
-            submission=submission.submission_id,
-            file_name=submission.file_name,
-            parts=submission.parts,
-            requests=submission.requests,
-            faulty=submission.faulty,
-        )
-        place = self._folder.submission_path(submission.submission_id).parent
-        self._take_in(user_file, before, verdict, place)
-        return verdict
-
     def _take_in(
-        self, user_file: Path, before: Fingerprint, verdict: Admitted | Split, target: Path
+        self, user_file: Path, before: Fingerprint, verdict: Admitted, target: Path
     ) -> None:
         """Carry the verdict out: the work folder, with the author's file, gets its place."""
         self._place.decide(verdict)
@@ -355,12 +316,10 @@ class _Admission:
         self._place.work.rename(target)
         sync_folder(target.parent)
 
-    def _keep_duplicate(
-        self, user_file: Path, name: str, first_id: str, place: Path
-    ) -> AlreadyAdmitted:
+    def _keep_duplicate(self, user_file: Path, name: str, first_id: str) -> AlreadyAdmitted:
         return self._place.set_aside(
             user_file,
-            place / "duplicates",
+            self._folder.plan_path(first_id).with_name("duplicates"),
             lambda target: AlreadyAdmitted(batch_id=first_id, file_name=name, kept_as=str(target)),
         )
 
@@ -436,9 +395,6 @@ class _Admission:
                     register_batch(self._folder, self._store, verdict.batch_id, at=self._clock())
                 record_estimate(self._folder, self._store, verdict.batch_id)
                 beside = self._folder.input_path(verdict.batch_id)
-            case Split():
-                # Its parts are admitted by `services.parts`, as there is room.
-                beside = self._folder.submission_input_path(verdict.submission)
             case AlreadyAdmitted():
                 beside = Path(verdict.kept_as)
             case Rejected():

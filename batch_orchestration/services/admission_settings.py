@@ -26,9 +26,9 @@ class AdmissionSettings:
     """The settings that admission depends on.
 
     Attributes:
-        requests_per_chunk: None if it is derived of each file (`services.chunk_sizing`).
+        requests_per_chunk: At least; None if it is derived of each file (`services.chunk_sizing`).
         max_file_bytes: Of the expanded content; not even a byte more is written anywhere.
-        max_requests_per_batch: What `on_oversize` goes by.
+        max_requests_per_batch: Open at once; what `on_oversize` goes by.
         model_required: False if an alias `*` supplies a missing `model`.
         answer_settings: What answers depend on, by name; fixed in the plan.
         estimating: What estimates depend on.
@@ -39,7 +39,7 @@ class AdmissionSettings:
     max_line_bytes: int
     max_file_bytes: int = MAX_FILE_BYTES
     max_requests_per_batch: int = MAX_REQUESTS_PER_BATCH
-    on_oversize: OnOversize = OnOversize.SPLIT
+    on_oversize: OnOversize = OnOversize.WINDOW
     line_policy: LinePolicy = LinePolicy.LENIENT
     model_required: bool = True
     answer_settings: Mapping[str, Any]
@@ -51,25 +51,22 @@ class AdmissionSettings:
         return ReadingRules(
             requests_per_chunk=self.requests_per_chunk or DEFAULT_CHUNK,
             max_line_bytes=self.max_line_bytes,
-            requests_per_batch=self.max_requests_per_batch,
             model_required=self.model_required and options.model is None,
         )
 
     def reading(self, options: BatchOptions, intake: Intake) -> BatchFileReading:
         """Return what reads a file with these options, and has its requests seen by the intake."""
         rules = self.rules(options)
-        choose = partial(choose_chunk_size, rules=rules, intake=intake)
-        derived = self.requests_per_chunk is None
-        return BatchFileReading(
-            rules, examine=intake.examine, choose_chunk_size=choose if derived else None
+        choose = partial(
+            choose_chunk_size, configured=self.requests_per_chunk, rules=rules, intake=intake
         )
+        return BatchFileReading(rules, examine=intake.examine, choose_chunk_size=choose)
 
     def refusal(self, reading: BatchFileReading) -> str | None:
-        """Return why a file that has been read can be no batch, nor several; None if it can."""
+        """Return why a file that has been read can be no batch; None if it can."""
         return refusal(
             reading,
             line_policy=self.line_policy,
-            requests_per_chunk=reading.requests_per_chunk,
             max_requests_per_batch=self.max_requests_per_batch,
             on_oversize=self.on_oversize,
         )

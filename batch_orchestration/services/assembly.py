@@ -25,7 +25,6 @@ from batch_orchestration.services.outbox import (
 from batch_orchestration.services.report_figures import gather_figures
 from batch_orchestration.services.reports import batch_report
 from batch_orchestration.services.scoring import score_batch
-from batch_orchestration.services.submission_assembly import SubmissionReport, part_ending
 from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import (
     DataFolder,
@@ -44,7 +43,6 @@ class AssemblyReport:
     """What was assembled; `text` is that of `report.md`.
 
     Attributes:
-        submission: Of the whole submission, if the batch was the last of its parts to end.
         closing: Why the batch ended early; None if it did not.
         kept: Where its wall time went; None if no run kept an account.
         latencies: Of its answers; None if there is none.
@@ -54,7 +52,6 @@ class AssemblyReport:
     files: OutboxFiles
     tally: Tally
     text: str
-    submission: SubmissionReport | None = None
     closing: Closing | None = None
     kept: Kept | None = None
     latencies: Latencies | None = None
@@ -75,8 +72,7 @@ def assemble(
     Both files appear whole and fsynced, in input order, and only if every request of the plan is
     in exactly one of them. `errors.jsonl` is there even if it is empty. Doing it again writes the
     same bytes, also after an interruption at any point; two callers take turns. Partial files are
-    removed. If it is the last part of a submission to end, the submission's files are written too,
-    before its status says so.
+    removed.
 
     Args:
         batch_id: Of the batch.
@@ -116,17 +112,13 @@ def assemble(
         except Shortage as error:
             raise unwritable(files, str(error)) from error
         reason = f"{tally.completed:,} answered, {tally.failed:,} failed"
-        with part_ending(plan, ending.status, folder=folder, store=store) as submission:
-            finish_ending(
-                ending, folder=folder, store=store, at=clock(), actor=actor, reason=reason
-            )
+        finish_ending(ending, folder=folder, store=store, at=clock(), actor=actor, reason=reason)
     logger.info("%s: %s, in %s", batch_id, reason, files.folder)
     return AssemblyReport(
         batch_id=batch_id,
         files=files,
         tally=tally,
         text=text,
-        submission=submission,
         closing=ending.closing,
         kept=figures.kept,
         latencies=figures.latencies,

@@ -85,6 +85,14 @@ class _Limited(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        place = self._expanded.seek(offset, whence)
+        self._left = self._max_bytes - place
+        return place
+
     def readinto(self, buffer: "WriteableBuffer") -> int:
         view = memoryview(buffer).cast("B")
         data = self._expanded.read1(len(view))

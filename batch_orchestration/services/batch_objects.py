@@ -6,12 +6,10 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.batches import Part
 from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.requests import Request, parse_line
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.status import BatchView
-from batch_orchestration.services.submission_status import SubmissionView, is_submission
 from batch_orchestration.storage.files import DataFolder, read_lines
 from batch_orchestration.telemetry.progress import Progress, Wait
 
@@ -39,12 +37,12 @@ def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
     return {
         "id": batch_id,
         "object": "batch",
-        "endpoint": _endpoint(folder.input_path_of(view.plan)),
+        "endpoint": _endpoint(folder.input_path(batch_id)),
         "engine": view.engine or None,
         "model": view.model or None,
         "errors": None,
         "file_name": view.plan.file_name,
-        "input_file": str(folder.input_path_of(view.plan)),
+        "input_file": str(folder.input_path(batch_id)),
         "output_file": _path(view.output_file),
         "error_file": _path(view.error_file),
         "completion_window": view.options.completion_window,
@@ -69,31 +67,7 @@ def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
         "closing": view.closing,
         "paused": _halt(view.halt),
         "store_problem": view.store_problem,
-        **_part(view.plan.part),
     }
-
-
-def submission_object(view: SubmissionView, *, folder: DataFolder) -> dict[str, Any]:
-    """Return a submission in the shape of a Batch object, with those of its parts."""
-    parts = [batch_object(part, folder=folder) for part in view.parts]
-    return whole_object(view.whole, folder=folder) | {"parts": parts}
-
-
-def whole_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
-    """Return the object of a batch, or of a submission that is viewed as one."""
-    shown = batch_object(view, folder=folder)
-    if not is_submission(view.batch_id, folder=folder):
-        return shown
-    kept = folder.submission_input_path(view.batch_id)
-    parts = folder.read_submission(view.batch_id).parts
-    described = {"object": "submission", "endpoint": _endpoint(kept), "input_file": str(kept)}
-    return shown | described | {"parts": list(parts)}
-
-
-def _part(part: Part | None) -> dict[str, Any]:
-    if part is None:
-        return {}
-    return {"submission": part.submission, "part": part.number, "parts": part.of}
 
 
 def _halt(halt: Halt | None) -> dict[str, Any] | None:

@@ -15,7 +15,6 @@ from batch_orchestration.services.claims import Claim, read_verdict
 from batch_orchestration.services.damage import Damage, find_damage
 from batch_orchestration.services.inbox import Inbox, Waiting
 from batch_orchestration.services.status import BatchView, view_batches
-from batch_orchestration.services.submission_status import SubmissionView, view_submissions
 from batch_orchestration.services.verdicts import Rejected
 from batch_orchestration.storage import queue_files
 from batch_orchestration.storage.files import DataFolder
@@ -30,8 +29,7 @@ class Board:
     """What there is.
 
     Attributes:
-        batches: Newest first; parts of submissions among them once they are admitted.
-        submissions: Files that were split, with all their parts.
+        batches: Newest first.
         waiting: Dropped files that are not claimed yet, each with a reason.
         claims: Files that are being read.
         rejected: The last few files that were refused and are still there, newest first.
@@ -41,7 +39,6 @@ class Board:
     """
 
     batches: tuple[BatchView, ...]
-    submissions: tuple[SubmissionView, ...]
     waiting: tuple[Waiting, ...]
     claims: tuple[Claim, ...]
     rejected: tuple[Rejected, ...]
@@ -55,17 +52,9 @@ class Board:
         return next((view.store_problem for view in self.batches if view.store_problem), None)
 
     @property
-    def rows(self) -> list[BatchView]:
-        """Batches, newest first, with each submission summed up above its parts."""
-        groups = [[view] for view in self.batches if view.plan.part is None]
-        groups += [[view.whole, *view.parts] for view in self.submissions]
-        groups.sort(key=lambda group: group[0].plan.created_at, reverse=True)
-        return [view for group in groups for view in group]
-
-    @property
     def empty(self) -> bool:
         """Whether nothing was ever dropped."""
-        return not (self.rows or self.waiting or self.claims or self.rejected or self.damaged)
+        return not (self.batches or self.waiting or self.claims or self.rejected or self.damaged)
 
 
 def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) -> Board:
@@ -92,7 +81,6 @@ def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) ->
     batches = view_batches(folder=folder, store=store, now=now)
     return Board(
         batches=tuple(batches),
-        submissions=tuple(view_submissions(batches, folder=folder)),
         waiting=tuple(waiting),
         claims=tuple(claims),
         rejected=tuple(itertools.islice(rejections(folder), REJECTED_SHOWN)),

@@ -46,7 +46,7 @@ class ChunkRef:
         return cls(
             plan=plan,
             chunk=plan.chunks[number],
-            input_path=folder.input_path_of(plan),
+            input_path=folder.input_path(plan.batch_id),
             journal_path=folder.journal_path(plan.batch_id, number),
         )
 

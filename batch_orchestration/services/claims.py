@@ -5,8 +5,7 @@
                       <the author's file>            ours to read
                       <its side-car>
                       verdict.json                   what was decided, before it is carried out
-                      work/                          what will be the batch's folder, or the
-                                                     submission's
+                      work/                          what will be the batch's folder
     claims/.settled/<claim id>.json                  the verdict, once it is carried out
 
 The author's file is moved last and by one rename. So while it lies in the claim everything else
@@ -27,7 +26,7 @@ from batch_orchestration.domain.errors import ClaimNotFound, FileDamaged
 from batch_orchestration.domain.sources import Origin
 from batch_orchestration.services.batch_files import is_batch_file_name, is_gzip_name
 from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
-from batch_orchestration.services.verdicts import Admitted, Held, Released, Split, Verdict
+from batch_orchestration.services.verdicts import Admitted, Held, Released, Verdict
 from batch_orchestration.storage.files import (
     DataFolder,
     make_folder,
@@ -188,7 +187,7 @@ class ClaimFolder:
         if (user_file := self.user_file()) is not None:
             return user_file
         verdict = self.verdict()
-        if not isinstance(verdict, Admitted | Split):
+        if not isinstance(verdict, Admitted):
             return None
         half_moved = self.work / kept_name(verdict.file_name)
         return half_moved.rename(self.root / verdict.file_name) if half_moved.exists() else None

@@ -72,6 +72,7 @@ def queue_rules(settings: Settings) -> QueueRules:
             queued_tokens=settings.max_queued_tokens,
             disk_reserve_bytes=settings.disk_reserve_bytes,
             output_bytes_ratio=settings.output_bytes_ratio,
+            open_requests=settings.max_requests_per_batch,
         ),
         rates=RateLimits(
             submissions=Rate(
@@ -83,7 +84,6 @@ def queue_rules(settings: Settings) -> QueueRules:
                 burst=settings.source_requests_burst,
             ),
         ),
-        most_requests=settings.max_requests_per_batch,
         ordering=OrderPolicy(ageing_seconds=settings.priority_ageing_seconds),
         device_problem=partial(gpu_problem, settings),
         engine_refusal=partial(refusal_in_words, settings),

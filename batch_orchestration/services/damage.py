@@ -26,7 +26,6 @@ from batch_orchestration.domain.housekeeping import PartResult
 from batch_orchestration.domain.lifecycle import Closing, Resumption
 from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
 from batch_orchestration.domain.sources import Origin
-from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.engines.process_records import ProcessRecord
 from batch_orchestration.services.claims import Attempts, ClaimFolder
 from batch_orchestration.services.clock_watch import ClockRecord, clock_path
@@ -37,7 +36,6 @@ from batch_orchestration.services.verdicts import Verdict
 from batch_orchestration.storage.files import DataFolder, read_kept
 from batch_orchestration.storage.operations import open_files
 from batch_orchestration.storage.rung_memory import Descent
-from batch_orchestration.storage.unfinished import waiting_part_ids
 from batch_orchestration.telemetry.progress import Progress
 
 _CLI = "python -m batch_orchestration"
@@ -51,7 +49,7 @@ class Damage:
         path: Of the file.
         reason: What is wrong with it, beginning with the path.
         next_command: What a person does about it.
-        member: Batch, submission or claim that waits because of it; None if none does.
+        member: Batch or claim that waits because of it; None if none does.
     """
 
     path: Path
@@ -75,14 +73,6 @@ def find_damage(
     found += _of_replays(folder)
     for batch_id in sorted(unfinished):
         found += _of_batch(folder, batch_id)
-    submissions = {name for batch_id in unfinished if (name := submission_of(batch_id))}
-    for part_id in sorted(waiting_part_ids(folder)):
-        submissions.add(submission_of(part_id) or part_id)
-        path = folder.waiting_part_path(part_id) / "plan.json"
-        found += _look(path, lambda name=part_id: folder.read_waiting_part(name), _lost(part_id))
-    for name in sorted(submissions):
-        path = folder.submission_path(name)
-        found += _look(path, lambda name=name: folder.read_submission(name), _lost(name), name)
     if thorough:
         found += _foreign(folder)
     return found
@@ -153,7 +143,7 @@ def _of_batch(folder: DataFolder, batch_id: str) -> Iterator[Damage]:
     yield from _unreadable(progress, Progress, _replaced(progress), batch_id)
     if plan:
         end = f"{_CLI} cancel {batch_id}"
-        path = folder.input_path_of(plan[0])
+        path = folder.input_path(batch_id)
         yield from _look(path, lambda: _check_input(plan[0], folder), end, batch_id)
     for path in (home, folder.journal_path(batch_id, 0).parent, folder.outbox_path(batch_id)):
         if os.path.lexists(path) and not path.is_dir():
@@ -167,22 +157,21 @@ def _of_batch(folder: DataFolder, batch_id: str) -> Iterator[Damage]:
 
 def _check_input(plan: BatchPlan, folder: DataFolder) -> None:
     check_input_size(plan, folder)
-    path = folder.input_path_of(plan)
+    path = folder.input_path(plan.batch_id)
     if not path.is_file():
         raise FileDamaged(path, "is no regular file")
 
 
 def _foreign(folder: DataFolder) -> Iterator[Damage]:
     """Yield what lies beside batches and is none: copies, and what people have put there."""
-    for place, name in ((folder.batches, "plan.json"), (folder.submissions, "submission.json")):
-        for path in _folders(place):
-            reason = None
-            if not can_be_id(path.name):
-                reason = f"{path} cannot be one of ours, by its name"
-            elif not os.path.lexists(path / name):
-                reason = f"{path} has no {name}"
-            if reason is not None:
-                yield Damage(path=path, reason=reason, next_command="move it elsewhere")
+    for path in _folders(folder.batches):
+        reason = None
+        if not can_be_id(path.name):
+            reason = f"{path} cannot be one of ours, by its name"
+        elif not os.path.lexists(path / "plan.json"):
+            reason = f"{path} has no plan.json"
+        if reason is not None:
+            yield Damage(path=path, reason=reason, next_command="move it elsewhere")
 
 
 def _folders(place: Path) -> list[Path]:

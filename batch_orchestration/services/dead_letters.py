@@ -11,9 +11,8 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.dead_letters import DeadLetterState, Discard, Replay, Selection
-from batch_orchestration.domain.errors import DeadLetterError, NothingMeant
+from batch_orchestration.domain.errors import DeadLetterError
 from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.domain.requests import UTF8_BOM, Fault
 from batch_orchestration.services.original_lines import OriginalLine, original_lines
@@ -39,14 +38,6 @@ class LeftOut:
     def __str__(self) -> str:
         name = "" if self.custom_id is None else f" ({self.custom_id})"
         return f"line {self.line}{name}: {self.reason}"
-
-
-class NoneReplayable(DeadLetterError):
-    """None of the dead letters that are meant can be replayed."""
-
-    def __init__(self, left_out: Sequence[LeftOut]) -> None:
-        super().__init__(f"none of them can be replayed: {_listed(left_out)}")
-        self.left_out = left_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +92,7 @@ def request_replay(
 
     Raises:
         BatchNotFound: There is no such batch.
-        NothingMeant: None of its dead letters is meant.
-        NoneReplayable: None of those that are meant can be replayed.
+        DeadLetterError: None of its dead letters is meant, or none that is can be replayed.
     """
     plan, operations = folder.read_plan(batch_id), Operations(folder, batch_id)
     asked = Replay(
@@ -120,12 +110,12 @@ def request_replay(
         if known := _asked_before(operations, request_key):
             return RequestedReplay(replays=known)
         codes = store.dead_letter_codes(batch_id, _dead(selection))
-        require_some(codes, [batch_id], selection, store)
+        _require_some(codes, batch_id, selection, store)
         required = model_required and plan.options.model is None
         lines = original_lines(plan, codes, folder, overrides=overrides, model_required=required)
         sound, left_out = _sort_out(lines, codes)
         if not sound:
-            raise NoneReplayable(left_out)
+            raise DeadLetterError(f"none of them can be replayed: {_listed(left_out)}")
         replays = list(_kept(operations, asked, sound))
         operations.apply_to(store)
     return RequestedReplay(replays=replays, left_out=left_out)
@@ -179,7 +169,7 @@ def discard(
         if DeadLetterState.REPLAYING in selection.states:
             _take_back(operations, selection, store, at=at)
         codes = store.dead_letter_codes(batch_id, _dead(selection))
-        require_some(codes, [batch_id], selection, store)
+        _require_some(codes, batch_id, selection, store)
         operations.add(
             Discard(
                 batch_id=batch_id,
@@ -195,7 +185,7 @@ def discard(
 
 
 def as_input(
-    batch_ids: Sequence[str],
+    batch_id: str,
     selection: Selection,
     path: Path,
     *,
@@ -208,8 +198,8 @@ def as_input(
     Lines that never were requests are left out, unless they are asked for.
 
     Args:
-        batch_ids: One batch, or the parts of a submission in file order.
-        selection: Which; its limit is that of all of them together.
+        batch_id: Of the batch.
+        selection: Which.
         path: Of the new file.
         folder: The data folder.
         store: The store.
@@ -221,18 +211,19 @@ def as_input(
     """
     if path.exists():
         raise DeadLetterError(f"{path} exists and is left as it is: name another file")
-    found = list(_found(batch_ids, selection, folder, store))
+    plan = folder.read_plan(batch_id)
+    codes = store.dead_letter_codes(batch_id, selection)
+    _require_some(codes, batch_id, selection, store)
     left_out: list[LeftOut] = []
     written = 0
     with atomic_writer(path) as file:
-        for plan, codes in found:
-            for line in original_lines(plan, codes, folder):
-                if isinstance(line.parsed, Fault) and not include_faulty:
-                    left_out.append(_left_out(line, line.parsed.message))
-                    continue
-                for block in _bytes_of(line.raw, folder.input_path_of(plan)):
-                    file.write(block)
-                written += 1
+        for line in original_lines(plan, codes, folder):
+            if isinstance(line.parsed, Fault) and not include_faulty:
+                left_out.append(_left_out(line, line.parsed.message))
+                continue
+            for block in _bytes_of(line.raw, folder.input_path(batch_id)):
+                file.write(block)
+            written += 1
         if not written:
             raise DeadLetterError(
                 f"none of them ever was a request, nothing was written: {_listed(left_out)}"
@@ -240,43 +231,20 @@ def as_input(
     return WrittenInput(written=written, left_out=left_out)
 
 
-def _found(
-    batch_ids: Sequence[str], selection: Selection, folder: DataFolder, store: Store
-) -> Iterator[tuple[BatchPlan, Mapping[int, FailureCode]]]:
-    """Yield each batch that has dead letters which are meant, and these.
-
-    Raises:
-        NothingMeant: None of them has any.
-    """
-    found = 0
-    for batch_id in batch_ids:
-        left = None if selection.limit is None else selection.limit - found
-        if left == 0:
-            return
-        plan = folder.read_plan(batch_id)
-        codes = store.dead_letter_codes(batch_id, msgspec.structs.replace(selection, limit=left))
-        found += len(codes)
-        if codes:
-            yield plan, codes
-    if not found:
-        require_some({}, batch_ids, selection, store)
-
-
 def _dead(selection: Selection) -> Selection:
     return msgspec.structs.replace(selection, states=(DeadLetterState.DEAD,))
 
 
-def require_some(
-    codes: Mapping[int, FailureCode], batch_ids: Sequence[str], selection: Selection, store: Store
+def _require_some(
+    codes: Mapping[int, FailureCode], batch_id: str, selection: Selection, store: Store
 ) -> None:
-    """Raise `NothingMeant` if there are none; the message says whether a replay has them."""
+    """Raise `DeadLetterError` if there are none; the message says whether a replay has them."""
     if codes:
         return
     taken = msgspec.structs.replace(selection, states=(DeadLetterState.REPLAYING,), limit=None)
-    replaying = sum(len(store.dead_letter_codes(batch_id, taken)) for batch_id in batch_ids)
+    replaying = len(store.dead_letter_codes(batch_id, taken))
     hint = f"; {replaying} are being replayed" if replaying else ""
-    whose = f"batch {batch_ids[0]} has" if len(batch_ids) == 1 else "the parts have"
-    raise NothingMeant(f"{whose} no dead letter that is meant{hint}")
+    raise DeadLetterError(f"batch {batch_id} has no dead letter that is meant{hint}")
 
 
 def _sort_out(

@@ -4,7 +4,7 @@ Dagster's runs come in as plain `KnownRun`s; nothing is remembered between two c
 keeps failing is left alone until a person steps in.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -125,6 +125,7 @@ def dispatch(
     *,
     reports: Callable[[str], Mapping[int, ChunkReport]],
     chunks_per_run: int,
+    most_requests: int,
     now: float,
     priorities: Mapping[str, int] | None = None,
     no_engine: str | None = None,
@@ -141,24 +142,22 @@ def dispatch(
         runs: All runs of these batches that Dagster knows, in any order.
         reports: Looks up the committed chunks of a batch: `Store.chunk_reports`.
         chunks_per_run: Upper bound of the chunks in a run.
+        most_requests: Of one batch, open at a time: those of its first unfinished chunks.
         now: POSIX seconds.
         priorities: Of the runs, by batch id; without it that of the batch.
         no_engine: Why no engine can be started now: then only outputs are made.
         refused_run: The run that the engine did not let in, if that is why: a person is asked.
-        closings: Of the batches that end early: these only need the run that delivers them, once
-            no other is at work on them.
+        closings: Of the batches that end early: they are delivered once no run is at work on them.
         halts: Of the batches that are paused: these get no engine until a person has decided.
 
     Raises:
         StorageError: The store cannot be read.
     """
-    runs_by_batch = _by_batch(runs)
     needed: list[NeededRun] = []
     waiting: list[str] = []
     needs: dict[str, NeedsPerson] = {}
     queued = 0
-    for batch in batches:
-        known = runs_by_batch.get(batch.batch_id, [])
+    for batch, known in _with_runs(batches, runs):
         priority = (priorities or {}).get(batch.batch_id, batch.options.priority)
         if closing := (closings or {}).get(batch.batch_id):
             last = _last_run(batch, known, closing, priority=priority, now=now)
@@ -173,29 +172,33 @@ def dispatch(
             _wait_whole(batch.batch_id, _paused(batch.batch_id, halt), waiting, needs)
             continue
         queued += sum(run.queued and run.chunks is not None for run in known)
-        for run_needed in _remaining(batch, committed, known, chunks_per_run, priority):
-            wait = _reason_to_wait(run_needed, known, last_commit_at=last_commit_at, now=now)
+        for run in _remaining(batch, committed, known, chunks_per_run, most_requests, priority):
+            wait = _reason_to_wait(run, known, last_commit_at=last_commit_at, now=now)
             _take_note(needs, batch.batch_id, wait)
-            if run_needed.chunks is not None and no_engine is not None:
+            if run.chunks is not None and no_engine is not None:
                 wait = _Wait(no_engine, asks=refused_run)
                 _take_note(needs, batch.batch_id, wait)
             if wait is not None:
-                waiting.append(f"{run_needed.title}: {wait.reason}")
-            elif run_needed.chunks is None:
-                needed.append(run_needed)
+                waiting.append(f"{run.title}: {wait.reason}")
+            elif run.chunks is None:
+                needed.append(run)
             elif queued < MAX_QUEUED_RUNS:
                 queued += 1
-                needed.append(run_needed)
+                needed.append(run)
     return Dispatch(
         needed=tuple(needed[:MAX_NEW_RUNS]), waiting=tuple(waiting), needs=tuple(needs.values())
     )
 
 
-def _by_batch(runs: Iterable[KnownRun]) -> dict[str, list[KnownRun]]:
+def _with_runs(
+    batches: Iterable[BatchRecord], runs: Iterable[KnownRun]
+) -> Iterator[tuple[BatchRecord, list[KnownRun]]]:
+    """Yield each batch with those of the runs that are about it."""
     found: dict[str, list[KnownRun]] = {}
     for run in runs:
         found.setdefault(run.batch_id, []).append(run)
-    return found
+    for batch in batches:
+        yield batch, found.get(batch.batch_id, [])
 
 
 def _paused(batch_id: str, halt: Halt) -> _Wait:
@@ -225,21 +228,35 @@ def backoff_left(failures: int, ended_at: float, *, now: float) -> float:
     return min(ended_at, now) + delay - now
 
 
+def _open_chunks(
+    batch: BatchRecord, committed: Collection[int], most_requests: int
+) -> Sequence[int]:
+    """Return the unfinished chunks that may be answered now, in file order; at least one.
+
+    They are those of a window, which moves on once all of it is committed: so whoever is more
+    urgent by then goes first, and no run is about a chunk or two.
+    """
+    missing = sorted(set(range(batch.chunks)).difference(committed))
+    width = max(1, most_requests // batch.requests_per_chunk)
+    return [number for number in missing if number // width == missing[0] // width]
+
+
 def _remaining(
     batch: BatchRecord,
-    committed: Iterable[int],
+    committed: Collection[int],
     known: Sequence[KnownRun],
     chunks_per_run: int,
+    most_requests: int,
     priority: int,
 ) -> Iterator[NeededRun]:
-    """Yield what no live run is about: runs over missing chunks, or the one for the output."""
+    """Yield what no live run is about: runs over open chunks, or the one for the output."""
     live = [run for run in known if run.state is RunState.LIVE]
     attempt = len(known) - len(live)
-    missing = sorted(set(range(batch.chunks)).difference(committed))
-    if not missing and all(run.chunks is not None for run in live):
+    open_chunks = _open_chunks(batch, committed, most_requests)
+    if not open_chunks and all(run.chunks is not None for run in live):
         yield NeededRun(batch=batch, chunks=None, attempt=attempt, priority=priority)
-    open_numbers = [n for n in missing if all(n not in (run.chunks or ()) for run in live)]
-    for chunks in _consecutive(open_numbers, chunks_per_run):
+    left = [n for n in open_chunks if all(n not in (run.chunks or ()) for run in live)]
+    for chunks in _consecutive(left, chunks_per_run):
         yield NeededRun(batch=batch, chunks=chunks, attempt=attempt, priority=priority)
 
 

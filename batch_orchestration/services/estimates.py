@@ -5,7 +5,7 @@ tick without touching the store.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,6 @@ from batch_orchestration.domain.batches import BatchOptions, BatchPlan, BatchSta
 from batch_orchestration.domain.estimates import Band, Estimate, TokenHistory, estimate
 from batch_orchestration.domain.lifecycle import window_seconds
 from batch_orchestration.domain.overrides import Overrides
-from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.domain.throughput import Throughput, throughput
 from batch_orchestration.domain.token_profile import Profiler, TokenProfile
 from batch_orchestration.services.prompt_counting import PromptCounter, prompt_counter
@@ -174,25 +173,6 @@ def write_estimate(batch_folder: Path, profile: TokenProfile, estimate: Estimate
     (batch_folder / ESTIMATE).write_bytes(msgspec.json.encode(estimate) + b"\n")
 
 
-def write_part_estimates(work: Path, part_ids: Sequence[str], *, requests_per_part: int) -> None:
-    """Give each part of a submission its share of the profile and the estimate of the whole.
-
-    Args:
-        work: Folder that will be the submission's; holds both.
-        part_ids: In file order.
-        requests_per_part: Of every part but the last.
-    """
-    profile = _decoded(work / PROFILE, TokenProfile)
-    estimate = _decoded(work / ESTIMATE, Estimate)
-    if profile is None or estimate is None or not profile.requests:
-        return
-    for number, part_id in enumerate(part_ids):
-        first = number * requests_per_part
-        requests = max(0, min(requests_per_part, profile.requests - first))
-        part = estimate.part(requests / profile.requests)
-        write_estimate(work / "parts" / part_id, profile.part(first, requests), part)
-
-
 def read_profile(folder: DataFolder, batch_id: str) -> TokenProfile | None:
     """Return the profile of a batch; None if none was kept."""
     return _read(folder, batch_id, PROFILE, TokenProfile)
@@ -244,10 +224,7 @@ def read_estimate_in(batch_folder: Path) -> Estimate | None:
 
 
 def _read(folder: DataFolder, batch_id: str, name: str, kind: type[_T]) -> _T | None:
-    found = _decoded(folder.plan_path(batch_id).with_name(name), kind)
-    if found is None and submission_of(batch_id) is not None:
-        found = _decoded(folder.waiting_part_path(batch_id) / name, kind)
-    return found
+    return _decoded(folder.plan_path(batch_id).with_name(name), kind)
 
 
 def _decoded(path: Path, kind: type[_T]) -> _T | None:

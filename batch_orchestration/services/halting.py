@@ -10,7 +10,7 @@ younger than the decision ends it, whether or not the file is gone.
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from batch_orchestration.domain.batches import BatchPlan
@@ -26,7 +26,6 @@ from batch_orchestration.domain.failure_rate import (
 from batch_orchestration.domain.lifecycle import Resumption
 from batch_orchestration.domain.outcomes import Completion, Outcome
 from batch_orchestration.domain.requests import Request
-from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.services.closing import closing_lock
 from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.storage.files import DataFolder
@@ -79,21 +78,6 @@ def halts_in_force(folder: DataFolder, records: Iterable[BatchRecord]) -> dict[s
             if (halt := halt_in_force(folder, record.batch_id)) is not None:
                 found[record.batch_id] = halt
     return found
-
-
-def halted_with(plan: BatchPlan, halts: Mapping[str, Halt]) -> str | None:
-    """Return why a waiting part is not admitted: another part is paused, and it would fare alike.
-
-    None if it is.
-
-    Args:
-        plan: Of the part.
-        halts: Of the unfinished batches.
-    """
-    for batch_id, halt in halts.items():
-        if plan.part is not None and submission_of(batch_id) == plan.part.submission:
-            return f"part {batch_id} is {halt}"
-    return None
 
 
 def what_helps(batch_id: str) -> str:

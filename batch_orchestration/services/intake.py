@@ -75,7 +75,7 @@ class Intake:
         at: float,
         seed: str = "",
     ) -> Estimate:
-        """Return what the batch, or the part of it with another profile, will take."""
+        """Return what the batch will take, by its profile if that was made before."""
         return estimate_profile(
             profile or self.profile(),
             self._options,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from batch_orchestration.domain.batches import MAX_REQUESTS_PER_BATCH
 from batch_orchestration.domain.chunks import Chunk
 from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.outcomes import FailureCode
@@ -35,13 +34,11 @@ class ReadingRules:
     """What a line must keep to, and where the file is cut.
 
     Attributes:
-        requests_per_batch: No chunk reaches beyond a multiple of it.
         model_required: False if something else than the body says which model answers.
     """
 
     requests_per_chunk: int
     max_line_bytes: int
-    requests_per_batch: int = MAX_REQUESTS_PER_BATCH
     model_required: bool = True
 
 
@@ -99,7 +96,7 @@ class BatchFileReading:
         self._sha256 = hashlib.sha256()
         self._choose_chunk_size = choose_chunk_size
         self.requests_per_chunk = rules.requests_per_chunk
-        self._chunks = _ChunkCutter(rules.requests_per_chunk, rules.requests_per_batch)
+        self._chunks = _ChunkCutter(rules.requests_per_chunk)
         self._first_lines: dict[bytes, int] = {}
 
     def read(self, file: BinaryIO) -> Iterator[Request | Fault]:
@@ -109,7 +106,7 @@ class BatchFileReading:
         """
         if self._choose_chunk_size is not None:
             self.requests_per_chunk = self._choose_chunk_size(file)
-            self._chunks = _ChunkCutter(self.requests_per_chunk, self._rules.requests_per_batch)
+            self._chunks = _ChunkCutter(self.requests_per_chunk)
         for line in read_lines(file, self._rules.max_line_bytes, observe=self._observe):
             self.lines, self.size_bytes = line.line, line.end
             self._chunks.add(line)
@@ -146,7 +143,7 @@ class BatchFileReading:
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
-        """The chunks, in file order, numbered through all parts; none if there is no request."""
+        """The chunks, in file order; none if there is no request."""
         return self._chunks.all()
 
     def _observe(self, data: bytes) -> None:
@@ -192,9 +189,8 @@ class _ChunkCutter:
     Blank lines belong to the chunk before them, those at the top of the file to the first.
     """
 
-    def __init__(self, requests_per_chunk: int, requests_per_batch: int) -> None:
+    def __init__(self, requests_per_chunk: int) -> None:
         self._requests_per_chunk = requests_per_chunk
-        self._requests_per_batch = requests_per_batch
         self._done: list[Chunk] = []
         self._first = RawLine(1, 0, 0, 0, b"", too_long=False, blank=True)
         self._requests = 0
@@ -228,8 +224,7 @@ class _ChunkCutter:
 
     @property
     def _full(self) -> bool:
-        at_border = (self._first.index + self._requests) % self._requests_per_batch == 0
-        return self._requests == self._requests_per_chunk or (self._requests > 0 and at_border)
+        return self._requests == self._requests_per_chunk
 
     def _cut(self) -> Chunk:
         return Chunk(

@@ -13,11 +13,10 @@ from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
 from batch_orchestration import __version__
-from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.health import HealthReport
 from batch_orchestration.domain.heartbeats import Heartbeat, Pulse
-from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry
+from batch_orchestration.domain.queueing import EntryState, QueueEntry
 from batch_orchestration.domain.run_account import RunAccount, kept
 from batch_orchestration.domain.store_figures import LATENCY_BOUNDS, BatchFigures, StoreFigures
 from batch_orchestration.services.metric_names import MetricPage
@@ -211,10 +210,8 @@ def _since(entry: QueueEntry, folder: DataFolder, created_at: dict[str, float]) 
     """Return since when an entry is here; None if nothing tells."""
     if entry.batch_id is not None:
         return created_at.get(entry.batch_id)
-    with contextlib.suppress(OSError, BatchOrchestrationError):
-        if entry.kind is EntryKind.FILE:
-            return (folder.inbox / entry.id).stat().st_mtime
-        return (folder.waiting_part_path(entry.id) / "plan.json").stat().st_mtime
+    with contextlib.suppress(OSError):
+        return (folder.inbox / entry.id).stat().st_mtime
     return None
 
 

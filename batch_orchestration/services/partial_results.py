@@ -8,16 +8,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import msgspec
-
 from batch_orchestration.domain.batches import BatchPlan, BatchStatus
 from batch_orchestration.domain.chunks import Chunk
 from batch_orchestration.domain.commits import SettledRequest
 from batch_orchestration.domain.errors import BatchNotFound
-from batch_orchestration.domain.flat_outcomes import FlatOutcome, flat_outcome
-from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.services.chunk_pass import ChunkRef
-from batch_orchestration.services.parts import plan_of
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import read_journal, replay_journal
 from batch_orchestration.storage.rows import as_stored
@@ -61,65 +56,6 @@ class FinishedSoFar:
         return len(self.committed) == len(self.plan.chunks)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinishedOf:
-    """The same for what a person names: a batch, or a submission with all its parts.
-
-    Attributes:
-        name: Id of the batch or submission.
-        parts: In the order of the file; of a batch it is the only one.
-    """
-
-    name: str
-    parts: tuple[FinishedSoFar, ...]
-
-    @property
-    def done(self) -> int:
-        """Requests with an outcome."""
-        return sum(part.done for part in self.parts)
-
-    @property
-    def total(self) -> int:
-        """Requests in all."""
-        return sum(part.total for part in self.parts)
-
-    @property
-    def partial(self) -> bool:
-        """Whether requests are missing."""
-        return self.done < self.total
-
-    @property
-    def statuses(self) -> list[str]:
-        """The statuses of the parts, each once, in the order of the file."""
-        return list(dict.fromkeys(str(part.status) for part in self.parts))
-
-    def lines(self, *, folder: DataFolder, store: Store) -> Iterator[bytes]:
-        """Yield the output line of each, as `read_finished` does."""
-        for part in self.parts:
-            for request in read_finished(part, folder=folder, store=store):
-                yield output_line(part.plan.batch_id, request)
-
-    def rows(self, *, folder: DataFolder, store: Store) -> Iterator[FlatOutcome]:
-        """Yield the flat row of each, as `read_finished` does; `index` counts through all parts."""
-        first = 0
-        for part in self.parts:
-            for request in read_finished(part, folder=folder, store=store):
-                yield flat_outcome(msgspec.structs.replace(request, index=first + request.index))
-            first += part.total
-
-
-def finished_of(name: str, *, folder: DataFolder, store: Store) -> FinishedOf:
-    """Look which requests of a batch or submission have an outcome now.
-
-    Raises:
-        BatchNotFound: There is neither.
-        StorageError: The store cannot be read.
-    """
-    ids = folder.read_submission(name).parts if name in folder.submission_ids() else (name,)
-    parts = (finished_so_far(batch_id, folder=folder, store=store) for batch_id in ids)
-    return FinishedOf(name=name, parts=tuple(parts))
-
-
 def finished_so_far(batch_id: str, *, folder: DataFolder, store: Store) -> FinishedSoFar:
     """Look which requests of a batch have an outcome now.
 
@@ -127,11 +63,11 @@ def finished_so_far(batch_id: str, *, folder: DataFolder, store: Store) -> Finis
         BatchNotFound: There is no such batch.
         StorageError: The store cannot be read.
     """
-    plan = plan_of(batch_id, folder=folder)
+    plan = folder.read_plan(batch_id)
     try:
         status = store.batch(batch_id).status
     except BatchNotFound:
-        # Admission writes the plan first and the record right after; a part waits for room.
+        # Admission writes the plan first and the record right after.
         status = BatchStatus.VALIDATING
     committed = store.chunk_reports(batch_id)
     done = sum(report.requests for report in committed.values())

@@ -21,7 +21,7 @@ def check_input_size(plan: BatchPlan, folder: DataFolder) -> None:
         PlanMismatch: Something was appended or cut off after admission.
     """
     check_input_kept(plan, folder)
-    path = folder.input_path_of(plan)
+    path = folder.input_path(plan.batch_id)
     present = path.stat().st_size
     if present != plan.size_bytes:
         raise PlanMismatch(
@@ -32,7 +32,7 @@ def check_input_size(plan: BatchPlan, folder: DataFolder) -> None:
 
 def input_removed_path(plan: BatchPlan, folder: DataFolder) -> Path:
     """What is there once the kept input of a planned batch was removed on purpose."""
-    return folder.input_path_of(plan).with_name("input-removed.json")
+    return folder.input_path(plan.batch_id).with_name("input-removed.json")
 
 
 def check_input_kept(plan: BatchPlan, folder: DataFolder) -> None:

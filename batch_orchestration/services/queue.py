@@ -1,6 +1,6 @@
 """The queue: everything that waits or is not finished, in the order of service, with its reason.
 
-Built anew for each tick from what is durable: the inbox, claims, waiting parts, plans and store.
+Built anew for each tick from what is durable: the inbox, claims, plans and store.
 `dispatch_sensor` writes it to `queue.json` for everyone else; `inbox_sensor` claims by it.
 """
 
@@ -32,14 +32,12 @@ from batch_orchestration.services.batch_files import is_gzip_name
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.dropped_files import DroppedFile
 from batch_orchestration.services.estimates import expected_seconds
-from batch_orchestration.services.halting import halted_with, halts_in_force
+from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.inbox import Inbox
-from batch_orchestration.services.parts import waiting_parts
 from batch_orchestration.services.room import (
     QueueRules,
     closed_gate,
     demand_in,
-    demand_of,
     left_of,
     read_load,
 )
@@ -74,12 +72,10 @@ class Queue:
 
     Attributes:
         files: Those that may be claimed now, in the order of service.
-        parts: Ids of those that may be admitted now, in order.
     """
 
     view: QueueView
     files: tuple[DroppedFile, ...]
-    parts: tuple[str, ...]
 
 
 def read_queue(
@@ -164,26 +160,15 @@ def queue_of(
             ),
             faults,
         ),
-        *_each(
-            (
-                (p.batch_id, partial(_of_part, p, folder, halts))
-                for p in waiting_parts(folder, faults)
-            ),
-            faults,
-        ),
-        *_each(
-            ((c.claim_id, partial(_of_claim, c, folder, rules)) for c in inbox.claims(faults)),
-            faults,
-        ),
-        *_each(((name, partial(_of_file, name, f, rules)) for name, f in by_name.items()), faults),
+        *_each(((c.claim_id, partial(_of_claim, c, folder)) for c in inbox.claims(faults)), faults),
+        *_each(((name, partial(_of_file, name, f)) for name, f in by_name.items()), faults),
     ]
     decision = decide(
         _in_order(standings, store=store, rules=rules, now=now),
         load=read_load(folder, records, limits=rules.limits, faults=faults),
-        rates=read_rates(folder, store, limits=rules.rates, now=now, faults=faults),
+        rates=read_rates(folder, store, limits=rules.rates, now=now),
         rules=Rules(
             limits=rules.limits,
-            most_requests=rules.most_requests,
             gate=closed_gate(paused, rules.device_problem, rules.engine_refusal),
         ),
         now=now,
@@ -209,11 +194,9 @@ def _waiting_files(view: QueueView) -> Iterator[QueueEntry]:
 def _queue(
     decision: Decision, files: Mapping[str, DroppedFile], paused: Pause | None, now: float
 ) -> Queue:
-    may = decision.admissible
     return Queue(
         view=QueueView(at=now, paused=paused, entries=decision.entries),
-        files=tuple(files[entry_id] for entry_id in may if entry_id in files),
-        parts=tuple(entry_id for entry_id in may if entry_id not in files),
+        files=tuple(files[entry_id] for entry_id in decision.admissible),
     )
 
 
@@ -250,31 +233,28 @@ def _placed(standing: Standing, place: Place) -> Standing:
     return replace(standing, entry=entry)
 
 
-def _of_file(name: str, file: DroppedFile, rules: QueueRules) -> _Arrived:
-    survey = file.survey
-    demand = _demand(file.path.name, file.stats.st_size, survey, rules)
+def _of_file(name: str, file: DroppedFile) -> _Arrived:
+    demand = _demand(file.path.name, file.stats.st_size, file.survey)
     options = file.options()
     standing = Standing(
-        entry=_waiting_entry(name, options, demand, survey),
+        entry=_waiting_entry(name, options, demand),
         demand=demand,
-        submitted=None if survey is None else survey.requests,
         settling=file.reason if file.settling else None,
     )
     return _of_options(standing, options, file.origin.arrived_at)
 
 
-def _of_claim(claim: Claim, folder: DataFolder, rules: QueueRules) -> _Arrived:
+def _of_claim(claim: Claim, folder: DataFolder) -> _Arrived:
     survey, size = None, 0
     with contextlib.suppress(FileNotFoundError):
         stats = claim.path.lstat()
         survey, size = Surveys(folder).find(stats), stats.st_size
-    demand = _demand(claim.path.name, size, survey, rules)
+    demand = _demand(claim.path.name, size, survey)
     name = f"{claim.origin.folder}/{claim.file_name}".lstrip("/")
     options = options_said(claim.sidecar, claim.origin)
     standing = Standing(
-        entry=_waiting_entry(name, options, demand, survey),
+        entry=_waiting_entry(name, options, demand),
         demand=demand,
-        submitted=None if survey is None else survey.requests,
         claimed=True,
         failing=str(claim.attempts) if claim.attempts.failing else None,
     )
@@ -286,10 +266,7 @@ def _of_options(standing: Standing, options: BatchOptions, arrived_at: float) ->
     return _Arrived(standing, arrived_at, wanted)
 
 
-def _waiting_entry(
-    name: str, options: BatchOptions, demand: Demand, survey: Survey | None
-) -> QueueEntry:
-    requests = None if survey is None else survey.requests
+def _waiting_entry(name: str, options: BatchOptions, demand: Demand) -> QueueEntry:
     return QueueEntry(
         kind=EntryKind.FILE,
         id=name,
@@ -298,51 +275,23 @@ def _waiting_entry(
         effective_priority=options.priority,
         state=EntryState.WAITING,
         place=0,
-        requests=requests,
-        pending=requests,
+        requests=demand.requests,
+        pending=demand.requests,
         tokens=demand.tokens,
     )
 
 
-def _demand(name: str, size_bytes: int, survey: Survey | None, rules: QueueRules) -> Demand:
-    """Return what a file asks room for; one that will be split asks for its first part."""
+def _demand(name: str, size_bytes: int, survey: Survey | None) -> Demand:
+    """Return what a file asks room for."""
     if survey is None:
         expanded = size_bytes * _GZIP_RATIO if is_gzip_name(name) else size_bytes
         new = expanded if is_gzip_name(name) else 0
         return Demand(requests=None, tokens=None, size_bytes=expanded, new_bytes=new)
-    share = min(1.0, rules.most_requests / max(survey.requests, 1))
     return Demand(
-        requests=round(survey.requests * share),
-        tokens=round(survey.tokens * share),
-        size_bytes=round(survey.size_bytes * share),
+        requests=survey.requests,
+        tokens=survey.tokens,
+        size_bytes=survey.size_bytes,
         new_bytes=survey.size_bytes if is_gzip_name(name) else 0,
-    )
-
-
-def _of_part(plan: BatchPlan, folder: DataFolder, halts: Mapping[str, Halt]) -> _Arrived:
-    demand = demand_of(plan, folder.waiting_part_path(plan.batch_id))
-    standing = Standing(
-        entry=QueueEntry(
-            kind=EntryKind.PART,
-            id=plan.batch_id,
-            source=plan.source,
-            priority=plan.options.priority,
-            effective_priority=plan.options.priority,
-            state=EntryState.WAITING,
-            place=0,
-            requests=plan.requests,
-            pending=plan.requests,
-            tokens=demand.tokens,
-            settings_hash=plan.settings_hash,
-        ),
-        demand=demand,
-        halted=halted_with(plan, halts),
-    )
-    return _Arrived(
-        standing,
-        plan.arrived_at or plan.created_at,
-        deadline(plan),
-        _seconds(plan, folder, plan.requests),
     )
 
 

@@ -1,4 +1,4 @@
-"""Keeping the queue: parts are admitted as there is room, and `queue.json` is written for everyone.
+"""Keeping the queue: `queue.json` is written for everyone.
 
 Done by `dispatch_sensor` alone, at each of its ticks.
 """
@@ -6,11 +6,9 @@ Done by `dispatch_sensor` alone, at each of its ticks.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.queueing import (
@@ -22,9 +20,9 @@ from batch_orchestration.domain.queueing import (
 )
 from batch_orchestration.services.estimates import expected_seconds
 from batch_orchestration.services.inbox import Inbox
-from batch_orchestration.services.parts import admit_parts, register_lost
 from batch_orchestration.services.queue import read_queue
-from batch_orchestration.services.room import QueueRules, find_obstacle_to_part
+from batch_orchestration.services.registration import register_lost
+from batch_orchestration.services.room import QueueRules
 from batch_orchestration.storage import queue_files
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
@@ -39,12 +37,10 @@ class KeptQueue:
 
     Attributes:
         view: As it was written.
-        admitted: Parts that became batches.
         changed: Entries of batches that wait for another reason than before, or for none any more.
     """
 
     view: QueueView
-    admitted: tuple[BatchPlan, ...]
     changed: tuple[QueueEntry, ...]
 
 
@@ -57,7 +53,7 @@ def keep_queue(
     now: float,
     faults: Faults | None = None,
 ) -> KeptQueue:
-    """Admit the parts for which there is room, in the order of service, and write the queue.
+    """Write the queue, in the order of service.
 
     Args:
         folder: The data folder.
@@ -65,35 +61,20 @@ def keep_queue(
         inbox: Of this folder.
         rules: In force.
         now: POSIX seconds.
-        faults: Takes the batches, parts and claims of which something cannot be read.
+        faults: Takes the batches and claims of which something cannot be read.
 
     Raises:
         StorageError: The store cannot be read, or the file not be written.
     """
     faults = Faults() if faults is None else faults
-    read = partial(
-        read_queue, folder=folder, store=store, inbox=inbox, rules=rules, now=now, faults=faults
-    )
     register_lost(folder, store, at=now, faults=faults)
-    queue = read()
-    admitted = admit_parts(
-        queue.parts,
-        folder=folder,
-        store=store,
-        obstacle_to=lambda plan: find_obstacle_to_part(
-            plan, folder=folder, store=store, rules=rules
-        ),
-        at=now,
-        faults=faults,
-    )
-    if admitted:
-        queue = read()
+    queue = read_queue(folder=folder, store=store, inbox=inbox, rules=rules, now=now, faults=faults)
     view = with_expectations(queue.view, lambda entry: _seconds_of(entry, folder))
     before = None
     with contextlib.suppress(StorageError):  # a damaged one is replaced
         before = queue_files.read_queue(folder)
     queue_files.write_queue(folder, view)
-    return KeptQueue(view=view, admitted=tuple(admitted), changed=tuple(_changed(before, view)))
+    return KeptQueue(view=view, changed=tuple(_changed(before, view)))
 
 
 def with_expectations(view: QueueView, seconds_of: SecondsOf) -> QueueView:
@@ -121,7 +102,7 @@ def _seconds_of(entry: QueueEntry, folder: DataFolder) -> float | None:
     if entry.kind is EntryKind.FILE:
         return None
     with contextlib.suppress(BatchOrchestrationError):
-        plan = folder.read_waiting_part(entry.id) or folder.read_plan(entry.id)
+        plan = folder.read_plan(entry.id)
         band = expected_seconds(plan, folder=folder, pending=entry.pending)
         return None if band is None else band.mid
     return None

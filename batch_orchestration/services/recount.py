@@ -1,6 +1,6 @@
 """Recount: what the files in the outbox hold, read anew and held against the plan."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ def recount(plan: BatchPlan, files: OutboxFiles) -> Recount:
         return _recount_partial(plan, files)
     with ExitStack() as stack:
         outputs, errors = _Lines(files.output, stack), _Lines(files.errors, stack)
-        problem = _problem([plan], outputs, errors)
+        problem = _problem(plan, outputs, errors)
         return Recount(
             total=plan.requests,
             completed=outputs.count(),
@@ -81,25 +81,15 @@ def recount(plan: BatchPlan, files: OutboxFiles) -> Recount:
         )
 
 
-def find_miscount(plans: Iterable[BatchPlan], output: Path, errors: Path) -> str | None:
-    """Return what is wrong with two files that hold these batches one after the other.
-
-    None if each request has exactly one line, in order, as in `recount`.
-    """
-    with ExitStack() as stack:
-        return _problem(plans, _Lines(output, stack), _Lines(errors, stack))
-
-
-def _problem(plans: Iterable[BatchPlan], outputs: "_Lines", errors: "_Lines") -> str | None:
-    for plan in plans:
-        for index in range(plan.requests):
-            expected = output_line_id(plan.batch_id, index)
-            if not (outputs.take(expected) or errors.take(expected)):
-                return (
-                    f"request {index} of {plan.batch_id} has no line where it belongs:"
-                    f" {outputs} and {errors}"
-                )
-            note_work()
+def _problem(plan: BatchPlan, outputs: "_Lines", errors: "_Lines") -> str | None:
+    for index in range(plan.requests):
+        expected = output_line_id(plan.batch_id, index)
+        if not (outputs.take(expected) or errors.take(expected)):
+            return (
+                f"request {index} of {plan.batch_id} has no line where it belongs:"
+                f" {outputs} and {errors}"
+            )
+        note_work()
     if outputs.rest or errors.rest:
         return f"there are lines of no request: {outputs} and {errors}"
     return None

@@ -11,8 +11,6 @@ from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.verdicts import Rejected
 from batch_orchestration.storage.files import atomic_writer
 
-#: A chunk's number has five digits.
-MAX_CHUNKS = 100_000
 #: Of a fault's message, in the reason for which a file is rejected.
 _QUOTED_CHARACTERS = 300
 #: What files begin with that are something else than JSON lines.
@@ -31,11 +29,10 @@ def refusal(
     reading: BatchFileReading,
     *,
     line_policy: LinePolicy,
-    requests_per_chunk: int,
     max_requests_per_batch: int,
     on_oversize: OnOversize,
 ) -> str | None:
-    """Return why a file that has been read can be no batch, nor several; None if it can."""
+    """Return why a file that has been read can be no batch; None if it can."""
     if not reading.size_bytes:
         return "the file is empty"
     if not reading.requests:
@@ -52,13 +49,7 @@ def refusal(
         return (
             f"its {reading.requests:,} requests are more than the {max_requests_per_batch:,} that"
             " BATCH_MAX_REQUESTS_PER_BATCH allows, and BATCH_ON_OVERSIZE is reject; cut it into"
-            " several files, or have it split"
-        )
-    requests = min(reading.requests, max_requests_per_batch)
-    if requests > MAX_CHUNKS * requests_per_chunk:
-        return (
-            f"{requests:,} requests in chunks of {requests_per_chunk} are more than"
-            f" {MAX_CHUNKS:,} chunks; raise BATCH_REQUESTS_PER_CHUNK"
+            " several files, or set BATCH_ON_OVERSIZE=window"
         )
     return None
 

@@ -3,6 +3,7 @@
 A batch exists from the moment its folder does; everything here can be repeated.
 """
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ from batch_orchestration.storage.unfinished import marked
 #: Stands in journals where otherwise a run's id does.
 ADMISSION_RUN_ID = "admission"
 _STAGED_JOURNALS = "journals"
+#: Of a tick's 60 s; who admits a file holds the lock for as long as it takes to write its plan.
+_LOCK_TIMEOUT_SECONDS = 10.0
 
 
 def admission_lock(folder: DataFolder) -> filelock.BaseFileLock:
@@ -38,7 +41,6 @@ def free_batch_id(folder: DataFolder, file_name: str, identity: str) -> str:
         candidate = batch_id(file_name, identity, digits=digits)
         places = (
             folder.plan_path(candidate).parent,
-            folder.submission_path(candidate).parent,
             folder.journal_path(candidate, 0).parent,
             folder.outbox_path(candidate),
         )
@@ -47,21 +49,10 @@ def free_batch_id(folder: DataFolder, file_name: str, identity: str) -> str:
     raise StorageError(f"every id for {file_name} is taken, the longest is {candidate}")
 
 
-def find_submission(identity: str, *, folder: DataFolder) -> str | None:
-    """Return the id of the submission with this identity; None if none has."""
-    faults = Faults()  # `find_damage` tells of the same
-    for name in folder.submission_ids():
-        if identity[:ID_HASH_DIGITS] in name:
-            with faults.of(name):
-                if folder.read_submission(name).identity == identity:
-                    return name
-    return None
-
-
-def write_fault_journals(work: Path, plan: BatchPlan, faults: Iterable[Fault], *, at: float) -> int:
+def write_fault_journals(
+    work: Path, plan: BatchPlan, faults: Iterable[Fault], *, at: float
+) -> None:
     """Settle faulty lines, so that the run finds them answered: journals beside the plan.
-
-    Returns how many there are.
 
     Args:
         work: Folder that will be the batch's.
@@ -70,8 +61,7 @@ def write_fault_journals(work: Path, plan: BatchPlan, faults: Iterable[Fault], *
         at: POSIX seconds.
     """
     provenance = Provenance(run_id=ADMISSION_RUN_ID, settings_hash=plan.settings_hash)
-    size = plan.chunks[0].requests  # of every chunk but the last
-    written = 0
+    size = plan.requests_per_chunk
     for number, of_chunk in itertools.groupby(faults, key=lambda fault: fault.index // size):
         path = work / _STAGED_JOURNALS / f"{number:05d}.journal"
         with Journal.open(
@@ -79,9 +69,7 @@ def write_fault_journals(work: Path, plan: BatchPlan, faults: Iterable[Fault], *
         ) as journal:
             for fault in of_chunk:
                 journal.record_outcome(fault, fault.as_failure(), 0, at)
-                written += 1
             journal.sync()
-    return written
 
 
 def register_batch(folder: DataFolder, store: Store, batch_id: str, *, at: float) -> None:
@@ -118,6 +106,20 @@ def register_unlisted(
     if faults is None:
         found.log()
     return registered
+
+
+def register_lost(
+    folder: DataFolder, store: Store, *, at: float, faults: Faults | None = None
+) -> None:
+    """Do the same outside of an admission, at a tick.
+
+    Raises:
+        StorageError: The store cannot be asked or told.
+    """
+    with contextlib.suppress(filelock.Timeout):  # the next tick comes soon
+        if unlisted(folder, store):
+            with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
+                register_unlisted(folder, store, at=at, faults=faults)
 
 
 def unlisted(folder: DataFolder, store: Store) -> list[str]:

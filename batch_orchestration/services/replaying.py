@@ -202,7 +202,7 @@ class _ReplayRun:
         ):
             if isinstance(line.parsed, Fault):
                 raise PlanMismatch(
-                    f"{self._folder.input_path_of(self._plan)} line {line.raw.line} cannot"
+                    f"{self._folder.input_path(self._plan.batch_id)} line {line.raw.line} cannot"
                     f" be replayed: {line.parsed.message}"
                 )
             yield line.parsed

@@ -4,13 +4,11 @@
 ids, codes and messages, never prompts or answers.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord, ChunkReport
 from batch_orchestration.domain.lifecycle import Closing
-from batch_orchestration.domain.submissions import Submission
 from batch_orchestration.services.documents import to_markdown
 from batch_orchestration.services.report_figures import ReportFigures
 from batch_orchestration.services.scoring import Scored
@@ -59,30 +57,4 @@ def batch_report(
         scored=scored,
         closing=closing,
         figures=figures,
-    )
-
-
-def submission_report(
-    submission: Submission,
-    parts: Sequence[BatchRecord],
-    failures_by_code: Mapping[str, int],
-    *,
-    outbox: str,
-) -> str:
-    """Return the report of a submission whose parts have all ended, as Markdown.
-
-    Args:
-        submission: What was split.
-        parts: In file order.
-        failures_by_code: Of all parts.
-        outbox: Folder of the submission's files, as a person would write it.
-    """
-    return to_markdown(
-        "submission.md.j2",
-        submission=submission,
-        parts=parts,
-        completed=sum(part.completed for part in parts),
-        failed=sum(part.failed for part in parts),
-        failures=Counter(failures_by_code).most_common(),
-        outbox=outbox,
     )

@@ -83,18 +83,14 @@ def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: floa
 
 
 def clean_inputs(house: House, keep_seconds: float) -> Iterator[Removal]:
-    """Remove kept inputs of batches that were completed so long ago and have no journals any more.
-
-    That of a submission goes when all of its parts are such batches.
-    """
+    """Remove kept inputs of batches that were completed so long ago and have no journals left."""
     before = house.now - keep_seconds
-    completed = house.completed_before(before)
     faults = Faults()
-    for batch_id in completed:
+    for batch_id in house.completed_before(before):
         with faults.of(batch_id):
             plan = house.folder.read_plan(batch_id)
             files = _inputs(plan, house.folder)
-            if not files or not _needless(plan, frozenset(completed), house.folder):
+            if not files or not _needless(batch_id, house.folder):
                 continue
             removal = Removal(subject=str(files[0]), size_bytes=_size(files))
             if not house.dry_run:
@@ -103,18 +99,10 @@ def clean_inputs(house: House, keep_seconds: float) -> Iterator[Removal]:
     faults.log()
 
 
-def _needless(plan: BatchPlan, completed: frozenset[str], folder: DataFolder) -> bool:
+def _needless(batch_id: str, folder: DataFolder) -> bool:
     """Whether nothing can read the input any more, but a replay that is not asked for yet."""
-    names: tuple[str, ...] = (plan.batch_id,)
-    if plan.part is not None:
-        names = folder.read_submission(plan.part.submission).parts
-    return all(
-        name in completed
-        # Somebody may have asked since housekeeping began.
-        and not replays_of(name, folder)
-        and folder.pruned_path(name).exists()
-        for name in names
-    )
+    # Somebody may have asked since housekeeping began.
+    return not replays_of(batch_id, folder) and folder.pruned_path(batch_id).exists()
 
 
 def _remove_input(plan: BatchPlan, files: list[Path], house: House) -> None:
@@ -127,7 +115,7 @@ def _remove_input(plan: BatchPlan, files: list[Path], house: House) -> None:
 
 
 def _inputs(plan: BatchPlan, folder: DataFolder) -> list[Path]:
-    path = folder.input_path_of(plan)
+    path = folder.input_path(plan.batch_id)
     return [file for file in (path, path.with_name(f"{path.name}.gz")) if file.exists()]
 
 

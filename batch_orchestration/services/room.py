@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from batch_orchestration.domain.batches import MAX_REQUESTS_PER_BATCH, BatchPlan
+from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.ordering import OrderPolicy
@@ -21,7 +21,7 @@ from batch_orchestration.domain.room import (
 )
 from batch_orchestration.domain.waiting import rate_obstacle
 from batch_orchestration.services.estimates import read_estimate_in
-from batch_orchestration.services.halting import halted_with, halts_in_force
+from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.submission_rates import read_rates
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.queue_files import read_pause
@@ -33,7 +33,6 @@ class QueueRules:
     """The settings that the queue depends on.
 
     Attributes:
-        most_requests: Of one batch.
         ordering: Who goes before whom.
         device_problem: Asks what is wrong with the device; None if nothing is.
         engine_refusal: Asks why the engine does not let us in; None if it does, as far as known.
@@ -41,7 +40,6 @@ class QueueRules:
 
     limits: Limits = field(default_factory=Limits)
     rates: RateLimits = field(default_factory=RateLimits)
-    most_requests: int = MAX_REQUESTS_PER_BATCH
     ordering: OrderPolicy = field(default_factory=OrderPolicy)
     device_problem: Callable[[], str | None] = lambda: None
     engine_refusal: Callable[[], str | None] = lambda: None
@@ -58,8 +56,7 @@ def find_obstacle_to_file(
 ) -> Obstacle | None:
     """Return what keeps a file that was read from being admitted now; None if nothing does.
 
-    Call it under `admission_lock`, so that no two take the last room. A file that will be split
-    needs no room of its own: its parts wait for theirs.
+    Call it under `admission_lock`, so that no two take the last room.
 
     Raises:
         StorageError: The store cannot be read.
@@ -68,35 +65,21 @@ def find_obstacle_to_file(
         return pause_obstacle(paused)
     rates = read_rates(folder, store, limits=rules.rates, now=now)
     obstacle = rate_obstacle(rates, plan.source, plan.requests, now=now)
-    if obstacle is not None or plan.requests > rules.most_requests:
+    if obstacle is not None:
         return obstacle
     load = read_load(folder, store.unfinished(), limits=rules.limits)
     return find_obstacle(demand, load, rules.limits)
 
 
-def find_obstacle_to_part(
-    plan: BatchPlan, *, folder: DataFolder, store: Store, rules: QueueRules
-) -> Obstacle | None:
-    """Return what keeps a waiting part from being admitted now; see `find_obstacle_to_file`."""
-    if (paused := read_pause(folder)) is not None:
-        return pause_obstacle(paused)
-    records = store.unfinished()
-    if (halted := halted_with(plan, halts_in_force(folder, records))) is not None:
-        return Obstacle(WaitReason.FAILURE_RATE, halted)
-    demand = demand_of(plan, folder.waiting_part_path(plan.batch_id))
-    load = read_load(folder, records, limits=rules.limits)
-    return find_obstacle(demand, load, rules.limits)
-
-
 def never_fits(demand: Demand, *, rules: QueueRules) -> str | None:
     """Say why a file would find no room even in an empty queue; None if it would."""
-    share = min(1.0, rules.most_requests / max(demand.requests or 1, 1))
-    tokens, limit = round((demand.tokens or 0) * share), rules.limits.queued_tokens
+    tokens = demand.open_at_once(rules.limits).tokens or 0
+    limit = rules.limits.queued_tokens
     if tokens <= limit:
         return None
     return (
-        f"its {tokens:,} expected tokens alone are more than the {limit:,} that may be queued at a"
-        " time (BATCH_MAX_QUEUED_TOKENS)"
+        f"its {tokens:,} expected tokens at a time are more than the {limit:,} that may be queued"
+        " (BATCH_MAX_QUEUED_TOKENS)"
     )
 
 
@@ -138,11 +121,11 @@ def demand_of(plan: BatchPlan, batch_folder: Path) -> Demand:
         batch_folder: Where its estimate lies; without one its bytes tell.
     """
     estimate = read_estimate_in(batch_folder)
-    rough = rough_tokens(plan.requests, plan.input_bytes)
+    rough = rough_tokens(plan.requests, plan.size_bytes)
     return Demand(
         requests=plan.requests,
         tokens=rough if estimate is None else estimate.tokens,
-        size_bytes=plan.input_bytes,
+        size_bytes=plan.size_bytes,
     )
 
 

@@ -1,7 +1,6 @@
 """How batches are: what the store knows, joined with what their runs tell meanwhile."""
 
 import contextlib
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from batch_orchestration.domain.lifecycle import FINAL, Closing, Resumption, dea
 from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.halting import halt_in_force
-from batch_orchestration.services.parts import plan_of
-from batch_orchestration.services.registration import find_submission
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration.telemetry.progress import STALE_SECONDS, Progress, read_progress
@@ -105,29 +102,26 @@ def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -
     Raises:
         BatchNotFound: There is neither plan nor record.
     """
-    plan = plan_of(batch_id, folder=folder)
+    plan = folder.read_plan(batch_id)
     try:
         view = _from_record(plan, store.batch(batch_id), folder)
     except BatchNotFound:
-        # Admission writes the plan first and the record right after; a part waits for room.
+        # Admission writes the plan first and the record right after.
         view = _from_plan(plan, folder, problem=None, status=BatchStatus.VALIDATING)
     except StoreLocked as locked:
         view = _from_plan(plan, folder, problem=str(locked))
     return with_progress(view, folder=folder, now=now)
 
 
-def view_batches(
-    *, folder: DataFolder, store: Store, now: float, only: Collection[str] | None = None
-) -> list[BatchView]:
-    """Return all batches, newest first, or only those with these ids, waiting parts included.
+def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchView]:
+    """Return all batches, newest first.
 
     Those whose plan cannot be read are left out: `services.damage` tells of them.
     """
-    batch_ids = folder.batch_ids() if only is None else only
     plans, faults = {}, Faults()
-    for batch_id in batch_ids:
+    for batch_id in folder.batch_ids():
         with faults.of(batch_id):
-            plans[batch_id] = plan_of(batch_id, folder=folder)
+            plans[batch_id] = folder.read_plan(batch_id)
     problem = None
     try:
         # A folder without batches needs no store, and looking at it must not make one.
@@ -142,15 +136,6 @@ def view_batches(
     )
     now_views = (with_progress(view, folder=folder, now=now) for view in views)
     return sorted(now_views, key=lambda view: view.plan.created_at, reverse=True)
-
-
-def view_planned(batch_id: str, *, folder: DataFolder) -> BatchView:
-    """Return what files alone tell of a batch, or of a part that waits to be one.
-
-    Raises:
-        BatchNotFound: There is neither.
-    """
-    return _from_plan(plan_of(batch_id, folder=folder), folder, problem=None)
 
 
 def with_progress(view: BatchView, *, folder: DataFolder, now: float) -> BatchView:
@@ -229,8 +214,7 @@ def _guess(batch_id: str, closing: Closing | None, folder: DataFolder) -> BatchS
             return closing.status if closing else BatchStatus.COMPLETED
     if closing is not None and closing.status is BatchStatus.CANCELLED:
         return BatchStatus.CANCELLING
-    admitted = folder.plan_path(batch_id).exists()
-    return BatchStatus.IN_PROGRESS if admitted else BatchStatus.VALIDATING
+    return BatchStatus.IN_PROGRESS
 
 
 def _if_there(path: Path) -> Path | None:
@@ -238,14 +222,11 @@ def _if_there(path: Path) -> Path | None:
 
 
 def find_identity(identity: str, *, folder: DataFolder) -> str | None:
-    """Return the id of the batch or submission with this identity, from files alone.
-
-    None if none has.
-    """
+    """Return the id of the batch with this identity, from files alone; None if none has."""
     faults = Faults()  # `services.damage` tells of the same
     for name in folder.batch_ids():
         if identity[:ID_HASH_DIGITS] in name:
             with faults.of(name):
                 if folder.read_plan(name).identity == identity:
                     return name
-    return find_submission(identity, folder=folder)
+    return None

@@ -4,14 +4,10 @@ The index is never trusted: everything on the disk is searched now and then, so 
 was lost, or a folder that somebody put in its place by hand, is found all the same.
 """
 
-import os
-
 from batch_orchestration.domain.commits import BatchRecord
 from batch_orchestration.domain.members import Faults
-from batch_orchestration.domain.rates import RateLimits
 from batch_orchestration.services.registration import is_planned
 from batch_orchestration.services.resuming import is_resumed
-from batch_orchestration.services.submission_rates import submission_event
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.operations import replays_of
 from batch_orchestration.storage.store import Store
@@ -21,7 +17,6 @@ from batch_orchestration.storage.unfinished import (
     note_search,
     searched_at,
     unmark,
-    waiting_parts_of,
 )
 
 #: What is on the disk without a mark is found after so long. Searching 10,000 batches takes about
@@ -31,7 +26,7 @@ SEARCH_SECONDS = 900.0
 MARK_SECONDS = 600.0
 
 
-def keep_index(*, folder: DataFolder, store: Store, limits: RateLimits, now: float) -> list[str]:
+def keep_index(*, folder: DataFolder, store: Store, now: float) -> list[str]:
     """Take off the index what nothing is to be done about; now and then search for what is missing.
 
     Done by `dispatch_sensor` at each tick.
@@ -46,39 +41,31 @@ def keep_index(*, folder: DataFolder, store: Store, limits: RateLimits, now: flo
     found: list[str] = []
     last = searched_at(folder)
     if last is None or not 0 <= now - last < SEARCH_SECONDS:
-        found = _search(folder, store, limits, frozenset(names), now)
+        found = _search(folder, store, frozenset(names))
         note_search(folder, at=now)
     records = store.records(names)
     for name in names:
-        if not _is_open(name, records.get(name), folder, limits, now):
+        if not _is_open(name, records.get(name), folder):
             unmark(folder, name, older_than=now - MARK_SECONDS)
     return found
 
 
-def _search(
-    folder: DataFolder, store: Store, limits: RateLimits, known: frozenset[str], now: float
-) -> list[str]:
+def _search(folder: DataFolder, store: Store, known: frozenset[str]) -> list[str]:
     """Mark what lies on the disk and should be on the index; return it."""
     records = {record.batch_id: record for record in store.batches()}
     found = [
         name
         for name in all_ids(folder)
-        if name not in known and _is_open(name, records.get(name), folder, limits, now)
+        if name not in known and _is_open(name, records.get(name), folder)
     ]
     for name in found:
         folder.mark_unfinished(name)
     return found
 
 
-def _is_open(
-    name: str, record: BatchRecord | None, folder: DataFolder, limits: RateLimits, now: float
-) -> bool:
-    """Whether ticks have to look at a batch or submission on the disk."""
+def _is_open(name: str, record: BatchRecord | None, folder: DataFolder) -> bool:
+    """Whether ticks have to look at a batch on the disk."""
     with Faults().of(name):
-        if waiting_parts_of(name, folder):
-            return True
-        if os.path.lexists(folder.submission_path(name)):
-            return limits.remember(submission_event(folder.read_submission(name)), now=now)
         lost = record is None and is_planned(name, folder)
         resumed = record is not None and is_resumed(record, folder)
         return lost or resumed or bool(replays_of(name, folder))

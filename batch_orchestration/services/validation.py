@@ -33,7 +33,6 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
         lines: Blank ones included.
         requests: Non-blank lines, faulty ones included.
         chunks: Into how many it would be cut.
-        parts: How many batches it would become, one after the other.
         faults: The first of them, in file order.
         faults_not_listed: How many more there are.
         estimate: What the batch would take; None if it would be rejected.
@@ -46,7 +45,6 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
     requests: int
     faulty: int
     chunks: int
-    parts: int
     faults_by_code: dict[str, int]
     faults: tuple[Fault, ...]
     faults_not_listed: int
@@ -106,7 +104,6 @@ def validate(
         requests=reading.requests,
         faulty=reading.faulty,
         chunks=len(reading.chunks),
-        parts=-(-reading.requests // settings.max_requests_per_batch),
         faults_by_code={str(code): count for code, count in reading.faults_by_code.items()},
         faults=tuple(faults),
         faults_not_listed=reading.faulty - len(faults),

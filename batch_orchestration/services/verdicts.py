@@ -28,36 +28,11 @@ class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):
         )
 
 
-class Split(msgspec.Struct, frozen=True, kw_only=True, tag="split"):
-    """The file has more requests than a batch may have: it is a submission, in several parts.
-
-    Attributes:
-        submission: Its id.
-        parts: Ids of the batches that it becomes as there is room, in file order.
-        requests: Non-blank lines, faulty ones included.
-        faulty: How many of them will be rows of the error file, unasked.
-    """
-
-    submission: str
-    file_name: str
-    parts: tuple[str, ...]
-    requests: int
-    faulty: int
-
-    def __str__(self) -> str:
-        refused = f", {self.faulty:,} of them refused by their line" if self.faulty else ""
-        return (
-            f"{self.file_name}: {self.requests:,} requests{refused}, more than a batch may have;"
-            f" split as {self.submission} into {len(self.parts)} parts, which are admitted one"
-            f" after the other and delivered as one file"
-        )
-
-
 class AlreadyAdmitted(msgspec.Struct, frozen=True, kw_only=True, tag="already_admitted"):
-    """The same content with the same options is a batch already, or a submission.
+    """The same content with the same options is a batch already.
 
     Attributes:
-        batch_id: Of the first, or of its submission.
+        batch_id: Of the first.
         kept_as: Where the file was put.
     """
 
@@ -127,5 +102,5 @@ class Held(msgspec.Struct, frozen=True, kw_only=True, tag="held"):
         return f"{self.file_name}: {self.reason}: {self.detail}; it waits in the inbox"
 
 
-Admission = Admitted | Split | AlreadyAdmitted | Rejected | Held
+Admission = Admitted | AlreadyAdmitted | Rejected | Held
 Verdict = Admission | Released

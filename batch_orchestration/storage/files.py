@@ -22,7 +22,6 @@ from batch_orchestration.domain.errors import (
 )
 from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.lifecycle import Closing, Resumption
-from batch_orchestration.domain.submissions import Submission, submission_of
 from batch_orchestration.storage.lines import RawLine, new_digest, read_chunk, read_lines
 from batch_orchestration.storage.regular import NO_DESCRIPTOR, open_regular
 from batch_orchestration.storage.sharing import share
@@ -81,11 +80,6 @@ class DataFolder:
     def batches(self) -> Path:
         """One folder per batch: kept input, plan, progress."""
         return self.root / "batches"
-
-    @property
-    def submissions(self) -> Path:
-        """One folder per file that was split: kept input, and the parts that wait."""
-        return self.root / "submissions"
 
     @property
     def journals(self) -> Path:
@@ -149,7 +143,7 @@ class DataFolder:
 
     @property
     def unfinished(self) -> Path:
-        """An empty file for each batch and submission that ticks have to look at on the disk."""
+        """An empty file for each batch that ticks have to look at on the disk."""
         return self.root / "unfinished"
 
     @property
@@ -165,12 +159,12 @@ class DataFolder:
     def create(self) -> None:
         """Make every folder that is missing."""
         ours = (self.inbox, self.rejected, self.claims, self.batches, self.journals)
-        for folder in (*ours, self.submissions, self.outbox, self.logs):
+        for folder in (*ours, self.outbox, self.logs):
             make_folder(folder)
         if not os.path.lexists(self.unfinished):
             make_folder(self.unfinished)
         # Its own content is nobody else's, so what lies below is not looked through.
-        for folder in filter(Path.exists, (self.root, *ours, self.submissions, self.unfinished)):
+        for folder in filter(Path.exists, (self.root, *ours, self.unfinished)):
             share(folder)
 
     def plan_path(self, batch_id: str) -> Path:
@@ -178,35 +172,8 @@ class DataFolder:
         return self.batches / _folder_name(batch_id) / "plan.json"
 
     def input_path(self, batch_id: str) -> Path:
-        """Where the input of a batch that is no part is kept; an original `.gz` lies beside it.
-
-        Whoever opens it asks `input_path_of`, which knows of parts.
-        """
+        """Where the input of a batch is kept, uncompressed; an original `.gz` lies beside it."""
         return self.batches / _folder_name(batch_id) / "input.jsonl"
-
-    def input_path_of(self, plan: BatchPlan) -> Path:
-        """Where the kept input of a planned batch lies, uncompressed: of a part, the whole file."""
-        if plan.part is not None:
-            return self.submission_input_path(plan.part.submission)
-        return self.input_path(plan.batch_id)
-
-    def submission_path(self, submission_id: str) -> Path:
-        """Where a submission is described."""
-        return self.submissions / _folder_name(submission_id) / "submission.json"
-
-    def submission_input_path(self, submission_id: str) -> Path:
-        """Where the one input of all parts is kept, uncompressed."""
-        return self.submissions / _folder_name(submission_id) / "input.jsonl"
-
-    def waiting_part_path(self, part_id: str) -> Path:
-        """The folder of a part that is not admitted yet; it becomes that of the batch.
-
-        Raises:
-            BatchNotFound: The id is none of a part.
-        """
-        if (submission_id := submission_of(part_id)) is None:
-            raise BatchNotFound(f"not a part of a submission: {part_id!r}")
-        return self.submission_path(submission_id).parent / "parts" / _folder_name(part_id)
 
     def closing_path(self, batch_id: str) -> Path:
         """Where it is kept that a batch ends early; that it exists is the decision."""
@@ -257,46 +224,12 @@ class DataFolder:
         """
         found = _plan_at(self.plan_path(batch_id), batch_id)
         if found is None:
-            hint = ""
-            if self.submission_path(batch_id).exists():
-                hint = f": it is a submission; name one of its parts, as {batch_id}-p1of…"
-            raise BatchNotFound(f"no batch {batch_id!r} in {self.batches}{hint}")
-        return found
-
-    def read_waiting_part(self, part_id: str) -> BatchPlan | None:
-        """Return the plan of a part that is not admitted yet; None if there is none that waits.
-
-        Raises:
-            FileDamaged: It cannot be read, or is the plan of another part.
-        """
-        if submission_of(part_id) is None:
-            return None
-        return _plan_at(self.waiting_part_path(part_id) / "plan.json", part_id)
-
-    def read_submission(self, submission_id: str) -> Submission:
-        """Return what a submission is.
-
-        Raises:
-            BatchNotFound: There is none.
-            FileDamaged: It cannot be read, or is another submission.
-        """
-        path = self.submission_path(submission_id)
-        found = read_kept(path, Submission)
-        if found is None:
-            raise BatchNotFound(f"no submission {submission_id!r} in {self.submissions}")
-        if found.submission_id != submission_id:
-            raise FileDamaged(path, f"describes {found.submission_id}: its folder is a copy")
+            raise BatchNotFound(f"no batch {batch_id!r} in {self.batches}")
         return found
 
     def write_closing(self, batch_id: str, closing: Closing) -> None:
         """Keep the decision to end a batch early, durably."""
         write_atomically(self.closing_path(batch_id), msgspec.json.encode(closing) + b"\n")
-
-    def close_waiting_part(self, part_id: str, closing: Closing) -> None:
-        """Keep that a waiting part will have ended when it is admitted; an earlier one stands."""
-        path = self.waiting_part_path(part_id) / self.closing_path(part_id).name
-        if read_kept(path, Closing) is None:
-            write_atomically(path, msgspec.json.encode(closing) + b"\n")
 
     def read_closing(self, batch_id: str) -> Closing | None:
         """Return the decision to end a batch early; None if there is none.
@@ -340,17 +273,13 @@ class DataFolder:
         return read_kept(self.resumption_path(batch_id), Resumption)
 
     def mark_unfinished(self, name: str) -> None:
-        """Put a batch or submission on the index (`storage/unfinished.py`), durably, or anew."""
+        """Put a batch on the index (`storage/unfinished.py`), durably, or anew."""
         if self.unfinished.is_dir():  # without it, everything is looked at
             write_atomically(self.unfinished / name, b"")
 
     def batch_ids(self) -> list[str]:
         """Return the ids of all planned batches, sorted; folders that cannot be batches are not."""
         return sorted(ids_in(self.batches, "plan.json"))
-
-    def submission_ids(self) -> list[str]:
-        """Return the ids of all submissions, sorted."""
-        return sorted(ids_in(self.submissions, "submission.json"))
 
 
 def read_kept(path: Path, kind: type[Kept]) -> Kept | None:

@@ -323,6 +323,7 @@ def batch_row(plan: BatchPlan, at: float) -> Row:
         "requests": plan.requests,
         "faulty": plan.faulty,
         "chunks": len(plan.chunks),
+        "requests_per_chunk": plan.requests_per_chunk,
         "model": text(str(plan.settings.get("model", ""))),
         "priority": plan.options.priority,
         "options": text(msgspec.json.encode(plan.options)),
@@ -349,8 +350,15 @@ STATUS_TIMES = {
 }
 #: Columns of `batches` that a `BatchRecord` is made of.
 BATCHES = (
-    *("batch_id", "file_name", "identity", "status", "requests", "chunks", "options"),
-    *("settings_hash", "model", *_BATCH_FIGURES, *STATUS_TIMES.values()),
+    *("batch_id", "file_name", "identity", "status", "requests", "chunks"),
+    *(
+        "requests_per_chunk",
+        "options",
+        "settings_hash",
+        "model",
+        *_BATCH_FIGURES,
+        *STATUS_TIMES.values(),
+    ),
 )
 
 
@@ -372,6 +380,7 @@ def batch_record(row: Row) -> BatchRecord:
         status=BatchStatus(row["status"]),
         total=row["requests"],
         chunks=row["chunks"],
+        requests_per_chunk=row["requests_per_chunk"],
         options=msgspec.json.decode(row["options"], type=BatchOptions),
         settings_hash=row["settings_hash"],
         model=row["model"],

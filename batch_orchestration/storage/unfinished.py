@@ -1,9 +1,8 @@
 """The index of what is unfinished, so that ticks cost what is unfinished, not what ever was.
 
-`unfinished/` has an empty file, named by its id, for each batch and submission of which the disk
-may know more than the store: a batch that the store has yet to be told of, one that somebody
-decided to go on with, one with a replay that is not over, and a submission with parts that wait or
-that the limits on submissions remember. Whoever makes such a thing calls `mark_unfinished` first:
+`unfinished/` has an empty file, named by its id, for each batch of which the disk may know more
+than the store: one that the store has yet to be told of, one that somebody decided to go on with,
+and one with a replay that is not over. Whoever makes such a thing calls `mark_unfinished` first:
 a crash leaves a mark too many, never one too few. `services/unfinished_work.py` removes marks, and
 finds what has none.
 """
@@ -12,8 +11,7 @@ import contextlib
 import os
 
 from batch_orchestration.domain.chunks import can_be_id
-from batch_orchestration.domain.submissions import submission_of
-from batch_orchestration.storage.files import DataFolder, ids_in
+from batch_orchestration.storage.files import DataFolder
 
 #: Its time is that of the last search for things without a mark. No id begins with a dot.
 _SEARCHED = ".searched"
@@ -32,27 +30,15 @@ def marked(folder: DataFolder) -> list[str]:
 
 
 def all_ids(folder: DataFolder) -> list[str]:
-    """Return the ids of all batches and submissions on the disk: their number only grows."""
-    names: set[str] = set()
-    for place in (folder.batches, folder.submissions):
-        with contextlib.suppress(FileNotFoundError):  # a data folder that was never used
-            names.update(path.name for path in place.iterdir())
+    """Return the ids of all batches on the disk: their number only grows."""
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):  # a data folder that was never used
+        names = [path.name for path in folder.batches.iterdir()]
     return sorted(filter(can_be_id, names))
 
 
-def waiting_part_ids(folder: DataFolder) -> list[str]:
-    """Return the ids of all parts that are not admitted yet, as the index has them."""
-    return [part for name in marked(folder) for part in waiting_parts_of(name, folder)]
-
-
-def waiting_parts_of(submission_id: str, folder: DataFolder) -> list[str]:
-    """Return the ids of a submission's parts that are not admitted yet, in no order."""
-    parts = folder.submission_path(submission_id).parent / "parts"
-    return [name for name in ids_in(parts, "plan.json") if submission_of(name) is not None]
-
-
 def unmark(folder: DataFolder, name: str, *, older_than: float) -> None:
-    """Take a batch or submission off the index, unless it was marked since, in POSIX seconds."""
+    """Take a batch off the index, unless it was marked since, in POSIX seconds."""
     path = folder.unfinished / name
     # One that cannot be removed only costs a look at each tick.
     with contextlib.suppress(OSError):

@@ -10,12 +10,13 @@ from batch_orchestration.domain.batches import BatchPlan, BatchStatus
 from batch_orchestration.domain.dead_letters import Selection
 from batch_orchestration.domain.errors import FileDamaged
 from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.close_out import commit_closed
 from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.outbox import OutboxFiles
-from batch_orchestration.services.partial_results import finished_of
+from batch_orchestration.services.partial_results import finished_so_far, read_finished
 from batch_orchestration.services.recovery import find_problem, recover
 from batch_orchestration.services.retention import clean_inputs, clean_journals
 from batch_orchestration.storage import replay, rows
@@ -47,8 +48,9 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lines_of(bench: Workbench, plan: BatchPlan) -> list[bytes]:
     """What whoever asks now is given."""
-    finished = finished_of(plan.batch_id, folder=bench.folder, store=bench.store)
-    return list(finished.lines(folder=bench.folder, store=bench.store))
+    places = {"folder": bench.folder, "store": bench.store}
+    finished = finished_so_far(plan.batch_id, **places)
+    return [output_line(plan.batch_id, request) for request in read_finished(finished, **places)]
 
 
 def tables_of(bench: Workbench) -> dict[str, list[tuple]]:

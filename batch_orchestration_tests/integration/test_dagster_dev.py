@@ -91,20 +91,17 @@ def test_a_dropped_file_is_answered_and_delivered(dagster):
     assert not list(dagster.folder.inbox.glob("*.jsonl"))
 
 
-def test_a_file_too_large_for_a_batch_is_answered_in_parts_and_delivered_as_one(dagster):
-    dagster.drop("too large.jsonl", make_input(640) + b"not json\n")
+def test_a_file_above_the_limit_is_answered_window_by_window_and_delivered_as_one(dagster):
+    dagster.drop("large.jsonl", make_input(640) + b"not json\n")
 
-    (submission_id,) = dagster.wait_until(dagster.folder.submission_ids, 60, "it is split")
-    outbox = dagster.folder.outbox_path(submission_id)
-    dagster.wait_until((outbox / "report.md").exists, 150, "it is delivered as one")
+    batch_id = dagster.wait_for_batch("large", seconds=150)
+    outputs, errors = delivered(dagster, batch_id)
 
-    outputs = [line["custom_id"] for line in lines(outbox / "output.jsonl")]
     assert outputs == [f"request-{number}" for number in range(640)]
-    assert [line["custom_id"] for line in lines(outbox / "errors.jsonl")] == [None]
-    parts = dagster.folder.read_submission(submission_id).parts
-    assert [delivered(dagster, part)[0] for part in parts] == [outputs[:600], outputs[600:]]
-    runs = dagster.runs("answer_chunks", submission=submission_id)
-    assert {run.tags["batch"] for run in runs} == set(parts)
+    assert errors == [None]
+    runs = dagster.runs("answer_chunks", batch=batch_id)
+    ranges = [run.tags["dagster/asset_partition_range_start"][-5:] for run in runs]
+    assert sorted(ranges) == ["00000", "00060"], "600 requests are open at a time"
 
 
 def test_a_file_submitted_in_the_ui_is_answered_with_its_options(dagster, tmp_path):

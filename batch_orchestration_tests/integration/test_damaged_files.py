@@ -13,7 +13,6 @@ import pytest
 
 from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.lifecycle import FINAL
-from batch_orchestration.domain.submissions import submission_of
 from batch_orchestration.services.board import read_board
 from batch_orchestration.services.clock_watch import clock_path
 from batch_orchestration.services.closing import cancel
@@ -26,12 +25,11 @@ from batch_orchestration_tests.integration.deployment import Deployment
 
 #: Folders that all members share: without them there is no deployment.
 SHARED_FOLDERS = {
-    *("inbox", "rejected", "claims", "batches", "submissions", "journals", "outbox", "logs"),
+    *("inbox", "rejected", "claims", "batches", "journals", "outbox", "logs"),
     *("heartbeats", "surveys", "fences", "unfinished"),
 }
 #: The store has tests of its own: `recover` makes it anew.
 ELSEWHERE = {"duckdb"}
-PART = "whole-1a2b3c4d-p1of2"
 
 OF_A_BATCH: dict[str, Callable[[DataFolder, str], Path]] = {
     "plan_path": DataFolder.plan_path,
@@ -46,11 +44,6 @@ OF_A_BATCH: dict[str, Callable[[DataFolder, str], Path]] = {
 MARKS: dict[str, Callable[[DataFolder, str], Path]] = {
     "pruned_path": DataFolder.pruned_path,
     "outbox_path": DataFolder.outbox_path,
-}
-OF_SUBMISSIONS: dict[str, Callable[[DataFolder], Path]] = {
-    "submission_path": lambda folder: folder.submission_path("whole-1a2b3c4d"),
-    "submission_input_path": lambda folder: folder.submission_input_path("whole-1a2b3c4d"),
-    "waiting_part_path": lambda folder: folder.waiting_part_path(PART) / "plan.json",
 }
 OF_THE_DEPLOYMENT: dict[str, Callable[[DataFolder], Path]] = {
     "queue": lambda folder: folder.queue,
@@ -82,8 +75,6 @@ HARMLESS = {("journal_path", "truncated"), ("journal_path", "emptied")}
 NEEDED = {"plan_path", "journal_path"}
 #: Without them nothing of the batch can be decided.
 STOPPING = ("plan_path", "closing_path", "resumption_path")
-#: Of a submission without parts nobody reads anything.
-UNREAD = {"submission_path", "submission_input_path"}
 
 
 ROOMY = {"chunks_per_run": 1, "disk_reserve_bytes": 0, "max_unfinished_batches": 20}
@@ -169,7 +160,7 @@ def test_every_kind_of_path_that_the_data_folder_names_is_attacked():
         for name, member in vars(DataFolder).items()
         if isinstance(member, property) or name.endswith("_path")
     }
-    here = {*OF_A_BATCH, *MARKS, *OF_SUBMISSIONS, *OF_THE_DEPLOYMENT}
+    here = {*OF_A_BATCH, *MARKS, *OF_THE_DEPLOYMENT}
 
     assert named <= here | SHARED_FOLDERS | ELSEWHERE | FAILS_CLOSED
 
@@ -235,20 +226,16 @@ def test_a_batch_goes_on_by_itself_once_its_file_is_mended(deployment, kind, way
     assert deployment.folder.needs.read_bytes() == b"[]"
 
 
-@pytest.mark.parametrize("kinds", [{*OF_THE_DEPLOYMENT, "waiting_part_path"}, UNREAD])
-def test_damaged_files_of_the_deployment_stop_no_batch(deployment, kinds):
-    places = {**OF_THE_DEPLOYMENT, **OF_SUBMISSIONS}
-    paths = {kind: places[kind](deployment.folder) for kind in kinds}
+def test_damaged_files_of_the_deployment_stop_no_batch(deployment):
+    paths = {place(deployment.folder) for place in OF_THE_DEPLOYMENT.values()}
     for way in WAYS:
-        deployment.folder.mark_unfinished(submission_of(PART))
-        for path in paths.values():
+        for path in paths:
             damage(path, way)
-        harmful = {paths[kind] for kind in kinds if kind not in UNREAD}
-        assert named(deployment, paths.values()) >= harmful, way
+        assert named(deployment, paths) == paths, way
         for sensor in ("inbox_sensor", "dispatch_sensor", "recovery_sensor", "replay_sensor"):
             deployment.tick(sensor)
 
-    for path in paths.values():
+    for path in paths:
         damage(path, "a folder")
     batch_id = deployment.admit("a.jsonl", make_input(5))
 

@@ -390,7 +390,7 @@ def test_what_was_kept_but_not_applied_is_applied_by_whoever_comes_next(
 def test_the_original_lines_come_out_byte_for_byte(bench: LetterBench, tmp_path: Path) -> None:
     path = tmp_path / "again.jsonl"
 
-    written = as_input([bench.batch_id], Selection(), path, folder=bench.folder, store=bench.store)
+    written = as_input(bench.batch_id, Selection(), path, folder=bench.folder, store=bench.store)
 
     kept = make_input(25).splitlines(keepends=True)
     assert written.written == 3
@@ -402,7 +402,7 @@ def test_an_existing_file_is_left_as_it_is(bench: LetterBench, tmp_path: Path) -
     path.write_text("mine")
 
     with pytest.raises(DeadLetterError, match="exists"):
-        as_input([bench.batch_id], Selection(), path, folder=bench.folder, store=bench.store)
+        as_input(bench.batch_id, Selection(), path, folder=bench.folder, store=bench.store)
 
     assert path.read_text() == "mine"
 
@@ -448,9 +448,9 @@ def test_lines_that_never_were_requests_are_left_out_unless_asked_for(tmp_path: 
     bench = FaultyBench(tmp_path / "data")
     places = {"folder": bench.folder, "store": bench.store}
 
-    some = as_input([bench.batch_id], Selection(), tmp_path / "some.jsonl", **places)
+    some = as_input(bench.batch_id, Selection(), tmp_path / "some.jsonl", **places)
     everything = as_input(
-        [bench.batch_id], Selection(), tmp_path / "all.jsonl", include_faulty=True, **places
+        bench.batch_id, Selection(), tmp_path / "all.jsonl", include_faulty=True, **places
     )
 
     assert (some.written, [line.index for line in some.left_out]) == (3, [1])

@@ -20,7 +20,6 @@ from batch_orchestration.domain.errors import HousekeepingBusy, StoreLocked
 from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.domain.lifecycle import FINAL, RESUMABLE, Resumption
 from batch_orchestration.domain.output_lines import output_line_id
-from batch_orchestration.domain.submissions import Submission
 from batch_orchestration.services.configuration import house_parts
 from batch_orchestration.services.housekeeping import (
     House,
@@ -66,11 +65,10 @@ class History:
     ended_days_ago: float
     replaying: bool
     resumed: bool
-    part_of: str | None
 
     @property
     def busy(self) -> bool:
-        """Whether something may still happen to it, whatever its submission does."""
+        """Whether something may still happen to it."""
         goes_on = self.resumed and self.status in RESUMABLE
         return self.status not in FINAL or self.replaying or goes_on or self.ended_days_ago < 0.05
 
@@ -86,6 +84,7 @@ def record_of(batch_id: str, history: History, now: float) -> BatchRecord:
         completed=3,
         failed=0,
         chunks=1,
+        requests_per_chunk=10,
         chunks_committed=1,
         prompt_tokens=0,
         completion_tokens=0,
@@ -96,16 +95,10 @@ def record_of(batch_id: str, history: History, now: float) -> BatchRecord:
     )
 
 
-def build(folder: DataFolder, batch_id: str, history: History, parts: tuple[str, ...]) -> None:
+def build(folder: DataFolder, batch_id: str, history: History) -> None:
     """All that a batch may have on the disk, delivered whole."""
     plan = make_plan(make_input(3))
     plan = msgspec.structs.replace(plan, batch_id=batch_id)
-    if history.part_of is not None:
-        number, of = parts.index(batch_id) + 1, len(parts)
-        part = {"submission": history.part_of, "number": number, "of": of}
-        fields = msgspec.to_builtins(plan) | {"part": part}
-        plan = msgspec.convert(fields, type(plan))
-        folder.submission_input_path(history.part_of).write_bytes(b"input")
     folder.write_plan(plan)
     own, outbox = folder.plan_path(batch_id).parent, folder.outbox_path(batch_id)
     folder.input_path(batch_id).write_bytes(b"input")
@@ -131,14 +124,12 @@ def build(folder: DataFolder, batch_id: str, history: History, parts: tuple[str,
     (logs / f"run-of-{batch_id}.log").write_bytes(b"log")
 
 
-def files_of(folder: DataFolder, batch_id: str, history: History) -> dict[str, bytes]:
+def files_of(folder: DataFolder, batch_id: str) -> dict[str, bytes]:
     places = [
         *(folder.plan_path(batch_id).parent, folder.outbox_path(batch_id)),
         folder.journal_path(batch_id, 0).parent,
         folder.logs / "engines" / f"run-of-{batch_id}.log",
     ]
-    if history.part_of is not None:
-        places.append(folder.submission_path(history.part_of).parent)
     found = [path for place in places for path in (place, *place.rglob("*"))]
     files = [path for path in found if path.is_file() and path.suffix != ".lock"]
     return {str(path): path.read_bytes() for path in files}
@@ -150,73 +141,35 @@ histories = st.builds(
     ended_days_ago=st.sampled_from([0.01, 0.5, 2, 500]),
     replaying=st.sampled_from([False, False, True]),
     resumed=st.sampled_from([False, False, True]),
-    part_of=st.sampled_from([None, None, "s1", "s2"]),
 )
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(histories, min_size=1, max_size=7), st.sets(st.sampled_from(["s1", "s2"])))
-def test_of_a_batch_that_is_not_at_rest_no_byte_is_touched(
-    drawn: list[History], with_waiting_part: set[str]
-) -> None:
-    """Random histories: any status, replays that are open, resumptions undone, parts that wait."""
+@given(st.lists(histories, min_size=1, max_size=7))
+def test_of_a_batch_that_is_not_at_rest_no_byte_is_touched(drawn: list[History]) -> None:
+    """Random histories: any status, replays that are open, resumptions undone."""
     now = time.time() + 2 * DAY
     with TemporaryDirectory() as root:
         folder = DataFolder(Path(root) / "data")
         folder.create()
-        batches: dict[str, History] = {}
-        for number, history in enumerate(drawn):
-            whole = history.part_of
-            place = sum(other.part_of == whole for other in drawn[:number]) + 1
-            batches[f"{whole}-p{place}of9" if whole else f"b{number}"] = history
-        parts: dict[str, tuple[str, ...]] = {}
-        for whole in ("s1", "s2"):
-            parts[whole] = tuple(n for n, h in batches.items() if h.part_of == whole)
-            waiting = (f"{whole}-p9of9",) if whole in with_waiting_part else ()
-            write_submission(folder, whole, (*parts[whole], *waiting))
+        batches = {f"b{number}": history for number, history in enumerate(drawn)}
         for batch_id, history in batches.items():
-            build(folder, batch_id, history, parts.get(history.part_of or "", ()))
-        busy = {
-            batch_id
-            for batch_id, history in batches.items()
-            if history.busy
-            or history.part_of in with_waiting_part
-            or any(h.busy for h in batches.values() if h.part_of and h.part_of == history.part_of)
-        }
-        before = {batch_id: files_of(folder, batch_id, batches[batch_id]) for batch_id in busy}
+            build(folder, batch_id, history)
+        busy = {batch_id for batch_id, history in batches.items() if history.busy}
+        before = {batch_id: files_of(folder, batch_id) for batch_id in busy}
         store = ToldStore(folder, [record_of(n, h, now) for n, h in batches.items()])
 
         results = keep_house(house_parts(SETTINGS), House(folder, store, now=now), clock=time.time)
 
         assert [result.problem for result in results] == [None] * len(results)
         for batch_id in busy:
-            assert files_of(folder, batch_id, batches[batch_id]) == before[batch_id]
+            assert files_of(folder, batch_id) == before[batch_id]
         for batch_id in batches.keys() - busy:
-            whole = batches[batch_id].part_of
-            family = [h for h in batches.values() if whole and h.part_of == whole]
-            gone = all(h.ended_days_ago > 1 for h in [batches[batch_id], *family])
+            gone = batches[batch_id].ended_days_ago > 1
             completed = batches[batch_id].status is BatchStatus.COMPLETED
             assert folder.plan_path(batch_id).exists()
             assert (folder.outbox_path(batch_id) / "output.jsonl").exists()
             assert folder.journal_path(batch_id, 0).exists() is not (gone and completed)
-
-
-def write_submission(folder: DataFolder, name: str, parts: tuple[str, ...]) -> None:
-    submission = Submission(
-        submission_id=name,
-        identity=name,
-        file_name="big.jsonl",
-        sha256="",
-        size_bytes=1,
-        requests=3,
-        faulty=0,
-        parts=parts,
-        options=make_plan(make_input(1)).options,
-        created_at=NOW,
-    )
-    path = folder.submission_path(name)
-    path.parent.mkdir()
-    path.write_bytes(msgspec.json.encode(submission))
 
 
 @pytest.fixture
@@ -358,9 +311,9 @@ def test_two_do_not_clean_at_once(folder: DataFolder) -> None:
 def test_a_damaged_decision_leaves_its_batch_alone_and_the_others_are_cleaned(
     folder: DataFolder,
 ) -> None:
-    history = History(BatchStatus.COMPLETED, 3, replaying=False, resumed=False, part_of=None)
+    history = History(BatchStatus.COMPLETED, 3, replaying=False, resumed=False)
     for name in ("good", "damaged"):
-        build(folder, name, history, ())
+        build(folder, name, history)
     folder.resumption_path("damaged").write_text("{")
     now = time.time() + 2 * DAY
     store = ToldStore(folder, [record_of(name, history, now) for name in ("good", "damaged")])

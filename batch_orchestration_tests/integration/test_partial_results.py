@@ -29,7 +29,6 @@ from batch_orchestration_tests.builders import (
     make_body,
     make_completion,
     make_failure,
-    make_input,
     make_line,
     make_provenance,
     make_request,
@@ -37,7 +36,6 @@ from batch_orchestration_tests.builders import (
     make_settled_chunk,
 )
 from batch_orchestration_tests.command_line import CommandLine
-from batch_orchestration_tests.submission_bench import SubmissionBench
 from batch_orchestration_tests.workbench import Workbench
 
 
@@ -404,52 +402,3 @@ def test_a_store_of_an_earlier_schema_gets_the_view(bench):
 
     assert rows == [(10,)]
     assert plan.requests == 30
-
-
-# --- submissions ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def split(tmp_path, monkeypatch):
-    """A submission of three parts: one delivered, one answered in part, one waiting for room."""
-    made = SubmissionBench(tmp_path / "submissions")
-    monkeypatch.setenv("BATCH_DATA_DIR", str(made.folder.root))
-    submission = made.split("big.jsonl", make_input(60))
-    first, second = made.admit_parts(max_unfinished=2)
-    made.answer(first)
-    made.deliver(first.batch_id)
-    request = msgspec.structs.replace(make_request(index=12), line=38, custom_id="request-37")
-    with journal(made, second, 1) as begun:
-        begun.record_outcome(request, make_completion("early"), 1, NOW)
-    return made, submission
-
-
-def test_a_submission_gives_what_all_its_parts_have(split):
-    made, submission = split
-    command = CommandLine(made.folder)
-    words = ("results", submission.submission_id)
-
-    refused = command.run(*words, exit_code=1).stderr
-    lines = command.run(*words, "--partial")
-    table = command.run(*words, "--partial", "--format", "csv").stdout
-
-    assert "is completed, in_progress, validating: 26 of 60 (43.3 %)" in refused
-    assert lines.stderr.startswith("partial: 26 of 60 (43.3 %) requests of big-")
-    ids = [json.loads(line)["custom_id"] for line in lines.stdout.splitlines()]
-    assert ids == [f"request-{index}" for index in (*range(25), 37)]
-    rows = list(csv.DictReader(io.StringIO(table)))
-    assert [int(row["index"]) for row in rows] == [*range(25), 37]
-    assert rows[-1]["line"] == "38"
-
-
-def test_a_finished_submission_gives_the_lines_of_its_files(tmp_path, monkeypatch):
-    made = SubmissionBench(tmp_path / "submissions")
-    monkeypatch.setenv("BATCH_DATA_DIR", str(made.folder.root))
-    submission = made.split("big.jsonl", make_input(60))
-    made.finish(submission)
-
-    result = CommandLine(made.folder).run("results", submission.submission_id)
-
-    delivered = made.folder.outbox_path(submission.submission_id) / "output.jsonl"
-    assert result.stdout_bytes == delivered.read_bytes()
-    assert result.stderr == ""

@@ -107,23 +107,6 @@ def test_the_overview_is_a_table_that_is_not_written_at_each_tick(deploy):
     assert f"| 1 | {batch_id} | inbox | 0 |" in table
 
 
-def test_waiting_parts_are_admitted_by_the_room_that_there_is_in_file_order(deploy):
-    deployment = deploy(max_requests_per_batch=5, max_queued_requests=10)
-    deployment.drop("a.jsonl", make_input(18))
-    (request,) = deployment.requests("inbox_sensor")
-    assert deployment.run(request).success
-
-    for _ in range(2):
-        deployment.tick("dispatch_sensor")
-
-    records = deployment.store.batches()
-    assert sorted(record.batch_id[-6:] for record in records) == ["-p1of4", "-p2of4"]
-    assert sum(record.pending for record in records) == 10
-    waiting = [e for e in entries(deployment).values() if e.kind is EntryKind.PART]
-    assert [entry.id[-6:] for entry in waiting] == ["-p3of4", "-p4of4"]
-    assert {entry.reason for entry in waiting} == {WaitReason.REQUESTS_QUEUED}
-
-
 def test_a_damaged_queue_file_is_replaced(deploy):
     deployment = deploy()
     deployment.admit("a.jsonl", make_input(3))

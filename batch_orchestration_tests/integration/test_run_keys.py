@@ -148,3 +148,26 @@ def test_a_re_execution_holds_the_key_that_it_inherits(deployment: Deployment) -
 
     assert not is_skipped(deployment, again)
     assert free_run_key(deployment.instance, request.run_key or "") == again.run_key
+
+
+def test_every_run_about_a_batch_says_which_and_whose(deployment: Deployment) -> None:
+    def launch(job: str, op: str) -> dg.ExecuteInProcessResult:
+        config = {"ops": {op: {"config": {"batch": batch_id}}}}
+        return deployment.run(dg.RunRequest(job_name=job, run_config=config))
+
+    (deployment.folder.inbox / "alice").mkdir()
+    deployment.drop("alice/a.jsonl", make_line(0, body=make_body("question 0", max_tokens=-1)))
+    (admitting,) = deployment.requests("inbox_sensor")
+    results = [deployment.run(admitting)]
+    (batch_id,) = deployment.folder.batch_ids()
+    while requests := deployment.requests("dispatch_sensor"):
+        results += map(deployment.run, requests)
+
+    results.append(launch("cancel_batch", "cancel_one"))
+    by_hand = dg.RunRequest(job_name="deliver_batch", partition_key=batch_id, tags={})
+    results.append(deployment.run(by_hand))
+    results.append(launch("replay_failed_requests", "replay_dead_letters"))
+
+    runs = [deployment.instance.get_run_by_id(result.run_id) for result in results]
+    assert len(runs) == 6
+    assert {(run.tags["batch"], run.tags["source"]) for run in runs} == {(batch_id, "alice")}

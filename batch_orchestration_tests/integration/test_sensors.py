@@ -285,11 +285,11 @@ def test_a_default_installation_has_limits(deployment):
         queued_tokens=1_000_000_000,
         disk_reserve_bytes=2 * 2**30,
         output_bytes_ratio=3.0,
+        open_requests=50_000,
     )
     assert rules.rates == RateLimits(
         submissions=Rate(per_hour=60, burst=20), requests=Rate(per_hour=400_000, burst=200_000)
     )
-    assert rules.most_requests == 50_000
     assert admission_settings(settings).queue is not None
 
 

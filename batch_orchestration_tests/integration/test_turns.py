@@ -141,7 +141,7 @@ def test_a_still_more_urgent_batch_overtakes_a_guest(bench: TurnBench) -> None:
         ({"settings_hash": OTHER_ENGINE}, "it needs another engine"),
         ({"reason": WaitReason.GPU_UNHEALTHY}, "it has to wait"),
         ({"state": EntryState.WAITING}, "it is not admitted"),
-        ({"kind": EntryKind.PART}, "it is no batch yet"),
+        ({"kind": EntryKind.FILE}, "it is no batch yet"),
         ({"batch_id": "nobody-00000000"}, "there is no such batch"),
     ],
 )

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.domain.rates import RateLimits
-from batch_orchestration.domain.rates import SubmissionEvent as Event
-from batch_orchestration.services.parts import register_lost, waiting_parts
+from batch_orchestration.services.registration import register_lost
 from batch_orchestration.services.resuming import finish_resumptions, resume
 from batch_orchestration.services.submission_rates import read_rates
 from batch_orchestration.services.unfinished_work import (
@@ -20,20 +19,19 @@ from batch_orchestration.services.unfinished_work import (
 )
 from batch_orchestration.storage.operations import open_replays, replay_asked_since
 from batch_orchestration.storage.unfinished import marked
-from batch_orchestration_tests.builders import NOW, make_batch, make_input
+from batch_orchestration_tests.builders import NOW, make_batch
 from batch_orchestration_tests.closing_bench import ClosingBench
 from batch_orchestration_tests.letter_bench import LetterBench
-from batch_orchestration_tests.submission_bench import SubmissionBench
 from batch_orchestration_tests.workbench import Workbench
 
 DAY = 86_400.0
 
 
-def look(bench: Workbench | SubmissionBench, *, now: float) -> list[str]:
-    return keep_index(folder=bench.folder, store=bench.store, limits=RateLimits(), now=now)
+def look(bench: Workbench, *, now: float) -> list[str]:
+    return keep_index(folder=bench.folder, store=bench.store, now=now)
 
 
-def age_marks(bench: Workbench | SubmissionBench, *, seconds: float) -> None:
+def age_marks(bench: Workbench, *, seconds: float) -> None:
     for name in marked(bench.folder):
         path = bench.folder.unfinished / name
         at = path.stat().st_mtime - seconds
@@ -68,17 +66,10 @@ def replayed_batch(root: Path) -> tuple[Workbench, str, Callable[[], object]]:
     return bench, bench.batch_id, lambda: open_replays(bench.folder) == [(bench.batch_id, 1)]
 
 
-def submission_that_waits(root: Path) -> tuple[SubmissionBench, str, Callable[[], object]]:
-    """A file that was split, of which no part is admitted."""
-    bench = SubmissionBench(root)
-    submission = bench.split("people.jsonl", make_input(60))
-    return bench, submission.submission_id, lambda: len(waiting_parts(bench.folder)) == 3
+CASES = [unlisted_batch, resumed_batch, replayed_batch]
 
 
-CASES = [unlisted_batch, resumed_batch, replayed_batch, submission_that_waits]
-
-
-def act(bench: Workbench | SubmissionBench) -> None:
+def act(bench: Workbench) -> None:
     register_lost(bench.folder, bench.store, at=time.time())
     finish_resumptions(folder=bench.folder, store=bench.store)
 
@@ -150,8 +141,6 @@ def test_a_mark_stays_while_its_work_is_open_and_goes_when_it_is_done(case, tmp_
     act(bench)
     if isinstance(bench, LetterBench):
         bench.replay(1)
-    if isinstance(bench, SubmissionBench):
-        bench.admit_parts()
     age_marks(bench, seconds=MARK_SECONDS + 1)
     look(bench, now=time.time() + 400 * DAY)
     assert name not in marked(bench.folder)
@@ -213,12 +202,10 @@ def test_rates_remember_what_is_of_late_and_what_is_still_owed_alone(tmp_path):
     rates = read_rates(bench.folder, bench.store, limits=limits, now=NOW)
 
     assert sorted(event.requests for event in rates.events) == [10, 10 * 400_000 * 24]
-    assert all(limits.remember(event, now=NOW) for event in rates.events)
-    assert not limits.remember(Event("inbox", NOW - 2 * DAY, 20), now=NOW)
 
 
 def set_size(bench: Workbench, batch_id: str, at: float, requests: int) -> None:
-    with bench.store._writing() as db:
+    with bench.store.writing() as db:
         db.execute(
             "UPDATE batches SET requests = ?, created_at = to_timestamp(?) AT TIME ZONE 'UTC'"
             " WHERE batch_id = ?",

@@ -10,6 +10,7 @@ CREATE TABLE batches (
     requests BIGINT NOT NULL,
     faulty BIGINT NOT NULL,
     chunks INTEGER NOT NULL,
+    requests_per_chunk INTEGER NOT NULL, -- of each chunk but the last
     model VARCHAR NOT NULL,
     priority INTEGER NOT NULL,
     options VARCHAR NOT NULL,

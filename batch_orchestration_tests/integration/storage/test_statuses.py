@@ -122,7 +122,7 @@ def test_batches_from_before_there_were_events_get_those_that_are_known(tmp_path
             db.execute((migrations / name).read_text())
             db.execute("INSERT INTO schema_migrations VALUES (?, ?)", [number, name])
         db.execute(
-            "INSERT INTO batches SELECT 'b', 'i', 'f', 's', 1, 1, 0, 1, 'm', 0, '{}', '{}', 'h',"
+            "INSERT INTO batches SELECT 'b', 'i', 'f', 's', 1, 1, 0, 1, 1, 'm', 0, '{}', '{}', 'h',"
             " 'completed', make_timestamp(1000000), make_timestamp(2000000),"
             " make_timestamp(3000000), make_timestamp(4000000), NULL, NULL, NULL, NULL,"
             " 1, 1, 0, 1, 1"

@@ -1,5 +1,7 @@
 """Room: what fits beside what is queued, and the numbers that are said where it does not."""
 
+from dataclasses import replace
+
 import pytest
 
 from batch_orchestration.domain.queueing import WaitReason
@@ -98,9 +100,27 @@ def test_a_load_grows_by_what_is_let_in():
 
 
 def test_a_guess_is_high_but_not_above_what_a_batch_may_have():
-    guessed = demand(None, None, size_bytes=50_000).guessed(most_requests=100)
+    limits = replace(LIMITS, open_requests=100)
+
+    guessed = demand(None, None, size_bytes=50_000).guessed(limits)
 
     assert guessed.requests == 100
     assert guessed.tokens == rough_tokens(100, 50_000)
-    assert demand(None, None, 1000).guessed(most_requests=100).requests == 11
-    assert demand().guessed(most_requests=1) == demand()
+    assert demand(None, None, 1000).guessed(limits).requests == 11
+    assert demand().guessed(replace(limits, open_requests=1)) == demand()
+
+
+def test_a_batch_takes_room_for_its_window_only_but_the_disk_for_all_of_it():
+    """However long its file is: the requests beyond are not open yet, but their answers will be."""
+    limits = replace(LIMITS, open_requests=500)
+    large = demand(requests=4000, tokens=160_000, size_bytes=GIB)
+
+    load = EMPTY.plus(large, limits)
+
+    assert (load.requests, load.tokens, load.owed_bytes) == (500, 20_000, 2 * GIB)
+    assert find_obstacle(large, load, limits) is None
+    reason, detail = find_obstacle(large, load.plus(demand(), limits), limits)
+    assert reason is WaitReason.REQUESTS_QUEUED
+    assert "its first 500 requests and the 600 queued are more than the 1,000" in detail
+    # What is left of it takes what is left, once that is less than a window.
+    assert Load().plus(demand(requests=70, tokens=700), limits).requests == 70

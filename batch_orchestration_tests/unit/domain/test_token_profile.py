@@ -102,24 +102,6 @@ def test_prompts_are_only_counted_for_the_sample() -> None:
     assert len(asked) < 2500
 
 
-def test_a_part_has_its_share_and_its_own_sample() -> None:
-    profile = profile_of([make_request(i) for i in range(100)])
-
-    part = profile.part(40, 20)
-
-    assert part.requests == 20
-    assert [request.index for request in part.sample] == list(range(20))
-
-
-def test_a_part_borrows_the_sample_of_a_shape_that_it_has_none_of() -> None:
-    requests = [make_request(i, max_tokens=1 if i == 0 else 100) for i in range(1000)]
-
-    part = profile_of(requests).part(500, 500)
-
-    borrowed = [request for request in part.sample if request.shape.endswith("one token")]
-    assert [request.index for request in borrowed] == [-1]
-
-
 def test_texts_of_parts_and_of_lists_are_all_counted() -> None:
     content = [{"type": "text", "text": "abc"}, {"type": "image_url", "image_url": {}}]
     turns = [{"role": "user", "content": content}, {"role": "user"}, 3]

@@ -7,7 +7,9 @@ from batch_orchestration.domain.rates import Rate, RateLimits, SourceRates, Subm
 from batch_orchestration.domain.room import Demand, Limits, Load, Obstacle
 from batch_orchestration.domain.waiting import Rules, Standing, decide
 
-LIMITS = Limits(unfinished_batches=3, queued_requests=1000, queued_tokens=1_000_000)
+LIMITS = Limits(
+    unfinished_batches=3, queued_requests=1000, queued_tokens=1_000_000, open_requests=500
+)
 RATES = SourceRates(limits=RateLimits())
 NOW = 1000.0
 
@@ -30,13 +32,12 @@ def standing(
         demand=Demand(
             requests=requests, tokens=requests and 10 * requests, size_bytes=size_bytes
         ),
-        submitted=requests,
         **fields,
     )  # fmt: skip
 
 
 def decided(*queue: Standing, load: Load | None = None, rates: SourceRates = RATES, gate=None):
-    rules = Rules(limits=LIMITS, most_requests=500, gate=gate)
+    rules = Rules(limits=LIMITS, gate=gate)
     return decide(queue, load=load or Load(), rates=rates, rules=rules, now=NOW)
 
 
@@ -55,7 +56,7 @@ def test_as_many_are_admitted_as_there_is_room_for_and_the_rest_comes_after_the_
 
 def test_nobody_overtakes_a_head_that_waits_for_room():
     """Small ones would take the room of a large one for ever."""
-    decision = decided(standing("large", 800), standing("small", 1), load=Load(requests=300))
+    decision = decided(standing("large", 500), standing("small", 1), load=Load(requests=600))
 
     assert decision.admissible == ()
     assert reasons(decision) == ["requests_queued", "requests_queued"]
@@ -66,13 +67,12 @@ def test_a_gate_holds_up_all_that_is_not_running(reason):
     decision = decided(
         standing("running", kind=EntryKind.BATCH, state=EntryState.RUNNING),
         standing("admitted", kind=EntryKind.BATCH, state=EntryState.ADMITTED),
-        standing("part", kind=EntryKind.PART),
         standing("file"),
         gate=Obstacle(reason, "because"),
     )
 
     assert decision.admissible == ()
-    assert reasons(decision) == [None, reason, reason, reason]
+    assert reasons(decision) == [None, reason, reason]
 
 
 def test_who_is_still_being_written_holds_up_nobody():
@@ -87,13 +87,12 @@ def test_a_source_that_submitted_too_much_holds_up_only_itself():
     limits = RateLimits(submissions=Rate(per_hour=60, burst=2))
     decision = decided(
         standing("a", source="alice"),
-        standing("p", kind=EntryKind.PART, source="alice"),
         standing("b", source="bob"),
         rates=SourceRates(limits=limits, events=events),
     )
 
-    assert decision.admissible == ("p", "b")
-    assert reasons(decision) == ["submission_rate", None, None]
+    assert decision.admissible == ("b",)
+    assert reasons(decision) == ["submission_rate", None]
     assert "in 60 s" in decision.entries[0].detail
 
 
@@ -125,7 +124,9 @@ def test_behind_a_file_that_nobody_has_read_only_what_fits_in_any_case_goes_in()
 
 
 def test_what_is_being_read_counts_and_is_not_asked_for_again():
-    decision = decided(standing("a", None, claimed=True), standing("b", 600), load=Load(batches=1))
+    load = Load(batches=1, requests=100)
+
+    decision = decided(standing("a", None, claimed=True), standing("b", 500), load=load)
 
     assert decision.admissible == ()
     assert reasons(decision) == [None, "requests_queued"]
@@ -135,13 +136,12 @@ def test_what_is_being_read_counts_and_is_not_asked_for_again():
     ).entries[1].reason is WaitReason.QUEUE_FULL  # fmt: skip
 
 
-def test_a_file_that_will_be_split_is_rated_by_all_of_it_and_asks_room_for_its_first_part():
-    whole = standing("a", 500)
-    whole = Standing(**{**vars(whole), "submitted": 250_000})
+def test_a_long_file_is_rated_by_all_of_it_and_asks_room_for_its_window():
+    long = standing("a", 250_000)
     events = (SubmissionEvent("inbox", NOW, 1),)
 
-    waits = decided(whole, rates=SourceRates(limits=RateLimits(), events=events))
-    goes = decided(whole)
+    waits = decided(long, rates=SourceRates(limits=RateLimits(), events=events))
+    goes = decided(long, load=Load(requests=500))
 
     assert reasons(waits) == ["submission_rate"]
     assert goes.admissible == ("a",)

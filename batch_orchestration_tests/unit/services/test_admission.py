@@ -11,7 +11,6 @@ from batch_orchestration.domain.batches import BatchOptions, BatchStatus, LinePo
 from batch_orchestration.domain.errors import ClaimNotFound, FileStillChanging
 from batch_orchestration.domain.outcomes import Failure, FailureCode
 from batch_orchestration.domain.requests import UTF8_BOM
-from batch_orchestration.services import refusals
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.registration import ADMISSION_RUN_ID, register_unlisted
 from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted, Rejected
@@ -209,15 +208,6 @@ def test_a_file_that_may_not_be_read_is_rejected(bench, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)
 
     assert "it cannot be read: Permission denied" in bench.admit(claim).reason
-
-
-def test_a_file_with_too_many_chunks_is_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(refusals, "MAX_CHUNKS", 5)
-    bench = InboxBench(tmp_path, requests_per_chunk=1)
-
-    verdict = bench.admit_file("a.jsonl", make_input(6))
-
-    assert "raise BATCH_REQUESTS_PER_CHUNK" in verdict.reason
 
 
 def test_rejected_files_never_overwrite_each_other(bench):

@@ -6,7 +6,6 @@ import pytest
 
 from batch_orchestration.domain.batches import BatchOptions
 from batch_orchestration.domain.throughput import Costs, Throughput
-from batch_orchestration.services import chunk_sizing
 from batch_orchestration.services.chunk_sizing import choose_chunk_size, sample_lines
 from batch_orchestration.services.estimates import EstimateSettings, Knowledge
 from batch_orchestration.services.intake import Intake
@@ -23,6 +22,15 @@ def make_intake(**costs: float) -> Intake:
     return Intake(BatchOptions(), settings=EstimateSettings(), knowledge=knowledge, now=NOW)
 
 
+def choose(file: io.BytesIO, intake: Intake, *, rules: ReadingRules = RULES, **limits: int) -> int:
+    return choose_chunk_size(
+        file,
+        rules=rules,
+        intake=intake,
+        **{"configured": None, **limits},  # type: ignore[arg-type]
+    )
+
+
 @pytest.mark.parametrize(
     ("costs", "size"),
     [({}, 1000), ({"request": 0.1}, 600), ({"request": 10.0}, 50), ({"request": 1e-6}, 5000)],
@@ -30,7 +38,7 @@ def make_intake(**costs: float) -> Intake:
 def test_a_chunk_takes_a_minute_by_what_was_measured(costs: dict[str, float], size: int) -> None:
     file = io.BytesIO(make_input(300))
 
-    assert choose_chunk_size(file, rules=RULES, intake=make_intake(**costs)) == size
+    assert choose(file, make_intake(**costs)) == size
     assert file.tell() == 0
 
 
@@ -42,7 +50,7 @@ def test_a_file_that_is_sorted_by_length_is_sampled_all_over_and_by_requests() -
     intake = make_intake(prompt_token=1e-4)
 
     def size(content: bytes) -> int:
-        return choose_chunk_size(io.BytesIO(content), rules=rules, intake=intake)
+        return choose(io.BytesIO(content), intake, rules=rules)
 
     # About 2,000 tokens in each long prompt and 30 in each short one.
     assert size(make_input(500)) == 5000
@@ -50,19 +58,17 @@ def test_a_file_that_is_sorted_by_length_is_sampled_all_over_and_by_requests() -
     assert 560 <= size(make_input(500) + long) <= 620
 
 
-def test_a_batch_is_never_cut_into_thousands_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunk_sizing, "MOST_CHUNKS", 10)
-    file, intake = io.BytesIO(make_input(2000)), make_intake(request=10.0)
+@pytest.mark.parametrize("configured", [None, 1, 7, 1000])
+@pytest.mark.parametrize("costs", [{}, {"request": 10.0}])
+def test_a_batch_is_never_cut_into_thousands_of_chunks(
+    configured: int | None, costs: dict[str, float]
+) -> None:
+    """Whether its chunks are configured, derived or the default: they grow with the file."""
+    intake = make_intake(**costs)
 
-    assert choose_chunk_size(file, rules=RULES, intake=intake) == 200
+    size = choose(io.BytesIO(make_input(2000)), intake, configured=configured, most_chunks=10)  # type: ignore[arg-type]
 
-
-def test_what_cannot_be_read_ahead_gets_the_default() -> None:
-    class Pipe(io.BytesIO):
-        def seekable(self) -> bool:
-            return False
-
-    assert choose_chunk_size(Pipe(), rules=RULES, intake=make_intake(request=0.1)) == 1000
+    assert size == max(configured or (50 if costs else 1000), 200)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,7 @@ def test_what_cannot_be_read_ahead_gets_the_default() -> None:
         (b"", 0, 0),
         (b"\n\n\n", 0, 0),
         (b"not json", 1, 1),
-        (b"x" * 100_000 + b"\n" + make_input(3), 3, 3),
+        (b"x" * 100_000 + b"\n" + make_input(3), 4, 3),
         (make_input(3).rstrip(b"\n"), 3, 3),
         (make_input(399), 399, 399),
         (make_input(400), 400, 200),
@@ -101,6 +107,6 @@ def test_what_the_intake_learns_is_that_of_the_whole_file() -> None:
     """The sample is seen by another one, or its requests would count twice."""
     intake = make_intake(request=0.1)
     content = make_input(40)
-    choose_chunk_size(io.BytesIO(content), rules=RULES, intake=intake)
+    choose(io.BytesIO(content), intake)
 
     assert intake.profile().requests == 0

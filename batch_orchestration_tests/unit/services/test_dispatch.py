@@ -23,16 +23,17 @@ from batch_orchestration_tests.builders import NOW
 BATCH = "candidates-3f9a2c17"
 
 
-def make_record(batch_id=BATCH, *, chunks=5, committed=0, priority=0):
+def make_record(batch_id=BATCH, *, chunks=5, committed=0, priority=0, requests_per_chunk=1):
     return BatchRecord(
         batch_id=batch_id,
         file_name="candidates.jsonl",
         identity=batch_id,
         status=BatchStatus.IN_PROGRESS,
-        total=chunks,
+        total=chunks * requests_per_chunk,
         completed=committed,
         failed=0,
         chunks=chunks,
+        requests_per_chunk=requests_per_chunk,
         chunks_committed=committed,
         prompt_tokens=0,
         completion_tokens=0,
@@ -77,7 +78,14 @@ def make_run(chunks, state=RunState.FAILED, *, ended_at=NOW, **fields):
 def decide(runs=(), *, chunks=5, committed=(), commits_at=NOW, per_run=200, now=NOW):
     record = make_record(chunks=chunks, committed=len(committed))
     reports = make_reports(committed, at=commits_at)
-    return dispatch([record], runs, reports=lambda _: reports, chunks_per_run=per_run, now=now)
+    return dispatch(
+        [record],
+        runs,
+        reports=lambda _: reports,
+        chunks_per_run=per_run,
+        most_requests=1000,
+        now=now,
+    )
 
 
 def ranges(verdict):
@@ -88,6 +96,60 @@ def ranges(verdict):
 
 def test_a_new_batch_is_cut_into_runs():
     assert ranges(decide(chunks=3, per_run=2)) == [(0, 2), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("committed", "asked"),
+    [
+        ((), [(0, 4)]),
+        ((0, 1, 3), [(2, 3)]),
+        (range(4), [(4, 8)]),
+        # Somebody has run a later one by hand; what is before it comes first all the same.
+        ((0, 1, 2, 3, 9), [(4, 8)]),
+        (range(8), [(8, 10)]),
+        (range(10), [None]),
+    ],
+)
+def test_a_long_batch_is_asked_for_window_by_window_in_file_order(committed, asked):
+    """Of 10 chunks of 25 requests, 100 requests may be open at a time."""
+    record = make_record(chunks=10, requests_per_chunk=25)
+    reports = make_reports(committed)
+
+    def decided(runs, **limits):
+        limits = {"chunks_per_run": 200, "most_requests": 100, **limits}
+        return dispatch([record], runs, reports=lambda _: reports, now=NOW, **limits)
+
+    assert ranges(decided([])) == asked
+    if asked != [None]:
+        running = make_run(asked[0], RunState.LIVE)
+        assert ranges(decided([running])) == [], "the next one begins when this one has ended"
+        assert (
+            ranges(decided([], chunks_per_run=1))
+            == [(number, number + 1) for number in range(*asked[0])][:MAX_QUEUED_RUNS]
+        )
+    one_by_one = next((n for n in range(10) if n not in committed), None)
+    least = [None] if one_by_one is None else [(one_by_one, one_by_one + 1)]
+    assert ranges(decided([], most_requests=3)) == least, "at least one chunk is open"
+
+
+def test_between_two_windows_whoever_is_more_urgent_goes_first():
+    """A run that ends leaves nothing queued of its batch that would go before the newcomer."""
+    long, urgent = make_record(chunks=10), make_record("urgent-00000001", chunks=2, priority=9)
+
+    verdict = dispatch(
+        [urgent, long],
+        [make_run((0, 4), RunState.SUCCEEDED)],
+        reports=lambda batch_id: make_reports(range(4)) if batch_id == BATCH else {},
+        chunks_per_run=200,
+        most_requests=4,
+        now=NOW,
+    )
+
+    assert [(run.batch.batch_id, run.priority) for run in verdict.needed] == [
+        ("urgent-00000001", 9),
+        (BATCH, 0),
+    ]
+    assert ranges(verdict) == [(0, 2), (4, 8)]
 
 
 def test_no_more_runs_wait_for_the_engine_than_are_useful():
@@ -109,6 +171,7 @@ def test_an_urgent_batch_gets_its_run_however_many_others_are_queued():
         queued,
         reports=lambda _: {},
         chunks_per_run=1,
+        most_requests=1000,
         now=NOW,
         priorities={"urgent-00000001": 11},
     )
@@ -134,6 +197,7 @@ def test_outputs_do_not_wait_behind_runs_that_wait_for_the_engine():
         queued,
         reports=lambda batch_id: {} if batch_id == BATCH else done,
         chunks_per_run=1,
+        most_requests=1000,
         now=NOW,
     )
 
@@ -239,7 +303,9 @@ def test_a_stopped_run_that_was_executed_again_no_longer_counts():
 def test_batches_come_in_the_order_given():
     records = [make_record("b-00000001"), make_record("a-00000002")]
 
-    verdict = dispatch(records, [], reports=lambda _: {}, chunks_per_run=200, now=NOW)
+    verdict = dispatch(
+        records, [], reports=lambda _: {}, chunks_per_run=200, most_requests=1000, now=NOW
+    )
 
     assert [needed.batch.batch_id for needed in verdict.needed] == ["b-00000001", "a-00000002"]
 

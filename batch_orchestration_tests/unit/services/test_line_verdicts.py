@@ -75,7 +75,9 @@ def test_no_line_stops_a_step_and_all_steps_agree(tmp_path: Path, line: bytes) -
     report = validate(path, settings=admission)
     reading = admission.reading(BatchOptions(), make_intake())
     read = list(reading.read(io.BytesIO(content)))
-    choose_chunk_size(io.BytesIO(content), rules=RULES, intake=make_intake(request=0.1))
+    choose_chunk_size(
+        io.BytesIO(content), configured=None, rules=RULES, intake=make_intake(request=0.1)
+    )
 
     assert (report.refusal, report.requests) == (None, len(read))
     assert list(report.faults) == [parsed.lean() for parsed in read if isinstance(parsed, Fault)]
@@ -119,7 +121,8 @@ def test_what_the_examination_of_a_line_stumbles_over_is_that_lines_fault(
     assert f"the request cannot be examined: {type(error).__name__}" in entry.outcome.message
     # Nor does the choice of the chunk's size stumble.
     file = io.BytesIO(b"".join(map(make_line, range(5))))
-    assert choose_chunk_size(file, rules=RULES, intake=make_intake(request=0.1)) == 600
+    intake = make_intake(request=0.1)
+    assert choose_chunk_size(file, configured=None, rules=RULES, intake=intake) == 600
 
 
 @pytest.mark.parametrize("trouble", [OSError("disk"), MemoryError()])

@@ -27,6 +27,7 @@ def make_record(plan):
         completed=0,
         failed=0,
         chunks=len(plan.chunks),
+        requests_per_chunk=10,
         chunks_committed=len(plan.chunks),
         prompt_tokens=0,
         completion_tokens=0,

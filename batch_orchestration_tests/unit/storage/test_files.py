@@ -1,11 +1,8 @@
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from batch_orchestration.domain.batches import Part
 from batch_orchestration.domain.errors import BatchNotFound, DiskFull, StorageError
-from batch_orchestration.domain.submissions import part_id, submission_of
 from batch_orchestration.storage.files import DataFolder, atomic_writer, write_atomically
 from batch_orchestration_tests.builders import make_input, make_plan
 
@@ -107,24 +104,3 @@ def test_a_full_disk_met_by_the_body_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(DiskFull):
         fill()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_part_reads_the_input_of_its_submission_and_every_other_batch_its_own(
-    tmp_path: Path,
-) -> None:
-    folder = DataFolder(tmp_path)
-    plan = make_plan(make_input(3))
-    part = msgspec.structs.replace(plan, part=Part(submission="whole-1234abcd", number=2, of=4))
-
-    assert folder.input_path_of(plan) == folder.batches / plan.batch_id / "input.jsonl"
-    assert folder.input_path_of(part) == folder.submissions / "whole-1234abcd" / "input.jsonl"
-
-
-def test_the_id_of_a_part_tells_its_submission(tmp_path: Path) -> None:
-    name = part_id("people-1234abcd", 2, 4)
-
-    assert name == "people-1234abcd-p2of4"
-    assert submission_of(name) == "people-1234abcd"
-    assert submission_of("people-1234abcd") is None
-    waiting = DataFolder(tmp_path).waiting_part_path(name)
-    assert waiting == tmp_path / "submissions" / "people-1234abcd" / "parts" / name
