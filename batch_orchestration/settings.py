@@ -17,15 +17,15 @@ from dotenv import dotenv_values
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from batch_orchestration.domain.batches import (
+from batch_orchestration.core.batches import (
     MAX_FILE_BYTES,
     MAX_LINE_BYTES,
     MAX_PRIORITY,
     MAX_REQUESTS_PER_BATCH,
+    REJECTED,
     LinePolicy,
     OnOversize,
 )
-from batch_orchestration.domain.sources import REJECTED
 
 PREFIX = "BATCH_"
 ENV_FILE = ".env"

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.domain.health import Finding, HealthReport, Level
 from batch_orchestration.services.alert_channels import alert_channels
 from batch_orchestration.services.alerting import run_alert_cycle

@@ -7,12 +7,11 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchOptions, BatchPlan, batch_id, identity
-from batch_orchestration.domain.chunks import Chunk
-from batch_orchestration.domain.commits import Attempt, Provenance, SettledRequest
-from batch_orchestration.domain.foreign_json import decode
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome, Usage
-from batch_orchestration.domain.requests import Request
+from batch_orchestration.core.batches import BatchOptions, BatchPlan, Chunk, batch_id, identity
+from batch_orchestration.core.foreign_json import decode
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome, Usage
+from batch_orchestration.core.requests import Request
+from batch_orchestration.core.results import Attempt, Provenance, SettledRequest
 from batch_orchestration.services.clock_watch import read_clocks
 from batch_orchestration.storage.files import DataFolder, new_digest, read_lines
 

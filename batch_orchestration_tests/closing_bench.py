@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.lifecycle import Closing, Resumption
-from batch_orchestration.domain.outcomes import Outcome
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.lifecycle import Closing, Resumption
+from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.services.chunk_runner import CommittedChunk

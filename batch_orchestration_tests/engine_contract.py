@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.base import Engine
 
 CHAT = "/v1/chat/completions"

@@ -12,7 +12,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from batch_orchestration.services import crash_points
+from batch_orchestration.core import crash_points
 
 ROOT = Path(__file__).parents[1]
 

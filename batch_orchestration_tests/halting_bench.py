@@ -5,9 +5,9 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.failure_rate import Halt
-from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.lifecycle import Halt
+from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.chunk_runner import CommittedChunk
 from batch_orchestration.services.dispatch import Dispatch, KnownRun, dispatch

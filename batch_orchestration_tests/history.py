@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import make_input, make_plan

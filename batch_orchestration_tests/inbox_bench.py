@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.services.admission import AdmissionSettings, admit
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.inbox import Inbox

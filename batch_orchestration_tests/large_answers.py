@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.outcomes import Outcome
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.storage import replay, rows
 from batch_orchestration.storage.journal import Journal
 from batch_orchestration_tests.builders import (

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.dead_letters import Selection
-from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.services.chunk_pass import ChunkRef

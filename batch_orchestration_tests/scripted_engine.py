@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.core.errors import EngineDied, EngineStartFailed
+from batch_orchestration.core.outcomes import Completion, Outcome, Usage
 from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
-from batch_orchestration.domain.outcomes import Completion, Outcome, Usage
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.base import EngineIdentity
 

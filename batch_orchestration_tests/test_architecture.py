@@ -26,7 +26,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 #: Besides `settings.py`, and why.
 READ_THE_ENVIRONMENT = {
     "batch_orchestration/settings.py": "the deployment's settings",
-    "batch_orchestration/services/crash_points.py": "for tests only, and no setting on purpose",
+    "batch_orchestration/core/crash_points.py": "for tests only, and no setting on purpose",
     "batch_orchestration/engines/child_environment.py": "passes on what an engine needs of it",
     "batch_orchestration/engines/vllm_flags.py": "adds to a variable of vLLM's",
     "batch_orchestration/engines/parent_guard.py": "runs within the engine's processes",

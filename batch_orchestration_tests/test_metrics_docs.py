@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from batch_orchestration.domain.store_figures import LATENCY_BOUNDS
+from batch_orchestration.core.results import LATENCY_BOUNDS
 from batch_orchestration.services.metric_names import BY_NAME, METRICS, PREFIX, MetricName
 from batch_orchestration.services.metrics import FRESH_SECONDS, MOST_NAMED, PARTS
 from batch_orchestration_tests.test_docs import table

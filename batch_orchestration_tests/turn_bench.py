@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.domain.ordering import whole_points
-from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, QueueView
 from batch_orchestration.storage.files import write_atomically
 from batch_orchestration_tests.builders import NOW, make_body, make_line, make_plan

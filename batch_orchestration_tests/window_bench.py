@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks

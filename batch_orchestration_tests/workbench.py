@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.chunk_runner import CommittedChunk, Feeding, run_chunks

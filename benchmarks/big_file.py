@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batch_orchestration.domain.batches import MAX_REQUESTS_PER_BATCH
+from batch_orchestration.core.batches import MAX_REQUESTS_PER_BATCH
 from batch_orchestration_tests.builders import make_line
 from batch_orchestration_tests.inbox_bench import InboxBench, make_admission_settings
 from batch_orchestration_tests.integration.dagster_processes import DagsterProcesses, dagster_dev

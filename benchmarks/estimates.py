@@ -19,7 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchOptions
+from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.core.text import seconds_band, tokens_band
 from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.domain.scores import Score, calibration
@@ -37,7 +38,6 @@ from batch_orchestration.services.engine_facts import remember_engine
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted
-from batch_orchestration.services.wording import seconds_band, tokens_band
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.files import DataFolder

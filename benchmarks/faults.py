@@ -21,7 +21,7 @@ from math import ceil, log2
 from pathlib import Path
 from typing import NamedTuple
 
-from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.fault.mixed_batches import (
     assert_accounted,

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.services.closing import cancel

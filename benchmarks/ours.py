@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from batch_orchestration.domain.batches import MAX_LINE_BYTES
-from batch_orchestration.domain.overrides import ANY_MODEL
+from batch_orchestration.core.batches import MAX_LINE_BYTES
+from batch_orchestration.core.requests import ANY_MODEL
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.services.admission import AdmissionSettings, admit

@@ -155,9 +155,7 @@ def _keywords() -> dict[str, Any]:
 def run_batch(options: argparse.Namespace) -> float:
     """Answer the file with vLLM's own batch runner."""
     from vllm.entrypoints.launchers import run_batch as launcher
-    from vllm.entrypoints.launchers.api_server.entry import (
-        build_async_engine_client,
-    )
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     output = options.file.with_name(f"run-batch-{os.getpid()}.jsonl")

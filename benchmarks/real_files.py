@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ours import MAX_LINE_BYTES, feeding
 
-from batch_orchestration.domain.batches import BatchOptions
+from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.services.admission import AdmissionSettings, admit
 from batch_orchestration.services.assembly import AssemblyReport, assemble

@@ -25,11 +25,11 @@ from rich.text import Text
 from batch_orchestration.cli.context import Context, open_context
 from batch_orchestration.cli.submitting import Submission, content_identity, send
 from batch_orchestration.cli.watching import follow_shown
-from batch_orchestration.domain.batches import BatchOptions, BatchStatus
-from batch_orchestration.domain.commits import SIMULATED
-from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.core.batches import BatchOptions, BatchStatus
+from batch_orchestration.core.errors import BatchOrchestrationError
+from batch_orchestration.core.results import SIMULATED
+from batch_orchestration.core.text import duration
 from batch_orchestration.services.status import BatchView, find_identity, view_batch
-from batch_orchestration.services.wording import duration
 
 EXAMPLE = REPOSITORY / "examples" / "candidates.jsonl"
 ANSWERS_SHOWN = 3

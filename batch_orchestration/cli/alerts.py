@@ -5,20 +5,15 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from batch_orchestration.cli.context import (
-    Context,
-    json_option,
-    open_context,
-    print_json,
-)
+from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.visible import say
+from batch_orchestration.core.errors import BatchOrchestrationError
+from batch_orchestration.core.text import duration
 from batch_orchestration.domain.alert_book import AlertState
-from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.health import Finding
 from batch_orchestration.services.alert_channels import alert_channels
 from batch_orchestration.services.alert_watchdog import LOOK_SECONDS, Watchdog
 from batch_orchestration.services.alerting import send_test
-from batch_orchestration.services.wording import duration
 from batch_orchestration.storage.alert_files import read_alert_state
 
 _SET_ONE = (

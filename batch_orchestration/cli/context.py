@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from batch_orchestration.cli.visible import VisibleConsole, escaped, visible
-from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.settings import PREFIX, Settings, load_settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store

@@ -11,15 +11,15 @@ import msgspec
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.cli.visible import say
-from batch_orchestration.domain import foreign_json
-from batch_orchestration.domain.dead_letters import (
+from batch_orchestration.core import foreign_json
+from batch_orchestration.core.dead_letters import (
     UNRESOLVED,
     DeadLetter,
     DeadLetterState,
     Replay,
     Selection,
 )
-from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.services import dead_letters
 from batch_orchestration.services.configuration import admission_settings
 from batch_orchestration.storage.operations import open_replays

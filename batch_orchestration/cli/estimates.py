@@ -8,9 +8,9 @@ from rich.text import Text
 
 from batch_orchestration.cli.context import json_option, open_context, print_json
 from batch_orchestration.cli.visible import say
+from batch_orchestration.core.text import duration, seconds_band, tokens_band
 from batch_orchestration.domain.scores import Calibration, Score, calibration
 from batch_orchestration.services.scoring import LAST_BATCHES
-from batch_orchestration.services.wording import duration, seconds_band, tokens_band
 from batch_orchestration.storage.estimates import EstimateTables
 
 

@@ -4,13 +4,7 @@ import click
 import msgspec
 from rich.table import Table
 
-from batch_orchestration.cli.context import (
-    Context,
-    json_option,
-    open_context,
-    person,
-    print_json,
-)
+from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.cli.visible import say
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.services.gpu_health import GpuVerdict, examine

@@ -11,7 +11,7 @@ import click
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.visible import escaped, say
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.domain.flat_outcomes import flat_outcome
 from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.services.partial_results import (

@@ -12,15 +12,15 @@ from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.visible import say
 from batch_orchestration.cli.watching import finish, follow_shown
-from batch_orchestration.domain.batches import BatchOptions, batch_id, identity
-from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.core.batches import BatchOptions, batch_id, identity
+from batch_orchestration.core.errors import FileRefused
+from batch_orchestration.core.text import estimate_rows
 from batch_orchestration.services import submission, validation
 from batch_orchestration.services.batch_files import open_batch_file
 from batch_orchestration.services.board import rejections
 from batch_orchestration.services.configuration import admission_settings
 from batch_orchestration.services.sidecars import named_problem, own_sidecar, read_options
 from batch_orchestration.services.status import find_identity
-from batch_orchestration.services.wording import estimate_rows
 from batch_orchestration.storage.estimates import EstimateTables
 
 #: A running sensor takes a settled file within a few ticks of five seconds, started ones apart.

@@ -9,17 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_orchestration.cli.watching import describe, eta, figures, halt_lines, waiting
-from batch_orchestration.domain.commits import SIMULATED
-from batch_orchestration.domain.dead_letters import DeadLetter
+from batch_orchestration.core.dead_letters import DeadLetter
+from batch_orchestration.core.lifecycle import BatchEvent
+from batch_orchestration.core.outcomes import Failure
+from batch_orchestration.core.results import SIMULATED
+from batch_orchestration.core.text import duration, estimate_rows
 from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.lifecycle import BatchEvent
-from batch_orchestration.domain.outcomes import Failure
 from batch_orchestration.domain.queueing import QueueView
 from batch_orchestration.services.board import Board
 from batch_orchestration.services.queue_table import COLUMNS, pause_line, queue_rows
 from batch_orchestration.services.status import BatchView
 from batch_orchestration.services.validation import ValidationReport
-from batch_orchestration.services.wording import duration, estimate_rows
 from batch_orchestration.settings import SettingInForce
 
 MESSAGE_LENGTH = 300

@@ -9,6 +9,18 @@ import dagster as dg
 from pydantic import Field
 
 from batch_orchestration import __version__
+from batch_orchestration.core.batches import BatchPlan, parse_chunk_key, settings_hash
+from batch_orchestration.core.crash_points import CrashPoint, crash_point
+from batch_orchestration.core.errors import (
+    BatchNotFound,
+    EngineError,
+    EngineKeepsDying,
+    EngineRefusesUs,
+    GpuUnhealthy,
+    PlanMismatch,
+    StorageError,
+)
+from batch_orchestration.core.members import Faults
 from batch_orchestration.defs.events import (
     MANIFEST_KEY,
     Metadata,
@@ -37,21 +49,8 @@ from batch_orchestration.defs.runs import (
     retry_step,
     wait_for_the_gate,
 )
-from batch_orchestration.domain.batches import BatchPlan, settings_hash
-from batch_orchestration.domain.chunks import parse_chunk_key
-from batch_orchestration.domain.errors import (
-    BatchNotFound,
-    EngineError,
-    EngineKeepsDying,
-    EngineRefusesUs,
-    GpuUnhealthy,
-    PlanMismatch,
-    StorageError,
-)
-from batch_orchestration.domain.members import Faults
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
-from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.halting import halt_in_force, what_helps
 from batch_orchestration.services.heart import say_at_work

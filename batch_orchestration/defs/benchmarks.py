@@ -6,13 +6,9 @@ import time
 import dagster as dg
 from pydantic import Field
 
-from batch_orchestration.defs.resources import (
-    GpuResource,
-    SettingsResource,
-    open_store,
-)
-from batch_orchestration.domain.commits import SIMULATED
-from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.core.errors import BatchOrchestrationError
+from batch_orchestration.core.results import SIMULATED
+from batch_orchestration.defs.resources import GpuResource, SettingsResource, open_store
 from batch_orchestration.services.benchmarking import CalibrationReport, calibrate
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine

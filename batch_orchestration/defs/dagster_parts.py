@@ -14,6 +14,8 @@ import dagster as dg
 from dagster._core.storage.event_log import SqliteEventLogStorage
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 
+from batch_orchestration.core.batches import parse_chunk_key
+from batch_orchestration.core.errors import BatchNotFound
 from batch_orchestration.defs.partitions import (
     BATCH_TAG,
     PARTITION_TAG,
@@ -23,8 +25,6 @@ from batch_orchestration.defs.partitions import (
 )
 from batch_orchestration.defs.runs import ENDED_STATUSES, LIVE_STATUSES
 from batch_orchestration.defs.sensors import CLAIM_TAG
-from batch_orchestration.domain.chunks import parse_chunk_key
-from batch_orchestration.domain.errors import BatchNotFound
 from batch_orchestration.domain.housekeeping import Removal, batches_to_retire
 from batch_orchestration.services.configuration import SECONDS_PER_DAY
 from batch_orchestration.services.housekeeping import House, Part

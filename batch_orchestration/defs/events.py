@@ -5,18 +5,16 @@ from pathlib import Path
 
 import dagster as dg
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.chunks import chunk_key
-from batch_orchestration.domain.commits import ChunkReport
+from batch_orchestration.core.batches import BatchPlan, chunk_key
+from batch_orchestration.core.lifecycle import Closing, Halt
+from batch_orchestration.core.results import ChunkReport
+from batch_orchestration.core.text import estimate_rows, window_warning
 from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.kept import Kept
-from batch_orchestration.domain.lifecycle import Closing
 from batch_orchestration.services.assembly import AssemblyReport
 from batch_orchestration.services.chunk_runner import CommittedChunk
 from batch_orchestration.services.halting import what_helps
 from batch_orchestration.services.partial_output import PartialReport
-from batch_orchestration.services.wording import estimate_rows, window_warning
 
 Metadata = dict[str, dg.MetadataValue | str | int | float | bool]
 

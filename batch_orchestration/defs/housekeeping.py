@@ -16,9 +16,9 @@ import msgspec
 from dagster._core.instance.config import is_dagster_home_set
 from pydantic import Field
 
+from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.defs.dagster_parts import chunk_partitions, dagster_parts
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
-from batch_orchestration.domain.errors import BatchOrchestrationError
 from batch_orchestration.domain.housekeeping import PartResult
 from batch_orchestration.services.clock_watch import DELETION_SECONDS, clock_doubt
 from batch_orchestration.services.configuration import house_parts

@@ -6,12 +6,12 @@ import dagster as dg
 import msgspec
 from pydantic import Field
 
+from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.core.errors import BatchOrchestrationError, FileStillChanging
 from batch_orchestration.defs.assets import batch_output, chunk_results
 from batch_orchestration.defs.events import manifest_materialization
 from batch_orchestration.defs.partitions import add_partitions, name_tags
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
-from batch_orchestration.domain.batches import BatchOptions
-from batch_orchestration.domain.errors import BatchOrchestrationError, FileStillChanging
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.configuration import admission_settings, open_inbox
 from batch_orchestration.services.estimates import read_estimate

@@ -7,13 +7,13 @@ from dataclasses import replace
 import dagster as dg
 from pydantic import Field
 
+from batch_orchestration.core.errors import BatchOrchestrationError
+from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.members import Faults
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.defs.events import closed_chunk_materialization
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import tags_about
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import BatchOrchestrationError
-from batch_orchestration.domain.lifecycle import Closing
-from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.close_out import close_out
 from batch_orchestration.services.closing import cancel, close_due, closing_in_force
 from batch_orchestration.services.dispatch import KnownRun, RunState

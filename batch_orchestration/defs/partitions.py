@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.chunks import chunk_key, parse_chunk_key
-from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.core.batches import BatchPlan, chunk_key, parse_chunk_key
+from batch_orchestration.core.results import BatchRecord
 
 batches = dg.DynamicPartitionsDefinition(name="batches")
 chunks = dg.DynamicPartitionsDefinition(name="chunks")

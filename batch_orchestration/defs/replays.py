@@ -7,6 +7,20 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.core.errors import (
+    BatchNotFound,
+    DeadLetterError,
+    EngineError,
+    EngineKeepsDying,
+    EngineRefusesUs,
+    GpuUnhealthy,
+    PlanMismatch,
+    StorageError,
+)
+from batch_orchestration.core.members import Faults
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.requests import ANY_MODEL
 from batch_orchestration.defs.assets import batch_output
 from batch_orchestration.defs.checks import check_again
 from batch_orchestration.defs.events import output_metadata
@@ -27,20 +41,6 @@ from batch_orchestration.defs.runs import (
     tags_about,
     wait_for_the_gate,
 )
-from batch_orchestration.domain.dead_letters import Selection
-from batch_orchestration.domain.errors import (
-    BatchNotFound,
-    DeadLetterError,
-    EngineError,
-    EngineKeepsDying,
-    EngineRefusesUs,
-    GpuUnhealthy,
-    PlanMismatch,
-    StorageError,
-)
-from batch_orchestration.domain.members import Faults
-from batch_orchestration.domain.outcomes import FailureCode
-from batch_orchestration.domain.overrides import ANY_MODEL
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.dispatch import MAX_FAILURES, RunState, backoff_left

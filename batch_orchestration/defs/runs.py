@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
 
+from batch_orchestration.core.errors import BatchOrchestrationError, EngineRefusesUs
 from batch_orchestration.defs.partitions import (
     BATCH_TAG,
     PARTITION_TAG,
@@ -14,7 +15,6 @@ from batch_orchestration.defs.partitions import (
     chunks_by_batch,
     name_tags,
 )
-from batch_orchestration.domain.errors import BatchOrchestrationError, EngineRefusesUs
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.services.dispatch import KnownRun, RunState
 from batch_orchestration.services.refused_engine import describe, note_refusal

@@ -7,6 +7,9 @@ from functools import partial
 
 import dagster as dg
 
+from batch_orchestration.core.errors import StorageError, StoreDamaged, StoreLocked
+from batch_orchestration.core.members import Faults, MemberFault
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.defs.events import manifest_materialization
 from batch_orchestration.defs.jobs import (
     AdmitConfig,
@@ -25,9 +28,6 @@ from batch_orchestration.defs.partitions import (
 from batch_orchestration.defs.queue import report_queue
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import LIVE_STATUSES, free_run_key, known_runs, run_state
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import StorageError, StoreDamaged, StoreLocked
-from batch_orchestration.domain.members import Faults, MemberFault
 from batch_orchestration.domain.queueing import NeedsPerson, QueueView, WaitReason
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt

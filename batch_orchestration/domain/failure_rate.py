@@ -5,13 +5,11 @@ then over the latest `LATEST_OUTCOMES`. Attempts that another one follows are no
 admission refused never was a request.
 """
 
-import re
 from collections import Counter, deque
 from collections.abc import Iterable
 
-import msgspec
-
-from batch_orchestration.domain.outcomes import Failure
+from batch_orchestration.core.lifecycle import FailedRequest, Halt
+from batch_orchestration.core.outcomes import Failure
 
 #: Nothing is judged before: a batch with fewer requests never pauses.
 FIRST_OUTCOMES = 20
@@ -20,65 +18,6 @@ LATEST_OUTCOMES = 100
 EXAMPLES = 3
 #: What an engine says may be a page.
 _MESSAGE_LENGTH = 300
-_NUMBER = re.compile(r"\d+")
-
-
-class FailedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that failed.
-
-    Attributes:
-        index: Within the batch.
-        custom_id: None where its line did not give one.
-    """
-
-    index: int
-    custom_id: str | None = None
-    code: str
-    message: str
-
-    @property
-    def kind(self) -> tuple[str, str]:
-        """Equal for requests that fail for one reason: numbers in the message do not count."""
-        return self.code, _NUMBER.sub("#", self.message)
-
-
-class Halt(msgspec.Struct, frozen=True, kw_only=True):
-    """The decision to pause a batch, because too many of its requests fail.
-
-    Attributes:
-        at: POSIX seconds.
-        actor: Run that decided.
-        failed: Of the `judged` latest outcomes.
-        alike: How many of these failed for the commonest reason.
-        examples: Of that reason, the first of which words it.
-        damaged: Why the decision cannot be read; it stands all the same.
-    """
-
-    at: float
-    actor: str
-    failed: int
-    judged: int
-    max_failure_rate: float
-    alike: int
-    examples: tuple[FailedRequest, ...]
-    damaged: str | None = None
-
-    @property
-    def reason(self) -> str:
-        """What happened, as a sentence with the commonest reason."""
-        if self.damaged is not None:
-            return self.damaged
-        counted = (
-            f"{self.failed} of its latest {self.judged} requests failed, more than"
-            f" {self.max_failure_rate:.0%} (max_failure_rate)"
-        )
-        if not self.examples:
-            return counted
-        first = self.examples[0]
-        return f"{counted}; {self.alike} of them as {first.code}: {first.message}"
-
-    def __str__(self) -> str:
-        return f"paused: {self.reason}"
 
 
 class FailureRate:

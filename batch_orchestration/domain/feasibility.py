@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.outcomes import FailureCode
-from batch_orchestration.domain.overrides import TOKEN_LIMITS, Overrides, resolve_model
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.requests import TOKEN_LIMITS, Overrides, resolve_model
 
 EMBEDDINGS = "/v1/embeddings"
 CHAT = "/v1/chat/completions"

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain import foreign_json
-from batch_orchestration.domain.commits import SIMULATED, SettledRequest
-from batch_orchestration.domain.outcomes import Completion
+from batch_orchestration.core import foreign_json
+from batch_orchestration.core.outcomes import Completion
+from batch_orchestration.core.results import SIMULATED, SettledRequest
 
 #: An embedding may come as base64 of 32-bit floats.
 _FLOAT_BYTES = 4

@@ -10,7 +10,7 @@ import re
 
 import msgspec
 
-from batch_orchestration.domain.outcomes import Failure, Outcome
+from batch_orchestration.core.outcomes import Failure, Outcome
 
 #: These are about what was asked, whoever says them.
 OWN_STATUSES = frozenset({400, 413, 422})

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from batch_orchestration.domain.errors import GpuUnreadable
+from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
 
 #: Below the temperature at which the device slows itself down.

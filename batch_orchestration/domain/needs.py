@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.requests import Request
+from batch_orchestration.core.requests import Request
 
 #: What a chat template may add to the author's words: control tokens, a default system prompt.
 #: The longest one known to us takes about 600 tokens.

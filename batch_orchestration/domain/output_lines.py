@@ -4,8 +4,8 @@ import hashlib
 
 import msgspec
 
-from batch_orchestration.domain.commits import SettledRequest
-from batch_orchestration.domain.outcomes import Completion, Failure
+from batch_orchestration.core.outcomes import Completion, Failure
+from batch_orchestration.core.results import SettledRequest
 
 #: From here on an HTTP status says that the request was not answered.
 _FIRST_ERROR_STATUS = 400

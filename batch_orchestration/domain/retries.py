@@ -4,7 +4,7 @@ import math
 
 import msgspec
 
-from batch_orchestration.domain.outcomes import Failure
+from batch_orchestration.core.outcomes import Failure
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from batch_orchestration.domain.batches import MAX_REQUESTS_PER_BATCH
+from batch_orchestration.core.batches import MAX_REQUESTS_PER_BATCH
 from batch_orchestration.domain.queueing import WaitReason
 
 #: Bytes of a batch file per token where nobody knows better: JSON and all.

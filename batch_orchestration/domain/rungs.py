@@ -7,11 +7,11 @@ goes below what the batch needs.
 
 import functools
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from typing import Any
 
 import msgspec
 
+from batch_orchestration.core.errors import Exhaustion, MemoryShortage
 from batch_orchestration.domain.needs import Needs
 
 #: With fewer sequences at a time no GPU is busy; if even these exhaust it, one of them does.
@@ -24,33 +24,6 @@ SMALLEST_FRACTION = 0.55
 FRACTION_STEP = 0.9
 #: A thousand tokens of a small model.
 SMALLEST_KV_CACHE_BYTES = 64 * 2**20
-
-
-class MemoryShortage(StrEnum):
-    """What memory was too short for."""
-
-    #: An allocation while the engine warmed up or computed, on device or host; or the kernel
-    #: killed it for want of memory.
-    WORK = "work"
-    #: The KV cache: it does not hold one request of the longest length that is served.
-    CACHE = "cache"
-    #: The share of the memory that the engine claims as it starts; others hold some of it.
-    CLAIM = "claim"
-    #: The model itself. No setting of the ladder makes it smaller.
-    WEIGHTS = "weights"
-
-
-class Exhaustion(msgspec.Struct, frozen=True, kw_only=True):
-    """That an engine ran out of memory, and how we know.
-
-    Attributes:
-        evidence: The line of its log, or what the kernel counted.
-        max_model_len: The context in force, if the evidence tells.
-    """
-
-    shortage: MemoryShortage
-    evidence: str
-    max_model_len: int | None = None
 
 
 class Rung(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -2,13 +2,8 @@
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.lifecycle import FINAL
-
-#: Upper bounds of the latency buckets, in seconds: from an embedding to the time limit of a request
-#: (`BATCH_REQUEST_TIMEOUT_SECONDS`, half an hour by default). Each committed chunk has its
-#: counts by them in the store: other bounds need a migration.
-LATENCY_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.lifecycle import FINAL
 
 
 class BatchFigures(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,8 +7,7 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.overrides import TOKEN_LIMITS
-from batch_orchestration.domain.requests import Request, as_integer
+from batch_orchestration.core.requests import TOKEN_LIMITS, Request, as_integer
 
 #: Enough that the mean of what is sampled is within a few per cent, few enough to be tokenized.
 SAMPLE_PER_SHAPE = 200

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.foreign_json import BadJson, check_depth, check_digits, decode
-from batch_orchestration.domain.outcomes import (
+from batch_orchestration.core.foreign_json import BadJson, check_depth, check_digits, decode
+from batch_orchestration.core.outcomes import (
     LARGEST_COUNT,
     Completion,
     Failure,

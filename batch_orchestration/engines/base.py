@@ -4,8 +4,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.outcomes import Outcome
 from batch_orchestration.domain.rungs import Ladder
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from batch_orchestration.core.errors import EngineDied, EngineStartFailed, Exhaustion
+from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
-from batch_orchestration.domain.outcomes import Completion, Outcome
-from batch_orchestration.domain.rungs import Exhaustion, Ladder
+from batch_orchestration.domain.rungs import Ladder
 from batch_orchestration.engines import exhaustion, logs
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.process import EngineProcess

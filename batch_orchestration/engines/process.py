@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.engines import logs, process_records, sockets
 from batch_orchestration.engines.child_environment import child_environment
 from batch_orchestration.engines.parent_guard import GUARD_VARIABLE

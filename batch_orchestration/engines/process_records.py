@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.errors import EngineError
+from batch_orchestration.core.errors import EngineError
 from batch_orchestration.engines.sockets import remove_socket
 from batch_orchestration.storage.regular import NO_DESCRIPTOR, read_regular
 

@@ -10,12 +10,7 @@ from typing import Any
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.own_server import OwnServerEngine
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
-from batch_orchestration.engines.vllm_flags import (
-    flag_name,
-    server_command,
-    server_env,
-    top_rung,
-)
+from batch_orchestration.engines.vllm_flags import flag_name, server_command, server_env, top_rung
 
 
 class VllmEngine(OwnServerEngine):

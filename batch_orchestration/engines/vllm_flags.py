@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.domain.rungs import Rung
 from batch_orchestration.engines.child_environment import child_environment
 

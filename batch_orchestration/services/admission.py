@@ -18,19 +18,15 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.batches import (
-    BatchOptions,
-    BatchPlan,
-    identity,
-)
-from batch_orchestration.domain.errors import (
+from batch_orchestration.core.batches import BatchOptions, BatchPlan, identity
+from batch_orchestration.core.errors import (
     ClaimNotFound,
     FileRefused,
     FileStillChanging,
     StorageError,
 )
-from batch_orchestration.domain.members import concerns_everyone
-from batch_orchestration.domain.requests import Fault
+from batch_orchestration.core.members import concerns_everyone
+from batch_orchestration.core.requests import Fault
 from batch_orchestration.domain.room import Obstacle
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, is_gzip_name, open_batch_file
@@ -52,11 +48,7 @@ from batch_orchestration.services.registration import (
     register_unlisted,
     write_fault_journals,
 )
-from batch_orchestration.services.room import (
-    demand_of,
-    find_obstacle_to_file,
-    never_fits,
-)
+from batch_orchestration.services.room import demand_of, find_obstacle_to_file, never_fits
 from batch_orchestration.services.sidecars import read_options, sidecar_beside
 from batch_orchestration.services.surveys import keep_survey
 from batch_orchestration.services.verdicts import (
@@ -69,12 +61,7 @@ from batch_orchestration.services.verdicts import (
     Verdict,
 )
 from batch_orchestration.storage.estimates import EstimateTables
-from batch_orchestration.storage.files import (
-    DataFolder,
-    shortages,
-    sync_folder,
-    write_atomically,
-)
+from batch_orchestration.storage.files import DataFolder, shortages, sync_folder, write_atomically
 from batch_orchestration.storage.moves import fit_name, move_over, readable_name
 from batch_orchestration.storage.store import Store
 

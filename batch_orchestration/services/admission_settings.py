@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from batch_orchestration.domain.batches import (
+from batch_orchestration.core.batches import (
     MAX_FILE_BYTES,
     MAX_REQUESTS_PER_BATCH,
     BatchOptions,

@@ -25,9 +25,9 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.core.errors import AlertNotSent
 from batch_orchestration.domain.alert_book import Attempt
 from batch_orchestration.domain.alerts import Notification
-from batch_orchestration.domain.errors import AlertNotSent
 from batch_orchestration.services.no_redirects import NoRedirects
 from batch_orchestration.settings import Settings, SmtpSecurity
 

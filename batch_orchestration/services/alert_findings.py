@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from msgspec.structs import replace
 
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.text import duration
 from batch_orchestration.domain.alert_book import AlertState, Observation
-from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.health import AlertKind, Finding, HealthReport, Level
 from batch_orchestration.services.dagster_links import health_link, run_link, sensor_link
-from batch_orchestration.services.wording import duration
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.health_files import read_health

@@ -13,20 +13,17 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.results import BatchRecord
+from batch_orchestration.core.text import duration, seconds_band
 from batch_orchestration.domain.alert_book import AlertState, Observation
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.estimates import Band
 from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.domain.scores import Score
 from batch_orchestration.services.alert_findings import FROM_HEALTH, from_health
-from batch_orchestration.services.dagster_links import (
-    batch_link,
-    sensor_link,
-)
+from batch_orchestration.services.dagster_links import batch_link, sensor_link
 from batch_orchestration.services.estimates import read_estimate
-from batch_orchestration.services.wording import duration, seconds_band
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.files import DataFolder

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.alert_book import (
     AlertRules,
     AlertState,
@@ -16,7 +17,6 @@ from batch_orchestration.domain.alert_book import (
     sent,
 )
 from batch_orchestration.domain.alerts import Change, Notification, Transition
-from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.services.alert_channels import Send, deliver, delivered_late
 from batch_orchestration.services.alert_sources import LOOK_BACK_SECONDS, observe

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.crash_points import CrashPoint, crash_point
+from batch_orchestration.core.errors import AccountingError, Shortage
+from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.results import BatchRecord, SettledRequest
+from batch_orchestration.core.totals import Tally
 from batch_orchestration.domain.batch_figures import Latencies
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.commits import BatchRecord, SettledRequest
-from batch_orchestration.domain.errors import AccountingError, Shortage
 from batch_orchestration.domain.kept import Kept
-from batch_orchestration.domain.lifecycle import Closing
-from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.endings import begin_ending, finish_ending
 from batch_orchestration.services.heart import holding
 from batch_orchestration.services.outbox import (
@@ -25,12 +26,7 @@ from batch_orchestration.services.outbox import (
 from batch_orchestration.services.report_figures import gather_figures
 from batch_orchestration.services.reports import batch_report
 from batch_orchestration.services.scoring import score_batch
-from batch_orchestration.services.tallies import Tally
-from batch_orchestration.storage.files import (
-    DataFolder,
-    atomic_writer,
-    disk_errors,
-)
+from batch_orchestration.storage.files import DataFolder, atomic_writer, disk_errors
 from batch_orchestration.storage.operations import Operations
 from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.store import Store

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Self, cast
 
-from batch_orchestration.domain.errors import FileRefused, FileStillChanging
+from batch_orchestration.core.errors import FileRefused, FileStillChanging
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

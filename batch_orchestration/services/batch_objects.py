@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.failure_rate import Halt
-from batch_orchestration.domain.requests import Request, parse_line
+from batch_orchestration.core.lifecycle import Halt
+from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.status import BatchView
 from batch_orchestration.storage.files import DataFolder, read_lines

@@ -5,10 +5,10 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.commits import ChunkReport, Provenance
-from batch_orchestration.domain.errors import JournalError, JournalInUse, Shortage, StorageError
-from batch_orchestration.domain.outcomes import Outcome
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.errors import JournalError, JournalInUse, Shortage, StorageError
+from batch_orchestration.core.outcomes import Outcome
+from batch_orchestration.core.results import ChunkReport, Provenance
 from batch_orchestration.services.chunk_pass import (
     ChunkPass,
     ChunkRef,

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.errors import CalibrationFailed
-from batch_orchestration.domain.outcomes import Completion, Failure, Outcome
+from batch_orchestration.core.errors import CalibrationFailed
+from batch_orchestration.core.outcomes import Completion, Failure, Outcome
 from batch_orchestration.domain.throughput import Source, Throughput, throughput
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.heart import note_work, say_at_work

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.errors import StorageError
-from batch_orchestration.domain.members import Faults
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.members import Faults
 from batch_orchestration.domain.queueing import QueueEntry, QueueView, WaitReason
 from batch_orchestration.services.claims import Claim, read_verdict
 from batch_orchestration.services.damage import Damage, find_damage

@@ -5,17 +5,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.chunks import Chunk, chunk_key
-from batch_orchestration.domain.commits import Provenance
-from batch_orchestration.domain.errors import (
-    JournalInUse,
-    PlanMismatch,
-    Shortage,
-    UnstorableRecord,
-)
-from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
-from batch_orchestration.domain.requests import Request, parse_line
+from batch_orchestration.core.batches import BatchPlan, Chunk, chunk_key
+from batch_orchestration.core.errors import JournalInUse, PlanMismatch, Shortage, UnstorableRecord
+from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
+from batch_orchestration.core.requests import Request, parse_line
+from batch_orchestration.core.results import Provenance
 from batch_orchestration.storage.files import DataFolder, RawLine, read_chunk, shortages
 from batch_orchestration.storage.journal import Journal
 

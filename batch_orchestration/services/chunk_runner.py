@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from batch_orchestration.domain.batches import BatchPlan, settings_hash
+from batch_orchestration.core.batches import BatchPlan, settings_hash
+from batch_orchestration.core.errors import IllegalTransition
+from batch_orchestration.core.outcomes import Outcome
+from batch_orchestration.core.requests import Overrides
+from batch_orchestration.core.results import Provenance
 from batch_orchestration.domain.breaker import BreakerPolicy
-from batch_orchestration.domain.commits import Provenance
 from batch_orchestration.domain.derivation import Derived
 from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.errors import IllegalTransition
-from batch_orchestration.domain.outcomes import Outcome
-from batch_orchestration.domain.overrides import Overrides
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.domain.window_control import Bounds
 from batch_orchestration.engines.base import Engine, EngineIdentity

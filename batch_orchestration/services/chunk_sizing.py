@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 import msgspec
 
+from batch_orchestration.core.batches import MOST_CHUNKS
+from batch_orchestration.core.requests import parse_line
 from batch_orchestration.domain import derivation
-from batch_orchestration.domain.chunks import MOST_CHUNKS
 from batch_orchestration.domain.derivation import Derived, request_tokens
-from batch_orchestration.domain.requests import parse_line
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import ReadingRules, judge
 from batch_orchestration.storage.lines import read_lines

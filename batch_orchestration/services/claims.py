@@ -22,8 +22,8 @@ from typing import TypeVar
 
 import msgspec
 
-from batch_orchestration.domain.errors import ClaimNotFound, FileDamaged
-from batch_orchestration.domain.sources import Origin
+from batch_orchestration.core.batches import Origin
+from batch_orchestration.core.errors import ClaimNotFound, FileDamaged
 from batch_orchestration.services.batch_files import is_batch_file_name, is_gzip_name
 from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
 from batch_orchestration.services.verdicts import Admitted, Held, Released, Verdict

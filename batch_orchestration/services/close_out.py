@@ -9,17 +9,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.commits import ChunkReport, Provenance, SettledRequest
-from batch_orchestration.domain.errors import FileDamaged, JournalInUse, PlanMismatch, StorageError
-from batch_orchestration.domain.lifecycle import Closing
-from batch_orchestration.domain.members import Faults, concerns_everyone
-from batch_orchestration.domain.outcomes import Failure, FailureCode
-from batch_orchestration.domain.requests import parse_line
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.crash_points import CrashPoint, crash_point
+from batch_orchestration.core.errors import FileDamaged, JournalInUse, PlanMismatch, StorageError
+from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.members import Faults, concerns_everyone
+from batch_orchestration.core.outcomes import Failure, FailureCode
+from batch_orchestration.core.requests import parse_line
+from batch_orchestration.core.results import ChunkReport, Provenance, SettledRequest
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.closing import closing_in_force
 from batch_orchestration.services.committer import busy_seconds
-from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.heart import note_work
 from batch_orchestration.storage.files import DataFolder, RawLine
 from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal, replay_journal

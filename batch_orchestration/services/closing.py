@@ -14,17 +14,17 @@ from pathlib import Path
 
 from filelock import BaseFileLock
 
-from batch_orchestration.domain.batches import BatchPlan, BatchStatus
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import (
+from batch_orchestration.core.batches import BatchPlan, BatchStatus
+from batch_orchestration.core.crash_points import CrashPoint, crash_point
+from batch_orchestration.core.errors import (
     BatchNotFound,
     FileDamaged,
     IllegalTransition,
     StoreLocked,
 )
-from batch_orchestration.domain.lifecycle import Closing, Resumption, deadline
-from batch_orchestration.domain.members import Faults
-from batch_orchestration.services.crash_points import CrashPoint, crash_point
+from batch_orchestration.core.lifecycle import Closing, Resumption, deadline
+from batch_orchestration.core.members import Faults
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.storage.files import DataFolder, disk_errors
 from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.store import Store

@@ -7,9 +7,9 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.errors import FileDamaged, Shortage
-from batch_orchestration.domain.lifecycle import Closing, deadline
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.errors import FileDamaged, Shortage
+from batch_orchestration.core.lifecycle import Closing, deadline
 from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.services.closing import expire
 from batch_orchestration.storage.files import DataFolder, shortages

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from batch_orchestration.domain.commits import ChunkReport, SettledRequest
-from batch_orchestration.domain.errors import Shortage, StorageError, StoreLocked
-from batch_orchestration.domain.members import concerns_everyone
+from batch_orchestration.core.crash_points import CrashPoint, crash_point
+from batch_orchestration.core.errors import Shortage, StorageError, StoreLocked
+from batch_orchestration.core.members import concerns_everyone
+from batch_orchestration.core.results import ChunkReport, SettledRequest
 from batch_orchestration.services.chunk_pass import ChunkRef
-from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.storage.journal import JournalEntry, read_journal
 from batch_orchestration.storage.store import Store
 

@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from batch_orchestration.core.errors import EngineStartFailed
+from batch_orchestration.core.requests import ANY_MODEL
 from batch_orchestration.domain.derivation import DEFAULT_IN_FLIGHT, MOST_IN_FLIGHT
-from batch_orchestration.domain.errors import EngineStartFailed
 from batch_orchestration.domain.ordering import OrderPolicy
-from batch_orchestration.domain.overrides import ANY_MODEL
 from batch_orchestration.domain.rates import Rate, RateLimits
 from batch_orchestration.domain.room import Limits
 from batch_orchestration.engines.simulated_answers import DEFAULT_MODEL

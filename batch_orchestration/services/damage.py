@@ -1,6 +1,6 @@
 """Damage: files of ours that cannot be read, each with its path, the reason and what to do.
 
-Whoever comes across such a file goes on with the others (`domain.members`). Here they are looked
+Whoever comes across such a file goes on with the others (`core.members`). Here they are looked
 for, so that `status` and `health` name them, also while nothing else comes across them.
 """
 
@@ -12,20 +12,17 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from batch_orchestration.core.batches import BatchPlan, Origin, can_be_id
+from batch_orchestration.core.dead_letters import Replay
+from batch_orchestration.core.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
+from batch_orchestration.core.lifecycle import Closing, Halt, Resumption
 from batch_orchestration.domain.alert_book import AlertState
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.chunks import can_be_id
-from batch_orchestration.domain.dead_letters import Replay
-from batch_orchestration.domain.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
-from batch_orchestration.domain.failure_rate import Halt
 from batch_orchestration.domain.gate import Refusal
 from batch_orchestration.domain.gpu_faults import Fence
 from batch_orchestration.domain.health import HealthReport
 from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.domain.housekeeping import PartResult
-from batch_orchestration.domain.lifecycle import Closing, Resumption
 from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
-from batch_orchestration.domain.sources import Origin
 from batch_orchestration.engines.process_records import ProcessRecord
 from batch_orchestration.services.claims import Attempts, ClaimFolder
 from batch_orchestration.services.clock_watch import ClockRecord, clock_path

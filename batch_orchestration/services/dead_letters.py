@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.dead_letters import DeadLetterState, Discard, Replay, Selection
-from batch_orchestration.domain.errors import DeadLetterError
-from batch_orchestration.domain.outcomes import FailureCode
-from batch_orchestration.domain.requests import UTF8_BOM, Fault
+from batch_orchestration.core.dead_letters import DeadLetterState, Discard, Replay, Selection
+from batch_orchestration.core.errors import DeadLetterError
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.requests import UTF8_BOM, Fault
 from batch_orchestration.services.original_lines import OriginalLine, original_lines
 from batch_orchestration.storage.files import DataFolder, RawLine, atomic_writer
 from batch_orchestration.storage.operations import Operations

@@ -8,8 +8,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.errors import GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_faults import new_faults, recounted
 from batch_orchestration.domain.gpu_gate import GpuLimits, nonsense

@@ -10,9 +10,8 @@ from enum import StrEnum
 from itertools import groupby
 from typing import NamedTuple
 
-from batch_orchestration.domain.commits import BatchRecord, ChunkReport
-from batch_orchestration.domain.failure_rate import Halt
-from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.core.lifecycle import Closing, Halt
+from batch_orchestration.core.results import BatchRecord, ChunkReport
 from batch_orchestration.domain.queueing import NeedsPerson
 from batch_orchestration.services.halting import what_helps
 

@@ -9,7 +9,7 @@ window only means that a death makes many suspects, so there it narrows to what 
 import asyncio
 import logging
 
-from batch_orchestration.domain.errors import EngineDied, EngineError, EngineStartFailed
+from batch_orchestration.core.errors import EngineDied, EngineError, EngineStartFailed
 from batch_orchestration.domain.rungs import Ladder
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 import logging
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.estimates import EngineInForce
 from batch_orchestration.storage.estimates import EngineFacts, EstimateTables

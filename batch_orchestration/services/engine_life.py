@@ -3,13 +3,13 @@
 import logging
 from collections.abc import Awaitable, Callable
 
-from batch_orchestration.domain.deaths import DeathCount
-from batch_orchestration.domain.errors import (
+from batch_orchestration.core.errors import (
     EngineDied,
     EngineError,
     EngineKeepsDying,
     EngineStartFailed,
 )
+from batch_orchestration.domain.deaths import DeathCount
 from batch_orchestration.domain.isolation import most_deaths
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.services.easing import Easing

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchOptions, BatchPlan, BatchStatus, settings_hash
+from batch_orchestration.core.batches import BatchOptions, BatchPlan, BatchStatus, settings_hash
+from batch_orchestration.core.lifecycle import window_seconds
+from batch_orchestration.core.requests import Overrides
 from batch_orchestration.domain.estimates import Band, Estimate, TokenHistory, estimate
-from batch_orchestration.domain.lifecycle import window_seconds
-from batch_orchestration.domain.overrides import Overrides
 from batch_orchestration.domain.throughput import Throughput, throughput
 from batch_orchestration.domain.token_profile import Profiler, TokenProfile
 from batch_orchestration.services.prompt_counting import PromptCounter, prompt_counter

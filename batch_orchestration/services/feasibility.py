@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.core.requests import Fault, Overrides, Request
 from batch_orchestration.domain.feasibility import (
     CHAT,
     EMBEDDINGS,
@@ -15,8 +16,6 @@ from batch_orchestration.domain.feasibility import (
     least_tokens,
     runner_of,
 )
-from batch_orchestration.domain.overrides import Overrides
-from batch_orchestration.domain.requests import Fault, Request
 from batch_orchestration.domain.token_profile import prompt_texts
 from batch_orchestration.engines.simulated_answers import CONTEXT_TOKENS
 from batch_orchestration.engines.vllm_flags import whole_number

@@ -10,26 +10,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
+from batch_orchestration.core.crash_points import CrashPoint, crash_point
+from batch_orchestration.core.errors import EngineDied, EngineSick, GpuUnhealthy
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
+from batch_orchestration.core.requests import Overrides, prepare_body
 from batch_orchestration.domain.breaker import Breaker
 from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.errors import (
-    EngineDied,
-    EngineSick,
-    GpuUnhealthy,
-)
 from batch_orchestration.domain.gate import CHAT, is_doubtful
-from batch_orchestration.domain.isolation import (
-    LABEL_END,
-    Isolation,
-    to_confirm,
-)
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
-from batch_orchestration.domain.overrides import Overrides, prepare_body
+from batch_orchestration.domain.isolation import LABEL_END, Isolation, to_confirm
 from batch_orchestration.domain.retries import retry_delay
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
-from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.engine_life import EngineLife
 from batch_orchestration.services.engine_poll import EnginePoll
 from batch_orchestration.services.engine_waits import EngineWaits

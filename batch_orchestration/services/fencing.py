@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_faults import Fence, holds_because
 from batch_orchestration.engines.process_records import boot_id

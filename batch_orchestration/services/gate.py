@@ -17,7 +17,9 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from batch_orchestration.domain.errors import EngineRefusesUs, EngineSick
+from batch_orchestration.core.crash_points import CrashPoint, crash_point
+from batch_orchestration.core.errors import EngineRefusesUs, EngineSick
+from batch_orchestration.core.outcomes import Completion, Failure, Outcome
 from batch_orchestration.domain.gate import (
     Control,
     first_line,
@@ -25,10 +27,8 @@ from batch_orchestration.domain.gate import (
     kind_of,
     lets_in,
 )
-from batch_orchestration.domain.outcomes import Completion, Failure, Outcome
 from batch_orchestration.domain.retries import RetryPolicy, retry_delay
 from batch_orchestration.services.controls import Controls
-from batch_orchestration.services.crash_points import CrashPoint, crash_point
 
 logger = logging.getLogger(__name__)
 

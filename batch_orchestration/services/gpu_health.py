@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.errors import EngineStartFailed, GpuUnhealthy, GpuUnreadable
+from batch_orchestration.core.errors import EngineStartFailed, GpuUnhealthy, GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_gate import GpuLimits, GpuNeed, unhealthy_reasons
 from batch_orchestration.domain.model_memory import DTYPE_BYTES, MARGIN_SHARE, needed_bytes

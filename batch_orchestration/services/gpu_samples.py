@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.storage.files import DataFolder, disk_errors
 from batch_orchestration.storage.gpu_samples import GpuSampleTable
 from batch_orchestration.storage.samples import sample_files

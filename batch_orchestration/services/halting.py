@@ -13,21 +13,15 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError
-from batch_orchestration.domain.failure_rate import (
-    LATEST_OUTCOMES,
-    FailedRequest,
-    FailureRate,
-    Halt,
-    failed_request,
-)
-from batch_orchestration.domain.lifecycle import Resumption
-from batch_orchestration.domain.outcomes import Completion, Outcome
-from batch_orchestration.domain.requests import Request
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.crash_points import CrashPoint, crash_point
+from batch_orchestration.core.errors import BatchOrchestrationError, StorageError
+from batch_orchestration.core.lifecycle import FailedRequest, Halt, Resumption
+from batch_orchestration.core.outcomes import Completion, Outcome
+from batch_orchestration.core.requests import Request
+from batch_orchestration.core.results import BatchRecord
+from batch_orchestration.domain.failure_rate import LATEST_OUTCOMES, FailureRate, failed_request
 from batch_orchestration.services.closing import closing_lock
-from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.records import OutcomeRecord, read_records
 

@@ -4,8 +4,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.errors import EngineDied
 from batch_orchestration.engines.base import Engine
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.health import Finding, HealthReport, Level, Standstill, dated
 from batch_orchestration.services.health_checks import CHECKS, standstill
 from batch_orchestration.services.health_look import Check, Look

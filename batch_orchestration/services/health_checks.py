@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from batch_orchestration.domain.errors import StorageError, StoreLocked
+from batch_orchestration.core.errors import StorageError, StoreLocked
+from batch_orchestration.core.text import duration
 from batch_orchestration.domain.health import Finding, Level, Standstill
 from batch_orchestration.domain.queueing import QueueEntry
 from batch_orchestration.services import gpu_health
@@ -25,7 +26,6 @@ from batch_orchestration.services.health_look import (
     unhealthy,
 )
 from batch_orchestration.services.health_of_runs import engine, workers
-from batch_orchestration.services.wording import duration
 from batch_orchestration.settings import ENV_FILE
 from batch_orchestration.storage.files import disk_errors
 from batch_orchestration.storage.heartbeat_files import read_pulses

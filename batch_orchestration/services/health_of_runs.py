@@ -5,6 +5,7 @@ import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPException
 
+from batch_orchestration.core.text import duration
 from batch_orchestration.domain.health import Finding, Level
 from batch_orchestration.domain.heartbeats import Condition, Heartbeat, Pulse, Quiet, judge
 from batch_orchestration.engines.process_records import is_running
@@ -19,7 +20,6 @@ from batch_orchestration.services.health_look import (
 )
 from batch_orchestration.services.no_redirects import NoRedirects
 from batch_orchestration.services.run_workers import worker_of
-from batch_orchestration.services.wording import duration
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.accounts import read_accounts
 from batch_orchestration.storage.heartbeat_files import read_pulses

@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import BatchOrchestrationError, HousekeepingBusy
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import BatchOrchestrationError, HousekeepingBusy
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.domain.housekeeping import HouseReport, PartResult, Removal
 from batch_orchestration.services.at_rest import batches_at_rest
 from batch_orchestration.services.heart import note_work

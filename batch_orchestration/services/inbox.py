@@ -15,15 +15,10 @@ from typing import NamedTuple
 import filelock
 import msgspec
 
-from batch_orchestration.domain.batches import slug
-from batch_orchestration.domain.errors import ClaimNotFound
-from batch_orchestration.domain.members import Faults
-from batch_orchestration.services.claims import (
-    Claim,
-    ClaimFolder,
-    claimed,
-    find_claim,
-)
+from batch_orchestration.core.batches import slug
+from batch_orchestration.core.errors import ClaimNotFound
+from batch_orchestration.core.members import Faults
+from batch_orchestration.services.claims import Claim, ClaimFolder, claimed, find_claim
 from batch_orchestration.services.dropped_files import DroppedFile, look
 from batch_orchestration.services.sidecars import find_sidecar
 from batch_orchestration.services.surveys import Surveys

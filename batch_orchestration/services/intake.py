@@ -1,17 +1,13 @@
 """What admission learns of a file's requests, beyond what is wrong with their lines."""
 
-from batch_orchestration.domain.batches import BatchOptions
-from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.core.errors import FileRefused
+from batch_orchestration.core.requests import Fault, Request
+from batch_orchestration.core.text import window_warning
 from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.requests import Fault, Request
 from batch_orchestration.domain.token_profile import TokenProfile
-from batch_orchestration.services.estimates import (
-    EstimateSettings,
-    Knowledge,
-    estimate_profile,
-)
+from batch_orchestration.services.estimates import EstimateSettings, Knowledge, estimate_profile
 from batch_orchestration.services.feasibility import Feasibility, known_limits
-from batch_orchestration.services.wording import window_warning
 
 
 class Intake:

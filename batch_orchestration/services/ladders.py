@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.batches import settings_hash
+from batch_orchestration.core.batches import settings_hash
+from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.domain.needs import Needs, needs_of
-from batch_orchestration.domain.requests import Request, parse_line
 from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.storage.rung_memory import RungMemory

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.services.gpu_samples import prune_samples
 from batch_orchestration.services.housekeeping import LEAST_REST_SECONDS, House

@@ -8,16 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from batch_orchestration.domain.chunks import Chunk
-from batch_orchestration.domain.errors import BatchOrchestrationError
-from batch_orchestration.domain.outcomes import FailureCode
-from batch_orchestration.domain.requests import (
-    UTF8_BOM,
-    Fault,
-    Request,
-    parse_line,
-    too_long_fault,
-)
+from batch_orchestration.core.batches import Chunk
+from batch_orchestration.core.errors import BatchOrchestrationError
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.requests import UTF8_BOM, Fault, Request, parse_line, too_long_fault
 from batch_orchestration.services.heart import note_work
 from batch_orchestration.storage.lines import RawLine, new_digest, read_lines
 

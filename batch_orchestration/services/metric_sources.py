@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from batch_orchestration.domain.errors import BatchNotFound, StorageError
+from batch_orchestration.core.errors import BatchNotFound, StorageError
 from batch_orchestration.domain.run_account import RunAccount
 from batch_orchestration.domain.store_figures import StoreFigures
 from batch_orchestration.storage.accounts import accounts_path, read_accounts

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from batch_orchestration.domain.errors import DiskFull, Shortage, TooManyOpenFiles
+from batch_orchestration.core.errors import DiskFull, Shortage, TooManyOpenFiles
 from batch_orchestration.services.chunk_pass import Obstacle
 
 logger = logging.getLogger(__name__)

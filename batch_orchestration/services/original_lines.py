@@ -4,9 +4,14 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.overrides import override_line
-from batch_orchestration.domain.requests import Fault, Request, parse_line, too_long_fault
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.requests import (
+    Fault,
+    Request,
+    override_line,
+    parse_line,
+    too_long_fault,
+)
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.plan_checks import check_input_kept
 from batch_orchestration.storage.files import DataFolder, RawLine

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.commits import SettledRequest
-from batch_orchestration.domain.errors import AccountingError, OutboxUnwritable
-from batch_orchestration.domain.outcomes import Completion
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.errors import AccountingError, OutboxUnwritable
+from batch_orchestration.core.outcomes import Completion
+from batch_orchestration.core.results import SettledRequest
+from batch_orchestration.core.totals import Tally
 from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.services.documents import to_html
 from batch_orchestration.services.heart import note_work
-from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import make_folder, write_atomically
 
 

@@ -7,26 +7,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import Shortage
-from batch_orchestration.services.assembly import (
-    AssemblyReport,
-    assemble,
-    assembly_lock_path,
-)
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import Shortage
+from batch_orchestration.core.totals import Tally
+from batch_orchestration.services.assembly import AssemblyReport, assemble, assembly_lock_path
 from batch_orchestration.services.heart import holding
-from batch_orchestration.services.outbox import (
-    OutboxFiles,
-    make_writable,
-    unwritable,
-    write_lines,
-)
+from batch_orchestration.services.outbox import OutboxFiles, make_writable, unwritable, write_lines
 from batch_orchestration.services.partial_results import (
     FinishedSoFar,
     finished_so_far,
     read_finished,
 )
-from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.files import DataFolder, atomic_writer
 from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.store import Store

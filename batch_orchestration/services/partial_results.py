@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from batch_orchestration.domain.batches import BatchPlan, BatchStatus
-from batch_orchestration.domain.chunks import Chunk
-from batch_orchestration.domain.commits import SettledRequest
-from batch_orchestration.domain.errors import BatchNotFound
+from batch_orchestration.core.batches import BatchPlan, BatchStatus, Chunk
+from batch_orchestration.core.errors import BatchNotFound
+from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import read_journal, replay_journal

@@ -4,8 +4,8 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from batch_orchestration.domain.batches import BatchPlan, settings_difference
-from batch_orchestration.domain.errors import PlanMismatch
+from batch_orchestration.core.batches import BatchPlan, settings_difference
+from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.storage.files import DataFolder
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchOptions, BatchPlan
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.failure_rate import Halt
-from batch_orchestration.domain.lifecycle import deadline, window_seconds
-from batch_orchestration.domain.members import Faults
+from batch_orchestration.core.batches import BatchOptions, BatchPlan
+from batch_orchestration.core.lifecycle import Halt, deadline, window_seconds
+from batch_orchestration.core.members import Faults
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.domain.ordering import Candidate, Place, order
 from batch_orchestration.domain.queueing import (
     EntryKind,
@@ -34,13 +33,7 @@ from batch_orchestration.services.dropped_files import DroppedFile
 from batch_orchestration.services.estimates import expected_seconds
 from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.inbox import Inbox
-from batch_orchestration.services.room import (
-    QueueRules,
-    closed_gate,
-    demand_in,
-    left_of,
-    read_load,
-)
+from batch_orchestration.services.room import QueueRules, closed_gate, demand_in, left_of, read_load
 from batch_orchestration.services.service_order import served_of_late
 from batch_orchestration.services.sidecars import options_said
 from batch_orchestration.services.submission_rates import read_rates

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from batch_orchestration.domain.errors import BatchOrchestrationError, StorageError
-from batch_orchestration.domain.members import Faults
+from batch_orchestration.core.errors import BatchOrchestrationError, StorageError
+from batch_orchestration.core.members import Faults
 from batch_orchestration.domain.queueing import (
     EntryKind,
     EntryState,

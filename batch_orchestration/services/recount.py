@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.lifecycle import UNASKED_CODES
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.lifecycle import UNASKED_CODES
 from batch_orchestration.domain.output_lines import output_line_id
 from batch_orchestration.services.heart import note_work
 from batch_orchestration.services.outbox import OutboxFiles

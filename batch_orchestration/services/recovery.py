@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import FileDamaged, StorageError, StoreLocked
-from batch_orchestration.domain.lifecycle import Closing
-from batch_orchestration.domain.members import Faults
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import FileDamaged, StorageError, StoreLocked
+from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.members import Faults
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.close_out import commit_closed

@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from batch_orchestration.domain.batches import LinePolicy, OnOversize
-from batch_orchestration.domain.requests import Fault
+from batch_orchestration.core.batches import LinePolicy, OnOversize
+from batch_orchestration.core.requests import Fault
 from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.verdicts import Rejected
 from batch_orchestration.storage.files import atomic_writer

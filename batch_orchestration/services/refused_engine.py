@@ -13,7 +13,8 @@ import time
 
 import msgspec
 
-from batch_orchestration.domain.errors import EngineError, EngineRefusesUs, StorageError
+from batch_orchestration.core.errors import EngineError, EngineRefusesUs, StorageError
+from batch_orchestration.core.outcomes import Failure, Outcome
 from batch_orchestration.domain.gate import (
     MODELS_PAGE,
     RELAPSE_SECONDS,
@@ -22,7 +23,6 @@ from batch_orchestration.domain.gate import (
     lets_in,
     one_token_probe,
 )
-from batch_orchestration.domain.outcomes import Failure, Outcome
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
 from batch_orchestration.storage.operations import open_replays

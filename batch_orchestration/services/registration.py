@@ -11,11 +11,11 @@ from pathlib import Path
 
 import filelock
 
-from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchPlan, batch_id
-from batch_orchestration.domain.commits import Provenance
-from batch_orchestration.domain.errors import StorageError
-from batch_orchestration.domain.members import Faults
-from batch_orchestration.domain.requests import Fault
+from batch_orchestration.core.batches import ID_HASH_DIGITS, BatchPlan, batch_id
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.members import Faults
+from batch_orchestration.core.requests import Fault
+from batch_orchestration.core.results import Provenance
 from batch_orchestration.storage.files import DataFolder, sync_folder
 from batch_orchestration.storage.journal import Journal
 from batch_orchestration.storage.operations import Operations

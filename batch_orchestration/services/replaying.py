@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from batch_orchestration.domain.batches import BatchPlan, settings_hash
-from batch_orchestration.domain.commits import Provenance
-from batch_orchestration.domain.dead_letters import Replay
+from batch_orchestration.core.batches import BatchPlan, settings_hash
+from batch_orchestration.core.dead_letters import Replay
+from batch_orchestration.core.errors import JournalError, JournalInUse, PlanMismatch, Shortage
+from batch_orchestration.core.outcomes import Completion
+from batch_orchestration.core.requests import Fault, Request
+from batch_orchestration.core.results import Provenance
 from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.errors import JournalError, JournalInUse, PlanMismatch, Shortage
 from batch_orchestration.domain.needs import needs_of
-from batch_orchestration.domain.outcomes import Completion
-from batch_orchestration.domain.requests import Fault, Request
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest, RequestPass

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.lifecycle import FINAL, BatchEvent
+from batch_orchestration.core.totals import Tally
 from batch_orchestration.domain.batch_figures import Latencies, RunFigures, Throughput
-from batch_orchestration.domain.batches import BatchPlan
 from batch_orchestration.domain.kept import Kept
-from batch_orchestration.domain.lifecycle import FINAL, BatchEvent
 from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.services.batch_plots import (
     MOST_INTERVALS,
@@ -20,7 +21,6 @@ from batch_orchestration.services.documents import Picture
 from batch_orchestration.services.kept import kept_of
 from batch_orchestration.services.plots import Plot, draw
 from batch_orchestration.services.report_timeline import Moment, timeline
-from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.figures import FigureTables
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.samples import read_samples

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.lifecycle import BatchEvent
 from batch_orchestration.domain.batch_figures import RunFigures
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.lifecycle import BatchEvent
 from batch_orchestration.domain.samples import RunSample
 
 #: More moments than these are not read; the first and the last tell most.

@@ -10,19 +10,19 @@ and their commits resolve the dead letters.
 
 import logging
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import IllegalTransition
-from batch_orchestration.domain.lifecycle import (
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.crash_points import CrashPoint, crash_point
+from batch_orchestration.core.errors import IllegalTransition
+from batch_orchestration.core.lifecycle import (
     RESUMABLE,
     UNASKED_CODES,
     Resumption,
     deadline,
     window_seconds,
 )
-from batch_orchestration.domain.members import Faults
+from batch_orchestration.core.members import Faults
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.services.closing import closing_lock, set_damaged_decisions_aside
-from batch_orchestration.services.crash_points import CrashPoint, crash_point
 from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store

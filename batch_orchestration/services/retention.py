@@ -13,9 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.members import Faults
 from batch_orchestration.domain.housekeeping import Removal
-from batch_orchestration.domain.members import Faults
 from batch_orchestration.services.assembly import assembly_lock_path
 from batch_orchestration.services.heart import holding
 from batch_orchestration.services.housekeeping import House

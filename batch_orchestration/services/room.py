@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.members import Faults
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.members import Faults
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.domain.ordering import OrderPolicy
 from batch_orchestration.domain.queueing import Pause, WaitReason
 from batch_orchestration.domain.rates import RateLimits

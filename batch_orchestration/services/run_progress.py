@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.commits import ChunkReport
-from batch_orchestration.domain.outcomes import Completion, Outcome
-from batch_orchestration.domain.requests import Request
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.outcomes import Completion, Outcome
+from batch_orchestration.core.requests import Request
+from batch_orchestration.core.results import ChunkReport
 from batch_orchestration.domain.token_profile import shape_of_request
 from batch_orchestration.engines.base import EngineIdentity
 from batch_orchestration.services.chunk_pass import ChunkRef

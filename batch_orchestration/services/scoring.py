@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.totals import Tally
 from batch_orchestration.domain.estimates import AnsweredRequest
-from batch_orchestration.domain.outcomes import FailureCode
 from batch_orchestration.domain.scores import Calibration, Score, calibration
 from batch_orchestration.domain.token_profile import TokenProfile
 from batch_orchestration.services.estimates import read_estimate, read_profile
-from batch_orchestration.services.tallies import Tally
 from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store

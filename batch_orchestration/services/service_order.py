@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from batch_orchestration.domain.commits import BatchRecord
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.domain.ordering import whole_points
 from batch_orchestration.domain.queueing import QueueView
 from batch_orchestration.storage.store import Store

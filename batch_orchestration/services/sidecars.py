@@ -6,11 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain import foreign_json
-from batch_orchestration.domain.batches import BatchOptions
-from batch_orchestration.domain.errors import FileRefused
-from batch_orchestration.domain.requests import UTF8_BOM
-from batch_orchestration.domain.sources import DEFAULT_SOURCE, Origin
+from batch_orchestration.core import foreign_json
+from batch_orchestration.core.batches import DEFAULT_SOURCE, BatchOptions, Origin
+from batch_orchestration.core.errors import FileRefused
+from batch_orchestration.core.requests import UTF8_BOM
 from batch_orchestration.services.batch_files import is_batch_file_name
 from batch_orchestration.storage.moves import NAME_MAX_BYTES, fit_name
 

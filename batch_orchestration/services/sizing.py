@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain import derivation
 from batch_orchestration.domain.derivation import (
     MOST_IN_FLIGHT,
@@ -13,13 +14,8 @@ from batch_orchestration.domain.derivation import (
     RequestTokens,
     request_tokens,
 )
-from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.model_memory import (
-    DTYPE_BYTES,
-    LEAST_TOKENS,
-    kv_bytes_per_token,
-)
+from batch_orchestration.domain.model_memory import DTYPE_BYTES, LEAST_TOKENS, kv_bytes_per_token
 from batch_orchestration.domain.window_control import Bounds
 from batch_orchestration.engines.vllm_flags import flag_name, whole_number
 from batch_orchestration.services.configuration import engine_in_force

@@ -4,12 +4,11 @@ import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from batch_orchestration.domain.batches import ID_HASH_DIGITS, BatchOptions, BatchPlan, BatchStatus
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import BatchNotFound, FileDamaged, StoreLocked
-from batch_orchestration.domain.failure_rate import Halt
-from batch_orchestration.domain.lifecycle import FINAL, Closing, Resumption, deadline
-from batch_orchestration.domain.members import Faults
+from batch_orchestration.core.batches import ID_HASH_DIGITS, BatchOptions, BatchPlan, BatchStatus
+from batch_orchestration.core.errors import BatchNotFound, FileDamaged, StoreLocked
+from batch_orchestration.core.lifecycle import FINAL, Closing, Halt, Resumption, deadline
+from batch_orchestration.core.members import Faults
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.storage.files import DataFolder

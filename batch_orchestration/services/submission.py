@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchOptions
-from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.services.batch_files import Fingerprint
 from batch_orchestration.services.dropped_files import reason_to_ignore
 from batch_orchestration.services.sidecars import (

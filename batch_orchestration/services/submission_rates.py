@@ -1,6 +1,6 @@
 """What each source has submitted, as the batches tell: no counter that can be torn."""
 
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.domain.rates import (
     SECONDS_PER_HOUR,
     RateLimits,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.errors import FileDamaged
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.errors import FileDamaged
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.domain.room import Demand, Obstacle
 from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically

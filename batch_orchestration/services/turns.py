@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.ordering import whole_points
 from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, QueueView
 from batch_orchestration.services.batch_work import BatchWork

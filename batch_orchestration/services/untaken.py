@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
 
 #: Then it is tried again. Meanwhile it takes nobody's place in the queue.

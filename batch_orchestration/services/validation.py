@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchOptions
-from batch_orchestration.domain.errors import FileRefused, StorageError
+from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.core.errors import FileRefused, StorageError
+from batch_orchestration.core.requests import Fault
 from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.requests import Fault
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, open_batch_file
 from batch_orchestration.services.dropped_files import reason_to_ignore

@@ -2,8 +2,8 @@
 
 import msgspec
 
+from batch_orchestration.core.requests import Fault
 from batch_orchestration.domain.queueing import WaitReason
-from batch_orchestration.domain.requests import Fault
 
 
 class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.run_account import RunAccount
 from batch_orchestration.storage.files import DataFolder, read_kept
 

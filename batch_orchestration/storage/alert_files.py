@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.alert_book import AlertState
-from batch_orchestration.domain.errors import StorageError
 from batch_orchestration.storage.files import disk_errors, read_kept, write_atomically
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import duckdb
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.commits import ChunkReport, SettledRequest
-from batch_orchestration.domain.errors import BatchNotFound, OutcomeMismatch
-from batch_orchestration.domain.outcomes import Completion, FailureCode
-from batch_orchestration.domain.store_figures import LATENCY_BOUNDS
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.errors import BatchNotFound, OutcomeMismatch
+from batch_orchestration.core.outcomes import Completion, FailureCode
+from batch_orchestration.core.results import LATENCY_BOUNDS, ChunkReport, SettledRequest
 from batch_orchestration.storage import letters, rows
 
 OF_CHUNK = "WHERE batch_id = ? AND chunk = ?"

@@ -21,7 +21,7 @@ from pathlib import Path
 import duckdb
 from filelock import BaseFileLock, Timeout
 
-from batch_orchestration.domain.errors import (
+from batch_orchestration.core.errors import (
     DiskFull,
     StorageError,
     StoreDamaged,

@@ -8,7 +8,7 @@ from pathlib import Path
 import duckdb
 import msgspec
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.flat_outcomes import FlatOutcome
 from batch_orchestration.storage.files import disk_errors
 

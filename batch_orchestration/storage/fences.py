@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.gpu_faults import ClearedFence, Fence
 from batch_orchestration.storage.files import (
     DataFolder,

@@ -11,17 +11,15 @@ from typing import BinaryIO, TypeVar
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.chunks import can_be_id
-from batch_orchestration.domain.errors import (
+from batch_orchestration.core.batches import BatchPlan, can_be_id
+from batch_orchestration.core.errors import (
     BatchNotFound,
     DiskFull,
     FileDamaged,
     StorageError,
     TooManyOpenFiles,
 )
-from batch_orchestration.domain.failure_rate import Halt
-from batch_orchestration.domain.lifecycle import Closing, Resumption
+from batch_orchestration.core.lifecycle import Closing, Halt, Resumption
 from batch_orchestration.storage.lines import RawLine, new_digest, read_chunk, read_lines
 from batch_orchestration.storage.regular import NO_DESCRIPTOR, open_regular
 from batch_orchestration.storage.sharing import share

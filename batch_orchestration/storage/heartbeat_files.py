@@ -10,8 +10,8 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.core.members import Faults
 from batch_orchestration.domain.heartbeats import Heartbeat, Pulse
-from batch_orchestration.domain.members import Faults
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.regular import read_regular
 

@@ -10,10 +10,10 @@ import threading
 from pathlib import Path
 from typing import Self
 
-from batch_orchestration.domain.commits import Attempt, Provenance
-from batch_orchestration.domain.errors import JournalError, JournalInUse, UnstorableRecord
-from batch_orchestration.domain.outcomes import Failure, Outcome
-from batch_orchestration.domain.requests import Fault, Request, kept_body
+from batch_orchestration.core.errors import JournalError, JournalInUse, UnstorableRecord
+from batch_orchestration.core.outcomes import Failure, Outcome
+from batch_orchestration.core.requests import Fault, Request, kept_body
+from batch_orchestration.core.results import Attempt, Provenance
 from batch_orchestration.storage.files import disk_errors, make_folder, shortages, sync_folder
 from batch_orchestration.storage.records import (
     FailedAttemptRecord,

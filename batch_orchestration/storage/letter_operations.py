@@ -11,15 +11,15 @@ from pathlib import Path
 import duckdb
 import msgspec
 
-from batch_orchestration.domain.commits import SettledRequest
-from batch_orchestration.domain.dead_letters import (
+from batch_orchestration.core.dead_letters import (
     DeadLetterState,
     Discard,
     Operation,
     Replay,
     after_replay,
 )
-from batch_orchestration.domain.outcomes import Completion
+from batch_orchestration.core.outcomes import Completion
+from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.storage import rows
 from batch_orchestration.storage.letters import LETTERS, dead_event, insert_events, insert_letters
 from batch_orchestration.storage.replay import JournalEntry

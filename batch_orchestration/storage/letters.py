@@ -5,13 +5,13 @@ from typing import Any
 
 import duckdb
 
-from batch_orchestration.domain.dead_letters import (
+from batch_orchestration.core.dead_letters import (
     DeadLetter,
     DeadLetterEvent,
     DeadLetterState,
     Selection,
 )
-from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.storage import rows
 
 _STATE = {

@@ -7,9 +7,9 @@ from typing import BinaryIO
 
 import msgspec
 
-from batch_orchestration.domain.chunks import Chunk
-from batch_orchestration.domain.errors import PlanMismatch
-from batch_orchestration.domain.requests import UTF8_BOM
+from batch_orchestration.core.batches import Chunk
+from batch_orchestration.core.errors import PlanMismatch
+from batch_orchestration.core.requests import UTF8_BOM
 from batch_orchestration.storage.regular import open_regular
 
 #: What is kept of a line that is too long: enough to recognise it.

@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 from filelock import BaseFileLock
 
-from batch_orchestration.domain.commits import Provenance
-from batch_orchestration.domain.dead_letters import Discard, Operation, Replay
-from batch_orchestration.domain.errors import DeadLetterError, FileDamaged, JournalInUse
+from batch_orchestration.core.dead_letters import Discard, Operation, Replay
+from batch_orchestration.core.errors import DeadLetterError, FileDamaged, JournalInUse
+from batch_orchestration.core.results import Provenance
 from batch_orchestration.storage.files import (
     DataFolder,
     disk_errors,

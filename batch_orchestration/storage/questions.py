@@ -10,7 +10,7 @@ from typing import Any
 
 import duckdb
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.storage.connection import reading
 
 #: In this order: each of the last two forbids what would come after it.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
 from batch_orchestration.storage.files import (
     DataFolder,

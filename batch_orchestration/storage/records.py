@@ -13,9 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.commits import Attempt, Place, Provenance
-from batch_orchestration.domain.errors import FileDamaged
-from batch_orchestration.domain.outcomes import Failure, Outcome
+from batch_orchestration.core.errors import FileDamaged
+from batch_orchestration.core.outcomes import Failure, Outcome
+from batch_orchestration.core.results import Attempt, Place, Provenance
 from batch_orchestration.storage.regular import open_regular
 
 RECORD_SEPARATOR = b"\x1e"

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from batch_orchestration.domain.errors import FileDamaged, TooManyOpenFiles
+from batch_orchestration.core.errors import FileDamaged, TooManyOpenFiles
 
 #: The limit of this process, or of the machine: no file is to blame.
 NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})

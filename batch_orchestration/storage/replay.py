@@ -6,9 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.commits import Attempt, Place, Provenance, SettledRequest
-from batch_orchestration.domain.errors import StorageError
-from batch_orchestration.domain.outcomes import Completion, Outcome
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.outcomes import Completion, Outcome
+from batch_orchestration.core.results import Attempt, Place, Provenance, SettledRequest
 from batch_orchestration.storage.records import (
     FailedAttemptRecord,
     OutcomeRecord,

@@ -9,8 +9,10 @@ from typing import Any
 import duckdb
 import msgspec
 
-from batch_orchestration.domain.batches import BatchOptions, BatchPlan, BatchStatus
-from batch_orchestration.domain.commits import (
+from batch_orchestration.core.batches import BatchOptions, BatchPlan, BatchStatus
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Usage, unicode_text
+from batch_orchestration.core.requests import LARGEST_KEPT_BODY
+from batch_orchestration.core.results import (
     Attempt,
     BatchRecord,
     ChunkReport,
@@ -18,14 +20,6 @@ from batch_orchestration.domain.commits import (
     Provenance,
     SettledRequest,
 )
-from batch_orchestration.domain.outcomes import (
-    Completion,
-    Failure,
-    FailureCode,
-    Usage,
-    unicode_text,
-)
-from batch_orchestration.domain.requests import LARGEST_KEPT_BODY
 from batch_orchestration.storage.files import disk_errors
 from batch_orchestration.storage.records import record_at
 

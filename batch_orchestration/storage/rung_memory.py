@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.rungs import Rung
 from batch_orchestration.storage.files import write_atomically
 from batch_orchestration.storage.regular import read_regular

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import duckdb
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.storage.connection import DEADLINE_SECONDS, creating, reading, writing
 
 #: Files that this process found up to date, with their inode: a new file of that name is another.

@@ -4,9 +4,9 @@ from typing import Any
 
 import duckdb
 
-from batch_orchestration.domain.batches import BatchPlan, BatchStatus
-from batch_orchestration.domain.errors import BatchNotFound
-from batch_orchestration.domain.lifecycle import BatchEvent, check_transition, times_after
+from batch_orchestration.core.batches import BatchPlan, BatchStatus
+from batch_orchestration.core.errors import BatchNotFound
+from batch_orchestration.core.lifecycle import BatchEvent, check_transition, times_after
 from batch_orchestration.storage import rows
 
 _COLUMNS = ("happened_at", "from_status", "to_status", "actor", "reason")

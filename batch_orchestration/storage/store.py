@@ -7,9 +7,8 @@ from typing import Any
 
 import duckdb
 
-from batch_orchestration.domain.batches import BatchPlan, BatchStatus
-from batch_orchestration.domain.commits import BatchRecord, ChunkReport, SettledRequest
-from batch_orchestration.domain.dead_letters import (
+from batch_orchestration.core.batches import BatchPlan, BatchStatus
+from batch_orchestration.core.dead_letters import (
     UNRESOLVED,
     DeadLetter,
     DeadLetterEvent,
@@ -17,9 +16,10 @@ from batch_orchestration.domain.dead_letters import (
     Replay,
     Selection,
 )
-from batch_orchestration.domain.errors import BatchNotFound, StorageError
-from batch_orchestration.domain.lifecycle import FINAL, BatchEvent
-from batch_orchestration.domain.outcomes import FailureCode
+from batch_orchestration.core.errors import BatchNotFound, StorageError
+from batch_orchestration.core.lifecycle import FINAL, BatchEvent
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.results import BatchRecord, ChunkReport, SettledRequest
 from batch_orchestration.storage import (
     commits,
     connection,

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import duckdb
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.lifecycle import FINAL
-from batch_orchestration.domain.store_figures import LATENCY_BOUNDS, BatchFigures, StoreFigures
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.lifecycle import FINAL
+from batch_orchestration.core.results import LATENCY_BOUNDS
+from batch_orchestration.domain.store_figures import BatchFigures, StoreFigures
 from batch_orchestration.storage import rows
 from batch_orchestration.storage.connection import reading
 

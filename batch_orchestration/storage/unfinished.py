@@ -10,7 +10,7 @@ finds what has none.
 import contextlib
 import os
 
-from batch_orchestration.domain.chunks import can_be_id
+from batch_orchestration.core.batches import can_be_id
 from batch_orchestration.storage.files import DataFolder
 
 #: Its time is that of the last search for things without a mark. No id begins with a dot.

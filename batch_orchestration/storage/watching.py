@@ -7,10 +7,10 @@ from typing import Any
 
 import duckdb
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.lifecycle import FINAL
-from batch_orchestration.domain.outcomes import FailureCode
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.lifecycle import FINAL
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.storage import connection, rows, schema
 
 #: What an early end left unasked failed at nothing.

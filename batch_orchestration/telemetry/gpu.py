@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from batch_orchestration.domain.errors import GpuUnreadable
+from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
 
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"

@@ -2,8 +2,8 @@
 
 from collections import Counter, deque
 
+from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.outcomes import Completion, Outcome
 from batch_orchestration.domain.throughput import GUESSED
 
 #: Long answers arrive in bursts: a shorter window would take each for a change of speed.

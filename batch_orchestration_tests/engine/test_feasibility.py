@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.domain.outcomes import Completion, FailureCode, Outcome
-from batch_orchestration.domain.overrides import Overrides
-from batch_orchestration.domain.requests import Request
+from batch_orchestration.core.outcomes import Completion, FailureCode, Outcome
+from batch_orchestration.core.requests import Overrides, Request
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.services.estimates import EngineInForce
 from batch_orchestration.services.feasibility import Feasibility, known_limits

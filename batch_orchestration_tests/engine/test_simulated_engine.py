@@ -13,8 +13,8 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from batch_orchestration.domain.errors import EngineDied
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
+from batch_orchestration.core.errors import EngineDied
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines import sockets
 from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration.engines.simulated import SimulatedEngine

@@ -14,8 +14,8 @@ from itertools import repeat
 
 import pytest
 
-from batch_orchestration.domain.errors import EngineRefusesUs, EngineStartFailed
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Outcome
+from batch_orchestration.core.errors import EngineRefusesUs, EngineStartFailed
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.reading import PIECE_BYTES, AnswerLimits
 from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration_tests.builders import ENDPOINT

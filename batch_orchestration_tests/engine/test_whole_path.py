@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_runner import run_chunks

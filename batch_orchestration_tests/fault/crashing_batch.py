@@ -8,7 +8,7 @@ import os
 import signal
 from pathlib import Path
 
-from batch_orchestration.services import crash_points
+from batch_orchestration.core import crash_points
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.fault.mixed_batches import (

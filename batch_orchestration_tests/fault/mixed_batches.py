@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from batch_orchestration.domain.batches import BatchPlan
+from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.process_records import is_running, read_record
 from batch_orchestration.engines.reading import AnswerLimits

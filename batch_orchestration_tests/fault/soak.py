@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import FileDamaged
-from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import FileDamaged
+from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.resuming import resume
 from batch_orchestration.storage.files import DataFolder

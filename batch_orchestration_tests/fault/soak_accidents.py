@@ -10,7 +10,7 @@ from signal import SIGKILL
 from subprocess import CalledProcessError, run
 from typing import Any
 
-from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.fault.disks import fill, mount

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import (
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import (
     DiskFull,
     EngineRefusesUs,
     EngineStartFailed,

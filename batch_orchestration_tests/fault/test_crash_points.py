@@ -12,9 +12,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.outcomes import Failure, FailureCode
-from batch_orchestration.services.crash_points import VARIABLE, CrashPoint
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.crash_points import VARIABLE, CrashPoint
+from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import make_body, make_line

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.errors import DiskFull, EngineDied, StorageError
-from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.errors import DiskFull, EngineDied, StorageError
+from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.disks import fill, mount, small_disk

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.services.crash_points import CrashPoint
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.crash_points import CrashPoint
 from batch_orchestration_tests.fault.crashing_batch import run_batch
 from batch_orchestration_tests.fault.mixed_batches import assert_accounted, durable_outcomes
 from batch_orchestration_tests.forks import run_forked

@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 
-from batch_orchestration.services.crash_points import CrashPoint
+from batch_orchestration.core.crash_points import CrashPoint
 from batch_orchestration_tests.fault.crashing_halt import take_step
 from batch_orchestration_tests.forks import run_forked
 from batch_orchestration_tests.halting_bench import HaltingBench, refusing

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.errors import JournalInUse
+from batch_orchestration.core.errors import JournalInUse
 from batch_orchestration.storage.journal import Journal, read_journal
 from batch_orchestration_tests.builders import NOW, make_completion, make_provenance, make_request
 from batch_orchestration_tests.children import child, lines_until_killed, next_line
@@ -89,7 +89,7 @@ def test_the_lock_of_a_killed_owner_is_free_and_that_of_a_live_one_is_not(tmp_pa
 FULL_DISK = """
     import resource, sys
     from pathlib import Path
-    from batch_orchestration.domain.errors import DiskFull
+    from batch_orchestration.core.errors import DiskFull
     from batch_orchestration.storage.journal import Journal
     from batch_orchestration_tests.builders import *
     no_limit = resource.RLIM_INFINITY

@@ -6,10 +6,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.domain.batches import BatchPlan, BatchStatus
-from batch_orchestration.domain.dead_letters import Selection
-from batch_orchestration.domain.errors import FileDamaged
-from batch_orchestration.domain.lifecycle import Closing
+from batch_orchestration.core.batches import BatchPlan, BatchStatus
+from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.core.errors import FileDamaged
+from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_pass import ChunkRef

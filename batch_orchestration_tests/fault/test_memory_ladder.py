@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.errors import EngineDied, EngineStartFailed
-from batch_orchestration.domain.outcomes import Failure, FailureCode
-from batch_orchestration.domain.rungs import Exhaustion, Ladder, MemoryShortage, Rung
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.errors import (
+    EngineDied,
+    EngineStartFailed,
+    Exhaustion,
+    MemoryShortage,
+)
+from batch_orchestration.core.outcomes import Failure, FailureCode
+from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.storage.rung_memory import RungMemory

@@ -9,7 +9,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from batch_orchestration.domain.chunks import chunk_key
+from batch_orchestration.core.batches import chunk_key
 from batch_orchestration.run_worker import patient_events
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.journal import read_journal

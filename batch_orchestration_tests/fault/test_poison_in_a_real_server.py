@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.storage.journal import read_journal
 from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.fault.mixed_batches import simulated_engine

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.core.errors import EngineDied, EngineSick
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.domain.breaker import BreakerPolicy
-from batch_orchestration.domain.errors import EngineDied, EngineSick
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench
 

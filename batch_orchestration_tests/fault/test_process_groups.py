@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.engines.process import EngineProcess
 from batch_orchestration.engines.process_records import (
     ProcessIdentity,

@@ -16,11 +16,7 @@ from batch_orchestration_tests.fault.hanging import (
     stop,
     wait_for_blocked_loop,
 )
-from batch_orchestration_tests.integration.dagster_processes import (
-    dagster_dev,
-    kill,
-    wait_until,
-)
+from batch_orchestration_tests.integration.dagster_processes import dagster_dev, kill, wait_until
 
 REQUESTS = 90
 QUICK = {

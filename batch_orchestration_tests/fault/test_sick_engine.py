@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.errors import EngineDied, EngineKeepsDying
-from batch_orchestration.domain.outcomes import Failure, FailureCode
-from batch_orchestration.domain.rungs import Exhaustion, MemoryShortage
+from batch_orchestration.core.errors import EngineDied, EngineKeepsDying, Exhaustion, MemoryShortage
+from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench
 

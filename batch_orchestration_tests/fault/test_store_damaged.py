@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
 from batch_orchestration_tests.children import child, next_line
@@ -38,7 +38,7 @@ def test_a_damaged_file_is_a_plain_error_and_is_left_as_it_is(tmp_path: Path, da
 FULL_DISK = """
     import resource, sys
     from pathlib import Path
-    from batch_orchestration.domain.errors import DiskFull
+    from batch_orchestration.core.errors import DiskFull
     from batch_orchestration.storage.store import Store
     from batch_orchestration_tests.builders import *
     path = Path(sys.argv[1])

@@ -12,7 +12,7 @@ PER_CHUNK = 200
 COMMIT_FOR_EVER = """
     import itertools, sys
     from pathlib import Path
-    from batch_orchestration.domain.commits import SettledRequest
+    from batch_orchestration.core.results import SettledRequest
     from batch_orchestration.storage.store import Store
     from batch_orchestration_tests.builders import *
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.errors import StoreLocked
+from batch_orchestration.core.errors import StoreLocked
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
 from batch_orchestration_tests.children import child, next_line

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from batch_orchestration.core.errors import AlertNotSent
 from batch_orchestration.domain.alert_book import Attempt
 from batch_orchestration.domain.alerts import Change, Notification, Transition
-from batch_orchestration.domain.errors import AlertNotSent
 from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.services import alert_channels as channels_module
 from batch_orchestration.services.alert_channels import alert_channels, deliver, delivered_late

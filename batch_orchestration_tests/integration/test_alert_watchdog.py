@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.domain.errors import DiskFull
+from batch_orchestration.core.errors import DiskFull
 from batch_orchestration.services import alerting
 from batch_orchestration.services.alert_channels import alert_channels
 from batch_orchestration.services.alert_watchdog import Watchdog

@@ -11,9 +11,9 @@ import dagster as dg
 import msgspec
 import pytest
 
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import DiskFull, StorageError
 from batch_orchestration.defs.alerts import AlertsResource
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import DiskFull, StorageError
 from batch_orchestration.domain.estimates import Band, Basis, Estimate
 from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.domain.scores import Score

@@ -12,8 +12,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import (
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import (
     AccountingError,
     BatchNotFound,
     OutboxUnwritable,

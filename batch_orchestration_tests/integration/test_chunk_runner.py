@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.domain.errors import EngineDied, EngineStartFailed, PlanMismatch
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
+from batch_orchestration.core.errors import EngineDied, EngineStartFailed, PlanMismatch
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.storage.journal import read_journal
 from batch_orchestration.telemetry.progress import read_progress

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from batch_orchestration.domain.dead_letters import Selection
+from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.services.replaying import run_replay
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.operations import open_replays

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from batch_orchestration.cli.watching import display, follow
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.services.status import view_batch, view_batches
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store

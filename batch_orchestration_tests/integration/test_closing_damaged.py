@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from batch_orchestration.domain.errors import FileDamaged, StorageError
-from batch_orchestration.domain.lifecycle import deadline
+from batch_orchestration.core.errors import FileDamaged, StorageError
+from batch_orchestration.core.lifecycle import deadline
 from batch_orchestration.services.close_out import close_out
 from batch_orchestration.services.closing import close_due
 from batch_orchestration_tests.closing_bench import ClosingBench, StickingEngine

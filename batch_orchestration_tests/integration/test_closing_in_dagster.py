@@ -11,7 +11,7 @@ from dagster._core.remote_origin import (
     RemoteRepositoryOrigin,
 )
 
-from batch_orchestration.domain.lifecycle import Resumption, deadline
+from batch_orchestration.core.lifecycle import Resumption, deadline
 from batch_orchestration.services.close_out import close_out
 from batch_orchestration.services.closing import cancel
 from batch_orchestration_tests.builders import make_input

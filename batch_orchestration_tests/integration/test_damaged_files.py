@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.lifecycle import FINAL
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.services.board import read_board
 from batch_orchestration.services.clock_watch import clock_path
 from batch_orchestration.services.closing import cancel

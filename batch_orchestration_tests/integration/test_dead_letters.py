@@ -5,15 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.dead_letters import DeadLetterState, Selection
-from batch_orchestration.domain.errors import (
-    DeadLetterError,
-    EngineDied,
-    JournalInUse,
-    PlanMismatch,
-)
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
-from batch_orchestration.domain.requests import Fault
+from batch_orchestration.core.dead_letters import DeadLetterState, Selection
+from batch_orchestration.core.errors import DeadLetterError, EngineDied, JournalInUse, PlanMismatch
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
+from batch_orchestration.core.requests import Fault
 from batch_orchestration.services import dead_letters
 from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.committer import settled_requests

@@ -6,9 +6,9 @@ from contextlib import closing
 import dagster as dg
 import pytest
 
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.dead_letters import Selection
 from batch_orchestration.engines.simulated_answers import CONTEXT_TOKENS
 from batch_orchestration.services import dead_letters
 from batch_orchestration_tests.builders import make_body, make_line

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.errors import EngineDied
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.settings import EngineKind
 from batch_orchestration.storage.journal import replay_journal
 from batch_orchestration.storage.queue_files import read_needs, read_queue

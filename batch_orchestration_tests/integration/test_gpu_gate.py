@@ -10,8 +10,8 @@ import pynvml  # noqa: TID253 - to know whether this machine has a GPU
 import pytest
 
 from batch_orchestration.cli.context import person
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.dead_letters import Selection
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.services import gpu_health
 from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.fencing import fence_off

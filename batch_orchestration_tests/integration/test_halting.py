@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.errors import DiskFull, EngineDied, IllegalTransition
-from batch_orchestration.domain.failure_rate import FIRST_OUTCOMES, Halt
-from batch_orchestration.domain.lifecycle import Resumption
-from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
+from batch_orchestration.core.errors import DiskFull, EngineDied, IllegalTransition
+from batch_orchestration.core.lifecycle import Halt, Resumption
+from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
+from batch_orchestration.domain.failure_rate import FIRST_OUTCOMES
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.services.dispatch import KnownRun, RunState
 from batch_orchestration.services.room import Limits, read_load

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import dagster as dg
 import pytest
 
+from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.defs.health import deployment_is_healthy
-from batch_orchestration.domain.errors import GpuUnreadable
 from batch_orchestration.domain.health import Finding, Level
 from batch_orchestration.domain.queueing import (
     EntryKind,

@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.integration.deployment import Deployment
 

@@ -14,11 +14,11 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.batches import BatchStatus
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import HousekeepingBusy, StoreLocked
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import HousekeepingBusy, StoreLocked
+from batch_orchestration.core.lifecycle import FINAL, RESUMABLE, Resumption
+from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.domain.housekeeping import Removal
-from batch_orchestration.domain.lifecycle import FINAL, RESUMABLE, Resumption
 from batch_orchestration.domain.output_lines import output_line_id
 from batch_orchestration.services.configuration import house_parts
 from batch_orchestration.services.housekeeping import (

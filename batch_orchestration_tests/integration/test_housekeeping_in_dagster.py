@@ -9,10 +9,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.defs.dagster_parts import dagster_parts
 from batch_orchestration.defs.housekeeping import partition_schedule
 from batch_orchestration.defs.partitions import BATCH_TAG
-from batch_orchestration.domain.batches import BatchStatus
 from batch_orchestration.domain.housekeeping import HouseReport
 from batch_orchestration.services.closing import cancel
 from batch_orchestration.services.housekeeping import House, keep_house_and_tell, results_path

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from batch_orchestration.core.errors import EngineDied
+from batch_orchestration.core.outcomes import FailureCode, Outcome
 from batch_orchestration.defs.events import output_metadata
 from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.errors import EngineDied
 from batch_orchestration.domain.kept import Kept
-from batch_orchestration.domain.outcomes import FailureCode, Outcome
 from batch_orchestration.engines.base import EngineIdentity
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_runner import run_chunks

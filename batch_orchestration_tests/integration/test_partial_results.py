@@ -10,7 +10,7 @@ import duckdb
 import msgspec
 import pytest
 
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.services.admission import admit

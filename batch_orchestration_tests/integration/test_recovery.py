@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.dead_letters import DeadLetterState, Selection
-from batch_orchestration.domain.errors import DiskFull, StorageError, StoreDamaged
+from batch_orchestration.core.dead_letters import DeadLetterState, Selection
+from batch_orchestration.core.errors import DiskFull, StorageError, StoreDamaged
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.services.recovery import find_problem

@@ -12,9 +12,9 @@ import dagster as dg
 import pytest
 from dagster._core.errors import DagsterExecutionInterruptedError
 
+from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.defs import replays
-from batch_orchestration.domain.dead_letters import Selection
-from batch_orchestration.domain.errors import EngineStartFailed
 from batch_orchestration.domain.queueing import Pause
 from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.storage import queue_files

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchPlan
-from batch_orchestration.domain.dead_letters import DeadLetterState, Replay, Selection
-from batch_orchestration.domain.errors import BatchNotFound, IllegalTransition
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.dead_letters import DeadLetterState, Replay, Selection
+from batch_orchestration.core.errors import BatchNotFound, IllegalTransition
 from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.recovery import recover
 from batch_orchestration.services.replaying import run_replay

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.dead_letters import Selection
-from batch_orchestration.domain.errors import PlanMismatch
+from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.plan_checks import input_removed_path
 from batch_orchestration.services.recovery import find_problem

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchOptions
+from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.domain.queueing import EntryKind, EntryState, Pause, QueueEntry, QueueView
 from batch_orchestration.services.resuming import resume
 from batch_orchestration.services.service_order import (

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.commits import Provenance
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode, Usage
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Usage
+from batch_orchestration.core.results import Provenance
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.server import ServerEngine

@@ -8,11 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import PlanMismatch
+from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.breaker import BreakerPolicy
-from batch_orchestration.domain.errors import PlanMismatch
-from batch_orchestration.domain.lifecycle import Closing
-from batch_orchestration.domain.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.queueing import EntryKind, EntryState, WaitReason
 from batch_orchestration.services import turns
 from batch_orchestration.services.chunk_pass import ChunkPass

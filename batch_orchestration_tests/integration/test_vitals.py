@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from batch_orchestration.domain.errors import CalibrationFailed, EngineDied
+from batch_orchestration.core.errors import CalibrationFailed, EngineDied
+from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.domain.housekeeping import Removal
-from batch_orchestration.domain.outcomes import Failure, FailureCode
 from batch_orchestration.services import heart, obstacles
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.benchmarking import calibrate

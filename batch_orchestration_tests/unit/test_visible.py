@@ -15,7 +15,7 @@ from rich.text import Text
 from batch_orchestration.cli import visible as visible_module
 from batch_orchestration.cli.context import Commands, print_json
 from batch_orchestration.cli.visible import VisibleConsole, escaped, say, visible
-from batch_orchestration.domain.errors import BatchOrchestrationError
+from batch_orchestration.core.errors import BatchOrchestrationError
 
 HOSTILE = [
     "\x1b]2;owned\x07",

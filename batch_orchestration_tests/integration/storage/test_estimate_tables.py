@@ -5,8 +5,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from batch_orchestration.core.outcomes import Usage
 from batch_orchestration.domain.estimates import AnsweredRequest, Band, Basis, Estimate
-from batch_orchestration.domain.outcomes import Usage
 from batch_orchestration.domain.scores import Score
 from batch_orchestration.domain.throughput import Source
 from batch_orchestration.storage.estimates import EngineFacts, EngineRun, EstimateTables

@@ -6,7 +6,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
 from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.services.gpu_samples import SampleTaker, prune_samples

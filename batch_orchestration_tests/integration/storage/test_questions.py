@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.storage.questions import ask
 from batch_orchestration_tests.workbench import Workbench
 

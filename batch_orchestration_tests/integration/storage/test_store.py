@@ -4,10 +4,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.domain.batches import BatchOptions, BatchPlan, BatchStatus
-from batch_orchestration.domain.commits import SettledRequest
-from batch_orchestration.domain.errors import BatchNotFound, OutcomeMismatch, StorageError
-from batch_orchestration.domain.outcomes import Completion, Failure, FailureCode
+from batch_orchestration.core.batches import BatchOptions, BatchPlan, BatchStatus
+from batch_orchestration.core.errors import BatchNotFound, OutcomeMismatch, StorageError
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
+from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import (
     NOW,

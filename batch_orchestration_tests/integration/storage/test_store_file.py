@@ -9,10 +9,10 @@ import duckdb
 import msgspec
 import pytest
 
-from batch_orchestration.domain.batches import BatchPlan, BatchStatus
-from batch_orchestration.domain.commits import SettledRequest
-from batch_orchestration.domain.dead_letters import Selection
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.batches import BatchPlan, BatchStatus
+from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import (
     NOW,

@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.batches import (
+from batch_orchestration.core.batches import (
     BatchOptions,
     batch_id,
+    chunk_key,
     identity,
+    parse_chunk_key,
     settings_difference,
     settings_hash,
     slug,
 )
-from batch_orchestration.domain.chunks import chunk_key, parse_chunk_key
 
 
 @pytest.mark.parametrize(

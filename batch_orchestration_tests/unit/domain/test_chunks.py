@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.chunks import chunk_key, parse_chunk_key
+from batch_orchestration.core.batches import chunk_key, parse_chunk_key
 
 BATCH_IDS = st.from_regex(r"[a-z0-9]+(-[a-z0-9]+)*", fullmatch=True)
 

@@ -1,5 +1,5 @@
-from batch_orchestration.domain.dead_letters import after_replay
-from batch_orchestration.domain.outcomes import FailureCode
+from batch_orchestration.core.dead_letters import after_replay
+from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration_tests.builders import (
     NOW,
     make_attempt,

@@ -5,15 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_orchestration.core.lifecycle import FailedRequest, Halt
+from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.domain.failure_rate import (
     FIRST_OUTCOMES,
     LATEST_OUTCOMES,
-    FailedRequest,
     FailureRate,
-    Halt,
     failed_request,
 )
-from batch_orchestration.domain.outcomes import Failure, FailureCode
 
 
 def a_failure(index: int = 0, message: str = "unknown parameter") -> FailedRequest:

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.requests import Overrides
 from batch_orchestration.domain.feasibility import (
     CHAT,
     EMBEDDINGS,
@@ -14,8 +16,6 @@ from batch_orchestration.domain.feasibility import (
     least_tokens,
     runner_of,
 )
-from batch_orchestration.domain.outcomes import FailureCode
-from batch_orchestration.domain.overrides import Overrides
 
 CONTEXT = 100
 TOO_LONG = FailureCode.CONTEXT_LENGTH_EXCEEDED

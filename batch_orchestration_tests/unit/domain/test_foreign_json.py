@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.foreign_json import (
+from batch_orchestration.core.foreign_json import (
     MAX_DEPTH,
     BadJson,
     check_depth,

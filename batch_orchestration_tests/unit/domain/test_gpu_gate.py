@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from batch_orchestration.domain.errors import GpuUnreadable
+from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
 from batch_orchestration.domain.gpu_gate import GpuLimits, GpuNeed, unhealthy_reasons
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.batches import BatchOptions, BatchStatus
-from batch_orchestration.domain.errors import IllegalTransition
-from batch_orchestration.domain.lifecycle import (
+from batch_orchestration.core.batches import BatchOptions, BatchStatus
+from batch_orchestration.core.errors import IllegalTransition
+from batch_orchestration.core.lifecycle import (
     FINAL,
     LONGEST_WINDOW_SECONDS,
     RESUMABLE,

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.errors import (
+from batch_orchestration.core.errors import (
     BatchNotFound,
     DiskFull,
     FileDamaged,
     StoreDamaged,
     StoreLocked,
 )
-from batch_orchestration.domain.members import Faults
+from batch_orchestration.core.members import Faults
 
 
 def visited(error, faults):

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from batch_orchestration.core.requests import Request
 from batch_orchestration.domain.needs import TEMPLATE_TOKENS, Needs, needs_of
-from batch_orchestration.domain.requests import Request
 from batch_orchestration_tests.builders import make_request
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"

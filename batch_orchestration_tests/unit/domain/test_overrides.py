@@ -4,12 +4,7 @@ import json
 
 import pytest
 
-from batch_orchestration.domain.overrides import (
-    Overrides,
-    override_line,
-    prepare_body,
-    resolve_model,
-)
+from batch_orchestration.core.requests import Overrides, override_line, prepare_body, resolve_model
 from batch_orchestration_tests.builders import make_request
 
 SERVED = ("smollm2", "smollm2-lora")

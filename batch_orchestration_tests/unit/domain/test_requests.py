@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.outcomes import FailureCode
-from batch_orchestration.domain.requests import (
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.requests import (
     CUSTOM_ID_MAX_LENGTH,
     SUPPORTED_ENDPOINTS,
     UTF8_BOM,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.domain.sources import Origin, origin_in
+from batch_orchestration.core.batches import Origin, origin_in
 
 PRIORITIES = {"high": 10, "low": -10}
 

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from batch_orchestration.domain.foreign_json import MAX_DEPTH
-from batch_orchestration.domain.outcomes import (
+from batch_orchestration.core.foreign_json import MAX_DEPTH
+from batch_orchestration.core.outcomes import (
     LARGEST_COUNT,
     LONGEST_WORD,
     Completion,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.rungs import MemoryShortage
+from batch_orchestration.core.errors import MemoryShortage
 from batch_orchestration.engines.exhaustion import (
     SIGNS,
     SURVIVED_SECONDS,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.domain.errors import EngineStartFailed
+from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.engines.vllm_flags import model_folder, server_command, server_env
 
 

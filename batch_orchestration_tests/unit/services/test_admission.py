@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.domain.batches import BatchOptions, BatchStatus, LinePolicy
-from batch_orchestration.domain.errors import ClaimNotFound, FileStillChanging
-from batch_orchestration.domain.outcomes import Failure, FailureCode
-from batch_orchestration.domain.requests import UTF8_BOM
+from batch_orchestration.core.batches import BatchOptions, BatchStatus, LinePolicy
+from batch_orchestration.core.errors import ClaimNotFound, FileStillChanging
+from batch_orchestration.core.outcomes import Failure, FailureCode
+from batch_orchestration.core.requests import UTF8_BOM
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.registration import ADMISSION_RUN_ID, register_unlisted
 from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted, Rejected

@@ -5,8 +5,8 @@ import asyncio
 import msgspec
 import pytest
 
-from batch_orchestration.domain.errors import CalibrationFailed
-from batch_orchestration.domain.outcomes import Completion, Outcome, Usage
+from batch_orchestration.core.errors import CalibrationFailed
+from batch_orchestration.core.outcomes import Completion, Outcome, Usage
 from batch_orchestration.domain.throughput import Source
 from batch_orchestration.services.benchmarking import CalibrationReport, calibrate, rounds
 from batch_orchestration_tests.builders import make_failure

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchOptions
+from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.domain.throughput import Costs, Throughput
 from batch_orchestration.services.chunk_sizing import choose_chunk_size, sample_lines
 from batch_orchestration.services.estimates import EstimateSettings, Knowledge

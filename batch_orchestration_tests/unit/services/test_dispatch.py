@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchOptions, BatchStatus
-from batch_orchestration.domain.commits import BatchRecord, ChunkReport
+from batch_orchestration.core.batches import BatchOptions, BatchStatus
+from batch_orchestration.core.results import BatchRecord, ChunkReport
 from batch_orchestration.services.dispatch import (
     BACKOFF_SECONDS,
     LONGEST_BACKOFF_SECONDS,

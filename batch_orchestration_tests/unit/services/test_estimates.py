@@ -5,10 +5,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.domain.batches import BatchOptions
-from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.core.errors import FileRefused
+from batch_orchestration.core.requests import Request, parse_line
+from batch_orchestration.core.text import window_warning
 from batch_orchestration.domain.estimates import Band, Basis, Estimate
-from batch_orchestration.domain.requests import Request, parse_line
 from batch_orchestration.domain.throughput import Costs, Throughput
 from batch_orchestration.services.estimates import (
     EstimateSettings,
@@ -19,7 +20,6 @@ from batch_orchestration.services.estimates import (
     write_estimate,
 )
 from batch_orchestration.services.intake import Intake
-from batch_orchestration.services.wording import window_warning
 from batch_orchestration.storage.files import DataFolder
 from batch_orchestration_tests.builders import NOW, make_batch, make_line
 

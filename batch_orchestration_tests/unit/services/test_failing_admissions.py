@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.domain.errors import StorageError, StoreLocked
+from batch_orchestration.core.errors import StorageError, StoreLocked
 from batch_orchestration.domain.room import Limits
 from batch_orchestration.services import admission
 from batch_orchestration.services.admission import MAX_ADMISSION_FAILURES

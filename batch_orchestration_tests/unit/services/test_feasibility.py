@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.requests import Fault, Overrides, Request
 from batch_orchestration.domain.feasibility import CHAT, EMBEDDINGS, Limits, Runner
-from batch_orchestration.domain.outcomes import FailureCode
-from batch_orchestration.domain.overrides import Overrides
-from batch_orchestration.domain.requests import Fault, Request
 from batch_orchestration.services.estimates import EngineInForce
 from batch_orchestration.services.feasibility import (
     COUNTED_ALL,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from batch_orchestration.domain.errors import GpuUnhealthy, GpuUnreadable
+from batch_orchestration.core.errors import GpuUnhealthy, GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.health import Level
 from batch_orchestration.engines.process_records import ProcessRecord, identify, write_record

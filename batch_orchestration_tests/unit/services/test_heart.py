@@ -11,12 +11,7 @@ from filelock import FileLock
 
 from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.engines.process_records import identify, is_running
-from batch_orchestration.services.heart import (
-    beating,
-    holding,
-    say_at_work,
-    vitals_of_this_worker,
-)
+from batch_orchestration.services.heart import beating, holding, say_at_work, vitals_of_this_worker
 from batch_orchestration.services.run_workers import (
     clear_leftovers,
     end_worker,

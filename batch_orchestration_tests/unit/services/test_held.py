@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.domain.batches import BatchStatus
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.domain.queueing import Pause, WaitReason
 from batch_orchestration.domain.rates import Rate, RateLimits
 from batch_orchestration.domain.room import Limits

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.rungs import Exhaustion, Ladder, MemoryShortage, Rung
+from batch_orchestration.core.errors import Exhaustion, MemoryShortage
+from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.storage.rung_memory import RungMemory
 

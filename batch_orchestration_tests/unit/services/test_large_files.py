@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.batches import BatchOptions, OnOversize
-from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.core.batches import BatchOptions, OnOversize
+from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.services.batch_files import open_batch_file
 from batch_orchestration.services.chunk_sizing import choose_chunk_size
 from batch_orchestration.services.estimates import EstimateSettings, Knowledge

@@ -8,11 +8,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.batches import BatchOptions
+from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.requests import (
+    Fault,
+    Overrides,
+    Request,
+    override_line,
+    parse_line,
+    prepare_body,
+)
 from batch_orchestration.domain.needs import needs_of
-from batch_orchestration.domain.outcomes import FailureCode
-from batch_orchestration.domain.overrides import Overrides, override_line, prepare_body
-from batch_orchestration.domain.requests import Fault, Request, parse_line
 from batch_orchestration.domain.token_profile import shape_of_request
 from batch_orchestration.services.chunk_sizing import choose_chunk_size
 from batch_orchestration.services.intake import Intake

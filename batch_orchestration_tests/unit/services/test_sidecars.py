@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.services.sidecars import read_options
 from batch_orchestration.services.submission import submit
 from batch_orchestration.services.validation import validate

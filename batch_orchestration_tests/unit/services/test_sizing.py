@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from batch_orchestration.domain.batches import settings_hash
+from batch_orchestration.core.batches import settings_hash
 from batch_orchestration.domain.derivation import request_tokens
 from batch_orchestration.domain.estimates import Band, Basis, Estimate
 from batch_orchestration.domain.throughput import Costs

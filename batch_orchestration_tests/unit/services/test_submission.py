@@ -6,8 +6,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.domain.batches import BatchOptions
-from batch_orchestration.domain.errors import FileRefused
+from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration_tests.builders import make_input

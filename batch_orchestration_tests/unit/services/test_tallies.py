@@ -2,8 +2,8 @@
 
 import pytest
 
-from batch_orchestration.domain.outcomes import FailureCode, Usage
-from batch_orchestration.services.tallies import EXAMPLES_PER_CODE, Tally
+from batch_orchestration.core.outcomes import FailureCode, Usage
+from batch_orchestration.core.totals import EXAMPLES_PER_CODE, Tally
 from batch_orchestration_tests.builders import (
     NOW,
     make_attempt,

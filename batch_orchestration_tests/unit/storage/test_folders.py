@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.errors import StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.storage.files import make_folder, write_atomically
 from batch_orchestration.storage.moves import move_into
 

@@ -3,15 +3,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.domain.commits import Provenance
-from batch_orchestration.domain.errors import (
-    FileDamaged,
-    JournalError,
-    JournalInUse,
-    StorageError,
-)
-from batch_orchestration.domain.outcomes import Completion, FailureCode, Outcome
-from batch_orchestration.domain.requests import LARGEST_KEPT_BODY, Fault
+from batch_orchestration.core.errors import FileDamaged, JournalError, JournalInUse, StorageError
+from batch_orchestration.core.outcomes import Completion, FailureCode, Outcome
+from batch_orchestration.core.requests import LARGEST_KEPT_BODY, Fault
+from batch_orchestration.core.results import Provenance
 from batch_orchestration.storage.journal import (
     Journal,
     JournalEntry,

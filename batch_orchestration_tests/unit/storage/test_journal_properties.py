@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.outcomes import Outcome
+from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.storage.journal import Journal, read_journal
 from batch_orchestration_tests.builders import (
     NOW,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.errors import FileDamaged
+from batch_orchestration.core.errors import FileDamaged
 from batch_orchestration.domain.queueing import Pause
 from batch_orchestration.storage.files import DataFolder, read_kept
 from batch_orchestration.storage.regular import open_regular, read_regular

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.errors import PlanMismatch
+from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.storage.files import RawLine, read_chunk, read_lines
 from batch_orchestration_tests.builders import make_chunks, make_input
 

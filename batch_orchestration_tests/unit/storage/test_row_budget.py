@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.commits import SettledRequest
-from batch_orchestration.domain.outcomes import Completion, Outcome
+from batch_orchestration.core.outcomes import Completion, Outcome
+from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.storage import rows
 from batch_orchestration.storage.journal import Journal, read_journal
 from batch_orchestration_tests.builders import (

@@ -5,7 +5,7 @@ import sys
 import pynvml  # noqa: TID253 - only its errors
 import pytest
 
-from batch_orchestration.domain.errors import GpuUnreadable
+from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.domain.gpu import GpuProcess
 from batch_orchestration.services.gpu_health import GpuReader
 from batch_orchestration.telemetry.gpu import read_gpus

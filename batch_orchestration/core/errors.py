@@ -1,6 +1,6 @@
 """Exceptions: what makes the engine, the store, a file or the code unusable.
 
-A single request that goes wrong is not here: that is a value (`domain.outcomes.Failure`).
+A single request that goes wrong is not here: that is a value (`core.outcomes.Failure`).
 
     BatchOrchestrationError
     ├── FileRefused              a dropped file of which nothing can be used
@@ -36,9 +36,37 @@ A single request that goes wrong is not here: that is a value (`domain.outcomes.
         └── StoreDamaged         the DuckDB file cannot be read; `recover` makes it anew
 """
 
+from enum import StrEnum
 from pathlib import Path
 
-from batch_orchestration.domain.rungs import Exhaustion
+import msgspec
+
+
+class MemoryShortage(StrEnum):
+    """What memory was too short for."""
+
+    #: An allocation while the engine warmed up or computed, on device or host; or the kernel
+    #: killed it for want of memory.
+    WORK = "work"
+    #: The KV cache: it does not hold one request of the longest length that is served.
+    CACHE = "cache"
+    #: The share of the memory that the engine claims as it starts; others hold some of it.
+    CLAIM = "claim"
+    #: The model itself. No setting of the ladder makes it smaller.
+    WEIGHTS = "weights"
+
+
+class Exhaustion(msgspec.Struct, frozen=True, kw_only=True):
+    """That an engine ran out of memory, and how we know.
+
+    Attributes:
+        evidence: The line of its log, or what the kernel counted.
+        max_model_len: The context in force, if the evidence tells.
+    """
+
+    shortage: MemoryShortage
+    evidence: str
+    max_model_len: int | None = None
 
 
 class BatchOrchestrationError(Exception):

@@ -3,8 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from batch_orchestration.domain.commits import SIMULATED, SettledRequest
-from batch_orchestration.domain.outcomes import Completion, Failure
+from batch_orchestration.core.outcomes import Completion, Failure
+from batch_orchestration.core.results import SIMULATED, SettledRequest
 
 #: Enough to recognise a cause, few enough to read at night.
 EXAMPLES_PER_CODE = 3

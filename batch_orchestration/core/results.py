@@ -4,8 +4,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.domain.batches import BatchOptions, BatchStatus
-from batch_orchestration.domain.outcomes import Outcome
+from batch_orchestration.core.batches import BatchOptions, BatchStatus
+from batch_orchestration.core.outcomes import Outcome
 
 #: `Provenance.engine` of the engine that makes answers up.
 SIMULATED = "simulated"
@@ -145,3 +145,9 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     def pending(self) -> int:
         """Requests without a committed outcome."""
         return self.total - self.completed - self.failed
+
+
+#: Upper bounds of the latency buckets, in seconds: from an embedding to the time limit of a request
+#: (`BATCH_REQUEST_TIMEOUT_SECONDS`, half an hour by default). Each committed chunk has its
+#: counts by them in the store: other bounds need a migration.
+LATENCY_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)

@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.commits import Attempt, SettledRequest
-from batch_orchestration.domain.outcomes import Failure, FailureCode
+from batch_orchestration.core.outcomes import Failure, FailureCode
+from batch_orchestration.core.results import Attempt, SettledRequest
 
 
 class DeadLetterState(StrEnum):

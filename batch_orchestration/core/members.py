@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from batch_orchestration.domain.errors import (
+from batch_orchestration.core.errors import (
     BatchOrchestrationError,
     FileDamaged,
     Shortage,

@@ -3,13 +3,117 @@
 import hashlib
 import re
 import unicodedata
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
 import msgspec
 
-from batch_orchestration.domain.chunks import Chunk, chunk_key
-from batch_orchestration.domain.sources import DEFAULT_SOURCE, SOURCE_MAX_LENGTH
+#: Who submits what lies in the inbox itself and does not say whose it is.
+DEFAULT_SOURCE = "inbox"
+SOURCE_MAX_LENGTH = 64
+#: Folder of the inbox in which nothing waits.
+REJECTED = "rejected"
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a dropped file came from: what its claim remembers of it.
+
+    Attributes:
+        folder: Within the inbox, `/` between its parts; empty for the inbox itself.
+        source: What that folder says of who submits; a side-car knows better.
+        priority: What it says of the priority; a side-car knows better.
+        arrived_at: When the file came to lie there, POSIX seconds.
+    """
+
+    folder: str = ""
+    source: str = DEFAULT_SOURCE
+    priority: int = 0
+    arrived_at: float = 0.0
+
+
+def origin_in(
+    folders: Sequence[str], priorities: Mapping[str, int], *, arrived_at: float
+) -> Origin:
+    """Return the origin of a file by the folders that it lies in.
+
+    Args:
+        folders: From the inbox down. The first that is no priority folder names the source, the
+            last that is one the priority.
+        priorities: Priority folders, in any case, with their priority.
+        arrived_at: POSIX seconds.
+    """
+    by_name = {name.casefold(): priority for name, priority in priorities.items()}
+    priority = [by_name[name.casefold()] for name in folders if name.casefold() in by_name]
+    sources = [name for name in folders if name.casefold() not in by_name]
+    return Origin(
+        folder="/".join(folders),
+        source=sources[0][:SOURCE_MAX_LENGTH] if sources else DEFAULT_SOURCE,
+        priority=priority[-1] if priority else 0,
+        arrived_at=arrived_at,
+    )
+
+
+#: Of one batch: with more, a batch is slow to look at, and to launch a backfill over.
+MOST_CHUNKS = 2000
+#: Dagster accepts any text as a partition key; we do not (DESIGN section 6).
+_CHUNK_KEY = re.compile(r"(?P<batch_id>[A-Za-z0-9_-][A-Za-z0-9._-]*)/(?P<number>[0-9]{5})")
+
+
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+    """Up to `requests_per_chunk` consecutive requests: the unit of commit and of a partition.
+
+    Attributes:
+        number: Place in the batch, from 0.
+        first_index: Index of its first request.
+        requests: How many requests it holds, faulty lines included.
+        first_line: Line number of the first byte, from 1.
+        start: Offset of its first byte in the kept input.
+        end: Offset after its last byte.
+        digest: BLAKE2b-128 of those bytes, hexadecimal; guards against a changed input.
+    """
+
+    number: int
+    first_index: int
+    requests: int
+    first_line: int
+    start: int
+    end: int
+    digest: str
+
+
+def chunk_key(batch_id: str, number: int) -> str:
+    """Return the partition key of a chunk; keys sort in file order.
+
+    Raises:
+        ValueError: The number does not fit five digits.
+    """
+    key = f"{batch_id}/{number:05d}"
+    parse_chunk_key(key)
+    return key
+
+
+def parse_chunk_key(key: str) -> tuple[str, int]:
+    """Return batch id and chunk number of a partition key.
+
+    Raises:
+        ValueError: The key was not made by `chunk_key`.
+    """
+    match = _CHUNK_KEY.fullmatch(key)
+    if match is None or ".." in key:
+        raise ValueError(f"not a chunk key: {key!r} (expected <batch id>/<five digits>)")
+    return match["batch_id"], int(match["number"])
+
+
+def can_be_id(name: str) -> bool:
+    """Whether a folder of this name can be that of a batch."""
+    # What cannot be in a partition key (`/`, `..`) has no business in a path either.
+    try:
+        chunk_key(name, 0)
+    except ValueError:
+        return False
+    return True
+
 
 #: Long enough to recognise the file, short enough for file names and the UI.
 SLUG_MAX_LENGTH = 40
@@ -23,9 +127,8 @@ MAX_LINE_BYTES = 16 * 2**20
 #: all the same: so many of them are open at a time. The bytes are those of the expanded file.
 MAX_REQUESTS_PER_BATCH = 50_000
 MAX_FILE_BYTES = 200 * 2**20
-#: For example `24h` or `1h30m`; `domain.lifecycle.window_seconds` reads it.
+#: For example `24h` or `1h30m`; `core.lifecycle.window_seconds` reads it.
 DURATION = r"^([1-9][0-9]{0,8}[smhd])+\Z"
-
 #: Options that came later: at their default they do not change the identity of older batches.
 _LATER_OPTIONS = ("user", "max_failure_rate")
 _NOT_SLUG = re.compile(r"[^a-z0-9]+")

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 import msgspec
 
-from batch_orchestration.domain.batches import DURATION, BatchPlan, BatchStatus
-from batch_orchestration.domain.commits import BatchRecord
-from batch_orchestration.domain.errors import IllegalTransition
-from batch_orchestration.domain.outcomes import FailureCode
+from batch_orchestration.core.batches import DURATION, BatchPlan, BatchStatus
+from batch_orchestration.core.errors import IllegalTransition
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.results import BatchRecord
 
 #: Every change of status that there is. Staying where one is changes nothing and is no change.
 TRANSITIONS: Mapping[BatchStatus, frozenset[BatchStatus]] = {
@@ -32,16 +32,13 @@ FINAL = frozenset(
     {BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED, BatchStatus.CANCELLED}
 )
 RESUMABLE = frozenset({BatchStatus.CANCELLED, BatchStatus.EXPIRED})
-
 #: What is recorded for each request that an early end left unanswered.
 UNASKED_CODES: Mapping[BatchStatus, FailureCode] = {
     BatchStatus.CANCELLED: FailureCode.BATCH_CANCELLED,
     BatchStatus.EXPIRED: FailureCode.BATCH_EXPIRED,
 }
-
 #: A hundred years; a longer window is as good as this one, and has no date that people could read.
 LONGEST_WINDOW_SECONDS = 100 * 365 * 86400
-
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION_PART = re.compile(r"([0-9]+)([smhd])")
 
@@ -141,3 +138,64 @@ def deadline(batch: BatchPlan | BatchRecord, resumption: Resumption | None = Non
     if resumption is not None and resumption.deadline is not None:
         return resumption.deadline
     return batch.created_at + window_seconds(batch.options.completion_window)
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+class FailedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that failed.
+
+    Attributes:
+        index: Within the batch.
+        custom_id: None where its line did not give one.
+    """
+
+    index: int
+    custom_id: str | None = None
+    code: str
+    message: str
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Equal for requests that fail for one reason: numbers in the message do not count."""
+        return self.code, _NUMBER.sub("#", self.message)
+
+
+class Halt(msgspec.Struct, frozen=True, kw_only=True):
+    """The decision to pause a batch, because too many of its requests fail.
+
+    Attributes:
+        at: POSIX seconds.
+        actor: Run that decided.
+        failed: Of the `judged` latest outcomes.
+        alike: How many of these failed for the commonest reason.
+        examples: Of that reason, the first of which words it.
+        damaged: Why the decision cannot be read; it stands all the same.
+    """
+
+    at: float
+    actor: str
+    failed: int
+    judged: int
+    max_failure_rate: float
+    alike: int
+    examples: tuple[FailedRequest, ...]
+    damaged: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """What happened, as a sentence with the commonest reason."""
+        if self.damaged is not None:
+            return self.damaged
+        counted = (
+            f"{self.failed} of its latest {self.judged} requests failed, more than"
+            f" {self.max_failure_rate:.0%} (max_failure_rate)"
+        )
+        if not self.examples:
+            return counted
+        first = self.examples[0]
+        return f"{counted}; {self.alike} of them as {first.code}: {first.message}"
+
+    def __str__(self) -> str:
+        return f"paused: {self.reason}"
