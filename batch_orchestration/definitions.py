@@ -17,8 +17,8 @@ from batch_orchestration.defs import (
     sensors,
 )
 from batch_orchestration.defs.resources import GpuResource
+from batch_orchestration.files.sharing import keep_from_others
 from batch_orchestration.settings import Settings, load_settings
-from batch_orchestration.storage.sharing import keep_from_others
 
 
 def definitions(settings: Settings) -> dg.Definitions:

@@ -34,6 +34,8 @@ from dagster._serdes import ConfigurableClass, ConfigurableClassData
 
 from batch_orchestration.domain.heartbeats import Condition, Judgement
 from batch_orchestration.engines.process_records import identify, is_running
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.sharing import keep_from_others
 from batch_orchestration.services.run_workers import (
     WORKER_TAG,
     RecordedWorker,
@@ -43,9 +45,7 @@ from batch_orchestration.services.run_workers import (
 )
 from batch_orchestration.services.worker_watch import WorkerWatch
 from batch_orchestration.settings import Settings, load_settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.heartbeat_files import read_pulse
-from batch_orchestration.storage.sharing import keep_from_others
 
 logger = logging.getLogger(__name__)
 

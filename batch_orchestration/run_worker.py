@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.sharing import keep_from_others
 from batch_orchestration.services.heart import beating, note_work
 from batch_orchestration.services.open_files import raise_open_file_limit
 from batch_orchestration.services.run_workers import STACKS_SIGNAL
 from batch_orchestration.settings import load_settings
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.sharing import keep_from_others
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance, EventLogEntry

@@ -19,9 +19,9 @@ from batch_orchestration.domain.queueing import (
     QueueView,
 )
 from batch_orchestration.engines.process_records import identify
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.health import examine_health
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.health_files import write_health
 from batch_orchestration.storage.queue_files import write_needs, write_queue
 from batch_orchestration.storage.store import Store

@@ -22,7 +22,7 @@ import os, sys, tempfile, traceback
 from pathlib import Path
 user, group, root = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 from batch_orchestration.cli import main
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration_tests.command_line import CommandLine
 os.environ.update(BATCH_ENGINE="simulated", BATCH_SERVED_MODEL_NAME="demo-model")
 with tempfile.TemporaryDirectory() as trial:  # has everything imported

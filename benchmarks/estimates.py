@@ -25,6 +25,7 @@ from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.domain.scores import Score, calibration
 from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.benchmarking import CalibrationReport, calibrate
@@ -40,7 +41,6 @@ from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.estimates import EstimateTables
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
 ROUNDS = ("calibration only", "with history")

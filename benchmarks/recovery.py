@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batch_orchestration.engines.process_records import ProcessIdentity, read_record
+from batch_orchestration.files.journal import read_journal
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.journal import read_journal
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import (
     assert_undisturbed,

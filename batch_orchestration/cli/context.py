@@ -17,8 +17,8 @@ from rich.console import Console
 
 from batch_orchestration.cli.visible import VisibleConsole, escaped, visible
 from batch_orchestration.core.errors import BatchOrchestrationError
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.settings import PREFIX, Settings, load_settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
 #: A person waits for the answer: say soon that the store is locked, and by whom.

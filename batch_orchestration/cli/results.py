@@ -14,13 +14,13 @@ from batch_orchestration.cli.visible import escaped, say
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.domain.flat_outcomes import flat_outcome
 from batch_orchestration.domain.output_lines import output_line
+from batch_orchestration.files.atomic import atomic_writer
 from batch_orchestration.services.partial_results import (
     FinishedSoFar,
     finished_so_far,
     read_finished,
 )
 from batch_orchestration.storage.exports import TableFormat, write_table
-from batch_orchestration.storage.files import atomic_writer
 
 _EARLY = frozenset({BatchStatus.CANCELLED, BatchStatus.EXPIRED})
 

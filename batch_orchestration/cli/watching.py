@@ -15,10 +15,10 @@ from batch_orchestration.cli.context import Context, json_option, open_context, 
 from batch_orchestration.cli.visible import say
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.text import duration
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.batch_objects import batch_object
 from batch_orchestration.services.halting import what_helps
 from batch_orchestration.services.status import BatchView, view_batch, with_progress
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration.telemetry.progress import Wait
 

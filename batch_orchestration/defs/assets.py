@@ -50,6 +50,7 @@ from batch_orchestration.defs.runs import (
     wait_for_the_gate,
 )
 from batch_orchestration.domain.queueing import WaitReason
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.halting import halt_in_force, what_helps
@@ -59,7 +60,6 @@ from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.

@@ -7,6 +7,7 @@ import dagster as dg
 
 from batch_orchestration.defs.resources import SettingsResource, data_folder
 from batch_orchestration.engines.process_records import is_running
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.run_workers import (
     clear_after,
     clear_leftovers,
@@ -15,7 +16,6 @@ from batch_orchestration.services.run_workers import (
     recorded_worker,
     unreadable_heartbeats,
 )
-from batch_orchestration.storage.files import DataFolder
 
 INTERVAL_SECONDS = 10
 #: Who starts a worker puts it on record at once, and its first heartbeat does so within seconds.

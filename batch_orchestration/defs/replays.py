@@ -42,6 +42,7 @@ from batch_orchestration.defs.runs import (
     wait_for_the_gate,
 )
 from batch_orchestration.domain.queueing import WaitReason
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.dispatch import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.services.gpu_health import gpu_problem
@@ -49,7 +50,6 @@ from batch_orchestration.services.refused_engine import refusal_in_words
 from batch_orchestration.services.replaying import ReplayReport, run_replay
 from batch_orchestration.services.room import closed_gate
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.operations import open_replays
 from batch_orchestration.storage.queue_files import read_pause
 

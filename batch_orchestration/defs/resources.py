@@ -23,6 +23,8 @@ from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_answers import DEFAULT_MODEL
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.engines.vllm_flags import flag_name
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.sharing import share
 from batch_orchestration.services.chunk_runner import Feeding
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine
@@ -34,9 +36,7 @@ from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import EngineKind, Settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.rung_memory import RungMemory
-from batch_orchestration.storage.sharing import share
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)

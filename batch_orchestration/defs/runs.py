@@ -16,10 +16,10 @@ from batch_orchestration.defs.partitions import (
     name_tags,
 )
 from batch_orchestration.domain.queueing import WaitReason
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.dispatch import KnownRun, RunState
 from batch_orchestration.services.refused_engine import describe, note_refusal
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.files import DataFolder
 
 WILL_RETRY_TAG = "dagster/will_retry"
 RETRIED_BY_TAG = "dagster/auto_retry_run_id"

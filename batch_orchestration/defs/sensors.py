@@ -29,6 +29,7 @@ from batch_orchestration.defs.queue import report_queue
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import LIVE_STATUSES, free_run_key, known_runs, run_state
 from batch_orchestration.domain.queueing import NeedsPerson, QueueView, WaitReason
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.services.configuration import open_inbox, queue_rules
@@ -51,7 +52,6 @@ from batch_orchestration.services.room import closed_gate
 from batch_orchestration.services.service_order import in_order_of_service, run_priorities
 from batch_orchestration.services.unfinished_work import keep_index
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.queue_files import read_pause, write_needs
 
 CLAIM_TAG = "claim"

@@ -13,7 +13,7 @@ import msgspec
 
 from batch_orchestration.core.errors import EngineError
 from batch_orchestration.engines.sockets import remove_socket
-from batch_orchestration.storage.regular import NO_DESCRIPTOR, read_regular
+from batch_orchestration.files.regular import NO_DESCRIPTOR, read_regular
 
 PROC = Path("/proc")
 POLL_SECONDS = 0.05

@@ -30,7 +30,7 @@ from batch_orchestration.engines.reading import (
     require_success,
 )
 from batch_orchestration.engines.sockets import most_connections
-from batch_orchestration.storage.regular import NO_DESCRIPTOR
+from batch_orchestration.files.regular import NO_DESCRIPTOR
 
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,9 @@ from batch_orchestration.core.errors import (
 from batch_orchestration.core.members import concerns_everyone
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.domain.room import Obstacle
+from batch_orchestration.files.atomic import shortages, sync_folder, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.moving import fit_name, move_over, readable_name
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, is_gzip_name, open_batch_file
 from batch_orchestration.services.claims import Attempts, Claim, ClaimFolder
@@ -61,8 +64,6 @@ from batch_orchestration.services.verdicts import (
     Verdict,
 )
 from batch_orchestration.storage.estimates import EstimateTables
-from batch_orchestration.storage.files import DataFolder, shortages, sync_folder, write_atomically
-from batch_orchestration.storage.moves import fit_name, move_over, readable_name
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.text import duration
 from batch_orchestration.domain.alert_book import AlertState, Observation
 from batch_orchestration.domain.health import AlertKind, Finding, HealthReport, Level
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.dagster_links import health_link, run_link, sensor_link
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.health_files import read_health
 from batch_orchestration.storage.heartbeat_files import read_pulse
 

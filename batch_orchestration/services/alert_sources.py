@@ -21,12 +21,12 @@ from batch_orchestration.domain.alert_book import AlertState, Observation
 from batch_orchestration.domain.estimates import Band
 from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.domain.scores import Score
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.alert_findings import FROM_HEALTH, from_health
 from batch_orchestration.services.dagster_links import batch_link, sensor_link
 from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.estimates import EstimateTables
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.queue_files import read_pause
 from batch_orchestration.storage.store import Store
 from batch_orchestration.storage.watching import Ending, Watched, watch

@@ -18,6 +18,7 @@ from batch_orchestration.domain.alert_book import (
 )
 from batch_orchestration.domain.alerts import Change, Notification, Transition
 from batch_orchestration.domain.health import AlertKind, Finding, Level
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.alert_channels import Send, deliver, delivered_late
 from batch_orchestration.services.alert_sources import LOOK_BACK_SECONDS, observe
 from batch_orchestration.settings import Settings
@@ -28,7 +29,6 @@ from batch_orchestration.storage.alert_files import (
     touch_alert_state,
     write_alert_state,
 )
-from batch_orchestration.storage.files import DataFolder
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,9 @@ from batch_orchestration.core.results import BatchRecord, SettledRequest
 from batch_orchestration.core.totals import Tally
 from batch_orchestration.domain.batch_figures import Latencies
 from batch_orchestration.domain.kept import Kept
+from batch_orchestration.files.atomic import atomic_writer, disk_errors
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.services.endings import begin_ending, finish_ending
 from batch_orchestration.services.heart import holding
 from batch_orchestration.services.outbox import (
@@ -26,9 +29,7 @@ from batch_orchestration.services.outbox import (
 from batch_orchestration.services.report_figures import gather_figures
 from batch_orchestration.services.reports import batch_report
 from batch_orchestration.services.scoring import score_batch
-from batch_orchestration.storage.files import DataFolder, atomic_writer, disk_errors
 from batch_orchestration.storage.operations import Operations
-from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from batch_orchestration.core.lifecycle import FINAL, RESUMABLE
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.operations import last_operation_at, replays_of
 
 

@@ -9,19 +9,14 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import JournalError, JournalInUse, Shortage, StorageError
 from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.core.results import ChunkReport, Provenance
-from batch_orchestration.services.chunk_pass import (
-    ChunkPass,
-    ChunkRef,
-    Obstacle,
-    PendingRequest,
-    RequestPass,
-)
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.journal import JournalState, replay_journal
+from batch_orchestration.files.kept_input import ChunkRef
+from batch_orchestration.services.chunk_pass import ChunkPass, Obstacle, PendingRequest, RequestPass
 from batch_orchestration.services.committer import Committer, Results
 from batch_orchestration.services.halting import FailureWatch, halt_in_force
 from batch_orchestration.services.run_progress import RunProgress, remaining_work
 from batch_orchestration.services.run_vitals import RunVitals
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.journal import JournalState, replay_journal
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)

@@ -3,66 +3,16 @@
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from batch_orchestration.core.batches import BatchPlan, Chunk, chunk_key
 from batch_orchestration.core.errors import JournalInUse, PlanMismatch, Shortage, UnstorableRecord
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.storage.files import DataFolder, RawLine, read_chunk, shortages
-from batch_orchestration.storage.journal import Journal
+from batch_orchestration.files.journal import Journal
+from batch_orchestration.files.kept_input import ChunkRef
 
 #: Why a request cannot be drawn just now; it may be drawn a moment later.
 Obstacle = Shortage | JournalInUse
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkRef:
-    """A chunk and where its pieces lie."""
-
-    plan: BatchPlan
-    chunk: Chunk
-    input_path: Path
-    journal_path: Path
-
-    @classmethod
-    def of(cls, plan: BatchPlan, number: int, folder: DataFolder) -> "ChunkRef":
-        """Locate a chunk of a plan.
-
-        Raises:
-            PlanMismatch: The plan has no chunk of that number.
-        """
-        if not 0 <= number < len(plan.chunks):
-            raise PlanMismatch(
-                f"batch {plan.batch_id} has {len(plan.chunks)} chunks; there is no chunk {number}"
-            )
-        return cls(
-            plan=plan,
-            chunk=plan.chunks[number],
-            input_path=folder.input_path(plan.batch_id),
-            journal_path=folder.journal_path(plan.batch_id, number),
-        )
-
-    @property
-    def key(self) -> str:
-        """Its partition key."""
-        return chunk_key(self.plan.batch_id, self.chunk.number)
-
-    def lines(self) -> Iterator[RawLine]:
-        """Read its non-blank lines from the kept input.
-
-        Raises:
-            Shortage: There is no descriptor for it; found before the first line.
-            PlanMismatch: They are not those that were admitted.
-        """
-        with shortages(self.input_path):
-            yield from read_chunk(self.input_path, self.chunk, self.plan.max_line_bytes)
-
-    @property
-    def indices(self) -> range:
-        """The request indices that it holds."""
-        return range(self.chunk.first_index, self.chunk.first_index + self.chunk.requests)
 
 
 class RequestPass:

@@ -25,21 +25,22 @@ from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.domain.window_control import Bounds
 from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.kept_input import ChunkRef
+from batch_orchestration.files.plan_checks import check_input_size, check_settings
 from batch_orchestration.services.batch_work import BatchWork
-from batch_orchestration.services.chunk_pass import ChunkRef, PendingRequest
+from batch_orchestration.services.chunk_pass import PendingRequest
 from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.committer import Committed, Results
 from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.halting import FailureWatch, halt_in_force
 from batch_orchestration.services.ladders import chunk_needs
 from batch_orchestration.services.obstacles import Obstacles
-from batch_orchestration.services.plan_checks import check_input_size, check_settings
 from batch_orchestration.services.request_window import Window
 from batch_orchestration.services.run_accounts import RunAccounts
 from batch_orchestration.services.run_progress import CommittedChunk as CommittedChunk
 from batch_orchestration.services.run_vitals import COMMIT_SECONDS, MARGIN_SECONDS, RunVitals
 from batch_orchestration.services.turns import Turns
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)

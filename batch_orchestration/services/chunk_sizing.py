@@ -16,9 +16,9 @@ from batch_orchestration.core.batches import MOST_CHUNKS
 from batch_orchestration.core.requests import parse_line
 from batch_orchestration.domain import derivation
 from batch_orchestration.domain.derivation import Derived, request_tokens
+from batch_orchestration.files.input_lines import read_lines
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import ReadingRules, judge
-from batch_orchestration.storage.lines import read_lines
 
 logger = logging.getLogger(__name__)
 

@@ -24,24 +24,19 @@ import msgspec
 
 from batch_orchestration.core.batches import Origin
 from batch_orchestration.core.errors import ClaimNotFound, FileDamaged
-from batch_orchestration.services.batch_files import is_batch_file_name, is_gzip_name
-from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
-from batch_orchestration.services.verdicts import Admitted, Held, Released, Verdict
-from batch_orchestration.storage.files import (
-    DataFolder,
-    make_folder,
-    read_kept,
-    sync_folder,
-    write_atomically,
-)
-from batch_orchestration.storage.moves import (
+from batch_orchestration.files.atomic import make_folder, read_kept, sync_folder, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.moving import (
     is_taken,
     move_if_free,
     move_into,
     numbered_names,
     readable_name,
 )
-from batch_orchestration.storage.sharing import share, shared_lock
+from batch_orchestration.files.sharing import share, shared_lock
+from batch_orchestration.services.batch_files import is_batch_file_name, is_gzip_name
+from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
+from batch_orchestration.services.verdicts import Admitted, Held, Released, Verdict
 
 SomeVerdict = TypeVar("SomeVerdict", bound=Verdict)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.engines.process_records import boot_id
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.regular import read_regular
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.regular import read_regular
 
 #: Two looks that agree are at least so far apart. NTP has set a clock within this, as a rule.
 LEAST_SECONDS = 60.0

@@ -17,12 +17,11 @@ from batch_orchestration.core.members import Faults, concerns_everyone
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.core.requests import parse_line
 from batch_orchestration.core.results import ChunkReport, Provenance, SettledRequest
-from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.files.data_folder import DataFolder, RawLine
+from batch_orchestration.files.journal import Journal, JournalEntry, read_journal, replay_journal
+from batch_orchestration.files.kept_input import ChunkRef, busy_seconds
 from batch_orchestration.services.closing import closing_in_force
-from batch_orchestration.services.committer import busy_seconds
 from batch_orchestration.services.heart import note_work
-from batch_orchestration.storage.files import DataFolder, RawLine
-from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal, replay_journal
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)

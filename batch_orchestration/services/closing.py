@@ -25,8 +25,9 @@ from batch_orchestration.core.errors import (
 from batch_orchestration.core.lifecycle import Closing, Resumption, deadline
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.storage.files import DataFolder, disk_errors
-from batch_orchestration.storage.sharing import shared_lock
+from batch_orchestration.files.atomic import disk_errors
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,10 @@ from typing import Any
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import FileDamaged, Shortage
 from batch_orchestration.core.lifecycle import Closing, deadline
+from batch_orchestration.files.atomic import shortages
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.services.closing import expire
-from batch_orchestration.storage.files import DataFolder, shortages
 
 logger = logging.getLogger(__name__)
 

@@ -4,20 +4,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
-from batch_orchestration.core.errors import Shortage, StorageError, StoreLocked
+from batch_orchestration.core.errors import Shortage, StoreLocked
 from batch_orchestration.core.members import concerns_everyone
-from batch_orchestration.core.results import ChunkReport, SettledRequest
-from batch_orchestration.services.chunk_pass import ChunkRef
-from batch_orchestration.storage.journal import JournalEntry, read_journal
+from batch_orchestration.core.results import ChunkReport
+from batch_orchestration.files.journal import JournalEntry, read_journal
+from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled_requests
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)
-
 #: A commit takes a tenth of a second; what takes longer waits for a lock and may be left.
 STOP_SECONDS = 10.0
 #: After a wait for a lock, or while the disk is full.
@@ -185,29 +184,3 @@ class Committer:
             return False
         self.results.put(Committed(report=report, reused=True))
         return True
-
-
-def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> Iterator[SettledRequest]:
-    """Yield the requests of a chunk as its journal has them, in file order, one by one.
-
-    Raises:
-        StorageError: A request of the chunk has no outcome in the journal.
-    """
-    for index in ref.indices:
-        if (entry := entries.get(index)) is None:
-            raise StorageError(
-                f"{ref.journal_path} has no outcome of request {index}; run chunk {ref.key} again"
-            )
-        yield entry.settled()
-
-
-def busy_seconds(entries: Iterable[JournalEntry]) -> float:
-    """Return the time from first submission to last outcome, summed over the passes."""
-    spans: dict[str, tuple[float, float]] = {}
-    for entry in entries:
-        if entry.first_submitted_at is None:
-            continue
-        run_id = entry.provenance.run_id
-        first, last = spans.get(run_id, (entry.first_submitted_at, entry.settled_at))
-        spans[run_id] = (min(first, entry.first_submitted_at), max(last, entry.settled_at))
-    return sum(last - first for first, last in spans.values())

@@ -18,6 +18,7 @@ from batch_orchestration.engines.vllm_flags import (
     names_are_checked,
     top_rung,
 )
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.estimates import EngineInForce, EstimateSettings
 from batch_orchestration.services.gpu_health import gpu_problem
@@ -33,7 +34,6 @@ from batch_orchestration.services.refused_engine import refusal_in_words
 from batch_orchestration.services.retention import clean_inputs, clean_journals
 from batch_orchestration.services.room import QueueRules
 from batch_orchestration.settings import EngineKind, Settings
-from batch_orchestration.storage.files import DataFolder
 
 SECONDS_PER_DAY = 86_400.0
 #: Flags by which vLLM answers to other names than the one that we give it.

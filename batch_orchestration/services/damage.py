@@ -24,13 +24,14 @@ from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.domain.housekeeping import PartResult
 from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
 from batch_orchestration.engines.process_records import ProcessRecord
+from batch_orchestration.files.atomic import read_kept
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.plan_checks import check_input_size
 from batch_orchestration.services.claims import Attempts, ClaimFolder
 from batch_orchestration.services.clock_watch import ClockRecord, clock_path
 from batch_orchestration.services.housekeeping import results_path
-from batch_orchestration.services.plan_checks import check_input_size
 from batch_orchestration.services.surveys import Survey
 from batch_orchestration.services.verdicts import Verdict
-from batch_orchestration.storage.files import DataFolder, read_kept
 from batch_orchestration.storage.operations import open_files
 from batch_orchestration.storage.rung_memory import Descent
 from batch_orchestration.telemetry.progress import Progress

@@ -15,8 +15,9 @@ from batch_orchestration.core.dead_letters import DeadLetterState, Discard, Repl
 from batch_orchestration.core.errors import DeadLetterError
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import UTF8_BOM, Fault
-from batch_orchestration.services.original_lines import OriginalLine, original_lines
-from batch_orchestration.storage.files import DataFolder, RawLine, atomic_writer
+from batch_orchestration.files.atomic import atomic_writer
+from batch_orchestration.files.data_folder import DataFolder, RawLine
+from batch_orchestration.files.kept_input import OriginalLine, original_lines
 from batch_orchestration.storage.operations import Operations
 from batch_orchestration.storage.store import Store
 

@@ -18,10 +18,10 @@ from batch_orchestration.core.requests import Overrides
 from batch_orchestration.domain.estimates import Band, Estimate, TokenHistory, estimate
 from batch_orchestration.domain.throughput import Throughput, throughput
 from batch_orchestration.domain.token_profile import Profiler, TokenProfile
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.regular import read_regular
 from batch_orchestration.services.prompt_counting import PromptCounter, prompt_counter
 from batch_orchestration.storage.estimates import EngineFacts, EstimateTables
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.regular import read_regular
 from batch_orchestration.storage.store import Store
 
 _T = TypeVar("_T")

@@ -9,8 +9,8 @@ from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_faults import Fence, holds_because
 from batch_orchestration.engines.process_records import boot_id
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.fences import clear_fence, put_up_fence, read_fences
-from batch_orchestration.storage.files import DataFolder
 
 logger = logging.getLogger(__name__)
 

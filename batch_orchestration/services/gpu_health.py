@@ -19,10 +19,10 @@ from batch_orchestration.domain.model_memory import DTYPE_BYTES, MARGIN_SHARE, n
 from batch_orchestration.domain.thermal import ThermalPolicy
 from batch_orchestration.engines.process_records import group_members, is_running, read_record
 from batch_orchestration.engines.vllm_flags import model_folder
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.device_watch import DeviceWatch
 from batch_orchestration.services.fencing import fence_off, standing_fences
 from batch_orchestration.settings import Device, EngineKind, Settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.telemetry.gpu import read_gpus
 from batch_orchestration.telemetry.gpu_events import ListeningReader
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from batch_orchestration.core.lifecycle import FINAL
-from batch_orchestration.storage.files import DataFolder, disk_errors
+from batch_orchestration.files.atomic import disk_errors
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.gpu_samples import GpuSampleTable
 from batch_orchestration.storage.samples import sample_files
 from batch_orchestration.storage.store import Store

@@ -21,9 +21,9 @@ from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.core.requests import Request
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.domain.failure_rate import LATEST_OUTCOMES, FailureRate, failed_request
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.journal_records import OutcomeRecord, read_records
 from batch_orchestration.services.closing import closing_lock
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.records import OutcomeRecord, read_records
 
 logger = logging.getLogger(__name__)
 

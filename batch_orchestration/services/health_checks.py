@@ -10,6 +10,8 @@ from batch_orchestration.core.errors import StorageError, StoreLocked
 from batch_orchestration.core.text import duration
 from batch_orchestration.domain.health import Finding, Level, Standstill
 from batch_orchestration.domain.queueing import QueueEntry
+from batch_orchestration.files.atomic import disk_errors
+from batch_orchestration.files.sharing import OTHERS
 from batch_orchestration.services import gpu_health
 from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dagster_links import RESTART, run_link, sensor_link
@@ -27,10 +29,8 @@ from batch_orchestration.services.health_look import (
 )
 from batch_orchestration.services.health_of_runs import engine, workers
 from batch_orchestration.settings import ENV_FILE
-from batch_orchestration.storage.files import disk_errors
 from batch_orchestration.storage.heartbeat_files import read_pulses
 from batch_orchestration.storage.queue_files import read_needs, read_pause, read_queue
-from batch_orchestration.storage.sharing import OTHERS
 
 #: Two of the longest ticks without one that came to its end.
 DEAD_SECONDS = 150.0

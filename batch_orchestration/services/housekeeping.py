@@ -18,9 +18,10 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import BatchOrchestrationError, HousekeepingBusy
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.domain.housekeeping import HouseReport, PartResult, Removal
+from batch_orchestration.files.atomic import read_kept, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.at_rest import batches_at_rest
 from batch_orchestration.services.heart import note_work
-from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)

@@ -18,14 +18,15 @@ import msgspec
 from batch_orchestration.core.batches import slug
 from batch_orchestration.core.errors import ClaimNotFound
 from batch_orchestration.core.members import Faults
+from batch_orchestration.files.atomic import sync_folder
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.moving import readable_name
+from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.services.claims import Claim, ClaimFolder, claimed, find_claim
 from batch_orchestration.services.dropped_files import DroppedFile, look
 from batch_orchestration.services.sidecars import find_sidecar
 from batch_orchestration.services.surveys import Surveys
 from batch_orchestration.services.untaken import Untaken, UntakenFiles, reason_of
-from batch_orchestration.storage.files import DataFolder, sync_folder
-from batch_orchestration.storage.moves import readable_name
-from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.taking import NotTaken, take
 
 logger = logging.getLogger(__name__)

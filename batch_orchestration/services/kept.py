@@ -2,8 +2,8 @@
 
 from batch_orchestration.domain.kept import Kept
 from batch_orchestration.domain.run_account import kept
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.accounts import read_accounts
-from batch_orchestration.storage.files import DataFolder
 
 
 def kept_of(folder: DataFolder, batch_id: str) -> Kept | None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.housekeeping import Removal
+from batch_orchestration.files.atomic import disk_errors
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.gpu_samples import prune_samples
 from batch_orchestration.services.housekeeping import LEAST_REST_SECONDS, House
-from batch_orchestration.storage.files import DataFolder, disk_errors
 
-#: What `storage.files.atomic_writer` writes to; a user's file is hardly called so.
+#: What `files.atomic.atomic_writer` writes to; a user's file is hardly called so.
 _TEMPORARY = re.compile(r"\..{1,40}\.[0-9a-f]{12}\.tmp")
 #: The verdict on a claim is repeated to a run of its admission that is started again; by then
 #: Dagster's own retries are over many times.

@@ -12,8 +12,8 @@ from batch_orchestration.core.batches import Chunk
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import UTF8_BOM, Fault, Request, parse_line, too_long_fault
+from batch_orchestration.files.input_lines import RawLine, new_digest, read_lines
 from batch_orchestration.services.heart import note_work
-from batch_orchestration.storage.lines import RawLine, new_digest, read_lines
 
 logger = logging.getLogger(__name__)
 

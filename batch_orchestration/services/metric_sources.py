@@ -9,8 +9,8 @@ from pathlib import Path
 from batch_orchestration.core.errors import BatchNotFound, StorageError
 from batch_orchestration.domain.run_account import RunAccount
 from batch_orchestration.domain.store_figures import StoreFigures
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.accounts import accounts_path, read_accounts
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store_figures import read_figures
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ from batch_orchestration.domain.heartbeats import Heartbeat, Pulse
 from batch_orchestration.domain.queueing import EntryState, QueueEntry
 from batch_orchestration.domain.run_account import RunAccount, kept
 from batch_orchestration.domain.store_figures import BatchFigures, StoreFigures
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.metric_names import MetricPage
 from batch_orchestration.services.metric_sources import AccountsSource, StoreSource
 from batch_orchestration.storage.fences import read_fences
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.health_files import read_health
 from batch_orchestration.storage.heartbeat_files import read_pulses
 from batch_orchestration.storage.queue_files import read_pause, read_queue

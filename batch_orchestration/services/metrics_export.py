@@ -7,8 +7,9 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 
+from batch_orchestration.files.atomic import atomic_writer
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.metrics import MetricsCollector
-from batch_orchestration.storage.files import DataFolder, atomic_writer
 
 #: Node exporter runs as another user.
 _READABLE_BY_ALL = 0o644

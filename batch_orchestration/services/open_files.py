@@ -3,7 +3,7 @@
 import resource
 import sys
 
-from batch_orchestration.storage.journal import open_journals
+from batch_orchestration.files.journal import open_journals
 
 #: Descriptors that a run worker needs beside connections and journals: code, logs, DuckDB,
 #: Dagster's SQLite files, the pipes of an engine; and some that nobody counts.

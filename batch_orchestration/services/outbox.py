@@ -13,9 +13,9 @@ from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.core.totals import Tally
 from batch_orchestration.domain.output_lines import output_line
+from batch_orchestration.files.atomic import make_folder, write_atomically
 from batch_orchestration.services.documents import to_html
 from batch_orchestration.services.heart import note_work
-from batch_orchestration.storage.files import make_folder, write_atomically
 
 
 @dataclass(frozen=True)

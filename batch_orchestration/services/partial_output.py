@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import Shortage
 from batch_orchestration.core.totals import Tally
+from batch_orchestration.files.atomic import atomic_writer
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.services.assembly import AssemblyReport, assemble, assembly_lock_path
 from batch_orchestration.services.heart import holding
 from batch_orchestration.services.outbox import OutboxFiles, make_writable, unwritable, write_lines
@@ -18,8 +21,6 @@ from batch_orchestration.services.partial_results import (
     finished_so_far,
     read_finished,
 )
-from batch_orchestration.storage.files import DataFolder, atomic_writer
-from batch_orchestration.storage.sharing import shared_lock
 from batch_orchestration.storage.store import Store
 
 logger = logging.getLogger(__name__)

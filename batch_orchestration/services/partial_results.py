@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from batch_orchestration.core.batches import BatchPlan, BatchStatus, Chunk
 from batch_orchestration.core.errors import BatchNotFound
 from batch_orchestration.core.results import SettledRequest
-from batch_orchestration.services.chunk_pass import ChunkRef
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.journal import read_journal, replay_journal
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.journal import read_journal, replay_journal
+from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.storage.rows import as_stored
 from batch_orchestration.storage.store import Store
 

@@ -27,6 +27,7 @@ from batch_orchestration.domain.queueing import (
 )
 from batch_orchestration.domain.room import Demand
 from batch_orchestration.domain.waiting import Decision, Rules, Standing, decide
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.batch_files import is_gzip_name
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.dropped_files import DroppedFile
@@ -38,7 +39,6 @@ from batch_orchestration.services.service_order import served_of_late
 from batch_orchestration.services.sidecars import options_said
 from batch_orchestration.services.submission_rates import read_rates
 from batch_orchestration.services.surveys import Survey, Surveys
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.queue_files import read_pause
 from batch_orchestration.storage.store import Store
 from batch_orchestration.telemetry.progress import read_progress

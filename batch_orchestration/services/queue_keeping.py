@@ -18,13 +18,13 @@ from batch_orchestration.domain.queueing import (
     QueueView,
     WaitReason,
 )
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.estimates import expected_seconds
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import read_queue
 from batch_orchestration.services.registration import register_lost
 from batch_orchestration.services.room import QueueRules
 from batch_orchestration.storage import queue_files
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 
 #: Seconds that the engine still needs for an entry; None while nobody knows.

@@ -17,16 +17,15 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import FileDamaged, StorageError, StoreLocked
 from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.members import Faults
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.journal import read_journal
+from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled_requests
 from batch_orchestration.services.assembly import assemble
-from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.close_out import commit_closed
 from batch_orchestration.services.closing import delivered
-from batch_orchestration.services.committer import busy_seconds, settled_requests
 from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.registration import admission_lock, register_batch
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.journal import read_journal
 from batch_orchestration.storage.operations import Operations
 from batch_orchestration.storage.remaking import remake
 from batch_orchestration.storage.store import Store

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from batch_orchestration.core.batches import LinePolicy, OnOversize
 from batch_orchestration.core.requests import Fault
+from batch_orchestration.files.atomic import atomic_writer
 from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.verdicts import Rejected
-from batch_orchestration.storage.files import atomic_writer
 
 #: Of a fault's message, in the reason for which a file is rejected.
 _QUOTED_CHARACTERS = 300

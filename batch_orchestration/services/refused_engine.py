@@ -23,8 +23,9 @@ from batch_orchestration.domain.gate import (
     lets_in,
     one_token_probe,
 )
+from batch_orchestration.files.atomic import read_kept, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.settings import EngineKind, Settings
-from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
 from batch_orchestration.storage.operations import open_replays
 from batch_orchestration.storage.queue_files import read_queue
 

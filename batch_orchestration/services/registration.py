@@ -16,12 +16,13 @@ from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.storage.files import DataFolder, sync_folder
-from batch_orchestration.storage.journal import Journal
+from batch_orchestration.files.atomic import sync_folder
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.journal import Journal
+from batch_orchestration.files.sharing import share, shared_lock
+from batch_orchestration.files.unfinished import marked
 from batch_orchestration.storage.operations import Operations
-from batch_orchestration.storage.sharing import share, shared_lock
 from batch_orchestration.storage.store import Store
-from batch_orchestration.storage.unfinished import marked
 
 #: Stands in journals where otherwise a run's id does.
 ADMISSION_RUN_ID = "admission"

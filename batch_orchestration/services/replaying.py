@@ -21,17 +21,17 @@ from batch_orchestration.core.results import Provenance
 from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.needs import needs_of
 from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.journal import Journal
+from batch_orchestration.files.kept_input import original_lines
+from batch_orchestration.files.plan_checks import check_settings
 from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest, RequestPass
 from batch_orchestration.services.chunk_runner import SYNC_SECONDS, Feeding
 from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.heart import holding
-from batch_orchestration.services.original_lines import original_lines
-from batch_orchestration.services.plan_checks import check_settings
 from batch_orchestration.services.run_vitals import WORK_SECONDS, RunVitals
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.journal import Journal
 from batch_orchestration.storage.operations import Operations
 from batch_orchestration.storage.store import Store
 

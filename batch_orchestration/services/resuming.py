@@ -22,11 +22,11 @@ from batch_orchestration.core.lifecycle import (
 )
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.unfinished import marked
 from batch_orchestration.services.closing import closing_lock, set_damaged_decisions_aside
 from batch_orchestration.services.halting import halt_in_force
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
-from batch_orchestration.storage.unfinished import marked
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from batch_orchestration.core.requests import Request
 from batch_orchestration.core.results import ChunkReport
 from batch_orchestration.domain.token_profile import shape_of_request
 from batch_orchestration.engines.base import EngineIdentity
-from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.services.estimates import read_estimate
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.telemetry.meter import Meter
 from batch_orchestration.telemetry.progress import Progress, Wait, write_progress
 from batch_orchestration.telemetry.remaining import RemainingWork

@@ -11,9 +11,9 @@ from typing import Self
 
 from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.samples import RunSample
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.device_watch import DeviceWatch
 from batch_orchestration.services.run_vitals import RunVitals
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.samples import append_sample
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from batch_orchestration.core.errors import BatchNotFound, FileDamaged, StoreLoc
 from batch_orchestration.core.lifecycle import FINAL, Closing, Halt, Resumption, deadline
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.halting import halt_in_force
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration.telemetry.progress import STALE_SECONDS, Progress, read_progress
 

@@ -7,7 +7,7 @@ from batch_orchestration.domain.rates import (
     SourceRates,
     SubmissionEvent,
 )
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.store import Store
 
 

@@ -15,7 +15,8 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import FileDamaged
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.domain.room import Demand, Obstacle
-from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
+from batch_orchestration.files.atomic import read_kept, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
 
 
 class Survey(msgspec.Struct, frozen=True, kw_only=True):

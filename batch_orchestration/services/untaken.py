@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import msgspec
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
+from batch_orchestration.files.atomic import read_kept, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
 
 #: Then it is tried again. Meanwhile it takes nobody's place in the queue.
 RETRY_SECONDS = 60.0

@@ -8,7 +8,8 @@ import msgspec
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.run_account import RunAccount
-from batch_orchestration.storage.files import DataFolder, read_kept
+from batch_orchestration.files.atomic import read_kept
+from batch_orchestration.files.data_folder import DataFolder
 
 
 def accounts_path(folder: DataFolder, batch_id: str) -> Path:

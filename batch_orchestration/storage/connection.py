@@ -28,8 +28,8 @@ from batch_orchestration.core.errors import (
     StoreLocked,
     TooManyOpenFiles,
 )
-from batch_orchestration.storage.files import disk_errors, make_folder, shortages, sync_folder
-from batch_orchestration.storage.sharing import made_for_the_group, share, shared_lock
+from batch_orchestration.files.atomic import disk_errors, make_folder, shortages, sync_folder
+from batch_orchestration.files.sharing import made_for_the_group, share, shared_lock
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import msgspec
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.flat_outcomes import FlatOutcome
-from batch_orchestration.storage.files import disk_errors
+from batch_orchestration.files.atomic import disk_errors
 
 #: Columns of a table, with their types.
 COLUMNS = {

@@ -6,13 +6,8 @@ import msgspec
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.gpu_faults import ClearedFence, Fence
-from batch_orchestration.storage.files import (
-    DataFolder,
-    disk_errors,
-    read_kept,
-    sync_folder,
-    write_atomically,
-)
+from batch_orchestration.files.atomic import disk_errors, read_kept, sync_folder, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
 
 
 def fence_path(folder: DataFolder, uuid: str) -> Path:

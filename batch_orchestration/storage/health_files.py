@@ -3,7 +3,8 @@
 import msgspec
 
 from batch_orchestration.domain.health import HealthReport
-from batch_orchestration.storage.files import DataFolder, read_kept, write_atomically
+from batch_orchestration.files.atomic import read_kept, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
 
 
 def write_health(folder: DataFolder, report: HealthReport) -> None:

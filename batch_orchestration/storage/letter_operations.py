@@ -20,9 +20,9 @@ from batch_orchestration.core.dead_letters import (
 )
 from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.results import SettledRequest
+from batch_orchestration.files.journal_reading import JournalEntry
 from batch_orchestration.storage import rows
 from batch_orchestration.storage.letters import LETTERS, dead_event, insert_events, insert_letters
-from batch_orchestration.storage.replay import JournalEntry
 
 #: Indices come as one parameter, a list: there may be very many.
 _AMONG = "request_index IN (SELECT unnest(?::BIGINT[]))"

@@ -16,17 +16,12 @@ from filelock import BaseFileLock
 from batch_orchestration.core.dead_letters import Discard, Operation, Replay
 from batch_orchestration.core.errors import DeadLetterError, FileDamaged, JournalInUse
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.storage.files import (
-    DataFolder,
-    disk_errors,
-    make_folder,
-    read_kept,
-    write_atomically,
-)
-from batch_orchestration.storage.journal import Journal, JournalEntry, read_journal
-from batch_orchestration.storage.sharing import share, shared_lock
+from batch_orchestration.files.atomic import disk_errors, make_folder, read_kept, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.journal import Journal, JournalEntry, read_journal
+from batch_orchestration.files.sharing import share, shared_lock
+from batch_orchestration.files.unfinished import marked
 from batch_orchestration.storage.store import Store
-from batch_orchestration.storage.unfinished import marked
 
 _FOLDER = "dead_letters"
 _OPEN = ".open.json"

@@ -6,9 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from batch_orchestration.core.errors import StorageError
+from batch_orchestration.files.atomic import disk_errors, make_folder, sync_folder
+from batch_orchestration.files.moving import move_into
 from batch_orchestration.storage.connection import DEADLINE_SECONDS, replacing
-from batch_orchestration.storage.files import disk_errors, make_folder, sync_folder
-from batch_orchestration.storage.moves import move_into
 from batch_orchestration.storage.store import Store
 
 

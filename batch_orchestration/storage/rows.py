@@ -20,8 +20,8 @@ from batch_orchestration.core.results import (
     Provenance,
     SettledRequest,
 )
-from batch_orchestration.storage.files import disk_errors
-from batch_orchestration.storage.records import record_at
+from batch_orchestration.files.atomic import disk_errors
+from batch_orchestration.files.journal_records import record_at
 
 Row = dict[str, Any]
 

@@ -7,8 +7,8 @@ import msgspec
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.rungs import Rung
-from batch_orchestration.storage.files import write_atomically
-from batch_orchestration.storage.regular import read_regular
+from batch_orchestration.files.atomic import write_atomically
+from batch_orchestration.files.regular import read_regular
 
 logger = logging.getLogger(__name__)
 

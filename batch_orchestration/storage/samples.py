@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.domain.samples import RunSample
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 
 logger = logging.getLogger(__name__)
 

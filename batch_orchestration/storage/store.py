@@ -20,6 +20,7 @@ from batch_orchestration.core.errors import BatchNotFound, StorageError
 from batch_orchestration.core.lifecycle import FINAL, BatchEvent
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.results import BatchRecord, ChunkReport, SettledRequest
+from batch_orchestration.files.journal_reading import JournalEntry
 from batch_orchestration.storage import (
     commits,
     connection,
@@ -30,7 +31,6 @@ from batch_orchestration.storage import (
     statuses,
 )
 from batch_orchestration.storage.questions import ask
-from batch_orchestration.storage.replay import JournalEntry
 
 _TABLES = (
     *("batches", "chunks", "results", "failed_requests"),

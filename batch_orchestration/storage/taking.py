@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from batch_orchestration.storage.files import sync_folder
-from batch_orchestration.storage.moves import move_if_free, move_into
+from batch_orchestration.files.atomic import sync_folder
+from batch_orchestration.files.moving import move_if_free, move_into
 
 _BLOCK_BYTES = 2**20
 LINK_PUT_THERE = "it is no file any more: a link or a pipe was put in its place"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.storage.regular import read_regular
+from batch_orchestration.files.regular import read_regular
 
 #: A run writes its progress each second; after this many without a word it is not to be trusted.
 STALE_SECONDS = 10.0

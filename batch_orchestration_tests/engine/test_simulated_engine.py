@@ -20,7 +20,7 @@ from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_server import SimulatedServer
 from batch_orchestration.engines.simulated_strange import KINDS
-from batch_orchestration.storage.records import OutcomeRecord, encode_record
+from batch_orchestration.files.journal_records import OutcomeRecord, encode_record
 from batch_orchestration_tests.engine_contract import (
     CHAT,
     EngineContract,

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 
-from batch_orchestration.storage.journal import read_journal
+from batch_orchestration.files.journal import read_journal
 from batch_orchestration_tests.integration.dagster_client import Run
 from batch_orchestration_tests.integration.dagster_processes import DagsterProcesses
 

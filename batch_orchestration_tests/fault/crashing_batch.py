@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 from batch_orchestration.core import crash_points
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.fault.mixed_batches import (
     engine_leaders,

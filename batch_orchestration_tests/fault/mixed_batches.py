@@ -10,12 +10,12 @@ from batch_orchestration.engines.process_records import is_running, read_record
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_strange import KINDS
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.journal import read_journal
+from batch_orchestration.files.journal_records import OutcomeRecord, read_records
 from batch_orchestration.services.assembly import OutboxFiles, assemble
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.recount import recount
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.journal import read_journal
-from batch_orchestration.storage.records import OutcomeRecord, read_records
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import MODEL, NOW, make_body, make_line
 from batch_orchestration_tests.workbench import make_feeding

@@ -28,9 +28,9 @@ from typing import ClassVar, Protocol
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import FileDamaged
 from batch_orchestration.core.lifecycle import FINAL
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.resuming import resume
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import MODEL
 from batch_orchestration_tests.children import ROOT

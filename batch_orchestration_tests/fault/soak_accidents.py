@@ -11,7 +11,7 @@ from subprocess import CalledProcessError, run
 from typing import Any
 
 from batch_orchestration.core.lifecycle import FINAL
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.fault.disks import fill, mount
 from batch_orchestration_tests.fault.mixed_batches import engine_leaders

@@ -17,8 +17,8 @@ from batch_orchestration.core.errors import (
     FileDamaged,
     OutboxUnwritable,
 )
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.halting import halt_in_force
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.fault.mixed_batches import run_to_the_end, simulated_engine
 

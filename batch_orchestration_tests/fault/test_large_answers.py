@@ -11,15 +11,16 @@ from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import FileDamaged
 from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.domain.output_lines import output_line
+from batch_orchestration.files import journal_reading as replay
+from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.services.assembly import assemble
-from batch_orchestration.services.chunk_pass import ChunkRef
 from batch_orchestration.services.close_out import commit_closed
 from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.partial_results import finished_so_far, read_finished
 from batch_orchestration.services.recovery import find_problem, recover
 from batch_orchestration.services.retention import clean_inputs, clean_journals
-from batch_orchestration.storage import replay, rows
+from batch_orchestration.storage import rows
 from batch_orchestration_tests.builders import NOW, make_completion, make_line, make_plan
 from batch_orchestration_tests.large_answers import (
     LARGE,

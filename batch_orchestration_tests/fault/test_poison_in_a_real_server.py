@@ -13,7 +13,7 @@ import pytest
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.outcomes import Failure, FailureCode
-from batch_orchestration.storage.journal import read_journal
+from batch_orchestration.files.journal import read_journal
 from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.fault.mixed_batches import simulated_engine
 from batch_orchestration_tests.inbox_bench import InboxBench

@@ -9,8 +9,8 @@ from unittest.mock import patch
 import dagster as dg
 
 from batch_orchestration.definitions import definitions
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.settings import EngineKind, Settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import believe_the_clock
 

@@ -19,9 +19,9 @@ from batch_orchestration.core.errors import (
     OutboxUnwritable,
     StorageError,
 )
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services import outbox
 from batch_orchestration.services.assembly import assemble
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import NOW, make_batch, make_settled, make_settled_chunk
 
@@ -222,7 +222,7 @@ def test_a_file_size_limit_is_a_full_disk_too(folder, store):
     script = """
         import resource, sys
         from batch_orchestration.services import assembly
-        from batch_orchestration.storage.files import DataFolder
+        from batch_orchestration.files.data_folder import DataFolder
         from batch_orchestration.storage.store import Store
 
         class ReadOnce(Store):
@@ -247,7 +247,7 @@ def test_killed_in_the_middle_and_done_again_is_as_undisturbed(folder, store, tm
     script = """
         import os, signal, sys
         from batch_orchestration.services import assembly
-        from batch_orchestration.storage.files import DataFolder
+        from batch_orchestration.files.data_folder import DataFolder
         from batch_orchestration.storage.store import Store
 
         class Killed(Store):

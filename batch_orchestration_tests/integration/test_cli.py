@@ -6,7 +6,7 @@ import time
 import pytest
 
 from batch_orchestration.core.outcomes import FailureCode
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration_tests.builders import (
     NOW,
     make_failure,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.command_line import CommandLine
 

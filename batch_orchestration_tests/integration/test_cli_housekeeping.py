@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration_tests.builders import believe_the_clock
 from batch_orchestration_tests.command_line import CommandLine
 

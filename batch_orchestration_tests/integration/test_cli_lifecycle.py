@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.close_out import close_out
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration_tests.command_line import CommandLine
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.services.chunk_pass import ChunkRef
+from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.services.committer import Committed, Committer
 from batch_orchestration_tests.builders import make_completion, make_failure, make_request
 from batch_orchestration_tests.large_answers import answered

@@ -9,12 +9,11 @@ from batch_orchestration.core.dead_letters import DeadLetterState, Selection
 from batch_orchestration.core.errors import DeadLetterError, EngineDied, JournalInUse, PlanMismatch
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.core.requests import Fault
+from batch_orchestration.files.journal import read_journal
+from batch_orchestration.files.kept_input import ChunkRef, settled_requests
 from batch_orchestration.services import dead_letters
-from batch_orchestration.services.chunk_pass import ChunkRef
-from batch_orchestration.services.committer import settled_requests
 from batch_orchestration.services.dead_letters import as_input
 from batch_orchestration.services.registration import write_fault_journals
-from batch_orchestration.storage.journal import read_journal
 from batch_orchestration.storage.operations import Operations, open_replays
 from batch_orchestration_tests.builders import (
     NOW,

@@ -10,7 +10,7 @@ import pytest
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import EngineRefusesUs
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
-from batch_orchestration.storage.journal import replay_journal
+from batch_orchestration.files.journal import replay_journal
 from batch_orchestration_tests.builders import NOW, make_line, make_plan
 from batch_orchestration_tests.gate_server import CHAT, EMBEDDINGS, Asked, GateServer, Reply, error
 from batch_orchestration_tests.workbench import Workbench

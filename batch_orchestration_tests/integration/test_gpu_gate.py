@@ -12,12 +12,12 @@ import pytest
 from batch_orchestration.cli.context import person
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.files.journal import read_journal
 from batch_orchestration.services import gpu_health
 from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.fencing import fence_off
 from batch_orchestration.settings import Device, EngineKind
 from batch_orchestration.storage.fences import cleared_fences
-from batch_orchestration.storage.journal import read_journal
 from batch_orchestration.storage.operations import Operations, open_replays
 from batch_orchestration.telemetry.gpu import read_gpus
 from batch_orchestration_tests.builders import NOW, make_input, make_settled_chunk

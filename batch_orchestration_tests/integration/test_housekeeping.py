@@ -20,6 +20,7 @@ from batch_orchestration.core.lifecycle import FINAL, RESUMABLE, Resumption
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.domain.output_lines import output_line_id
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.configuration import house_parts
 from batch_orchestration.services.housekeeping import (
     House,
@@ -29,7 +30,6 @@ from batch_orchestration.services.housekeeping import (
     results_path,
 )
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan
 

@@ -13,6 +13,8 @@ import pytest
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.journal import Journal
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.assembly import OutboxFiles, assemble
 from batch_orchestration.services.configuration import admission_settings
@@ -21,8 +23,6 @@ from batch_orchestration.services.partial_output import PartialReport, deliver_w
 from batch_orchestration.services.partial_results import finished_so_far, read_finished
 from batch_orchestration.services.recount import recount
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.files import DataFolder
-from batch_orchestration.storage.journal import Journal
 from batch_orchestration.storage.store import Store
 from batch_orchestration_tests.builders import (
     NOW,

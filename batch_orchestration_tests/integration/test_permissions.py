@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.operations import open_replays
 from batch_orchestration.storage.queue_files import read_pause
 from batch_orchestration_tests.builders import make_line
@@ -26,8 +26,8 @@ from batch_orchestration_tests.other_user import (
 #: What the service does: it admits a file with a line that fails, and answers the other one.
 SERVE = """
 from pathlib import Path
-from batch_orchestration.storage.sharing import keep_from_others
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.sharing import keep_from_others
+from batch_orchestration.files.data_folder import DataFolder
 keep_from_others()
 folder = DataFolder(Path(root) / "data")
 folder.create()

@@ -7,8 +7,8 @@ import pytest
 
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import PlanMismatch
+from batch_orchestration.files.plan_checks import input_removed_path
 from batch_orchestration.services.housekeeping import House
-from batch_orchestration.services.plan_checks import input_removed_path
 from batch_orchestration.services.recovery import find_problem
 from batch_orchestration.services.registration import register_unlisted
 from batch_orchestration.services.retention import clean_inputs, clean_journals

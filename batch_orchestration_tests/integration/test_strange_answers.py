@@ -15,10 +15,10 @@ from batch_orchestration.core.results import Provenance
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.server import ServerEngine
+from batch_orchestration.files import journal_records as records
+from batch_orchestration.files.journal import Journal
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.recovery import recover
-from batch_orchestration.storage import records
-from batch_orchestration.storage.journal import Journal
 from batch_orchestration.telemetry.progress import Progress, read_progress
 from batch_orchestration_tests.builders import make_request
 from batch_orchestration_tests.closing_bench import ClosingBench

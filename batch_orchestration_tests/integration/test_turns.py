@@ -14,9 +14,9 @@ from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.domain.queueing import EntryKind, EntryState, WaitReason
+from batch_orchestration.files.journal import Journal
 from batch_orchestration.services import turns
 from batch_orchestration.services.chunk_pass import ChunkPass
-from batch_orchestration.storage.journal import Journal
 from batch_orchestration.storage.store import Store
 from batch_orchestration.telemetry.progress import read_progress
 from batch_orchestration_tests.builders import NOW, make_provenance

@@ -20,7 +20,7 @@ from batch_orchestration.core.outcomes import (
     Usage,
 )
 from batch_orchestration.engines.answers import ABORTED, read_answer
-from batch_orchestration.storage.records import OutcomeRecord, encode_record
+from batch_orchestration.files.journal_records import OutcomeRecord, encode_record
 from batch_orchestration_tests.builders import ENDPOINT
 
 CHAT = b'{"id": "chatcmpl-1", "choices": [{"index": 0, "finish_reason": "stop"}, {}], "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}}'  # noqa: E501

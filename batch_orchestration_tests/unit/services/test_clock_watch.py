@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.clock_watch import (
     DELETION_SECONDS,
     EXPIRY_SECONDS,
@@ -12,7 +13,6 @@ from batch_orchestration.services.clock_watch import (
     clock_doubt,
     read_clocks,
 )
-from batch_orchestration.storage.files import DataFolder
 
 DAY = 86400.0
 YEARS = 20 * 365 * DAY

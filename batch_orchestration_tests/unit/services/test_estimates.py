@@ -11,6 +11,7 @@ from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.core.text import window_warning
 from batch_orchestration.domain.estimates import Band, Basis, Estimate
 from batch_orchestration.domain.throughput import Costs, Throughput
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.estimates import (
     EstimateSettings,
     Knowledge,
@@ -20,7 +21,6 @@ from batch_orchestration.services.estimates import (
     write_estimate,
 )
 from batch_orchestration.services.intake import Intake
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration_tests.builders import NOW, make_batch, make_line
 
 SLOW = Throughput(

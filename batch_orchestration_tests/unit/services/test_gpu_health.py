@@ -13,6 +13,7 @@ from batch_orchestration.core.errors import GpuUnhealthy, GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.health import Level
 from batch_orchestration.engines.process_records import ProcessRecord, identify, write_record
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services import device_watch as device_watch_module
 from batch_orchestration.services import gpu_health
 from batch_orchestration.services.gpu_health import (
@@ -27,7 +28,6 @@ from batch_orchestration.services.gpu_health import (
     weight_bytes,
 )
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.telemetry.gpu import read_gpus
 from batch_orchestration_tests.fake_nvml import GIB, GPU_IS_LOST, FakeGpu, FakeNvml
 from batch_orchestration_tests.health_bench import HealthBench

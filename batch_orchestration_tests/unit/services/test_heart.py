@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.engines.process_records import identify, is_running
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.heart import beating, holding, say_at_work, vitals_of_this_worker
 from batch_orchestration.services.run_workers import (
     clear_leftovers,
@@ -20,7 +21,6 @@ from batch_orchestration.services.run_workers import (
     worker_of,
 )
 from batch_orchestration.storage import heartbeat_files
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.heartbeat_files import read_pulse, write_heartbeat
 from batch_orchestration_tests.children import child, next_line
 

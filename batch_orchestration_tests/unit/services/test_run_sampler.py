@@ -9,10 +9,10 @@ from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_gate import GpuLimits
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.device_watch import DeviceWatch
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
-from batch_orchestration.storage.files import DataFolder
 from batch_orchestration.storage.samples import read_samples
 
 GPU = GpuFacts(index=0, uuid="GPU-1", name="Test", temperature_celsius=60)

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import BatchNotFound, DiskFull, StorageError
-from batch_orchestration.storage.files import DataFolder, atomic_writer, write_atomically
+from batch_orchestration.files.atomic import atomic_writer, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration_tests.builders import make_input, make_plan
 
 

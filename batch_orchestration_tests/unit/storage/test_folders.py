@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.storage.files import make_folder, write_atomically
-from batch_orchestration.storage.moves import move_into
+from batch_orchestration.files.atomic import make_folder, write_atomically
+from batch_orchestration.files.moving import move_into
 
 
 @pytest.fixture

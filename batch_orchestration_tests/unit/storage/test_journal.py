@@ -7,14 +7,14 @@ from batch_orchestration.core.errors import FileDamaged, JournalError, JournalIn
 from batch_orchestration.core.outcomes import Completion, FailureCode, Outcome
 from batch_orchestration.core.requests import LARGEST_KEPT_BODY, Fault
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.storage.journal import (
+from batch_orchestration.files.journal import (
     Journal,
     JournalEntry,
     JournalState,
     read_journal,
     replay_journal,
 )
-from batch_orchestration.storage.records import OutcomeRecord, PassRecord, encode_record
+from batch_orchestration.files.journal_records import OutcomeRecord, PassRecord, encode_record
 from batch_orchestration_tests.builders import (
     NOW,
     make_completion,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_orchestration.core.outcomes import Outcome
-from batch_orchestration.storage.journal import Journal, read_journal
+from batch_orchestration.files.journal import Journal, read_journal
 from batch_orchestration_tests.builders import (
     NOW,
     make_completion,

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from batch_orchestration.storage.moves import (
+from batch_orchestration.files.moving import (
     NAME_MAX_BYTES,
     fit_name,
     move_if_free,

@@ -16,7 +16,7 @@ import msgspec
 from batch_orchestration.core.errors import FileDamaged
 from batch_orchestration.core.outcomes import Failure, Outcome
 from batch_orchestration.core.results import Attempt, Place, Provenance
-from batch_orchestration.storage.regular import open_regular
+from batch_orchestration.files.regular import open_regular
 
 RECORD_SEPARATOR = b"\x1e"
 #: 2: outcomes say what a commit has to know of their requests.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batch_orchestration.core.batches import BatchPlan, settings_difference
 from batch_orchestration.core.errors import PlanMismatch
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import msgspec
 from batch_orchestration.core.batches import Chunk
 from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.core.requests import UTF8_BOM
-from batch_orchestration.storage.regular import open_regular
+from batch_orchestration.files.regular import open_regular
 
 #: What is kept of a line that is too long: enough to recognise it.
 TOO_LONG_KEPT_BYTES = 64 * 2**10

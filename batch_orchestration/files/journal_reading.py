@@ -9,7 +9,7 @@ import msgspec
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.core.results import Attempt, Place, Provenance, SettledRequest
-from batch_orchestration.storage.records import (
+from batch_orchestration.files.journal_records import (
     FailedAttemptRecord,
     OutcomeRecord,
     PassRecord,

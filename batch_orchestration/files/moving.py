@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from batch_orchestration.storage.files import make_folder, sync_folder
+from batch_orchestration.files.atomic import make_folder, sync_folder
 
 #: What Linux allows in one name, in bytes.
 NAME_MAX_BYTES = 255

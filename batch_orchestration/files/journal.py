@@ -14,8 +14,14 @@ from batch_orchestration.core.errors import JournalError, JournalInUse, Unstorab
 from batch_orchestration.core.outcomes import Failure, Outcome
 from batch_orchestration.core.requests import Fault, Request, kept_body
 from batch_orchestration.core.results import Attempt, Provenance
-from batch_orchestration.storage.files import disk_errors, make_folder, shortages, sync_folder
-from batch_orchestration.storage.records import (
+from batch_orchestration.files.atomic import disk_errors, make_folder, shortages, sync_folder
+from batch_orchestration.files.journal_reading import (
+    JournalEntry,
+    JournalState,
+    read_journal,
+    replay_journal,
+)
+from batch_orchestration.files.journal_records import (
     FailedAttemptRecord,
     OutcomeRecord,
     PassRecord,
@@ -24,12 +30,6 @@ from batch_orchestration.storage.records import (
     SuspectedRecord,
     encode_record,
     read_records,
-)
-from batch_orchestration.storage.replay import (
-    JournalEntry,
-    JournalState,
-    read_journal,
-    replay_journal,
 )
 
 __all__ = [

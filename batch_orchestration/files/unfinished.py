@@ -11,7 +11,7 @@ import contextlib
 import os
 
 from batch_orchestration.core.batches import can_be_id
-from batch_orchestration.storage.files import DataFolder
+from batch_orchestration.files.data_folder import DataFolder
 
 #: Its time is that of the last search for things without a mark. No id begins with a dot.
 _SEARCHED = ".searched"

@@ -1,0 +1,1 @@
+"""The data folder: paths, atomic writes, kept input, journals."""

@@ -1,0 +1,142 @@
+"""The original lines of requests, read again from a batch's kept input."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from batch_orchestration.core.batches import BatchPlan, Chunk, chunk_key
+from batch_orchestration.core.errors import PlanMismatch, StorageError
+from batch_orchestration.core.requests import (
+    Fault,
+    Request,
+    override_line,
+    parse_line,
+    too_long_fault,
+)
+from batch_orchestration.core.results import SettledRequest
+from batch_orchestration.files.atomic import shortages
+from batch_orchestration.files.data_folder import DataFolder, RawLine, read_chunk
+from batch_orchestration.files.journal import JournalEntry
+from batch_orchestration.files.plan_checks import check_input_kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkRef:
+    """A chunk and where its pieces lie."""
+
+    plan: BatchPlan
+    chunk: Chunk
+    input_path: Path
+    journal_path: Path
+
+    @classmethod
+    def of(cls, plan: BatchPlan, number: int, folder: DataFolder) -> "ChunkRef":
+        """Locate a chunk of a plan.
+
+        Raises:
+            PlanMismatch: The plan has no chunk of that number.
+        """
+        if not 0 <= number < len(plan.chunks):
+            raise PlanMismatch(
+                f"batch {plan.batch_id} has {len(plan.chunks)} chunks; there is no chunk {number}"
+            )
+        return cls(
+            plan=plan,
+            chunk=plan.chunks[number],
+            input_path=folder.input_path(plan.batch_id),
+            journal_path=folder.journal_path(plan.batch_id, number),
+        )
+
+    @property
+    def key(self) -> str:
+        """Its partition key."""
+        return chunk_key(self.plan.batch_id, self.chunk.number)
+
+    def lines(self) -> Iterator[RawLine]:
+        """Read its non-blank lines from the kept input.
+
+        Raises:
+            Shortage: There is no descriptor for it; found before the first line.
+            PlanMismatch: They are not those that were admitted.
+        """
+        with shortages(self.input_path):
+            yield from read_chunk(self.input_path, self.chunk, self.plan.max_line_bytes)
+
+    @property
+    def indices(self) -> range:
+        """The request indices that it holds."""
+        return range(self.chunk.first_index, self.chunk.first_index + self.chunk.requests)
+
+
+def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> Iterator[SettledRequest]:
+    """Yield the requests of a chunk as its journal has them, in file order, one by one.
+
+    Raises:
+        StorageError: A request of the chunk has no outcome in the journal.
+    """
+    for index in ref.indices:
+        if (entry := entries.get(index)) is None:
+            raise StorageError(
+                f"{ref.journal_path} has no outcome of request {index}; run chunk {ref.key} again"
+            )
+        yield entry.settled()
+
+
+def busy_seconds(entries: Iterable[JournalEntry]) -> float:
+    """Return the time from first submission to last outcome, summed over the passes."""
+    spans: dict[str, tuple[float, float]] = {}
+    for entry in entries:
+        if entry.first_submitted_at is None:
+            continue
+        run_id = entry.provenance.run_id
+        first, last = spans.get(run_id, (entry.first_submitted_at, entry.settled_at))
+        spans[run_id] = (min(first, entry.first_submitted_at), max(last, entry.settled_at))
+    return sum(last - first for first, last in spans.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OriginalLine:
+    """One line as it was admitted, and what it says with some fields of its body replaced."""
+
+    raw: RawLine
+    parsed: Request | Fault
+
+
+def original_lines(
+    plan: BatchPlan,
+    indices: Collection[int],
+    folder: DataFolder,
+    *,
+    overrides: Mapping[str, object] | None = None,
+    model_required: bool = False,
+) -> Iterator[OriginalLine]:
+    """Yield the lines of some requests in file order; only their chunks are read.
+
+    Raises:
+        PlanMismatch: The kept input is not the one that was admitted.
+    """
+    check_input_kept(plan, folder)
+    size = plan.chunks[0].requests  # of every chunk but the last
+    wanted = sorted(set(indices))
+    for number, members in groupby(wanted, key=lambda index: index // size):
+        of_chunk = set(members)
+        for raw in ChunkRef.of(plan, number, folder).lines():
+            if raw.index in of_chunk:
+                parsed = _parse(raw, plan, overrides or {}, model_required=model_required)
+                yield OriginalLine(raw=raw, parsed=parsed)
+
+
+def _parse(
+    raw: RawLine, plan: BatchPlan, overrides: Mapping[str, object], *, model_required: bool
+) -> Request | Fault:
+    if raw.too_long:
+        return too_long_fault(
+            raw.data,
+            index=raw.index,
+            line=raw.line,
+            size_bytes=raw.end - raw.start,
+            max_line_bytes=plan.max_line_bytes,
+        )
+    data = override_line(raw.data, overrides)
+    return parse_line(data, index=raw.index, line=raw.line, model_required=model_required)
