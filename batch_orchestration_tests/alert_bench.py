@@ -10,7 +10,7 @@ from batch_orchestration.services.alerting import run_alert_cycle
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.alert_files import read_alert_state
 from batch_orchestration.storage.health_files import write_health
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
 
 TICK = 30.0

@@ -24,7 +24,7 @@ from batch_orchestration.services.health import examine_health
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.health_files import write_health
 from batch_orchestration.storage.queue_files import write_needs, write_queue
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW
 
 #: Reserves nothing, so that the disk of whoever runs the tests does not matter.

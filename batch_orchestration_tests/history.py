@@ -9,7 +9,7 @@ import msgspec
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import make_input, make_plan
 
 DAY = 86_400.0

@@ -11,7 +11,7 @@ from batch_orchestration.services.admission import AdmissionSettings, admit
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.verdicts import Admission, Admitted
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW
 
 #: Later than any file of a test, however long the test takes.

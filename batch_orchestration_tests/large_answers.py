@@ -17,7 +17,7 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.files import journal_reading as replay
 from batch_orchestration.files.journal import Journal
-from batch_orchestration.storage import rows
+from batch_orchestration.store import rows
 from batch_orchestration_tests.builders import (
     NOW,
     make_completion,

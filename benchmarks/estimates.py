@@ -41,7 +41,7 @@ from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.estimates import EstimateTables
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 ROUNDS = ("calibration only", "with history")
 CONTEXT = 2048

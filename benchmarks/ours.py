@@ -20,7 +20,7 @@ from batch_orchestration.services.chunk_runner import Feeding, run_chunks
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 
 def answer_file(file: Path, *, model: Path, flags: Mapping[str, Any], chunk: int) -> float:

@@ -19,7 +19,7 @@ from batch_orchestration.cli.visible import VisibleConsole, escaped, visible
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.settings import PREFIX, Settings, load_settings
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 #: A person waits for the answer: say soon that the store is locked, and by whom.
 STORE_DEADLINE_SECONDS = 3.0

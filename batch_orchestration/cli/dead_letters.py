@@ -22,7 +22,7 @@ from batch_orchestration.core.dead_letters import (
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.services import dead_letters
 from batch_orchestration.services.configuration import admission_settings
-from batch_orchestration.storage.operations import open_replays
+from batch_orchestration.store.operations import open_replays
 
 SHOWN_AT_FIRST = 50
 LOOK_SECONDS = 1.0

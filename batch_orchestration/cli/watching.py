@@ -19,7 +19,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.batch_objects import batch_object
 from batch_orchestration.services.halting import what_helps
 from batch_orchestration.services.status import BatchView, view_batch, with_progress
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration.telemetry.progress import Wait
 
 LOOK_SECONDS = 1.0

@@ -60,7 +60,7 @@ from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
 CHUNKS_PER_BACKFILL_RUN = 200

@@ -19,7 +19,7 @@ from batch_orchestration.services.close_out import close_out
 from batch_orchestration.services.closing import cancel, close_due, closing_in_force
 from batch_orchestration.services.dispatch import KnownRun, RunState
 from batch_orchestration.services.resuming import resume
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 #: Ours: `cancelled` or `expired`, on the runs of a batch that ended early.
 CLOSING_TAG = "closing"

@@ -50,8 +50,8 @@ from batch_orchestration.services.refused_engine import refusal_in_words
 from batch_orchestration.services.replaying import ReplayReport, run_replay
 from batch_orchestration.services.room import closed_gate
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.operations import open_replays
 from batch_orchestration.storage.queue_files import read_pause
+from batch_orchestration.store.operations import open_replays
 
 REPLAY_TAG = "replay"
 #: Before every batch, however long that has waited: a person has asked for it and looks on.

@@ -37,7 +37,7 @@ from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.storage.rung_memory import RungMemory
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 #: At the end of a run; what the engine said of itself is worth no longer wait for the store.

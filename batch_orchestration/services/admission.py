@@ -64,7 +64,7 @@ from batch_orchestration.services.verdicts import (
     Verdict,
 )
 from batch_orchestration.storage.estimates import EstimateTables
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

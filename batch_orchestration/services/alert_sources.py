@@ -28,8 +28,8 @@ from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.storage.queue_files import read_pause
-from batch_orchestration.storage.store import Store
 from batch_orchestration.storage.watching import Ending, Watched, watch
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from batch_orchestration.services.outbox import (
 from batch_orchestration.services.report_figures import gather_figures
 from batch_orchestration.services.reports import batch_report
 from batch_orchestration.services.scoring import score_batch
-from batch_orchestration.storage.operations import Operations
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.operations import Operations
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

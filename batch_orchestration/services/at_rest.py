@@ -6,7 +6,7 @@ from batch_orchestration.core.lifecycle import FINAL, RESUMABLE
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.storage.operations import last_operation_at, replays_of
+from batch_orchestration.store.operations import last_operation_at, replays_of
 
 
 def batches_at_rest(records: Iterable[BatchRecord], folder: DataFolder) -> dict[str, float]:

@@ -18,7 +18,7 @@ from batch_orchestration.services.inbox import Inbox, Waiting
 from batch_orchestration.services.status import BatchView, view_batches
 from batch_orchestration.services.verdicts import Rejected
 from batch_orchestration.storage import queue_files
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 #: Older ones are found in the folder.
 REJECTED_SHOWN = 10

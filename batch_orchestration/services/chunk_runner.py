@@ -41,7 +41,7 @@ from batch_orchestration.services.run_accounts import RunAccounts
 from batch_orchestration.services.run_progress import CommittedChunk as CommittedChunk
 from batch_orchestration.services.run_vitals import COMMIT_SECONDS, MARGIN_SECONDS, RunVitals
 from batch_orchestration.services.turns import Turns
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

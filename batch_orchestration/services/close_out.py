@@ -22,7 +22,7 @@ from batch_orchestration.files.journal import Journal, JournalEntry, read_journa
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds
 from batch_orchestration.services.closing import closing_in_force
 from batch_orchestration.services.heart import note_work
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

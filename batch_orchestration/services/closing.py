@@ -28,7 +28,7 @@ from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.atomic import disk_errors
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import shared_lock
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

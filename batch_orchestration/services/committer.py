@@ -14,7 +14,7 @@ from batch_orchestration.core.members import concerns_everyone
 from batch_orchestration.core.results import ChunkReport
 from batch_orchestration.files.journal import JournalEntry, read_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled_requests
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 #: A commit takes a tenth of a second; what takes longer waits for a lock and may be left.

@@ -32,8 +32,8 @@ from batch_orchestration.services.clock_watch import ClockRecord, clock_path
 from batch_orchestration.services.housekeeping import results_path
 from batch_orchestration.services.surveys import Survey
 from batch_orchestration.services.verdicts import Verdict
-from batch_orchestration.storage.operations import open_files
 from batch_orchestration.storage.rung_memory import Descent
+from batch_orchestration.store.operations import open_files
 from batch_orchestration.telemetry.progress import Progress
 
 _CLI = "python -m batch_orchestration"

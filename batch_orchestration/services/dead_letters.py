@@ -1,7 +1,7 @@
 """What people do about dead letters: take them out as a file, ask for a replay, give them up.
 
 A replay or discard is first kept as a file beside the batch's journals, then applied to the store
-(`storage.operations`). So neither a kill in between nor the loss of the store loses it.
+(`store.operations`). So neither a kill in between nor the loss of the store loses it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ from batch_orchestration.core.requests import UTF8_BOM, Fault
 from batch_orchestration.files.atomic import atomic_writer
 from batch_orchestration.files.data_folder import DataFolder, RawLine
 from batch_orchestration.files.kept_input import OriginalLine, original_lines
-from batch_orchestration.storage.operations import Operations
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.operations import Operations
+from batch_orchestration.store.store import Store
 
 #: More become several replays: the outcomes of one are committed together.
 REPLAY_SIZE = 10_000

@@ -6,7 +6,7 @@ from batch_orchestration.core.errors import StorageError
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.services.estimates import EngineInForce
 from batch_orchestration.storage.estimates import EngineFacts, EstimateTables
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

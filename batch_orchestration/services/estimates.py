@@ -22,7 +22,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import read_regular
 from batch_orchestration.services.prompt_counting import PromptCounter, prompt_counter
 from batch_orchestration.storage.estimates import EngineFacts, EstimateTables
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 _T = TypeVar("_T")
 

@@ -14,7 +14,7 @@ from batch_orchestration.files.atomic import disk_errors
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.gpu_samples import GpuSampleTable
 from batch_orchestration.storage.samples import sample_files
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

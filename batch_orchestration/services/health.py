@@ -18,7 +18,7 @@ from batch_orchestration.services.health_checks import CHECKS, standstill
 from batch_orchestration.services.health_look import Check, Look
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.health_files import read_health
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from batch_orchestration.engines.process_records import is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 #: `dispatch_sensor` writes `queue.json` every 5 s, and a tick may take a minute.
 SLOW_SECONDS = 60.0

@@ -22,7 +22,7 @@ from batch_orchestration.files.atomic import read_kept, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.at_rest import batches_at_rest
 from batch_orchestration.services.heart import note_work
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from batch_orchestration.services.partial_results import (
     finished_so_far,
     read_finished,
 )
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

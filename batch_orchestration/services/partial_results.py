@@ -14,8 +14,8 @@ from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal, replay_journal
 from batch_orchestration.files.kept_input import ChunkRef
-from batch_orchestration.storage.rows import as_stored
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.rows import as_stored
+from batch_orchestration.store.store import Store
 
 #: Between two looks at the store, so that a commit that waits for the file gets its turn: a writer
 #: of ours looks again after a quarter of a second at the latest.

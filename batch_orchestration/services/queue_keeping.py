@@ -25,7 +25,7 @@ from batch_orchestration.services.queue import read_queue
 from batch_orchestration.services.registration import register_lost
 from batch_orchestration.services.room import QueueRules
 from batch_orchestration.storage import queue_files
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 #: Seconds that the engine still needs for an entry; None while nobody knows.
 SecondsOf = Callable[[QueueEntry], float | None]

@@ -26,9 +26,9 @@ from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.registration import admission_lock, register_batch
-from batch_orchestration.storage.operations import Operations
 from batch_orchestration.storage.remaking import remake
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.operations import Operations
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.files.sharing import share, shared_lock
 from batch_orchestration.files.unfinished import marked
-from batch_orchestration.storage.operations import Operations
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.operations import Operations
+from batch_orchestration.store.store import Store
 
 #: Stands in journals where otherwise a run's id does.
 ADMISSION_RUN_ID = "admission"

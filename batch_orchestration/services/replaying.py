@@ -32,8 +32,8 @@ from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.heart import holding
 from batch_orchestration.services.run_vitals import WORK_SECONDS, RunVitals
-from batch_orchestration.storage.operations import Operations
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.operations import Operations
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from batch_orchestration.services.plots import Plot, draw
 from batch_orchestration.services.report_timeline import Moment, timeline
 from batch_orchestration.storage.figures import FigureTables
 from batch_orchestration.storage.samples import read_samples
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.unfinished import marked
 from batch_orchestration.services.closing import closing_lock, set_damaged_decisions_aside
 from batch_orchestration.services.halting import halt_in_force
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

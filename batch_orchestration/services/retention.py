@@ -25,7 +25,7 @@ from batch_orchestration.services.heart import holding
 from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.recount import recount
-from batch_orchestration.storage.operations import replays_of
+from batch_orchestration.store.operations import replays_of
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from batch_orchestration.services.estimates import read_estimate_in
 from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.submission_rates import read_rates
 from batch_orchestration.storage.queue_files import read_pause
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from batch_orchestration.domain.token_profile import TokenProfile
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.estimates import read_estimate, read_profile
 from batch_orchestration.storage.estimates import EstimateTables
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 #: Batches that the calibration looks back on.
 LAST_BATCHES = 20

@@ -30,7 +30,7 @@ from batch_orchestration.services.gpu_health import (
 )
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.estimates import EstimateTables
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from batch_orchestration.domain.rates import (
     SubmissionEvent,
 )
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 
 def read_rates(folder: DataFolder, store: Store, *, limits: RateLimits, now: float) -> SourceRates:

@@ -20,8 +20,8 @@ from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntr
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.batch_work import BatchWork
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
-from batch_orchestration.storage.operations import replay_asked_since
 from batch_orchestration.storage.queue_files import read_queue
+from batch_orchestration.store.operations import replay_asked_since
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.unfinished import all_ids, marked, note_search, searched_at, unmark
 from batch_orchestration.services.registration import is_planned
 from batch_orchestration.services.resuming import is_resumed
-from batch_orchestration.storage.operations import replays_of
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.operations import replays_of
+from batch_orchestration.store.store import Store
 
 #: What is on the disk without a mark is found after so long. Searching 10,000 batches takes about
 #: a second.

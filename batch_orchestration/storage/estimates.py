@@ -9,8 +9,8 @@ import msgspec
 from batch_orchestration.domain.estimates import AnsweredRequest, Band, Basis, Estimate
 from batch_orchestration.domain.scores import Score
 from batch_orchestration.domain.throughput import Measurement, Source, Work, steps
-from batch_orchestration.storage import rows
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store import rows
+from batch_orchestration.store.store import Store
 
 #: Histories do not grow without end: what is older says less than what is newer.
 ANSWERED_READ = 20_000

@@ -10,7 +10,7 @@ from batch_orchestration.domain.batch_figures import (
     Throughput,
     interval_width,
 )
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 #: Outcomes that an engine gave in the batch's own runs. A replay may be months later.
 _OUTCOMES = """

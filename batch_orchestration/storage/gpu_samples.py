@@ -7,9 +7,9 @@ from pathlib import Path
 import duckdb
 
 from batch_orchestration.domain.samples import RunSample
-from batch_orchestration.storage import rows
 from batch_orchestration.storage.samples import decode_samples
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store import rows
+from batch_orchestration.store.store import Store
 
 #: Taken from a file at a time: so long others are kept out of the store.
 MOST_BYTES = 4 * 2**20

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.atomic import disk_errors, make_folder, sync_folder
 from batch_orchestration.files.moving import move_into
-from batch_orchestration.storage.connection import DEADLINE_SECONDS, replacing
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.connection import DEADLINE_SECONDS, replacing
+from batch_orchestration.store.store import Store
 
 
 def remake(

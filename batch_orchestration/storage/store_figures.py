@@ -8,8 +8,8 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.core.results import LATENCY_BOUNDS
 from batch_orchestration.domain.store_figures import BatchFigures, StoreFigures
-from batch_orchestration.storage import rows
-from batch_orchestration.storage.connection import reading
+from batch_orchestration.store import rows
+from batch_orchestration.store.connection import reading
 
 _BATCH = ("batch_id", "status", "created_at", "requests", "completed", "failed")
 _IS_FINAL = f"status IN ({', '.join(repr(str(status)) for status in sorted(FINAL))})"

@@ -11,7 +11,7 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.storage import connection, rows, schema
+from batch_orchestration.store import connection, rows, schema
 
 #: What an early end left unasked failed at nothing.
 _UNASKED = [str(FailureCode.BATCH_CANCELLED), str(FailureCode.BATCH_EXPIRED)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from batch_orchestration.core import crash_points
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.fault.mixed_batches import (
     engine_leaders,
     run_to_the_end,

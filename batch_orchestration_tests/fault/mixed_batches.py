@@ -16,7 +16,7 @@ from batch_orchestration.files.journal_records import OutcomeRecord, read_record
 from batch_orchestration.services.assembly import OutboxFiles, assemble
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.recount import recount
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import MODEL, NOW, make_body, make_line
 from batch_orchestration_tests.workbench import make_feeding
 

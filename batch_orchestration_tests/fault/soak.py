@@ -31,7 +31,7 @@ from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.resuming import resume
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import MODEL
 from batch_orchestration_tests.children import ROOT
 from batch_orchestration_tests.fault.mixed_batches import (

@@ -12,7 +12,7 @@ from typing import Any
 
 from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.fault.disks import fill, mount
 from batch_orchestration_tests.fault.mixed_batches import engine_leaders
 

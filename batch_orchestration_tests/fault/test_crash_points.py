@@ -16,7 +16,7 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.crash_points import VARIABLE, CrashPoint
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.children import ROOT
 from batch_orchestration_tests.fault.crashing_asset import (

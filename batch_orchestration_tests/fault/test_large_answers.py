@@ -20,7 +20,7 @@ from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.partial_results import finished_so_far, read_finished
 from batch_orchestration.services.recovery import find_problem, recover
 from batch_orchestration.services.retention import clean_inputs, clean_journals
-from batch_orchestration.storage import rows
+from batch_orchestration.store import rows
 from batch_orchestration_tests.builders import NOW, make_completion, make_line, make_plan
 from batch_orchestration_tests.large_answers import (
     LARGE,

@@ -8,8 +8,8 @@ import pytest
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.replaying import run_replay
-from batch_orchestration.storage.operations import open_replays
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.operations import open_replays
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.forks import run_forked
 from batch_orchestration_tests.letter_bench import LetterBench
 from batch_orchestration_tests.scripted_engine import ScriptedEngine

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
 from batch_orchestration_tests.children import child, next_line
 
@@ -39,7 +39,7 @@ FULL_DISK = """
     import resource, sys
     from pathlib import Path
     from batch_orchestration.core.errors import DiskFull
-    from batch_orchestration.storage.store import Store
+    from batch_orchestration.store.store import Store
     from batch_orchestration_tests.builders import *
     path = Path(sys.argv[1])
     plan = make_plan(make_input(1000), requests_per_chunk=500)

@@ -2,7 +2,7 @@ import random
 import time
 from pathlib import Path
 
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan
 from batch_orchestration_tests.children import child, lines_until_killed, next_line
 
@@ -13,7 +13,7 @@ COMMIT_FOR_EVER = """
     import itertools, sys
     from pathlib import Path
     from batch_orchestration.core.results import SettledRequest
-    from batch_orchestration.storage.store import Store
+    from batch_orchestration.store.store import Store
     from batch_orchestration_tests.builders import *
 
     path, first_round = Path(sys.argv[1]), int(sys.argv[2])
@@ -78,7 +78,7 @@ def test_a_store_whose_maker_is_killed_can_be_made_again(tmp_path: Path) -> None
     make = """
         import sys
         from pathlib import Path
-        from batch_orchestration.storage.store import Store
+        from batch_orchestration.store.store import Store
         print("ready", flush=True)
         Store(Path(sys.argv[1])).migrate()
     """

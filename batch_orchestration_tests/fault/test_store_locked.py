@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import StoreLocked
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
 from batch_orchestration_tests.children import child, next_line
 
@@ -24,7 +24,7 @@ STRANGER = """
 COMMIT = """
     import sys
     from pathlib import Path
-    from batch_orchestration.storage.store import Store
+    from batch_orchestration.store.store import Store
     from batch_orchestration_tests.builders import *
     path, numbers = Path(sys.argv[1]), sys.argv[2].split(",")
     plan = make_plan(make_input(40), requests_per_chunk=2)

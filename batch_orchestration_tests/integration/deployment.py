@@ -11,7 +11,7 @@ import dagster as dg
 from batch_orchestration.definitions import definitions
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.settings import EngineKind, Settings
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import believe_the_clock
 
 

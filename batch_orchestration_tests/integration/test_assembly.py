@@ -22,7 +22,7 @@ from batch_orchestration.core.errors import (
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services import outbox
 from batch_orchestration.services.assembly import assemble
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_batch, make_settled, make_settled_chunk
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -223,7 +223,7 @@ def test_a_file_size_limit_is_a_full_disk_too(folder, store):
         import resource, sys
         from batch_orchestration.services import assembly
         from batch_orchestration.files.data_folder import DataFolder
-        from batch_orchestration.storage.store import Store
+        from batch_orchestration.store.store import Store
 
         class ReadOnce(Store):
             def set_status(self, *args, **kwargs):
@@ -248,7 +248,7 @@ def test_killed_in_the_middle_and_done_again_is_as_undisturbed(folder, store, tm
         import os, signal, sys
         from batch_orchestration.services import assembly
         from batch_orchestration.files.data_folder import DataFolder
-        from batch_orchestration.storage.store import Store
+        from batch_orchestration.store.store import Store
 
         class Killed(Store):
             def settled(self, batch_id):

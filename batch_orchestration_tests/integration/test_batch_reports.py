@@ -17,7 +17,7 @@ from batch_orchestration.services import report_figures
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.storage.figures import FigureTables
 from batch_orchestration.storage.samples import append_sample
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import (
     NOW,
     make_batch,

@@ -7,7 +7,7 @@ import pytest
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.replaying import run_replay
-from batch_orchestration.storage.operations import open_replays
+from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.command_line import CommandLine
 from batch_orchestration_tests.letter_bench import refusing

@@ -18,7 +18,7 @@ from batch_orchestration.services.close_out import close_out
 from batch_orchestration.services.closing import cancel
 from batch_orchestration.services.recount import recount
 from batch_orchestration.services.recovery import recover
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import make_provenance
 from batch_orchestration_tests.children import child, next_line
 from batch_orchestration_tests.closing_bench import ClosingBench, StickingEngine

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from batch_orchestration.core.dead_letters import DeadLetterState, Selection
 from batch_orchestration.core.errors import DeadLetterError, EngineDied
-from batch_orchestration.storage.operations import open_replays
+from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.letter_bench import LetterBench, number_of, refusing
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 

@@ -14,7 +14,7 @@ from batch_orchestration.files.kept_input import ChunkRef, settled_requests
 from batch_orchestration.services import dead_letters
 from batch_orchestration.services.dead_letters import as_input
 from batch_orchestration.services.registration import write_fault_journals
-from batch_orchestration.storage.operations import Operations, open_replays
+from batch_orchestration.store.operations import Operations, open_replays
 from batch_orchestration_tests.builders import (
     NOW,
     make_input,

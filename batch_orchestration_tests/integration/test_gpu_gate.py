@@ -18,7 +18,7 @@ from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.fencing import fence_off
 from batch_orchestration.settings import Device, EngineKind
 from batch_orchestration.storage.fences import cleared_fences
-from batch_orchestration.storage.operations import Operations, open_replays
+from batch_orchestration.store.operations import Operations, open_replays
 from batch_orchestration.telemetry.gpu import read_gpus
 from batch_orchestration_tests.builders import NOW, make_input, make_settled_chunk
 from batch_orchestration_tests.command_line import CommandLine

@@ -30,7 +30,7 @@ from batch_orchestration.services.housekeeping import (
     results_path,
 )
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan
 
 DAY = 86_400.0

@@ -21,7 +21,7 @@ from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.kept import kept_of
 from batch_orchestration.storage.accounts import accounts_path, read_accounts
-from batch_orchestration.storage.connection import writing
+from batch_orchestration.store.connection import writing
 from batch_orchestration_tests.builders import NOW, make_failure
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.turn_bench import TurnBench, entry

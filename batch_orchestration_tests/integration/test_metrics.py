@@ -18,7 +18,7 @@ from batch_orchestration.services import metric_sources, metrics
 from batch_orchestration.services.metric_names import METRICS
 from batch_orchestration.services.metrics import MetricsCollector
 from batch_orchestration.services.metrics_export import metrics_text, serve_metrics, write_textfile
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.closing_bench import ClosingBench, StickingEngine
 from batch_orchestration_tests.letter_bench import LetterBench

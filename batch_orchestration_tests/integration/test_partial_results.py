@@ -23,7 +23,7 @@ from batch_orchestration.services.partial_output import PartialReport, deliver_w
 from batch_orchestration.services.partial_results import finished_so_far, read_finished
 from batch_orchestration.services.recount import recount
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import (
     NOW,
     make_body,

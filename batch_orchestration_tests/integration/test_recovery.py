@@ -161,7 +161,7 @@ def test_a_recovery_that_fails_leaves_everything_as_it_was(
     def no_room(*_: object, **__: object) -> None:
         raise DiskFull("no room for the store")
 
-    monkeypatch.setattr("batch_orchestration.storage.store.Store.add_batch", no_room)
+    monkeypatch.setattr("batch_orchestration.store.store.Store.add_batch", no_room)
 
     with pytest.raises(DiskFull):
         bench.recover()

@@ -14,7 +14,7 @@ from batch_orchestration.services.recovery import recover
 from batch_orchestration.services.replaying import run_replay
 from batch_orchestration.services.resuming import finish_resumptions, resume
 from batch_orchestration.services.status import view_batch
-from batch_orchestration.storage.operations import Operations
+from batch_orchestration.store.operations import Operations
 from batch_orchestration_tests.builders import make_completion, make_failure
 from batch_orchestration_tests.closing_bench import ClosingBench, StickingEngine
 from batch_orchestration_tests.scripted_engine import ScriptedEngine

@@ -12,7 +12,7 @@ from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.recovery import find_problem
 from batch_orchestration.services.registration import register_unlisted
 from batch_orchestration.services.retention import clean_inputs, clean_journals
-from batch_orchestration.storage.operations import open_replays
+from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.letter_bench import LetterBench
 from batch_orchestration_tests.scripted_engine import ScriptedEngine

@@ -17,7 +17,7 @@ from batch_orchestration.services.service_order import (
     served_of_late,
 )
 from batch_orchestration.storage.queue_files import pause, read_queue, unpause
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
 from batch_orchestration_tests.integration.deployment import Deployment
 

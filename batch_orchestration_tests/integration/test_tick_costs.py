@@ -10,7 +10,7 @@ import pytest
 
 from batch_orchestration.defs.alerts import AlertsResource
 from batch_orchestration.services.status import view_batches
-from batch_orchestration.storage import rows
+from batch_orchestration.store import rows
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.history import make_history
 from batch_orchestration_tests.integration.deployment import Deployment

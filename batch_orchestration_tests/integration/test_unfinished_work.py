@@ -14,7 +14,7 @@ from batch_orchestration.services.registration import register_lost
 from batch_orchestration.services.resuming import finish_resumptions, resume
 from batch_orchestration.services.submission_rates import read_rates
 from batch_orchestration.services.unfinished_work import MARK_SECONDS, SEARCH_SECONDS, keep_index
-from batch_orchestration.storage.operations import open_replays, replay_asked_since
+from batch_orchestration.store.operations import open_replays, replay_asked_since
 from batch_orchestration_tests.builders import NOW, make_batch
 from batch_orchestration_tests.closing_bench import ClosingBench
 from batch_orchestration_tests.letter_bench import LetterBench

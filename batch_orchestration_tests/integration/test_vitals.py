@@ -17,7 +17,7 @@ from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.housekeeping import House, Part, keep_house
 from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration.services.run_vitals import RunVitals
-from batch_orchestration.storage.connection import writing
+from batch_orchestration.store.connection import writing
 from batch_orchestration_tests.builders import make_failure, make_input
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench, make_feeding

@@ -10,7 +10,7 @@ from batch_orchestration.domain.estimates import AnsweredRequest, Band, Basis, E
 from batch_orchestration.domain.scores import Score
 from batch_orchestration.domain.throughput import Source
 from batch_orchestration.storage.estimates import EngineFacts, EngineRun, EstimateTables
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import (
     NOW,
     make_completion,

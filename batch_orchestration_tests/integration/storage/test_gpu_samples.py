@@ -10,7 +10,7 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
 from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.services.gpu_samples import SampleTaker, prune_samples
-from batch_orchestration.storage import connection, gpu_samples
+from batch_orchestration.storage import gpu_samples
 from batch_orchestration.storage.gpu_samples import GpuSampleTable
 from batch_orchestration.storage.samples import (
     append_sample,
@@ -18,7 +18,8 @@ from batch_orchestration.storage.samples import (
     sample_files,
     samples_folder,
 )
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store import connection
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.workbench import Workbench
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import IllegalTransition
 from batch_orchestration.core.lifecycle import TRANSITIONS
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan
 
 

@@ -8,7 +8,7 @@ from batch_orchestration.core.batches import BatchOptions, BatchPlan, BatchStatu
 from batch_orchestration.core.errors import BatchNotFound, OutcomeMismatch, StorageError
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.core.results import SettledRequest
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import (
     NOW,
     make_attempt,

@@ -13,7 +13,7 @@ from batch_orchestration.core.batches import BatchPlan, BatchStatus
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.results import SettledRequest
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import (
     NOW,
     make_attempt,

@@ -15,7 +15,7 @@ from batch_orchestration.files.input_lines import read_chunk
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.registration import ADMISSION_RUN_ID, register_unlisted
 from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted, Rejected
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import ENDPOINT, NOW, make_body, make_input, make_line
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 

@@ -15,7 +15,7 @@ from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.estimates import EngineFacts, EstimateTables
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_batch
 from batch_orchestration_tests.fake_nvml import GIB, NO_LIBRARY, FakeGpu, FakeNvml
 from batch_orchestration_tests.tiny_model import make_tiny_model

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.files.journal import Journal, read_journal
-from batch_orchestration.storage import rows
+from batch_orchestration.store import rows
 from batch_orchestration_tests.builders import (
     NOW,
     make_completion,

@@ -21,16 +21,12 @@ from batch_orchestration.core.lifecycle import FINAL, BatchEvent
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.results import BatchRecord, ChunkReport, SettledRequest
 from batch_orchestration.files.journal_reading import JournalEntry
-from batch_orchestration.storage import (
-    commits,
-    connection,
-    letter_operations,
-    letters,
-    rows,
-    schema,
-    statuses,
-)
-from batch_orchestration.storage.questions import ask
+from batch_orchestration.store import connection, rows, schema
+from batch_orchestration.store import dead_letters as letter_operations
+from batch_orchestration.store import dead_letters as letters
+from batch_orchestration.store import statements as commits
+from batch_orchestration.store import statements as statuses
+from batch_orchestration.store.questions import ask
 
 _TABLES = (
     *("batches", "chunks", "results", "failed_requests"),

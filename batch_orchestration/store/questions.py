@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.storage.connection import reading
+from batch_orchestration.store.connection import reading
 
 #: In this order: each of the last two forbids what would come after it.
 _CONFINED = (

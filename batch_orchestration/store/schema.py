@@ -6,7 +6,7 @@ from pathlib import Path
 import duckdb
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.storage.connection import DEADLINE_SECONDS, creating, reading, writing
+from batch_orchestration.store.connection import DEADLINE_SECONDS, creating, reading, writing
 
 #: Files that this process found up to date, with their inode: a new file of that name is another.
 _current: set[tuple[Path, int]] = set()
@@ -46,7 +46,7 @@ def _identity(path: Path) -> tuple[Path, int] | None:
 
 def _migrations() -> dict[int, tuple[str, str]]:
     """Return name and SQL of each migration by its number, in order."""
-    folder = resources.files("batch_orchestration.storage") / "migrations"
+    folder = resources.files("batch_orchestration.store") / "migrations"
     files = sorted(file.name for file in folder.iterdir() if file.name.endswith(".sql"))
     return {int(name.split("_")[0]): (name, (folder / name).read_text()) for name in files}
 

@@ -21,7 +21,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal, JournalEntry, read_journal
 from batch_orchestration.files.sharing import share, shared_lock
 from batch_orchestration.files.unfinished import marked
-from batch_orchestration.storage.store import Store
+from batch_orchestration.store.store import Store
 
 _FOLDER = "dead_letters"
 _OPEN = ".open.json"
