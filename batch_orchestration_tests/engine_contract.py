@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
-from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.engines.base import Engine
+from batch_orchestration.engines.figures import EngineFigures
 
 CHAT = "/v1/chat/completions"
 #: The engines under test are started with a context of this many tokens.

@@ -10,9 +10,9 @@ import msgspec
 
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Outcome, Usage
-from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.base import EngineIdentity
+from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.memory_ladder import Ladder, Rung
 
 #: Given body and how often it was submitted before: an outcome, an exception, or None for "yes".
 Script = Callable[[bytes, int], Outcome | BaseException | None]

@@ -14,15 +14,15 @@ from pydantic import Field, PrivateAttr
 from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.domain.derivation import DEFAULT_IN_FLIGHT
 from batch_orchestration.domain.retries import RetryPolicy
-from batch_orchestration.domain.rungs import Ladder, Rung
 from batch_orchestration.engines.base import Engine
+from batch_orchestration.engines.memory_ladder import Ladder, Rung
+from batch_orchestration.engines.memory_level_file import RungMemory
+from batch_orchestration.engines.openai_server import ServerEngine
 from batch_orchestration.engines.process_records import end_recorded
 from batch_orchestration.engines.reading import AnswerLimits
-from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_answers import DEFAULT_MODEL
-from batch_orchestration.engines.vllm import VllmEngine
-from batch_orchestration.engines.vllm_flags import flag_name
+from batch_orchestration.engines.vllm import VllmEngine, flag_name
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import share
 from batch_orchestration.services.chunk_runner import Feeding
@@ -36,7 +36,6 @@ from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import EngineKind, Settings
-from batch_orchestration.storage.rung_memory import RungMemory
 from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)

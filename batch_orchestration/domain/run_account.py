@@ -18,8 +18,8 @@ from enum import StrEnum
 
 import msgspec
 
-from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.kept import Kept
+from batch_orchestration.engines.figures import EngineFigures
 
 #: With this share of its places filled the engine is called full, when rates are compared.
 FULL = 0.95

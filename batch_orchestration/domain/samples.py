@@ -4,8 +4,8 @@ from typing import Annotated
 
 import msgspec
 
-from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.gpu import GpuFacts
+from batch_orchestration.engines.figures import EngineFigures
 
 #: A moment that a calendar has: what lies outside is no sample, and no page could show it.
 Moment = Annotated[float, msgspec.Meta(ge=0, lt=253_402_300_800)]

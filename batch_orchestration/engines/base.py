@@ -5,8 +5,8 @@ from typing import Any, Protocol
 import msgspec
 
 from batch_orchestration.core.outcomes import Outcome
-from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.rungs import Ladder
+from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.memory_ladder import Ladder
 
 
 class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True):

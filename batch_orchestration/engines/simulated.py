@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from batch_orchestration.domain.rungs import Ladder, Rung
-from batch_orchestration.engines.own_server import OwnServerEngine
+from batch_orchestration.engines.child_server import OwnServerEngine
+from batch_orchestration.engines.memory_ladder import Ladder, Rung
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.simulated_answers import CONTEXT_TOKENS, DEFAULT_MODEL
 from batch_orchestration.engines.sockets import BACKLOG

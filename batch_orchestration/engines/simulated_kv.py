@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-from batch_orchestration.domain.engine_figures import EngineFigures
+from batch_orchestration.engines.figures import EngineFigures
 
 #: So many equal steps are taken at once at most: a request that arrives meanwhile waits for them.
 MOST_STEPS = 16

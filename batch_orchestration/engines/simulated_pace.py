@@ -2,7 +2,7 @@
 
 import asyncio
 
-from batch_orchestration.domain.engine_figures import EngineFigures
+from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.engines.simulated_kv import KvMachine, KvModel
 
 

@@ -18,8 +18,8 @@ import msgspec
 from aiohttp import web
 
 from batch_orchestration import __version__
-from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.engines.answers import ABORTED
+from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.engines.simulated_answers import (
     FINGERPRINT,
     Faults,

@@ -3,7 +3,7 @@
 import msgspec
 
 from batch_orchestration.core.outcomes import Completion
-from batch_orchestration.domain.gate import Control, one_token_probes
+from batch_orchestration.engines.access import Control, one_token_probes
 
 #: A longer body is never a control: it would be kept, and cost as much again.
 LONGEST_BODY = 64 * 2**10

@@ -17,12 +17,13 @@ from batch_orchestration.core.dead_letters import Replay
 from batch_orchestration.core.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
 from batch_orchestration.core.lifecycle import Closing, Halt, Resumption
 from batch_orchestration.domain.alert_book import AlertState
-from batch_orchestration.domain.gate import Refusal
 from batch_orchestration.domain.gpu_faults import Fence
 from batch_orchestration.domain.health import HealthReport
 from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.domain.housekeeping import PartResult
 from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
+from batch_orchestration.engines.access import Refusal
+from batch_orchestration.engines.memory_level_file import Descent
 from batch_orchestration.engines.process_records import ProcessRecord
 from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
@@ -32,7 +33,6 @@ from batch_orchestration.services.clock_watch import ClockRecord, clock_path
 from batch_orchestration.services.housekeeping import results_path
 from batch_orchestration.services.surveys import Survey
 from batch_orchestration.services.verdicts import Verdict
-from batch_orchestration.storage.rung_memory import Descent
 from batch_orchestration.store.operations import open_files
 from batch_orchestration.telemetry.progress import Progress
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 
 from batch_orchestration.core.errors import EngineDied, EngineError, EngineStartFailed
-from batch_orchestration.domain.rungs import Ladder
+from batch_orchestration.engines.memory_ladder import Ladder
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.engines.base import Engine
+from batch_orchestration.engines.figures import EngineFigures
 
 #: vLLM updates its metrics with every step; the window need not follow faster than this.
 POLL_SECONDS = 1.0

@@ -18,7 +18,7 @@ from batch_orchestration.domain.feasibility import (
 )
 from batch_orchestration.domain.token_profile import prompt_texts
 from batch_orchestration.engines.simulated_answers import CONTEXT_TOKENS
-from batch_orchestration.engines.vllm_flags import whole_number
+from batch_orchestration.engines.vllm import whole_number
 from batch_orchestration.services.estimates import EngineInForce
 from batch_orchestration.services.prompt_counting import PromptCounter
 from batch_orchestration.storage.estimates import EngineFacts

@@ -20,14 +20,14 @@ from typing import Protocol
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import EngineRefusesUs, EngineSick
 from batch_orchestration.core.outcomes import Completion, Failure, Outcome
-from batch_orchestration.domain.gate import (
+from batch_orchestration.domain.retries import RetryPolicy, retry_delay
+from batch_orchestration.engines.access import (
     Control,
     first_line,
     is_of_the_endpoint,
     kind_of,
     lets_in,
 )
-from batch_orchestration.domain.retries import RetryPolicy, retry_delay
 from batch_orchestration.services.controls import Controls
 
 logger = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Callable
 
 from batch_orchestration.core.errors import EngineDied
-from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.engines.base import Engine
+from batch_orchestration.engines.figures import EngineFigures
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import msgspec
 
 from batch_orchestration.core.batches import settings_hash
 from batch_orchestration.core.requests import Request, parse_line
-from batch_orchestration.domain.needs import Needs, needs_of
-from batch_orchestration.domain.rungs import Ladder, Rung
+from batch_orchestration.engines.memory_demand import Needs, needs_of
+from batch_orchestration.engines.memory_ladder import Ladder, Rung
+from batch_orchestration.engines.memory_level_file import RungMemory
 from batch_orchestration.files.kept_input import ChunkRef
-from batch_orchestration.storage.rung_memory import RungMemory
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import msgspec
 
 from batch_orchestration.core.errors import EngineError, EngineRefusesUs, StorageError
 from batch_orchestration.core.outcomes import Failure, Outcome
-from batch_orchestration.domain.gate import (
+from batch_orchestration.engines.access import (
     MODELS_PAGE,
     RELAPSE_SECONDS,
     Refusal,
@@ -128,7 +128,7 @@ class _Said(msgspec.Struct, frozen=True):
 async def _knock(refusal: Refusal, settings: Settings) -> _Said | None:
     """Ask for what was refused, as cheaply as possible; return why not, None if we are let in."""
     # The command line, which words a refusal, does without aiohttp.
-    from batch_orchestration.engines.server import ServerEngine
+    from batch_orchestration.engines.openai_server import ServerEngine
 
     engine = ServerEngine(
         settings.base_url,

@@ -19,8 +19,8 @@ from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.requests import Fault, Request
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.needs import needs_of
 from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.engines.memory_demand import needs_of
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.files.kept_input import original_lines

@@ -17,7 +17,7 @@ from batch_orchestration.domain.derivation import (
 from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.model_memory import DTYPE_BYTES, LEAST_TOKENS, kv_bytes_per_token
 from batch_orchestration.domain.window_control import Bounds
-from batch_orchestration.engines.vllm_flags import flag_name, whole_number
+from batch_orchestration.engines.vllm import flag_name, whole_number
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.estimates import read_estimate, read_knowledge

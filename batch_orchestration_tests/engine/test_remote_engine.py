@@ -12,9 +12,9 @@ import pytest
 
 from batch_orchestration.core.errors import EngineDied, EngineRefusesUs, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
-from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.gate import is_doubtful
-from batch_orchestration.engines.server import ServerEngine
+from batch_orchestration.engines.access import is_doubtful
+from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.openai_server import ServerEngine
 from batch_orchestration_tests.engine_contract import (
     CHAT,
     CONTEXT_TOKENS,

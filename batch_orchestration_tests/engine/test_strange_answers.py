@@ -16,8 +16,8 @@ import pytest
 
 from batch_orchestration.core.errors import EngineRefusesUs, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
+from batch_orchestration.engines.openai_server import ServerEngine
 from batch_orchestration.engines.reading import PIECE_BYTES, AnswerLimits
-from batch_orchestration.engines.server import ServerEngine
 from batch_orchestration_tests.builders import ENDPOINT
 from batch_orchestration_tests.engine_contract import ask, chat, figures_of
 from batch_orchestration_tests.raw_server import MODELS, PAGES, Answer, http, raw_server

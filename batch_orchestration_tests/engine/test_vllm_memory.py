@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.outcomes import Completion
-from batch_orchestration.domain.rungs import Ladder
+from batch_orchestration.engines.memory_ladder import Ladder
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration_tests.workbench import Workbench
 

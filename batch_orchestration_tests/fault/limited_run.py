@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.engines.server import ServerEngine
+from batch_orchestration.engines.openai_server import ServerEngine
 from batch_orchestration.services.open_files import raise_open_file_limit
 from batch_orchestration.store.connection import replacing
 from batch_orchestration_tests.scripted_engine import ScriptedEngine

@@ -36,7 +36,7 @@ def deployment(tmp_path: Path, server: GateServer) -> Iterator[Deployment]:
 
 def pause_between_looks(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     for name in ("FIRST_PAUSE", "LONGEST_PAUSE"):
-        monkeypatch.setattr(f"batch_orchestration.domain.gate.{name}", seconds)
+        monkeypatch.setattr(f"batch_orchestration.engines.access.{name}", seconds)
 
 
 def work(deployment: Deployment) -> int:

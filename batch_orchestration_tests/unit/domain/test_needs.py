@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from batch_orchestration.core.requests import Request
-from batch_orchestration.domain.needs import TEMPLATE_TOKENS, Needs, needs_of
+from batch_orchestration.engines.memory_demand import TEMPLATE_TOKENS, Needs, needs_of
 from batch_orchestration_tests.builders import make_request
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.domain.needs import Needs
-from batch_orchestration.domain.rungs import Ladder, Rung, gentler
+from batch_orchestration.engines.memory_demand import Needs
+from batch_orchestration.engines.memory_ladder import Ladder, Rung, gentler
 
 MIB = 2**20
 GPU = Rung(

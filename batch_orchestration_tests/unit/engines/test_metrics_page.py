@@ -2,8 +2,7 @@
 
 import pytest
 
-from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.engines.metrics_page import read_figures
+from batch_orchestration.engines.figures import EngineFigures, read_figures
 
 LABELS = 'engine="0",model_name="tiny"'
 PAGE = f"""\

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.rungs import Rung
-from batch_orchestration.engines.vllm_flags import top_rung
+from batch_orchestration.engines.memory_ladder import Rung
+from batch_orchestration.engines.vllm import top_rung
 
 
 def top(device: str = "cuda", in_flight: int = 1024, **args) -> Rung:

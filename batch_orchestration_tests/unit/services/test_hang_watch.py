@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from batch_orchestration.core.errors import EngineDied
-from batch_orchestration.domain.engine_figures import EngineFigures
+from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.services.hang_watch import HangWatch
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 

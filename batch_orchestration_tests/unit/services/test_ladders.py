@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.domain.rungs import Ladder, Rung
+from batch_orchestration.engines.memory_ladder import Ladder, Rung
+from batch_orchestration.engines.memory_level_file import RungMemory
 from batch_orchestration.services.ladders import remembered_ladder
-from batch_orchestration.storage.rung_memory import RungMemory
 
 TOP = Rung(max_num_seqs=64)
 OUT_OF_MEMORY = Exhaustion(shortage=MemoryShortage.WORK, evidence="CUDA out of memory")

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.engine_figures import EngineFigures
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_gate import GpuLimits
+from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.device_watch import DeviceWatch
 from batch_orchestration.services.run_sampler import RunSampler

@@ -14,12 +14,11 @@ import msgspec
 from batch_orchestration.core.errors import EngineDied, EngineRefusesUs, EngineStartFailed
 from batch_orchestration.core.foreign_json import check_depth
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
-from batch_orchestration.domain.engine_figures import EngineFigures
-from batch_orchestration.domain.gate import MODELS_PAGE, first_line, is_doubtful
-from batch_orchestration.domain.rungs import Ladder, Rung
+from batch_orchestration.engines.access import MODELS_PAGE, first_line, is_doubtful
 from batch_orchestration.engines.answers import ABORTED, read_answer, whole_number
 from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.engines.metrics_page import read_figures
+from batch_orchestration.engines.figures import EngineFigures, read_figures
+from batch_orchestration.engines.memory_ladder import Ladder, Rung
 from batch_orchestration.engines.reading import (
     ACCEPT_ENCODING,
     DEFAULT_LIMITS,

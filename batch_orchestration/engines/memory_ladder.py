@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.domain.needs import Needs
+from batch_orchestration.engines.memory_demand import Needs
 
 #: With fewer sequences at a time no GPU is busy; if even these exhaust it, one of them does.
 FEWEST_SEQUENCES = 8
