@@ -33,7 +33,7 @@ from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
 
 from batch_orchestration.domain.heartbeats import Condition, Judgement
-from batch_orchestration.engines.process_records import identify, is_running
+from batch_orchestration.engines.processes.records import identify, is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import keep_from_others
 from batch_orchestration.services.run_workers import (

@@ -18,7 +18,7 @@ from batch_orchestration.domain.queueing import (
     QueueEntry,
     QueueView,
 )
-from batch_orchestration.engines.process_records import identify
+from batch_orchestration.engines.processes.records import identify
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.health import examine_health
 from batch_orchestration.settings import Settings

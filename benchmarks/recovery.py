@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from batch_orchestration.engines.process_records import ProcessIdentity, read_record
+from batch_orchestration.engines.processes.records import ProcessIdentity, read_record
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.builders import make_input

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from batch_orchestration.defs.resources import SettingsResource, data_folder
-from batch_orchestration.engines.process_records import is_running
+from batch_orchestration.engines.processes.records import is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.run_workers import (
     clear_after,

@@ -18,7 +18,7 @@ from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.memory_ladder import Ladder, Rung
 from batch_orchestration.engines.memory_level_file import RungMemory
 from batch_orchestration.engines.openai_server import ServerEngine
-from batch_orchestration.engines.process_records import end_recorded
+from batch_orchestration.engines.processes.records import end_recorded
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_answers import DEFAULT_MODEL

@@ -9,14 +9,15 @@ from typing import Any, NoReturn
 
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed, Exhaustion
 from batch_orchestration.core.outcomes import Completion, Outcome
-from batch_orchestration.engines import exhaustion, logs
+from batch_orchestration.engines import exhaustion
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.engines.memory_ladder import Ladder
 from batch_orchestration.engines.openai_server import ServerEngine
-from batch_orchestration.engines.process import EngineProcess
+from batch_orchestration.engines.processes import logs
+from batch_orchestration.engines.processes.process import EngineProcess
+from batch_orchestration.engines.processes.sockets import choose_socket
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
-from batch_orchestration.engines.sockets import choose_socket
 
 logger = logging.getLogger(__name__)
 

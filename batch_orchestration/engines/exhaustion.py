@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.engines import logs
+from batch_orchestration.engines.processes import logs
 
 #: vLLM writes tracebacks of all its processes and of each request in flight after the root cause.
 TAIL_BYTES = 16 * 2**20

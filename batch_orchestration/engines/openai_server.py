@@ -19,6 +19,7 @@ from batch_orchestration.engines.answers import ABORTED, read_answer, whole_numb
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.figures import EngineFigures, read_figures
 from batch_orchestration.engines.memory_ladder import Ladder, Rung
+from batch_orchestration.engines.processes.sockets import most_connections
 from batch_orchestration.engines.reading import (
     ACCEPT_ENCODING,
     DEFAULT_LIMITS,
@@ -28,7 +29,6 @@ from batch_orchestration.engines.reading import (
     read_body,
     require_success,
 )
-from batch_orchestration.engines.sockets import most_connections
 from batch_orchestration.files.regular import NO_DESCRIPTOR
 
 logger = logging.getLogger(__name__)

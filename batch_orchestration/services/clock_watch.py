@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.engines.process_records import boot_id
+from batch_orchestration.engines.processes.records import boot_id
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import read_regular
 

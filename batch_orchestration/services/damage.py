@@ -24,7 +24,7 @@ from batch_orchestration.domain.housekeeping import PartResult
 from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
 from batch_orchestration.engines.access import Refusal
 from batch_orchestration.engines.memory_level_file import Descent
-from batch_orchestration.engines.process_records import ProcessRecord
+from batch_orchestration.engines.processes.records import ProcessRecord
 from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.plan_checks import check_input_size

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_faults import Fence, holds_because
-from batch_orchestration.engines.process_records import boot_id
+from batch_orchestration.engines.processes.records import boot_id
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.fences import clear_fence, put_up_fence, read_fences
 

@@ -17,7 +17,7 @@ from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.gpu_gate import GpuLimits, GpuNeed, unhealthy_reasons
 from batch_orchestration.domain.model_memory import DTYPE_BYTES, MARGIN_SHARE, needed_bytes
 from batch_orchestration.domain.thermal import ThermalPolicy
-from batch_orchestration.engines.process_records import group_members, is_running, read_record
+from batch_orchestration.engines.processes.records import group_members, is_running, read_record
 from batch_orchestration.engines.vllm import model_folder
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.device_watch import DeviceWatch

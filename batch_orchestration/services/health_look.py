@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from batch_orchestration.domain.health import Finding, HealthReport, Level
 from batch_orchestration.domain.heartbeats import Pulse
 from batch_orchestration.domain.queueing import EntryState, QueueView
-from batch_orchestration.engines.process_records import is_running
+from batch_orchestration.engines.processes.records import is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.settings import Settings

@@ -8,7 +8,7 @@ from http.client import HTTPException
 from batch_orchestration.core.text import duration
 from batch_orchestration.domain.health import Finding, Level
 from batch_orchestration.domain.heartbeats import Condition, Heartbeat, Pulse, Quiet, judge
-from batch_orchestration.engines.process_records import is_running
+from batch_orchestration.engines.processes.records import is_running
 from batch_orchestration.services.dagster_links import run_link
 from batch_orchestration.services.health_look import (
     STATUS,

@@ -17,7 +17,7 @@ import msgspec
 
 from batch_orchestration.core.errors import EngineError
 from batch_orchestration.domain.heartbeats import Heartbeat
-from batch_orchestration.engines.process_records import ProcessIdentity, end_recorded, is_running
+from batch_orchestration.engines.processes.records import ProcessIdentity, end_recorded, is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.storage.heartbeat_files import (
     heartbeat_paths,

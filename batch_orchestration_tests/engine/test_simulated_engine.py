@@ -15,8 +15,8 @@ from aiohttp import web
 
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
-from batch_orchestration.engines import sockets
 from batch_orchestration.engines.openai_server import ServerEngine
+from batch_orchestration.engines.processes import sockets
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_server import SimulatedServer
 from batch_orchestration.engines.simulated_strange import KINDS

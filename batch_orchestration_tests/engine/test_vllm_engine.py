@@ -14,7 +14,7 @@ import pytest
 
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
-from batch_orchestration.engines.process_records import read_record
+from batch_orchestration.engines.processes.records import read_record
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration_tests.engine_contract import EngineContract, ask, chat, parse
 from batch_orchestration_tests.engine_processes import (

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from batch_orchestration.engines import parent_guard
+from batch_orchestration.engines.processes import parent_guard
 
 
 def child() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.domain.retries import RetryPolicy
-from batch_orchestration.engines.process_records import is_running, read_record
+from batch_orchestration.engines.processes.records import is_running, read_record
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated import SimulatedEngine
 from batch_orchestration.engines.simulated_strange import KINDS

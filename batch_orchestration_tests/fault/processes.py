@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from batch_orchestration.engines.parent_guard import GUARD_VARIABLE
-from batch_orchestration.engines.process_records import (
+from batch_orchestration.engines.processes.parent_guard import GUARD_VARIABLE
+from batch_orchestration.engines.processes.records import (
     ProcessIdentity,
     group_members,
     identify,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import msgspec
 import pytest
 
-from batch_orchestration.engines.process_records import (
+from batch_orchestration.engines.processes.records import (
     ProcessIdentity,
     ProcessRecord,
     identify,

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from batch_orchestration.core.errors import EngineStartFailed
-from batch_orchestration.engines.process import EngineProcess
-from batch_orchestration.engines.process_records import (
+from batch_orchestration.engines.processes.process import EngineProcess
+from batch_orchestration.engines.processes.records import (
     ProcessIdentity,
     ProcessRecord,
     end_recorded,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import dagster as dg
 import yaml
 
-from batch_orchestration.engines.process_records import ProcessIdentity, is_running
+from batch_orchestration.engines.processes.records import ProcessIdentity, is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.run_workers import recorded_worker
 from batch_orchestration.store.store import Store

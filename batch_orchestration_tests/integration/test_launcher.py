@@ -12,7 +12,7 @@ from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._core.launcher import WorkerStatus
 from dagster._core.launcher.base import LaunchRunContext
 
-from batch_orchestration.engines.process_records import ProcessIdentity, identify, is_running
+from batch_orchestration.engines.processes.records import ProcessIdentity, identify, is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.launcher import LocalProcessRunLauncher
 from batch_orchestration.services.run_workers import WORKER_TAG, worker_of

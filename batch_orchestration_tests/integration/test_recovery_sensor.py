@@ -9,7 +9,7 @@ import pytest
 
 from batch_orchestration.defs import recovery
 from batch_orchestration.domain.heartbeats import Heartbeat
-from batch_orchestration.engines.process_records import (
+from batch_orchestration.engines.processes.records import (
     ProcessIdentity,
     ProcessRecord,
     identify,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from batch_orchestration.engines.child_environment import child_environment
+from batch_orchestration.engines.processes.environment import child_environment
 from batch_orchestration.engines.vllm import server_env
 from batch_orchestration.settings import Settings, settings_in_force
 
@@ -96,7 +96,7 @@ def test_a_setting_is_nothing_for_the_engine() -> None:
 
 HIDDEN = """
 import os, sys
-from batch_orchestration.engines.process_records import group_members, identify
+from batch_orchestration.engines.processes.records import group_members, identify
 os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
 assert identify(os.getpid()) is not None
 assert identify(1) is None, identify(1)

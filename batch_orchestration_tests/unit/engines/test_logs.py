@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from batch_orchestration.engines.logs import TAIL_BYTES, causes, last_lines
+from batch_orchestration.engines.processes.logs import TAIL_BYTES, causes, last_lines
 
 
 def test_the_last_lines_are_the_last_that_say_something(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.engines import sockets
+from batch_orchestration.engines.processes import sockets
 
 
 def test_no_two_sockets_have_a_folder_in_common() -> None:

@@ -12,7 +12,7 @@ import pytest
 from batch_orchestration.core.errors import GpuUnhealthy, GpuUnreadable
 from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.health import Level
-from batch_orchestration.engines.process_records import ProcessRecord, identify, write_record
+from batch_orchestration.engines.processes.records import ProcessRecord, identify, write_record
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services import device_watch as device_watch_module
 from batch_orchestration.services import gpu_health

@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from batch_orchestration.domain.heartbeats import Heartbeat
-from batch_orchestration.engines.process_records import identify, is_running
+from batch_orchestration.engines.processes.records import identify, is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.heart import beating, holding, say_at_work, vitals_of_this_worker
 from batch_orchestration.services.run_workers import (

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.core.errors import EngineError
-from batch_orchestration.engines.sockets import remove_socket
+from batch_orchestration.engines.processes.sockets import remove_socket
 from batch_orchestration.files.regular import NO_DESCRIPTOR, read_regular
 
 PROC = Path("/proc")

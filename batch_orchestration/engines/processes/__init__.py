@@ -1,0 +1,1 @@
+"""Processes of our own engines: start, record, log, end."""
