@@ -2,7 +2,7 @@
 
     python benchmarks/window.py
 
-A model of an engine with a KV cache (`engines/simulated_kv.py`: vLLM's rules of admission and
+A model of an engine with a KV cache (`engines/simulated/kv_cache.py`: vLLM's rules of admission and
 preemption) on a simulated clock. Each shape of batch goes through every fixed window of the sweep,
 and through windows that follow the engine: from the width that is derived, and from two bad ones.
 Then the same on machines whose steps cost otherwise, with a controller that knows it from

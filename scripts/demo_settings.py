@@ -8,7 +8,7 @@ from pathlib import Path
 from dotenv import dotenv_values
 from prepare_model import default_folder
 
-from batch_orchestration.engines.simulated_answers import DEFAULT_MODEL as SIMULATED_MODEL
+from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL as SIMULATED_MODEL
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 #: The model's own 8,192 tokens would take memory from other things, and nobody asks for them.

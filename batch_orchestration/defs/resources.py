@@ -20,8 +20,8 @@ from batch_orchestration.engines.memory_level_file import RungMemory
 from batch_orchestration.engines.openai_server import ServerEngine
 from batch_orchestration.engines.processes.records import end_recorded
 from batch_orchestration.engines.reading import AnswerLimits
-from batch_orchestration.engines.simulated import SimulatedEngine
-from batch_orchestration.engines.simulated_answers import DEFAULT_MODEL
+from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
+from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm import VllmEngine, flag_name
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import share

@@ -11,7 +11,7 @@ from batch_orchestration.domain.derivation import DEFAULT_IN_FLIGHT, MOST_IN_FLI
 from batch_orchestration.domain.ordering import OrderPolicy
 from batch_orchestration.domain.rates import Rate, RateLimits
 from batch_orchestration.domain.room import Limits
-from batch_orchestration.engines.simulated_answers import DEFAULT_MODEL
+from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
 from batch_orchestration.engines.vllm import CPU_ARGS, model_folder, names_are_checked, top_rung
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.admission_settings import AdmissionSettings

@@ -17,7 +17,7 @@ from batch_orchestration.domain.feasibility import (
     runner_of,
 )
 from batch_orchestration.domain.token_profile import prompt_texts
-from batch_orchestration.engines.simulated_answers import CONTEXT_TOKENS
+from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS
 from batch_orchestration.engines.vllm import whole_number
 from batch_orchestration.services.estimates import EngineInForce
 from batch_orchestration.services.prompt_counting import PromptCounter

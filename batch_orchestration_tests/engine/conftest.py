@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration_tests.engine_contract import CONTEXT_TOKENS
 from batch_orchestration_tests.tiny_model import make_tiny_model

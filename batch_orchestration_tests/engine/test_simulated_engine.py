@@ -17,9 +17,9 @@ from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.openai_server import ServerEngine
 from batch_orchestration.engines.processes import sockets
-from batch_orchestration.engines.simulated import SimulatedEngine
-from batch_orchestration.engines.simulated_server import SimulatedServer
-from batch_orchestration.engines.simulated_strange import KINDS
+from batch_orchestration.engines.simulated.engine import SimulatedEngine
+from batch_orchestration.engines.simulated.server import SimulatedServer
+from batch_orchestration.engines.simulated.strange import KINDS
 from batch_orchestration.files.journal_records import OutcomeRecord, encode_record
 from batch_orchestration_tests.engine_contract import (
     CHAT,

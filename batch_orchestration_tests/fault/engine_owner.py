@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration_tests.tiny_model import make_tiny_model
 

@@ -8,8 +8,8 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.processes.records import is_running, read_record
 from batch_orchestration.engines.reading import AnswerLimits
-from batch_orchestration.engines.simulated import SimulatedEngine
-from batch_orchestration.engines.simulated_strange import KINDS
+from batch_orchestration.engines.simulated.engine import SimulatedEngine
+from batch_orchestration.engines.simulated.strange import KINDS
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.journal_records import OutcomeRecord, read_records

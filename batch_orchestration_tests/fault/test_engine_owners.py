@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.engines.processes.records import end_recorded
-from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration_tests.fault.processes import (
     ended_within,
     engine_owner,

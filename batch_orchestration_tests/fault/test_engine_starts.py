@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import EngineStartFailed
-from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration_tests.engine_processes import tcp_listeners
 
 

@@ -15,7 +15,7 @@ from batch_orchestration.defs.resources import GpuResource
 from batch_orchestration.defs.runs import UNFIT_TAG
 from batch_orchestration.domain.thermal import ThermalPolicy
 from batch_orchestration.engines.processes.records import is_running, read_record
-from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.services import gpu_health
 from batch_orchestration.services.gpu_health import require_healthy_gpu

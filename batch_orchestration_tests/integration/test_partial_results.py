@@ -12,7 +12,7 @@ import pytest
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.domain.output_lines import output_line
-from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.services.admission import admit

@@ -6,7 +6,7 @@ import pytest
 
 from batch_orchestration.domain import window_control
 from batch_orchestration.domain.window_control import Bounds
-from batch_orchestration.engines.simulated import SimulatedEngine
+from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.services import engine_poll
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.run_vitals import RunVitals

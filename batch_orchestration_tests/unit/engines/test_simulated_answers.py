@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.engines.simulated_answers import Faults, Refused, answer_body, read_faults
+from batch_orchestration.engines.simulated.answers import Faults, Refused, answer_body, read_faults
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MESSAGES = [{"role": "user", "content": "Hello there."}]

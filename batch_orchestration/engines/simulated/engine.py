@@ -14,7 +14,7 @@ from batch_orchestration.engines.child_server import OwnServerEngine
 from batch_orchestration.engines.memory_ladder import Ladder, Rung
 from batch_orchestration.engines.processes.sockets import BACKLOG
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
-from batch_orchestration.engines.simulated_answers import CONTEXT_TOKENS, DEFAULT_MODEL
+from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS, DEFAULT_MODEL
 
 API_KEY_VARIABLE = "SIMULATED_ENGINE_API_KEY"
 MAX_NUM_SEQS = 256
@@ -91,7 +91,7 @@ def main() -> None:
     # Only the server needs them, and starting this module should not wait for them.
     from aiohttp import web
 
-    from batch_orchestration.engines.simulated_server import SimulatedServer
+    from batch_orchestration.engines.simulated.server import SimulatedServer
 
     server = SimulatedServer(
         models=tuple(arguments.model or [DEFAULT_MODEL]),
@@ -127,7 +127,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--startup-seconds", type=float, default=0.0)
     parser.add_argument("--startup-error", default="", help="say this and exit")
     return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ from aiohttp import web
 from batch_orchestration import __version__
 from batch_orchestration.engines.answers import ABORTED
 from batch_orchestration.engines.figures import EngineFigures
-from batch_orchestration.engines.simulated_answers import (
+from batch_orchestration.engines.simulated.answers import (
     FINGERPRINT,
     Faults,
     Refused,
@@ -29,9 +29,8 @@ from batch_orchestration.engines.simulated_answers import (
     error_body,
     read_faults,
 )
-from batch_orchestration.engines.simulated_kv import KvMachine
-from batch_orchestration.engines.simulated_pace import KvPace
-from batch_orchestration.engines.simulated_strange import KINDS, strange_answer
+from batch_orchestration.engines.simulated.kv_cache import KvMachine, KvPace
+from batch_orchestration.engines.simulated.strange import KINDS, strange_answer
 
 #: Torch's words, so that it is recognised like the real thing.
 OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate it all ({} running)"
