@@ -31,7 +31,7 @@ READ_THE_ENVIRONMENT = {
     "batch_orchestration/engines/vllm.py": "adds to a variable of vLLM's",
     "batch_orchestration/engines/processes/parent_guard.py": "runs within the engine's processes",
     "batch_orchestration/engines/simulated/engine.py": "is the engine's process",
-    "batch_orchestration/telemetry/gpu.py": "CUDA's own variable says which devices are meant",
+    "batch_orchestration/gpu/nvml.py": "CUDA's own variable says which devices are meant",
 }
 
 

@@ -6,9 +6,9 @@ from rich.table import Table
 
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.cli.visible import say
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.services.gpu_health import GpuVerdict, examine
-from batch_orchestration.storage.fences import clear_fence, read_fences
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.fences import clear_fence, read_fences
+from batch_orchestration.gpu.health import GpuVerdict, examine
 
 _GIB = 2**30
 _NONE = "-"

@@ -51,8 +51,8 @@ from batch_orchestration.defs.runs import (
 )
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
-from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.halting import halt_in_force, what_helps
 from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there

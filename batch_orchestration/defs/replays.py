@@ -43,9 +43,9 @@ from batch_orchestration.defs.runs import (
 )
 from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.dispatch import MAX_FAILURES, RunState, backoff_left
-from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.refused_engine import refusal_in_words
 from batch_orchestration.services.replaying import ReplayReport, run_replay
 from batch_orchestration.services.room import closed_gate

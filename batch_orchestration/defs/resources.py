@@ -25,11 +25,11 @@ from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm import VllmEngine, flag_name
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import share
+from batch_orchestration.gpu.health import device_watch, no_gate, require_healthy_gpu
+from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.services.chunk_runner import Feeding
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine
-from batch_orchestration.services.gpu_health import device_watch, no_gate, require_healthy_gpu
-from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.heart import vitals_of_this_worker
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.services.run_sampler import RunSampler

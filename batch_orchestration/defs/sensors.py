@@ -30,6 +30,7 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.defs.runs import LIVE_STATUSES, free_run_key, known_runs, run_state
 from batch_orchestration.domain.queueing import NeedsPerson, QueueView, WaitReason
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.services.configuration import open_inbox, queue_rules
@@ -41,7 +42,6 @@ from batch_orchestration.services.dispatch import (
     dispatch,
 )
 from batch_orchestration.services.estimates import read_estimate
-from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import claim_admissible

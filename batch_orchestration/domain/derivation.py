@@ -173,7 +173,7 @@ def memory_share(
 
     Args:
         free_and_total_bytes: Of each device that the engine will use.
-        needed_bytes: Of each device, by `domain.model_memory`; None if not known.
+        needed_bytes: Of each device, by `gpu.health`; None if not known.
     """
     shares: list[tuple[float, int, int]] = []
     for free, total in free_and_total_bytes:
@@ -204,7 +204,7 @@ def cache_tokens(
         tokens = least + (claimed - needed) / bytes per token
 
     where `needed` has the weights, the workspace and a cache of `least` tokens
-    (`domain.model_memory.needed_bytes`).
+    (`gpu.health.needed_bytes`).
     """
     if not bytes_per_token:
         return None

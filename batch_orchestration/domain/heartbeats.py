@@ -4,8 +4,8 @@ from enum import StrEnum
 
 import msgspec
 
-from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.gpu.facts import GpuFacts
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):

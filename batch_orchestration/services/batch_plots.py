@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from batch_orchestration.domain.batch_figures import Throughput
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.samples import RunSample
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.samples import RunSample
 from batch_orchestration.services.plots import COLOURS, VERMILLION, Line, Panel, Plot
 
 #: More cannot be told apart in a picture as wide as a page.

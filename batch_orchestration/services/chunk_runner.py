@@ -21,13 +21,13 @@ from batch_orchestration.core.requests import Overrides
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.domain.derivation import Derived
-from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.domain.window_control import Bounds
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.files.plan_checks import check_input_size, check_settings
+from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.services.batch_work import BatchWork
 from batch_orchestration.services.chunk_pass import PendingRequest
 from batch_orchestration.services.closing_watch import ClosingWatch

@@ -14,9 +14,9 @@ from batch_orchestration.domain.room import Limits
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
 from batch_orchestration.engines.vllm import CPU_ARGS, model_folder, names_are_checked, top_rung
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.estimates import EngineInForce, EstimateSettings
-from batch_orchestration.services.gpu_health import gpu_problem
 from batch_orchestration.services.housekeeping import Cleaner, Part
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.leftovers import (

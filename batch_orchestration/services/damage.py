@@ -17,7 +17,6 @@ from batch_orchestration.core.dead_letters import Replay
 from batch_orchestration.core.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
 from batch_orchestration.core.lifecycle import Closing, Halt, Resumption
 from batch_orchestration.domain.alert_book import AlertState
-from batch_orchestration.domain.gpu_faults import Fence
 from batch_orchestration.domain.health import HealthReport
 from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.domain.housekeeping import PartResult
@@ -28,6 +27,7 @@ from batch_orchestration.engines.processes.records import ProcessRecord
 from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.plan_checks import check_input_size
+from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.services.claims import Attempts, ClaimFolder
 from batch_orchestration.services.clock_watch import ClockRecord, clock_path
 from batch_orchestration.services.housekeeping import results_path

@@ -15,12 +15,12 @@ from batch_orchestration.core.errors import EngineDied, EngineSick, GpuUnhealthy
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.core.requests import Overrides, prepare_body
 from batch_orchestration.domain.breaker import Breaker
-from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.isolation import LABEL_END, Isolation, to_confirm
 from batch_orchestration.domain.retries import retry_delay
 from batch_orchestration.engines.access import CHAT, is_doubtful
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.services.engine_life import EngineLife
 from batch_orchestration.services.engine_poll import EnginePoll

@@ -12,7 +12,7 @@ from batch_orchestration.domain.health import Finding, Level, Standstill
 from batch_orchestration.domain.queueing import QueueEntry
 from batch_orchestration.files.atomic import disk_errors
 from batch_orchestration.files.sharing import OTHERS
-from batch_orchestration.services import gpu_health
+from batch_orchestration.gpu import health as gpu_health
 from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dagster_links import RESTART, run_link, sensor_link
 from batch_orchestration.services.damage import find_damage

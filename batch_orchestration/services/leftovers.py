@@ -9,7 +9,7 @@ from batch_orchestration.core.errors import StorageError
 from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.files.atomic import disk_errors
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.gpu_samples import prune_samples
+from batch_orchestration.gpu.sample_table import prune_samples
 from batch_orchestration.services.housekeeping import LEAST_REST_SECONDS, House
 
 #: What `files.atomic.atomic_writer` writes to; a user's file is hardly called so.

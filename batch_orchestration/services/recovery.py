@@ -20,10 +20,10 @@ from batch_orchestration.core.members import Faults
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled_requests
+from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.close_out import commit_closed
 from batch_orchestration.services.closing import delivered
-from batch_orchestration.services.gpu_samples import SampleTaker
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.registration import admission_lock, register_batch
 from batch_orchestration.storage.remaking import remake

@@ -18,13 +18,13 @@ from batch_orchestration.core.errors import JournalError, JournalInUse, PlanMism
 from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.requests import Fault, Request
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.memory_demand import needs_of
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.files.kept_input import original_lines
 from batch_orchestration.files.plan_checks import check_settings
+from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest, RequestPass
 from batch_orchestration.services.chunk_runner import SYNC_SECONDS, Feeding

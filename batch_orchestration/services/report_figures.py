@@ -10,8 +10,8 @@ from batch_orchestration.core.lifecycle import FINAL, BatchEvent
 from batch_orchestration.core.totals import Tally
 from batch_orchestration.domain.batch_figures import Latencies, RunFigures, Throughput
 from batch_orchestration.domain.kept import Kept
-from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.gpu.samples import RunSample, read_samples
 from batch_orchestration.services.batch_plots import (
     MOST_INTERVALS,
     engine_plot,
@@ -23,7 +23,6 @@ from batch_orchestration.services.kept import kept_of
 from batch_orchestration.services.plots import Plot, draw
 from batch_orchestration.services.report_timeline import Moment, timeline
 from batch_orchestration.storage.figures import FigureTables
-from batch_orchestration.storage.samples import read_samples
 from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Samples a run while it works: its vitals and its devices, every few seconds, in a thread beside.
 
 Nothing waits for it. What it cannot write is missing from a plot; devices that it cannot look at
-get no more work (see `services.device_watch`).
+get no more work (see `gpu.monitor`).
 """
 
 import logging
@@ -9,12 +9,11 @@ import threading
 import time
 from typing import Self
 
-from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.device_watch import DeviceWatch
+from batch_orchestration.gpu.monitor import DeviceWatch
+from batch_orchestration.gpu.samples import RunSample, append_sample
+from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.services.run_vitals import RunVitals
-from batch_orchestration.storage.samples import append_sample
 
 logger = logging.getLogger(__name__)
 

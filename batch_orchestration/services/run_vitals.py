@@ -5,8 +5,8 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
-from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.gpu.facts import GpuFacts
 
 #: What a run waits for has limits of its own; so much later than these it is stuck.
 MARGIN_SECONDS = 60.0

@@ -15,19 +15,21 @@ from batch_orchestration.domain.derivation import (
     request_tokens,
 )
 from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.model_memory import DTYPE_BYTES, LEAST_TOKENS, kv_bytes_per_token
 from batch_orchestration.domain.window_control import Bounds
 from batch_orchestration.engines.vllm import flag_name, whole_number
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.configuration import engine_in_force
-from batch_orchestration.services.estimates import read_estimate, read_knowledge
-from batch_orchestration.services.gpu_health import (
+from batch_orchestration.gpu.health import (
+    DTYPE_BYTES,
+    LEAST_TOKENS,
     GpuVerdict,
     examine,
+    kv_bytes_per_token,
     kv_dtype_bytes,
     model_config,
     no_gate,
 )
+from batch_orchestration.services.configuration import engine_in_force
+from batch_orchestration.services.estimates import read_estimate, read_knowledge
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.store.store import Store

@@ -8,7 +8,7 @@ import pytest
 
 from batch_orchestration.core.errors import DiskFull, EngineDied, GpuUnhealthy
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
-from batch_orchestration.domain.device_care import DeviceCare
+from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.services import obstacles, request_window
 from batch_orchestration.services.chunk_pass import PendingRequest
 from batch_orchestration.services.chunk_runner import run_chunks

@@ -13,15 +13,15 @@ import pytest
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.defs.resources import GpuResource
 from batch_orchestration.defs.runs import UNFIT_TAG
-from batch_orchestration.domain.thermal import ThermalPolicy
 from batch_orchestration.engines.processes.records import is_running, read_record
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.files.journal import read_journal
-from batch_orchestration.services import gpu_health
-from batch_orchestration.services.gpu_health import require_healthy_gpu
+from batch_orchestration.gpu import health as gpu_health
+from batch_orchestration.gpu.fences import cleared_fences, read_fences
+from batch_orchestration.gpu.health import require_healthy_gpu
+from batch_orchestration.gpu.samples import read_samples
+from batch_orchestration.gpu.thermal import ThermalPolicy
 from batch_orchestration.settings import Device, EngineKind
-from batch_orchestration.storage.fences import cleared_fences, read_fences
-from batch_orchestration.storage.samples import read_samples
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.command_line import CommandLine
 from batch_orchestration_tests.fake_nvml import GPU_IS_LOST, FakeGpu, FakeNvml

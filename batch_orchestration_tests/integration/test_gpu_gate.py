@@ -13,13 +13,12 @@ from batch_orchestration.cli.context import person
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.files.journal import read_journal
-from batch_orchestration.services import gpu_health
+from batch_orchestration.gpu import health as gpu_health
+from batch_orchestration.gpu.fences import cleared_fences, fence_off
+from batch_orchestration.gpu.nvml import read_gpus
 from batch_orchestration.services.dead_letters import request_replay
-from batch_orchestration.services.fencing import fence_off
 from batch_orchestration.settings import Device, EngineKind
-from batch_orchestration.storage.fences import cleared_fences
 from batch_orchestration.store.operations import Operations, open_replays
-from batch_orchestration.telemetry.gpu import read_gpus
 from batch_orchestration_tests.builders import NOW, make_input, make_settled_chunk
 from batch_orchestration_tests.command_line import CommandLine
 from batch_orchestration_tests.fake_nvml import GIB, FakeGpu, FakeNvml

@@ -21,7 +21,8 @@ from batch_orchestration.domain.queueing import (
     Pause,
     WaitReason,
 )
-from batch_orchestration.services import gpu_health, health, health_checks
+from batch_orchestration.gpu import health as gpu_health
+from batch_orchestration.services import health, health_checks
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.storage.health_files import read_health
 from batch_orchestration.storage.queue_files import pause

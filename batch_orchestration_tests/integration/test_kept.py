@@ -14,9 +14,9 @@ import pytest
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.core.outcomes import FailureCode, Outcome
 from batch_orchestration.defs.events import output_metadata
-from batch_orchestration.domain.device_care import DeviceCare
 from batch_orchestration.domain.kept import Kept
 from batch_orchestration.engines.base import EngineIdentity
+from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.kept import kept_of

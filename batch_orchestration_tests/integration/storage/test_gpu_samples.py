@@ -7,12 +7,11 @@ import duckdb
 import pytest
 
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
-from batch_orchestration.domain.samples import RunSample
-from batch_orchestration.services.gpu_samples import SampleTaker, prune_samples
-from batch_orchestration.storage import gpu_samples
-from batch_orchestration.storage.gpu_samples import GpuSampleTable
-from batch_orchestration.storage.samples import (
+from batch_orchestration.gpu import sample_table as gpu_samples
+from batch_orchestration.gpu.facts import GpuFacts, GpuProcess
+from batch_orchestration.gpu.sample_table import GpuSampleTable, SampleTaker, prune_samples
+from batch_orchestration.gpu.samples import (
+    RunSample,
     append_sample,
     read_samples,
     sample_files,

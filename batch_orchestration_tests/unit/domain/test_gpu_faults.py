@@ -3,8 +3,8 @@
 import msgspec
 import pytest
 
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.gpu_faults import Fence, holds_because
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.faults import Fence, holds_because
 
 WELL = GpuFacts(
     index=0,

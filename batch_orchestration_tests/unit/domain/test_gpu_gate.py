@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from batch_orchestration.core.errors import GpuUnreadable
-from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
-from batch_orchestration.domain.gpu_gate import GpuLimits, GpuNeed, unhealthy_reasons
+from batch_orchestration.gpu.facts import GpuFacts, GpuProcess
+from batch_orchestration.gpu.gate import GpuLimits, GpuNeed, unhealthy_reasons
 
 GIB = 2**30
 HEALTHY = GpuFacts(

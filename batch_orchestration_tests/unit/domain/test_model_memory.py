@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.domain.model_memory import kv_bytes_per_token, needed_bytes
+from batch_orchestration.gpu.health import kv_bytes_per_token, needed_bytes
 
 LLAMA_8B = {
     "num_hidden_layers": 32,

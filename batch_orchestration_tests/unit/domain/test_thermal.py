@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.gpu_gate import GpuLimits
-from batch_orchestration.domain.thermal import (
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.gate import GpuLimits
+from batch_orchestration.gpu.thermal import (
     SHARES,
     Heat,
     ThermalPolicy,

@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 import pytest
 
 from batch_orchestration.domain.batch_figures import Interval, Throughput, interval_width
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.samples import RunSample
 from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.samples import RunSample
 from batch_orchestration.services.batch_plots import (
     MOST_SAMPLES,
     SINCE,

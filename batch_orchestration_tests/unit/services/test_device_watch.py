@@ -4,10 +4,10 @@ import msgspec
 import pytest
 
 from batch_orchestration.core.errors import GpuUnreadable
-from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.gpu_gate import GpuLimits
-from batch_orchestration.services.device_watch import PAUSE_SECONDS, STOP_SECONDS, DeviceWatch
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.gate import GpuLimits
+from batch_orchestration.gpu.monitor import PAUSE_SECONDS, STOP_SECONDS, DeviceWatch
+from batch_orchestration.gpu.thermal import DeviceCare
 
 FIRST = GpuFacts(
     index=0,

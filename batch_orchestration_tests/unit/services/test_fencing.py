@@ -4,13 +4,19 @@ import sys
 
 import pytest
 
-from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services import fencing
-from batch_orchestration.services.fencing import RECOVERY_CHECK, fence_off, standing_fences
-from batch_orchestration.services.gpu_health import examine, gpu_problem
+from batch_orchestration.gpu import fences as fencing
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.fences import (
+    RECOVERY_CHECK,
+    cleared_fences,
+    fence_off,
+    fence_path,
+    read_fences,
+    standing_fences,
+)
+from batch_orchestration.gpu.health import examine, gpu_problem
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.fences import cleared_fences, fence_path, read_fences
 from batch_orchestration_tests.fake_nvml import FakeGpu, FakeNvml
 
 SICK = GpuFacts(index=0, uuid="GPU-1", name="Test", ecc_uncorrectable_errors=2)

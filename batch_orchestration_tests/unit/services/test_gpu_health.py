@@ -10,13 +10,13 @@ import time
 import pytest
 
 from batch_orchestration.core.errors import GpuUnhealthy, GpuUnreadable
-from batch_orchestration.domain.gpu import GpuFacts
 from batch_orchestration.domain.health import Level
 from batch_orchestration.engines.processes.records import ProcessRecord, identify, write_record
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services import device_watch as device_watch_module
-from batch_orchestration.services import gpu_health
-from batch_orchestration.services.gpu_health import (
+from batch_orchestration.gpu import health as gpu_health
+from batch_orchestration.gpu import monitor as device_watch_module
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.health import (
     GpuReader,
     device_watch,
     engine_need,
@@ -27,8 +27,8 @@ from batch_orchestration.services.gpu_health import (
     require_healthy_gpu,
     weight_bytes,
 )
+from batch_orchestration.gpu.nvml import read_gpus
 from batch_orchestration.settings import Settings
-from batch_orchestration.telemetry.gpu import read_gpus
 from batch_orchestration_tests.fake_nvml import GIB, GPU_IS_LOST, FakeGpu, FakeNvml
 from batch_orchestration_tests.health_bench import HealthBench
 

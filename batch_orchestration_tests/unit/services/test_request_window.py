@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from batch_orchestration.domain.device_care import DeviceCare
+from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.services import request_window
 from batch_orchestration.services.request_window import RequestWindow, Window
 from batch_orchestration_tests.workbench import make_feeding

@@ -5,15 +5,15 @@ import time
 
 import pytest
 
-from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.gpu_gate import GpuLimits
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.device_watch import DeviceWatch
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.gate import GpuLimits
+from batch_orchestration.gpu.monitor import DeviceWatch
+from batch_orchestration.gpu.samples import read_samples
+from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.run_vitals import RunVitals
-from batch_orchestration.storage.samples import read_samples
 
 GPU = GpuFacts(index=0, uuid="GPU-1", name="Test", temperature_celsius=60)
 HOT = GpuFacts(index=0, uuid="GPU-1", name="Test", temperature_celsius=99)

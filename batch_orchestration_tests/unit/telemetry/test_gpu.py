@@ -6,9 +6,9 @@ import pynvml  # noqa: TID253 - only its errors
 import pytest
 
 from batch_orchestration.core.errors import GpuUnreadable
-from batch_orchestration.domain.gpu import GpuProcess
-from batch_orchestration.services.gpu_health import GpuReader
-from batch_orchestration.telemetry.gpu import read_gpus
+from batch_orchestration.gpu.facts import GpuProcess
+from batch_orchestration.gpu.health import GpuReader
+from batch_orchestration.gpu.nvml import read_gpus
 from batch_orchestration_tests.fake_nvml import (
     GIB,
     GPU_IS_LOST,

@@ -5,8 +5,7 @@ import sys
 import pytest
 
 from batch_orchestration.core.errors import GpuUnreadable
-from batch_orchestration.telemetry.gpu import read_gpus
-from batch_orchestration.telemetry.gpu_events import ListeningReader
+from batch_orchestration.gpu.nvml import ListeningReader, read_gpus
 from batch_orchestration_tests.fake_nvml import (
     GPU_IS_LOST,
     NO_LIBRARY,

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from batch_orchestration.core.errors import GpuUnreadable
-from batch_orchestration.domain.device_care import DeviceCare
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.gpu_faults import new_faults, recounted
-from batch_orchestration.domain.gpu_gate import GpuLimits, nonsense
-from batch_orchestration.domain.thermal import (
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.faults import new_faults, recounted
+from batch_orchestration.gpu.gate import GpuLimits, nonsense
+from batch_orchestration.gpu.thermal import (
+    DeviceCare,
     ThermalPolicy,
     ThermalState,
     heat_of,

@@ -13,21 +13,73 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.errors import EngineStartFailed, GpuUnhealthy, GpuUnreadable
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.gpu_gate import GpuLimits, GpuNeed, unhealthy_reasons
-from batch_orchestration.domain.model_memory import DTYPE_BYTES, MARGIN_SHARE, needed_bytes
-from batch_orchestration.domain.thermal import ThermalPolicy
 from batch_orchestration.engines.processes.records import group_members, is_running, read_record
 from batch_orchestration.engines.vllm import model_folder
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.device_watch import DeviceWatch
-from batch_orchestration.services.fencing import fence_off, standing_fences
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.fences import fence_off, standing_fences
+from batch_orchestration.gpu.gate import GpuLimits, GpuNeed, unhealthy_reasons
+from batch_orchestration.gpu.monitor import DeviceWatch
+from batch_orchestration.gpu.nvml import ListeningReader, read_gpus
+from batch_orchestration.gpu.thermal import ThermalPolicy
 from batch_orchestration.settings import Device, EngineKind, Settings
-from batch_orchestration.telemetry.gpu import read_gpus
-from batch_orchestration.telemetry.gpu_events import ListeningReader
+
+#: Tokens for which the gate wants room in the KV cache: with less, vLLM does not start even on the
+#: gentlest rung of the memory ladder.
+LEAST_TOKENS = 2048
+#: Of the CUDA context, the engine's workspace and the activations of the smallest step.
+MARGIN_BYTES = 2**30
+#: Of the weights, for what is padded and copied while they are loaded.
+MARGIN_SHARE = 0.05
+DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "fp8": 1}
+
+
+def needed_bytes(
+    weight_bytes: float, config: Mapping[str, Any], *, kv_dtype_bytes: int, devices: int
+) -> int:
+    """Return what must be free on each device for a model to be served at all.
+
+        weights / devices x 1.05 + 1 GiB + tokens x KV bytes per token,
+        KV bytes per token = 2 x layers x KV heads / devices x head size x bytes per number
+
+    The second is what vLLM allocates: a key and a value per layer, head and token
+    (vllm/v1/kv_cache_interface.py, `AttentionSpec.page_size_bytes`); tensor parallelism gives each
+    device its share of heads, at least one. Models with latent attention keep one compressed vector
+    per layer and token instead of keys and values (ibid., `MLAAttentionSpec`: `kv_lora_rank` +
+    `qk_rope_head_dim` numbers, on every device). Tokens are `LEAST_TOKENS`: the least, not the
+    comfortable; the more is free above it, the more requests run at a time.
+
+    Args:
+        weight_bytes: Of all weights, as they will be on the devices.
+        config: The model's `config.json`; where it does not tell the shape, the KV cache counts 0.
+        kv_dtype_bytes: Bytes per number in the KV cache.
+        devices: Over which the model is spread.
+    """
+    per_token = kv_bytes_per_token(config, dtype_bytes=kv_dtype_bytes, devices=devices)
+    weights = weight_bytes / devices * (1 + MARGIN_SHARE)
+    return round(weights + MARGIN_BYTES + LEAST_TOKENS * per_token)
+
+
+def kv_bytes_per_token(config: Mapping[str, Any], *, dtype_bytes: int, devices: int) -> int:
+    """Return what one token takes in the KV cache of each device; 0 if the shape is not told."""
+    # Models that also see or hear keep the shape of their language part apart.
+    shape = config.get("text_config") or config
+    layers = _whole(shape, "num_hidden_layers", "n_layer")
+    heads = _whole(shape, "num_attention_heads", "n_head")
+    kv_heads = _whole(shape, "num_key_value_heads") or heads
+    hidden = _whole(shape, "hidden_size", "n_embd")
+    head_size = _whole(shape, "head_dim") or (hidden // heads if heads else 0)
+    if latent := _whole(shape, "kv_lora_rank"):
+        return layers * (latent + _whole(shape, "qk_rope_head_dim")) * dtype_bytes
+    return 2 * layers * max(1, kv_heads // devices) * head_size * dtype_bytes
+
+
+def _whole(shape: Mapping[str, Any], *names: str) -> int:
+    values = (shape.get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), 0)
+
 
 logger = logging.getLogger(__name__)
-
 #: NVML takes milliseconds for a device, and a second where the driver first has to wake it up.
 READ_SECONDS = 5.0
 #: After an engine ended the driver gives its memory back within a second or two; so long a run
@@ -41,7 +93,6 @@ _SPREADING = ("tensor-parallel-size", "pipeline-parallel-size")
 #: Flags with which the weights on the device are not those of the files.
 _CHANGES_WEIGHTS = ("quantization", "cpu-offload-gb", "load-format", "hf-overrides")
 _GIB = 2**30
-
 Readings = Sequence[GpuFacts] | GpuUnreadable
 
 
@@ -55,7 +106,7 @@ class GpuVerdict:
         unreadable: Why they could not be read; None if they could.
         reasons: What speaks against starting an engine; empty if nothing does.
         cared_for: Whether there are reasons and all of them are heat under an engine of ours, whose
-            run gives it less to do (`domain.thermal`).
+            run gives it less to do (`gpu.thermal`).
         fences: Why devices are fenced, by uuid; also of such as CUDA does not show.
     """
 
@@ -155,7 +206,7 @@ def no_gate(settings: Settings) -> str | None:
 def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
     """Read the devices and judge them, if the settings ask for one.
 
-    Fences of devices that are seen to have recovered come down (see `services.fencing`).
+    Fences of devices that are seen to have recovered come down (see `gpu.fences`).
     """
     readings = _reader.readings(seconds=seconds)
     unreadable = isinstance(readings, GpuUnreadable)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import msgspec
 
 from batch_orchestration.core.errors import GpuUnreadable
-from batch_orchestration.domain.gpu import GpuFacts, GpuProcess
+from batch_orchestration.gpu.facts import GpuFacts, GpuProcess
 
 #: Below the temperature at which the device slows itself down.
 SLOWDOWN_MARGIN_CELSIUS = 5

@@ -1,24 +1,49 @@
-"""Samples files: a line per moment of a run, in the folder of the batch that it works on.
-
-They are written beside the run and read by whoever draws or counts; the store has what they say of
-GPUs as the table `gpu_samples`.
-"""
+"""A sample: what a run, its engine and its GPUs did at one moment."""
 
 import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
-from batch_orchestration.domain.samples import RunSample
+from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.gpu.facts import GpuFacts
+
+#: A moment that a calendar has: what lies outside is no sample, and no page could show it.
+Moment = Annotated[float, msgspec.Meta(ge=0, lt=253_402_300_800)]
+
+
+class RunSample(msgspec.Struct, frozen=True, kw_only=True):
+    """One moment of a run.
+
+    Attributes:
+        at: POSIX seconds, before the year 10000.
+        batch_id: The run's own batch; None before it has begun with one.
+        in_flight: Requests that the engine has, those of guests included.
+        window: How many it may have now.
+        restarts: Of the engine so far, in this run.
+        engine: None if it was not asked or did not answer.
+        gpus: Empty where no GPU is used or none could be read.
+    """
+
+    at: Moment
+    run_id: str
+    batch_id: str | None = None
+    in_flight: int = 0
+    window: int = 0
+    restarts: int = 0
+    requests_per_second: float = 0.0
+    output_tokens_per_second: float = 0.0
+    engine: EngineFigures | None = None
+    gpus: tuple[GpuFacts, ...] = ()
+
 
 logger = logging.getLogger(__name__)
-
 #: Samples that are read of a batch, however long it took; eight for each point of a plot.
 MOST_READ = 1_000
-
 _decode = msgspec.json.Decoder(RunSample).decode
 
 

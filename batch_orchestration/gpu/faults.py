@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.gpu_gate import nonsense, standing_faults
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.gate import nonsense, standing_faults
 
 #: Xids that say nothing against the device: errors of the program that used it, which NVIDIA's own
 #: health check of devices leaves out, too (k8s-device-plugin, `ignoredXids`); and 154, which tells

@@ -9,8 +9,8 @@ from enum import IntEnum
 
 import msgspec
 
-from batch_orchestration.domain.gpu import GpuFacts
-from batch_orchestration.domain.gpu_gate import GpuLimits, max_celsius
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.gate import GpuLimits, max_celsius
 
 #: Of the window, from whole to paused. A half sheds load fast, and below an eighth most of what a
 #: device draws is what it draws for running at all: then only a pause helps.
@@ -112,3 +112,16 @@ def next_state(
 def unknown_heat(state: ThermalState) -> ThermalState:
     """Return the state after a look at devices that could not be read: they are not known cool."""
     return msgspec.structs.replace(state, calm_since=None)
+
+
+class DeviceCare(msgspec.Struct, frozen=True, kw_only=True):
+    """How much of its window a run may use now, and whether it has to end.
+
+    Attributes:
+        share: Of the window, 0 to 1. 0 is a pause: what is in flight is kept, nothing is added.
+        stop: Why the run has to end: what is in flight is answered, nothing is added, and then the
+            feeder raises `GpuUnhealthy` with these words. None while it may go on.
+    """
+
+    share: float = 1.0
+    stop: str | None = None

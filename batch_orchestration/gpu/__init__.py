@@ -1,0 +1,1 @@
+"""The GPUs: what NVML says, the gate, faults, fences, heat, samples."""

@@ -1,0 +1,159 @@
+"""Fences: a file per device that is not to be used, there until a person or a check removes it."""
+
+import logging
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.engines.processes.records import boot_id
+from batch_orchestration.files.atomic import disk_errors, read_kept, sync_folder, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.faults import ClearedFence, Fence, holds_because
+
+
+def fence_path(folder: DataFolder, uuid: str) -> Path:
+    """Where the fence of a device is kept; that it exists is the decision."""
+    return folder.fences / f"{uuid.replace('/', '_')}.json"
+
+
+def put_up_fence(folder: DataFolder, fence: Fence) -> bool:
+    """Keep a fence, durably, and return True; one that stands already is left as it is.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    path = fence_path(folder, fence.uuid)
+    if path.exists():
+        return False
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(fence)) + b"\n")
+    return True
+
+
+def read_fences(folder: DataFolder) -> dict[str, Fence]:
+    """Return the fences by the uuid of the device. One that cannot be read is a fence all the same.
+
+    Raises:
+        StorageError: Nobody can tell whether there are any.
+    """
+    try:
+        paths = [path for path in folder.fences.iterdir() if path.suffix == ".json"]
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise StorageError(f"cannot read {folder.fences}: {error.strerror or error}") from error
+    return {path.stem: fence for path in sorted(paths) if (fence := _read(path)) is not None}
+
+
+def clear_fence(folder: DataFolder, uuid: str, *, at: float, by: str) -> Fence | None:
+    """Remove the fence of a device, and keep who did it; None if there is none.
+
+    Raises:
+        StorageError: It cannot be done; the fence stands.
+    """
+    path = fence_path(folder, uuid)
+    fence = _read(path)
+    if fence is None:
+        return None
+    record = ClearedFence(fence=fence, at=at, by=by)
+    kept = folder.fences / "cleared" / f"{path.stem}-{at:.3f}.json"
+    write_atomically(kept, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
+    with disk_errors(path):
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    return fence
+
+
+def cleared_fences(folder: DataFolder) -> list[ClearedFence]:
+    """Return the fences that were cleared, oldest first; what cannot be read is left out."""
+    found = []
+    for path in (folder.fences / "cleared").glob("*.json"):
+        try:
+            record = read_kept(path, ClearedFence)
+        except StorageError:
+            continue
+        if record is not None:
+            found.append(record)
+    return sorted(found, key=lambda record: record.at)
+
+
+def _read(path: Path) -> Fence | None:
+    try:
+        return read_kept(path, Fence)
+    except StorageError as error:
+        return Fence(uuid=path.stem, at=0.0, reason=f"its fence says nothing: {error}", by="nobody")
+
+
+logger = logging.getLogger(__name__)
+#: Who clears a fence where it was no person.
+RECOVERY_CHECK = "recovery check"
+
+
+def fence_off(folder: DataFolder, device: GpuFacts, reason: str, lost: bool, *, by: str) -> bool:
+    """Keep a device from work until it is known to be well; return whether that is durable.
+
+    Args:
+        folder: The data folder.
+        device: As it was seen last.
+        reason: The fault.
+        lost: Whether it cannot be seen any more; then only a restart or a person lifts the fence.
+        by: The run.
+    """
+    fence = Fence(
+        uuid=device.hardware_uuid,
+        at=time.time(),
+        reason=reason,
+        by=by,
+        boot_id=boot_id(),
+        facts=None if lost else device,
+    )
+    try:
+        if put_up_fence(folder, fence):
+            logger.error("GPU %s is fenced: %s", fence.uuid, reason)
+    except StorageError as error:
+        logger.error("GPU %s cannot be fenced, it is tried again: %s", fence.uuid, error)  # noqa: TRY400
+        return False
+    return True
+
+
+def standing_fences(folder: DataFolder, devices: Sequence[GpuFacts]) -> dict[str, str]:
+    """Return why devices are fenced, by uuid, after the recovery check of those that can be seen.
+
+    A fence comes down by itself as soon as `holds_because` finds nothing against that. Whoever
+    looks at the gate makes the check, so that no process is needed for it.
+
+    Fails closed: if nobody can tell whether there are fences, every device is fenced.
+    """
+    try:
+        fences = read_fences(folder)
+    except StorageError as error:
+        return dict.fromkeys(
+            (device.hardware_uuid for device in devices),
+            f"nobody can tell whether it is fenced: {error}",
+        )
+    seen = {device.hardware_uuid: device for device in devices}
+    return {
+        uuid: why
+        for uuid, fence in fences.items()
+        if (why := _standing(folder, uuid, fence, seen.get(uuid))) is not None
+    }
+
+
+def _standing(folder: DataFolder, uuid: str, fence: Fence, device: GpuFacts | None) -> str | None:
+    since = datetime.fromtimestamp(fence.at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    fenced = f"fenced since {since}: {fence.reason}"
+    if device is None:
+        return fenced
+    held = holds_because(fence, device, boot_id=boot_id())
+    if held is not None:
+        return f"{fenced} ({held})"
+    try:
+        clear_fence(folder, uuid, at=time.time(), by=RECOVERY_CHECK)
+    except StorageError as error:
+        return f"{fenced} (it has recovered, but the fence cannot be removed: {error})"
+    logger.warning("GPU %s has recovered and is not fenced any more: %s", uuid, fenced)
+    return None
