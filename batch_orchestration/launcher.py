@@ -4,7 +4,7 @@ Dagster's default launcher hands runs to the code server and knows nothing of th
 gone: after a reboot, or a `kill -9` of everything, its runs stay "started" for ever and keep the
 `gpu` pool. This one records who the worker is on the run itself, so that any later daemon can
 tell whether it still lives. Workers survive a restart of Dagster. One that lives and hangs is
-ended, so that Dagster's run retries start it again: see `services/worker_watch.py`.
+ended, so that Dagster's run retries start it again: see `workers/watch.py`.
 
 The instance imports this module (`dagster.yaml`) before there is any code location, so the package
 must be installed.
@@ -32,20 +32,20 @@ from dagster._core.launcher.base import (
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
 
-from batch_orchestration.domain.heartbeats import Condition, Judgement
 from batch_orchestration.engines.processes.records import identify, is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import keep_from_others
-from batch_orchestration.services.run_workers import (
+from batch_orchestration.settings import Settings, load_settings
+from batch_orchestration.workers.cleanup import (
     WORKER_TAG,
     RecordedWorker,
     clear_after,
     end_worker,
     recorded_worker,
 )
-from batch_orchestration.services.worker_watch import WorkerWatch
-from batch_orchestration.settings import Settings, load_settings
-from batch_orchestration.storage.heartbeat_files import read_pulse
+from batch_orchestration.workers.heartbeat import Condition, Judgement
+from batch_orchestration.workers.heartbeat_files import read_pulse
+from batch_orchestration.workers.watch import WorkerWatch
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import keep_from_others
-from batch_orchestration.services.heart import beating, note_work
 from batch_orchestration.services.open_files import raise_open_file_limit
-from batch_orchestration.services.run_workers import STACKS_SIGNAL
 from batch_orchestration.settings import load_settings
+from batch_orchestration.workers.cleanup import STACKS_SIGNAL
+from batch_orchestration.workers.reporter import beating, note_work
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance, EventLogEntry

@@ -14,7 +14,7 @@ from batch_orchestration.services.configuration import admission_settings
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.settings import load_settings
 from batch_orchestration.store.store import Store
-from batch_orchestration.telemetry.progress import Progress, write_progress
+from batch_orchestration.workers.progress import Progress, write_progress
 from batch_orchestration_tests.builders import NOW, make_input, make_settled_chunk
 
 

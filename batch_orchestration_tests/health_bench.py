@@ -10,7 +10,6 @@ import duckdb
 import msgspec
 
 from batch_orchestration.domain.health import Finding, HealthReport
-from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.domain.queueing import (
     EntryKind,
     EntryState,
@@ -25,6 +24,7 @@ from batch_orchestration.settings import Settings
 from batch_orchestration.storage.health_files import write_health
 from batch_orchestration.storage.queue_files import write_needs, write_queue
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration_tests.builders import NOW
 
 #: Reserves nothing, so that the disk of whoever runs the tests does not matter.

@@ -20,7 +20,7 @@ from batch_orchestration.services.batch_objects import batch_object
 from batch_orchestration.services.halting import what_helps
 from batch_orchestration.services.status import BatchView, view_batch, with_progress
 from batch_orchestration.store.store import Store
-from batch_orchestration.telemetry.progress import Wait
+from batch_orchestration.workers.progress import Wait
 
 LOOK_SECONDS = 1.0
 #: Every look at the store shuts out its writers for a moment; progress files shut out nobody.

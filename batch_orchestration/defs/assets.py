@@ -54,13 +54,13 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.halting import halt_in_force, what_helps
-from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
 from batch_orchestration.services.run_sampler import RunSampler
-from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.reporter import say_at_work
+from batch_orchestration.workers.vitals import RunVitals
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
 CHUNKS_PER_BACKFILL_RUN = 200

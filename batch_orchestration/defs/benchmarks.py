@@ -12,9 +12,9 @@ from batch_orchestration.defs.resources import GpuResource, SettingsResource, op
 from batch_orchestration.services.benchmarking import CalibrationReport, calibrate
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine
-from batch_orchestration.services.heart import say_at_work
-from batch_orchestration.services.run_vitals import MARGIN_SECONDS, WORK_SECONDS
 from batch_orchestration.storage.estimates import EstimateTables
+from batch_orchestration.workers.reporter import say_at_work
+from batch_orchestration.workers.vitals import MARGIN_SECONDS, WORK_SECONDS
 
 
 class CalibrationConfig(dg.Config):

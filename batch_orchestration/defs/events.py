@@ -10,11 +10,11 @@ from batch_orchestration.core.lifecycle import Closing, Halt
 from batch_orchestration.core.results import ChunkReport
 from batch_orchestration.core.text import estimate_rows, window_warning
 from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.kept import Kept
 from batch_orchestration.services.assembly import AssemblyReport
 from batch_orchestration.services.chunk_runner import CommittedChunk
 from batch_orchestration.services.halting import what_helps
 from batch_orchestration.services.partial_output import PartialReport
+from batch_orchestration.workers.utilization import Kept
 
 Metadata = dict[str, dg.MetadataValue | str | int | float | bool]
 

@@ -22,9 +22,9 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.domain.housekeeping import PartResult
 from batch_orchestration.services.clock_watch import DELETION_SECONDS, clock_doubt
 from batch_orchestration.services.configuration import house_parts
-from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.housekeeping import House, Part, keep_house_and_tell
 from batch_orchestration.settings import Settings, load_settings
+from batch_orchestration.workers.reporter import say_at_work
 
 #: Often enough that the key space does not grow over its bound between two looks.
 PARTITIONS_CRON = "47 * * * *"

@@ -15,9 +15,9 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.configuration import admission_settings, open_inbox
 from batch_orchestration.services.estimates import read_estimate
-from batch_orchestration.services.heart import say_at_work
 from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted
+from batch_orchestration.workers.reporter import say_at_work
 
 
 class AdmitConfig(dg.Config):

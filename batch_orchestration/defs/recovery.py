@@ -8,7 +8,7 @@ import dagster as dg
 from batch_orchestration.defs.resources import SettingsResource, data_folder
 from batch_orchestration.engines.processes.records import is_running
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.run_workers import (
+from batch_orchestration.workers.cleanup import (
     clear_after,
     clear_leftovers,
     end_worker,

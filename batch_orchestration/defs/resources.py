@@ -30,13 +30,13 @@ from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.services.chunk_runner import Feeding
 from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.engine_facts import remember_engine
-from batch_orchestration.services.heart import vitals_of_this_worker
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.services.run_sampler import RunSampler
-from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.reporter import vitals_of_this_worker
+from batch_orchestration.workers.vitals import RunVitals
 
 logger = logging.getLogger(__name__)
 #: At the end of a run; what the engine said of itself is worth no longer wait for the store.

@@ -40,7 +40,6 @@ from batch_orchestration.services.estimates import (
     record_estimate,
     write_estimate,
 )
-from batch_orchestration.services.heart import holding
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.refusals import next_step, write_errors_file
@@ -65,6 +64,7 @@ from batch_orchestration.services.verdicts import (
 )
 from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.reporter import holding
 
 logger = logging.getLogger(__name__)
 

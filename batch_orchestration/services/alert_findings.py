@@ -14,7 +14,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.dagster_links import health_link, run_link, sensor_link
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.health_files import read_health
-from batch_orchestration.storage.heartbeat_files import read_pulse
+from batch_orchestration.workers.heartbeat_files import read_pulse
 
 #: `health_sensor` looks every 30 s, and a tick may take a minute.
 HEALTH_STALE_SECONDS = 150.0

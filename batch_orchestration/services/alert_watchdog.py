@@ -14,9 +14,9 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.alert_channels import Send
 from batch_orchestration.services.alerting import Cycle, run_alert_cycle
 from batch_orchestration.services.dagster_links import RESTART, sensor_link
-from batch_orchestration.services.worker_watch import Unchanged
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.alert_files import last_cycle_at
+from batch_orchestration.workers.watch import Unchanged
 
 #: `alert_sensor` looks every 30 s; so long without it no restart explains.
 SILENT_SECONDS = 300.0

@@ -12,12 +12,10 @@ from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.results import BatchRecord, SettledRequest
 from batch_orchestration.core.totals import Tally
 from batch_orchestration.domain.batch_figures import Latencies
-from batch_orchestration.domain.kept import Kept
 from batch_orchestration.files.atomic import atomic_writer, disk_errors
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.services.endings import begin_ending, finish_ending
-from batch_orchestration.services.heart import holding
 from batch_orchestration.services.outbox import (
     OutboxFiles,
     each_once,
@@ -31,6 +29,8 @@ from batch_orchestration.services.reports import batch_report
 from batch_orchestration.services.scoring import score_batch
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.reporter import holding
+from batch_orchestration.workers.utilization import Kept
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from batch_orchestration.services.chunk_pass import ChunkPass, Obstacle, Pending
 from batch_orchestration.services.committer import Committer, Results
 from batch_orchestration.services.halting import FailureWatch, halt_in_force
 from batch_orchestration.services.run_progress import RunProgress, remaining_work
-from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.vitals import RunVitals
 
 logger = logging.getLogger(__name__)
 

@@ -39,9 +39,9 @@ from batch_orchestration.services.obstacles import Obstacles
 from batch_orchestration.services.request_window import Window
 from batch_orchestration.services.run_accounts import RunAccounts
 from batch_orchestration.services.run_progress import CommittedChunk as CommittedChunk
-from batch_orchestration.services.run_vitals import COMMIT_SECONDS, MARGIN_SECONDS, RunVitals
 from batch_orchestration.services.turns import Turns
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.vitals import COMMIT_SECONDS, MARGIN_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from batch_orchestration.core.errors import BatchNotFound, BatchOrchestrationErr
 from batch_orchestration.core.lifecycle import Closing, Halt, Resumption
 from batch_orchestration.domain.alert_book import AlertState
 from batch_orchestration.domain.health import HealthReport
-from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.domain.housekeeping import PartResult
 from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
 from batch_orchestration.engines.access import Refusal
@@ -34,7 +33,8 @@ from batch_orchestration.services.housekeeping import results_path
 from batch_orchestration.services.surveys import Survey
 from batch_orchestration.services.verdicts import Verdict
 from batch_orchestration.store.operations import open_files
-from batch_orchestration.telemetry.progress import Progress
+from batch_orchestration.workers.heartbeat import Heartbeat
+from batch_orchestration.workers.progress import Progress
 
 _CLI = "python -m batch_orchestration"
 

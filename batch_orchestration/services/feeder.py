@@ -30,7 +30,7 @@ from batch_orchestration.services.hang_watch import LOOKS_PER_LIMIT, HangWatch
 from batch_orchestration.services.obstacles import Obstacles
 from batch_orchestration.services.open_files import connections_possible
 from batch_orchestration.services.request_window import RequestWindow, Window
-from batch_orchestration.services.run_vitals import MARGIN_SECONDS, RunVitals
+from batch_orchestration.workers.vitals import MARGIN_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from batch_orchestration.services.health_look import (
 )
 from batch_orchestration.services.health_of_runs import engine, workers
 from batch_orchestration.settings import ENV_FILE
-from batch_orchestration.storage.heartbeat_files import read_pulses
 from batch_orchestration.storage.queue_files import read_needs, read_pause, read_queue
+from batch_orchestration.workers.heartbeat_files import read_pulses
 
 #: Two of the longest ticks without one that came to its end.
 DEAD_SECONDS = 150.0

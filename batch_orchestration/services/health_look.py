@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from batch_orchestration.domain.health import Finding, HealthReport, Level
-from batch_orchestration.domain.heartbeats import Pulse
 from batch_orchestration.domain.queueing import EntryState, QueueView
 from batch_orchestration.engines.processes.records import is_running
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.cleanup import worker_of
+from batch_orchestration.workers.heartbeat import Pulse
 
 #: `dispatch_sensor` writes `queue.json` every 5 s, and a tick may take a minute.
 SLOW_SECONDS = 60.0

@@ -7,7 +7,6 @@ from http.client import HTTPException
 
 from batch_orchestration.core.text import duration
 from batch_orchestration.domain.health import Finding, Level
-from batch_orchestration.domain.heartbeats import Condition, Heartbeat, Pulse, Quiet, judge
 from batch_orchestration.engines.processes.records import is_running
 from batch_orchestration.services.dagster_links import run_link
 from batch_orchestration.services.health_look import (
@@ -19,12 +18,13 @@ from batch_orchestration.services.health_look import (
     unhealthy,
 )
 from batch_orchestration.services.no_redirects import NoRedirects
-from batch_orchestration.services.run_workers import worker_of
 from batch_orchestration.settings import EngineKind, Settings
-from batch_orchestration.storage.accounts import read_accounts
-from batch_orchestration.storage.heartbeat_files import read_pulses
 from batch_orchestration.storage.queue_files import read_queue
-from batch_orchestration.telemetry.progress import read_progress
+from batch_orchestration.workers.cleanup import worker_of
+from batch_orchestration.workers.heartbeat import Condition, Heartbeat, Pulse, Quiet, judge
+from batch_orchestration.workers.heartbeat_files import read_pulses
+from batch_orchestration.workers.progress import read_progress
+from batch_orchestration.workers.utilization_files import read_accounts
 
 #: Dagster's run monitoring notices a dead worker within half a minute and then starts another.
 NOTICED_SECONDS = 60.0

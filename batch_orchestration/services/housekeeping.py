@@ -21,8 +21,8 @@ from batch_orchestration.domain.housekeeping import HouseReport, PartResult, Rem
 from batch_orchestration.files.atomic import read_kept, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.at_rest import batches_at_rest
-from batch_orchestration.services.heart import note_work
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.reporter import note_work
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import UTF8_BOM, Fault, Request, parse_line, too_long_fault
 from batch_orchestration.files.input_lines import RawLine, new_digest, read_lines
-from batch_orchestration.services.heart import note_work
+from batch_orchestration.workers.reporter import note_work
 
 logger = logging.getLogger(__name__)
 

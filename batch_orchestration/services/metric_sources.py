@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from batch_orchestration.core.errors import BatchNotFound, StorageError
-from batch_orchestration.domain.run_account import RunAccount
 from batch_orchestration.domain.store_figures import StoreFigures
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.storage.accounts import accounts_path, read_accounts
 from batch_orchestration.storage.store_figures import read_figures
+from batch_orchestration.workers.utilization import RunAccount
+from batch_orchestration.workers.utilization_files import accounts_path, read_accounts
 
 logger = logging.getLogger(__name__)
 

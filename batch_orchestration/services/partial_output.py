@@ -14,7 +14,6 @@ from batch_orchestration.files.atomic import atomic_writer
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.services.assembly import AssemblyReport, assemble, assembly_lock_path
-from batch_orchestration.services.heart import holding
 from batch_orchestration.services.outbox import OutboxFiles, make_writable, unwritable, write_lines
 from batch_orchestration.services.partial_results import (
     FinishedSoFar,
@@ -22,6 +21,7 @@ from batch_orchestration.services.partial_results import (
     read_finished,
 )
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.reporter import holding
 
 logger = logging.getLogger(__name__)
 

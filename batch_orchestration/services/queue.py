@@ -41,7 +41,7 @@ from batch_orchestration.services.submission_rates import read_rates
 from batch_orchestration.services.surveys import Survey, Surveys
 from batch_orchestration.storage.queue_files import read_pause
 from batch_orchestration.store.store import Store
-from batch_orchestration.telemetry.progress import read_progress
+from batch_orchestration.workers.progress import read_progress
 
 #: JSON packs about so well.
 _GZIP_RATIO = 8

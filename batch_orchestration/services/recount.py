@@ -10,8 +10,8 @@ import msgspec
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import UNASKED_CODES
 from batch_orchestration.domain.output_lines import output_line_id
-from batch_orchestration.services.heart import note_work
 from batch_orchestration.services.outbox import OutboxFiles
+from batch_orchestration.workers.reporter import note_work
 
 
 class _ErrorHead(msgspec.Struct):

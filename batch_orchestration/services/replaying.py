@@ -30,10 +30,10 @@ from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest, Re
 from batch_orchestration.services.chunk_runner import SYNC_SECONDS, Feeding
 from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.feeder import Feeder, first_leaf
-from batch_orchestration.services.heart import holding
-from batch_orchestration.services.run_vitals import WORK_SECONDS, RunVitals
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.reporter import holding
+from batch_orchestration.workers.vitals import WORK_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)
 

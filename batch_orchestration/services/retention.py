@@ -21,11 +21,11 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.plan_checks import input_removed_path
 from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.services.assembly import assembly_lock_path
-from batch_orchestration.services.heart import holding
 from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.recount import recount
 from batch_orchestration.store.operations import replays_of
+from batch_orchestration.workers.reporter import holding
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,19 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 
-from batch_orchestration.domain.kept import Kept
-from batch_orchestration.domain.run_account import Accountant, Moment, RunAccount, Stage, kept
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.batch_work import BatchWork
 from batch_orchestration.services.feeder import Feeder
-from batch_orchestration.services.run_vitals import RunVitals
-from batch_orchestration.storage.accounts import account_path, read_account, write_account
+from batch_orchestration.workers.utilization import (
+    Accountant,
+    Kept,
+    Moment,
+    RunAccount,
+    Stage,
+    kept,
+)
+from batch_orchestration.workers.utilization_files import account_path, read_account, write_account
+from batch_orchestration.workers.vitals import RunVitals
 
 logger = logging.getLogger(__name__)
 

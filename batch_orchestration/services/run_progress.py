@@ -16,9 +16,8 @@ from batch_orchestration.engines.base import EngineIdentity
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.services.estimates import read_estimate
-from batch_orchestration.telemetry.meter import Meter
-from batch_orchestration.telemetry.progress import Progress, Wait, write_progress
 from batch_orchestration.telemetry.remaining import RemainingWork
+from batch_orchestration.workers.progress import Meter, Progress, Wait, write_progress
 
 logger = logging.getLogger(__name__)
 

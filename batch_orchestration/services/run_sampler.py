@@ -13,7 +13,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.monitor import DeviceWatch
 from batch_orchestration.gpu.samples import RunSample, append_sample
 from batch_orchestration.gpu.thermal import DeviceCare
-from batch_orchestration.services.run_vitals import RunVitals
+from batch_orchestration.workers.vitals import RunVitals
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.halting import halt_in_force
 from batch_orchestration.store.store import Store
-from batch_orchestration.telemetry.progress import STALE_SECONDS, Progress, read_progress
+from batch_orchestration.workers.progress import STALE_SECONDS, Progress, read_progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from batch_orchestration.engines.processes.records import ProcessIdentity
-from batch_orchestration.storage.heartbeat_files import read_pulse
+from batch_orchestration.workers.heartbeat_files import read_pulse
 from batch_orchestration_tests.integration.dagster_client import Run
 from batch_orchestration_tests.integration.dagster_processes import DagsterProcesses, wait_until
 

@@ -18,8 +18,8 @@ from batch_orchestration.engines.processes.records import (
     is_running,
     write_record,
 )
-from batch_orchestration.services.run_workers import WORKER_TAG, RecordedWorker
-from batch_orchestration.storage.heartbeat_files import read_pulse, write_heartbeat
+from batch_orchestration.workers.cleanup import WORKER_TAG, RecordedWorker
+from batch_orchestration.workers.heartbeat_files import read_pulse, write_heartbeat
 from batch_orchestration_tests.builders import make_body, make_input, make_line
 from batch_orchestration_tests.fault.accidents import (
     SLOW_SECONDS,

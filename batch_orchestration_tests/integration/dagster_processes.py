@@ -17,8 +17,8 @@ import yaml
 
 from batch_orchestration.engines.processes.records import ProcessIdentity, is_running
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.run_workers import recorded_worker
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.cleanup import recorded_worker
 from batch_orchestration_tests.builders import believe_the_clock
 from batch_orchestration_tests.integration.dagster_client import DagsterClient, Run
 from batch_orchestration_tests.raw_server import free_port

@@ -4,9 +4,9 @@ import pytest
 
 from batch_orchestration.domain.alert_book import AlertState
 from batch_orchestration.domain.health import AlertKind, Level
-from batch_orchestration.domain.run_account import RunAccount
 from batch_orchestration.services.alert_findings import from_health
-from batch_orchestration.storage.accounts import write_account
+from batch_orchestration.workers.utilization import RunAccount
+from batch_orchestration.workers.utilization_files import write_account
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.health_bench import HealthBench
 

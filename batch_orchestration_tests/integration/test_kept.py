@@ -14,14 +14,13 @@ import pytest
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.core.outcomes import FailureCode, Outcome
 from batch_orchestration.defs.events import output_metadata
-from batch_orchestration.domain.kept import Kept
 from batch_orchestration.engines.base import EngineIdentity
 from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_runner import run_chunks
-from batch_orchestration.services.kept import kept_of
-from batch_orchestration.storage.accounts import accounts_path, read_accounts
 from batch_orchestration.store.connection import writing
+from batch_orchestration.workers.utilization import Kept
+from batch_orchestration.workers.utilization_files import accounts_path, kept_of, read_accounts
 from batch_orchestration_tests.builders import NOW, make_failure
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.turn_bench import TurnBench, entry

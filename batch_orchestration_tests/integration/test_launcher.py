@@ -15,8 +15,8 @@ from dagster._core.launcher.base import LaunchRunContext
 from batch_orchestration.engines.processes.records import ProcessIdentity, identify, is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.launcher import LocalProcessRunLauncher
-from batch_orchestration.services.run_workers import WORKER_TAG, worker_of
-from batch_orchestration.storage.heartbeat_files import read_pulse
+from batch_orchestration.workers.cleanup import WORKER_TAG, worker_of
+from batch_orchestration.workers.heartbeat_files import read_pulse
 from batch_orchestration_tests.integration.dagster_processes import PATIENCE, kill, wait_until
 
 START_SECONDS = 60

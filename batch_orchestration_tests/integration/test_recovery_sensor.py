@@ -8,7 +8,6 @@ import msgspec
 import pytest
 
 from batch_orchestration.defs import recovery
-from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.engines.processes.records import (
     ProcessIdentity,
     ProcessRecord,
@@ -17,9 +16,10 @@ from batch_orchestration.engines.processes.records import (
     write_record,
 )
 from batch_orchestration.services.dispatch import MAX_FAILURES
-from batch_orchestration.services.run_workers import WORKER_TAG, RecordedWorker
-from batch_orchestration.storage.heartbeat_files import write_heartbeat
 from batch_orchestration.storage.queue_files import read_needs
+from batch_orchestration.workers.cleanup import WORKER_TAG, RecordedWorker
+from batch_orchestration.workers.heartbeat import Heartbeat
+from batch_orchestration.workers.heartbeat_files import write_heartbeat
 from batch_orchestration_tests.builders import NOW, make_input
 from batch_orchestration_tests.fault.processes import FAMILY, kill, nobody, wait_for_group
 from batch_orchestration_tests.integration.deployment import Deployment, memory_instance

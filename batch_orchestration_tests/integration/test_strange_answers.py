@@ -19,7 +19,7 @@ from batch_orchestration.files import journal_records as records
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.recovery import recover
-from batch_orchestration.telemetry.progress import Progress, read_progress
+from batch_orchestration.workers.progress import Progress, read_progress
 from batch_orchestration_tests.builders import make_request
 from batch_orchestration_tests.closing_bench import ClosingBench
 from batch_orchestration_tests.command_line import CommandLine

@@ -18,7 +18,7 @@ from batch_orchestration.files.journal import Journal
 from batch_orchestration.services import turns
 from batch_orchestration.services.chunk_pass import ChunkPass
 from batch_orchestration.store.store import Store
-from batch_orchestration.telemetry.progress import read_progress
+from batch_orchestration.workers.progress import read_progress
 from batch_orchestration_tests.builders import NOW, make_provenance
 from batch_orchestration_tests.turn_bench import PacedEngine, TurnBench, entry, runs_of
 

@@ -10,14 +10,15 @@ import pytest
 from batch_orchestration.core.errors import CalibrationFailed, EngineDied
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.domain.housekeeping import Removal
-from batch_orchestration.services import heart, obstacles
+from batch_orchestration.services import obstacles
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.benchmarking import calibrate
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.housekeeping import House, Part, keep_house
 from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
-from batch_orchestration.services.run_vitals import RunVitals
 from batch_orchestration.store.connection import writing
+from batch_orchestration.workers import reporter as heart
+from batch_orchestration.workers.vitals import RunVitals
 from batch_orchestration_tests.builders import make_failure, make_input
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench, make_feeding

@@ -9,7 +9,7 @@ from batch_orchestration.domain.window_control import Bounds
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.services import engine_poll
 from batch_orchestration.services.chunk_runner import run_chunks
-from batch_orchestration.services.run_vitals import RunVitals
+from batch_orchestration.workers.vitals import RunVitals
 from batch_orchestration_tests.workbench import Workbench, make_feeding
 
 #: A token takes 8 ms for few sequences and for many; 20 of them run, and more of them wait.

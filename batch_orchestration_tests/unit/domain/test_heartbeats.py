@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.heartbeats import (
+from batch_orchestration.workers.heartbeat import (
     FIRST_HEARTBEAT_SECONDS,
     Condition,
     Heartbeat,
@@ -13,7 +13,7 @@ from batch_orchestration.domain.heartbeats import (
     Quiet,
     judge,
 )
-from batch_orchestration.services.worker_watch import LONGEST_STEP_SECONDS, WorkerWatch
+from batch_orchestration.workers.watch import LONGEST_STEP_SECONDS, WorkerWatch
 from batch_orchestration_tests.builders import NOW
 
 SILENT_SECONDS = 60.0

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.run_account import (
+from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.workers.utilization import (
     QUANTITIES,
     Accountant,
     Moment,
@@ -15,7 +16,6 @@ from batch_orchestration.domain.run_account import (
     Stage,
     kept,
 )
-from batch_orchestration.engines.figures import EngineFigures
 
 PARTS = (
     *("start_up_seconds", "busy_seconds", "feed_gap_seconds", "held_seconds"),

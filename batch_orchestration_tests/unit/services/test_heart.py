@@ -9,19 +9,24 @@ import msgspec
 import pytest
 from filelock import FileLock
 
-from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.engines.processes.records import identify, is_running
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.heart import beating, holding, say_at_work, vitals_of_this_worker
-from batch_orchestration.services.run_workers import (
+from batch_orchestration.workers import heartbeat_files
+from batch_orchestration.workers.cleanup import (
     clear_leftovers,
     end_worker,
     living_workers,
     recorded_worker,
     worker_of,
 )
-from batch_orchestration.storage import heartbeat_files
-from batch_orchestration.storage.heartbeat_files import read_pulse, write_heartbeat
+from batch_orchestration.workers.heartbeat import Heartbeat
+from batch_orchestration.workers.heartbeat_files import read_pulse, write_heartbeat
+from batch_orchestration.workers.reporter import (
+    beating,
+    holding,
+    say_at_work,
+    vitals_of_this_worker,
+)
 from batch_orchestration_tests.children import child, next_line
 
 EVERY = 0.02
@@ -74,7 +79,7 @@ def test_work_that_is_no_answering_says_what_it_is_and_has_minutes_for_each_sign
 
 def test_waiting_for_a_lock_is_no_standstill(folder, monkeypatch):
     """Whoever has it is watched, too; whoever waits has done nothing to be ended for."""
-    monkeypatch.setattr("batch_orchestration.services.heart.LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("batch_orchestration.workers.reporter.LOCK_SECONDS", 0.05)
     path = folder.root / "some.lock"
     waited = threading.Event()
 
@@ -116,7 +121,7 @@ def test_a_heartbeat_that_cannot_be_overwritten_either_is_heard_all_the_same(fol
     with beats_of(folder):
         first = wait_for_pulse(folder, lambda pulse: pulse.told is not None)
         with monkeypatch.context() as full:
-            full.setattr("batch_orchestration.services.heart.write_heartbeat", refuse)
+            full.setattr("batch_orchestration.workers.reporter.write_heartbeat", refuse)
 
             heard = wait_for_pulse(folder, lambda pulse: pulse.told is None)
             assert heard.at > first.at
@@ -162,7 +167,7 @@ def test_a_heartbeat_that_cannot_be_written_at_all_stops_nothing(folder, monkeyp
     def refuse(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("batch_orchestration.services.heart.write_heartbeat", refuse)
+    monkeypatch.setattr("batch_orchestration.workers.reporter.write_heartbeat", refuse)
 
     with beats_of(folder):
         time.sleep(5 * EVERY)
@@ -201,7 +206,7 @@ def test_a_worker_is_ended_though_it_is_stopped_and_tells_where_it_was(tmp_path,
     log = tmp_path / "log"
     program = """
         import faulthandler, sys, time
-        from batch_orchestration.services.run_workers import STACKS_SIGNAL
+        from batch_orchestration.workers.cleanup import STACKS_SIGNAL
         log = open(sys.argv[1], "w")
         faulthandler.register(STACKS_SIGNAL, file=log)
         def hang():

@@ -13,7 +13,7 @@ from batch_orchestration.gpu.monitor import DeviceWatch
 from batch_orchestration.gpu.samples import read_samples
 from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.services.run_sampler import RunSampler
-from batch_orchestration.services.run_vitals import RunVitals
+from batch_orchestration.workers.vitals import RunVitals
 
 GPU = GpuFacts(index=0, uuid="GPU-1", name="Test", temperature_celsius=60)
 HOT = GpuFacts(index=0, uuid="GPU-1", name="Test", temperature_celsius=99)

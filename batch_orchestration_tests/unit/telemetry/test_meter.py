@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.telemetry.meter import WINDOW_SECONDS, Meter
+from batch_orchestration.workers.progress import WINDOW_SECONDS, Meter
 
 
 def test_rates_are_those_of_the_last_window() -> None:

@@ -11,7 +11,7 @@ same reason an observer that was started anew begins to count from nothing.
 import time
 from collections.abc import Callable
 
-from batch_orchestration.domain.heartbeats import Judgement, Pulse, Quiet, judge
+from batch_orchestration.workers.heartbeat import Judgement, Pulse, Quiet, judge
 
 #: Dagster's monitoring looks every 5 s, and somewhat later where there are many runs.
 LONGEST_STEP_SECONDS = 15.0

@@ -16,10 +16,10 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.core.errors import EngineError
-from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.engines.processes.records import ProcessIdentity, end_recorded, is_running
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.storage.heartbeat_files import (
+from batch_orchestration.workers.heartbeat import Heartbeat
+from batch_orchestration.workers.heartbeat_files import (
     heartbeat_paths,
     read_pulse,
     remove_heartbeat,

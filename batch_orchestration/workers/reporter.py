@@ -10,15 +10,15 @@ from collections.abc import Iterator
 
 from filelock import BaseFileLock, Timeout
 
-from batch_orchestration.domain.heartbeats import Heartbeat
 from batch_orchestration.engines.processes.records import ProcessIdentity, identify
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.run_vitals import WORK_SECONDS, RunVitals
-from batch_orchestration.storage.heartbeat_files import (
+from batch_orchestration.workers.heartbeat import Heartbeat
+from batch_orchestration.workers.heartbeat_files import (
     remove_heartbeat,
     touch_heartbeat,
     write_heartbeat,
 )
+from batch_orchestration.workers.vitals import WORK_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from urllib.parse import quote
 import msgspec
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.domain.run_account import RunAccount
 from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.workers.utilization import Kept, RunAccount, kept
 
 
 def accounts_path(folder: DataFolder, batch_id: str) -> Path:
@@ -50,3 +50,15 @@ def read_accounts(folder: DataFolder, batch_id: str) -> Iterator[RunAccount]:
     for path in sorted(accounts_path(folder, batch_id).glob("*.json")):
         if (account := read_account(path)) is not None:
             yield account
+
+
+def kept_of(folder: DataFolder, batch_id: str) -> Kept | None:
+    """Return where the wall time of a batch went; None if no run has kept an account of it.
+
+    Runs are added up; the time between them, such as a wait for a device, is no run's. A run that
+    was killed has lost at most its last second. Replays are not counted.
+
+    Raises:
+        BatchNotFound: That is no batch id.
+    """
+    return kept(read_accounts(folder, batch_id))

@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.core.members import Faults
-from batch_orchestration.domain.heartbeats import Heartbeat, Pulse
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import read_regular
+from batch_orchestration.workers.heartbeat import Heartbeat, Pulse
 
 #: Files are padded to whole blocks of this, so that one can be overwritten where no more is free.
 BLOCK_BYTES = 4096

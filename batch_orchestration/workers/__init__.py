@@ -1,0 +1,1 @@
+"""Run workers: heartbeats, the watch over them, progress and utilization."""
