@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from batch_orchestration.domain import derivation
-from batch_orchestration.domain.derivation import RequestTokens
-from batch_orchestration.domain.throughput import Costs
 from batch_orchestration.domain.window_control import Bounds, WindowControl
 from batch_orchestration.engines.simulated.kv_cache import KvMachine, KvModel
+from batch_orchestration.estimates import derivation
+from batch_orchestration.estimates.costs import Costs
+from batch_orchestration.estimates.derivation import RequestTokens
 from batch_orchestration.services.engine_poll import POLL_SECONDS
 
 Dice = random.Random

@@ -20,27 +20,22 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.core.batches import BatchOptions
-from batch_orchestration.core.text import seconds_band, tokens_band
-from batch_orchestration.domain.estimates import Estimate
 from batch_orchestration.domain.retries import RetryPolicy
-from batch_orchestration.domain.scores import Score, calibration
 from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
+from batch_orchestration.estimates.engine import engine_in_force, remember_engine
+from batch_orchestration.estimates.estimate import Estimate, seconds_band, tokens_band
+from batch_orchestration.estimates.estimating import read_estimate
+from batch_orchestration.estimates.scores import Score, calibration
+from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.admission import admit
 from batch_orchestration.services.assembly import assemble
-from batch_orchestration.services.benchmarking import CalibrationReport, calibrate
 from batch_orchestration.services.chunk_runner import Feeding, run_chunks
-from batch_orchestration.services.configuration import (
-    admission_settings,
-    engine_in_force,
-    open_inbox,
-)
-from batch_orchestration.services.engine_facts import remember_engine
-from batch_orchestration.services.estimates import read_estimate
+from batch_orchestration.services.configuration import admission_settings, open_inbox
 from batch_orchestration.services.submission import submit
 from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration.settings import Device, EngineKind, Settings
-from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.store.store import Store
 
 ROUNDS = ("calibration only", "with history")

@@ -21,11 +21,11 @@ from batch_orchestration.cli.results import results
 from batch_orchestration.cli.submitting import submit, validate
 from batch_orchestration.cli.visible import say
 from batch_orchestration.cli.watching import watch_batch
+from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.files.sharing import keep_from_others
 from batch_orchestration.services.batch_objects import batch_object
 from batch_orchestration.services.board import Board, read_board
 from batch_orchestration.services.configuration import open_inbox
-from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.status import view_batch
 from batch_orchestration.settings import settings_in_force
 

@@ -8,10 +8,11 @@ from rich.text import Text
 
 from batch_orchestration.cli.context import json_option, open_context, print_json
 from batch_orchestration.cli.visible import say
-from batch_orchestration.core.text import duration, seconds_band, tokens_band
-from batch_orchestration.domain.scores import Calibration, Score, calibration
-from batch_orchestration.services.scoring import LAST_BATCHES
-from batch_orchestration.storage.estimates import EstimateTables
+from batch_orchestration.core.text import duration
+from batch_orchestration.estimates.estimate import seconds_band, tokens_band
+from batch_orchestration.estimates.scores import Calibration, Score, calibration
+from batch_orchestration.estimates.scoring import LAST_BATCHES
+from batch_orchestration.estimates.tables import EstimateTables
 
 
 @click.command()

@@ -14,14 +14,14 @@ from batch_orchestration.cli.visible import say
 from batch_orchestration.cli.watching import finish, follow_shown
 from batch_orchestration.core.batches import BatchOptions, batch_id, identity
 from batch_orchestration.core.errors import FileRefused
-from batch_orchestration.core.text import estimate_rows
+from batch_orchestration.estimates.estimate import estimate_rows
+from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.services import submission, validation
 from batch_orchestration.services.batch_files import open_batch_file
 from batch_orchestration.services.board import rejections
 from batch_orchestration.services.configuration import admission_settings
 from batch_orchestration.services.sidecars import named_problem, own_sidecar, read_options
 from batch_orchestration.services.status import find_identity
-from batch_orchestration.storage.estimates import EstimateTables
 
 #: A running sensor takes a settled file within a few ticks of five seconds, started ones apart.
 PATIENCE_SECONDS = 30.0

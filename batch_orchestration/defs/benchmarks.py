@@ -9,10 +9,9 @@ from pydantic import Field
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.results import SIMULATED
 from batch_orchestration.defs.resources import GpuResource, SettingsResource, open_store
-from batch_orchestration.services.benchmarking import CalibrationReport, calibrate
-from batch_orchestration.services.configuration import engine_in_force
-from batch_orchestration.services.engine_facts import remember_engine
-from batch_orchestration.storage.estimates import EstimateTables
+from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
+from batch_orchestration.estimates.engine import engine_in_force, remember_engine
+from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.workers.reporter import say_at_work
 from batch_orchestration.workers.vitals import MARGIN_SECONDS, WORK_SECONDS
 

@@ -8,8 +8,7 @@ import dagster as dg
 from batch_orchestration.core.batches import BatchPlan, chunk_key
 from batch_orchestration.core.lifecycle import Closing, Halt
 from batch_orchestration.core.results import ChunkReport
-from batch_orchestration.core.text import estimate_rows, window_warning
-from batch_orchestration.domain.estimates import Estimate
+from batch_orchestration.estimates.estimate import Estimate, estimate_rows, window_warning
 from batch_orchestration.services.assembly import AssemblyReport
 from batch_orchestration.services.chunk_runner import CommittedChunk
 from batch_orchestration.services.halting import what_helps

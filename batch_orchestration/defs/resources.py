@@ -12,7 +12,6 @@ import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from batch_orchestration.domain.breaker import BreakerPolicy
-from batch_orchestration.domain.derivation import DEFAULT_IN_FLIGHT
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.memory_ladder import Ladder, Rung
@@ -23,13 +22,13 @@ from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm import VllmEngine, flag_name
+from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT
+from batch_orchestration.estimates.engine import engine_in_force, remember_engine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import share
 from batch_orchestration.gpu.health import device_watch, no_gate, require_healthy_gpu
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.services.chunk_runner import Feeding
-from batch_orchestration.services.configuration import engine_in_force
-from batch_orchestration.services.engine_facts import remember_engine
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.sizing import Sizing, size_run

@@ -29,6 +29,7 @@ from batch_orchestration.defs.queue import report_queue
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import LIVE_STATUSES, free_run_key, known_runs, run_state
 from batch_orchestration.domain.queueing import NeedsPerson, QueueView, WaitReason
+from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.services.claims import Claim
@@ -41,7 +42,6 @@ from batch_orchestration.services.dispatch import (
     backoff_left,
     dispatch,
 )
-from batch_orchestration.services.estimates import read_estimate
 from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import claim_admissible

@@ -9,8 +9,8 @@ can hold to the end: then it puts requests back and computes them again.
 from dataclasses import dataclass
 from statistics import fmean
 
-from batch_orchestration.domain.derivation import MOST_IN_FLIGHT, READING_COST, queued
 from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.estimates.derivation import MOST_IN_FLIGHT, READING_COST, queued
 
 #: Of the engine's work, what is done again. In sweeps (benchmarks/README.md) the best window of a
 #: tight cache wastes 4 to 7 % so, for a wider batch gains more than that. Up to the first a window

@@ -28,18 +28,19 @@ from batch_orchestration.core.errors import (
 from batch_orchestration.core.members import concerns_everyone
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.domain.room import Obstacle
+from batch_orchestration.estimates.estimating import (
+    expected_ahead,
+    read_knowledge,
+    record_estimate,
+    write_estimate,
+)
+from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.atomic import shortages, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import fit_name, move_over, readable_name
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, is_gzip_name, open_batch_file
 from batch_orchestration.services.claims import Attempts, Claim, ClaimFolder
-from batch_orchestration.services.estimates import (
-    expected_ahead,
-    read_knowledge,
-    record_estimate,
-    write_estimate,
-)
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.refusals import next_step, write_errors_file
@@ -62,7 +63,6 @@ from batch_orchestration.services.verdicts import (
     Released,
     Verdict,
 )
-from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding
 

@@ -12,9 +12,9 @@ from batch_orchestration.core.batches import (
     LinePolicy,
     OnOversize,
 )
-from batch_orchestration.domain.derivation import DEFAULT_CHUNK
+from batch_orchestration.estimates.derivation import DEFAULT_CHUNK
+from batch_orchestration.estimates.engine import EstimateSettings
 from batch_orchestration.services.chunk_sizing import choose_chunk_size
-from batch_orchestration.services.estimates import EstimateSettings
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration.services.refusals import refusal

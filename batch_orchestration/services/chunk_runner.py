@@ -20,10 +20,10 @@ from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.core.requests import Overrides
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.domain.breaker import BreakerPolicy
-from batch_orchestration.domain.derivation import Derived
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.domain.window_control import Bounds
 from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.files.plan_checks import check_input_size, check_settings

@@ -14,8 +14,8 @@ import msgspec
 
 from batch_orchestration.core.batches import MOST_CHUNKS
 from batch_orchestration.core.requests import parse_line
-from batch_orchestration.domain import derivation
-from batch_orchestration.domain.derivation import Derived, request_tokens
+from batch_orchestration.estimates import derivation
+from batch_orchestration.estimates.derivation import Derived, request_tokens
 from batch_orchestration.files.input_lines import read_lines
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import ReadingRules, judge

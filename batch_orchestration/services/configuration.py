@@ -1,22 +1,15 @@
 """What services are given, taken from the deployment's settings: the same for CLI and Dagster."""
 
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.core.requests import ANY_MODEL
-from batch_orchestration.domain.derivation import DEFAULT_IN_FLIGHT, MOST_IN_FLIGHT
 from batch_orchestration.domain.ordering import OrderPolicy
 from batch_orchestration.domain.rates import Rate, RateLimits
 from batch_orchestration.domain.room import Limits
-from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
-from batch_orchestration.engines.vllm import CPU_ARGS, model_folder, names_are_checked, top_rung
+from batch_orchestration.estimates.engine import estimate_settings
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.services.admission_settings import AdmissionSettings
-from batch_orchestration.services.estimates import EngineInForce, EstimateSettings
 from batch_orchestration.services.housekeeping import Cleaner, Part
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.leftovers import (
@@ -28,11 +21,9 @@ from batch_orchestration.services.leftovers import (
 from batch_orchestration.services.refused_engine import refusal_in_words
 from batch_orchestration.services.retention import clean_inputs, clean_journals
 from batch_orchestration.services.room import QueueRules
-from batch_orchestration.settings import EngineKind, Settings
+from batch_orchestration.settings import Settings
 
 SECONDS_PER_DAY = 86_400.0
-#: Flags by which vLLM answers to other names than the one that we give it.
-_NAMING_FLAGS = frozenset({"served-model-name", "lora-modules", "enable-lora", "config"})
 
 
 def open_inbox(settings: Settings, folder: DataFolder) -> Inbox:
@@ -83,70 +74,6 @@ def queue_rules(settings: Settings) -> QueueRules:
         device_problem=partial(gpu_problem, settings),
         engine_refusal=partial(refusal_in_words, settings),
     )
-
-
-def estimate_settings(settings: Settings) -> EstimateSettings:
-    """Return what estimates depend on."""
-    return EstimateSettings(
-        engine=engine_in_force(settings),
-        max_tokens_cap=settings.max_tokens_cap,
-        model_aliases=settings.model_aliases,
-        price_per_gpu_hour=settings.price_per_gpu_hour,
-        strict_windows=settings.strict_windows,
-    )
-
-
-def engine_in_force(settings: Settings) -> EngineInForce:
-    """Return the engine that will answer, as far as estimates and limits depend on it."""
-    match settings.engine:
-        case EngineKind.VLLM:
-            return _vllm_in_force(settings)
-        case EngineKind.REMOTE:
-            return EngineInForce(
-                kind="remote",
-                model=settings.base_url,
-                device="remote",
-                at_a_time=settings.in_flight or DEFAULT_IN_FLIGHT,
-            )
-        case EngineKind.SIMULATED:
-            name = settings.served_model_name or DEFAULT_MODEL
-            return EngineInForce(
-                kind="simulated",
-                model=name,
-                device="simulated",
-                served=(name,),
-                at_a_time=settings.in_flight or DEFAULT_IN_FLIGHT,
-            )
-
-
-def _vllm_in_force(settings: Settings) -> EngineInForce:
-    args = {name.lstrip("-").replace("_", "-"): v for name, v in settings.engine_args.items()}
-    device = str(settings.device)
-    in_flight = settings.in_flight or MOST_IN_FLIGHT
-    rung = top_rung(settings.model, device=device, args=args, in_flight=in_flight)
-    return EngineInForce(
-        kind="vllm",
-        model=settings.model,
-        device=device,
-        args={**(CPU_ARGS if device == "cpu" else {}), **args},
-        folder=_folder(settings.model),
-        served=_served(settings, args),
-        checks_names=names_are_checked(settings.engine_environment()) and "enable-lora" not in args,
-        at_a_time=rung.max_num_seqs or DEFAULT_IN_FLIGHT,
-    )
-
-
-def _folder(model: str) -> Path | None:
-    try:
-        return model_folder(model)
-    except EngineStartFailed:
-        return None
-
-
-def _served(settings: Settings, args: Mapping[str, Any]) -> tuple[str, ...] | None:
-    if not settings.model or _NAMING_FLAGS & args.keys():
-        return None
-    return (settings.served_model_name or settings.model.rstrip("/").rpartition("/")[2],)
 
 
 def house_parts(settings: Settings) -> list[Part]:

@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from batch_orchestration.core.text import duration, seconds_band, tokens_band
+from batch_orchestration.core.text import duration
+from batch_orchestration.estimates.estimate import seconds_band, tokens_band
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -16,12 +16,12 @@ from batch_orchestration.domain.feasibility import (
     least_tokens,
     runner_of,
 )
-from batch_orchestration.domain.token_profile import prompt_texts
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS
 from batch_orchestration.engines.vllm import whole_number
-from batch_orchestration.services.estimates import EngineInForce
-from batch_orchestration.services.prompt_counting import PromptCounter
-from batch_orchestration.storage.estimates import EngineFacts
+from batch_orchestration.estimates.engine import EngineInForce
+from batch_orchestration.estimates.profile import prompt_texts
+from batch_orchestration.estimates.prompt_counting import PromptCounter
+from batch_orchestration.estimates.tables import EngineFacts
 
 logger = logging.getLogger(__name__)
 

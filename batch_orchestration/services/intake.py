@@ -3,10 +3,10 @@
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.core.requests import Fault, Request
-from batch_orchestration.core.text import window_warning
-from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.token_profile import TokenProfile
-from batch_orchestration.services.estimates import EstimateSettings, Knowledge, estimate_profile
+from batch_orchestration.estimates.engine import EstimateSettings
+from batch_orchestration.estimates.estimate import Estimate, window_warning
+from batch_orchestration.estimates.estimating import Knowledge, estimate_profile
+from batch_orchestration.estimates.profile import TokenProfile
 from batch_orchestration.services.feasibility import Feasibility, known_limits
 
 

@@ -27,11 +27,11 @@ from batch_orchestration.domain.queueing import (
 )
 from batch_orchestration.domain.room import Demand
 from batch_orchestration.domain.waiting import Decision, Rules, Standing, decide
+from batch_orchestration.estimates.estimating import expected_seconds
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.batch_files import is_gzip_name
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.dropped_files import DroppedFile
-from batch_orchestration.services.estimates import expected_seconds
 from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.room import QueueRules, closed_gate, demand_in, left_of, read_load

@@ -18,8 +18,8 @@ from batch_orchestration.domain.queueing import (
     QueueView,
     WaitReason,
 )
+from batch_orchestration.estimates.estimating import expected_seconds
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.estimates import expected_seconds
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import read_queue
 from batch_orchestration.services.registration import register_lost

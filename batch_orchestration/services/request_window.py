@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from batch_orchestration.domain.breaker import BreakerPolicy
-from batch_orchestration.domain.derivation import Derived
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.domain.window_control import Bounds, WindowControl
 from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.gpu.thermal import DeviceCare
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from batch_orchestration.domain.room import (
     rough_tokens,
 )
 from batch_orchestration.domain.waiting import rate_obstacle
+from batch_orchestration.estimates.estimating import read_estimate_in
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.estimates import read_estimate_in
 from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.submission_rates import read_rates
 from batch_orchestration.storage.queue_files import read_pause

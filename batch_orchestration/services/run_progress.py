@@ -11,12 +11,12 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.core.requests import Request
 from batch_orchestration.core.results import ChunkReport
-from batch_orchestration.domain.token_profile import shape_of_request
 from batch_orchestration.engines.base import EngineIdentity
+from batch_orchestration.estimates.estimating import read_estimate
+from batch_orchestration.estimates.profile import shape_of_request
+from batch_orchestration.estimates.remaining import RemainingWork
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
-from batch_orchestration.services.estimates import read_estimate
-from batch_orchestration.telemetry.remaining import RemainingWork
 from batch_orchestration.workers.progress import Meter, Progress, Wait, write_progress
 
 logger = logging.getLogger(__name__)

@@ -6,17 +6,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.domain import derivation
-from batch_orchestration.domain.derivation import (
+from batch_orchestration.domain.window_control import Bounds
+from batch_orchestration.engines.vllm import flag_name, whole_number
+from batch_orchestration.estimates import derivation
+from batch_orchestration.estimates.derivation import (
     MOST_IN_FLIGHT,
     READING_COST,
     Derived,
     RequestTokens,
     request_tokens,
 )
-from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.window_control import Bounds
-from batch_orchestration.engines.vllm import flag_name, whole_number
+from batch_orchestration.estimates.engine import engine_in_force
+from batch_orchestration.estimates.estimate import Estimate
+from batch_orchestration.estimates.estimating import read_estimate, read_knowledge
+from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import (
     DTYPE_BYTES,
@@ -28,10 +31,7 @@ from batch_orchestration.gpu.health import (
     model_config,
     no_gate,
 )
-from batch_orchestration.services.configuration import engine_in_force
-from batch_orchestration.services.estimates import read_estimate, read_knowledge
 from batch_orchestration.settings import Device, EngineKind, Settings
-from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.throughput import Source
-from batch_orchestration.services.configuration import engine_in_force
-from batch_orchestration.storage.estimates import EngineRun, EstimateTables
+from batch_orchestration.estimates.costs import Source
+from batch_orchestration.estimates.engine import engine_in_force
+from batch_orchestration.estimates.tables import EngineRun, EstimateTables
 from batch_orchestration_tests.builders import NOW, make_input
 from batch_orchestration_tests.integration.deployment import Deployment
 

@@ -6,9 +6,9 @@ import dagster as dg
 import pytest
 
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
-from batch_orchestration.domain.estimates import Basis
-from batch_orchestration.services.estimates import read_estimate
-from batch_orchestration.storage.estimates import EstimateTables
+from batch_orchestration.estimates.estimate import Basis
+from batch_orchestration.estimates.estimating import read_estimate
+from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.integration.deployment import Deployment
 

@@ -10,9 +10,9 @@ import pytest
 from batch_orchestration.core.errors import CalibrationFailed, EngineDied
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.domain.housekeeping import Removal
+from batch_orchestration.estimates.benchmark import calibrate
 from batch_orchestration.services import obstacles
 from batch_orchestration.services.assembly import assemble
-from batch_orchestration.services.benchmarking import calibrate
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.housekeeping import House, Part, keep_house
 from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules

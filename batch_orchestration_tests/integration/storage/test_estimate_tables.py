@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from batch_orchestration.core.outcomes import Usage
-from batch_orchestration.domain.estimates import AnsweredRequest, Band, Basis, Estimate
-from batch_orchestration.domain.scores import Score
-from batch_orchestration.domain.throughput import Source
-from batch_orchestration.storage.estimates import EngineFacts, EngineRun, EstimateTables
+from batch_orchestration.estimates.costs import Source
+from batch_orchestration.estimates.estimate import AnsweredRequest, Band, Basis, Estimate
+from batch_orchestration.estimates.scores import Score
+from batch_orchestration.estimates.tables import EngineFacts, EngineRun, EstimateTables
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import (
     NOW,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from batch_orchestration.domain.derivation import (
+from batch_orchestration.estimates.costs import Costs
+from batch_orchestration.estimates.derivation import (
     Derived,
     RequestTokens,
     cache_tokens,
@@ -12,7 +13,6 @@ from batch_orchestration.domain.derivation import (
     sequences,
     window,
 )
-from batch_orchestration.domain.throughput import Costs
 
 GIB = 2**30
 MEAN = RequestTokens(prompt=400, completion=200)  # 500 held

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from batch_orchestration.domain.estimates import (
+from batch_orchestration.estimates.costs import Costs, Throughput
+from batch_orchestration.estimates.estimate import (
     AnsweredRequest,
     Band,
     Basis,
@@ -12,8 +13,7 @@ from batch_orchestration.domain.estimates import (
     TokenHistory,
     estimate,
 )
-from batch_orchestration.domain.throughput import Costs, Throughput
-from batch_orchestration.domain.token_profile import SampledRequest, ShapeTotals, TokenProfile
+from batch_orchestration.estimates.profile import SampledRequest, ShapeTotals, TokenProfile
 
 LONG, UNCAPPED = "chat, text, long", "chat, text, uncapped"
 FAST = Throughput(

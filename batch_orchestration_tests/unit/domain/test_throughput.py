@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from batch_orchestration.domain.throughput import (
+from batch_orchestration.estimates.costs import (
     SPREAD_FITTED,
     Costs,
     Measurement,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from batch_orchestration.core.requests import Request
-from batch_orchestration.domain.estimates import TokenHistory, estimate
-from batch_orchestration.domain.token_profile import (
+from batch_orchestration.estimates.estimate import TokenHistory, estimate
+from batch_orchestration.estimates.profile import (
     MOST_ANSWERS,
     SAMPLE_PER_SHAPE,
     Profiler,

@@ -7,8 +7,8 @@ import pytest
 
 from batch_orchestration.core.errors import CalibrationFailed
 from batch_orchestration.core.outcomes import Completion, Outcome, Usage
-from batch_orchestration.domain.throughput import Source
-from batch_orchestration.services.benchmarking import CalibrationReport, calibrate, rounds
+from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate, rounds
+from batch_orchestration.estimates.costs import Source
 from batch_orchestration_tests.builders import make_failure
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 

@@ -8,18 +8,17 @@ import pytest
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.core.requests import Request, parse_line
-from batch_orchestration.core.text import window_warning
-from batch_orchestration.domain.estimates import Band, Basis, Estimate
-from batch_orchestration.domain.throughput import Costs, Throughput
-from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.estimates import (
-    EstimateSettings,
+from batch_orchestration.estimates.costs import Costs, Throughput
+from batch_orchestration.estimates.engine import EstimateSettings
+from batch_orchestration.estimates.estimate import Band, Basis, Estimate, window_warning
+from batch_orchestration.estimates.estimating import (
     Knowledge,
     expected_seconds,
     read_estimate,
     read_profile,
     write_estimate,
 )
+from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.intake import Intake
 from batch_orchestration_tests.builders import NOW, make_batch, make_line
 

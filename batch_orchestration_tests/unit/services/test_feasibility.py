@@ -8,15 +8,15 @@ import pytest
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import Fault, Overrides, Request
 from batch_orchestration.domain.feasibility import CHAT, EMBEDDINGS, Limits, Runner
-from batch_orchestration.services.estimates import EngineInForce
+from batch_orchestration.estimates.engine import EngineInForce
+from batch_orchestration.estimates.prompt_counting import PromptCounter, prompt_counter
+from batch_orchestration.estimates.tables import EngineFacts
 from batch_orchestration.services.feasibility import (
     COUNTED_ALL,
     REMOTE_FACTS_SECONDS,
     Feasibility,
     known_limits,
 )
-from batch_orchestration.services.prompt_counting import PromptCounter, prompt_counter
-from batch_orchestration.storage.estimates import EngineFacts
 from batch_orchestration_tests.builders import NOW, make_request
 
 pytest.importorskip("tokenizers")

@@ -18,8 +18,8 @@ from batch_orchestration.core.requests import (
     parse_line,
     prepare_body,
 )
-from batch_orchestration.domain.token_profile import shape_of_request
 from batch_orchestration.engines.memory_demand import needs_of
+from batch_orchestration.estimates.profile import shape_of_request
 from batch_orchestration.services.chunk_sizing import choose_chunk_size
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.validation import validate

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.services.prompt_counting import PromptCounter, prompt_counter
+from batch_orchestration.estimates.prompt_counting import PromptCounter, prompt_counter
 
 pytest.importorskip("tokenizers")
 

@@ -7,14 +7,14 @@ import msgspec
 import pytest
 
 from batch_orchestration.core.batches import settings_hash
-from batch_orchestration.domain.derivation import request_tokens
-from batch_orchestration.domain.estimates import Band, Basis, Estimate
-from batch_orchestration.domain.throughput import Costs
+from batch_orchestration.estimates.costs import Costs
+from batch_orchestration.estimates.derivation import request_tokens
+from batch_orchestration.estimates.engine import engine_in_force
+from batch_orchestration.estimates.estimate import Band, Basis, Estimate
+from batch_orchestration.estimates.tables import EngineFacts, EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.configuration import engine_in_force
 from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.estimates import EngineFacts, EstimateTables
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_batch
 from batch_orchestration_tests.fake_nvml import GIB, NO_LIBRARY, FakeGpu, FakeNvml

@@ -3,9 +3,9 @@
 import pytest
 
 from batch_orchestration.core.outcomes import Usage
-from batch_orchestration.domain.estimates import Band, Basis, Estimate, Expectation
-from batch_orchestration.domain.throughput import Costs
-from batch_orchestration.telemetry.remaining import RemainingWork
+from batch_orchestration.estimates.costs import Costs
+from batch_orchestration.estimates.estimate import Band, Basis, Estimate, Expectation
+from batch_orchestration.estimates.remaining import RemainingWork
 from batch_orchestration_tests.builders import make_completion, make_failure
 
 LABELS, ESSAYS = "chat, text, one token", "chat, text, long"

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.totals import Tally
-from batch_orchestration.domain.estimates import AnsweredRequest
-from batch_orchestration.domain.scores import Calibration, Score, calibration
-from batch_orchestration.domain.token_profile import TokenProfile
+from batch_orchestration.estimates.estimate import AnsweredRequest
+from batch_orchestration.estimates.estimating import read_estimate, read_profile
+from batch_orchestration.estimates.profile import TokenProfile
+from batch_orchestration.estimates.scores import Calibration, Score, calibration
+from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.estimates import read_estimate, read_profile
-from batch_orchestration.storage.estimates import EstimateTables
 from batch_orchestration.store.store import Store
 
 #: Batches that the calibration looks back on.

@@ -5,104 +5,27 @@ tick without touching the store.
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from batch_orchestration.core.batches import BatchOptions, BatchPlan, BatchStatus, settings_hash
+from batch_orchestration.core.batches import BatchOptions, BatchPlan, BatchStatus
 from batch_orchestration.core.lifecycle import window_seconds
-from batch_orchestration.core.requests import Overrides
-from batch_orchestration.domain.estimates import Band, Estimate, TokenHistory, estimate
-from batch_orchestration.domain.throughput import Throughput, throughput
-from batch_orchestration.domain.token_profile import Profiler, TokenProfile
+from batch_orchestration.estimates.costs import Throughput, throughput
+from batch_orchestration.estimates.engine import EngineInForce, EstimateSettings
+from batch_orchestration.estimates.estimate import Band, Estimate, TokenHistory, estimate
+from batch_orchestration.estimates.profile import TokenProfile
+from batch_orchestration.estimates.tables import EngineFacts, EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import read_regular
-from batch_orchestration.services.prompt_counting import PromptCounter, prompt_counter
-from batch_orchestration.storage.estimates import EngineFacts, EstimateTables
 from batch_orchestration.store.store import Store
 
 _T = TypeVar("_T")
-
 logger = logging.getLogger(__name__)
-
 PROFILE, ESTIMATE = "profile.json", "estimate.json"
 _UNFINISHED = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineInForce:
-    """The engine that will answer, as far as estimates and limits depend on it.
-
-    Attributes:
-        kind: `vllm`, `remote` or `simulated`.
-        model: Folder or hub name; the address of a remote engine.
-        device: `cuda` or `cpu`; the kind of any other engine than vLLM.
-        args: Flags of its server, without leading dashes.
-        folder: Of the model; None if it is not on this machine.
-        served: Names that it answers to; None where only the engine knows.
-        checks_names: Whether it refuses every other name.
-        at_a_time: Requests that it computes together at most.
-    """
-
-    kind: str = ""
-    model: str = ""
-    device: str = ""
-    args: Mapping[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
-    served: tuple[str, ...] | None = None
-    checks_names: bool = True
-    at_a_time: int = 256
-
-    @property
-    def key(self) -> dict[str, str]:
-        """What measurements of it are kept by."""
-        return {"engine": self.kind, "model": self.model, "device": self.device}
-
-    @property
-    def args_hash(self) -> str:
-        """Of its flags: facts hold for the same ones only."""
-        return settings_hash({"args": dict(self.args)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class EstimateSettings:
-    """The settings that estimates depend on.
-
-    Attributes:
-        price_per_gpu_hour: In whatever currency the owner thinks; None if nobody said.
-        strict_windows: Refuse what cannot meet its completion window.
-    """
-
-    engine: EngineInForce = field(default_factory=EngineInForce)
-    max_tokens_cap: int | None = None
-    model_aliases: Mapping[str, str] = field(default_factory=dict)
-    price_per_gpu_hour: float | None = None
-    strict_windows: bool = False
-
-    @property
-    def counter(self) -> PromptCounter | None:
-        """What counts prompts for the model; None if nothing here can."""
-        return prompt_counter(self.engine.folder)
-
-    def overrides(self, options: BatchOptions) -> Overrides:
-        """Return what is changed in the bodies of a batch on their way to the engine."""
-        return Overrides(
-            model=options.model, aliases=self.model_aliases, max_tokens_cap=self.max_tokens_cap
-        )
-
-    def profiler(self, *, longest: int | None = None) -> Profiler:
-        """Return what profiles one batch.
-
-        Args:
-            longest: Tokens of the engine's context; None where it is not known.
-        """
-        counter, cap = self.counter, self.max_tokens_cap
-        if counter is None:
-            return Profiler(max_tokens_cap=cap, longest=longest)
-        return Profiler(max_tokens_cap=cap, longest=longest, count_tokens=counter.prompt_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.throughput import Costs, Work
+from batch_orchestration.estimates.costs import Costs, Work
+from batch_orchestration.estimates.estimate import Estimate
 
 #: Requests in flight where nothing is known: as many as vLLM computes together by default.
 DEFAULT_IN_FLIGHT = 256
@@ -19,7 +19,7 @@ MOST_IN_FLIGHT = 1024
 #: Of the requests running, so many more should wait at the engine, so that a step never lacks one
 #: while an answer travels back and the next request out.
 QUEUE_SHARE, QUEUE_LEAST = 0.125, 2
-#: Of a token, in tokens written, where nobody has measured it (as in `domain.throughput.GUESSED`);
+#: Of a token, in tokens written, where nobody has measured it (as in `estimates.costs.GUESSED`);
 #: and what is believed of measurements, which tell the two apart only roughly.
 READING_COST, LEAST_READING_COST, MOST_READING_COST = 0.1, 0.02, 0.5
 #: Of the KV cache: what the sequences of a batch hold together goes up and down by some per cent.
@@ -218,7 +218,7 @@ def chunk_size(costs: Costs | None, tokens: RequestTokens | None, *, at_a_time: 
         seconds a request = cost of a request + prompt x cost + answer x (cost + step / at a time)
         chunk = 60 s / seconds a request, of two digits, from 50 to 5,000
 
-    by the costs that were measured of this engine (`domain.throughput`), kept busy. They may be
+    by the costs that were measured of this engine (`estimates.costs`), kept busy. They may be
     wrong by a factor of 2 and a commit still comes every 30 to 120 s. With 50 and fewer requests a
     chunk Dagster's 15 ms per partition would show; 5,000 is what a person still waits for.
     """

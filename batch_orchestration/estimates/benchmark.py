@@ -16,9 +16,9 @@ import msgspec
 
 from batch_orchestration.core.errors import CalibrationFailed
 from batch_orchestration.core.outcomes import Completion, Failure, Outcome
-from batch_orchestration.domain.throughput import Source, Throughput, throughput
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.storage.estimates import EngineRun
+from batch_orchestration.estimates.costs import Source, Throughput, throughput
+from batch_orchestration.estimates.tables import EngineRun
 from batch_orchestration.workers.reporter import note_work, say_at_work
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.domain.token_profile import prompt_texts
+from batch_orchestration.estimates.profile import prompt_texts
 
 logger = logging.getLogger(__name__)
 

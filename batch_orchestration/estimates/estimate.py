@@ -11,8 +11,9 @@ from enum import StrEnum
 
 import msgspec
 
-from batch_orchestration.domain.throughput import Costs, Throughput, Work, steps
-from batch_orchestration.domain.token_profile import (
+from batch_orchestration.core.text import duration
+from batch_orchestration.estimates.costs import Costs, Throughput, Work, steps
+from batch_orchestration.estimates.profile import (
     EMBEDDING,
     SampledRequest,
     ShapeTotals,
@@ -35,7 +36,6 @@ CUT_ANSWERS_GO_ON = 2
 BATCH_SPREAD, PRIOR_SPREAD = 0.15, 0.40
 #: The same for its prompts, by how they were counted.
 TOKENIZED_SPREAD, LEARNED_SPREAD, GUESSED_SPREAD = 0.02, 0.08, 0.25
-
 #: Without history: shares of their cap that answers use, one tenth of them each.
 PRIOR_SHORT = (0.15, 0.25, 0.4, 0.5, 0.65, 0.8, 1.0, 1.0, 1.0, 1.0)
 PRIOR_LONG = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.0)
@@ -335,3 +335,48 @@ def _band(draws: Sequence[float]) -> Band:
         return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
 
     return Band(low=at(0.1), mid=at(0.5), high=at(0.9))
+
+
+def seconds_band(band: Band) -> str:
+    """Return a band of seconds: `3 min 20 s (2 min 50 s to 4 min 5 s)`."""
+    return f"{duration(band.mid)} ({duration(band.low)} to {duration(band.high)})"
+
+
+def tokens_band(band: Band) -> str:
+    """Return a band of tokens: `1,200 (900 to 1,800)`."""
+    return f"{band.mid:,.0f} ({band.low:,.0f} to {band.high:,.0f})"
+
+
+def estimate_rows(estimate: Estimate) -> list[tuple[str, str]]:
+    """Return an estimate as names and texts, for a table; what is not known is said to be."""
+    time = "not known: this engine was never measured; the job benchmark_engine does it"
+    if estimate.seconds is not None:
+        time = seconds_band(estimate.seconds)
+        time += f", by {estimate.measurements:,} measurements"
+    if estimate.start_seconds is not None:
+        time += f"; engine start {duration(estimate.start_seconds)}"
+    answers = f"{tokens_band(estimate.completion_tokens)}, {estimate.from_history:.0%} by history"
+    rows = [
+        ("Expected prompt tokens", f"{tokens_band(estimate.prompt_tokens)} by {estimate.basis}"),
+        ("Expected completion tokens", answers),
+        ("Expected time", time),
+    ]
+    if estimate.price is not None:
+        price = estimate.price
+        rows.append(("Expected price", f"{price.mid:,.2f} ({price.low:,.2f} to {price.high:,.2f})"))
+    if warning := window_warning(estimate):
+        rows.append(("Warning", warning))
+    return rows
+
+
+def window_warning(estimate: Estimate) -> str | None:
+    """Return a sentence about a completion window that will hardly be met; None if it will."""
+    done = estimate.until_done
+    if done is None or estimate.window_seconds is None or not estimate.may_miss_window:
+        return None
+    verdict = "cannot" if estimate.cannot_meet_window else "may not"
+    return (
+        f"by the estimate it {verdict} end within its completion window of"
+        f" {duration(estimate.window_seconds)}: {duration(done.low)} to {duration(done.high)},"
+        f" {duration(estimate.ahead_seconds)} of them behind other batches"
+    )

@@ -6,9 +6,9 @@ from typing import Any
 import duckdb
 import msgspec
 
-from batch_orchestration.domain.estimates import AnsweredRequest, Band, Basis, Estimate
-from batch_orchestration.domain.scores import Score
-from batch_orchestration.domain.throughput import Measurement, Source, Work, steps
+from batch_orchestration.estimates.costs import Measurement, Source, Work, steps
+from batch_orchestration.estimates.estimate import AnsweredRequest, Band, Basis, Estimate
+from batch_orchestration.estimates.scores import Score
 from batch_orchestration.store import rows
 from batch_orchestration.store.store import Store
 

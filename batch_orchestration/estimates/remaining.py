@@ -3,8 +3,8 @@
 from collections import Counter, deque
 
 from batch_orchestration.core.outcomes import Completion, Outcome
-from batch_orchestration.domain.estimates import Estimate
-from batch_orchestration.domain.throughput import GUESSED
+from batch_orchestration.estimates.costs import GUESSED
+from batch_orchestration.estimates.estimate import Estimate
 
 #: Long answers arrive in bursts: a shorter window would take each for a change of speed.
 WINDOW_SECONDS = 120.0

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from batch_orchestration.domain.estimates import Band, Basis
+from batch_orchestration.estimates.estimate import Band, Basis
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,1 @@
+"""How long a batch takes: profiles, costs, bands, scores."""
