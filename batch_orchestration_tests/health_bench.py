@@ -10,19 +10,19 @@ import duckdb
 import msgspec
 
 from batch_orchestration.domain.health import Finding, HealthReport
-from batch_orchestration.domain.queueing import (
+from batch_orchestration.engines.processes.records import identify
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.queue.entries import (
     EntryKind,
     EntryState,
     NeedsPerson,
     QueueEntry,
     QueueView,
 )
-from batch_orchestration.engines.processes.records import identify
-from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.queue.files import write_needs, write_queue
 from batch_orchestration.services.health import examine_health
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.health_files import write_health
-from batch_orchestration.storage.queue_files import write_needs, write_queue
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration_tests.builders import NOW

@@ -7,11 +7,11 @@ from typing import Any
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from batch_orchestration.domain.queueing import EntryKind, EntryState, WaitReason
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.gpu.fences import put_up_fence
+from batch_orchestration.queue.entries import EntryKind, EntryState, WaitReason
 from batch_orchestration.services.metrics_export import metrics_text
 from batch_orchestration.workers.utilization import RunAccount
 from batch_orchestration.workers.utilization_files import write_account

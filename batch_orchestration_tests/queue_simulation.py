@@ -10,11 +10,11 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from batch_orchestration.domain.ordering import Candidate, OrderPolicy, Place, order, whole_points
-from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, WaitReason
-from batch_orchestration.domain.rates import RateLimits, SourceRates
-from batch_orchestration.domain.room import Demand, Limits, Load
-from batch_orchestration.domain.waiting import Rules, Standing, decide
+from batch_orchestration.queue.capacity import Demand, Limits, Load
+from batch_orchestration.queue.decision import Rules, Standing, decide
+from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry, WaitReason
+from batch_orchestration.queue.ordering import Candidate, OrderPolicy, Place, order, whole_points
+from batch_orchestration.queue.rate_limits import RateLimits, SourceRates
 
 START = 1_760_000_000.0
 CHUNK = 1000

@@ -9,9 +9,9 @@ import msgspec
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.outcomes import Outcome
-from batch_orchestration.domain.ordering import whole_points
-from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, QueueView
 from batch_orchestration.files.atomic import write_atomically
+from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry, QueueView
+from batch_orchestration.queue.ordering import whole_points
 from batch_orchestration_tests.builders import NOW, make_body, make_line, make_plan
 from batch_orchestration_tests.scripted_engine import Script, ScriptedEngine
 from batch_orchestration_tests.workbench import SETTINGS, Workbench

@@ -10,9 +10,9 @@ from rich.text import Text
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.cli.visible import say
-from batch_orchestration.domain.queueing import Pause
+from batch_orchestration.queue import files as queue_files
+from batch_orchestration.queue.entries import Pause
 from batch_orchestration.services.board import Board
-from batch_orchestration.storage import queue_files
 
 #: Every look at the store shuts out its writers for a moment.
 LOOK_SECONDS = 2.0

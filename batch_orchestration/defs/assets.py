@@ -49,11 +49,11 @@ from batch_orchestration.defs.runs import (
     retry_step,
     wait_for_the_gate,
 )
-from batch_orchestration.domain.queueing import WaitReason
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.sample_table import SampleTaker
+from batch_orchestration.queue.entries import WaitReason
+from batch_orchestration.queue.halts import halt_in_force, what_helps
 from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
-from batch_orchestration.services.halting import halt_in_force, what_helps
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.services.sizing import Sizing

@@ -28,13 +28,17 @@ from batch_orchestration.defs.partitions import (
 from batch_orchestration.defs.queue import report_queue
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import LIVE_STATUSES, free_run_key, known_runs, run_state
-from batch_orchestration.domain.queueing import NeedsPerson, QueueView, WaitReason
 from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
+from batch_orchestration.queue.entries import NeedsPerson, QueueView, WaitReason
+from batch_orchestration.queue.files import read_pause, write_needs
+from batch_orchestration.queue.halts import halts_in_force
+from batch_orchestration.queue.load import closed_gate, queue_rules
+from batch_orchestration.queue.refused_engine import look_again, refusal_in_words
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt
-from batch_orchestration.services.configuration import open_inbox, queue_rules
+from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dispatch import (
     MAX_FAILURES,
     NeededRun,
@@ -42,17 +46,13 @@ from batch_orchestration.services.dispatch import (
     backoff_left,
     dispatch,
 )
-from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import claim_admissible
 from batch_orchestration.services.queue_keeping import keep_queue
-from batch_orchestration.services.refused_engine import look_again, refusal_in_words
 from batch_orchestration.services.resuming import finish_resumptions
-from batch_orchestration.services.room import closed_gate
 from batch_orchestration.services.service_order import in_order_of_service, run_priorities
 from batch_orchestration.services.unfinished_work import keep_index
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.queue_files import read_pause, write_needs
 
 CLAIM_TAG = "claim"
 #: The shortest interval that Dagster's sensor loop can keep.

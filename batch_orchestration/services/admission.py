@@ -27,7 +27,6 @@ from batch_orchestration.core.errors import (
 )
 from batch_orchestration.core.members import concerns_everyone
 from batch_orchestration.core.requests import Fault
-from batch_orchestration.domain.room import Obstacle
 from batch_orchestration.estimates.estimating import (
     expected_ahead,
     read_knowledge,
@@ -38,6 +37,8 @@ from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.atomic import shortages, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import fit_name, move_over, readable_name
+from batch_orchestration.queue.capacity import Obstacle
+from batch_orchestration.queue.load import demand_of, find_obstacle_to_file, never_fits
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.batch_files import Fingerprint, is_gzip_name, open_batch_file
 from batch_orchestration.services.claims import Attempts, Claim, ClaimFolder
@@ -51,7 +52,6 @@ from batch_orchestration.services.registration import (
     register_unlisted,
     write_fault_journals,
 )
-from batch_orchestration.services.room import demand_of, find_obstacle_to_file, never_fits
 from batch_orchestration.services.sidecars import read_options, sidecar_beside
 from batch_orchestration.services.surveys import keep_survey
 from batch_orchestration.services.verdicts import (

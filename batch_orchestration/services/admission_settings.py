@@ -14,11 +14,11 @@ from batch_orchestration.core.batches import (
 )
 from batch_orchestration.estimates.derivation import DEFAULT_CHUNK
 from batch_orchestration.estimates.engine import EstimateSettings
+from batch_orchestration.queue.load import QueueRules
 from batch_orchestration.services.chunk_sizing import choose_chunk_size
 from batch_orchestration.services.intake import Intake
 from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration.services.refusals import refusal
-from batch_orchestration.services.room import QueueRules
 
 
 @dataclass(frozen=True, kw_only=True)

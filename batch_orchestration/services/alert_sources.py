@@ -24,10 +24,10 @@ from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.estimates.scores import Score
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.queue.files import read_pause
 from batch_orchestration.services.alert_findings import FROM_HEALTH, from_health
 from batch_orchestration.services.dagster_links import batch_link, sensor_link
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.queue_files import read_pause
 from batch_orchestration.storage.watching import Ending, Watched, watch
 from batch_orchestration.store.store import Store
 

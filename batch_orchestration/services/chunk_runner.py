@@ -28,12 +28,13 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.files.plan_checks import check_input_size, check_settings
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.queue.halts import halt_in_force
 from batch_orchestration.services.batch_work import BatchWork
 from batch_orchestration.services.chunk_pass import PendingRequest
 from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.committer import Committed, Results
 from batch_orchestration.services.feeder import Feeder, first_leaf
-from batch_orchestration.services.halting import FailureWatch, halt_in_force
+from batch_orchestration.services.halting import FailureWatch
 from batch_orchestration.services.ladders import chunk_needs
 from batch_orchestration.services.obstacles import Obstacles
 from batch_orchestration.services.request_window import Window

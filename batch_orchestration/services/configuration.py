@@ -1,14 +1,9 @@
 """What services are given, taken from the deployment's settings: the same for CLI and Dagster."""
 
-from functools import partial
-
 from batch_orchestration.core.requests import ANY_MODEL
-from batch_orchestration.domain.ordering import OrderPolicy
-from batch_orchestration.domain.rates import Rate, RateLimits
-from batch_orchestration.domain.room import Limits
 from batch_orchestration.estimates.engine import estimate_settings
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.gpu.health import gpu_problem
+from batch_orchestration.queue.load import queue_rules
 from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.housekeeping import Cleaner, Part
 from batch_orchestration.services.inbox import Inbox
@@ -18,9 +13,7 @@ from batch_orchestration.services.leftovers import (
     clean_rejected,
     clean_samples,
 )
-from batch_orchestration.services.refused_engine import refusal_in_words
 from batch_orchestration.services.retention import clean_inputs, clean_journals
-from batch_orchestration.services.room import QueueRules
 from batch_orchestration.settings import Settings
 
 SECONDS_PER_DAY = 86_400.0
@@ -46,33 +39,6 @@ def admission_settings(settings: Settings) -> AdmissionSettings:
         answer_settings=settings.answer_settings(),
         estimating=estimate_settings(settings),
         queue=queue_rules(settings),
-    )
-
-
-def queue_rules(settings: Settings) -> QueueRules:
-    """Return what may be in the queue."""
-    return QueueRules(
-        limits=Limits(
-            unfinished_batches=settings.max_unfinished_batches,
-            queued_requests=settings.max_queued_requests,
-            queued_tokens=settings.max_queued_tokens,
-            disk_reserve_bytes=settings.disk_reserve_bytes,
-            output_bytes_ratio=settings.output_bytes_ratio,
-            open_requests=settings.max_requests_per_batch,
-        ),
-        rates=RateLimits(
-            submissions=Rate(
-                per_hour=settings.source_submissions_per_hour,
-                burst=settings.source_submissions_burst,
-            ),
-            requests=Rate(
-                per_hour=settings.source_requests_per_hour,
-                burst=settings.source_requests_burst,
-            ),
-        ),
-        ordering=OrderPolicy(ageing_seconds=settings.priority_ageing_seconds),
-        device_problem=partial(gpu_problem, settings),
-        engine_refusal=partial(refusal_in_words, settings),
     )
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from batch_orchestration.core.lifecycle import Closing, Halt
 from batch_orchestration.core.results import BatchRecord, ChunkReport
-from batch_orchestration.domain.queueing import NeedsPerson
-from batch_orchestration.services.halting import what_helps
+from batch_orchestration.queue.entries import NeedsPerson
+from batch_orchestration.queue.halts import what_helps
 
 #: Failed runs in a row, without a commit in between, after which a person is asked.
 MAX_FAILURES = 3

@@ -10,76 +10,19 @@ younger than the decision ends it, whether or not the file is gone.
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
-from pathlib import Path
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
-from batch_orchestration.core.errors import BatchOrchestrationError, StorageError
-from batch_orchestration.core.lifecycle import FailedRequest, Halt, Resumption
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.lifecycle import FailedRequest, Resumption
 from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.core.requests import Request
-from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.domain.failure_rate import LATEST_OUTCOMES, FailureRate, failed_request
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal_records import OutcomeRecord, read_records
 from batch_orchestration.services.closing import closing_lock
 
 logger = logging.getLogger(__name__)
-
-
-def halt_in_force(folder: DataFolder, batch_id: str) -> Halt | None:
-    """Return why a batch is paused; None if it is not, or was resumed since, or ends early.
-
-    One that is damaged is in force all the same: a run wanted it.
-
-    Raises:
-        StorageError: One of its other decisions is damaged.
-    """
-    try:
-        halt = folder.read_halt(batch_id)
-    except StorageError as error:
-        halt = _damaged(folder.halt_path(batch_id), error)
-    if halt is None or folder.read_closing(batch_id) is not None:
-        return None
-    resumption = folder.read_resumption(batch_id)
-    return None if resumption is not None and resumption.at >= halt.at else halt
-
-
-def _damaged(path: Path, error: StorageError) -> Halt:
-    with contextlib.suppress(OSError):
-        return Halt(
-            at=path.lstat().st_mtime,
-            actor="a run",
-            failed=0,
-            judged=0,
-            max_failure_rate=1.0,
-            alike=0,
-            examples=(),
-            damaged=f"too many of its requests failed, and which cannot be read: {error}",
-        )
-    raise error
-
-
-def halts_in_force(folder: DataFolder, records: Iterable[BatchRecord]) -> dict[str, Halt]:
-    """Return those of the unfinished batches that are paused, each with its decision.
-
-    One whose closing or resumption is damaged is not among them: whoever works on it says so.
-    """
-    found: dict[str, Halt] = {}
-    for record in records:
-        with contextlib.suppress(BatchOrchestrationError):
-            if (halt := halt_in_force(folder, record.batch_id)) is not None:
-                found[record.batch_id] = halt
-    return found
-
-
-def what_helps(batch_id: str) -> str:
-    """Return what a person may do about a batch that is paused."""
-    return (
-        f"resume {batch_id} (--max-failure-rate 1 to go on whatever fails),"
-        f" or cancel {batch_id} and replay what failed"
-    )
 
 
 class FailureWatch:

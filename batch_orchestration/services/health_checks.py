@@ -9,10 +9,11 @@ from pathlib import Path
 from batch_orchestration.core.errors import StorageError, StoreLocked
 from batch_orchestration.core.text import duration
 from batch_orchestration.domain.health import Finding, Level, Standstill
-from batch_orchestration.domain.queueing import QueueEntry
 from batch_orchestration.files.atomic import disk_errors
 from batch_orchestration.files.sharing import OTHERS
 from batch_orchestration.gpu import health as gpu_health
+from batch_orchestration.queue.entries import QueueEntry
+from batch_orchestration.queue.files import read_needs, read_pause, read_queue
 from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dagster_links import RESTART, run_link, sensor_link
 from batch_orchestration.services.damage import find_damage
@@ -29,7 +30,6 @@ from batch_orchestration.services.health_look import (
 )
 from batch_orchestration.services.health_of_runs import engine, workers
 from batch_orchestration.settings import ENV_FILE
-from batch_orchestration.storage.queue_files import read_needs, read_pause, read_queue
 from batch_orchestration.workers.heartbeat_files import read_pulses
 
 #: Two of the longest ticks without one that came to its end.

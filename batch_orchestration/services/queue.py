@@ -16,8 +16,11 @@ from batch_orchestration.core.batches import BatchOptions, BatchPlan
 from batch_orchestration.core.lifecycle import Halt, deadline, window_seconds
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.domain.ordering import Candidate, Place, order
-from batch_orchestration.domain.queueing import (
+from batch_orchestration.estimates.estimating import expected_seconds
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.queue.capacity import Demand
+from batch_orchestration.queue.decision import Decision, Rules, Standing, decide
+from batch_orchestration.queue.entries import (
     EntryKind,
     EntryState,
     Pause,
@@ -25,21 +28,18 @@ from batch_orchestration.domain.queueing import (
     QueueView,
     WaitReason,
 )
-from batch_orchestration.domain.room import Demand
-from batch_orchestration.domain.waiting import Decision, Rules, Standing, decide
-from batch_orchestration.estimates.estimating import expected_seconds
-from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.queue.files import read_pause
+from batch_orchestration.queue.halts import halts_in_force
+from batch_orchestration.queue.load import QueueRules, closed_gate, demand_in, left_of, read_load
+from batch_orchestration.queue.ordering import Candidate, Place, order
+from batch_orchestration.queue.submitted import read_rates
 from batch_orchestration.services.batch_files import is_gzip_name
 from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.dropped_files import DroppedFile
-from batch_orchestration.services.halting import halts_in_force
 from batch_orchestration.services.inbox import Inbox
-from batch_orchestration.services.room import QueueRules, closed_gate, demand_in, left_of, read_load
 from batch_orchestration.services.service_order import served_of_late
 from batch_orchestration.services.sidecars import options_said
-from batch_orchestration.services.submission_rates import read_rates
 from batch_orchestration.services.surveys import Survey, Surveys
-from batch_orchestration.storage.queue_files import read_pause
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import read_progress
 

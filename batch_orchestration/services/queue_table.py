@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from datetime import datetime
 
-from batch_orchestration.domain.queueing import QueueEntry, QueueView
-from batch_orchestration.services.room import pause_obstacle
+from batch_orchestration.queue.entries import QueueEntry, QueueView
+from batch_orchestration.queue.load import pause_obstacle
 
 COLUMNS = (
     *("Place", "What", "Source", "Priority", "State", "Requests", "Pending"),

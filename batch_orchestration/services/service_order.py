@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable
 
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.domain.ordering import whole_points
-from batch_orchestration.domain.queueing import QueueView
+from batch_orchestration.queue.entries import QueueView
+from batch_orchestration.queue.ordering import whole_points
 from batch_orchestration.store.store import Store
 
 #: Sources share by what they got in this time: long enough for a chunk or two of a slow engine,

@@ -13,10 +13,10 @@ import msgspec
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import FileDamaged
-from batch_orchestration.domain.queueing import WaitReason
-from batch_orchestration.domain.room import Demand, Obstacle
 from batch_orchestration.files.atomic import read_kept, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.queue.capacity import Demand, Obstacle
+from batch_orchestration.queue.entries import WaitReason
 
 
 class Survey(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 import msgspec
 
 from batch_orchestration.core.requests import Fault
-from batch_orchestration.domain.queueing import WaitReason
+from batch_orchestration.queue.entries import WaitReason
 
 
 class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):

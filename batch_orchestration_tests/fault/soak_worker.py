@@ -18,7 +18,7 @@ from batch_orchestration.core.errors import (
     OutboxUnwritable,
 )
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.halting import halt_in_force
+from batch_orchestration.queue.halts import halt_in_force
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.fault.mixed_batches import run_to_the_end, simulated_engine
 

@@ -10,8 +10,8 @@ import pytest
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.files.journal import replay_journal
+from batch_orchestration.queue.files import read_needs, read_queue
 from batch_orchestration.settings import EngineKind
-from batch_orchestration.storage.queue_files import read_needs, read_queue
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.gate_server import GateServer, error
 from batch_orchestration_tests.integration.deployment import Deployment

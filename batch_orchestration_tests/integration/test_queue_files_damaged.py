@@ -4,7 +4,7 @@ from contextlib import closing
 
 import pytest
 
-from batch_orchestration.storage import queue_files
+from batch_orchestration.queue import files as queue_files
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.integration.deployment import Deployment
 

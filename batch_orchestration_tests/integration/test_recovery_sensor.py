@@ -15,8 +15,8 @@ from batch_orchestration.engines.processes.records import (
     is_running,
     write_record,
 )
+from batch_orchestration.queue.files import read_needs
 from batch_orchestration.services.dispatch import MAX_FAILURES
-from batch_orchestration.storage.queue_files import read_needs
 from batch_orchestration.workers.cleanup import WORKER_TAG, RecordedWorker
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration.workers.heartbeat_files import write_heartbeat

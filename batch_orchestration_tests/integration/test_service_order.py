@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.batches import BatchOptions
-from batch_orchestration.domain.queueing import EntryKind, EntryState, Pause, QueueEntry, QueueView
+from batch_orchestration.queue.entries import EntryKind, EntryState, Pause, QueueEntry, QueueView
+from batch_orchestration.queue.files import pause, read_queue, unpause
 from batch_orchestration.services.resuming import resume
 from batch_orchestration.services.service_order import (
     SHARE_SECONDS,
@@ -16,7 +17,6 @@ from batch_orchestration.services.service_order import (
     run_priorities,
     served_of_late,
 )
-from batch_orchestration.storage.queue_files import pause, read_queue, unpause
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
 from batch_orchestration_tests.integration.deployment import Deployment

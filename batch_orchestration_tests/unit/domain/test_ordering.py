@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.ordering import (
+from batch_orchestration.queue.ordering import (
     Candidate,
     OrderPolicy,
     Place,

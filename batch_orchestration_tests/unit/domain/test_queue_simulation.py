@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.ordering import starvation_bound
-from batch_orchestration.domain.rates import Rate, RateLimits
-from batch_orchestration.domain.room import Limits
+from batch_orchestration.queue.capacity import Limits
+from batch_orchestration.queue.ordering import starvation_bound
+from batch_orchestration.queue.rate_limits import Rate, RateLimits
 from batch_orchestration_tests.queue_simulation import (
     POLICY,
     REQUESTS_PER_SECOND,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.rates import (
+from batch_orchestration.queue.rate_limits import (
     SECONDS_PER_HOUR,
     Bucket,
     Rate,

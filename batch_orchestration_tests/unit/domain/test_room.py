@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from batch_orchestration.domain.queueing import WaitReason
-from batch_orchestration.domain.room import Demand, Limits, Load, find_obstacle, rough_tokens
+from batch_orchestration.queue.capacity import Demand, Limits, Load, find_obstacle, rough_tokens
+from batch_orchestration.queue.entries import WaitReason
 
 GIB = 2**30
 LIMITS = Limits(

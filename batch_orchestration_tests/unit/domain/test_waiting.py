@@ -2,10 +2,10 @@
 
 import pytest
 
-from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, WaitReason
-from batch_orchestration.domain.rates import Rate, RateLimits, SourceRates, SubmissionEvent
-from batch_orchestration.domain.room import Demand, Limits, Load, Obstacle
-from batch_orchestration.domain.waiting import Rules, Standing, decide
+from batch_orchestration.queue.capacity import Demand, Limits, Load, Obstacle
+from batch_orchestration.queue.decision import Rules, Standing, decide
+from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry, WaitReason
+from batch_orchestration.queue.rate_limits import Rate, RateLimits, SourceRates, SubmissionEvent
 
 LIMITS = Limits(
     unfinished_batches=3, queued_requests=1000, queued_tokens=1_000_000, open_requests=500

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import FileDamaged
-from batch_orchestration.domain.queueing import Pause
 from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import open_regular, read_regular
+from batch_orchestration.queue.entries import Pause
 from batch_orchestration_tests.builders import make_input, make_plan
 
 

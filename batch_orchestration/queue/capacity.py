@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from batch_orchestration.core.batches import MAX_REQUESTS_PER_BATCH
-from batch_orchestration.domain.queueing import WaitReason
+from batch_orchestration.queue.entries import WaitReason
+from batch_orchestration.queue.rate_limits import SourceRates
 
 #: Bytes of a batch file per token where nobody knows better: JSON and all.
 BYTES_PER_TOKEN = 4
@@ -179,3 +180,17 @@ def _size(size_bytes: float) -> str:
             break
         size_bytes /= 1024
     return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+
+
+def rate_obstacle(
+    rates: SourceRates, source: str, requests: int | None, *, now: float
+) -> Obstacle | None:
+    """Return why a source may not submit so much now; None if it may."""
+    seconds = rates.retry_after(source, requests, now=now)
+    if not seconds:
+        return None
+    what = "one more file" if requests is None else f"a file of {requests:,} requests"
+    return Obstacle(
+        WaitReason.SUBMISSION_RATE,
+        f"{what} may go in {seconds:,.0f} s; {rates.describe(source, now=now)}",
+    )

@@ -3,28 +3,32 @@
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.domain.ordering import OrderPolicy
-from batch_orchestration.domain.queueing import Pause, WaitReason
-from batch_orchestration.domain.rates import RateLimits
-from batch_orchestration.domain.room import (
+from batch_orchestration.estimates.estimating import read_estimate_in
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.gpu.health import gpu_problem
+from batch_orchestration.queue.capacity import (
     Demand,
     Limits,
     Load,
     Obstacle,
     find_obstacle,
+    rate_obstacle,
     rough_tokens,
 )
-from batch_orchestration.domain.waiting import rate_obstacle
-from batch_orchestration.estimates.estimating import read_estimate_in
-from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.halting import halts_in_force
-from batch_orchestration.services.submission_rates import read_rates
-from batch_orchestration.storage.queue_files import read_pause
+from batch_orchestration.queue.entries import Pause, WaitReason
+from batch_orchestration.queue.files import read_pause
+from batch_orchestration.queue.halts import halts_in_force
+from batch_orchestration.queue.ordering import OrderPolicy
+from batch_orchestration.queue.rate_limits import Rate, RateLimits
+from batch_orchestration.queue.refused_engine import refusal_in_words
+from batch_orchestration.queue.submitted import read_rates
+from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 
 
@@ -172,3 +176,30 @@ def read_load(
             left = left_of(demand_in(folder, folder.read_plan(record.batch_id)), record)
             load = load.plus(left, limits)
     return load
+
+
+def queue_rules(settings: Settings) -> QueueRules:
+    """Return what may be in the queue."""
+    return QueueRules(
+        limits=Limits(
+            unfinished_batches=settings.max_unfinished_batches,
+            queued_requests=settings.max_queued_requests,
+            queued_tokens=settings.max_queued_tokens,
+            disk_reserve_bytes=settings.disk_reserve_bytes,
+            output_bytes_ratio=settings.output_bytes_ratio,
+            open_requests=settings.max_requests_per_batch,
+        ),
+        rates=RateLimits(
+            submissions=Rate(
+                per_hour=settings.source_submissions_per_hour,
+                burst=settings.source_submissions_burst,
+            ),
+            requests=Rate(
+                per_hour=settings.source_requests_per_hour,
+                burst=settings.source_requests_burst,
+            ),
+        ),
+        ordering=OrderPolicy(ageing_seconds=settings.priority_ageing_seconds),
+        device_problem=partial(gpu_problem, settings),
+        engine_refusal=partial(refusal_in_words, settings),
+    )

@@ -9,9 +9,16 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from batch_orchestration.domain.queueing import EntryKind, EntryState, QueueEntry, WaitReason
-from batch_orchestration.domain.rates import SourceRates
-from batch_orchestration.domain.room import Demand, Limits, Load, Obstacle, find_obstacle
+from batch_orchestration.queue.capacity import (
+    Demand,
+    Limits,
+    Load,
+    Obstacle,
+    find_obstacle,
+    rate_obstacle,
+)
+from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry, WaitReason
+from batch_orchestration.queue.rate_limits import SourceRates
 
 _NEXT = "there is room: it is admitted next"
 _BEING_READ = "is being read and admitted"
@@ -150,17 +157,3 @@ class _Walk:
                 found = found._replace(detail=f"{found.detail}; some are only guessed so far")
             self._head = (standing.entry.id, found)
         return found
-
-
-def rate_obstacle(
-    rates: SourceRates, source: str, requests: int | None, *, now: float
-) -> Obstacle | None:
-    """Return why a source may not submit so much now; None if it may."""
-    seconds = rates.retry_after(source, requests, now=now)
-    if not seconds:
-        return None
-    what = "one more file" if requests is None else f"a file of {requests:,} requests"
-    return Obstacle(
-        WaitReason.SUBMISSION_RATE,
-        f"{what} may go in {seconds:,.0f} s; {rates.describe(source, now=now)}",
-    )

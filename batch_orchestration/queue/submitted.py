@@ -1,13 +1,13 @@
 """What each source has submitted, as the batches tell: no counter that can be torn."""
 
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.domain.rates import (
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.queue.rate_limits import (
     SECONDS_PER_HOUR,
     RateLimits,
     SourceRates,
     SubmissionEvent,
 )
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.store.store import Store
 
 

@@ -25,8 +25,8 @@ from batch_orchestration.engines.access import (
 )
 from batch_orchestration.files.atomic import read_kept, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.queue.files import read_queue
 from batch_orchestration.settings import EngineKind, Settings
-from batch_orchestration.storage.queue_files import read_queue
 from batch_orchestration.store.operations import open_replays
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import msgspec
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.domain.queueing import NeedsPerson, Pause, QueueView
 from batch_orchestration.files.atomic import disk_errors, read_kept, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.queue.entries import NeedsPerson, Pause, QueueView
 
 
 def write_queue(folder: DataFolder, view: QueueView) -> None:

@@ -1,0 +1,1 @@
+"""The queue: entries, order of service, capacity, rate limits."""
