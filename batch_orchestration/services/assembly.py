@@ -11,11 +11,13 @@ from batch_orchestration.core.errors import AccountingError, Shortage
 from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.results import BatchRecord, SettledRequest
 from batch_orchestration.core.totals import Tally
-from batch_orchestration.domain.batch_figures import Latencies
 from batch_orchestration.estimates.scoring import score_batch
 from batch_orchestration.files.atomic import atomic_writer, disk_errors
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import shared_lock
+from batch_orchestration.reports.figures import Latencies
+from batch_orchestration.reports.gathering import gather_figures
+from batch_orchestration.reports.report import batch_report
 from batch_orchestration.services.endings import begin_ending, finish_ending
 from batch_orchestration.services.outbox import (
     OutboxFiles,
@@ -25,8 +27,6 @@ from batch_orchestration.services.outbox import (
     write_lines,
     write_report,
 )
-from batch_orchestration.services.report_figures import gather_figures
-from batch_orchestration.services.reports import batch_report
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding

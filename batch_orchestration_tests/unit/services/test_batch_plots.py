@@ -9,18 +9,21 @@ from xml.etree import ElementTree
 
 import pytest
 
-from batch_orchestration.domain.batch_figures import Interval, Throughput, interval_width
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.samples import RunSample
-from batch_orchestration.services.batch_plots import (
+from batch_orchestration.reports.figures import Interval, Throughput, interval_width
+from batch_orchestration.reports.plots import (
     MOST_SAMPLES,
     SINCE,
+    Line,
+    Panel,
+    Plot,
+    draw,
     engine_plot,
     gpu_plot,
     throughput_plot,
 )
-from batch_orchestration.services.plots import Line, Panel, Plot, draw
 from batch_orchestration_tests.builders import NOW
 
 

@@ -12,10 +12,10 @@ from msgspec.structs import replace
 from batch_orchestration.core.batches import BatchOptions, BatchStatus
 from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.totals import Tally
-from batch_orchestration.services.documents import CELL_LENGTH, Picture, to_html
-from batch_orchestration.services.report_figures import ReportFigures
-from batch_orchestration.services.report_timeline import Moment
-from batch_orchestration.services.reports import batch_report
+from batch_orchestration.reports.documents import CELL_LENGTH, Picture, to_html
+from batch_orchestration.reports.gathering import ReportFigures
+from batch_orchestration.reports.report import batch_report
+from batch_orchestration.reports.timeline import Moment
 from batch_orchestration_tests.builders import (
     NOW,
     make_failure,

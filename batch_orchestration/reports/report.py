@@ -11,8 +11,8 @@ from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.results import BatchRecord, ChunkReport
 from batch_orchestration.core.totals import Tally
 from batch_orchestration.estimates.scoring import Scored
-from batch_orchestration.services.documents import to_markdown
-from batch_orchestration.services.report_figures import ReportFigures
+from batch_orchestration.reports.documents import to_markdown
+from batch_orchestration.reports.gathering import ReportFigures
 
 #: More chunks than these are summed up by the slowest.
 CHUNKS_SHOWN = 20

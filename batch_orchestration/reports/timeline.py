@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.lifecycle import BatchEvent
-from batch_orchestration.domain.batch_figures import RunFigures
 from batch_orchestration.gpu.samples import RunSample
+from batch_orchestration.reports.figures import RunFigures
 
 #: More moments than these are not read; the first and the last tell most.
 MOMENTS_SHOWN = 40

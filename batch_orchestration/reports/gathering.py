@@ -8,19 +8,19 @@ from typing import TypeVar
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import FINAL, BatchEvent
 from batch_orchestration.core.totals import Tally
-from batch_orchestration.domain.batch_figures import Latencies, RunFigures, Throughput
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.samples import RunSample, read_samples
-from batch_orchestration.services.batch_plots import (
+from batch_orchestration.reports.documents import Picture
+from batch_orchestration.reports.figures import FigureTables, Latencies, RunFigures, Throughput
+from batch_orchestration.reports.plots import (
     MOST_INTERVALS,
+    Plot,
+    draw,
     engine_plot,
     gpu_plot,
     throughput_plot,
 )
-from batch_orchestration.services.documents import Picture
-from batch_orchestration.services.plots import Plot, draw
-from batch_orchestration.services.report_timeline import Moment, timeline
-from batch_orchestration.storage.figures import FigureTables
+from batch_orchestration.reports.timeline import Moment, timeline
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.utilization import Kept
 from batch_orchestration.workers.utilization_files import kept_of
