@@ -18,6 +18,13 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.admission.reading.batch_files import (
+    Fingerprint,
+    is_gzip_name,
+    open_batch_file,
+)
+from batch_orchestration.admission.reading.lines import BatchFileReading
+from batch_orchestration.admission.reading.screening import Intake
 from batch_orchestration.core.batches import BatchOptions, BatchPlan, identity
 from batch_orchestration.core.errors import (
     ClaimNotFound,
@@ -40,10 +47,7 @@ from batch_orchestration.files.moving import fit_name, move_over, readable_name
 from batch_orchestration.queue.capacity import Obstacle
 from batch_orchestration.queue.load import demand_of, find_obstacle_to_file, never_fits
 from batch_orchestration.services.admission_settings import AdmissionSettings
-from batch_orchestration.services.batch_files import Fingerprint, is_gzip_name, open_batch_file
 from batch_orchestration.services.claims import Attempts, Claim, ClaimFolder
-from batch_orchestration.services.intake import Intake
-from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.refusals import next_step, write_errors_file
 from batch_orchestration.services.registration import (
     admission_lock,

@@ -5,6 +5,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from batch_orchestration.admission.reading.lines import (
+    BatchFileReading,
+    ReadingRules,
+    choose_chunk_size,
+)
+from batch_orchestration.admission.reading.screening import Intake
 from batch_orchestration.core.batches import (
     MAX_FILE_BYTES,
     MAX_REQUESTS_PER_BATCH,
@@ -15,9 +21,6 @@ from batch_orchestration.core.batches import (
 from batch_orchestration.estimates.derivation import DEFAULT_CHUNK
 from batch_orchestration.estimates.engine import EstimateSettings
 from batch_orchestration.queue.load import QueueRules
-from batch_orchestration.services.chunk_sizing import choose_chunk_size
-from batch_orchestration.services.intake import Intake
-from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration.services.refusals import refusal
 
 
@@ -26,7 +29,7 @@ class AdmissionSettings:
     """The settings that admission depends on.
 
     Attributes:
-        requests_per_chunk: At least; None if it is derived of each file (`services.chunk_sizing`).
+        requests_per_chunk: At least; None if it is derived of each file (`admission.reading.lines`).
         max_file_bytes: Of the expanded content; not even a byte more is written anywhere.
         max_requests_per_batch: Open at once; what `on_oversize` goes by.
         model_required: False if an alias `*` supplies a missing `model`.

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import msgspec
 
+from batch_orchestration.admission.reading.batch_files import is_batch_file_name, is_gzip_name
 from batch_orchestration.core.batches import Origin
 from batch_orchestration.core.errors import ClaimNotFound, FileDamaged
 from batch_orchestration.files.atomic import make_folder, read_kept, sync_folder, write_atomically
@@ -34,7 +35,6 @@ from batch_orchestration.files.moving import (
     readable_name,
 )
 from batch_orchestration.files.sharing import share, shared_lock
-from batch_orchestration.services.batch_files import is_batch_file_name, is_gzip_name
 from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
 from batch_orchestration.services.verdicts import Admitted, Held, Released, Verdict
 

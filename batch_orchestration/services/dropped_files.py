@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from batch_orchestration.admission.reading.batch_files import is_batch_file_name
 from batch_orchestration.core.batches import REJECTED, BatchOptions, Origin, origin_in
-from batch_orchestration.services.batch_files import is_batch_file_name
 from batch_orchestration.services.sidecars import (
     SIDECAR_ENDING,
     doubt_about_sidecar,

@@ -5,10 +5,10 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from batch_orchestration.admission.reading.lines import BatchFileReading
 from batch_orchestration.core.batches import LinePolicy, OnOversize
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.files.atomic import atomic_writer
-from batch_orchestration.services.line_reading import BatchFileReading
 from batch_orchestration.services.verdicts import Rejected
 
 #: Of a fault's message, in the reason for which a file is rejected.

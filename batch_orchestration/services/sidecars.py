@@ -6,12 +6,12 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.admission.reading.batch_files import is_batch_file_name
 from batch_orchestration.core import foreign_json
 from batch_orchestration.core.batches import DEFAULT_SOURCE, BatchOptions, Origin
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.core.requests import UTF8_BOM
 from batch_orchestration.files.moving import NAME_MAX_BYTES, fit_name
-from batch_orchestration.services.batch_files import is_batch_file_name
 
 SIDECAR_ENDING = ".meta.json"
 #: Sixteen pairs of metadata fit many times over; a larger file was named so by mistake.

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from batch_orchestration.admission.reading.screening import Feasibility, known_limits
 from batch_orchestration.core.outcomes import Completion, FailureCode, Outcome
 from batch_orchestration.core.requests import Overrides, Request
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.estimates.engine import EngineInForce
 from batch_orchestration.estimates.prompt_counting import prompt_counter
-from batch_orchestration.services.feasibility import Feasibility, known_limits
 
 pytest.importorskip("vllm")
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from batch_orchestration.admission.reading.lines import BatchFileReading, ReadingRules
 from batch_orchestration.core.errors import CalibrationFailed, EngineDied
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.domain.housekeeping import Removal
@@ -15,7 +16,6 @@ from batch_orchestration.services import obstacles
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.housekeeping import House, Part, keep_house
-from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration.store.connection import writing
 from batch_orchestration.workers import reporter as heart
 from batch_orchestration.workers.vitals import RunVitals

@@ -4,9 +4,7 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.core.outcomes import FailureCode
-from batch_orchestration.core.requests import Overrides
-from batch_orchestration.domain.feasibility import (
+from batch_orchestration.admission.reading.feasibility import (
     CHAT,
     EMBEDDINGS,
     Infeasible,
@@ -16,6 +14,8 @@ from batch_orchestration.domain.feasibility import (
     least_tokens,
     runner_of,
 )
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.requests import Overrides
 
 CONTEXT = 100
 TOO_LONG = FailureCode.CONTEXT_LENGTH_EXCEEDED

@@ -4,13 +4,17 @@ import io
 
 import pytest
 
+from batch_orchestration.admission.reading.lines import (
+    BatchFileReading,
+    ReadingRules,
+    choose_chunk_size,
+    sample_lines,
+)
+from batch_orchestration.admission.reading.screening import Intake
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.estimates.costs import Costs, Throughput
 from batch_orchestration.estimates.engine import EstimateSettings
 from batch_orchestration.estimates.estimating import Knowledge
-from batch_orchestration.services.chunk_sizing import choose_chunk_size, sample_lines
-from batch_orchestration.services.intake import Intake
-from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration_tests.builders import NOW, make_body, make_input, make_line
 
 RULES = ReadingRules(requests_per_chunk=1000, max_line_bytes=10_000)

@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from batch_orchestration.admission.reading.screening import Intake
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.core.requests import Request, parse_line
@@ -19,7 +20,6 @@ from batch_orchestration.estimates.estimating import (
     write_estimate,
 )
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.intake import Intake
 from batch_orchestration_tests.builders import NOW, make_batch, make_line
 
 SLOW = Throughput(

@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.core.outcomes import FailureCode
-from batch_orchestration.core.requests import Fault, Overrides, Request
-from batch_orchestration.domain.feasibility import CHAT, EMBEDDINGS, Limits, Runner
-from batch_orchestration.estimates.engine import EngineInForce
-from batch_orchestration.estimates.prompt_counting import PromptCounter, prompt_counter
-from batch_orchestration.estimates.tables import EngineFacts
-from batch_orchestration.services.feasibility import (
+from batch_orchestration.admission.reading.feasibility import CHAT, EMBEDDINGS, Limits, Runner
+from batch_orchestration.admission.reading.screening import (
     COUNTED_ALL,
     REMOTE_FACTS_SECONDS,
     Feasibility,
     known_limits,
 )
+from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.requests import Fault, Overrides, Request
+from batch_orchestration.estimates.engine import EngineInForce
+from batch_orchestration.estimates.prompt_counting import PromptCounter, prompt_counter
+from batch_orchestration.estimates.tables import EngineFacts
 from batch_orchestration_tests.builders import NOW, make_request
 
 pytest.importorskip("tokenizers")

@@ -10,14 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_orchestration.admission.reading.batch_files import open_batch_file
+from batch_orchestration.admission.reading.lines import (
+    BatchFileReading,
+    ReadingRules,
+    choose_chunk_size,
+)
+from batch_orchestration.admission.reading.screening import Intake
 from batch_orchestration.core.batches import BatchOptions, OnOversize
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.estimates.engine import EstimateSettings
 from batch_orchestration.estimates.estimating import Knowledge
-from batch_orchestration.services.batch_files import open_batch_file
-from batch_orchestration.services.chunk_sizing import choose_chunk_size
-from batch_orchestration.services.intake import Intake
-from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration.services.validation import validate
 from batch_orchestration.services.verdicts import Admitted, Rejected
 from batch_orchestration_tests.builders import NOW, make_input, make_line

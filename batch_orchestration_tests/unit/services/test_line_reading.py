@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_orchestration.admission.reading.lines import BatchFileReading, ReadingRules
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import UTF8_BOM, Fault, Request
 from batch_orchestration.files.input_lines import read_chunk
-from batch_orchestration.services.line_reading import BatchFileReading, ReadingRules
 from batch_orchestration_tests.builders import make_body, make_chunks, make_input, make_line
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "batches"

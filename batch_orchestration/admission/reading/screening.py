@@ -1,4 +1,4 @@
-"""Judges requests by what is known of the engine, before a second of its time is spent on them."""
+"""What admission learns of a file's requests, beyond what is wrong with their lines."""
 
 import logging
 from collections.abc import Mapping
@@ -6,8 +6,7 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.core.requests import Fault, Overrides, Request
-from batch_orchestration.domain.feasibility import (
+from batch_orchestration.admission.reading.feasibility import (
     CHAT,
     EMBEDDINGS,
     Limits,
@@ -16,15 +15,19 @@ from batch_orchestration.domain.feasibility import (
     least_tokens,
     runner_of,
 )
+from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.core.errors import FileRefused
+from batch_orchestration.core.requests import Fault, Overrides, Request
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS
 from batch_orchestration.engines.vllm import whole_number
-from batch_orchestration.estimates.engine import EngineInForce
-from batch_orchestration.estimates.profile import prompt_texts
+from batch_orchestration.estimates.engine import EngineInForce, EstimateSettings
+from batch_orchestration.estimates.estimate import Estimate, window_warning
+from batch_orchestration.estimates.estimating import Knowledge, estimate_profile
+from batch_orchestration.estimates.profile import TokenProfile, prompt_texts
 from batch_orchestration.estimates.prompt_counting import PromptCounter
 from batch_orchestration.estimates.tables import EngineFacts
 
 logger = logging.getLogger(__name__)
-
 #: A remote engine may be started anew with other settings: what it said is believed for so long.
 REMOTE_FACTS_SECONDS = 3600.0
 #: After so many prompts that fit, those that are far from not fitting are no longer counted.
@@ -180,3 +183,86 @@ def _token_ids(endpoint: str, body: Mapping[str, Any]) -> int | None:
     if all(isinstance(each, list) for each in given):
         return max(map(len, given))
     return None
+
+
+class Intake:
+    """Looks at each usable request of one file while it is read.
+
+    Args:
+        options: Of the batch that the file will be.
+        settings: Of the deployment.
+        knowledge: What the store has learned of its engine.
+        now: POSIX seconds.
+    """
+
+    def __init__(
+        self,
+        options: BatchOptions,
+        *,
+        settings: EstimateSettings,
+        knowledge: Knowledge,
+        now: float,
+    ) -> None:
+        self._options = options
+        self._settings = settings
+        self._knowledge = knowledge
+        self._now = now
+        limits = known_limits(settings.engine, knowledge.facts, now=now)
+        self._profiler = settings.profiler(longest=limits.longest)
+        self._feasibility = Feasibility(
+            limits,
+            overrides=settings.overrides(options),
+            engine=settings.engine,
+            counter=settings.counter,
+        )
+
+    @property
+    def knows_costs(self) -> bool:
+        """Whether the engine was ever measured."""
+        return self._knowledge.throughput is not None
+
+    def anew(self) -> "Intake":
+        """Return one that knows the same and has seen nothing."""
+        return Intake(
+            self._options, settings=self._settings, knowledge=self._knowledge, now=self._now
+        )
+
+    def examine(self, request: Request) -> Request | Fault:
+        """Take note of a request and return it, or why the engine will certainly refuse it."""
+        if (fault := self._feasibility.fault_of(request)) is not None:
+            return fault
+        self._profiler.add(request)
+        return request
+
+    def profile(self) -> TokenProfile:
+        """Return the profile of what was read so far."""
+        return self._profiler.profile()
+
+    def estimate(
+        self,
+        profile: TokenProfile | None = None,
+        *,
+        ahead_seconds: float = 0.0,
+        at: float,
+        seed: str = "",
+    ) -> Estimate:
+        """Return what the batch will take, by its profile if that was made before."""
+        return estimate_profile(
+            profile or self.profile(),
+            self._options,
+            knowledge=self._knowledge,
+            settings=self._settings,
+            ahead_seconds=ahead_seconds,
+            at=at,
+            seed=seed,
+        )
+
+    def refuse_if_too_late(self, estimate: Estimate) -> None:
+        """Refuse a batch that cannot meet its completion window, if windows are strict.
+
+        Raises:
+            FileRefused: With the numbers.
+        """
+        if self._settings.strict_windows and estimate.cannot_meet_window:
+            warning = window_warning(estimate)
+            raise FileRefused(f"{warning}, and windows are strict (BATCH_STRICT_WINDOWS)")

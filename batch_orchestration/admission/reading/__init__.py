@@ -1,0 +1,1 @@
+"""Reading a batch file: lines, chunks, and requests that no engine can answer."""
