@@ -6,12 +6,12 @@ import time
 from click.testing import CliRunner
 from rich.console import Console
 
+from batch_orchestration.admission.admission import admit
+from batch_orchestration.admission.inbox import Inbox
+from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.cli import main
 from batch_orchestration.cli.context import Context
-from batch_orchestration.services.admission import admit
 from batch_orchestration.services.assembly import assemble
-from batch_orchestration.services.configuration import admission_settings
-from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.settings import load_settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import Progress, write_progress

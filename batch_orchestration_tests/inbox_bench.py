@@ -4,13 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from batch_orchestration.admission.admission import AdmissionSettings, admit
+from batch_orchestration.admission.claims import Claim
+from batch_orchestration.admission.inbox import Inbox
+from batch_orchestration.admission.results import Admission, Admitted
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import JournalEntry, read_journal
-from batch_orchestration.services.admission import AdmissionSettings, admit
-from batch_orchestration.services.claims import Claim
-from batch_orchestration.services.inbox import Inbox
-from batch_orchestration.services.verdicts import Admission, Admitted
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW
 

@@ -19,6 +19,10 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.admission.admission import admit
+from batch_orchestration.admission.results import Admitted
+from batch_orchestration.admission.settings import admission_settings, open_inbox
+from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.vllm import VllmEngine
@@ -29,12 +33,8 @@ from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.estimates.scores import Score, calibration
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.admission import admit
 from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.chunk_runner import Feeding, run_chunks
-from batch_orchestration.services.configuration import admission_settings, open_inbox
-from batch_orchestration.services.submission import submit
-from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.store.store import Store
 

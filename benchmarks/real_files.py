@@ -13,15 +13,15 @@ from pathlib import Path
 
 from ours import MAX_LINE_BYTES, feeding
 
+from batch_orchestration.admission.admission import AdmissionSettings, admit
+from batch_orchestration.admission.inbox import Inbox
+from batch_orchestration.admission.results import Admitted
+from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.admission import AdmissionSettings, admit
 from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.services.chunk_runner import run_chunks
-from batch_orchestration.services.inbox import Inbox
-from batch_orchestration.services.submission import submit
-from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration.store.store import Store
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from batch_orchestration import __version__
+from batch_orchestration.admission.settings import open_inbox
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.alerts import alerts
 from batch_orchestration.cli.context import Commands, Context, json_option, open_context, print_json
@@ -25,7 +26,6 @@ from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.files.sharing import keep_from_others
 from batch_orchestration.services.batch_objects import batch_object
 from batch_orchestration.services.board import Board, read_board
-from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.status import view_batch
 from batch_orchestration.settings import settings_in_force
 

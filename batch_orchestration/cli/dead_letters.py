@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.cli.visible import say
@@ -21,7 +22,6 @@ from batch_orchestration.core.dead_letters import (
 )
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.services import dead_letters
-from batch_orchestration.services.configuration import admission_settings
 from batch_orchestration.store.operations import open_replays
 
 SHOWN_AT_FIRST = 50

@@ -8,7 +8,11 @@ from typing import Any
 import click
 import msgspec
 
+from batch_orchestration.admission import submit as submission
+from batch_orchestration.admission import validation
 from batch_orchestration.admission.reading.batch_files import open_batch_file
+from batch_orchestration.admission.settings import admission_settings
+from batch_orchestration.admission.sidecars import named_problem, own_sidecar, read_options
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.visible import say
@@ -17,10 +21,7 @@ from batch_orchestration.core.batches import BatchOptions, batch_id, identity
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.estimates.estimate import estimate_rows
 from batch_orchestration.estimates.tables import EstimateTables
-from batch_orchestration.services import submission, validation
 from batch_orchestration.services.board import rejections
-from batch_orchestration.services.configuration import admission_settings
-from batch_orchestration.services.sidecars import named_problem, own_sidecar, read_options
 from batch_orchestration.services.status import find_identity
 
 #: A running sensor takes a settled file within a few ticks of five seconds, started ones apart.

@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from batch_orchestration.admission.validation import ValidationReport
 from batch_orchestration.cli.watching import describe, eta, figures, halt_lines, waiting
 from batch_orchestration.core.dead_letters import DeadLetter
 from batch_orchestration.core.lifecycle import BatchEvent
@@ -19,7 +20,6 @@ from batch_orchestration.queue.entries import QueueView
 from batch_orchestration.services.board import Board
 from batch_orchestration.services.queue_table import COLUMNS, pause_line, queue_rows
 from batch_orchestration.services.status import BatchView
-from batch_orchestration.services.validation import ValidationReport
 from batch_orchestration.settings import SettingInForce
 
 MESSAGE_LENGTH = 300

@@ -6,6 +6,10 @@ import dagster as dg
 import msgspec
 from pydantic import Field
 
+from batch_orchestration.admission.admission import admit
+from batch_orchestration.admission.results import Admitted, AlreadyAdmitted
+from batch_orchestration.admission.settings import admission_settings, open_inbox
+from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import BatchOrchestrationError, FileStillChanging
 from batch_orchestration.defs.assets import batch_output, chunk_results
@@ -13,10 +17,6 @@ from batch_orchestration.defs.events import manifest_materialization
 from batch_orchestration.defs.partitions import add_partitions, name_tags
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.estimates.estimating import read_estimate
-from batch_orchestration.services.admission import admit
-from batch_orchestration.services.configuration import admission_settings, open_inbox
-from batch_orchestration.services.submission import submit
-from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted
 from batch_orchestration.workers.reporter import say_at_work
 
 

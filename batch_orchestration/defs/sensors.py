@@ -7,6 +7,9 @@ from functools import partial
 
 import dagster as dg
 
+from batch_orchestration.admission.claims import Claim
+from batch_orchestration.admission.inbox import Inbox
+from batch_orchestration.admission.settings import open_inbox
 from batch_orchestration.core.errors import StorageError, StoreDamaged, StoreLocked
 from batch_orchestration.core.members import Faults, MemberFault
 from batch_orchestration.core.results import BatchRecord
@@ -36,9 +39,7 @@ from batch_orchestration.queue.files import read_pause, write_needs
 from batch_orchestration.queue.halts import halts_in_force
 from batch_orchestration.queue.load import closed_gate, queue_rules
 from batch_orchestration.queue.refused_engine import look_again, refusal_in_words
-from batch_orchestration.services.claims import Claim
 from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt
-from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dispatch import (
     MAX_FAILURES,
     NeededRun,
@@ -46,7 +47,6 @@ from batch_orchestration.services.dispatch import (
     backoff_left,
     dispatch,
 )
-from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import claim_admissible
 from batch_orchestration.services.queue_keeping import keep_queue
 from batch_orchestration.services.resuming import finish_resumptions

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.admission.claims import Claim, read_verdict
+from batch_orchestration.admission.inbox import Inbox, Waiting
+from batch_orchestration.admission.results import Rejected
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.members import Faults
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import QueueEntry, QueueView, WaitReason
-from batch_orchestration.services.claims import Claim, read_verdict
 from batch_orchestration.services.damage import Damage, find_damage
-from batch_orchestration.services.inbox import Inbox, Waiting
 from batch_orchestration.services.status import BatchView, view_batches
-from batch_orchestration.services.verdicts import Rejected
 from batch_orchestration.store.store import Store
 
 #: Older ones are found in the folder.

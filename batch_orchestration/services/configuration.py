@@ -1,12 +1,6 @@
 """What services are given, taken from the deployment's settings: the same for CLI and Dagster."""
 
-from batch_orchestration.core.requests import ANY_MODEL
-from batch_orchestration.estimates.engine import estimate_settings
-from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.queue.load import queue_rules
-from batch_orchestration.services.admission_settings import AdmissionSettings
 from batch_orchestration.services.housekeeping import Cleaner, Part
-from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.leftovers import (
     clean_leftovers,
     clean_logs,
@@ -17,29 +11,6 @@ from batch_orchestration.services.retention import clean_inputs, clean_journals
 from batch_orchestration.settings import Settings
 
 SECONDS_PER_DAY = 86_400.0
-
-
-def open_inbox(settings: Settings, folder: DataFolder) -> Inbox:
-    """Return the inbox of a data folder."""
-    return Inbox(
-        folder, settle_seconds=settings.settle_seconds, priorities=settings.inbox_priorities
-    )
-
-
-def admission_settings(settings: Settings) -> AdmissionSettings:
-    """Return what admission depends on."""
-    return AdmissionSettings(
-        requests_per_chunk=settings.requests_per_chunk,
-        max_line_bytes=settings.max_line_bytes,
-        max_file_bytes=settings.max_file_bytes,
-        max_requests_per_batch=settings.max_requests_per_batch,
-        on_oversize=settings.on_oversize,
-        line_policy=settings.line_policy,
-        model_required=ANY_MODEL not in settings.model_aliases,
-        answer_settings=settings.answer_settings(),
-        estimating=estimate_settings(settings),
-        queue=queue_rules(settings),
-    )
 
 
 def house_parts(settings: Settings) -> list[Part]:

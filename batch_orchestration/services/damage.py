@@ -12,6 +12,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from batch_orchestration.admission.claims import Attempts, ClaimFolder, Survey
+from batch_orchestration.admission.results import Verdict
 from batch_orchestration.core.batches import BatchPlan, Origin, can_be_id
 from batch_orchestration.core.dead_letters import Replay
 from batch_orchestration.core.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
@@ -27,11 +29,8 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.plan_checks import check_input_size
 from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.queue.entries import NeedsPerson, Pause, QueueView
-from batch_orchestration.services.claims import Attempts, ClaimFolder
 from batch_orchestration.services.clock_watch import ClockRecord, clock_path
 from batch_orchestration.services.housekeeping import results_path
-from batch_orchestration.services.surveys import Survey
-from batch_orchestration.services.verdicts import Verdict
 from batch_orchestration.store.operations import open_files
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration.workers.progress import Progress

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from batch_orchestration.admission.settings import open_inbox
 from batch_orchestration.core.errors import StorageError, StoreLocked
 from batch_orchestration.core.text import duration
 from batch_orchestration.domain.health import Finding, Level, Standstill
@@ -14,7 +15,6 @@ from batch_orchestration.files.sharing import OTHERS
 from batch_orchestration.gpu import health as gpu_health
 from batch_orchestration.queue.entries import QueueEntry
 from batch_orchestration.queue.files import read_needs, read_pause, read_queue
-from batch_orchestration.services.configuration import open_inbox
 from batch_orchestration.services.dagster_links import RESTART, run_link, sensor_link
 from batch_orchestration.services.damage import find_damage
 from batch_orchestration.services.health_look import (

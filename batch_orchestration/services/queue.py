@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 import msgspec
 
+from batch_orchestration.admission.claims import Claim, Survey, Surveys
+from batch_orchestration.admission.inbox import DroppedFile, Inbox
 from batch_orchestration.admission.reading.batch_files import is_gzip_name
+from batch_orchestration.admission.sidecars import options_said
 from batch_orchestration.core.batches import BatchOptions, BatchPlan
 from batch_orchestration.core.lifecycle import Halt, deadline, window_seconds
 from batch_orchestration.core.members import Faults
@@ -34,12 +37,7 @@ from batch_orchestration.queue.halts import halts_in_force
 from batch_orchestration.queue.load import QueueRules, closed_gate, demand_in, left_of, read_load
 from batch_orchestration.queue.ordering import Candidate, Place, order
 from batch_orchestration.queue.submitted import read_rates
-from batch_orchestration.services.claims import Claim
-from batch_orchestration.services.dropped_files import DroppedFile
-from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.service_order import served_of_late
-from batch_orchestration.services.sidecars import options_said
-from batch_orchestration.services.surveys import Survey, Surveys
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import read_progress
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from batch_orchestration.admission.inbox import Inbox
+from batch_orchestration.admission.registration import register_lost
 from batch_orchestration.core.errors import BatchOrchestrationError, StorageError
 from batch_orchestration.core.members import Faults
 from batch_orchestration.estimates.estimating import expected_seconds
@@ -22,9 +24,7 @@ from batch_orchestration.queue.entries import (
     WaitReason,
 )
 from batch_orchestration.queue.load import QueueRules
-from batch_orchestration.services.inbox import Inbox
 from batch_orchestration.services.queue import read_queue
-from batch_orchestration.services.registration import register_lost
 from batch_orchestration.store.store import Store
 
 #: Seconds that the engine still needs for an entry; None while nobody knows.

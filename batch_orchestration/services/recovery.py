@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from batch_orchestration.admission.registration import admission_lock, register_batch
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import FileDamaged, StorageError, StoreLocked
 from batch_orchestration.core.lifecycle import Closing
@@ -25,7 +26,6 @@ from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.close_out import commit_closed
 from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.outbox import OutboxFiles
-from batch_orchestration.services.registration import admission_lock, register_batch
 from batch_orchestration.storage.remaking import remake
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store

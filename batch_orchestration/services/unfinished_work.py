@@ -4,11 +4,11 @@ The index is never trusted: everything on the disk is searched now and then, so 
 was lost, or a folder that somebody put in its place by hand, is found all the same.
 """
 
+from batch_orchestration.admission.registration import is_planned
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.unfinished import all_ids, marked, note_search, searched_at, unmark
-from batch_orchestration.services.registration import is_planned
 from batch_orchestration.services.resuming import is_resumed
 from batch_orchestration.store.operations import replays_of
 from batch_orchestration.store.store import Store

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.admission.inbox import Inbox
+from batch_orchestration.admission.results import Admitted, AlreadyAdmitted
 from batch_orchestration.core.errors import DiskFull, FileStillChanging
-from batch_orchestration.services.inbox import Inbox
-from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted
 from batch_orchestration_tests.builders import make_body, make_input, make_line
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from batch_orchestration.admission.results import Admitted
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import DiskFull, EngineDied, StorageError
 from batch_orchestration.core.outcomes import Failure, FailureCode
-from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.disks import fill, mount, small_disk
 from batch_orchestration_tests.fault.mixed_batches import durable_outcomes

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.admission.registration import write_fault_journals
 from batch_orchestration.core.dead_letters import DeadLetterState, Selection
 from batch_orchestration.core.errors import DeadLetterError, EngineDied, JournalInUse, PlanMismatch
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
@@ -13,7 +14,6 @@ from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.kept_input import ChunkRef, settled_requests
 from batch_orchestration.services import dead_letters
 from batch_orchestration.services.dead_letters import as_input
-from batch_orchestration.services.registration import write_fault_journals
 from batch_orchestration.store.operations import Operations, open_replays
 from batch_orchestration_tests.builders import (
     NOW,

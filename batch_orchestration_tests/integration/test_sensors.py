@@ -7,13 +7,13 @@ from contextlib import ExitStack, closing, contextmanager
 import dagster as dg
 import pytest
 
+from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.defs import sensors
 from batch_orchestration.defs.partitions import chunks_by_batch, range_tags
 from batch_orchestration.defs.runs import RETRIED_BY_TAG, WILL_RETRY_TAG
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.load import queue_rules
 from batch_orchestration.queue.rate_limits import Rate, RateLimits
-from batch_orchestration.services.configuration import admission_settings
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.integration.deployment import Deployment

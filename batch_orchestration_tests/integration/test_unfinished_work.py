@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.admission.registration import register_lost
 from batch_orchestration.files.unfinished import marked
 from batch_orchestration.queue.rate_limits import RateLimits
 from batch_orchestration.queue.submitted import read_rates
-from batch_orchestration.services.registration import register_lost
 from batch_orchestration.services.resuming import finish_resumptions, resume
 from batch_orchestration.services.unfinished_work import MARK_SECONDS, SEARCH_SECONDS, keep_index
 from batch_orchestration.store.operations import open_replays, replay_asked_since

@@ -7,14 +7,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from batch_orchestration.admission.admission import admit
+from batch_orchestration.admission.registration import ADMISSION_RUN_ID, register_unlisted
+from batch_orchestration.admission.results import Admitted, AlreadyAdmitted, Rejected
 from batch_orchestration.core.batches import BatchOptions, BatchStatus, LinePolicy
 from batch_orchestration.core.errors import ClaimNotFound, FileStillChanging
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.core.requests import UTF8_BOM
 from batch_orchestration.files.input_lines import read_chunk
-from batch_orchestration.services.admission import admit
-from batch_orchestration.services.registration import ADMISSION_RUN_ID, register_unlisted
-from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted, Rejected
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import ENDPOINT, NOW, make_body, make_input, make_line
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench

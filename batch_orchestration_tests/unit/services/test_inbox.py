@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.core.errors import ClaimNotFound
-from batch_orchestration.services.inbox import Inbox
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.admission.claims import ClaimFolder
+from batch_orchestration.admission.results import Admitted, AlreadyAdmitted
 from batch_orchestration.core.batches import Origin
 from batch_orchestration.core.errors import FileStillChanging
-from batch_orchestration.services.claims import ClaimFolder
-from batch_orchestration.services.verdicts import Admitted, AlreadyAdmitted
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 

@@ -17,12 +17,12 @@ from batch_orchestration.admission.reading.lines import (
     choose_chunk_size,
 )
 from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.results import Admitted, Rejected
+from batch_orchestration.admission.validation import validate
 from batch_orchestration.core.batches import BatchOptions, OnOversize
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.estimates.engine import EstimateSettings
 from batch_orchestration.estimates.estimating import Knowledge
-from batch_orchestration.services.validation import validate
-from batch_orchestration.services.verdicts import Admitted, Rejected
 from batch_orchestration_tests.builders import NOW, make_input, make_line
 from batch_orchestration_tests.window_bench import WindowBench
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from batch_orchestration.admission.reading.lines import choose_chunk_size
 from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.results import Admitted
+from batch_orchestration.admission.validation import validate
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import (
@@ -22,8 +24,6 @@ from batch_orchestration.core.requests import (
 )
 from batch_orchestration.engines.memory_demand import needs_of
 from batch_orchestration.estimates.profile import shape_of_request
-from batch_orchestration.services.validation import validate
-from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.inbox_bench import InboxBench, make_admission_settings
 from batch_orchestration_tests.unit.services.test_chunk_sizing import RULES, make_intake

@@ -2,10 +2,10 @@
 
 import pytest
 
+from batch_orchestration.admission.sidecars import read_options
+from batch_orchestration.admission.submit import submit
+from batch_orchestration.admission.validation import validate
 from batch_orchestration.core.errors import FileRefused
-from batch_orchestration.services.sidecars import read_options
-from batch_orchestration.services.submission import submit
-from batch_orchestration.services.validation import validate
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench, make_admission_settings
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from batch_orchestration.admission.results import Admitted
+from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused
-from batch_orchestration.services.submission import submit
-from batch_orchestration.services.verdicts import Admitted
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 

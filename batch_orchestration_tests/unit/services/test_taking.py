@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.services.verdicts import Rejected
-from batch_orchestration.storage import taking
+from batch_orchestration.admission import taking
+from batch_orchestration.admission.results import Rejected
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 from batch_orchestration_tests.other_user import COLLEAGUE, GROUP, SERVICE, as_user, needs_root
@@ -154,7 +154,7 @@ def test_a_file_that_cannot_be_taken_says_why_holds_up_no_other_and_is_tried_aga
             raise taking.NotTaken("the folder is not ours")
         take(source, target)
 
-    monkeypatch.setattr("batch_orchestration.services.inbox.take", refuse)
+    monkeypatch.setattr("batch_orchestration.admission.inbox.take", refuse)
 
     def tick(now):
         del seen[:]
@@ -176,7 +176,7 @@ def test_a_file_that_cannot_be_taken_says_why_holds_up_no_other_and_is_tried_aga
 
 IN_A_STICKY_FOLDER = """
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
-import batch_orchestration.services.inbox
+import batch_orchestration.admission.inbox
 bench = InboxBench(Path(root) / "data")
 bench.folder.inbox.chmod(0o777)
 print([c.file_name for c in bench.inbox.claim_ready(now=LATER)])

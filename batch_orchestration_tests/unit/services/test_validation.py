@@ -4,8 +4,8 @@ import gzip
 
 import pytest
 
+from batch_orchestration.admission.validation import validate
 from batch_orchestration.core.batches import BatchOptions, LinePolicy
-from batch_orchestration.services.validation import validate
 from batch_orchestration_tests.builders import make_input, make_line
 from batch_orchestration_tests.inbox_bench import make_admission_settings
 

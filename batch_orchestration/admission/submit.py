@@ -10,20 +10,20 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.admission.inbox import reason_to_ignore
 from batch_orchestration.admission.reading.batch_files import Fingerprint
-from batch_orchestration.core.batches import BatchOptions
-from batch_orchestration.core.errors import FileRefused
-from batch_orchestration.files.atomic import disk_errors, sync_folder
-from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.moving import NAME_MAX_BYTES, move_if_free, numbered_names
-from batch_orchestration.services.dropped_files import reason_to_ignore
-from batch_orchestration.services.sidecars import (
+from batch_orchestration.admission.sidecars import (
     SIDECAR_ENDING,
     find_sidecar,
     own_sidecar,
     read_options,
     sidecar_beside,
 )
+from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.core.errors import FileRefused
+from batch_orchestration.files.atomic import disk_errors, sync_folder
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.moving import NAME_MAX_BYTES, move_if_free, numbered_names
 
 _BLOCK_BYTES = 2**20
 #: Of a drive and folders, should a path come from Windows: only the last part is a name.

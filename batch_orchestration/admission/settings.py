@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.reading.lines import (
     BatchFileReading,
     ReadingRules,
     choose_chunk_size,
 )
 from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.results import refusal
 from batch_orchestration.core.batches import (
     MAX_FILE_BYTES,
     MAX_REQUESTS_PER_BATCH,
@@ -18,10 +20,12 @@ from batch_orchestration.core.batches import (
     LinePolicy,
     OnOversize,
 )
+from batch_orchestration.core.requests import ANY_MODEL
 from batch_orchestration.estimates.derivation import DEFAULT_CHUNK
-from batch_orchestration.estimates.engine import EstimateSettings
-from batch_orchestration.queue.load import QueueRules
-from batch_orchestration.services.refusals import refusal
+from batch_orchestration.estimates.engine import EstimateSettings, estimate_settings
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.queue.load import QueueRules, queue_rules
+from batch_orchestration.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +77,26 @@ class AdmissionSettings:
             max_requests_per_batch=self.max_requests_per_batch,
             on_oversize=self.on_oversize,
         )
+
+
+def open_inbox(settings: Settings, folder: DataFolder) -> Inbox:
+    """Return the inbox of a data folder."""
+    return Inbox(
+        folder, settle_seconds=settings.settle_seconds, priorities=settings.inbox_priorities
+    )
+
+
+def admission_settings(settings: Settings) -> AdmissionSettings:
+    """Return what admission depends on."""
+    return AdmissionSettings(
+        requests_per_chunk=settings.requests_per_chunk,
+        max_line_bytes=settings.max_line_bytes,
+        max_file_bytes=settings.max_file_bytes,
+        max_requests_per_batch=settings.max_requests_per_batch,
+        on_oversize=settings.on_oversize,
+        line_policy=settings.line_policy,
+        model_required=ANY_MODEL not in settings.model_aliases,
+        answer_settings=settings.answer_settings(),
+        estimating=estimate_settings(settings),
+        queue=queue_rules(settings),
+    )

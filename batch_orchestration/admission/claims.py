@@ -15,7 +15,7 @@ there can be made again, and once it is gone the verdict says what is left to do
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +23,9 @@ from typing import TypeVar
 import msgspec
 
 from batch_orchestration.admission.reading.batch_files import is_batch_file_name, is_gzip_name
-from batch_orchestration.core.batches import Origin
+from batch_orchestration.admission.results import Admitted, Held, Released, Verdict
+from batch_orchestration.admission.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
+from batch_orchestration.core.batches import BatchPlan, Origin
 from batch_orchestration.core.errors import ClaimNotFound, FileDamaged
 from batch_orchestration.files.atomic import make_folder, read_kept, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
@@ -35,8 +37,8 @@ from batch_orchestration.files.moving import (
     readable_name,
 )
 from batch_orchestration.files.sharing import share, shared_lock
-from batch_orchestration.services.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
-from batch_orchestration.services.verdicts import Admitted, Held, Released, Verdict
+from batch_orchestration.queue.capacity import Demand, Obstacle
+from batch_orchestration.queue.entries import WaitReason
 
 SomeVerdict = TypeVar("SomeVerdict", bound=Verdict)
 
@@ -307,3 +309,84 @@ def read_verdict(path: Path) -> Verdict | None:
     # A union is no type to the checker.
     verdict: Verdict | None = read_kept(path, Verdict)  # type: ignore[arg-type]
     return verdict
+
+
+class Survey(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found in a file.
+
+    Attributes:
+        requests: Non-blank lines, faulty ones included.
+        tokens: Expected, prompt and answer together.
+        size_bytes: Uncompressed.
+        arrived_at: In the inbox for the first time, POSIX seconds.
+        surveyed_at: POSIX seconds.
+        reason: Why it went back; the same as a sentence in `detail`.
+    """
+
+    requests: int
+    tokens: int
+    size_bytes: int
+    arrived_at: float
+    surveyed_at: float
+    reason: WaitReason
+    detail: str
+
+
+def keep_survey(
+    folder: DataFolder,
+    file: Path,
+    plan: BatchPlan,
+    demand: Demand,
+    obstacle: Obstacle,
+    *,
+    at: float,
+) -> None:
+    """Keep what was found in a file that has to go back; `at` in POSIX seconds."""
+    survey = Survey(
+        requests=plan.requests,
+        tokens=demand.tokens or 0,
+        size_bytes=plan.size_bytes,
+        arrived_at=plan.arrived_at or at,
+        surveyed_at=at,
+        reason=obstacle.reason,
+        detail=obstacle.detail,
+    )
+    Surveys(folder).keep(file.lstat(), survey)
+
+
+class Surveys:
+    """The surveys of a data folder."""
+
+    def __init__(self, folder: DataFolder) -> None:
+        self._path = folder.surveys
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            return not any(self._path.iterdir())
+        return True
+
+    def find(self, stats: os.stat_result) -> Survey | None:
+        """Return the survey of a file, if it was read before and has not changed since."""
+        with contextlib.suppress(FileDamaged):  # the file is read once more
+            return read_kept(self._file(stats), Survey)
+        return None
+
+    def keep(self, stats: os.stat_result, survey: Survey) -> None:
+        """Keep the survey of a file, durably."""
+        write_atomically(self._file(stats), msgspec.json.encode(survey))
+
+    def forget_others(self, files: Collection[os.stat_result]) -> None:
+        """Remove the surveys of all but these files: the others are batches, or gone."""
+        kept = {self._file(stats).name for stats in files}
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._path) as entries:
+            for entry in entries:
+                if entry.name not in kept and not entry.name.startswith("."):
+                    with contextlib.suppress(OSError):  # a folder, say: it does no harm
+                        Path(entry.path).unlink(missing_ok=True)
+
+    def _file(self, stats: os.stat_result) -> Path:
+        # Renaming keeps all three, and writing moves the last.
+        key = f"{stats.st_ino:x}-{stats.st_size:x}-{stats.st_mtime_ns:x}"
+        return self._path / f"{key}.json"

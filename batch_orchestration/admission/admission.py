@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.admission.claims import Attempts, Claim, ClaimFolder, keep_survey
 from batch_orchestration.admission.reading.batch_files import (
     Fingerprint,
     is_gzip_name,
@@ -25,6 +26,26 @@ from batch_orchestration.admission.reading.batch_files import (
 )
 from batch_orchestration.admission.reading.lines import BatchFileReading
 from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.registration import (
+    admission_lock,
+    free_batch_id,
+    register_batch,
+    register_unlisted,
+    write_fault_journals,
+)
+from batch_orchestration.admission.results import (
+    Admission,
+    Admitted,
+    AlreadyAdmitted,
+    Held,
+    Rejected,
+    Released,
+    Verdict,
+    next_step,
+    write_errors_file,
+)
+from batch_orchestration.admission.settings import AdmissionSettings
+from batch_orchestration.admission.sidecars import read_options, sidecar_beside
 from batch_orchestration.core.batches import BatchOptions, BatchPlan, identity
 from batch_orchestration.core.errors import (
     ClaimNotFound,
@@ -46,27 +67,6 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import fit_name, move_over, readable_name
 from batch_orchestration.queue.capacity import Obstacle
 from batch_orchestration.queue.load import demand_of, find_obstacle_to_file, never_fits
-from batch_orchestration.services.admission_settings import AdmissionSettings
-from batch_orchestration.services.claims import Attempts, Claim, ClaimFolder
-from batch_orchestration.services.refusals import next_step, write_errors_file
-from batch_orchestration.services.registration import (
-    admission_lock,
-    free_batch_id,
-    register_batch,
-    register_unlisted,
-    write_fault_journals,
-)
-from batch_orchestration.services.sidecars import read_options, sidecar_beside
-from batch_orchestration.services.surveys import keep_survey
-from batch_orchestration.services.verdicts import (
-    Admission,
-    Admitted,
-    AlreadyAdmitted,
-    Held,
-    Rejected,
-    Released,
-    Verdict,
-)
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding
 

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.admission.inbox import reason_to_ignore
 from batch_orchestration.admission.reading.batch_files import Fingerprint, open_batch_file
 from batch_orchestration.admission.reading.lines import BatchFileReading
 from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.settings import AdmissionSettings
+from batch_orchestration.admission.sidecars import own_sidecar, read_options
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused, StorageError
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.estimates.estimate import Estimate
 from batch_orchestration.estimates.estimating import Knowledge, read_knowledge
 from batch_orchestration.estimates.tables import EstimateTables
-from batch_orchestration.services.admission_settings import AdmissionSettings
-from batch_orchestration.services.dropped_files import reason_to_ignore
-from batch_orchestration.services.sidecars import own_sidecar, read_options
 
 #: Faults that a report lists; of the others it only has the number.
 MAX_LISTED_FAULTS = 1000
