@@ -15,10 +15,10 @@ from batch_orchestration.core.lifecycle import BatchEvent
 from batch_orchestration.core.outcomes import Failure
 from batch_orchestration.core.results import SIMULATED
 from batch_orchestration.core.text import duration
+from batch_orchestration.dispatch.table import COLUMNS, pause_line, queue_rows
 from batch_orchestration.estimates.estimate import Estimate, estimate_rows
 from batch_orchestration.queue.entries import QueueView
 from batch_orchestration.services.board import Board
-from batch_orchestration.services.queue_table import COLUMNS, pause_line, queue_rows
 from batch_orchestration.services.status import BatchView
 from batch_orchestration.settings import SettingInForce
 

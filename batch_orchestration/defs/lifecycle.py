@@ -14,10 +14,10 @@ from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.defs.events import closed_chunk_materialization
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import tags_about
+from batch_orchestration.dispatch.dispatch import KnownRun, RunState
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.services.close_out import close_out
 from batch_orchestration.services.closing import cancel, close_due, closing_in_force
-from batch_orchestration.services.dispatch import KnownRun, RunState
 from batch_orchestration.services.resuming import resume
 from batch_orchestration.store.store import Store
 

@@ -9,12 +9,12 @@ from pydantic import Field
 
 from batch_orchestration.defs.events import MANIFEST_KEY, Metadata, halt_events
 from batch_orchestration.defs.resources import SettingsResource, data_folder
+from batch_orchestration.dispatch.refresh import KeptQueue
+from batch_orchestration.dispatch.table import queue_markdown
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import Pause, QueueEntry, QueueView, WaitReason
 from batch_orchestration.queue.halts import halt_in_force
-from batch_orchestration.services.queue_keeping import KeptQueue
-from batch_orchestration.services.queue_table import queue_markdown
 
 QUEUE_KEY = dg.AssetKey("queue_overview")
 #: Each is an event that Dagster keeps.

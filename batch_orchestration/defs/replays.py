@@ -41,6 +41,7 @@ from batch_orchestration.defs.runs import (
     tags_about,
     wait_for_the_gate,
 )
+from batch_orchestration.dispatch.dispatch import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.queue.entries import WaitReason
@@ -48,7 +49,6 @@ from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.load import closed_gate
 from batch_orchestration.queue.refused_engine import refusal_in_words
 from batch_orchestration.services.dead_letters import request_replay
-from batch_orchestration.services.dispatch import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.services.replaying import ReplayReport, run_replay
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.operations import open_replays

@@ -31,6 +31,15 @@ from batch_orchestration.defs.partitions import (
 from batch_orchestration.defs.queue import report_queue
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import LIVE_STATUSES, free_run_key, known_runs, run_state
+from batch_orchestration.dispatch.dispatch import (
+    MAX_FAILURES,
+    NeededRun,
+    RunState,
+    backoff_left,
+    dispatch,
+)
+from batch_orchestration.dispatch.queue import claim_admissible, in_order_of_service, run_priorities
+from batch_orchestration.dispatch.refresh import keep_queue
 from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
@@ -40,17 +49,7 @@ from batch_orchestration.queue.halts import halts_in_force
 from batch_orchestration.queue.load import closed_gate, queue_rules
 from batch_orchestration.queue.refused_engine import look_again, refusal_in_words
 from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt
-from batch_orchestration.services.dispatch import (
-    MAX_FAILURES,
-    NeededRun,
-    RunState,
-    backoff_left,
-    dispatch,
-)
-from batch_orchestration.services.queue import claim_admissible
-from batch_orchestration.services.queue_keeping import keep_queue
 from batch_orchestration.services.resuming import finish_resumptions
-from batch_orchestration.services.service_order import in_order_of_service, run_priorities
 from batch_orchestration.services.unfinished_work import keep_index
 from batch_orchestration.settings import Settings
 

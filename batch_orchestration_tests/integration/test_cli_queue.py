@@ -3,10 +3,10 @@
 import pytest
 
 from batch_orchestration.admission.settings import open_inbox
+from batch_orchestration.dispatch.refresh import keep_queue
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.load import queue_rules
-from batch_orchestration.services.queue_keeping import keep_queue
 from batch_orchestration.settings import load_settings
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.command_line import CommandLine

@@ -6,9 +6,9 @@ from contextlib import ExitStack, closing
 import dagster as dg
 import pytest
 
+from batch_orchestration.dispatch.refresh import with_expectations
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import EntryKind, Pause, QueueView, WaitReason
-from batch_orchestration.services.queue_keeping import with_expectations
 from batch_orchestration_tests.builders import NOW, make_input
 from batch_orchestration_tests.integration.deployment import Deployment
 

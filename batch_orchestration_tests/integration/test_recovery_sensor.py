@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from batch_orchestration.defs import recovery
+from batch_orchestration.dispatch.dispatch import MAX_FAILURES
 from batch_orchestration.engines.processes.records import (
     ProcessIdentity,
     ProcessRecord,
@@ -16,7 +17,6 @@ from batch_orchestration.engines.processes.records import (
     write_record,
 )
 from batch_orchestration.queue.files import read_needs
-from batch_orchestration.services.dispatch import MAX_FAILURES
 from batch_orchestration.workers.cleanup import WORKER_TAG, RecordedWorker
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration.workers.heartbeat_files import write_heartbeat

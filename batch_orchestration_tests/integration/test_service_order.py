@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.batches import BatchOptions
-from batch_orchestration.queue.entries import EntryKind, EntryState, Pause, QueueEntry, QueueView
-from batch_orchestration.queue.files import pause, read_queue, unpause
-from batch_orchestration.services.resuming import resume
-from batch_orchestration.services.service_order import (
+from batch_orchestration.dispatch.queue import (
     SHARE_SECONDS,
     in_order_of_service,
     run_priorities,
     served_of_late,
 )
+from batch_orchestration.queue.entries import EntryKind, EntryState, Pause, QueueEntry, QueueView
+from batch_orchestration.queue.files import pause, read_queue, unpause
+from batch_orchestration.services.resuming import resume
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
 from batch_orchestration_tests.integration.deployment import Deployment

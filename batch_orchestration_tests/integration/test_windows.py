@@ -4,9 +4,9 @@ from collections import Counter
 from contextlib import closing
 from itertools import groupby
 
+from batch_orchestration.dispatch.queue import claim_admissible
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.load import QueueRules
-from batch_orchestration.services.queue import claim_admissible
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.closing_bench import ClosingBench, StickingEngine
 from batch_orchestration_tests.inbox_bench import LATER

@@ -11,10 +11,10 @@ from batch_orchestration.admission.admission import MAX_ADMISSION_FAILURES
 from batch_orchestration.admission.claims import ClaimFolder
 from batch_orchestration.admission.results import Admitted, Rejected
 from batch_orchestration.core.errors import StorageError, StoreLocked
+from batch_orchestration.dispatch.queue import claim_admissible
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.load import QueueRules
 from batch_orchestration.services.board import rejections
-from batch_orchestration.services.queue import claim_admissible
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 

@@ -8,13 +8,13 @@ import pytest
 from batch_orchestration.admission.claims import Surveys
 from batch_orchestration.admission.results import Admitted, Held, Rejected
 from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.dispatch.queue import claim_admissible, read_queue
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.entries import Pause, WaitReason
 from batch_orchestration.queue.load import QueueRules
 from batch_orchestration.queue.rate_limits import Rate, RateLimits
 from batch_orchestration.queue.submitted import retry_after_seconds
-from batch_orchestration.services.queue import claim_admissible, read_queue
 from batch_orchestration_tests.builders import NOW, make_input
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 

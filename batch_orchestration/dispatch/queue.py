@@ -5,6 +5,7 @@ Built anew for each tick from what is durable: the inbox, claims, plans and stor
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,11 +36,46 @@ from batch_orchestration.queue.entries import (
 from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.halts import halts_in_force
 from batch_orchestration.queue.load import QueueRules, closed_gate, demand_in, left_of, read_load
-from batch_orchestration.queue.ordering import Candidate, Place, order
+from batch_orchestration.queue.ordering import Candidate, Place, order, whole_points
 from batch_orchestration.queue.submitted import read_rates
-from batch_orchestration.services.service_order import served_of_late
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import read_progress
+
+#: Sources share by what they got in this time: long enough for a chunk or two of a slow engine,
+#: short enough that nobody pays for yesterday.
+SHARE_SECONDS = 3600.0
+
+
+def in_order_of_service(batches: Iterable[BatchRecord], view: QueueView) -> list[BatchRecord]:
+    """Return the batches as they stand in the queue; those that do not stand there come last."""
+    places = {entry.batch_id: entry.place for entry in view.entries}
+    return sorted(
+        batches,
+        key=lambda batch: (places.get(batch.batch_id, math.inf), batch.batch_id),
+    )
+
+
+def run_priorities(view: QueueView) -> dict[str, int]:
+    """Return the priority of the runs of each batch: its whole points of effective priority."""
+    return {
+        entry.batch_id: whole_points(entry.effective_priority)
+        for entry in view.entries
+        if entry.batch_id is not None
+    }
+
+
+def served_of_late(store: Store, *, now: float) -> dict[str, float]:
+    """Return the tokens that each source got in the last `SHARE_SECONDS`.
+
+    Raises:
+        StorageError: The store cannot be read.
+    """
+    by_batch = store.tokens_since(now - SHARE_SECONDS)
+    served: dict[str, float] = {}
+    for batch in store.records(by_batch).values():
+        served[batch.source] = served.get(batch.source, 0.0) + by_batch[batch.batch_id]
+    return served
+
 
 #: JSON packs about so well.
 _GZIP_RATIO = 8

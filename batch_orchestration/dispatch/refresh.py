@@ -13,6 +13,7 @@ from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.registration import register_lost
 from batch_orchestration.core.errors import BatchOrchestrationError, StorageError
 from batch_orchestration.core.members import Faults
+from batch_orchestration.dispatch.queue import read_queue
 from batch_orchestration.estimates.estimating import expected_seconds
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue import files as queue_files
@@ -24,7 +25,6 @@ from batch_orchestration.queue.entries import (
     WaitReason,
 )
 from batch_orchestration.queue.load import QueueRules
-from batch_orchestration.services.queue import read_queue
 from batch_orchestration.store.store import Store
 
 #: Seconds that the engine still needs for an entry; None while nobody knows.

@@ -1,0 +1,1 @@
+"""Which runs are needed next, and the queue file that everybody reads."""
