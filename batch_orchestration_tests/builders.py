@@ -13,7 +13,7 @@ from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, 
 from batch_orchestration.core.requests import Request
 from batch_orchestration.core.results import Attempt, Provenance, SettledRequest
 from batch_orchestration.files.data_folder import DataFolder, new_digest, read_lines
-from batch_orchestration.services.clock_watch import read_clocks
+from batch_orchestration.lifecycle.clock import read_clocks
 
 ENDPOINT = "/v1/chat/completions"
 MODEL = "demo-model"

@@ -4,9 +4,9 @@ import click
 
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.cli.visible import say
+from batch_orchestration.lifecycle.cancellation import cancel
+from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.queue import files as queue_files
-from batch_orchestration.services.closing import cancel
-from batch_orchestration.services.resuming import resume
 
 _reason = click.option("--reason", default="", help="Why; kept in the batch's history and report.")
 

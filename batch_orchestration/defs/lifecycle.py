@@ -16,9 +16,9 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.defs.runs import tags_about
 from batch_orchestration.dispatch.dispatch import KnownRun, RunState
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.close_out import close_out
-from batch_orchestration.services.closing import cancel, close_due, closing_in_force
-from batch_orchestration.services.resuming import resume
+from batch_orchestration.lifecycle.cancellation import cancel, close_due, closing_in_force
+from batch_orchestration.lifecycle.close_out import close_out
+from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.store.store import Store
 
 #: Ours: `cancelled` or `expired`, on the runs of a batch that ended early.

@@ -43,14 +43,14 @@ from batch_orchestration.dispatch.refresh import keep_queue
 from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
+from batch_orchestration.lifecycle.clock import EXPIRY_SECONDS, clock_doubt
+from batch_orchestration.lifecycle.resumption import finish_resumptions
+from batch_orchestration.lifecycle.unfinished import keep_index
 from batch_orchestration.queue.entries import NeedsPerson, QueueView, WaitReason
 from batch_orchestration.queue.files import read_pause, write_needs
 from batch_orchestration.queue.halts import halts_in_force
 from batch_orchestration.queue.load import closed_gate, queue_rules
 from batch_orchestration.queue.refused_engine import look_again, refusal_in_words
-from batch_orchestration.services.clock_watch import EXPIRY_SECONDS, clock_doubt
-from batch_orchestration.services.resuming import finish_resumptions
-from batch_orchestration.services.unfinished_work import keep_index
 from batch_orchestration.settings import Settings
 
 CLAIM_TAG = "claim"

@@ -3,7 +3,7 @@
 `unfinished/` has an empty file, named by its id, for each batch of which the disk may know more
 than the store: one that the store has yet to be told of, one that somebody decided to go on with,
 and one with a replay that is not over. Whoever makes such a thing calls `mark_unfinished` first:
-a crash leaves a mark too many, never one too few. `services/unfinished_work.py` removes marks, and
+a crash leaves a mark too many, never one too few. `lifecycle/unfinished.py` removes marks, and
 finds what has none.
 """
 

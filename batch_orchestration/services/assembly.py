@@ -15,10 +15,10 @@ from batch_orchestration.estimates.scoring import score_batch
 from batch_orchestration.files.atomic import atomic_writer, disk_errors
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import shared_lock
+from batch_orchestration.lifecycle.completion import begin_ending, finish_ending
 from batch_orchestration.reports.figures import Latencies
 from batch_orchestration.reports.gathering import gather_figures
 from batch_orchestration.reports.report import batch_report
-from batch_orchestration.services.endings import begin_ending, finish_ending
 from batch_orchestration.services.outbox import (
     OutboxFiles,
     each_once,

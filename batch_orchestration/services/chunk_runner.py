@@ -28,10 +28,10 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.files.plan_checks import check_input_size, check_settings
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.lifecycle.cancellation import ClosingWatch
 from batch_orchestration.queue.halts import halt_in_force
 from batch_orchestration.services.batch_work import BatchWork
 from batch_orchestration.services.chunk_pass import PendingRequest
-from batch_orchestration.services.closing_watch import ClosingWatch
 from batch_orchestration.services.committer import Committed, Results
 from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.halting import FailureWatch
@@ -120,7 +120,7 @@ def run_chunks(
 
     Requests with a durable outcome are not submitted again; the engine is started only if
     something is pending, and is left running. Closing the iterator stops the feed; every answer
-    that arrived is kept. So does the early end of a batch (`services.closing`), within seconds.
+    that arrived is kept. So does the early end of a batch (`lifecycle.cancellation`), within seconds.
     A batch that is paused (`services.halting`) is passed over, and left if that happens meanwhile.
 
     Where it is the turn of others (see `services.turns`), their chunks are fed and yielded, too;

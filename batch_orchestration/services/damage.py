@@ -28,8 +28,8 @@ from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.plan_checks import check_input_size
 from batch_orchestration.gpu.faults import Fence
+from batch_orchestration.lifecycle.clock import ClockRecord, clock_path
 from batch_orchestration.queue.entries import NeedsPerson, Pause, QueueView
-from batch_orchestration.services.clock_watch import ClockRecord, clock_path
 from batch_orchestration.services.housekeeping import results_path
 from batch_orchestration.store.operations import open_files
 from batch_orchestration.workers.heartbeat import Heartbeat

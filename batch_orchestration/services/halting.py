@@ -20,7 +20,7 @@ from batch_orchestration.core.requests import Request
 from batch_orchestration.domain.failure_rate import LATEST_OUTCOMES, FailureRate, failed_request
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal_records import OutcomeRecord, read_records
-from batch_orchestration.services.closing import closing_lock
+from batch_orchestration.lifecycle.cancellation import closing_lock
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled_requests
 from batch_orchestration.gpu.sample_table import SampleTaker
+from batch_orchestration.lifecycle.cancellation import delivered
+from batch_orchestration.lifecycle.close_out import commit_closed
 from batch_orchestration.services.assembly import assemble
-from batch_orchestration.services.close_out import commit_closed
-from batch_orchestration.services.closing import delivered
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.storage.remaking import remake
 from batch_orchestration.store.operations import Operations

@@ -10,8 +10,8 @@ from batch_orchestration.core.lifecycle import FINAL, Closing, Halt, Resumption,
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.lifecycle.cancellation import delivered
 from batch_orchestration.queue.halts import halt_in_force
-from batch_orchestration.services.closing import delivered
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import STALE_SECONDS, Progress, read_progress
 

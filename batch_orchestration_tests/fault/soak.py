@@ -29,8 +29,8 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import FileDamaged
 from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.queue.halts import halts_in_force
-from batch_orchestration.services.resuming import resume
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import MODEL
 from batch_orchestration_tests.children import ROOT

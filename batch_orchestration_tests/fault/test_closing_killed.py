@@ -7,7 +7,7 @@ import pytest
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.crash_points import CrashPoint
-from batch_orchestration.services.resuming import finish_resumptions
+from batch_orchestration.lifecycle.resumption import finish_resumptions
 from batch_orchestration_tests.closing_bench import ClosingBench
 from batch_orchestration_tests.fault.crashing_closing import take_step
 from batch_orchestration_tests.forks import run_forked

@@ -13,8 +13,8 @@ from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.domain.output_lines import output_line
 from batch_orchestration.files import journal_reading as replay
 from batch_orchestration.files.kept_input import ChunkRef
+from batch_orchestration.lifecycle.close_out import commit_closed
 from batch_orchestration.services.assembly import assemble
-from batch_orchestration.services.close_out import commit_closed
 from batch_orchestration.services.housekeeping import House
 from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.services.partial_results import finished_so_far, read_finished

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.close_out import close_out
+from batch_orchestration.lifecycle.close_out import close_out
 from batch_orchestration_tests.command_line import CommandLine
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from batch_orchestration.core.errors import FileDamaged, StorageError
 from batch_orchestration.core.lifecycle import deadline
-from batch_orchestration.services.close_out import close_out
-from batch_orchestration.services.closing import close_due
+from batch_orchestration.lifecycle.cancellation import close_due
+from batch_orchestration.lifecycle.close_out import close_out
 from batch_orchestration_tests.closing_bench import ClosingBench, StickingEngine
 
 

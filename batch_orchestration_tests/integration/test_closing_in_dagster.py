@@ -12,8 +12,8 @@ from dagster._core.remote_origin import (
 )
 
 from batch_orchestration.core.lifecycle import Resumption, deadline
-from batch_orchestration.services.close_out import close_out
-from batch_orchestration.services.closing import cancel
+from batch_orchestration.lifecycle.cancellation import cancel
+from batch_orchestration.lifecycle.close_out import close_out
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.integration.deployment import Deployment
 from batch_orchestration_tests.integration.test_sensors import CANCELED, STARTED, pretend

@@ -14,9 +14,9 @@ from batch_orchestration.dispatch.queue import (
     run_priorities,
     served_of_late,
 )
+from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.queue.entries import EntryKind, EntryState, Pause, QueueEntry, QueueView
 from batch_orchestration.queue.files import pause, read_queue, unpause
-from batch_orchestration.services.resuming import resume
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
 from batch_orchestration_tests.integration.deployment import Deployment

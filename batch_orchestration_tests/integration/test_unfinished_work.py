@@ -10,10 +10,10 @@ import pytest
 
 from batch_orchestration.admission.registration import register_lost
 from batch_orchestration.files.unfinished import marked
+from batch_orchestration.lifecycle.resumption import finish_resumptions, resume
+from batch_orchestration.lifecycle.unfinished import MARK_SECONDS, SEARCH_SECONDS, keep_index
 from batch_orchestration.queue.rate_limits import RateLimits
 from batch_orchestration.queue.submitted import read_rates
-from batch_orchestration.services.resuming import finish_resumptions, resume
-from batch_orchestration.services.unfinished_work import MARK_SECONDS, SEARCH_SECONDS, keep_index
 from batch_orchestration.store.operations import open_replays, replay_asked_since
 from batch_orchestration_tests.builders import NOW, make_batch
 from batch_orchestration_tests.closing_bench import ClosingBench
@@ -49,7 +49,7 @@ def resumed_batch(root: Path) -> tuple[Workbench, str, Callable[[], object]]:
     bench.cancel(plan)
     bench.deliver(plan)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("batch_orchestration.services.resuming._carry_out", lambda *_: None)
+        patch.setattr("batch_orchestration.lifecycle.resumption._carry_out", lambda *_: None)
         resume(plan.batch_id, folder=bench.folder, store=bench.store, actor="a", at=time.time() + 1)
     return bench, plan.batch_id, lambda: bench.status(plan) == "in_progress"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.clock_watch import (
+from batch_orchestration.lifecycle.clock import (
     DELETION_SECONDS,
     EXPIRY_SECONDS,
     Clocks,

@@ -20,7 +20,7 @@ from batch_orchestration.core.results import ChunkReport, Provenance, SettledReq
 from batch_orchestration.files.data_folder import DataFolder, RawLine
 from batch_orchestration.files.journal import Journal, JournalEntry, read_journal, replay_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds
-from batch_orchestration.services.closing import closing_in_force
+from batch_orchestration.lifecycle.cancellation import closing_in_force
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import note_work
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.lifecycle import FINAL, Closing
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.closing import closing_in_force, closing_lock
+from batch_orchestration.lifecycle.cancellation import closing_in_force, closing_lock
 from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)

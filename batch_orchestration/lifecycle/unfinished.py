@@ -9,7 +9,7 @@ from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.unfinished import all_ids, marked, note_search, searched_at, unmark
-from batch_orchestration.services.resuming import is_resumed
+from batch_orchestration.lifecycle.resumption import is_resumed
 from batch_orchestration.store.operations import replays_of
 from batch_orchestration.store.store import Store
 

@@ -24,8 +24,8 @@ from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.unfinished import marked
+from batch_orchestration.lifecycle.cancellation import closing_lock, set_damaged_decisions_aside
 from batch_orchestration.queue.halts import halt_in_force
-from batch_orchestration.services.closing import closing_lock, set_damaged_decisions_aside
 from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""How a batch ends: completed, cancelled, expired; and how it is resumed."""
