@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from batch_orchestration.domain.window_control import Bounds, WindowControl
 from batch_orchestration.engines.simulated.kv_cache import KvMachine, KvModel
 from batch_orchestration.estimates import derivation
 from batch_orchestration.estimates.costs import Costs
 from batch_orchestration.estimates.derivation import RequestTokens
-from batch_orchestration.services.engine_poll import POLL_SECONDS
+from batch_orchestration.inference.window.control import Bounds, WindowControl
+from batch_orchestration.inference.window.window import POLL_SECONDS
 
 Dice = random.Random
 Length = Callable[[Dice], int]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from batch_orchestration.domain.window_control import Bounds, WindowControl
+from batch_orchestration.inference.window.control import Bounds, WindowControl
 from batch_orchestration_tests.window_simulation import (
     SHAPES,
     Course,

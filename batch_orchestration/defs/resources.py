@@ -28,10 +28,10 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import share
 from batch_orchestration.gpu.health import device_watch, no_gate, require_healthy_gpu
 from batch_orchestration.gpu.sample_table import SampleTaker
+from batch_orchestration.inference.window.sizing import Sizing, size_run
 from batch_orchestration.services.chunk_runner import Feeding
 from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.services.run_sampler import RunSampler
-from batch_orchestration.services.sizing import Sizing, size_run
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import vitals_of_this_worker
@@ -177,7 +177,7 @@ class GpuResource(dg.ConfigurableResource):
         it starts vLLM on a GPU, it looks whether that is healthy, and raises `GpuUnhealthy` if not.
 
         Args:
-            batch_ids: What the engine is sized for (`services.sizing`).
+            batch_ids: What the engine is sized for (`inference.window.sizing`).
         """
         if self._engine is None:
             logs = data_folder(settings).logs / "engines"

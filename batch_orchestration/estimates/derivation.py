@@ -87,7 +87,7 @@ def window(
         window  = running + 2 + running / 8
 
     vLLM admits what it has slots and cache for (v1/core/sched/scheduler.py) and keeps the others
-    waiting; with the surplus there is always one to admit. From then on `domain.window_control`
+    waiting; with the surplus there is always one to admit. From then on `inference.window.control`
     follows what the engine tells.
     """
     bounds, words = list[float](), list[str]()

@@ -21,13 +21,14 @@ from batch_orchestration.core.requests import Overrides
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.domain.retries import RetryPolicy
-from batch_orchestration.domain.window_control import Bounds
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.files.plan_checks import check_input_size, check_settings
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.window.control import Bounds
+from batch_orchestration.inference.window.window import Window
 from batch_orchestration.lifecycle.cancellation import ClosingWatch
 from batch_orchestration.queue.halts import halt_in_force
 from batch_orchestration.services.batch_work import BatchWork
@@ -37,7 +38,6 @@ from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.services.halting import FailureWatch
 from batch_orchestration.services.ladders import chunk_needs
 from batch_orchestration.services.obstacles import Obstacles
-from batch_orchestration.services.request_window import Window
 from batch_orchestration.services.run_accounts import RunAccounts
 from batch_orchestration.services.run_progress import CommittedChunk as CommittedChunk
 from batch_orchestration.services.turns import Turns

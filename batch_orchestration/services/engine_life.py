@@ -12,8 +12,8 @@ from batch_orchestration.core.errors import (
 from batch_orchestration.domain.deaths import DeathCount
 from batch_orchestration.domain.isolation import most_deaths
 from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.inference.window.window import Window
 from batch_orchestration.services.easing import Easing
-from batch_orchestration.services.request_window import Window
 from batch_orchestration.workers.vitals import MARGIN_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)

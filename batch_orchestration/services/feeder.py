@@ -21,15 +21,14 @@ from batch_orchestration.engines.access import CHAT, is_doubtful
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.window.window import EnginePoll, RequestWindow, Window
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.services.engine_life import EngineLife
-from batch_orchestration.services.engine_poll import EnginePoll
 from batch_orchestration.services.engine_waits import EngineWaits
 from batch_orchestration.services.gate import Gate
 from batch_orchestration.services.hang_watch import LOOKS_PER_LIMIT, HangWatch
 from batch_orchestration.services.obstacles import Obstacles
 from batch_orchestration.services.open_files import connections_possible
-from batch_orchestration.services.request_window import RequestWindow, Window
 from batch_orchestration.workers.vitals import MARGIN_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)

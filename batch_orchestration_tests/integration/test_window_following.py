@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from batch_orchestration.domain.window_control import WindowControl
+from batch_orchestration.inference.window.control import WindowControl
 from batch_orchestration_tests.window_simulation import (
     SHAPES,
     Shape,

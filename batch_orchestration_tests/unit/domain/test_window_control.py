@@ -2,8 +2,8 @@
 
 import pytest
 
-from batch_orchestration.domain.window_control import Bounds, WindowControl
 from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.inference.window.control import Bounds, WindowControl
 
 
 def looks(

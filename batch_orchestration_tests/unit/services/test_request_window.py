@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from batch_orchestration.gpu.thermal import DeviceCare
-from batch_orchestration.services import request_window
-from batch_orchestration.services.request_window import RequestWindow, Window
+from batch_orchestration.inference.window import window as request_window
+from batch_orchestration.inference.window.window import RequestWindow, Window
 from batch_orchestration_tests.workbench import make_feeding
 
 

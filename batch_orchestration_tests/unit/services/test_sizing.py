@@ -13,7 +13,7 @@ from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.estimate import Band, Basis, Estimate
 from batch_orchestration.estimates.tables import EngineFacts, EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.sizing import Sizing, size_run
+from batch_orchestration.inference.window.sizing import Sizing, size_run
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_batch

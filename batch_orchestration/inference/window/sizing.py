@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.domain.window_control import Bounds
 from batch_orchestration.engines.vllm import flag_name, whole_number
 from batch_orchestration.estimates import derivation
 from batch_orchestration.estimates.derivation import (
@@ -31,6 +30,7 @@ from batch_orchestration.gpu.health import (
     model_config,
     no_gate,
 )
+from batch_orchestration.inference.window.control import Bounds
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.store.store import Store
 

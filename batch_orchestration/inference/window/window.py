@@ -8,19 +8,19 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.domain.retries import RetryPolicy
-from batch_orchestration.domain.window_control import Bounds, WindowControl
+from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.window.control import Bounds, WindowControl
 
 logger = logging.getLogger(__name__)
-
 #: Between looks at a window that is full: the care for the device tells nobody when it changes.
 LOOK_SECONDS = 0.5
 
@@ -165,3 +165,49 @@ class RequestWindow:
                 "going on: the device is ready again, for %.0f %% of the window", share * 100
             )
         self._share = share
+
+
+#: vLLM updates its metrics with every step; the window need not follow faster than this.
+POLL_SECONDS = 1.0
+#: An engine that tells nothing need not be asked more often than that it lives.
+BLIND_SECONDS = 10.0
+
+
+class EnginePoll:
+    """Asks while a window is open, and hands on what was answered.
+
+    Args:
+        engine: Asked by its `measure`.
+        heard: Given the figures, or None if the engine did not answer; what it raises ends the
+            window.
+        most_seconds: Between two questions.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        heard: Callable[[EngineFigures | None], Awaitable[None]],
+        most_seconds: float,
+    ) -> None:
+        self._engine = engine
+        self._heard = heard
+        self._most_seconds = most_seconds
+
+    @contextlib.asynccontextmanager
+    async def polling(self) -> AsyncIterator[None]:
+        """Ask while the body runs; what `heard` raises comes out in a group."""
+        async with asyncio.TaskGroup() as group:
+            poll = group.create_task(self._poll())
+            try:
+                yield
+            finally:
+                poll.cancel()
+
+    async def _poll(self) -> None:
+        seconds = POLL_SECONDS
+        while True:
+            await asyncio.sleep(min(seconds, self._most_seconds))
+            figures = await self._engine.measure()
+            seconds = BLIND_SECONDS if figures == EngineFigures() else POLL_SECONDS
+            await self._heard(figures)

@@ -1,0 +1,1 @@
+"""One run: feeds the engine, records outcomes, commits chunks."""

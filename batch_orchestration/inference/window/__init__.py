@@ -1,0 +1,1 @@
+"""How many requests the engine gets at a time."""
