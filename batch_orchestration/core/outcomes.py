@@ -38,7 +38,7 @@ class FailureCode(StrEnum):
     TIMEOUT = "timeout"
     CONNECTION_LOST = "connection_lost"
     RESPONSE_UNREADABLE = "response_unreadable"
-    # The verdict of `domain.isolation`: the request stood alone, and the engine died.
+    # The verdict of `inference.faults.isolation`: the request stood alone, and the engine died.
     ENGINE_KILLED = "engine_killed"
     # The same, where the engine died of exhausted memory on the lowest rung of its ladder.
     OUT_OF_MEMORY = "out_of_memory"

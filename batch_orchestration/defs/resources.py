@@ -11,8 +11,6 @@ from typing import Any
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
-from batch_orchestration.domain.breaker import BreakerPolicy
-from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.memory_ladder import Ladder, Rung
 from batch_orchestration.engines.memory_level_file import RungMemory
@@ -28,9 +26,10 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import share
 from batch_orchestration.gpu.health import device_watch, no_gate, require_healthy_gpu
 from batch_orchestration.gpu.sample_table import SampleTaker
+from batch_orchestration.inference.faults.oom_recovery import remembered_ladder
+from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
 from batch_orchestration.inference.window.sizing import Sizing, size_run
 from batch_orchestration.services.chunk_runner import Feeding
-from batch_orchestration.services.ladders import remembered_ladder
 from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.store import Store

@@ -48,7 +48,7 @@ def is_doubtful(failure: Failure) -> bool:
     """Whether the refusal may be the gate's.
 
     Not if the status is always the request's own, nor if the failure is sent again anyway: an
-    engine that fails nearly everything is `domain.breaker`'s. Of any other refusal only a
+    engine that fails nearly everything is `inference.faults.retries`'s. Of any other refusal only a
     request that is let in afterwards shows that not everything is refused alike.
     """
     return not failure.retryable and failure.status not in {None, *OWN_STATUSES}

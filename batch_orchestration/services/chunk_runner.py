@@ -19,14 +19,16 @@ from batch_orchestration.core.errors import IllegalTransition
 from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.core.requests import Overrides
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.domain.breaker import BreakerPolicy
-from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.files.plan_checks import check_input_size, check_settings
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.faults.halting import FailureWatch
+from batch_orchestration.inference.faults.oom_recovery import chunk_needs
+from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
+from batch_orchestration.inference.faults.transient_errors import Obstacles
 from batch_orchestration.inference.window.control import Bounds
 from batch_orchestration.inference.window.window import Window
 from batch_orchestration.lifecycle.cancellation import ClosingWatch
@@ -35,9 +37,6 @@ from batch_orchestration.services.batch_work import BatchWork
 from batch_orchestration.services.chunk_pass import PendingRequest
 from batch_orchestration.services.committer import Committed, Results
 from batch_orchestration.services.feeder import Feeder, first_leaf
-from batch_orchestration.services.halting import FailureWatch
-from batch_orchestration.services.ladders import chunk_needs
-from batch_orchestration.services.obstacles import Obstacles
 from batch_orchestration.services.run_accounts import RunAccounts
 from batch_orchestration.services.run_progress import CommittedChunk as CommittedChunk
 from batch_orchestration.services.turns import Turns
@@ -121,7 +120,7 @@ def run_chunks(
     Requests with a durable outcome are not submitted again; the engine is started only if
     something is pending, and is left running. Closing the iterator stops the feed; every answer
     that arrived is kept. So does the early end of a batch (`lifecycle.cancellation`), within seconds.
-    A batch that is paused (`services.halting`) is passed over, and left if that happens meanwhile.
+    A batch that is paused (`inference.faults.halting`) is passed over, and left if that happens meanwhile.
 
     Where it is the turn of others (see `services.turns`), their chunks are fed and yielded, too;
     and where the run makes room for others it ends early, with chunks of its own left to do.

@@ -14,20 +14,19 @@ from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import EngineDied, EngineSick, GpuUnhealthy
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.core.requests import Overrides, prepare_body
-from batch_orchestration.domain.breaker import Breaker
-from batch_orchestration.domain.isolation import LABEL_END, Isolation, to_confirm
-from batch_orchestration.domain.retries import retry_delay
 from batch_orchestration.engines.access import CHAT, is_doubtful
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.faults.access import Gate
+from batch_orchestration.inference.faults.engine_life import EngineLife
+from batch_orchestration.inference.faults.hang_watch import LOOKS_PER_LIMIT, HangWatch
+from batch_orchestration.inference.faults.isolation import LABEL_END, Isolation, to_confirm
+from batch_orchestration.inference.faults.retries import Breaker, retry_delay
+from batch_orchestration.inference.faults.transient_errors import Obstacles
 from batch_orchestration.inference.window.window import EnginePoll, RequestWindow, Window
 from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
-from batch_orchestration.services.engine_life import EngineLife
 from batch_orchestration.services.engine_waits import EngineWaits
-from batch_orchestration.services.gate import Gate
-from batch_orchestration.services.hang_watch import LOOKS_PER_LIMIT, HangWatch
-from batch_orchestration.services.obstacles import Obstacles
 from batch_orchestration.services.open_files import connections_possible
 from batch_orchestration.workers.vitals import MARGIN_SECONDS, RunVitals
 
@@ -44,17 +43,17 @@ class Feeder:
     in trouble is fed less.
 
     When the engine dies, what it had in flight is suspect and is tested apart (see
-    `domain.isolation`); the death costs no request an attempt. Suspects and fresh requests take
+    `inference.faults.isolation`); the death costs no request an attempt. Suspects and fresh requests take
     turns and never share a window. A fresh turn lasts at least as long as the turn of suspects
     before it, so that fresh work gets half of the time whatever is wrong with the suspects.
     Only an engine that has answered something since it was started is believed when it dies with
     one of them alone; one that dies whatever it is asked is given up, and convicts nobody.
 
     A refusal that may be the gate's is recorded only when something else was let in since (see
-    `services.gate`).
+    `inference.faults.access`).
 
     An engine that ran out of memory makes no suspects, but is started anew with gentler settings
-    (see `services.easing`), until there are none.
+    (see `inference.faults.oom_recovery`), until there are none.
 
     A source that yields an obstacle in place of a request, such as a full disk, is asked again
     when it may be gone.

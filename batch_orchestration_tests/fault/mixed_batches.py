@@ -5,7 +5,6 @@ from collections import Counter
 from pathlib import Path
 
 from batch_orchestration.core.batches import BatchPlan
-from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.processes.records import is_running, read_record
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
@@ -13,6 +12,7 @@ from batch_orchestration.engines.simulated.strange import KINDS
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.journal_records import OutcomeRecord, read_records
+from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.services.assembly import OutboxFiles, assemble
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.recount import recount

@@ -8,7 +8,7 @@ import pytest
 
 from batch_orchestration.core.errors import EngineDied, EngineSick
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
-from batch_orchestration.domain.breaker import BreakerPolicy
+from batch_orchestration.inference.faults.retries import BreakerPolicy
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench
 

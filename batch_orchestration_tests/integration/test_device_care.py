@@ -9,8 +9,8 @@ import pytest
 from batch_orchestration.core.errors import DiskFull, EngineDied, GpuUnhealthy
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.faults import transient_errors as obstacles
 from batch_orchestration.inference.window import window as request_window
-from batch_orchestration.services import obstacles
 from batch_orchestration.services.chunk_pass import PendingRequest
 from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration_tests.builders import make_failure

@@ -10,9 +10,9 @@ from batch_orchestration.core.errors import DiskFull, EngineDied, IllegalTransit
 from batch_orchestration.core.lifecycle import Halt, Resumption
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.dispatch.dispatch import KnownRun, RunState
-from batch_orchestration.domain.failure_rate import FIRST_OUTCOMES
-from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.inference.faults.failure_rate import FIRST_OUTCOMES
+from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.queue.load import Limits, read_load
 from batch_orchestration_tests.halting_bench import REFUSAL, HaltingBench, refusal_of, refusing
 from batch_orchestration_tests.scripted_engine import ScriptedEngine

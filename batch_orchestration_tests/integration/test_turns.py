@@ -12,8 +12,8 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
-from batch_orchestration.domain.breaker import BreakerPolicy
 from batch_orchestration.files.journal import Journal
+from batch_orchestration.inference.faults.retries import BreakerPolicy
 from batch_orchestration.queue.entries import EntryKind, EntryState, WaitReason
 from batch_orchestration.services import turns
 from batch_orchestration.services.chunk_pass import ChunkPass

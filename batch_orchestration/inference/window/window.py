@@ -12,12 +12,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from batch_orchestration.domain.breaker import BreakerPolicy
-from batch_orchestration.domain.retries import RetryPolicy
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
 from batch_orchestration.inference.window.control import Bounds, WindowControl
 
 logger = logging.getLogger(__name__)

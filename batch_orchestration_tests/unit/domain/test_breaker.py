@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.domain.breaker import Breaker, BreakerPolicy
+from batch_orchestration.inference.faults.retries import Breaker, BreakerPolicy
 
 POLICY = BreakerPolicy(last=10, failure_rate=0.5, pause_seconds=10, max_pause_seconds=30, probes=3)
 

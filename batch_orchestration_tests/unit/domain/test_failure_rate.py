@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from batch_orchestration.core.lifecycle import FailedRequest, Halt
 from batch_orchestration.core.outcomes import Failure, FailureCode
-from batch_orchestration.domain.failure_rate import (
+from batch_orchestration.inference.faults.failure_rate import (
     FIRST_OUTCOMES,
     LATEST_OUTCOMES,
     FailureRate,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.isolation import Isolation, is_confirmation, to_confirm
+from batch_orchestration.inference.faults.isolation import Isolation, is_confirmation, to_confirm
 
 
 def search(window: list[int], guilty: set[int]) -> tuple[list[int], int]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_orchestration.core.outcomes import RETRYABLE, Failure, FailureCode
-from batch_orchestration.domain.retries import RetryPolicy, retry_delay
+from batch_orchestration.inference.faults.retries import RetryPolicy, retry_delay
 
 POLICY = RetryPolicy(max_attempts=4, base_delay_seconds=1.0, max_delay_seconds=3.0)
 

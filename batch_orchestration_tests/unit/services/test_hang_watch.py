@@ -6,7 +6,7 @@ import pytest
 
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.engines.figures import EngineFigures
-from batch_orchestration.services.hang_watch import HangWatch
+from batch_orchestration.inference.faults.hang_watch import HangWatch
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 
 LIMIT = 100.0

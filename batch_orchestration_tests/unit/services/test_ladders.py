@@ -7,7 +7,7 @@ import pytest
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
 from batch_orchestration.engines.memory_ladder import Ladder, Rung
 from batch_orchestration.engines.memory_level_file import RungMemory
-from batch_orchestration.services.ladders import remembered_ladder
+from batch_orchestration.inference.faults.oom_recovery import remembered_ladder
 
 TOP = Rung(max_num_seqs=64)
 OUT_OF_MEMORY = Exhaustion(shortage=MemoryShortage.WORK, evidence="CUDA out of memory")

@@ -17,9 +17,13 @@ from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.lifecycle import FailedRequest, Resumption
 from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.core.requests import Request
-from batch_orchestration.domain.failure_rate import LATEST_OUTCOMES, FailureRate, failed_request
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal_records import OutcomeRecord, read_records
+from batch_orchestration.inference.faults.failure_rate import (
+    LATEST_OUTCOMES,
+    FailureRate,
+    failed_request,
+)
 from batch_orchestration.lifecycle.cancellation import closing_lock
 
 logger = logging.getLogger(__name__)
