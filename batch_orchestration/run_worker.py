@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import keep_from_others
-from batch_orchestration.services.open_files import raise_open_file_limit
+from batch_orchestration.inference.open_files import raise_open_file_limit
 from batch_orchestration.settings import load_settings
 from batch_orchestration.workers.cleanup import STACKS_SIGNAL
 from batch_orchestration.workers.reporter import beating, note_work

@@ -10,9 +10,9 @@ from batch_orchestration.core.lifecycle import Halt
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.dispatch.dispatch import Dispatch, KnownRun, dispatch
 from batch_orchestration.engines.base import Engine
+from batch_orchestration.inference.run import CommittedChunk
 from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.queue.halts import halt_in_force, halts_in_force
-from batch_orchestration.services.chunk_runner import CommittedChunk
 from batch_orchestration_tests.builders import make_input, make_plan
 from batch_orchestration_tests.closing_bench import ClosingBench
 from batch_orchestration_tests.scripted_engine import ScriptedEngine

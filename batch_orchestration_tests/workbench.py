@@ -10,7 +10,7 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.services.chunk_runner import CommittedChunk, Feeding, run_chunks
+from batch_orchestration.inference.run import CommittedChunk, Feeding, run_chunks
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, believe_the_clock, make_batch
 

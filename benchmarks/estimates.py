@@ -33,8 +33,8 @@ from batch_orchestration.estimates.scores import Score, calibration
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.retries import RetryPolicy
+from batch_orchestration.inference.run import Feeding, run_chunks
 from batch_orchestration.services.assembly import assemble
-from batch_orchestration.services.chunk_runner import Feeding, run_chunks
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.store.store import Store
 

@@ -20,8 +20,8 @@ from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.services.assembly import AssemblyReport, assemble
-from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.store.store import Store
 
 

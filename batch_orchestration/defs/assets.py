@@ -51,12 +51,12 @@ from batch_orchestration.defs.runs import (
 )
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.sample_table import SampleTaker
+from batch_orchestration.inference.run import CommittedChunk, run_chunks
+from batch_orchestration.inference.sampler import RunSampler
 from batch_orchestration.inference.window.sizing import Sizing
 from batch_orchestration.queue.entries import WaitReason
 from batch_orchestration.queue.halts import halt_in_force, what_helps
-from batch_orchestration.services.chunk_runner import CommittedChunk, run_chunks
 from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
-from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import say_at_work

@@ -28,9 +28,9 @@ from batch_orchestration.gpu.health import device_watch, no_gate, require_health
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.inference.faults.oom_recovery import remembered_ladder
 from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
+from batch_orchestration.inference.run import Feeding
+from batch_orchestration.inference.sampler import RunSampler
 from batch_orchestration.inference.window.sizing import Sizing, size_run
-from batch_orchestration.services.chunk_runner import Feeding
-from batch_orchestration.services.run_sampler import RunSampler
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import vitals_of_this_worker

@@ -25,11 +25,11 @@ from batch_orchestration.files.journal import Journal
 from batch_orchestration.files.kept_input import original_lines
 from batch_orchestration.files.plan_checks import check_settings
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.chunk_pass import Obstacle, PendingRequest, RequestPass
+from batch_orchestration.inference.feeder import Feeder, first_leaf
+from batch_orchestration.inference.run import SYNC_SECONDS, Feeding
 from batch_orchestration.lifecycle.cancellation import ClosingWatch
 from batch_orchestration.services.assembly import AssemblyReport, assemble
-from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest, RequestPass
-from batch_orchestration.services.chunk_runner import SYNC_SECONDS, Feeding
-from batch_orchestration.services.feeder import Feeder, first_leaf
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.inference.window import window as engine_poll
 from batch_orchestration.inference.window.sizing import Sizing, size_run
-from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.settings import Settings
 from batch_orchestration.workers.vitals import RunVitals
 from batch_orchestration_tests.unit.services.test_sizing import Site

@@ -13,8 +13,8 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.journal_records import OutcomeRecord, read_records
 from batch_orchestration.inference.faults.retries import RetryPolicy
+from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.services.assembly import OutboxFiles, assemble
-from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.services.recount import recount
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import MODEL, NOW, make_body, make_line

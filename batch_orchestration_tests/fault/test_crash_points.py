@@ -94,7 +94,7 @@ def test_every_crash_point_is_tried() -> None:
 
 
 def test_the_name_of_no_crash_point_is_an_error_at_once() -> None:
-    command = [sys.executable, "-c", "import batch_orchestration.services.feeder"]
+    command = [sys.executable, "-c", "import batch_orchestration.inference.feeder"]
     environment = {**os.environ, VARIABLE: "before_lunch"}
 
     ended = subprocess.run(

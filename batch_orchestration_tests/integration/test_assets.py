@@ -11,8 +11,8 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.defs import runs
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
 from batch_orchestration.defs.runs import ASKS_PERSON_TAG, PARTIAL_TAG, mark_partial
+from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.queue.entries import QueueView
-from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.settings import EngineKind
 from batch_orchestration_tests.builders import make_input, make_line
 from batch_orchestration_tests.integration.deployment import Deployment

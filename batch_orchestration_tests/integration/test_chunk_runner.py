@@ -12,7 +12,7 @@ import pytest
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed, PlanMismatch
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.files.journal import read_journal
-from batch_orchestration.services.chunk_runner import run_chunks
+from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.workers.progress import read_progress
 from batch_orchestration_tests.builders import make_body
 from batch_orchestration_tests.scripted_engine import ScriptedEngine, answer_to

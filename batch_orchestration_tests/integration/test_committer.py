@@ -4,7 +4,7 @@ from pathlib import Path
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.kept_input import ChunkRef
-from batch_orchestration.services.committer import Committed, Committer
+from batch_orchestration.inference.committer import Committed, Committer
 from batch_orchestration_tests.builders import make_completion, make_failure, make_request
 from batch_orchestration_tests.large_answers import answered
 from batch_orchestration_tests.workbench import Workbench

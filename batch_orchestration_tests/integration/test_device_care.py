@@ -9,10 +9,10 @@ import pytest
 from batch_orchestration.core.errors import DiskFull, EngineDied, GpuUnhealthy
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.chunk_pass import PendingRequest
 from batch_orchestration.inference.faults import transient_errors as obstacles
+from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.inference.window import window as request_window
-from batch_orchestration.services.chunk_pass import PendingRequest
-from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration_tests.builders import make_failure
 from batch_orchestration_tests.scripted_engine import Script, ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench, make_feeding

@@ -13,10 +13,10 @@ from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.files.journal import Journal
+from batch_orchestration.inference import scheduling as turns
+from batch_orchestration.inference.chunk_pass import ChunkPass
 from batch_orchestration.inference.faults.retries import BreakerPolicy
 from batch_orchestration.queue.entries import EntryKind, EntryState, WaitReason
-from batch_orchestration.services import turns
-from batch_orchestration.services.chunk_pass import ChunkPass
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import read_progress
 from batch_orchestration_tests.builders import NOW, make_provenance

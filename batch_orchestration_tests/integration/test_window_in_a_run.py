@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
+from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.inference.window import control as window_control
 from batch_orchestration.inference.window import window as engine_poll
 from batch_orchestration.inference.window.control import Bounds
-from batch_orchestration.services.chunk_runner import run_chunks
 from batch_orchestration.workers.vitals import RunVitals
 from batch_orchestration_tests.workbench import Workbench, make_feeding
 

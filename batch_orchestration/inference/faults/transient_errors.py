@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 
 from batch_orchestration.core.errors import DiskFull, Shortage, TooManyOpenFiles
-from batch_orchestration.services.chunk_pass import Obstacle
+from batch_orchestration.inference.chunk_pass import Obstacle
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from batch_orchestration.gpu.gate import GpuLimits
 from batch_orchestration.gpu.monitor import DeviceWatch
 from batch_orchestration.gpu.samples import read_samples
 from batch_orchestration.gpu.thermal import DeviceCare
-from batch_orchestration.services.run_sampler import RunSampler
+from batch_orchestration.inference.sampler import RunSampler
 from batch_orchestration.workers.vitals import RunVitals
 
 GPU = GpuFacts(index=0, uuid="GPU-1", name="Test", temperature_celsius=60)
@@ -82,7 +82,7 @@ def test_what_cannot_be_written_is_said_once_and_stops_nothing(folder, vitals, c
 
 
 def test_a_driver_that_hangs_does_not_keep_the_run_from_ending(folder, vitals, monkeypatch):
-    monkeypatch.setattr("batch_orchestration.services.run_sampler.STOP_SECONDS", 0.05)
+    monkeypatch.setattr("batch_orchestration.inference.sampler.STOP_SECONDS", 0.05)
     release = threading.Event()
 
     def read():

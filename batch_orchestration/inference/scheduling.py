@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.inference.batch_work import BatchWork
+from batch_orchestration.inference.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry, QueueView
 from batch_orchestration.queue.files import read_queue
 from batch_orchestration.queue.ordering import whole_points
-from batch_orchestration.services.batch_work import BatchWork
-from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.store.operations import replay_asked_since
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from batch_orchestration.core.outcomes import Failure
 from batch_orchestration.core.text import duration
-from batch_orchestration.services.chunk_pass import PendingRequest
+from batch_orchestration.inference.chunk_pass import PendingRequest
 from batch_orchestration.workers.progress import Wait
 
 #: Of the engine's words: the whole stands in the journal.

@@ -7,8 +7,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.batch_work import BatchWork
-from batch_orchestration.services.feeder import Feeder
+from batch_orchestration.inference.batch_work import BatchWork
+from batch_orchestration.inference.feeder import Feeder
 from batch_orchestration.workers.utilization import (
     Accountant,
     Kept,

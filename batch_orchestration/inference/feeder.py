@@ -18,16 +18,16 @@ from batch_orchestration.engines.access import CHAT, is_doubtful
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.chunk_pass import Obstacle, PendingRequest
 from batch_orchestration.inference.faults.access import Gate
 from batch_orchestration.inference.faults.engine_life import EngineLife
 from batch_orchestration.inference.faults.hang_watch import LOOKS_PER_LIMIT, HangWatch
 from batch_orchestration.inference.faults.isolation import LABEL_END, Isolation, to_confirm
 from batch_orchestration.inference.faults.retries import Breaker, retry_delay
 from batch_orchestration.inference.faults.transient_errors import Obstacles
+from batch_orchestration.inference.open_files import connections_possible
+from batch_orchestration.inference.waiting import EngineWaits
 from batch_orchestration.inference.window.window import EnginePoll, RequestWindow, Window
-from batch_orchestration.services.chunk_pass import Obstacle, PendingRequest
-from batch_orchestration.services.engine_waits import EngineWaits
-from batch_orchestration.services.open_files import connections_possible
 from batch_orchestration.workers.vitals import MARGIN_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)

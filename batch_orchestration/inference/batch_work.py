@@ -12,11 +12,16 @@ from batch_orchestration.core.results import ChunkReport, Provenance
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import JournalState, replay_journal
 from batch_orchestration.files.kept_input import ChunkRef
+from batch_orchestration.inference.chunk_pass import (
+    ChunkPass,
+    Obstacle,
+    PendingRequest,
+    RequestPass,
+)
+from batch_orchestration.inference.committer import Committer, Results
 from batch_orchestration.inference.faults.halting import FailureWatch
+from batch_orchestration.inference.progress import RunProgress, remaining_work
 from batch_orchestration.queue.halts import halt_in_force
-from batch_orchestration.services.chunk_pass import ChunkPass, Obstacle, PendingRequest, RequestPass
-from batch_orchestration.services.committer import Committer, Results
-from batch_orchestration.services.run_progress import RunProgress, remaining_work
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.vitals import RunVitals
 

@@ -25,21 +25,21 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.files.plan_checks import check_input_size, check_settings
 from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.batch_work import BatchWork
+from batch_orchestration.inference.chunk_pass import PendingRequest
+from batch_orchestration.inference.committer import Committed, Results
 from batch_orchestration.inference.faults.halting import FailureWatch
 from batch_orchestration.inference.faults.oom_recovery import chunk_needs
 from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
 from batch_orchestration.inference.faults.transient_errors import Obstacles
+from batch_orchestration.inference.feeder import Feeder, first_leaf
+from batch_orchestration.inference.progress import CommittedChunk as CommittedChunk
+from batch_orchestration.inference.scheduling import Turns
+from batch_orchestration.inference.utilization import RunAccounts
 from batch_orchestration.inference.window.control import Bounds
 from batch_orchestration.inference.window.window import Window
 from batch_orchestration.lifecycle.cancellation import ClosingWatch
 from batch_orchestration.queue.halts import halt_in_force
-from batch_orchestration.services.batch_work import BatchWork
-from batch_orchestration.services.chunk_pass import PendingRequest
-from batch_orchestration.services.committer import Committed, Results
-from batch_orchestration.services.feeder import Feeder, first_leaf
-from batch_orchestration.services.run_accounts import RunAccounts
-from batch_orchestration.services.run_progress import CommittedChunk as CommittedChunk
-from batch_orchestration.services.turns import Turns
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.vitals import COMMIT_SECONDS, MARGIN_SECONDS, RunVitals
 
@@ -122,7 +122,7 @@ def run_chunks(
     that arrived is kept. So does the early end of a batch (`lifecycle.cancellation`), within seconds.
     A batch that is paused (`inference.faults.halting`) is passed over, and left if that happens meanwhile.
 
-    Where it is the turn of others (see `services.turns`), their chunks are fed and yielded, too;
+    Where it is the turn of others (see `inference.scheduling`), their chunks are fed and yielded, too;
     and where the run makes room for others it ends early, with chunks of its own left to do.
 
     Args:
