@@ -13,13 +13,13 @@ import msgspec
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import Closing, Resumption
 from batch_orchestration.core.outcomes import Outcome
+from batch_orchestration.delivery.assembly import AssemblyReport, assemble
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.journal import JournalState, replay_journal
 from batch_orchestration.inference.run import CommittedChunk
 from batch_orchestration.lifecycle.cancellation import Cancellation, cancel, close_due
 from batch_orchestration.lifecycle.close_out import close_out
 from batch_orchestration.lifecycle.resumption import resume
-from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration_tests.builders import make_input, make_plan
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench

@@ -11,7 +11,7 @@ from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.cli import main
 from batch_orchestration.cli.context import Context
-from batch_orchestration.services.assembly import assemble
+from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.settings import load_settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import Progress, write_progress

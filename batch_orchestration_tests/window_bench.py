@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.delivery.assembly import AssemblyReport, assemble
 from batch_orchestration.dispatch.dispatch import NeededRun, dispatch
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.inference.run import CommittedChunk, run_chunks
-from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration_tests.builders import NOW, make_line
 from batch_orchestration_tests.inbox_bench import InboxBench
 from batch_orchestration_tests.scripted_engine import ScriptedEngine

@@ -24,6 +24,7 @@ from batch_orchestration.admission.results import Admitted
 from batch_orchestration.admission.settings import admission_settings, open_inbox
 from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
 from batch_orchestration.estimates.engine import engine_in_force, remember_engine
@@ -34,7 +35,6 @@ from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.inference.run import Feeding, run_chunks
-from batch_orchestration.services.assembly import assemble
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.store.store import Store
 

@@ -12,15 +12,10 @@ import click
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.visible import escaped, say
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.domain.flat_outcomes import flat_outcome
-from batch_orchestration.domain.output_lines import output_line
+from batch_orchestration.delivery.exports import TableFormat, write_table
+from batch_orchestration.delivery.lines import flat_outcome, output_line
+from batch_orchestration.delivery.partial import FinishedSoFar, finished_so_far, read_finished
 from batch_orchestration.files.atomic import atomic_writer
-from batch_orchestration.services.partial_results import (
-    FinishedSoFar,
-    finished_so_far,
-    read_finished,
-)
-from batch_orchestration.storage.exports import TableFormat, write_table
 
 _EARLY = frozenset({BatchStatus.CANCELLED, BatchStatus.EXPIRED})
 

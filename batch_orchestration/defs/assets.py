@@ -49,6 +49,7 @@ from batch_orchestration.defs.runs import (
     retry_step,
     wait_for_the_gate,
 )
+from batch_orchestration.delivery.partial import PartialReport, deliver_what_is_there
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.inference.run import CommittedChunk, run_chunks
@@ -56,7 +57,6 @@ from batch_orchestration.inference.sampler import RunSampler
 from batch_orchestration.inference.window.sizing import Sizing
 from batch_orchestration.queue.entries import WaitReason
 from batch_orchestration.queue.halts import halt_in_force, what_helps
-from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import say_at_work

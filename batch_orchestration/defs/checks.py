@@ -7,8 +7,8 @@ import dagster as dg
 from batch_orchestration.defs.assets import batch_output
 from batch_orchestration.defs.partitions import batches
 from batch_orchestration.defs.resources import SettingsResource, data_folder
-from batch_orchestration.services.outbox import OutboxFiles
-from batch_orchestration.services.recount import Recount, recount
+from batch_orchestration.delivery.outbox import OutboxFiles
+from batch_orchestration.delivery.recount import Recount, recount
 from batch_orchestration.settings import Settings
 
 

@@ -8,11 +8,11 @@ import dagster as dg
 from batch_orchestration.core.batches import BatchPlan, chunk_key
 from batch_orchestration.core.lifecycle import Closing, Halt
 from batch_orchestration.core.results import ChunkReport
+from batch_orchestration.delivery.assembly import AssemblyReport
+from batch_orchestration.delivery.partial import PartialReport
 from batch_orchestration.estimates.estimate import Estimate, estimate_rows, window_warning
 from batch_orchestration.inference.run import CommittedChunk
 from batch_orchestration.queue.halts import what_helps
-from batch_orchestration.services.assembly import AssemblyReport
-from batch_orchestration.services.partial_output import PartialReport
 from batch_orchestration.workers.utilization import Kept
 
 Metadata = dict[str, dg.MetadataValue | str | int | float | bool]

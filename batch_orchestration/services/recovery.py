@@ -18,14 +18,14 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import FileDamaged, StorageError, StoreLocked
 from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.members import Faults
+from batch_orchestration.delivery.assembly import assemble
+from batch_orchestration.delivery.outbox import OutboxFiles
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled_requests
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.lifecycle.cancellation import delivered
 from batch_orchestration.lifecycle.close_out import commit_closed
-from batch_orchestration.services.assembly import assemble
-from batch_orchestration.services.outbox import OutboxFiles
 from batch_orchestration.storage.remaking import remake
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store

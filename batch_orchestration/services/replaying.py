@@ -18,6 +18,7 @@ from batch_orchestration.core.errors import JournalError, JournalInUse, PlanMism
 from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.requests import Fault, Request
 from batch_orchestration.core.results import Provenance
+from batch_orchestration.delivery.assembly import AssemblyReport, assemble
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.engines.memory_demand import needs_of
 from batch_orchestration.files.data_folder import DataFolder
@@ -29,7 +30,6 @@ from batch_orchestration.inference.chunk_pass import Obstacle, PendingRequest, R
 from batch_orchestration.inference.feeder import Feeder, first_leaf
 from batch_orchestration.inference.run import SYNC_SECONDS, Feeding
 from batch_orchestration.lifecycle.cancellation import ClosingWatch
-from batch_orchestration.services.assembly import AssemblyReport, assemble
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding

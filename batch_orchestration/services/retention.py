@@ -15,15 +15,15 @@ import msgspec
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.members import Faults
+from batch_orchestration.delivery.assembly import assembly_lock_path
+from batch_orchestration.delivery.outbox import OutboxFiles
+from batch_orchestration.delivery.recount import recount
 from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.files.atomic import disk_errors, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.plan_checks import input_removed_path
 from batch_orchestration.files.sharing import shared_lock
-from batch_orchestration.services.assembly import assembly_lock_path
 from batch_orchestration.services.housekeeping import House
-from batch_orchestration.services.outbox import OutboxFiles
-from batch_orchestration.services.recount import recount
 from batch_orchestration.store.operations import replays_of
 from batch_orchestration.workers.reporter import holding
 

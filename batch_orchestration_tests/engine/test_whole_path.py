@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.inference.run import run_chunks
-from batch_orchestration.services.assembly import assemble
 from batch_orchestration_tests.builders import NOW, make_line
 from batch_orchestration_tests.engine_processes import engine_core_pid
 from batch_orchestration_tests.inbox_bench import InboxBench

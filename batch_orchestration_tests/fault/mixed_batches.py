@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.delivery.assembly import OutboxFiles, assemble
+from batch_orchestration.delivery.recount import recount
 from batch_orchestration.engines.processes.records import is_running, read_record
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
@@ -14,8 +16,6 @@ from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.journal_records import OutcomeRecord, read_records
 from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.inference.run import run_chunks
-from batch_orchestration.services.assembly import OutboxFiles, assemble
-from batch_orchestration.services.recount import recount
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import MODEL, NOW, make_body, make_line
 from batch_orchestration_tests.workbench import make_feeding

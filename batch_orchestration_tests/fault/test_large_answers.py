@@ -10,14 +10,14 @@ from batch_orchestration.core.batches import BatchPlan, BatchStatus
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import FileDamaged
 from batch_orchestration.core.lifecycle import Closing
-from batch_orchestration.domain.output_lines import output_line
+from batch_orchestration.delivery.assembly import assemble
+from batch_orchestration.delivery.lines import output_line
+from batch_orchestration.delivery.outbox import OutboxFiles
+from batch_orchestration.delivery.partial import finished_so_far, read_finished
 from batch_orchestration.files import journal_reading as replay
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.lifecycle.close_out import commit_closed
-from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.housekeeping import House
-from batch_orchestration.services.outbox import OutboxFiles
-from batch_orchestration.services.partial_results import finished_so_far, read_finished
 from batch_orchestration.services.recovery import find_problem, recover
 from batch_orchestration.services.retention import clean_inputs, clean_journals
 from batch_orchestration.store import rows

@@ -19,9 +19,9 @@ from batch_orchestration.core.errors import (
     OutboxUnwritable,
     StorageError,
 )
+from batch_orchestration.delivery import outbox
+from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services import outbox
-from batch_orchestration.services.assembly import assemble
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_batch, make_settled, make_settled_chunk
 

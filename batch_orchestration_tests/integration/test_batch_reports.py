@@ -8,13 +8,13 @@ import pytest
 
 from batch_orchestration.core.batches import BatchPlan, BatchStatus
 from batch_orchestration.core.errors import StorageError
+from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.samples import RunSample, append_sample
 from batch_orchestration.reports import gathering as report_figures
 from batch_orchestration.reports.figures import FigureTables, Latencies
-from batch_orchestration.services.assembly import assemble
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import (
     NOW,

@@ -14,10 +14,10 @@ import pytest
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.core.outcomes import FailureCode, Outcome
 from batch_orchestration.defs.events import output_metadata
+from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.base import EngineIdentity
 from batch_orchestration.gpu.thermal import DeviceCare
 from batch_orchestration.inference.run import run_chunks
-from batch_orchestration.services.assembly import assemble
 from batch_orchestration.store.connection import writing
 from batch_orchestration.workers.utilization import Kept
 from batch_orchestration.workers.utilization_files import accounts_path, kept_of, read_accounts

@@ -14,14 +14,18 @@ from batch_orchestration.admission.admission import admit
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.domain.output_lines import output_line
+from batch_orchestration.delivery.assembly import OutboxFiles, assemble
+from batch_orchestration.delivery.lines import output_line
+from batch_orchestration.delivery.partial import (
+    PartialReport,
+    deliver_what_is_there,
+    finished_so_far,
+    read_finished,
+)
+from batch_orchestration.delivery.recount import recount
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
-from batch_orchestration.services.assembly import OutboxFiles, assemble
-from batch_orchestration.services.partial_output import PartialReport, deliver_what_is_there
-from batch_orchestration.services.partial_results import finished_so_far, read_finished
-from batch_orchestration.services.recount import recount
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import (

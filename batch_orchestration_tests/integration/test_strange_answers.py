@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Usage
 from batch_orchestration.core.results import Provenance
+from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.openai_server import ServerEngine
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.files import journal_records as records
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.recovery import recover
 from batch_orchestration.workers.progress import Progress, read_progress
 from batch_orchestration_tests.builders import make_request

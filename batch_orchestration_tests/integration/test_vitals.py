@@ -10,11 +10,11 @@ import pytest
 from batch_orchestration.admission.reading.lines import BatchFileReading, ReadingRules
 from batch_orchestration.core.errors import CalibrationFailed, EngineDied
 from batch_orchestration.core.outcomes import Failure, FailureCode
+from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.estimates.benchmark import calibrate
 from batch_orchestration.inference.faults import transient_errors as obstacles
 from batch_orchestration.inference.run import run_chunks
-from batch_orchestration.services.assembly import assemble
 from batch_orchestration.services.housekeeping import House, Part, keep_house
 from batch_orchestration.store.connection import writing
 from batch_orchestration.workers import reporter as heart

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from batch_orchestration.core.outcomes import FailureCode
-from batch_orchestration.domain.output_lines import output_line, output_line_id
+from batch_orchestration.delivery.lines import output_line, output_line_id
 from batch_orchestration_tests.builders import make_completion, make_failure, make_settled
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from batch_orchestration.domain.output_lines import output_line
-from batch_orchestration.services.assembly import OutboxFiles
-from batch_orchestration.services.recount import recount
+from batch_orchestration.delivery.assembly import OutboxFiles
+from batch_orchestration.delivery.lines import output_line
+from batch_orchestration.delivery.recount import recount
 from batch_orchestration_tests.builders import make_failure, make_input, make_plan, make_settled
 
 REQUESTS = 6

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.flat_outcomes import FlatOutcome
-from batch_orchestration.storage.exports import TableFormat, write_table
+from batch_orchestration.delivery.exports import TableFormat, write_table
+from batch_orchestration.delivery.lines import FlatOutcome
 
 
 def written(path: Path, texts: list[str], **options: bool) -> list[dict[str, str]]:

@@ -11,6 +11,14 @@ from batch_orchestration.core.errors import AccountingError, Shortage
 from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.results import BatchRecord, SettledRequest
 from batch_orchestration.core.totals import Tally
+from batch_orchestration.delivery.outbox import (
+    OutboxFiles,
+    each_once,
+    make_writable,
+    unwritable,
+    write_lines,
+    write_report,
+)
 from batch_orchestration.estimates.scoring import score_batch
 from batch_orchestration.files.atomic import atomic_writer, disk_errors
 from batch_orchestration.files.data_folder import DataFolder
@@ -19,14 +27,6 @@ from batch_orchestration.lifecycle.completion import begin_ending, finish_ending
 from batch_orchestration.reports.figures import Latencies
 from batch_orchestration.reports.gathering import gather_figures
 from batch_orchestration.reports.report import batch_report
-from batch_orchestration.services.outbox import (
-    OutboxFiles,
-    each_once,
-    make_writable,
-    unwritable,
-    write_lines,
-    write_report,
-)
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding

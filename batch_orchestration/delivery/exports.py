@@ -9,7 +9,7 @@ import duckdb
 import msgspec
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.domain.flat_outcomes import FlatOutcome
+from batch_orchestration.delivery.lines import FlatOutcome
 from batch_orchestration.files.atomic import disk_errors
 
 #: Columns of a table, with their types.

@@ -9,8 +9,8 @@ import msgspec
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import UNASKED_CODES
-from batch_orchestration.domain.output_lines import output_line_id
-from batch_orchestration.services.outbox import OutboxFiles
+from batch_orchestration.delivery.lines import output_line_id
+from batch_orchestration.delivery.outbox import OutboxFiles
 from batch_orchestration.workers.reporter import note_work
 
 

@@ -12,7 +12,7 @@ from batch_orchestration.core.errors import AccountingError, OutboxUnwritable
 from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.core.totals import Tally
-from batch_orchestration.domain.output_lines import output_line
+from batch_orchestration.delivery.lines import output_line
 from batch_orchestration.files.atomic import make_folder, write_atomically
 from batch_orchestration.reports.documents import to_html
 from batch_orchestration.workers.reporter import note_work

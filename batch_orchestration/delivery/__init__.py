@@ -1,0 +1,1 @@
+"""Output and error files, complete and partial."""
