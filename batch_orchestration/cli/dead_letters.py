@@ -21,7 +21,7 @@ from batch_orchestration.core.dead_letters import (
     Selection,
 )
 from batch_orchestration.core.outcomes import Failure, FailureCode
-from batch_orchestration.services import dead_letters
+from batch_orchestration.dead_letters import actions as dead_letters
 from batch_orchestration.store.operations import open_replays
 
 SHOWN_AT_FIRST = 50

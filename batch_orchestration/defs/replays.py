@@ -21,6 +21,8 @@ from batch_orchestration.core.errors import (
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import ANY_MODEL
+from batch_orchestration.dead_letters.actions import request_replay
+from batch_orchestration.dead_letters.replaying import ReplayReport, run_replay
 from batch_orchestration.defs.assets import batch_output
 from batch_orchestration.defs.checks import check_again
 from batch_orchestration.defs.events import output_metadata
@@ -48,8 +50,6 @@ from batch_orchestration.queue.entries import WaitReason
 from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.load import closed_gate
 from batch_orchestration.queue.refused_engine import refusal_in_words
-from batch_orchestration.services.dead_letters import request_replay
-from batch_orchestration.services.replaying import ReplayReport, run_replay
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.operations import open_replays
 

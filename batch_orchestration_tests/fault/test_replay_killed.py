@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.dead_letters.replaying import run_replay
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.replaying import run_replay
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.forks import run_forked

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from batch_orchestration.core.dead_letters import Selection
-from batch_orchestration.services.dead_letters import request_replay
+from batch_orchestration.dead_letters.actions import request_replay
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.builders import make_body, make_input, make_line
 from batch_orchestration_tests.integration.dagster_processes import PATIENCE, dagster_dev

@@ -10,10 +10,10 @@ from batch_orchestration.core.dead_letters import DeadLetterState, Selection
 from batch_orchestration.core.errors import DeadLetterError, EngineDied, JournalInUse, PlanMismatch
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.core.requests import Fault
+from batch_orchestration.dead_letters import actions as dead_letters
+from batch_orchestration.dead_letters.actions import as_input
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.kept_input import ChunkRef, settled_requests
-from batch_orchestration.services import dead_letters
-from batch_orchestration.services.dead_letters import as_input
 from batch_orchestration.store.operations import Operations, open_replays
 from batch_orchestration_tests.builders import (
     NOW,

@@ -8,9 +8,9 @@ import pytest
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.dead_letters import actions as dead_letters
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS
-from batch_orchestration.services import dead_letters
 from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.integration.deployment import Deployment
 

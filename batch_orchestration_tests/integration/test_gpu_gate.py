@@ -12,11 +12,11 @@ import pytest
 from batch_orchestration.cli.context import person
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.dead_letters.actions import request_replay
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.gpu import health as gpu_health
 from batch_orchestration.gpu.fences import cleared_fences, fence_off
 from batch_orchestration.gpu.nvml import read_gpus
-from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.settings import Device, EngineKind
 from batch_orchestration.store.operations import Operations, open_replays
 from batch_orchestration_tests.builders import NOW, make_input, make_settled_chunk

@@ -14,10 +14,10 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import EngineStartFailed
+from batch_orchestration.dead_letters.actions import request_replay
 from batch_orchestration.defs import replays
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import Pause
-from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.builders import NOW, make_body, make_line
 from batch_orchestration_tests.integration.deployment import Deployment

@@ -9,10 +9,10 @@ import pytest
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.dead_letters import DeadLetterState, Replay, Selection
 from batch_orchestration.core.errors import BatchNotFound, IllegalTransition
+from batch_orchestration.dead_letters.actions import request_replay
+from batch_orchestration.dead_letters.replaying import run_replay
 from batch_orchestration.lifecycle.resumption import finish_resumptions, resume
-from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration.services.recovery import recover
-from batch_orchestration.services.replaying import run_replay
 from batch_orchestration.services.status import view_batch
 from batch_orchestration.store.operations import Operations
 from batch_orchestration_tests.builders import make_completion, make_failure

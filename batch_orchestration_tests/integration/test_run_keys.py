@@ -9,10 +9,10 @@ import dagster as dg
 import pytest
 
 from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.dead_letters.actions import request_replay
 from batch_orchestration.defs import replays, sensors
 from batch_orchestration.defs.partitions import BATCH_TAG, RUN_KEY_TAG
 from batch_orchestration.defs.runs import RETRIED_BY_TAG, WILL_RETRY_TAG, free_run_key
-from batch_orchestration.services.dead_letters import request_replay
 from batch_orchestration_tests.builders import NOW, make_body, make_input, make_line
 from batch_orchestration_tests.integration.deployment import Deployment
 

@@ -1,0 +1,1 @@
+"""Failed requests: replay and discard."""
