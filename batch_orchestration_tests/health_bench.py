@@ -9,9 +9,11 @@ from typing import Any
 import duckdb
 import msgspec
 
-from batch_orchestration.domain.health import Finding, HealthReport
 from batch_orchestration.engines.processes.records import identify
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.health.examine import examine_health
+from batch_orchestration.operations.health.report import Finding, HealthReport
+from batch_orchestration.operations.health.report_file import write_health
 from batch_orchestration.queue.entries import (
     EntryKind,
     EntryState,
@@ -20,9 +22,7 @@ from batch_orchestration.queue.entries import (
     QueueView,
 )
 from batch_orchestration.queue.files import write_needs, write_queue
-from batch_orchestration.services.health import examine_health
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.health_files import write_health
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration_tests.builders import NOW

@@ -9,8 +9,8 @@ import pytest
 
 from batch_orchestration.cli import main
 from batch_orchestration.core.outcomes import RETRYABLE, FailureCode
-from batch_orchestration.domain.health import AlertKind
-from batch_orchestration.services.health_checks import CHECKS
+from batch_orchestration.operations.health.checks import CHECKS
+from batch_orchestration.operations.health.report import AlertKind
 from batch_orchestration.settings import Settings, settings_in_force
 
 ROOT = Path(__file__).parents[1]

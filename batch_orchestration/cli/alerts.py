@@ -10,7 +10,7 @@ from batch_orchestration.cli.visible import say
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.text import duration
 from batch_orchestration.domain.alert_book import AlertState
-from batch_orchestration.domain.health import Finding
+from batch_orchestration.operations.health.report import Finding
 from batch_orchestration.services.alert_channels import alert_channels
 from batch_orchestration.services.alert_watchdog import LOOK_SECONDS, Watchdog
 from batch_orchestration.services.alerting import send_test

@@ -7,8 +7,8 @@ from rich.text import Text
 from batch_orchestration.cli.context import json_option, open_context, print_json
 from batch_orchestration.cli.visible import say
 from batch_orchestration.core.text import duration
-from batch_orchestration.domain.health import HealthReport, Level
-from batch_orchestration.services.health import examine_health
+from batch_orchestration.operations.health.examine import examine_health
+from batch_orchestration.operations.health.report import HealthReport, Level
 
 #: 1 is also what commands that fail exit with: whoever cannot look does not say healthy. 2 is wrong
 #: usage everywhere.

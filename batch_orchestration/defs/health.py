@@ -7,9 +7,9 @@ import dagster as dg
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.defs.queue import QUEUE_KEY
 from batch_orchestration.defs.resources import SettingsResource, data_folder
-from batch_orchestration.domain.health import HealthReport, Level
-from batch_orchestration.services.health import examine_health
-from batch_orchestration.storage.health_files import read_health, write_health
+from batch_orchestration.operations.health.examine import examine_health
+from batch_orchestration.operations.health.report import HealthReport, Level
+from batch_orchestration.operations.health.report_file import read_health, write_health
 
 INTERVAL_SECONDS = 30
 #: More would not be read.

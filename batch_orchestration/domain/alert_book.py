@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from batch_orchestration.domain.alerts import MOST_PENDING, Change, Notification, Transition
-from batch_orchestration.domain.health import AlertKind, Finding
+from batch_orchestration.operations.health.report import AlertKind, Finding
 
 #: Wait after the first failed attempt of a channel, doubled by each further one, up to the longest:
 #: an outage of an hour costs nine attempts, and is over for us within 15 minutes of its end.

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import msgspec
 
-from batch_orchestration.domain.health import Finding, Level
+from batch_orchestration.operations.health.report import Finding, Level
 
 #: More transitions than these wait for no channel in full; older ones are counted.
 MOST_PENDING = 100

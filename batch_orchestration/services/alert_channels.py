@@ -28,7 +28,7 @@ import msgspec
 from batch_orchestration.core.errors import AlertNotSent
 from batch_orchestration.domain.alert_book import Attempt
 from batch_orchestration.domain.alerts import Notification
-from batch_orchestration.services.no_redirects import NoRedirects
+from batch_orchestration.operations.health.links import NoRedirects
 from batch_orchestration.settings import Settings, SmtpSecurity
 
 logger = logging.getLogger(__name__)

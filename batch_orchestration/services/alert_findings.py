@@ -9,11 +9,11 @@ from msgspec.structs import replace
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.text import duration
 from batch_orchestration.domain.alert_book import AlertState, Observation
-from batch_orchestration.domain.health import AlertKind, Finding, HealthReport, Level
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.dagster_links import health_link, run_link, sensor_link
+from batch_orchestration.operations.health.links import health_link, run_link, sensor_link
+from batch_orchestration.operations.health.report import AlertKind, Finding, HealthReport, Level
+from batch_orchestration.operations.health.report_file import read_health
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.health_files import read_health
 from batch_orchestration.workers.heartbeat_files import read_pulse
 
 #: `health_sensor` looks every 30 s, and a tick may take a minute.

@@ -18,15 +18,15 @@ from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.core.text import duration
 from batch_orchestration.domain.alert_book import AlertState, Observation
-from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.estimates.estimate import Band, seconds_band
 from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.estimates.scores import Score
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.health.links import batch_link, sensor_link
+from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration.queue.files import read_pause
 from batch_orchestration.services.alert_findings import FROM_HEALTH, from_health
-from batch_orchestration.services.dagster_links import batch_link, sensor_link
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.watching import Ending, Watched, watch
 from batch_orchestration.store.store import Store

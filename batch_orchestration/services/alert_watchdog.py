@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 
 from batch_orchestration.core.text import duration
 from batch_orchestration.domain.alert_book import Observation
-from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.health.links import RESTART, sensor_link
+from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration.services.alert_channels import Send
 from batch_orchestration.services.alerting import Cycle, run_alert_cycle
-from batch_orchestration.services.dagster_links import RESTART, sensor_link
 from batch_orchestration.settings import Settings
 from batch_orchestration.storage.alert_files import last_cycle_at
 from batch_orchestration.workers.watch import Unchanged

@@ -17,8 +17,8 @@ from batch_orchestration.domain.alert_book import (
     sent,
 )
 from batch_orchestration.domain.alerts import Change, Notification, Transition
-from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration.services.alert_channels import Send, deliver, delivered_late
 from batch_orchestration.services.alert_sources import LOOK_BACK_SECONDS, observe
 from batch_orchestration.settings import Settings

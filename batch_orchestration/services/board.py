@@ -14,9 +14,9 @@ from batch_orchestration.admission.results import Rejected
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.members import Faults
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.health.damage import Damage, find_damage
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import QueueEntry, QueueView, WaitReason
-from batch_orchestration.services.damage import Damage, find_damage
 from batch_orchestration.services.status import BatchView, view_batches
 from batch_orchestration.store.store import Store
 

@@ -14,16 +14,16 @@ from prometheus_client.registry import Collector
 
 from batch_orchestration import __version__
 from batch_orchestration.core.results import LATENCY_BOUNDS
-from batch_orchestration.domain.health import HealthReport
 from batch_orchestration.domain.store_figures import BatchFigures, StoreFigures
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import read_fences
+from batch_orchestration.operations.health.report import HealthReport
+from batch_orchestration.operations.health.report_file import read_health
 from batch_orchestration.queue.entries import EntryState, QueueEntry
 from batch_orchestration.queue.files import read_pause, read_queue
 from batch_orchestration.services.metric_names import MetricPage
 from batch_orchestration.services.metric_sources import AccountsSource, StoreSource
-from batch_orchestration.storage.health_files import read_health
 from batch_orchestration.workers.heartbeat import Heartbeat, Pulse
 from batch_orchestration.workers.heartbeat_files import read_pulses
 from batch_orchestration.workers.progress import read_progress

@@ -115,7 +115,7 @@ def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -
 def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchView]:
     """Return all batches, newest first.
 
-    Those whose plan cannot be read are left out: `services.damage` tells of them.
+    Those whose plan cannot be read are left out: `operations.health.damage` tells of them.
     """
     plans, faults = {}, Faults()
     for batch_id in folder.batch_ids():
@@ -191,13 +191,13 @@ def _from_plan(
 
 
 def _halt(batch_id: str, folder: DataFolder) -> Halt | None:
-    with contextlib.suppress(FileDamaged):  # told by `services.damage`, too
+    with contextlib.suppress(FileDamaged):  # told by `operations.health.damage`, too
         return halt_in_force(folder, batch_id)
     return None
 
 
 def _decisions(batch_id: str, folder: DataFolder) -> tuple[Closing | None, Resumption | None]:
-    """Return what was decided about a batch; what cannot be read is told by `services.damage`."""
+    """Return what was decided about a batch; what cannot be read is told by `operations.health.damage`."""
     closing, resumption = None, None
     with contextlib.suppress(FileDamaged):
         closing = folder.read_closing(batch_id)
@@ -222,7 +222,7 @@ def _if_there(path: Path) -> Path | None:
 
 def find_identity(identity: str, *, folder: DataFolder) -> str | None:
     """Return the id of the batch with this identity, from files alone; None if none has."""
-    faults = Faults()  # `services.damage` tells of the same
+    faults = Faults()  # `operations.health.damage` tells of the same
     for name in folder.batch_ids():
         if identity[:ID_HASH_DIGITS] in name:
             with faults.of(name):

@@ -77,7 +77,7 @@ def read_pulses(folder: DataFolder) -> dict[str, Pulse]:
     Raises:
         OSError: This process can read no file at all now.
     """
-    found, faults = {}, Faults()  # `services.damage` tells of the same
+    found, faults = {}, Faults()  # `operations.health.damage` tells of the same
     for path in heartbeat_paths(folder):
         with faults.of(path.stem):
             if (pulse := read_pulse(path)) is not None:

@@ -14,10 +14,10 @@ import pytest
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import DiskFull, StorageError
 from batch_orchestration.defs.alerts import AlertsResource
-from batch_orchestration.domain.health import AlertKind, Finding, Level
 from batch_orchestration.estimates.estimate import Band, Basis, Estimate
 from batch_orchestration.estimates.scores import Score
 from batch_orchestration.estimates.tables import EstimateTables
+from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration.services import alert_channels, alert_sources, alerting
 from batch_orchestration.services.alert_sources import SLACK_SECONDS
 from batch_orchestration.settings import Settings

@@ -2,9 +2,9 @@
 
 import pytest
 
+from batch_orchestration.operations.health import examine as health_service
 from batch_orchestration.queue.entries import NeedsPerson, Pause
 from batch_orchestration.queue.files import pause
-from batch_orchestration.services import health as health_service
 from batch_orchestration_tests.command_line import CommandLine
 from batch_orchestration_tests.health_bench import HealthBench
 

@@ -14,12 +14,13 @@ import pytest
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.defs.health import deployment_is_healthy
-from batch_orchestration.domain.health import Finding, Level
 from batch_orchestration.gpu import health as gpu_health
+from batch_orchestration.operations.health import checks as health_checks
+from batch_orchestration.operations.health import examine as health
+from batch_orchestration.operations.health.report import Finding, Level
+from batch_orchestration.operations.health.report_file import read_health
 from batch_orchestration.queue.entries import EntryKind, EntryState, NeedsPerson, Pause, WaitReason
 from batch_orchestration.queue.files import pause
-from batch_orchestration.services import health, health_checks
-from batch_orchestration.storage.health_files import read_health
 from batch_orchestration_tests.builders import NOW, make_batch, make_input
 from batch_orchestration_tests.command_line import CommandLine
 from batch_orchestration_tests.health_bench import HealthBench, entry

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.domain.health import Level
-from batch_orchestration.services.health_checks import permissions
+from batch_orchestration.operations.health.checks import permissions
+from batch_orchestration.operations.health.report import Level
 from batch_orchestration_tests.health_bench import HealthBench
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from batch_orchestration.domain.alert_book import AlertState
-from batch_orchestration.domain.health import AlertKind, Level
+from batch_orchestration.operations.health.report import AlertKind, Level
 from batch_orchestration.services.alert_findings import from_health
 from batch_orchestration.workers.utilization import RunAccount
 from batch_orchestration.workers.utilization_files import write_account

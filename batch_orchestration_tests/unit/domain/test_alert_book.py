@@ -16,7 +16,7 @@ from batch_orchestration.domain.alert_book import (
     sent,
 )
 from batch_orchestration.domain.alerts import MOST_PENDING, Change, Notification
-from batch_orchestration.domain.health import AlertKind, Finding, Level
+from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration_tests.builders import NOW
 
 TICK = 30.0

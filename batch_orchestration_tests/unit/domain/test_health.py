@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.domain.health import Finding, HealthReport, Level, dated
+from batch_orchestration.operations.health.report import Finding, HealthReport, Level, dated
 from batch_orchestration_tests.builders import NOW
 
 

@@ -10,7 +10,6 @@ import time
 import pytest
 
 from batch_orchestration.core.errors import GpuUnhealthy, GpuUnreadable
-from batch_orchestration.domain.health import Level
 from batch_orchestration.engines.processes.records import ProcessRecord, identify, write_record
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu import health as gpu_health
@@ -28,6 +27,7 @@ from batch_orchestration.gpu.health import (
     weight_bytes,
 )
 from batch_orchestration.gpu.nvml import read_gpus
+from batch_orchestration.operations.health.report import Level
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.fake_nvml import GIB, GPU_IS_LOST, FakeGpu, FakeNvml
 from batch_orchestration_tests.health_bench import HealthBench

@@ -1,5 +1,7 @@
 """Ways to Dagster, for those who are told of something elsewhere: its pages, and its start."""
 
+import urllib.request
+from typing import Any
 from urllib.parse import quote
 
 from batch_orchestration.settings import Settings
@@ -33,3 +35,14 @@ def health_link(settings: Settings) -> str:
 
 def _base(settings: Settings) -> str:
     return settings.dagster_url.rstrip("/")
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Has a redirect be an answer like any other.
+
+    urllib would take `Authorization` along to whomever it names, and make a GET of a POST: the
+    alert would be lost, and taken for sent.
+    """
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """Follow none."""

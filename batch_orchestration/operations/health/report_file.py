@@ -2,9 +2,9 @@
 
 import msgspec
 
-from batch_orchestration.domain.health import HealthReport
 from batch_orchestration.files.atomic import read_kept, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.health.report import HealthReport
 
 
 def write_health(folder: DataFolder, report: HealthReport) -> None:

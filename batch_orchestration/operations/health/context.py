@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from batch_orchestration.domain.health import Finding, HealthReport, Level
 from batch_orchestration.engines.processes.records import is_running
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.health.report import Finding, HealthReport, Level
 from batch_orchestration.queue.entries import EntryState, QueueView
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store

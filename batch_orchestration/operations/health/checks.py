@@ -9,15 +9,10 @@ from pathlib import Path
 from batch_orchestration.admission.settings import open_inbox
 from batch_orchestration.core.errors import StorageError, StoreLocked
 from batch_orchestration.core.text import duration
-from batch_orchestration.domain.health import Finding, Level, Standstill
 from batch_orchestration.files.atomic import disk_errors
 from batch_orchestration.files.sharing import OTHERS
 from batch_orchestration.gpu import health as gpu_health
-from batch_orchestration.queue.entries import QueueEntry
-from batch_orchestration.queue.files import read_needs, read_pause, read_queue
-from batch_orchestration.services.dagster_links import RESTART, run_link, sensor_link
-from batch_orchestration.services.damage import find_damage
-from batch_orchestration.services.health_look import (
+from batch_orchestration.operations.health.context import (
     SLOW_SECONDS,
     STATUS,
     Check,
@@ -28,7 +23,12 @@ from batch_orchestration.services.health_look import (
     running_in,
     unhealthy,
 )
-from batch_orchestration.services.health_of_runs import engine, workers
+from batch_orchestration.operations.health.damage import find_damage
+from batch_orchestration.operations.health.links import RESTART, run_link, sensor_link
+from batch_orchestration.operations.health.report import Finding, Level, Standstill
+from batch_orchestration.operations.health.run_checks import engine, workers
+from batch_orchestration.queue.entries import QueueEntry
+from batch_orchestration.queue.files import read_needs, read_pause, read_queue
 from batch_orchestration.settings import ENV_FILE
 from batch_orchestration.workers.heartbeat_files import read_pulses
 

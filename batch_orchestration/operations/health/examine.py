@@ -12,12 +12,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.domain.health import Finding, HealthReport, Level, Standstill, dated
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.health_checks import CHECKS, standstill
-from batch_orchestration.services.health_look import Check, Look
+from batch_orchestration.operations.health.checks import CHECKS, standstill
+from batch_orchestration.operations.health.context import Check, Look
+from batch_orchestration.operations.health.report import (
+    Finding,
+    HealthReport,
+    Level,
+    Standstill,
+    dated,
+)
+from batch_orchestration.operations.health.report_file import read_health
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.health_files import read_health
 from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from http.client import HTTPException
 
 from batch_orchestration.core.text import duration
-from batch_orchestration.domain.health import Finding, Level
 from batch_orchestration.engines.processes.records import is_running
-from batch_orchestration.queue.files import read_queue
-from batch_orchestration.services.dagster_links import run_link
-from batch_orchestration.services.health_look import (
+from batch_orchestration.operations.health.context import (
     STATUS,
     Look,
     degraded,
@@ -18,7 +15,9 @@ from batch_orchestration.services.health_look import (
     is_alive,
     unhealthy,
 )
-from batch_orchestration.services.no_redirects import NoRedirects
+from batch_orchestration.operations.health.links import NoRedirects, run_link
+from batch_orchestration.operations.health.report import Finding, Level
+from batch_orchestration.queue.files import read_queue
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.workers.cleanup import worker_of
 from batch_orchestration.workers.heartbeat import Condition, Heartbeat, Pulse, Quiet, judge

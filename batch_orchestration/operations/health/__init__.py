@@ -1,0 +1,1 @@
+"""Is all well, and if not, why and what helps."""
