@@ -4,12 +4,12 @@ import msgspec
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.alerts.channels import alert_channels
+from batch_orchestration.operations.alerts.cycle import run_alert_cycle
+from batch_orchestration.operations.alerts.state_file import read_alert_state
 from batch_orchestration.operations.health.report import Finding, HealthReport, Level
 from batch_orchestration.operations.health.report_file import write_health
-from batch_orchestration.services.alert_channels import alert_channels
-from batch_orchestration.services.alerting import run_alert_cycle
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.alert_files import read_alert_state
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
 

@@ -9,12 +9,11 @@ from batch_orchestration.cli.context import Context, json_option, open_context, 
 from batch_orchestration.cli.visible import say
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.text import duration
-from batch_orchestration.domain.alert_book import AlertState
+from batch_orchestration.operations.alerts.channels import alert_channels
+from batch_orchestration.operations.alerts.cycle import LOOK_SECONDS, Watchdog, send_test
+from batch_orchestration.operations.alerts.state import AlertState
+from batch_orchestration.operations.alerts.state_file import read_alert_state
 from batch_orchestration.operations.health.report import Finding
-from batch_orchestration.services.alert_channels import alert_channels
-from batch_orchestration.services.alert_watchdog import LOOK_SECONDS, Watchdog
-from batch_orchestration.services.alerting import send_test
-from batch_orchestration.storage.alert_files import read_alert_state
 
 _SET_ONE = (
     "No channel is set: alerts are only in the log. Set BATCH_ALERT_WEBHOOK_URL,"

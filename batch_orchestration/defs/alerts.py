@@ -7,8 +7,8 @@ from pydantic import Field
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.defs.resources import SettingsResource, data_folder
-from batch_orchestration.services.alert_channels import Send, alert_channels
-from batch_orchestration.services.alerting import run_alert_cycle
+from batch_orchestration.operations.alerts.channels import Send, alert_channels
+from batch_orchestration.operations.alerts.cycle import run_alert_cycle
 from batch_orchestration.settings import Settings
 
 INTERVAL_SECONDS = 30

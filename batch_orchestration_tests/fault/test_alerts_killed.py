@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.services import alerting
+from batch_orchestration.operations.alerts import cycle as alerting
 from batch_orchestration_tests.alert_bench import Tower
 from batch_orchestration_tests.alert_servers import Webhook, serving
 from batch_orchestration_tests.forks import run_forked

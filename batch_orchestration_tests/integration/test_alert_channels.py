@@ -9,11 +9,11 @@ import time
 import pytest
 
 from batch_orchestration.core.errors import AlertNotSent
-from batch_orchestration.domain.alert_book import Attempt
-from batch_orchestration.domain.alerts import Change, Notification, Transition
+from batch_orchestration.operations.alerts import channels as channels_module
+from batch_orchestration.operations.alerts.channels import alert_channels, deliver, delivered_late
+from batch_orchestration.operations.alerts.notification import Change, Notification, Transition
+from batch_orchestration.operations.alerts.state import Attempt
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
-from batch_orchestration.services import alert_channels as channels_module
-from batch_orchestration.services.alert_channels import alert_channels, deliver, delivered_late
 from batch_orchestration.settings import Settings, settings_in_force
 from batch_orchestration_tests.alert_servers import MailServer, Webhook, serving
 from batch_orchestration_tests.builders import NOW

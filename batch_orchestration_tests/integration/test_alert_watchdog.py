@@ -3,9 +3,9 @@
 import pytest
 
 from batch_orchestration.core.errors import DiskFull
-from batch_orchestration.services import alerting
-from batch_orchestration.services.alert_channels import alert_channels
-from batch_orchestration.services.alert_watchdog import Watchdog
+from batch_orchestration.operations.alerts import cycle as alerting
+from batch_orchestration.operations.alerts.channels import alert_channels
+from batch_orchestration.operations.alerts.cycle import Watchdog
 from batch_orchestration_tests.alert_bench import Tower
 from batch_orchestration_tests.alert_servers import Webhook, serving
 

@@ -17,11 +17,13 @@ from batch_orchestration.defs.alerts import AlertsResource
 from batch_orchestration.estimates.estimate import Band, Basis, Estimate
 from batch_orchestration.estimates.scores import Score
 from batch_orchestration.estimates.tables import EstimateTables
+from batch_orchestration.operations.alerts import channels as alert_channels
+from batch_orchestration.operations.alerts import cycle as alerting
+from batch_orchestration.operations.alerts import sources as alert_sources
+from batch_orchestration.operations.alerts.sources import SLACK_SECONDS
+from batch_orchestration.operations.alerts.state_file import alert_cycle, read_alert_state
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
-from batch_orchestration.services import alert_channels, alert_sources, alerting
-from batch_orchestration.services.alert_sources import SLACK_SECONDS
 from batch_orchestration.settings import Settings
-from batch_orchestration.storage.alert_files import alert_cycle, read_alert_state
 from batch_orchestration_tests.alert_bench import TICK, Tower
 from batch_orchestration_tests.alert_servers import Webhook, serving
 from batch_orchestration_tests.builders import NOW, make_input, make_plan

@@ -5,10 +5,10 @@ import sys
 import pytest
 
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.alerts.channels import alert_channels
+from batch_orchestration.operations.alerts.cycle import run_alert_cycle
 from batch_orchestration.operations.health.report import Finding, HealthReport, Level
 from batch_orchestration.operations.health.report_file import write_health
-from batch_orchestration.services.alert_channels import alert_channels
-from batch_orchestration.services.alerting import run_alert_cycle
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.command_line import CommandLine

@@ -2,9 +2,9 @@
 
 import pytest
 
-from batch_orchestration.domain.alert_book import AlertState
+from batch_orchestration.operations.alerts.findings import from_health
+from batch_orchestration.operations.alerts.state import AlertState
 from batch_orchestration.operations.health.report import AlertKind, Level
-from batch_orchestration.services.alert_findings import from_health
 from batch_orchestration.workers.utilization import RunAccount
 from batch_orchestration.workers.utilization_files import write_account
 from batch_orchestration_tests.builders import NOW

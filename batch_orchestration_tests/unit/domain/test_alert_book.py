@@ -5,7 +5,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.alert_book import (
+from batch_orchestration.operations.alerts.notification import MOST_PENDING, Change, Notification
+from batch_orchestration.operations.alerts.state import (
     BURST,
     AlertRules,
     AlertState,
@@ -15,7 +16,6 @@ from batch_orchestration.domain.alert_book import (
     due,
     sent,
 )
-from batch_orchestration.domain.alerts import MOST_PENDING, Change, Notification
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration_tests.builders import NOW
 

@@ -26,8 +26,8 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.errors import AlertNotSent
-from batch_orchestration.domain.alert_book import Attempt
-from batch_orchestration.domain.alerts import Notification
+from batch_orchestration.operations.alerts.notification import Notification
+from batch_orchestration.operations.alerts.state import Attempt
 from batch_orchestration.operations.health.links import NoRedirects
 from batch_orchestration.settings import Settings, SmtpSecurity
 

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import msgspec
 from msgspec.structs import replace
 
-from batch_orchestration.domain.alerts import MOST_PENDING, Change, Notification, Transition
+from batch_orchestration.operations.alerts.notification import (
+    MOST_PENDING,
+    Change,
+    Notification,
+    Transition,
+)
 from batch_orchestration.operations.health.report import AlertKind, Finding
 
 #: Wait after the first failed attempt of a channel, doubled by each further one, up to the longest:

@@ -8,8 +8,8 @@ from msgspec.structs import replace
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.text import duration
-from batch_orchestration.domain.alert_book import AlertState, Observation
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.alerts.state import AlertState, Observation
 from batch_orchestration.operations.health.links import health_link, run_link, sensor_link
 from batch_orchestration.operations.health.report import AlertKind, Finding, HealthReport, Level
 from batch_orchestration.operations.health.report_file import read_health

@@ -10,8 +10,8 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.domain.alert_book import AlertState
 from batch_orchestration.files.atomic import disk_errors, read_kept, write_atomically
+from batch_orchestration.operations.alerts.state import AlertState
 
 
 def write_alert_state(path: Path, state: AlertState) -> None:

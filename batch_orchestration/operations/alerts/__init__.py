@@ -1,0 +1,1 @@
+"""Alerts: findings, state, delivery over channels."""
