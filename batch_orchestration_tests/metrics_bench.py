@@ -11,8 +11,8 @@ from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.gpu.fences import put_up_fence
+from batch_orchestration.operations.metrics.collector import metrics_text
 from batch_orchestration.queue.entries import EntryKind, EntryState, WaitReason
-from batch_orchestration.services.metrics_export import metrics_text
 from batch_orchestration.workers.utilization import RunAccount
 from batch_orchestration.workers.utilization_files import write_account
 from batch_orchestration_tests.builders import NOW, make_batch, make_settled_chunk

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from batch_orchestration.core.results import LATENCY_BOUNDS
-from batch_orchestration.services.metric_names import BY_NAME, METRICS, PREFIX, MetricName
-from batch_orchestration.services.metrics import FRESH_SECONDS, MOST_NAMED, PARTS
+from batch_orchestration.operations.metrics.collector import FRESH_SECONDS, MOST_NAMED, PARTS
+from batch_orchestration.operations.metrics.names import BY_NAME, METRICS, PREFIX, MetricName
 from batch_orchestration_tests.test_docs import table
 
 DOCS = Path(__file__).parents[1] / "docs"

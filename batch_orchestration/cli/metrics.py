@@ -5,7 +5,11 @@ from pathlib import Path
 import click
 
 from batch_orchestration.cli.context import open_context
-from batch_orchestration.services.metrics_export import metrics_text, serve_metrics, write_textfile
+from batch_orchestration.operations.metrics.collector import (
+    metrics_text,
+    serve_metrics,
+    write_textfile,
+)
 
 
 @click.command()

@@ -14,10 +14,15 @@ from click.testing import CliRunner
 
 from batch_orchestration.cli import main
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services import metric_sources, metrics
-from batch_orchestration.services.metric_names import METRICS
-from batch_orchestration.services.metrics import MetricsCollector
-from batch_orchestration.services.metrics_export import metrics_text, serve_metrics, write_textfile
+from batch_orchestration.operations.metrics import collector as metrics
+from batch_orchestration.operations.metrics import sources as metric_sources
+from batch_orchestration.operations.metrics.collector import (
+    MetricsCollector,
+    metrics_text,
+    serve_metrics,
+    write_textfile,
+)
+from batch_orchestration.operations.metrics.names import METRICS
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.closing_bench import ClosingBench, StickingEngine

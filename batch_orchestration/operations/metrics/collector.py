@@ -2,28 +2,36 @@
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from math import fsum, inf
+from pathlib import Path
+from wsgiref.simple_server import WSGIServer
 
 from msgspec.structs import replace
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric, generate_latest, start_http_server
 from prometheus_client.registry import Collector
 
 from batch_orchestration import __version__
 from batch_orchestration.core.results import LATENCY_BOUNDS
-from batch_orchestration.domain.store_figures import BatchFigures, StoreFigures
+from batch_orchestration.files.atomic import atomic_writer
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import read_fences
 from batch_orchestration.operations.health.report import HealthReport
 from batch_orchestration.operations.health.report_file import read_health
+from batch_orchestration.operations.metrics.names import MetricPage
+from batch_orchestration.operations.metrics.sources import (
+    AccountsSource,
+    BatchFigures,
+    StoreFigures,
+    StoreSource,
+)
 from batch_orchestration.queue.entries import EntryState, QueueEntry
 from batch_orchestration.queue.files import read_pause, read_queue
-from batch_orchestration.services.metric_names import MetricPage
-from batch_orchestration.services.metric_sources import AccountsSource, StoreSource
 from batch_orchestration.workers.heartbeat import Heartbeat, Pulse
 from batch_orchestration.workers.heartbeat_files import read_pulses
 from batch_orchestration.workers.progress import read_progress
@@ -33,7 +41,6 @@ from batch_orchestration.workers.utilization import RunAccount, kept
 MOST_NAMED = 25
 #: What a run said of itself longer ago is history, but for the time at which it said it.
 FRESH_SECONDS = 60.0
-
 #: What a second of a run can have gone into, by the names of the parts of an account.
 PARTS = {
     "start_up": "start_up_seconds",
@@ -43,7 +50,6 @@ PARTS = {
     "drain": "drain_seconds",
     "commit": "commit_seconds",
 }
-
 logger = logging.getLogger(__name__)
 
 
@@ -278,3 +284,41 @@ def put_health(page: MetricPage, report: HealthReport) -> None:
         levels[check] = max(finding.level, levels.get(check, finding.level))
     for check, level in levels.items():
         page.put("health_check_level", level, check=check)
+
+
+#: Node exporter runs as another user.
+_READABLE_BY_ALL = 0o644
+
+
+def metrics_text(folder: DataFolder) -> bytes:
+    """Return one page in Prometheus's text format."""
+    return generate_latest(_registry(folder))
+
+
+def write_textfile(folder: DataFolder, path: Path) -> None:
+    """Write a page for node exporter's textfile collector; readers see the old one or the new one.
+
+    Raises:
+        StorageError: It cannot be written; a page that was there stays.
+    """
+    page = metrics_text(folder)
+    with atomic_writer(path) as file:
+        os.fchmod(file.fileno(), _READABLE_BY_ALL)
+        file.write(page)
+
+
+def serve_metrics(
+    folder: DataFolder, *, host: str, port: int
+) -> tuple[WSGIServer, threading.Thread]:
+    """Begin to answer scrapes, each with the state of that moment; return server and thread.
+
+    Raises:
+        OSError: The address is taken or not ours.
+    """
+    return start_http_server(port, addr=host, registry=_registry(folder))
+
+
+def _registry(folder: DataFolder) -> CollectorRegistry:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(MetricsCollector(folder))
+    return registry
