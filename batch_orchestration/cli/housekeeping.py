@@ -11,10 +11,14 @@ from rich.table import Table
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.visible import say
-from batch_orchestration.domain.housekeeping import HouseReport, PartResult
 from batch_orchestration.lifecycle.clock import DELETION_SECONDS, clock_doubt
-from batch_orchestration.services.configuration import house_parts
-from batch_orchestration.services.housekeeping import House, keep_house_and_tell
+from batch_orchestration.operations.housekeeping.clean import (
+    House,
+    HouseReport,
+    PartResult,
+    keep_house_and_tell,
+)
+from batch_orchestration.operations.housekeeping.retention import house_parts
 
 #: Another process, for only the definitions know Dagster.
 DAGSTER_PARTS = ("partitions", "runs", "ticks")

@@ -25,9 +25,13 @@ from batch_orchestration.defs.partitions import (
 )
 from batch_orchestration.defs.runs import ENDED_STATUSES, LIVE_STATUSES
 from batch_orchestration.defs.sensors import CLAIM_TAG
-from batch_orchestration.domain.housekeeping import Removal, batches_to_retire
-from batch_orchestration.services.configuration import SECONDS_PER_DAY
-from batch_orchestration.services.housekeeping import House, Part
+from batch_orchestration.operations.housekeeping.clean import (
+    House,
+    Part,
+    Removal,
+    batches_to_retire,
+)
+from batch_orchestration.operations.housekeeping.retention import SECONDS_PER_DAY
 from batch_orchestration.settings import Settings
 
 #: Runs of one query: each is some kilobytes.

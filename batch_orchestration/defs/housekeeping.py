@@ -19,10 +19,14 @@ from pydantic import Field
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.defs.dagster_parts import chunk_partitions, dagster_parts
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
-from batch_orchestration.domain.housekeeping import PartResult
 from batch_orchestration.lifecycle.clock import DELETION_SECONDS, clock_doubt
-from batch_orchestration.services.configuration import house_parts
-from batch_orchestration.services.housekeeping import House, Part, keep_house_and_tell
+from batch_orchestration.operations.housekeeping.clean import (
+    House,
+    Part,
+    PartResult,
+    keep_house_and_tell,
+)
+from batch_orchestration.operations.housekeeping.retention import house_parts
 from batch_orchestration.settings import Settings, load_settings
 from batch_orchestration.workers.reporter import say_at_work
 

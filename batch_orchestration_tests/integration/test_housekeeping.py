@@ -19,16 +19,16 @@ from batch_orchestration.core.errors import HousekeepingBusy, StoreLocked
 from batch_orchestration.core.lifecycle import FINAL, RESUMABLE, Resumption
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.delivery.lines import output_line_id
-from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.configuration import house_parts
-from batch_orchestration.services.housekeeping import (
+from batch_orchestration.operations.housekeeping.clean import (
     House,
     Part,
+    Removal,
     keep_house,
     read_results,
     results_path,
 )
+from batch_orchestration.operations.housekeeping.retention import house_parts
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input, make_plan

@@ -13,10 +13,14 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.defs.dagster_parts import dagster_parts
 from batch_orchestration.defs.housekeeping import partition_schedule
 from batch_orchestration.defs.partitions import BATCH_TAG
-from batch_orchestration.domain.housekeeping import HouseReport
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.resumption import resume
-from batch_orchestration.services.housekeeping import House, keep_house_and_tell, results_path
+from batch_orchestration.operations.housekeeping.clean import (
+    House,
+    HouseReport,
+    keep_house_and_tell,
+    results_path,
+)
 from batch_orchestration_tests.builders import make_input, make_line
 from batch_orchestration_tests.integration.deployment import Deployment
 

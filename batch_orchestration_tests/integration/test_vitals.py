@@ -11,11 +11,10 @@ from batch_orchestration.admission.reading.lines import BatchFileReading, Readin
 from batch_orchestration.core.errors import CalibrationFailed, EngineDied
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.delivery.assembly import assemble
-from batch_orchestration.domain.housekeeping import Removal
 from batch_orchestration.estimates.benchmark import calibrate
 from batch_orchestration.inference.faults import transient_errors as obstacles
 from batch_orchestration.inference.run import run_chunks
-from batch_orchestration.services.housekeeping import House, Part, keep_house
+from batch_orchestration.operations.housekeeping.clean import House, Part, Removal, keep_house
 from batch_orchestration.store.connection import writing
 from batch_orchestration.workers import reporter as heart
 from batch_orchestration.workers.vitals import RunVitals

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.services.housekeeping import House, Part, keep_house
-from batch_orchestration.services.retention import clean_journals
+from batch_orchestration.operations.housekeeping.clean import House, Part, keep_house
+from batch_orchestration.operations.housekeeping.retention import clean_journals
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.closing_bench import ClosingBench
 from batch_orchestration_tests.letter_bench import LetterBench

@@ -18,7 +18,6 @@ from batch_orchestration.core.batches import BatchPlan, Origin, can_be_id
 from batch_orchestration.core.dead_letters import Replay
 from batch_orchestration.core.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
 from batch_orchestration.core.lifecycle import Closing, Halt, Resumption
-from batch_orchestration.domain.housekeeping import PartResult
 from batch_orchestration.engines.access import Refusal
 from batch_orchestration.engines.memory_level_file import Descent
 from batch_orchestration.engines.processes.records import ProcessRecord
@@ -29,8 +28,8 @@ from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.lifecycle.clock import ClockRecord, clock_path
 from batch_orchestration.operations.alerts.state import AlertState
 from batch_orchestration.operations.health.report import HealthReport
+from batch_orchestration.operations.housekeeping.clean import PartResult, results_path
 from batch_orchestration.queue.entries import NeedsPerson, Pause, QueueView
-from batch_orchestration.services.housekeeping import results_path
 from batch_orchestration.store.operations import open_files
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration.workers.progress import Progress

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.domain.housekeeping import batches_to_retire
+from batch_orchestration.operations.housekeeping.clean import batches_to_retire
 
 KEYS = {"a": 40, "b": 30, "c": 20, "d": 10}
 ENDED = {"c": 1.0, "a": 2.0, "b": 3.0}

@@ -6,7 +6,7 @@ removing it; so whoever iterates can stop at any time, and what is left goes the
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,95 @@ from filelock import FileLock, Timeout
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import BatchOrchestrationError, HousekeepingBusy
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.domain.housekeeping import HouseReport, PartResult, Removal
 from batch_orchestration.files.atomic import read_kept, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.at_rest import batches_at_rest
+from batch_orchestration.operations.housekeeping.settled import batches_at_rest
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import note_work
 
-logger = logging.getLogger(__name__)
 
+class Removal(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was removed, or would be: a batch's journals, a file, a run.
+
+    Attributes:
+        subject: Its name, for people.
+        size_bytes: On the disk; 0 where nobody can tell.
+    """
+
+    subject: str
+    size_bytes: int = 0
+
+
+class PartResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What one part of housekeeping came to, the last time.
+
+    Attributes:
+        part: Its name.
+        at: When it ended, POSIX seconds.
+        seconds: That it took.
+        removed: Things that it removed.
+        size_bytes: Of these.
+        off: Whether its setting says that it does nothing.
+        more: Whether its time was over before it was through; it goes on the next time.
+        problem: Why it ended early; None if it did not.
+    """
+
+    part: str
+    at: float
+    seconds: float = 0.0
+    removed: int = 0
+    size_bytes: int = 0
+    off: bool = False
+    more: bool = False
+    problem: str | None = None
+
+    @property
+    def note(self) -> str:
+        """What is to be said beside the numbers; usually nothing."""
+        if self.off:
+            return "off"
+        return self.problem or ("goes on the next time" if self.more else "")
+
+
+def batches_to_retire(
+    keys: Mapping[str, int],
+    ended: Mapping[str, float],
+    *,
+    before: float | None,
+    most: int | None,
+) -> list[str]:
+    """Return the batches whose keys go from Dagster's key space, the longest ended first.
+
+    Args:
+        keys: How many keys each batch has there.
+        ended: Since when those that may go at all have ended, POSIX seconds.
+        before: Those that ended before that go in any case; None: none does.
+        most: With more keys than that in all, further ones go until a tenth of it is free again,
+            whatever their age; None: no bound.
+    """
+    total = sum(keys.values())
+    aim = total if most is None or total <= most else most - most // 10
+    retired = []
+    for batch_id in sorted(ended.keys() & keys.keys(), key=lambda name: (ended[name], name)):
+        if total <= aim and (before is None or ended[batch_id] >= before):
+            break
+        retired.append(batch_id)
+        total -= keys[batch_id]
+    return retired
+
+
+class HouseReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What housekeeping came to, part by part, with the names of what went, or would.
+
+    Attributes:
+        removals: By part.
+    """
+
+    results: tuple[PartResult, ...] = ()
+    removals: dict[str, list[Removal]] = {}
+
+
+logger = logging.getLogger(__name__)
 #: Of one part at a time; a tick is not to hold up a daemon's slot for ever.
 PART_SECONDS = 60.0
 #: However old something may be kept at most: what ended within it, somebody may be looking at.

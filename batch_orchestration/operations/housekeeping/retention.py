@@ -1,0 +1,266 @@
+"""Retention of what belongs to batches: their journals, and their kept inputs.
+
+Once a batch's journals are gone each answer is in the store and in the output, and no longer in a
+journal: `recover` cannot make the batch's rows anew, and leaves the batch out. `pruned.json` in the
+batch's folder says so; it is there before the first journal goes, so that no run takes a missing
+journal for missing answers. Journals that have answers which are too large for the store stay, for
+the store names them. Only then may the input go, too; `input-removed.json` says that.
+"""
+
+import logging
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.members import Faults
+from batch_orchestration.delivery.assembly import assembly_lock_path
+from batch_orchestration.delivery.outbox import OutboxFiles
+from batch_orchestration.delivery.recount import recount
+from batch_orchestration.files.atomic import disk_errors, write_atomically
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.plan_checks import input_removed_path
+from batch_orchestration.files.sharing import shared_lock
+from batch_orchestration.gpu.sample_table import prune_samples
+from batch_orchestration.operations.housekeeping.clean import (
+    LEAST_REST_SECONDS,
+    Cleaner,
+    House,
+    Part,
+    Removal,
+)
+from batch_orchestration.settings import Settings
+from batch_orchestration.store.operations import replays_of
+from batch_orchestration.workers.reporter import holding
+
+logger = logging.getLogger(__name__)
+
+
+class Pruned(msgspec.Struct, frozen=True, kw_only=True):
+    """That the journals of a batch were removed, and when (POSIX seconds)."""
+
+    at: float
+
+
+class InputRemoved(msgspec.Struct, frozen=True, kw_only=True):
+    """That a kept input was removed, when (POSIX seconds), and which it was.
+
+    Attributes:
+        sha256: Of the file, uncompressed: whoever has a copy can tell that it is the same.
+    """
+
+    at: float
+    file_name: str
+    sha256: str
+    size_bytes: int
+
+
+def clean_journals(house: House, keep_seconds: float) -> Iterator[Removal]:
+    """Remove the journals of batches that were completed so long ago.
+
+    Only if the files in the outbox, counted anew, have every request once. Journals of replays
+    stay, and those that the store names.
+    """
+    folder, faults = house.folder, Faults()
+    for batch_id in house.completed_before(house.now - keep_seconds):
+        with faults.of(batch_id):
+            if not (found := _journals(batch_id, folder)):
+                continue
+            journals = [path for path in found if path not in house.journals_with_answers]
+            if not journals and folder.pruned_path(batch_id).exists():
+                continue
+            removal = Removal(subject=batch_id, size_bytes=_size(journals))
+            gone = house.dry_run or _prune(batch_id, journals, folder, now=house.now)
+            if gone and journals:
+                yield removal
+    faults.log()
+
+
+def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: float) -> bool:
+    with holding(shared_lock(assembly_lock_path(batch_id, folder))):
+        if not folder.pruned_path(batch_id).exists():
+            counted = recount(folder.read_plan(batch_id), OutboxFiles(folder.outbox_path(batch_id)))
+            if counted.problem is not None or counted.partial:
+                logger.warning("the journals of %s stay: %s", batch_id, counted.problem)
+                return False
+            write_atomically(folder.pruned_path(batch_id), msgspec.json.encode(Pruned(at=now)))
+        _remove(journals)
+    logger.info("removed %d journals of %s, delivered long ago", len(journals), batch_id)
+    return True
+
+
+def clean_inputs(house: House, keep_seconds: float) -> Iterator[Removal]:
+    """Remove kept inputs of batches that were completed so long ago and have no journals left."""
+    before = house.now - keep_seconds
+    faults = Faults()
+    for batch_id in house.completed_before(before):
+        with faults.of(batch_id):
+            plan = house.folder.read_plan(batch_id)
+            files = _inputs(plan, house.folder)
+            if not files or not _needless(batch_id, house.folder):
+                continue
+            removal = Removal(subject=str(files[0]), size_bytes=_size(files))
+            if not house.dry_run:
+                _remove_input(plan, files, house)
+            yield removal
+    faults.log()
+
+
+def _needless(batch_id: str, folder: DataFolder) -> bool:
+    """Whether nothing can read the input any more, but a replay that is not asked for yet."""
+    # Somebody may have asked since housekeeping began.
+    return not replays_of(batch_id, folder) and folder.pruned_path(batch_id).exists()
+
+
+def _remove_input(plan: BatchPlan, files: list[Path], house: House) -> None:
+    removed = InputRemoved(
+        at=house.now, file_name=plan.file_name, sha256=plan.sha256, size_bytes=plan.size_bytes
+    )
+    write_atomically(input_removed_path(plan, house.folder), msgspec.json.encode(removed))
+    _remove(files)
+    logger.info("removed the kept input of %s, delivered long ago: %s", plan.batch_id, removed)
+
+
+def _inputs(plan: BatchPlan, folder: DataFolder) -> list[Path]:
+    path = folder.input_path(plan.batch_id)
+    return [file for file in (path, path.with_name(f"{path.name}.gz")) if file.exists()]
+
+
+def _journals(batch_id: str, folder: DataFolder) -> list[Path]:
+    return sorted(folder.journal_path(batch_id, 0).parent.glob("*.journal"))
+
+
+def _remove(files: list[Path]) -> None:
+    for file in files:
+        with disk_errors(file):
+            file.unlink(missing_ok=True)
+
+
+def _size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+#: What `files.atomic.atomic_writer` writes to; a user's file is hardly called so.
+_TEMPORARY = re.compile(r"\..{1,40}\.[0-9a-f]{12}\.tmp")
+#: The verdict on a claim is repeated to a run of its admission that is started again; by then
+#: Dagster's own retries are over many times.
+SETTLED_SECONDS = 30 * 86_400.0
+
+
+def clean_samples(house: House, keep_seconds: float) -> Iterator[Removal]:
+    """Remove old samples of batches at rest: rows of `gpu_samples`, and files."""
+    pruned = prune_samples(
+        *(house.folder, house.store, house.now, keep_seconds),
+        ended=house.at_rest,
+        dry_run=house.dry_run,
+    )
+    if pruned.rows:
+        yield Removal(subject=f"{pruned.rows:,} rows of gpu_samples")
+    if pruned.files:
+        yield Removal(subject=f"{pruned.files:,} samples files", size_bytes=pruned.file_bytes)
+
+
+def clean_logs(house: House, keep_seconds: float) -> Iterator[Removal]:
+    """Remove logs of engines and run workers, but those of runs of batches that are not at rest."""
+    spared = _runs_not_at_rest(house)
+    old = _older(house.folder.logs.rglob("*.log*"), house.now - keep_seconds)
+    yield from _removed(
+        (path for path in old if not any(path.name.startswith(run) for run in spared)), house
+    )
+
+
+def _runs_not_at_rest(house: House) -> set[str]:
+    """Return the runs that have worked on such batches, by the files that each run writes."""
+    return {
+        path.stem
+        for batch_id in house.folder.batch_ids()
+        if batch_id not in house.at_rest
+        for kind in ("samples", "accounts")
+        for path in house.folder.plan_path(batch_id).parent.glob(f"{kind}/*")
+    }
+
+
+def clean_rejected(house: House, keep_seconds: float) -> Iterator[Removal]:
+    """Remove files that were refused, and the reasons beside them."""
+    old = _older(house.folder.rejected.rglob("*"), house.now - keep_seconds)
+    yield from _removed(old, house)
+
+
+def clean_leftovers(house: House, keep_seconds: float) -> Iterator[Removal]:
+    """Remove what crashes left: temporary files, heartbeats of runs that are gone, old verdicts."""
+    # A write that goes on, or a run that lives, has changed its file within the hour.
+    folder, before = house.folder, house.now - max(keep_seconds, LEAST_REST_SECONDS)
+    temporary = (path for path in _ours(house) if _TEMPORARY.fullmatch(path.name))
+    yield from _removed(_older(temporary, before), house)
+    yield from _removed(_older((folder.root / "heartbeats").glob("*.json"), before), house)
+    settled_before = house.now - max(keep_seconds, SETTLED_SECONDS)
+    settled = (folder.claims / ".settled").glob("*.json")
+    yield from _removed(_older(settled, settled_before), house)
+
+
+def _ours(house: House) -> Iterator[Path]:
+    """Yield what lies where temporary files of ours may: not in the inbox, nor below a claim."""
+    folder = house.folder
+    yield from folder.root.glob(".*.tmp")
+    for own in ("heartbeats", "surveys", "claims/.settled"):
+        yield from (folder.root / own).glob(".*.tmp")
+    for batch_id in house.at_rest:
+        for place in (
+            folder.plan_path(batch_id).parent,
+            folder.outbox_path(batch_id),
+            folder.journal_path(batch_id, 0).parent,
+        ):
+            yield from place.rglob(".*.tmp")
+
+
+def _older(paths: Iterable[Path], before: float) -> Iterator[Path]:
+    for path in paths:
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            continue
+        # A move leaves the time of the last change as it is, and changes the other.
+        changed_at = max(found.st_mtime, found.st_ctime)
+        if stat.S_ISREG(found.st_mode) and changed_at < before:
+            yield path
+
+
+def _removed(paths: Iterable[Path], house: House) -> Iterator[Removal]:
+    """Remove files; one that cannot be removed does not keep the others, and is told at the end."""
+    problem: StorageError | None = None
+    for path in list(paths):
+        size_bytes = path.lstat().st_size if path.exists() else 0
+        try:
+            if not house.dry_run:
+                with disk_errors(path):
+                    path.unlink(missing_ok=True)
+        except StorageError as error:
+            problem = error
+            continue
+        yield Removal(subject=_name(path, house.folder), size_bytes=size_bytes)
+    if problem is not None:
+        raise problem
+
+
+def _name(path: Path, folder: DataFolder) -> str:
+    return str(path.relative_to(folder.root))
+
+
+SECONDS_PER_DAY = 86_400.0
+
+
+def house_parts(settings: Settings) -> list[Part]:
+    """Return what housekeeping removes from the data folder, in the order in which it does."""
+    days: list[tuple[str, float, Cleaner]] = [
+        ("journals", settings.journal_retention_days, clean_journals),
+        ("samples", settings.sample_retention_days, clean_samples),
+        ("inputs", settings.input_retention_days, clean_inputs),
+        ("rejected", settings.rejected_retention_days, clean_rejected),
+        ("logs", settings.log_retention_days, clean_logs),
+        ("leftovers", settings.leftover_retention_days, clean_leftovers),
+    ]
+    return [Part(name, SECONDS_PER_DAY * kept, clean) for name, kept, clean in days]
