@@ -13,7 +13,7 @@ from batch_orchestration.delivery.assembly import AssemblyReport, assemble
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.kept_input import ChunkRef, settled_requests
-from batch_orchestration.services.recovery import Recovery, find_problem, recover
+from batch_orchestration.operations.recovery import Recovery, find_problem, recover
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.workbench import Workbench, make_feeding

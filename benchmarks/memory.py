@@ -25,7 +25,7 @@ from batch_orchestration.delivery.lines import output_line
 from batch_orchestration.delivery.partial import finished_so_far, read_finished
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.lifecycle.cancellation import cancel
-from batch_orchestration.services.recovery import recover
+from batch_orchestration.operations.recovery import recover
 from batch_orchestration_tests.builders import MODEL, NOW, make_line, make_plan
 from batch_orchestration_tests.closing_bench import ClosingBench
 

@@ -19,7 +19,7 @@ from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.lifecycle.close_out import commit_closed
 from batch_orchestration.operations.housekeeping.clean import House
 from batch_orchestration.operations.housekeeping.retention import clean_inputs, clean_journals
-from batch_orchestration.services.recovery import find_problem, recover
+from batch_orchestration.operations.recovery import find_problem, recover
 from batch_orchestration.store import rows
 from batch_orchestration_tests.builders import NOW, make_completion, make_line, make_plan
 from batch_orchestration_tests.large_answers import (

@@ -17,7 +17,7 @@ from batch_orchestration.delivery.recount import recount
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.close_out import close_out
-from batch_orchestration.services.recovery import recover
+from batch_orchestration.operations.recovery import recover
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import make_provenance
 from batch_orchestration_tests.children import child, next_line

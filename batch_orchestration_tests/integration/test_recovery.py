@@ -8,7 +8,7 @@ from batch_orchestration.core.dead_letters import DeadLetterState, Selection
 from batch_orchestration.core.errors import DiskFull, StorageError, StoreDamaged
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.samples import RunSample, append_sample
-from batch_orchestration.services.recovery import find_problem
+from batch_orchestration.operations.recovery import find_problem
 from batch_orchestration_tests.letter_bench import LetterBench, refusing
 from batch_orchestration_tests.scripted_engine import ScriptedEngine
 

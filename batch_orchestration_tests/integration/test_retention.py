@@ -11,7 +11,7 @@ from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.files.plan_checks import input_removed_path
 from batch_orchestration.operations.housekeeping.clean import House
 from batch_orchestration.operations.housekeeping.retention import clean_inputs, clean_journals
-from batch_orchestration.services.recovery import find_problem
+from batch_orchestration.operations.recovery import find_problem
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.builders import NOW
 from batch_orchestration_tests.letter_bench import LetterBench

@@ -18,7 +18,7 @@ from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.files import journal_records as records
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.services.recovery import recover
+from batch_orchestration.operations.recovery import recover
 from batch_orchestration.workers.progress import Progress, read_progress
 from batch_orchestration_tests.builders import make_request
 from batch_orchestration_tests.closing_bench import ClosingBench

@@ -11,7 +11,9 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from batch_orchestration.admission.registration import admission_lock, register_batch
 from batch_orchestration.core.batches import BatchStatus
@@ -20,18 +22,67 @@ from batch_orchestration.core.lifecycle import Closing
 from batch_orchestration.core.members import Faults
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.delivery.outbox import OutboxFiles
+from batch_orchestration.files.atomic import disk_errors, make_folder, sync_folder
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled_requests
+from batch_orchestration.files.moving import move_into
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.lifecycle.cancellation import delivered
 from batch_orchestration.lifecycle.close_out import commit_closed
-from batch_orchestration.storage.remaking import remake
+from batch_orchestration.store.connection import DEADLINE_SECONDS, replacing
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 
-logger = logging.getLogger(__name__)
 
+def remake(
+    path: Path,
+    fill: Callable[[Store], None],
+    *,
+    at: float,
+    deadline_seconds: float = DEADLINE_SECONDS,
+) -> Path | None:
+    """Make a store, let `fill` fill it, and put it in its place; return where the old file is.
+
+    The old one, if there is one, is renamed and never deleted. All writers of ours wait meanwhile.
+    If `fill` raises, everything is as before.
+
+    Raises:
+        StoreLocked: Others were writing past the deadline.
+        StorageError: The folder cannot be written.
+    """
+    with disk_errors(path):
+        make_folder(path.parent)
+    with (
+        replacing(path, deadline_seconds=deadline_seconds),
+        TemporaryDirectory(prefix=".recover-", dir=path.parent) as folder,
+    ):
+        made = Path(folder) / path.name
+        store = Store(made, root=path.parent)
+        store.migrate()
+        fill(store)
+        if made.with_name(f"{made.name}.wal").exists():
+            raise StorageError(f"{path} could not be made anew: DuckDB left a log behind")
+        with disk_errors(path):
+            kept = _set_aside(path, at)
+            made.rename(path)
+            sync_folder(path.parent)
+    return kept
+
+
+def _set_aside(path: Path, at: float) -> Path | None:
+    """Rename the file and its log, so that DuckDB could still open them together."""
+    if not path.exists():
+        return None
+    moment = datetime.fromtimestamp(at, UTC).strftime("%Y%m%dT%H%M%SZ")
+    kept = move_into(path, path.parent, f"{path.name}.damaged-{moment}")
+    log = path.with_name(f"{path.name}.wal")
+    if log.exists():
+        move_into(log, path.parent, f"{kept.name}.wal")
+    return kept
+
+
+logger = logging.getLogger(__name__)
 #: Stands in a batch's history where otherwise a run's id does.
 ACTOR = "recovery"
 
