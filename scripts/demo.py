@@ -29,7 +29,7 @@ from batch_orchestration.core.batches import BatchOptions, BatchStatus
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.results import SIMULATED
 from batch_orchestration.core.text import duration
-from batch_orchestration.services.status import BatchView, find_identity, view_batch
+from batch_orchestration.status.views import BatchView, find_identity, view_batch
 
 EXAMPLE = REPOSITORY / "examples" / "candidates.jsonl"
 ANSWERS_SHOWN = 3

@@ -24,10 +24,10 @@ from batch_orchestration.cli.visible import say
 from batch_orchestration.cli.watching import watch_batch
 from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.files.sharing import keep_from_others
-from batch_orchestration.services.batch_objects import batch_object
-from batch_orchestration.services.board import Board, read_board
-from batch_orchestration.services.status import view_batch
 from batch_orchestration.settings import settings_in_force
+from batch_orchestration.status.objects import batch_object
+from batch_orchestration.status.overview import Board, read_board
+from batch_orchestration.status.views import view_batch
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,7 +12,7 @@ from batch_orchestration.cli.context import Context, json_option, open_context, 
 from batch_orchestration.cli.visible import say
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import Pause
-from batch_orchestration.services.board import Board
+from batch_orchestration.status.overview import Board
 
 #: Every look at the store shuts out its writers for a moment.
 LOOK_SECONDS = 2.0

@@ -21,8 +21,8 @@ from batch_orchestration.core.batches import BatchOptions, batch_id, identity
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.estimates.estimate import estimate_rows
 from batch_orchestration.estimates.tables import EstimateTables
-from batch_orchestration.services.board import rejections
-from batch_orchestration.services.status import find_identity
+from batch_orchestration.status.overview import rejections
+from batch_orchestration.status.views import find_identity
 
 #: A running sensor takes a settled file within a few ticks of five seconds, started ones apart.
 PATIENCE_SECONDS = 30.0

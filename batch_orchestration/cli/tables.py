@@ -18,9 +18,9 @@ from batch_orchestration.core.text import duration
 from batch_orchestration.dispatch.table import COLUMNS, pause_line, queue_rows
 from batch_orchestration.estimates.estimate import Estimate, estimate_rows
 from batch_orchestration.queue.entries import QueueView
-from batch_orchestration.services.board import Board
-from batch_orchestration.services.status import BatchView
 from batch_orchestration.settings import SettingInForce
+from batch_orchestration.status.overview import Board
+from batch_orchestration.status.views import BatchView
 
 MESSAGE_LENGTH = 300
 BAR_WIDTH = 12

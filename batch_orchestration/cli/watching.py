@@ -17,8 +17,8 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.text import duration
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue.halts import what_helps
-from batch_orchestration.services.batch_objects import batch_object
-from batch_orchestration.services.status import BatchView, view_batch, with_progress
+from batch_orchestration.status.objects import batch_object
+from batch_orchestration.status.views import BatchView, view_batch, with_progress
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import Wait
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from batch_orchestration.cli.watching import display, follow
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.services.status import view_batch, view_batches
+from batch_orchestration.status.views import view_batch, view_batches
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.builders import NOW, make_input
 from batch_orchestration_tests.command_line import CommandLine

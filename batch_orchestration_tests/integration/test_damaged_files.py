@@ -19,7 +19,7 @@ from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.clock import clock_path
 from batch_orchestration.operations.health.checks import files
 from batch_orchestration.operations.health.examine import examine_health
-from batch_orchestration.services.board import read_board
+from batch_orchestration.status.overview import read_board
 from batch_orchestration_tests.builders import NOW, make_input, make_line, make_settled_chunk
 from batch_orchestration_tests.integration.deployment import Deployment
 

@@ -13,7 +13,7 @@ from batch_orchestration.dead_letters.actions import request_replay
 from batch_orchestration.dead_letters.replaying import run_replay
 from batch_orchestration.lifecycle.resumption import finish_resumptions, resume
 from batch_orchestration.operations.recovery import recover
-from batch_orchestration.services.status import view_batch
+from batch_orchestration.status.views import view_batch
 from batch_orchestration.store.operations import Operations
 from batch_orchestration_tests.builders import make_completion, make_failure
 from batch_orchestration_tests.closing_bench import ClosingBench, StickingEngine

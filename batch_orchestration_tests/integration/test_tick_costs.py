@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 
 from batch_orchestration.defs.alerts import AlertsResource
-from batch_orchestration.services.status import view_batches
+from batch_orchestration.status.views import view_batches
 from batch_orchestration.store import rows
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.history import make_history

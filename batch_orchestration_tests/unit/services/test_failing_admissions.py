@@ -14,7 +14,7 @@ from batch_orchestration.core.errors import StorageError, StoreLocked
 from batch_orchestration.dispatch.queue import claim_admissible
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.load import QueueRules
-from batch_orchestration.services.board import rejections
+from batch_orchestration.status.overview import rejections
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.inbox_bench import LATER, InboxBench
 

@@ -10,7 +10,7 @@ from batch_orchestration.core.lifecycle import Halt
 from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.files.data_folder import DataFolder, read_lines
-from batch_orchestration.services.status import BatchView
+from batch_orchestration.status.views import BatchView
 from batch_orchestration.workers.progress import Progress, Wait
 
 #: Faulty lines at the head of a file that are skipped in search of its endpoint.

@@ -17,7 +17,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.operations.health.damage import Damage, find_damage
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import QueueEntry, QueueView, WaitReason
-from batch_orchestration.services.status import BatchView, view_batches
+from batch_orchestration.status.views import BatchView, view_batches
 from batch_orchestration.store.store import Store
 
 #: Older ones are found in the folder.

@@ -1,0 +1,1 @@
+"""Views of batches for people and clients."""
