@@ -17,7 +17,7 @@ from dagster._core.instance.config import is_dagster_home_set
 from pydantic import Field
 
 from batch_orchestration.core.errors import BatchOrchestrationError
-from batch_orchestration.defs.dagster_parts import chunk_partitions, dagster_parts
+from batch_orchestration.defs.housekeeping_in_dagster import chunk_partitions, dagster_parts
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.lifecycle.clock import DELETION_SECONDS, clock_doubt
 from batch_orchestration.operations.housekeeping.clean import (

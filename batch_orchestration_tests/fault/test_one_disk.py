@@ -10,9 +10,9 @@ import dagster as dg
 import pytest
 
 from batch_orchestration.core.batches import chunk_key
+from batch_orchestration.defs.run_worker import patient_events
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
-from batch_orchestration.run_worker import patient_events
 from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import wait_for_answering
 from batch_orchestration_tests.fault.disks import fill, small_disk

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from batch_orchestration.definitions import definitions
-from batch_orchestration.launcher import LocalProcessRunLauncher
+from batch_orchestration.defs.launcher import LocalProcessRunLauncher
 from batch_orchestration.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ import dagster as dg
 import pytest
 
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.defs.dagster_parts import dagster_parts
 from batch_orchestration.defs.housekeeping import partition_schedule
+from batch_orchestration.defs.housekeeping_in_dagster import dagster_parts
 from batch_orchestration.defs.partitions import BATCH_TAG
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.resumption import resume

@@ -12,9 +12,9 @@ from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._core.launcher import WorkerStatus
 from dagster._core.launcher.base import LaunchRunContext
 
+from batch_orchestration.defs.launcher import LocalProcessRunLauncher
 from batch_orchestration.engines.processes.records import ProcessIdentity, identify, is_running
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.launcher import LocalProcessRunLauncher
 from batch_orchestration.workers.cleanup import WORKER_TAG, worker_of
 from batch_orchestration.workers.heartbeat_files import read_pulse
 from batch_orchestration_tests.integration.dagster_processes import PATIENCE, kill, wait_until
@@ -48,7 +48,7 @@ class Bench:
     def __init__(self, root: Path) -> None:
         config = {
             "run_launcher": {
-                "module": "batch_orchestration.launcher",
+                "module": "batch_orchestration.defs.launcher",
                 "class": "LocalProcessRunLauncher",
                 "config": {"log_dir": str(root / "logs")},
             },
@@ -238,7 +238,7 @@ def test_whether_a_worker_is_gone_needs_neither_settings_nor_heartbeats_that_can
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as daemon:
-        daemon.setattr("batch_orchestration.launcher.read_pulse", refuse)
+        daemon.setattr("batch_orchestration.defs.launcher.read_pulse", refuse)
         assert bench.seen() is WorkerStatus.RUNNING
     with monkeypatch.context() as daemon:
         daemon.setenv("BATCH_SILENT_SECONDS", "a minute")

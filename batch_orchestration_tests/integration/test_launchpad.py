@@ -6,8 +6,8 @@ from dagster._core.errors import DagsterLaunchFailedError
 from pydantic import SecretStr
 
 from batch_orchestration.definitions import definitions
+from batch_orchestration.defs.launcher import refuse_names_of_variables
 from batch_orchestration.defs.resources import GpuResource, RunFlags
-from batch_orchestration.launcher import refuse_names_of_variables
 from batch_orchestration.settings import EngineKind, Settings
 
 TIMEOUTS = {"start_timeout_seconds": 60.0, "request_timeout_seconds": 60.0}

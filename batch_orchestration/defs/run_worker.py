@@ -1,6 +1,6 @@
 """What a run worker executes: Dagster's own command for it, with a heart that beats beside it.
 
-`python -m batch_orchestration.run_worker RUN JOB api execute_run …`, see `launcher`. The heart
+`python -m batch_orchestration.defs.run_worker RUN JOB api execute_run …`, see `launcher`. The heart
 beats from before Dagster is imported until the process ends, so that there is no time in which a
 worker hangs unnoticed. The signal that asks for stacks makes each thread write where it is.
 

@@ -198,7 +198,7 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         run = context.dagster_run
         return [
             origin.repository_origin.executable_path,
-            *("-m", "batch_orchestration.run_worker", run.run_id, run.job_name),
+            *("-m", "batch_orchestration.defs.run_worker", run.run_id, run.job_name),
             *dagsters,
         ]
 

@@ -1,1 +1,0 @@
-"""Use cases over engine and store."""

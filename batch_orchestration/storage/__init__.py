@@ -1,1 +1,0 @@
-"""All that touches the disk: the data folder, the journals and the store; all SQL is here."""

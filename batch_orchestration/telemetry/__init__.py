@@ -1,1 +1,0 @@
-"""What a run tells about itself while it works."""
