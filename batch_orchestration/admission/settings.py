@@ -33,7 +33,7 @@ class AdmissionSettings:
     """The settings that admission depends on.
 
     Attributes:
-        requests_per_chunk: At least; None if it is derived of each file (`admission.reading.lines`).
+        requests_per_chunk: At least; None if each file's is derived (`admission.reading.lines`).
         max_file_bytes: Of the expanded content; not even a byte more is written anywhere.
         max_requests_per_batch: Open at once; what `on_oversize` goes by.
         model_required: False if an alias `*` supplies a missing `model`.

@@ -1,4 +1,4 @@
-"""The original lines of requests, read again from a batch's kept input."""
+"""A chunk's place in the kept input, and the original lines of requests, read again from there."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass

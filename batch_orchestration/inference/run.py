@@ -119,11 +119,12 @@ def run_chunks(
 
     Requests with a durable outcome are not submitted again; the engine is started only if
     something is pending, and is left running. Closing the iterator stops the feed; every answer
-    that arrived is kept. So does the early end of a batch (`lifecycle.cancellation`), within seconds.
-    A batch that is paused (`inference.faults.halting`) is passed over, and left if that happens meanwhile.
+    that arrived is kept. So does the early end of a batch (`lifecycle.cancellation`), within
+    seconds. A batch that is paused (`inference.faults.halting`) is passed over, and left if that
+    happens meanwhile.
 
-    Where it is the turn of others (see `inference.scheduling`), their chunks are fed and yielded, too;
-    and where the run makes room for others it ends early, with chunks of its own left to do.
+    Where it is the turn of others (see `inference.scheduling`), their chunks are fed and yielded,
+    too; and where the run makes room for others it ends early, with chunks of its own left to do.
 
     Args:
         selection: Chunk numbers by batch id, in the order in which they are fed.

@@ -197,7 +197,7 @@ def _halt(batch_id: str, folder: DataFolder) -> Halt | None:
 
 
 def _decisions(batch_id: str, folder: DataFolder) -> tuple[Closing | None, Resumption | None]:
-    """Return what was decided about a batch; what cannot be read is told by `operations.health.damage`."""
+    """Return the decisions about a batch; `operations.health.damage` reports unreadable ones."""
     closing, resumption = None, None
     with contextlib.suppress(FileDamaged):
         closing = folder.read_closing(batch_id)

@@ -26,7 +26,6 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.plan_checks import check_input_size
 from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.lifecycle.clock import ClockRecord, clock_path
-from batch_orchestration.operations.alerts.state import AlertState
 from batch_orchestration.operations.health.report import HealthReport
 from batch_orchestration.operations.housekeeping.clean import PartResult, results_path
 from batch_orchestration.queue.entries import NeedsPerson, Pause, QueueView
@@ -81,7 +80,7 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
         ([folder.needs], tuple[NeedsPerson, ...]),
         ([folder.refusal], Refusal),
         ([folder.health], HealthReport),
-        ([folder.alerts], AlertState),
+        ([folder.alerts], dict[str, Any]),
         ([folder.rungs], dict[str, Descent]),
         ([results_path(folder)], dict[str, PartResult]),
         ([clock_path(folder)], ClockRecord),
