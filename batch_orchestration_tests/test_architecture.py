@@ -1,7 +1,7 @@
 """Rules about the code that no linter knows: sizes, purity, and who reads the environment.
 
 Who may import whom is in `pyproject.toml` (import-linter); what importing the definitions loads is
-in `integration/test_definitions.py`.
+in `integration/defs/test_definitions.py`.
 """
 
 import ast

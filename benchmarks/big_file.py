@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from batch_orchestration.core.batches import MAX_REQUESTS_PER_BATCH
-from batch_orchestration_tests.builders import make_line
-from batch_orchestration_tests.inbox_bench import InboxBench, make_admission_settings
-from batch_orchestration_tests.integration.dagster_processes import DagsterProcesses, dagster_dev
+from batch_orchestration_tests.support.builders import make_line
+from batch_orchestration_tests.support.dagster_processes import DagsterProcesses, dagster_dev
+from batch_orchestration_tests.support.inbox_bench import InboxBench, make_admission_settings
 
 FILE_NAME = "big.jsonl"
 #: For comparison: the smallest file of more than one window.

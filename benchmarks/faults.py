@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batch_orchestration.core.outcomes import Failure, FailureCode
-from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.fault.mixed_batches import (
     assert_accounted,
     run_to_the_end,
     simulated_engine,
 )
 from batch_orchestration_tests.fault.soak import OTHERS, Figures, opened, soak
-from batch_orchestration_tests.inbox_bench import InboxBench
+from batch_orchestration_tests.support.builders import make_body, make_line
+from batch_orchestration_tests.support.inbox_bench import InboxBench
 
 REQUESTS, WINDOW = 1_000, 64
 GUILTY = (1, 3, 8)

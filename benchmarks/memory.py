@@ -26,8 +26,8 @@ from batch_orchestration.delivery.partial import finished_so_far, read_finished
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.operations.recovery import recover
-from batch_orchestration_tests.builders import MODEL, NOW, make_line, make_plan
-from batch_orchestration_tests.closing_bench import ClosingBench
+from batch_orchestration_tests.support.builders import MODEL, NOW, make_line, make_plan
+from batch_orchestration_tests.support.closing_bench import ClosingBench
 
 ANSWERS = 1000
 #: Words of the simulated engine: with them an answer is about a mebibyte.

@@ -20,7 +20,6 @@ from typing import NamedTuple
 from batch_orchestration.engines.processes.records import ProcessIdentity, read_record
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.settings import Settings
-from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import (
     assert_undisturbed,
     durable_outcomes,
@@ -35,8 +34,9 @@ from batch_orchestration_tests.fault.hanging import (
     stop,
     wait_for_blocked_loop,
 )
-from batch_orchestration_tests.integration.dagster_client import Run
-from batch_orchestration_tests.integration.dagster_processes import (
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.dagster_client import Run
+from batch_orchestration_tests.support.dagster_processes import (
     DagsterProcesses,
     dagster_dev,
     kill,

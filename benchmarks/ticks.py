@@ -21,9 +21,9 @@ import dagster as dg
 
 from batch_orchestration.defs.alerts import AlertsResource
 from batch_orchestration.defs.partitions import batches, chunks
-from batch_orchestration_tests.builders import make_input
-from batch_orchestration_tests.history import finished_id, make_history
-from batch_orchestration_tests.integration.deployment import Deployment
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.deployment import Deployment
+from batch_orchestration_tests.support.history import finished_id, make_history
 
 SENSORS = (
     *("inbox_sensor", "dispatch_sensor", "replay_sensor"),

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import msgspec
 
 from batch_orchestration.inference.window.control import Bounds, WindowControl
-from batch_orchestration_tests.window_simulation import (
+from batch_orchestration_tests.support.window_simulation import (
     SHAPES,
     Course,
     Shape,

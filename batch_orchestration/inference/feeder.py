@@ -43,11 +43,12 @@ class Feeder:
     in trouble is fed less.
 
     When the engine dies, what it had in flight is suspect and is tested apart (see
-    `inference.faults.isolation`); the death costs no request an attempt. Suspects and fresh requests
-    take turns and never share a window. A fresh turn lasts at least as long as the turn of suspects
-    before it, so that fresh work gets half of the time whatever is wrong with the suspects.
-    Only an engine that has answered something since it was started is believed when it dies with
-    one of them alone; one that dies whatever it is asked is given up, and convicts nobody.
+    `inference.faults.isolation`); the death costs no request an attempt. Suspects and fresh
+    requests take turns and never share a window. A fresh turn lasts at least as long as the turn of
+    suspects before it, so that fresh work gets half of the time whatever is wrong with the
+    suspects. Only an engine that has answered something since it was started is believed when it
+    dies with one of them alone; one that dies whatever it is asked is given up, and convicts
+    nobody.
 
     A refusal that may be the gate's is recorded only when something else was let in since (see
     `inference.faults.access`).

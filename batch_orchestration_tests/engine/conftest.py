@@ -8,8 +8,8 @@ import pytest
 
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm import VllmEngine
-from batch_orchestration_tests.engine_contract import CONTEXT_TOKENS
-from batch_orchestration_tests.tiny_model import make_tiny_model
+from batch_orchestration_tests.support.engine_contract import CONTEXT_TOKENS
+from batch_orchestration_tests.support.tiny_model import make_tiny_model
 
 #: 64 MiB, plenty for a model whose tokens take 1 KiB each.
 TINY_ARGS = {"max-model-len": CONTEXT_TOKENS, "kv-cache-memory-bytes": 64 * 2**20}

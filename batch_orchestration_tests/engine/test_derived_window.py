@@ -10,8 +10,8 @@ from batch_orchestration.inference.window import window as engine_poll
 from batch_orchestration.inference.window.sizing import Sizing, size_run
 from batch_orchestration.settings import Settings
 from batch_orchestration.workers.vitals import RunVitals
-from batch_orchestration_tests.unit.services.test_sizing import Site
-from batch_orchestration_tests.workbench import make_feeding
+from batch_orchestration_tests.support.workbench import make_feeding
+from batch_orchestration_tests.unit.inference.test_sizing import Site
 
 pytestmark = pytest.mark.engine
 ARGS = {"max-model-len": 512, "kv-cache-memory-bytes": 8 * 2**20}

@@ -15,7 +15,7 @@ from batch_orchestration.estimates.prompt_counting import prompt_counter
 
 pytest.importorskip("vllm")
 
-from batch_orchestration_tests.builders import make_request
+from batch_orchestration_tests.support.builders import make_request
 
 pytestmark = pytest.mark.engine
 

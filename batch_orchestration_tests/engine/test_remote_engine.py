@@ -15,7 +15,7 @@ from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.engines.access import is_doubtful
 from batch_orchestration.engines.figures import EngineFigures
 from batch_orchestration.engines.openai_server import ServerEngine
-from batch_orchestration_tests.engine_contract import (
+from batch_orchestration_tests.support.engine_contract import (
     CHAT,
     CONTEXT_TOKENS,
     EngineContract,
@@ -23,7 +23,7 @@ from batch_orchestration_tests.engine_contract import (
     ask_and_catch,
     chat,
 )
-from batch_orchestration_tests.raw_server import free_port
+from batch_orchestration_tests.support.raw_server import free_port
 
 KEY = "open-sesame"
 

@@ -21,7 +21,7 @@ from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.simulated.server import SimulatedServer
 from batch_orchestration.engines.simulated.strange import KINDS
 from batch_orchestration.files.journal_records import OutcomeRecord, encode_record
-from batch_orchestration_tests.engine_contract import (
+from batch_orchestration_tests.support.engine_contract import (
     CHAT,
     EngineContract,
     ask,

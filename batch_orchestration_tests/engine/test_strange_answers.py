@@ -18,9 +18,9 @@ from batch_orchestration.core.errors import EngineRefusesUs, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.openai_server import ServerEngine
 from batch_orchestration.engines.reading import PIECE_BYTES, AnswerLimits
-from batch_orchestration_tests.builders import ENDPOINT
-from batch_orchestration_tests.engine_contract import ask, chat, figures_of
-from batch_orchestration_tests.raw_server import MODELS, PAGES, Answer, http, raw_server
+from batch_orchestration_tests.support.builders import ENDPOINT
+from batch_orchestration_tests.support.engine_contract import ask, chat, figures_of
+from batch_orchestration_tests.support.raw_server import MODELS, PAGES, Answer, http, raw_server
 
 GOOD = b'{"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}'
 MIB = 2**20

@@ -16,15 +16,15 @@ from batch_orchestration.core.errors import EngineDied, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.processes.records import read_record
 from batch_orchestration.engines.vllm import VllmEngine
-from batch_orchestration_tests.engine_contract import EngineContract, ask, chat, parse
-from batch_orchestration_tests.engine_processes import (
+from batch_orchestration_tests.support.engine_contract import EngineContract, ask, chat, parse
+from batch_orchestration_tests.support.engine_processes import (
     LOOPBACK,
     count_running,
     engine_core_pid,
     tcp_listeners,
     wait_until_unwell,
 )
-from batch_orchestration_tests.packaged_models import embedding_model_folder
+from batch_orchestration_tests.support.packaged_models import embedding_model_folder
 
 pytestmark = pytest.mark.engine
 

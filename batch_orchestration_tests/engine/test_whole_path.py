@@ -16,11 +16,11 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.inference.run import run_chunks
-from batch_orchestration_tests.builders import NOW, make_line
-from batch_orchestration_tests.engine_processes import engine_core_pid
-from batch_orchestration_tests.inbox_bench import InboxBench
-from batch_orchestration_tests.packaged_models import REPOSITORY, chat_model_folder
-from batch_orchestration_tests.workbench import SETTINGS, make_feeding
+from batch_orchestration_tests.support.builders import NOW, make_line
+from batch_orchestration_tests.support.engine_processes import engine_core_pid
+from batch_orchestration_tests.support.inbox_bench import InboxBench
+from batch_orchestration_tests.support.packaged_models import REPOSITORY, chat_model_folder
+from batch_orchestration_tests.support.workbench import SETTINGS, make_feeding
 
 pytestmark = pytest.mark.engine
 

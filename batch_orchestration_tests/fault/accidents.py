@@ -5,8 +5,8 @@ from typing import NamedTuple
 import pytest
 
 from batch_orchestration.files.journal import read_journal
-from batch_orchestration_tests.integration.dagster_client import Run
-from batch_orchestration_tests.integration.dagster_processes import DagsterProcesses
+from batch_orchestration_tests.support.dagster_client import Run
+from batch_orchestration_tests.support.dagster_processes import DagsterProcesses
 
 
 class Settled(NamedTuple):

@@ -6,9 +6,9 @@ from pathlib import Path
 import dagster as dg
 
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
-from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.crashing_batch import kill_the_engine_instead
-from batch_orchestration_tests.integration.deployment import Deployment
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.deployment import Deployment
 
 REQUESTS, PER_CHUNK = 60, 10
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from batch_orchestration_tests.closing_bench import ClosingBench
+from batch_orchestration_tests.support.closing_bench import ClosingBench
 
 
 def take_step(root: Path, step: str) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from batch_orchestration_tests.halting_bench import HaltingBench, refusing
+from batch_orchestration_tests.support.halting_bench import HaltingBench, refusing
 
 
 def take_step(root: Path, step: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm import VllmEngine
-from batch_orchestration_tests.tiny_model import make_tiny_model
+from batch_orchestration_tests.support.tiny_model import make_tiny_model
 
 
 def make_engine(kind: str, log_path: Path) -> SimulatedEngine | VllmEngine:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from batch_orchestration.engines.processes.records import ProcessIdentity
 from batch_orchestration.workers.heartbeat_files import read_pulse
-from batch_orchestration_tests.integration.dagster_client import Run
-from batch_orchestration_tests.integration.dagster_processes import DagsterProcesses, wait_until
+from batch_orchestration_tests.support.dagster_client import Run
+from batch_orchestration_tests.support.dagster_processes import DagsterProcesses, wait_until
 
 PR_SET_CHILD_SUBREAPER = 36
 

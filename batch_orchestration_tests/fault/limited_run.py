@@ -17,8 +17,8 @@ from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.openai_server import ServerEngine
 from batch_orchestration.inference.open_files import raise_open_file_limit
 from batch_orchestration.store.connection import replacing
-from batch_orchestration_tests.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.workbench import Workbench
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.workbench import Workbench
 
 WINDOW = 1024
 #: Longer than between two looks at decisions and at obstacles.

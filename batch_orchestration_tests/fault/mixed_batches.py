@@ -17,8 +17,8 @@ from batch_orchestration.files.journal_records import OutcomeRecord, read_record
 from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.store.store import Store
-from batch_orchestration_tests.builders import MODEL, NOW, make_body, make_line
-from batch_orchestration_tests.workbench import make_feeding
+from batch_orchestration_tests.support.builders import MODEL, NOW, make_body, make_line
+from batch_orchestration_tests.support.workbench import make_feeding
 
 #: Names the submission, of which a disturbed batch has more than an undisturbed one.
 _REQUEST_ID = re.compile(rb'("request_id":"[^"]*)-\d+"')

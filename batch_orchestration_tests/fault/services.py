@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from batch_orchestration_tests.integration.dagster_processes import (
+from batch_orchestration_tests.support.dagster_processes import (
     REPOSITORY,
     START_SECONDS,
     STOP_SECONDS,
     DagsterProcesses,
     wait_until,
 )
-from batch_orchestration_tests.raw_server import free_port
+from batch_orchestration_tests.support.raw_server import free_port
 
 UNITS = REPOSITORY / "deploy/systemd"
 WORKSPACE = REPOSITORY / "deploy/workspace.yaml"

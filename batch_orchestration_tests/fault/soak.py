@@ -32,8 +32,6 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.queue.halts import halts_in_force
 from batch_orchestration.store.store import Store
-from batch_orchestration_tests.builders import MODEL
-from batch_orchestration_tests.children import ROOT
 from batch_orchestration_tests.fault.mixed_batches import (
     ANSWER_BYTES,
     RETRY,
@@ -51,12 +49,14 @@ from batch_orchestration_tests.fault.soak_accidents import (
     simulate,
     small_disk_if_allowed,
 )
-from batch_orchestration_tests.inbox_bench import InboxBench
-from batch_orchestration_tests.integration.dagster_processes import (
+from batch_orchestration_tests.support.builders import MODEL
+from batch_orchestration_tests.support.children import ROOT
+from batch_orchestration_tests.support.dagster_processes import (
     DagsterProcesses,
     dagster_dev,
     wait_until,
 )
+from batch_orchestration_tests.support.inbox_bench import InboxBench
 
 PER_CHUNK = 20
 #: So many batches are always unfinished: a kill never finds everything idle.

@@ -11,8 +11,8 @@ import pytest
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.results import Admitted, AlreadyAdmitted
 from batch_orchestration.core.errors import DiskFull, FileStillChanging
-from batch_orchestration_tests.builders import make_body, make_input, make_line
-from batch_orchestration_tests.inbox_bench import LATER, InboxBench
+from batch_orchestration_tests.support.builders import make_body, make_input, make_line
+from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
 
 SPAWN = multiprocessing.get_context("spawn")
 MEGABYTE = 2**20

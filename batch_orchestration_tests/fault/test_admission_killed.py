@@ -12,7 +12,7 @@ import pytest
 
 
 def accidents(scenario: str, folder: Path, *, stride: int) -> list[dict]:
-    program = "batch_orchestration_tests.crashing_admission"
+    program = "batch_orchestration_tests.support.crashing_admission"
     done = subprocess.run(
         [sys.executable, "-m", program, scenario, str(folder), str(stride)],
         cwd=Path(__file__).parents[2],

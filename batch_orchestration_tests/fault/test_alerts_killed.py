@@ -10,9 +10,9 @@ import pytest
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.operations.alerts import cycle as alerting
-from batch_orchestration_tests.alert_bench import Tower
-from batch_orchestration_tests.alert_servers import Webhook, serving
-from batch_orchestration_tests.forks import run_forked
+from batch_orchestration_tests.support.alert_bench import Tower
+from batch_orchestration_tests.support.alert_servers import Webhook, serving
+from batch_orchestration_tests.support.forks import run_forked
 
 
 def cycle(root: Path, url: str, now: float, moment: str) -> None:

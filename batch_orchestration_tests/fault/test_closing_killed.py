@@ -8,10 +8,10 @@ import pytest
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.crash_points import CrashPoint
 from batch_orchestration.lifecycle.resumption import finish_resumptions
-from batch_orchestration_tests.closing_bench import ClosingBench
 from batch_orchestration_tests.fault.crashing_closing import take_step
-from batch_orchestration_tests.forks import run_forked
-from batch_orchestration_tests.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.closing_bench import ClosingBench
+from batch_orchestration_tests.support.forks import run_forked
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 
 #: The step, where it is killed, and the status that the store has then.
 STEPS = [

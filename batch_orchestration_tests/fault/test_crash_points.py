@@ -17,8 +17,6 @@ from batch_orchestration.core.crash_points import VARIABLE, CrashPoint
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.store.store import Store
-from batch_orchestration_tests.builders import make_body, make_line
-from batch_orchestration_tests.children import ROOT
 from batch_orchestration_tests.fault.crashing_asset import (
     PER_CHUNK,
     REQUESTS,
@@ -32,8 +30,10 @@ from batch_orchestration_tests.fault.mixed_batches import (
     durable_outcomes,
     mixed_input,
 )
-from batch_orchestration_tests.forks import forked, run_forked
-from batch_orchestration_tests.inbox_bench import InboxBench
+from batch_orchestration_tests.support.builders import make_body, make_line
+from batch_orchestration_tests.support.children import ROOT
+from batch_orchestration_tests.support.forks import forked, run_forked
+from batch_orchestration_tests.support.inbox_bench import InboxBench
 
 CONTENT = mixed_input(90)
 

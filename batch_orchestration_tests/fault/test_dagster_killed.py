@@ -20,7 +20,6 @@ from batch_orchestration.engines.processes.records import (
 )
 from batch_orchestration.workers.cleanup import WORKER_TAG, RecordedWorker
 from batch_orchestration.workers.heartbeat_files import read_pulse, write_heartbeat
-from batch_orchestration_tests.builders import make_body, make_input, make_line
 from batch_orchestration_tests.fault.accidents import (
     SLOW_SECONDS,
     assert_undisturbed,
@@ -29,8 +28,9 @@ from batch_orchestration_tests.fault.accidents import (
     wait_for_outcomes,
 )
 from batch_orchestration_tests.fault.processes import FAMILY
-from batch_orchestration_tests.integration.dagster_client import Run
-from batch_orchestration_tests.integration.dagster_processes import (
+from batch_orchestration_tests.support.builders import make_body, make_input, make_line
+from batch_orchestration_tests.support.dagster_client import Run
+from batch_orchestration_tests.support.dagster_processes import (
     DagsterProcesses,
     dagster_dev,
     wait_until,

@@ -15,12 +15,12 @@ from batch_orchestration.admission.results import Admitted
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import DiskFull, EngineDied, StorageError
 from batch_orchestration.core.outcomes import Failure, FailureCode
-from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.disks import fill, mount, small_disk
 from batch_orchestration_tests.fault.mixed_batches import durable_outcomes
-from batch_orchestration_tests.inbox_bench import InboxBench
-from batch_orchestration_tests.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.workbench import Workbench
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.inbox_bench import InboxBench
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.workbench import Workbench
 
 REQUESTS = 300
 #: Smaller than what the journals of the batch come to.

@@ -10,7 +10,7 @@ import pytest
 
 from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
-from batch_orchestration_tests.engine_processes import tcp_listeners
+from batch_orchestration_tests.support.engine_processes import tcp_listeners
 
 
 def test_an_engine_that_exits_while_it_starts_says_why(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration_tests.raw_server import free_port
+from batch_orchestration_tests.support.raw_server import free_port
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.crash_points import CrashPoint
 from batch_orchestration_tests.fault.crashing_batch import run_batch
 from batch_orchestration_tests.fault.mixed_batches import assert_accounted, durable_outcomes
-from batch_orchestration_tests.forks import run_forked
-from batch_orchestration_tests.turn_bench import TurnBench, entry
+from batch_orchestration_tests.support.forks import run_forked
+from batch_orchestration_tests.support.turn_bench import TurnBench, entry
 
 #: The point, and at which passing the accident happens: while the guest is served, and with its
 #: first and the host's own commit.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from batch_orchestration.core.crash_points import CrashPoint
 from batch_orchestration_tests.fault.crashing_halt import take_step
-from batch_orchestration_tests.forks import run_forked
-from batch_orchestration_tests.halting_bench import HaltingBench, refusing
-from batch_orchestration_tests.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.forks import run_forked
+from batch_orchestration_tests.support.halting_bench import HaltingBench, refusing
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 
 
 def run(root: Path, step: str, crash_point: str) -> int:

@@ -6,14 +6,19 @@ import pytest
 
 from batch_orchestration.core.errors import JournalInUse
 from batch_orchestration.files.journal import Journal, read_journal
-from batch_orchestration_tests.builders import NOW, make_completion, make_provenance, make_request
-from batch_orchestration_tests.children import child, lines_until_killed, next_line
+from batch_orchestration_tests.support.builders import (
+    NOW,
+    make_completion,
+    make_provenance,
+    make_request,
+)
+from batch_orchestration_tests.support.children import child, lines_until_killed, next_line
 
 ANSWER_FOR_EVER = """
     import sys
     from pathlib import Path
     from batch_orchestration.files.journal import Journal
-    from batch_orchestration_tests.builders import *
+    from batch_orchestration_tests.support.builders import *
     journal = Journal.open(
         Path(sys.argv[1]), batch_id="b", number=0, provenance=make_provenance(), at=NOW
     )
@@ -91,7 +96,7 @@ FULL_DISK = """
     from pathlib import Path
     from batch_orchestration.core.errors import DiskFull
     from batch_orchestration.files.journal import Journal
-    from batch_orchestration_tests.builders import *
+    from batch_orchestration_tests.support.builders import *
     no_limit = resource.RLIM_INFINITY
     journal = Journal.open(
         Path(sys.argv[1]), batch_id="b", number=0, provenance=make_provenance(), at=NOW

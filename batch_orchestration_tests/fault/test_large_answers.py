@@ -21,8 +21,8 @@ from batch_orchestration.operations.housekeeping.clean import House
 from batch_orchestration.operations.housekeeping.retention import clean_inputs, clean_journals
 from batch_orchestration.operations.recovery import find_problem, recover
 from batch_orchestration.store import rows
-from batch_orchestration_tests.builders import NOW, make_completion, make_line, make_plan
-from batch_orchestration_tests.large_answers import (
+from batch_orchestration_tests.support.builders import NOW, make_completion, make_line, make_plan
+from batch_orchestration_tests.support.large_answers import (
     LARGE,
     MIB,
     answered,
@@ -32,9 +32,9 @@ from batch_orchestration_tests.large_answers import (
     mixed_outcomes,
     run_worker,
 )
-from batch_orchestration_tests.letter_bench import TABLES, LetterBench
-from batch_orchestration_tests.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.workbench import Workbench
+from batch_orchestration_tests.support.letter_bench import TABLES, LetterBench
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.workbench import Workbench
 
 DAY = 86_400.0
 

@@ -20,9 +20,9 @@ from batch_orchestration.engines.memory_ladder import Ladder, Rung
 from batch_orchestration.engines.memory_level_file import RungMemory
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.inference.faults.oom_recovery import remembered_ladder
-from batch_orchestration_tests.builders import NOW, make_body, make_line, make_plan
-from batch_orchestration_tests.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.workbench import Workbench
+from batch_orchestration_tests.support.builders import NOW, make_body, make_line, make_plan
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.workbench import Workbench
 
 IN_FLIGHT = 64
 

@@ -13,12 +13,12 @@ from batch_orchestration.core.batches import chunk_key
 from batch_orchestration.defs.run_worker import patient_events
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
-from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import wait_for_answering
 from batch_orchestration_tests.fault.disks import fill, small_disk
 from batch_orchestration_tests.fault.processes import wait_until
-from batch_orchestration_tests.integration.dagster_processes import dagster_dev
-from batch_orchestration_tests.integration.deployment import Deployment
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.dagster_processes import dagster_dev
+from batch_orchestration_tests.support.deployment import Deployment
 
 REQUESTS = 200
 #: So that the disk is full before half of them are answered.

@@ -14,10 +14,10 @@ import pytest
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.files.journal import read_journal
-from batch_orchestration_tests.builders import make_body, make_line
 from batch_orchestration_tests.fault.mixed_batches import simulated_engine
-from batch_orchestration_tests.inbox_bench import InboxBench
-from batch_orchestration_tests.workbench import Workbench
+from batch_orchestration_tests.support.builders import make_body, make_line
+from batch_orchestration_tests.support.inbox_bench import InboxBench
+from batch_orchestration_tests.support.workbench import Workbench
 
 REQUESTS, WINDOW = 200, 32
 

@@ -9,8 +9,8 @@ import pytest
 from batch_orchestration.core.errors import EngineDied, EngineSick
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.inference.faults.retries import BreakerPolicy
-from batch_orchestration_tests.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.workbench import Workbench
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.workbench import Workbench
 
 
 def poisoned(*indices: int):

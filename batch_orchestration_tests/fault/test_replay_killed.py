@@ -10,10 +10,10 @@ from batch_orchestration.dead_letters.replaying import run_replay
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration.store.store import Store
-from batch_orchestration_tests.forks import run_forked
-from batch_orchestration_tests.letter_bench import LetterBench
-from batch_orchestration_tests.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.workbench import make_feeding
+from batch_orchestration_tests.support.forks import run_forked
+from batch_orchestration_tests.support.letter_bench import LetterBench
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.workbench import make_feeding
 
 FAILING = tuple(range(0, 30, 2))
 

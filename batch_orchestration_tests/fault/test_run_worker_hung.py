@@ -2,7 +2,6 @@
 
 import pytest
 
-from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import (
     assert_undisturbed,
     durable_outcomes,
@@ -16,7 +15,8 @@ from batch_orchestration_tests.fault.hanging import (
     stop,
     wait_for_blocked_loop,
 )
-from batch_orchestration_tests.integration.dagster_processes import dagster_dev, kill, wait_until
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.dagster_processes import dagster_dev, kill, wait_until
 
 REQUESTS = 90
 QUICK = {

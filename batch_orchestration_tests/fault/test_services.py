@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from batch_orchestration_tests.builders import make_input
 from batch_orchestration_tests.fault.accidents import (
     SLOW_SECONDS,
     assert_undisturbed,
@@ -27,7 +26,8 @@ from batch_orchestration_tests.fault.services import (
     read_unit,
     services,
 )
-from batch_orchestration_tests.integration.dagster_processes import REPOSITORY
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.dagster_processes import REPOSITORY
 
 SERVICES = sorted(UNITS.glob("*.service"))
 #: Runs once, before the others.

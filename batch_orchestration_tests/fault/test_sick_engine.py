@@ -9,8 +9,8 @@ import pytest
 
 from batch_orchestration.core.errors import EngineDied, EngineKeepsDying, Exhaustion, MemoryShortage
 from batch_orchestration.core.outcomes import Failure, FailureCode
-from batch_orchestration_tests.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.workbench import Workbench
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.workbench import Workbench
 
 
 def number_in(body: bytes) -> int | None:

@@ -5,8 +5,13 @@ import pytest
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.store.store import Store
-from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
-from batch_orchestration_tests.children import child, next_line
+from batch_orchestration_tests.support.builders import (
+    NOW,
+    make_input,
+    make_plan,
+    make_settled_chunk,
+)
+from batch_orchestration_tests.support.children import child, next_line
 
 
 @pytest.mark.parametrize("damage", ["header", "blocks", "truncated"])
@@ -40,7 +45,7 @@ FULL_DISK = """
     from pathlib import Path
     from batch_orchestration.core.errors import DiskFull
     from batch_orchestration.store.store import Store
-    from batch_orchestration_tests.builders import *
+    from batch_orchestration_tests.support.builders import *
     path = Path(sys.argv[1])
     plan = make_plan(make_input(1000), requests_per_chunk=500)
     store = Store(path)

@@ -3,8 +3,8 @@ import time
 from pathlib import Path
 
 from batch_orchestration.store.store import Store
-from batch_orchestration_tests.builders import NOW, make_input, make_plan
-from batch_orchestration_tests.children import child, lines_until_killed, next_line
+from batch_orchestration_tests.support.builders import NOW, make_input, make_plan
+from batch_orchestration_tests.support.children import child, lines_until_killed, next_line
 
 CHUNKS = 5
 PER_CHUNK = 200
@@ -14,7 +14,7 @@ COMMIT_FOR_EVER = """
     from pathlib import Path
     from batch_orchestration.core.results import SettledRequest
     from batch_orchestration.store.store import Store
-    from batch_orchestration_tests.builders import *
+    from batch_orchestration_tests.support.builders import *
 
     path, first_round = Path(sys.argv[1]), int(sys.argv[2])
     plan = make_plan(make_input(1000), requests_per_chunk=200)

@@ -7,8 +7,13 @@ import pytest
 
 from batch_orchestration.core.errors import StoreLocked
 from batch_orchestration.store.store import Store
-from batch_orchestration_tests.builders import NOW, make_input, make_plan, make_settled_chunk
-from batch_orchestration_tests.children import child, next_line
+from batch_orchestration_tests.support.builders import (
+    NOW,
+    make_input,
+    make_plan,
+    make_settled_chunk,
+)
+from batch_orchestration_tests.support.children import child, next_line
 
 #: A person with the DuckDB command line, who may have a look for so long.
 STRANGER = """
@@ -25,7 +30,7 @@ COMMIT = """
     import sys
     from pathlib import Path
     from batch_orchestration.store.store import Store
-    from batch_orchestration_tests.builders import *
+    from batch_orchestration_tests.support.builders import *
     path, numbers = Path(sys.argv[1]), sys.argv[2].split(",")
     plan = make_plan(make_input(40), requests_per_chunk=2)
     print("ready", flush=True)

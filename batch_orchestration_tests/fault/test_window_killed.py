@@ -5,9 +5,9 @@ import signal
 
 import pytest
 
-from batch_orchestration_tests.builders import make_input
-from batch_orchestration_tests.crashing_admission import in_child
-from batch_orchestration_tests.window_bench import WindowBench
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.crashing_admission import in_child
+from batch_orchestration_tests.support.window_bench import WindowBench
 
 REQUESTS = 70
 

@@ -1,0 +1,63 @@
+"""Estimates on the command line: before a batch, of a batch, and of the last ones together."""
+
+import pytest
+
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.command_line import CommandLine
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BATCH_DATA_DIR", str(tmp_path / "data"))
+    folder = DataFolder(tmp_path / "data")
+    folder.create()
+    return CommandLine(folder)
+
+
+def test_a_file_is_estimated_before_anything_is_admitted(cli, tmp_path):
+    (tmp_path / "people.jsonl").write_bytes(make_input(30))
+
+    shown = cli.run("validate", tmp_path / "people.jsonl").output
+    report = cli.json("validate", tmp_path / "people.jsonl")
+    sent = cli.run("submit", tmp_path / "people.jsonl").output
+
+    assert "Expected prompt tokens: " in shown
+    assert "by 4 characters a token" in shown
+    assert "benchmark_engine" in shown
+    assert report["estimate"]["requests"] == 30
+    assert report["estimate"]["seconds"] is None
+    assert "Expected completion tokens: " in sent
+    assert not cli.folder.duckdb.exists()
+
+
+def test_a_batch_tells_what_it_was_expected_to_take(cli, tmp_path):
+    plan = cli.admit_batch(tmp_path)
+
+    shown = cli.run("status", plan.batch_id).output
+    told = cli.json("status", plan.batch_id)
+
+    assert "Expected completion tokens" in shown
+    assert told["estimate"]["requests"] == plan.requests
+
+
+def test_finished_batches_are_listed_with_how_far_off_the_estimate_was(cli, tmp_path):
+    plan = cli.admit_batch(tmp_path, requests=12)
+    cli.settle(plan)
+    cli.assemble(plan)
+
+    shown = cli.run("estimates").output
+    told = cli.json("estimates")
+
+    assert plan.batch_id in shown
+    assert "1 batches scored." in shown
+    (batch,) = told["batches"]
+    assert batch["actual_tokens"] == 12 * (7 + 3)
+    assert batch["expected_seconds"] is None
+    assert told["calibration"]["batches"] == 1
+
+
+def test_nothing_is_said_before_the_first_batch(cli):
+    assert "No batch with an estimate" in cli.run("estimates").output
+    assert cli.json("estimates")["batches"] == []

@@ -1,0 +1,223 @@
+"""Early ends as Dagster sees them: sensor, jobs, runs and partitions."""
+
+import time
+from contextlib import closing
+
+import dagster as dg
+import pytest
+from dagster._core.remote_origin import (
+    GrpcServerCodeLocationOrigin,
+    RemoteJobOrigin,
+    RemoteRepositoryOrigin,
+)
+
+from batch_orchestration.core.lifecycle import Resumption, deadline
+from batch_orchestration.lifecycle.cancellation import cancel
+from batch_orchestration.lifecycle.close_out import close_out
+from batch_orchestration_tests.integration.defs.test_sensors import CANCELED, STARTED, pretend
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.deployment import Deployment
+
+QUEUED = dg.DagsterRunStatus.QUEUED
+#: Dagster queues no run without one.
+ORIGIN = RemoteJobOrigin(
+    RemoteRepositoryOrigin(GrpcServerCodeLocationOrigin(host="nowhere", port=1), "repository"),
+    "answer_chunks",
+)
+
+
+@pytest.fixture
+def deployment(tmp_path):
+    with closing(Deployment(tmp_path)) as deployment:
+        yield deployment
+
+
+def cancelled(deployment, batch_id):
+    cancel(
+        batch_id,
+        folder=deployment.folder,
+        store=deployment.store,
+        actor="tester",
+        reason="",
+        at=time.time(),
+    )
+
+
+def ops(name, **config):
+    return {"ops": {name: {"config": config}}}
+
+
+def history(deployment, batch_id):
+    return [(str(e.to_status), e.actor) for e in deployment.store.batch_events(batch_id)[2:]]
+
+
+def test_a_terminated_run_cancels_its_batch_which_then_is_delivered(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    pretend(deployment, deployment.requests("dispatch_sensor")[0], CANCELED)
+    (terminated,) = deployment.instance.get_runs(dg.RunsFilter(statuses=[CANCELED]))
+
+    (request,) = deployment.requests("dispatch_sensor")
+    result = deployment.run(request)
+
+    assert request.job_name == "deliver_batch"
+    assert result.success
+    assert history(deployment, batch_id) == [
+        ("cancelling", terminated.run_id),
+        ("cancelled", result.run_id),
+    ]
+    assert deployment.statuses("chunk_results") == {f"{batch_id}/0000{n}" for n in range(3)}
+    assert deployment.statuses("batch_output") == {batch_id}
+    assert deployment.instance.get_run_by_id(result.run_id).tags["closing"] == "cancelled"
+    checks = result.get_asset_check_evaluations()
+    assert [check.passed for check in checks] == [True, True]
+    assert any("12 are not counted" in (check.description or "") for check in checks)
+    assert deployment.reason("dispatch_sensor") == "no unfinished batch"
+
+
+def test_a_closing_batch_is_delivered_once_no_run_is_at_work_on_it(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    (request,) = deployment.requests("dispatch_sensor")
+    run = deployment.instance.create_run_for_job(
+        deployment.repository.get_job(request.job_name), status=STARTED, tags=request.tags
+    )
+    cancelled(deployment, batch_id)
+
+    reason = deployment.reason("dispatch_sensor")
+    deployment.instance.report_run_canceled(run)
+
+    assert "is about to end" in reason
+    assert "cancelled by tester" in reason
+    assert deployment.requests("dispatch_sensor")[0].job_name == "deliver_batch"
+
+
+def test_runs_that_wait_for_the_engine_leave_the_queue_with_their_batch(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    (request,) = deployment.requests("dispatch_sensor")
+    run = deployment.instance.create_run_for_job(
+        deployment.repository.get_job(request.job_name),
+        status=QUEUED,
+        tags=request.tags,
+        remote_job_origin=ORIGIN,
+    )
+    cancelled(deployment, batch_id)
+
+    (delivering,) = deployment.requests("dispatch_sensor")
+
+    assert deployment.instance.get_run_by_id(run.run_id).status is CANCELED
+    assert delivering.job_name == "deliver_batch"
+    assert delivering.run_key == f"{batch_id}/output#1"
+    assert history(deployment, batch_id) == [("cancelling", "tester")]
+
+
+def test_an_overdue_batch_is_expired_by_the_sensor_and_delivered(deployment):
+    deployment.drop("a.jsonl", make_input(7))
+    deployment.drop("a.jsonl.meta.json", b'{"completion_window": "1s"}')
+    assert deployment.run(deployment.requests("inbox_sensor")[0]).success
+    (batch_id,) = deployment.folder.batch_ids()
+    time.sleep(1.1)
+
+    (request,) = deployment.requests("dispatch_sensor")
+    result = deployment.run(request)
+
+    assert result.success
+    assert history(deployment, batch_id) == [
+        ("finalizing", "dispatch_sensor"),
+        ("expired", result.run_id),
+    ]
+
+
+def test_a_window_of_any_duration_is_admitted_and_kept(deployment):
+    deployment.drop("a.jsonl", make_input(7))
+    deployment.drop("a.jsonl.meta.json", b'{"completion_window": "1h30m"}')
+
+    assert deployment.run(deployment.requests("inbox_sensor")[0]).success
+
+    (record,) = deployment.store.batches()
+    assert deadline(record) == record.created_at + 5400
+
+
+def test_a_run_over_a_batch_that_ended_does_nothing_and_says_how_to_go_on(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    (answering,) = deployment.requests("dispatch_sensor")
+    cancelled(deployment, batch_id)
+
+    result = deployment.run(answering)
+
+    assert result.success
+    assert deployment.instance.get_run_by_id(result.run_id).tags["closing"] == "cancelled"
+    assert deployment.store.chunk_reports(batch_id) == {}
+
+
+def test_the_job_cancels_a_batch_in_the_name_of_its_run(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    request = dg.RunRequest(job_name="cancel_batch")
+
+    result = deployment.run(request, run_config=ops("cancel_one", batch=batch_id, reason="oh"))
+    again = deployment.run(request, run_config=ops("cancel_one", batch=batch_id))
+    unknown = deployment.run(request, run_config=ops("cancel_one", batch="nothing-00000000"))
+
+    assert (result.success, again.success, unknown.success) == (True, True, False)
+    assert history(deployment, batch_id) == [("cancelling", result.run_id)]
+    assert deployment.instance.get_run_by_id(result.run_id).tags["batch"] == batch_id
+
+
+def test_chunks_that_a_killed_delivery_committed_silently_are_told_by_the_next(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    cancelled(deployment, batch_id)
+    list(
+        close_out(
+            batch_id,
+            folder=deployment.folder,
+            store=deployment.store,
+            run_id="killed",
+            clock=time.time,
+        )
+    )
+
+    (request,) = deployment.requests("dispatch_sensor")
+    assert deployment.run(request).success
+
+    assert len(deployment.statuses("chunk_results")) == 3
+
+
+def test_a_resumed_batch_is_dispatched_again_although_a_person_terminated_its_run(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    pretend(deployment, deployment.requests("dispatch_sensor")[0], CANCELED)
+    assert deployment.run(deployment.requests("dispatch_sensor")[0]).success
+
+    result = deployment.run(
+        dg.RunRequest(job_name="resume_batch"), run_config=ops("resume_one", batch=batch_id)
+    )
+    (answering,) = deployment.requests("dispatch_sensor")
+    assert deployment.run(answering).success
+    (delivering,) = deployment.requests("dispatch_sensor")
+    assert deployment.run(delivering).success
+
+    assert result.success
+    assert (answering.job_name, delivering.job_name) == ("answer_chunks", "deliver_batch")
+    assert history(deployment, batch_id)[2:][0] == ("in_progress", result.run_id)
+    assert deployment.store.batch(batch_id).status == "completed"
+    assert deployment.store.batch(batch_id).completed == 12
+
+
+def test_a_resumption_that_cannot_be_fails_its_run_with_the_reason(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    request = dg.RunRequest(job_name="resume_batch")
+
+    result = deployment.run(request, run_config=ops("resume_one", batch=batch_id))
+
+    assert not result.success
+    assert deployment.store.batch(batch_id).status == "in_progress"
+
+
+def test_a_resumption_whose_maker_was_killed_is_carried_out_by_the_sensor(deployment):
+    batch_id = deployment.admit("a.jsonl", make_input(12))
+    cancelled(deployment, batch_id)
+    assert deployment.run(deployment.requests("dispatch_sensor")[0]).success
+    decided = Resumption(at=time.time(), actor="tester")
+    deployment.folder.write_resumption(batch_id, decided)
+
+    (answering,) = deployment.requests("dispatch_sensor")
+
+    assert answering.job_name == "answer_chunks"
+    assert history(deployment, batch_id)[-1] == ("in_progress", "tester")

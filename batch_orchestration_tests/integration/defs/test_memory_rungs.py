@@ -1,0 +1,52 @@
+"""Dagster shows on which rung of the memory ladder a chunk was completed."""
+
+import json
+from contextlib import ExitStack, closing
+
+import dagster as dg
+import pytest
+
+from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.deployment import Deployment
+
+
+@pytest.fixture
+def deployment(tmp_path):
+    with ExitStack() as stack:
+        yield stack.enter_context(closing(Deployment(tmp_path, in_flight=32)))
+
+
+def rungs_shown(deployment, name: str, requests: int) -> set[str]:
+    """Run a batch; return the rungs in the metadata of its chunks."""
+    batch_id = deployment.admit(name, make_input(requests))
+    numbers = range(-(-requests // 5))
+    result = deployment.run(
+        dg.RunRequest(
+            job_name="answer_chunks", tags={BATCH_TAG: batch_id, **range_tags(batch_id, numbers)}
+        )
+    )
+    assert result.success
+    return {
+        event.materialization.metadata["engine_rung"].value
+        for event in result.all_events
+        if event.is_step_materialization
+    }
+
+
+def test_the_rung_is_shown_and_the_next_run_begins_on_it(deployment) -> None:
+    conditions = deployment.folder.root / "simulated.json"
+    conditions.write_text(json.dumps({"latency_seconds": 0.05, "dies_above": 12}))
+
+    assert rungs_shown(deployment, "first.jsonl", 40) == {"max-num-seqs 8"}
+
+    conditions.unlink()
+    assert rungs_shown(deployment, "second.jsonl", 41) == {"max-num-seqs 8"}
+    [(engine, descent)] = json.loads(deployment.folder.rungs.read_text()).items()
+    assert engine.startswith("simulated on cuda")
+    assert descent["rungs"] == [{"max_num_seqs": 16}, {"max_num_seqs": 8}]
+
+
+def test_an_engine_with_enough_memory_runs_as_configured(deployment) -> None:
+    assert rungs_shown(deployment, "first.jsonl", 20) == {"as configured"}
+    assert not deployment.folder.rungs.exists()

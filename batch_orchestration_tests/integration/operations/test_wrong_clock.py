@@ -1,0 +1,69 @@
+"""A wrong clock ends no batch and deletes nothing; what is overdue ends once it is right."""
+
+from pathlib import Path
+
+import pytest
+
+from batch_orchestration.operations.housekeeping.clean import House, Part, keep_house
+from batch_orchestration.operations.housekeeping.retention import clean_journals
+from batch_orchestration_tests.support.builders import NOW
+from batch_orchestration_tests.support.closing_bench import ClosingBench
+from batch_orchestration_tests.support.letter_bench import LetterBench
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+
+DAY = 86400.0
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> ClosingBench:
+    return ClosingBench(tmp_path)
+
+
+def test_a_look_that_doubts_the_clock_expires_nothing_and_a_later_one_does(
+    bench: ClosingBench,
+) -> None:
+    plan = bench.admit_now(10)
+    bench.let_expire(plan)
+
+    assert bench.look(doubt="the clock jumped") == {}
+    assert bench.folder.read_closing(plan.batch_id) is None
+    assert plan.batch_id in bench.look()
+
+
+def test_a_doubtful_clock_does_not_keep_a_person_from_cancelling(bench: ClosingBench) -> None:
+    plan = bench.admit_now(10)
+
+    closings = bench.look(terminated="run-1", doubt="the clock jumped")
+
+    assert closings[plan.batch_id].actor == "run-1"
+
+
+def test_a_run_whose_clock_has_jumped_answers_everything(bench: ClosingBench) -> None:
+    """No look was ever made: the run's own is the first."""
+    plan = bench.admit_now(20)
+    bench.let_expire(plan)
+    (bench.folder.root / "clock.json").unlink()
+
+    bench.run(plan, ScriptedEngine())
+
+    assert bench.folder.read_closing(plan.batch_id) is None
+    assert bench.indices(plan) == list(range(20))
+
+
+def test_housekeeping_with_a_clock_that_is_years_ahead_removes_nothing_and_says_why(
+    tmp_path: Path,
+) -> None:
+    bench = LetterBench(tmp_path)
+    bench.assemble()
+    journals = set(bench.folder.journals.rglob("*.journal"))
+    part = Part("journals", 30 * DAY, clean_journals)
+    years_ahead = NOW + 3650 * DAY
+    doubtful = House(bench.folder, bench.store, now=years_ahead, doubt="the clock jumped")
+
+    [result] = keep_house([part], doubtful, clock=lambda: 0.0)
+
+    assert result.problem == "not done: the clock jumped"
+    assert set(bench.folder.journals.rglob("*.journal")) == journals
+    believed = House(bench.folder, bench.store, now=years_ahead)
+    [result] = keep_house([part], believed, clock=lambda: 0.0)
+    assert result.removed == 1

@@ -1,0 +1,116 @@
+"""Files with more requests than may be open at a time: one batch, answered window by window."""
+
+from collections import Counter
+from contextlib import closing
+from itertools import groupby
+
+from batch_orchestration.dispatch.queue import claim_admissible
+from batch_orchestration.queue.capacity import Limits
+from batch_orchestration.queue.load import QueueRules
+from batch_orchestration_tests.support.builders import make_input
+from batch_orchestration_tests.support.closing_bench import ClosingBench, StickingEngine
+from batch_orchestration_tests.support.deployment import Deployment
+from batch_orchestration_tests.support.inbox_bench import LATER
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.window_bench import WindowBench, awkward_input
+
+
+def test_awkward_lines_over_many_windows_come_back_in_their_order(tmp_path):
+    """Byte order mark, CRLF, blank lines and repeats fall on the borders of windows, too."""
+    bench, engine = WindowBench(tmp_path), ScriptedEngine()
+    plan = bench.plan_of("people.jsonl", awkward_input(230))
+    faulty = [n for n in range(230) if n % 17 in (3, 5)]
+    asked = [n for n in range(230) if n not in faulty]
+
+    commits = [commit.report for commit in bench.answer(plan, engine)]
+    report = bench.deliver(plan)
+
+    windows = [[r.number for r in group] for _, group in groupby(commits, lambda r: r.run_id)]
+    assert windows == [[n, n + 1] for n in range(0, 22, 2)] + [[22]]
+    assert set(engine.submissions.values()) == {1}
+    assert len(engine.submissions) == len(asked)
+    assert bench.numbers(plan, "output.jsonl") == asked
+    repeats = [n // 2 if n % 17 == 5 else None for n in faulty]
+    assert bench.numbers(plan, "errors.jsonl") == repeats
+    assert (report.tally.completed, report.tally.failed) == (len(asked), len(faulty))
+    assert bench.store.batch(plan.batch_id).status == "completed"
+    assert bench.folder.batch_ids() == [plan.batch_id]
+
+
+def test_a_long_batch_takes_room_for_its_window_and_leaves_the_rest_to_others(tmp_path):
+    limits = Limits(queued_requests=30, disk_reserve_bytes=0, open_requests=20)
+    rules = QueueRules(limits=limits)
+    bench = WindowBench(tmp_path, queue=rules, max_requests_per_batch=20)
+    plan = bench.plan_of("long.jsonl", make_input(90))
+    bench.drop("small.jsonl", make_input(10))
+    bench.drop("smaller.jsonl", make_input(1))
+
+    def claim() -> list[str]:
+        """Admit what there is room for; return what waits, and why."""
+        waiting = claim_admissible(
+            folder=bench.folder, store=bench.store, inbox=bench.inbox, rules=rules, now=LATER
+        )
+        held = [str(bench.admit(claim)) for claim in bench.inbox.claims()]
+        return [entry.detail for entry in waiting] + held
+
+    claim()
+    assert [record.total for record in bench.store.unfinished()] == [10, 90]
+    (why,) = claim()
+    assert "its 1 requests and the 30 queued are more than the 30" in why
+
+    for commit in bench.answer(plan):
+        if commit.report.number == 7:
+            break
+    claim()
+
+    assert sorted(record.total for record in bench.store.unfinished()) == [1, 10, 90]
+
+
+def test_a_batch_cancelled_in_its_second_window_keeps_what_is_answered(tmp_path):
+    """The chunks of the later windows were never begun; their requests have their failure, too."""
+    bench, engine = ClosingBench(tmp_path), StickingEngine(answers=5)
+    plan = bench.admit_now(60)
+    bench.run(plan, ScriptedEngine(), numbers=(0, 1))
+
+    bench.run_until_stuck(plan, engine, lambda: bench.cancel(plan), numbers=(2, 3))
+    bench.deliver(plan)
+
+    assert bench.status(plan) == "cancelled"
+    codes = Counter(row["error"]["code"] for row in bench.lines(plan, "errors.jsonl"))
+    assert (len(bench.lines(plan, "output.jsonl")), codes) == (25, {"batch_cancelled": 35})
+
+    bench.resume(plan)
+    bench.finish(plan)
+
+    ids = [row["custom_id"] for row in bench.lines(plan, "output.jsonl")]
+    assert ids == [f"request-{number}" for number in range(60)]
+
+
+def test_dagster_runs_window_after_window_and_who_is_more_urgent_in_between(tmp_path):
+    settings = {"max_requests_per_batch": 10, "max_queued_requests": 14}
+    with closing(Deployment(tmp_path, **settings)) as deployment:
+        long = deployment.admit("long.jsonl", make_input(23))
+        done = []
+
+        def answer_next():
+            """Run the first thing that the daemon would run now."""
+            requests = deployment.requests("dispatch_sensor")
+            request = max(requests, key=lambda r: int(r.tags["dagster/priority"]))
+            assert deployment.run(request).success
+            done.append(request.run_key.rpartition("#")[0])
+
+        answer_next()
+        urgent = deployment.admit("high/urgent.jsonl", make_input(4))
+        while deployment.store.unfinished():
+            answer_next()
+
+        assert done == [
+            f"{long}/00000-00001",
+            f"{urgent}/00000-00000",
+            f"{urgent}/output",
+            f"{long}/00002-00003",
+            f"{long}/00004-00004",
+            f"{long}/output",
+        ]
+        lines = (deployment.folder.outbox_path(long) / "output.jsonl").read_bytes()
+        assert lines.count(b"\n") == 23

@@ -1,0 +1,184 @@
+"""The store's file: who may use it when, what people ask of it, and what may be wrong with it."""
+
+import contextlib
+import threading
+from importlib import resources
+from pathlib import Path
+
+import duckdb
+import msgspec
+import pytest
+
+from batch_orchestration.core.batches import BatchPlan, BatchStatus
+from batch_orchestration.core.dead_letters import Selection
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.results import SettledRequest
+from batch_orchestration.store.store import Store
+from batch_orchestration_tests.support.builders import (
+    NOW,
+    make_attempt,
+    make_input,
+    make_plan,
+    make_settled_chunk,
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "data" / "batch.duckdb", deadline_seconds=60)
+
+
+def admitted(store: Store, requests: int = 25, per_chunk: int = 10) -> BatchPlan:
+    plan = make_plan(make_input(requests), requests_per_chunk=per_chunk)
+    store.add_batch(plan, at=NOW + 1)
+    return plan
+
+
+def commit(store: Store, plan: BatchPlan, number: int, requests: list[SettledRequest]) -> None:
+    store.commit_chunk(plan.batch_id, number, requests, run_id="run-1", at=NOW, seconds=2.5)
+
+
+def test_the_file_is_free_between_the_chunks_of_a_reader(store: Store) -> None:
+    plan = admitted(store, requests=4, per_chunk=2)
+    for chunk in plan.chunks:
+        commit(store, plan, chunk.number, make_settled_chunk(chunk))
+
+    reader = store.settled(plan.batch_id)
+    next(reader)
+    store.set_status(plan.batch_id, BatchStatus.FINALIZING, at=NOW, actor="run-1", reason="")
+
+    assert len(list(reader)) == 3
+
+
+def test_threads_of_one_process_share_a_store(store: Store) -> None:
+    """DuckDB itself refuses to open a file for reading and for writing in one process."""
+    plan = admitted(store, requests=16, per_chunk=2)
+    problems: list[Exception] = []
+
+    def work(job) -> None:
+        try:
+            for chunk in plan.chunks:
+                job(chunk)
+        except Exception as error:  # noqa: BLE001
+            problems.append(error)
+
+    jobs = [
+        lambda chunk: commit(store, plan, chunk.number, make_settled_chunk(chunk)),
+        lambda chunk: store.batch(plan.batch_id),
+        lambda chunk: list(store.settled(plan.batch_id)),
+    ]
+    threads = [threading.Thread(target=work, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert problems == []
+    assert store.batch(plan.batch_id).completed == 16
+
+
+def test_a_query_sees_the_answers_of_finished_chunks(store: Store) -> None:
+    plan = admitted(store)
+    commit(store, plan, 0, make_settled_chunk(plan.chunks[0]))
+
+    columns, found = store.query(
+        "SELECT custom_id, response->>'$.choices[0].message.content' AS text, model"
+        " FROM results WHERE request_index = 7"
+    )
+
+    assert columns == ["custom_id", "text", "model"]
+    assert found == [("request-7", "answer 7", "demo-model")]
+
+
+@pytest.mark.parametrize(
+    "sql", ["SELEC 1", "SELECT * FROM checksum", "DROP TABLE results", "COMMIT"]
+)
+def test_a_query_that_is_wrong_or_writes_is_refused_with_the_reason(store: Store, sql: str) -> None:
+    plan = admitted(store)
+    commit(store, plan, 0, make_settled_chunk(plan.chunks[0]))
+
+    with pytest.raises(StorageError) as refused:
+        store.query(sql)
+
+    assert "damaged" not in str(refused.value)
+    assert len(list(store.settled(plan.batch_id))) == 10
+    assert store.batch(plan.batch_id).total == 25
+
+
+def test_looking_at_an_empty_data_folder_finds_nothing(store: Store) -> None:
+    assert store.batches() == []
+    store.check_writable()
+
+
+def test_an_empty_file_becomes_a_store(tmp_path: Path) -> None:
+    """As a process leaves it that dies right after it created the file."""
+    (tmp_path / "batch.duckdb").touch()
+
+    assert Store(tmp_path / "batch.duckdb").batches() == []
+
+
+def test_a_deleted_file_is_made_again(store: Store, tmp_path: Path) -> None:
+    admitted(store)
+    (tmp_path / "data" / "batch.duckdb").unlink()
+
+    assert store.batches() == []
+
+
+def test_migrations_are_applied_once(store: Store, tmp_path: Path) -> None:
+    store.migrate()
+    Store(tmp_path / "data" / "batch.duckdb").migrate()
+
+    folder = resources.files("batch_orchestration.storage") / "migrations"
+    there_are = sorted(file.name for file in folder.iterdir() if file.name.endswith(".sql"))
+    assert [name for _, name in store.query("FROM schema_migrations")[1]] == there_are
+
+
+def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "batch.duckdb"
+    with duckdb.connect(path) as stranger:
+        stranger.execute("CREATE TABLE schema_migrations (version INTEGER, name VARCHAR)")
+        stranger.execute("INSERT INTO schema_migrations VALUES (999, '0999_future.sql')")
+
+    with pytest.raises(StorageError, match="newer version"):
+        Store(path).batches()
+
+
+@pytest.mark.parametrize("content", [b"not a database" * 1000, b"\0" * 20_000])
+def test_a_file_that_is_no_database_is_a_plain_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "batch.duckdb"
+    path.write_bytes(content)
+
+    with pytest.raises(StorageError, match=r"batch\.duckdb"):
+        Store(path).batches()
+    assert path.read_bytes() == content
+
+
+def test_a_store_in_a_place_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file in the way")
+
+    with pytest.raises(StorageError, match="cannot write"):
+        Store(tmp_path / "data" / "batch.duckdb").check_writable()
+
+
+def test_failures_of_an_older_file_become_dead_letters(tmp_path: Path) -> None:
+    path = tmp_path / "batch.duckdb"
+    first = resources.files("batch_orchestration.storage") / "migrations" / "0001_initial.sql"
+    attempts = msgspec.json.encode([make_attempt(at=NOW)]).decode()
+    with contextlib.closing(duckdb.connect(path)) as older:
+        older.execute(first.read_text())
+        older.execute("CREATE TABLE schema_migrations (version INTEGER, name VARCHAR)")
+        older.execute("INSERT INTO schema_migrations VALUES (1, '0001_initial.sql')")
+        for index, history in enumerate(("[]", attempts)):
+            older.execute(
+                "INSERT INTO failed_requests VALUES ('b', 0, ?, 1, 'c', '/v1/x', 'timeout',"
+                " 'late', NULL, NULL, NULL, 0.5, '{}', 1, ?, TIMESTAMP '2026-01-01 00:00:00',"
+                " 'r', 'e', 'v', 'm', 's')",
+                [index, history],
+            )
+
+    letters = Store(path).dead_letters("b", Selection())
+
+    assert [str(letter.state) for letter in letters] == ["dead", "dead"]
+    assert letters[0].first_failed_at == letters[0].last_failed_at
+    assert letters[1].first_failed_at == NOW
+    assert [event.code for event in Store(path).dead_letter_events("b")] == ["timeout"] * 2

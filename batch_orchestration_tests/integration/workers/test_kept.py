@@ -1,0 +1,261 @@
+"""What a batch has kept of its engine: runs whose true loss is known, and what is left of them."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_orchestration.core.errors import EngineDied
+from batch_orchestration.core.outcomes import FailureCode, Outcome
+from batch_orchestration.defs.events import output_metadata
+from batch_orchestration.delivery.assembly import assemble
+from batch_orchestration.engines.base import EngineIdentity
+from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.run import run_chunks
+from batch_orchestration.store.connection import writing
+from batch_orchestration.workers.utilization import Kept
+from batch_orchestration.workers.utilization_files import accounts_path, kept_of, read_accounts
+from batch_orchestration_tests.support.builders import NOW, make_failure
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.turn_bench import TurnBench, entry
+from batch_orchestration_tests.support.workbench import make_feeding
+
+#: A look is a tenth of a second; the machine that runs the tests may have other things to do.
+NEARLY = 0.4
+
+
+class KnownEngine(ScriptedEngine):
+    """Takes the same time for every request, but for those that are named."""
+
+    def __init__(
+        self, *arguments: Any, start: float = 0.0, each: float = 0.0, slow: Any = None
+    ) -> None:
+        super().__init__(*arguments)
+        self._start, self._each, self._slow = start, each, slow or {}
+
+    async def start(self) -> EngineIdentity:
+        if not self.alive:
+            await asyncio.sleep(self._start)
+        return await super().start()
+
+    async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
+        own = [seconds for text, seconds in self._slow.items() if text in body]
+        await asyncio.sleep(own[0] if own else self._each)
+        return await super().answer(endpoint, body, request_id=request_id)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> TurnBench:
+    return TurnBench(tmp_path)
+
+
+def found(bench: TurnBench, batch_id: str) -> Kept:
+    total = kept_of(bench.folder, batch_id)
+    assert total is not None
+    return total
+
+
+def test_one_slow_request_at_the_end_is_drain(bench: TurnBench) -> None:
+    """Eight places; seven are empty for the second that the eighth takes longer."""
+    plan = bench.batch("one", 16)
+
+    bench.run(plan, KnownEngine(each=0.3, slow={b"one 15.": 1.3}), in_flight=8)
+
+    total = found(bench, plan.batch_id)
+    assert total.drain_seconds == pytest.approx(1.0 * 7 / 8, abs=NEARLY)
+    assert total.kept_seconds == pytest.approx(0.6 + 1.0 * 1 / 8, abs=NEARLY)
+    assert total.feed_gap_seconds < NEARLY
+
+
+def test_the_start_of_the_engine_is_start_up_each_time_that_it_starts(bench: TurnBench) -> None:
+    def dies_once(body: bytes, submitted: int) -> EngineDied | None:
+        return EngineDied("scripted") if b"one 3." in body and submitted == 0 else None
+
+    plan = bench.batch("one", 10)
+
+    bench.run(plan, KnownEngine(dies_once, start=0.8))
+
+    assert found(bench, plan.batch_id).start_up_seconds == pytest.approx(1.6, abs=NEARLY)
+    (account,) = read_accounts(bench.folder, plan.batch_id)
+    assert account.engine_restarts == 1
+
+
+def test_a_place_that_waits_for_its_next_attempt_is_a_gap(bench: TurnBench) -> None:
+    """Nine more requests could be given, and the engine has nothing to do meanwhile."""
+
+    def refuses_once(body: bytes, submitted: int) -> Outcome | None:
+        first = b"one 0." in body and submitted == 0
+        overloaded = make_failure(FailureCode.ENGINE_OVERLOADED, retry_after_seconds=1.0)
+        return overloaded if first else None
+
+    plan = bench.batch("one", 10)
+
+    bench.run(plan, KnownEngine(refuses_once, each=0.01), in_flight=1)
+
+    total = found(bench, plan.batch_id)
+    assert total.feed_gap_seconds == pytest.approx(1.0, abs=NEARLY)
+    assert total.drain_seconds < NEARLY
+
+
+def test_a_device_that_needs_half_the_window_loses_half_by_its_name(bench: TurnBench) -> None:
+    plan = bench.batch("one", 40)
+
+    for _ in run_chunks(
+        {plan.batch_id: range(len(plan.chunks))},
+        engine=KnownEngine(each=0.2),
+        folder=bench.folder,
+        store=bench.store,
+        run_id="run-1",
+        feeding=make_feeding(in_flight=8),
+        care=lambda: DeviceCare(share=0.5),
+    ):
+        pass
+
+    total = found(bench, plan.batch_id)
+    assert total.held_seconds == pytest.approx(40 * 0.2 / 8, abs=NEARLY)
+    assert total.kept_seconds == pytest.approx(40 * 0.2 / 8, abs=NEARLY)
+    assert total.feed_gap_seconds < NEARLY
+
+
+def test_a_locked_store_after_the_last_answer_is_commit(bench: TurnBench) -> None:
+    plan, locked = bench.batch("one", 10), threading.Event()
+
+    def hold() -> None:
+        with writing(bench.folder.duckdb):
+            locked.set()
+            time.sleep(1.0)
+
+    def lock(body: bytes, submitted: int) -> None:
+        if b"one 9." in body:
+            threading.Thread(target=hold).start()
+            locked.wait(5.0)
+
+    bench.run(plan, KnownEngine(lock))
+
+    assert found(bench, plan.batch_id).commit_seconds == pytest.approx(1.0, abs=NEARLY)
+
+
+def test_a_batch_whose_answers_lay_in_journals_has_no_time_but_commits(bench: TurnBench) -> None:
+    plan = bench.batch("one", 10)
+    bench.run(plan, KnownEngine(each=0.2))
+
+    bench.run(plan, KnownEngine(), run_id="run-2")
+
+    second = list(read_accounts(bench.folder, plan.batch_id))[-1]
+    assert second.run_id == "run-2"
+    assert second.wall_seconds == pytest.approx(second.commit_seconds + second.start_up_seconds)
+    assert found(bench, plan.batch_id).runs == 2
+
+
+def test_a_step_that_is_tried_again_goes_on_with_the_account_of_its_run(bench: TurnBench) -> None:
+    plan = bench.batch("one", 20)
+    bench.run(plan, KnownEngine(each=0.2), numbers=[0])
+    first = found(bench, plan.batch_id)
+
+    bench.run(plan, KnownEngine(each=0.2), numbers=[1])
+
+    both = found(bench, plan.batch_id)
+    assert both.runs == 1
+    assert both.wall_seconds > first.wall_seconds
+    assert both.kept_seconds > first.kept_seconds + 0.1
+
+
+def test_a_guest_that_ends_early_is_charged_no_longer(bench: TurnBench) -> None:
+    own, guest = bench.batch("own", 60), bench.batch("guest", 30)
+    bench.queue(entry(guest, effective=10), entry(own))
+    closing = bench.folder.closing_path(guest.batch_id)
+
+    def closes(body: bytes, submitted: int) -> None:
+        if b"guest 4." in body:
+            closing.touch()
+
+    bench.run(own, KnownEngine(closes, each=0.2), in_flight=4)
+
+    (theirs,) = read_accounts(bench.folder, guest.batch_id)
+    (ours,) = read_accounts(bench.folder, own.batch_id)
+    assert theirs.wall_seconds < 2.5
+    assert ours.updated_at - theirs.updated_at > 1.0
+
+
+def test_a_guest_is_charged_for_its_share_and_nothing_is_charged_twice(bench: TurnBench) -> None:
+    own, guest = bench.batch("own", 30), bench.batch("guest", 30)
+    bench.queue(entry(guest, effective=10), entry(own))
+    began = time.monotonic()
+
+    bench.run(own, KnownEngine(each=0.1, start=0.3), in_flight=4)
+
+    took = time.monotonic() - began
+    ours, theirs = found(bench, own.batch_id), found(bench, guest.batch_id)
+    assert ours.wall_seconds + theirs.wall_seconds == pytest.approx(took, abs=NEARLY)
+    assert theirs.kept_seconds == pytest.approx(30 * 0.1 / 4, abs=NEARLY)
+    assert (theirs.start_up_seconds, theirs.commit_seconds) == (0.0, 0.0)
+    assert ours.start_up_seconds >= 0.3
+
+
+def test_what_a_killed_run_has_kept_is_known_to_the_second(tmp_path: Path) -> None:
+    """Nobody can write anything after a SIGKILL."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from batch_orchestration_tests.integration.workers.test_kept import *\n"
+        "bench = TurnBench(Path(sys.argv[1])); plan = bench.batch('one', 20)\n"
+        "bench.run(plan, KnownEngine(each=600.0), in_flight=4)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    bench = TurnBench(tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not (files := list(tmp_path.glob("batches/*/accounts/*.json"))):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    total = found(bench, files[0].parents[1].name)
+    assert total.wall_seconds >= 0.9
+    assert total.kept_seconds >= 0.5
+
+
+def test_a_damaged_account_is_no_account_and_stops_nobody(bench: TurnBench) -> None:
+    plan = bench.batch("one", 10)
+    accounts_path(bench.folder, plan.batch_id).mkdir()
+    accounts_path(bench.folder, plan.batch_id).joinpath("run-1.json").write_bytes(b'{"batch')
+    assert kept_of(bench.folder, plan.batch_id) is None
+
+    bench.run(plan, KnownEngine())
+
+    assert found(bench, plan.batch_id).runs == 1
+
+
+def test_accounts_that_cannot_be_written_stop_no_run(bench: TurnBench) -> None:
+    plan = bench.batch("one", 10)
+    accounts_path(bench.folder, plan.batch_id).write_bytes(b"a file where the folder should be")
+
+    bench.run(plan, KnownEngine())
+
+    assert bench.indices(plan) == list(range(10))
+    assert kept_of(bench.folder, plan.batch_id) is None
+
+
+def test_what_is_delivered_tells_what_was_kept(bench: TurnBench) -> None:
+    plan = bench.batch("one", 10)
+    bench.run(plan, KnownEngine(each=0.1))
+
+    report = assemble(plan.batch_id, folder=bench.folder, store=bench.store, clock=lambda: NOW)
+
+    metadata = output_metadata(report)
+    losses = ("start_up", "feed_gap", "held", "drain", "commit")
+    lost = [metadata[f"lost_{name}_seconds"] for name in losses]
+    # Dagster plots numbers, and only them.
+    assert all(type(value) is float for value in (*lost, metadata["kept_fraction"]))
+    assert report.kept == kept_of(bench.folder, plan.batch_id)
+    assert metadata["accounted_seconds"] == pytest.approx(
+        sum(lost) + report.kept.kept_seconds, abs=0.01
+    )

@@ -1,0 +1,87 @@
+"""A data folder with its store, watched as the sensors watch it, on a clock that the test moves."""
+
+import msgspec
+
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.alerts.channels import alert_channels
+from batch_orchestration.operations.alerts.cycle import run_alert_cycle
+from batch_orchestration.operations.alerts.state_file import read_alert_state
+from batch_orchestration.operations.health.report import Finding, HealthReport, Level
+from batch_orchestration.operations.health.report_file import write_health
+from batch_orchestration.settings import Settings
+from batch_orchestration.store.store import Store
+from batch_orchestration_tests.support.builders import (
+    NOW,
+    make_input,
+    make_plan,
+    make_settled_chunk,
+)
+
+TICK = 30.0
+
+
+class Tower:
+    """A data folder with its store, watched on a clock that the test moves."""
+
+    def __init__(self, root, webhook):
+        self.webhook = webhook
+        self.settings = Settings(
+            data_dir=root / "data", engine="simulated", alert_webhook_url=webhook.url,
+            alert_dead_letters=3, _env_file=None,
+        )  # fmt: skip
+        self.folder = DataFolder(self.settings.data_dir)
+        self.folder.create()
+        self.store = Store(self.folder.duckdb, deadline_seconds=5)
+        self.now = NOW
+        self.findings: tuple[Finding, ...] = ()
+
+    def tick(self, *, seconds=TICK):
+        """Look as `health_sensor` and `alert_sensor` do."""
+        self.now += seconds
+        findings = [
+            msgspec.structs.replace(found, since=found.since or self.now) for found in self.findings
+        ]
+        fine = Finding(check="disk", level=Level.HEALTHY, reason="there is room")
+        write_health(self.folder, HealthReport(at=self.now, findings=(fine, *findings)))
+        return self.cycle()
+
+    def cycle(self):
+        return run_alert_cycle(
+            settings=self.settings,
+            folder=self.folder,
+            channels=alert_channels(self.settings),
+            now=self.now,
+        )
+
+    def begin(self):
+        """The first tick: from now on there is news."""
+        self.tick()
+        self.now += 1
+
+    def add(self, name="b.jsonl", *, requests=10, failing=()):
+        plan = make_plan(make_input(requests), file_name=name)
+        self.store.add_batch(plan, at=self.now)
+        for chunk in plan.chunks:
+            settled = [
+                msgspec.structs.replace(request, settled_at=self.now)
+                for request in make_settled_chunk(chunk, failing=failing)
+            ]
+            self.store.commit_chunk(
+                plan.batch_id, chunk.number, settled, run_id="run-1", at=self.now, seconds=1.0
+            )
+        return plan.batch_id
+
+    def end(self, batch_id, status=BatchStatus.COMPLETED):
+        for step in (BatchStatus.FINALIZING, status):
+            self.store.set_status(batch_id, step, at=self.now, actor="run-1", reason="all is done")
+
+    @property
+    def kinds(self):
+        """Of the open alerts."""
+        state = read_alert_state(self.folder.alerts)
+        return [transition.finding.kind for transition in state.open.values()]
+
+    def only(self):
+        (text,) = self.webhook.texts
+        return text

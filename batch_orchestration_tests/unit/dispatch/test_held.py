@@ -1,0 +1,249 @@
+"""A file for which there is no room goes back, keeps its place, and is read again once there is."""
+
+import threading
+from typing import Any
+
+import pytest
+
+from batch_orchestration.admission.claims import Surveys
+from batch_orchestration.admission.results import Admitted, Held, Rejected
+from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.dispatch.queue import claim_admissible, read_queue
+from batch_orchestration.queue import files as queue_files
+from batch_orchestration.queue.capacity import Limits
+from batch_orchestration.queue.entries import Pause, WaitReason
+from batch_orchestration.queue.load import QueueRules
+from batch_orchestration.queue.rate_limits import Rate, RateLimits
+from batch_orchestration.queue.submitted import retry_after_seconds
+from batch_orchestration_tests.support.builders import NOW, make_input
+from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
+
+ROOMY = {"disk_reserve_bytes": 0}
+
+
+def rules(*, rates: RateLimits | None = None, **limits: Any) -> QueueRules:
+    return QueueRules(limits=Limits(**{**ROOMY, **limits}), rates=rates or RateLimits())
+
+
+def bench_with(tmp_path, queue: QueueRules) -> InboxBench:
+    return InboxBench(tmp_path, queue=queue)
+
+
+def tick(bench: InboxBench):
+    """One tick of the sensor: claim what may be; return what waits, by its name."""
+    waiting = claim_admissible(
+        folder=bench.folder, store=bench.store, inbox=bench.inbox,
+        rules=bench.settings.queue, now=LATER,
+    )  # fmt: skip
+    return {entry.id: entry for entry in waiting}
+
+
+def finish(bench: InboxBench, batch_id: str) -> None:
+    for status in (BatchStatus.FINALIZING, BatchStatus.COMPLETED):
+        bench.store.set_status(batch_id, status, at=NOW, actor="test", reason="")
+
+
+def test_a_file_without_room_goes_back_and_its_numbers_are_kept(tmp_path):
+    bench = bench_with(tmp_path, rules(queued_requests=5))
+    arrived_at = bench.drop("alice/first.jsonl", make_input(3)).stat().st_ctime
+    first = bench.admit(bench.inbox.claim_ready(now=LATER)[0])
+    claim = bench.claim("alice/second.jsonl", make_input(4), meta=b'{"priority": 2}')
+
+    held = bench.admit(claim)
+
+    assert isinstance(first, Admitted)
+    assert isinstance(held, Held)
+    assert held.reason is WaitReason.REQUESTS_QUEUED
+    assert "its 4 requests and the 3 queued are more than the 5" in held.detail
+    assert bench.files_of(bench.folder.inbox) == {
+        "alice/second.jsonl",
+        "alice/second.jsonl.meta.json",
+    }
+    survey = Surveys(bench.folder).find((bench.folder.inbox / "alice/second.jsonl").stat())
+    assert (survey.requests, survey.arrived_at) == (4, claim.origin.arrived_at)
+    assert survey.arrived_at > arrived_at
+    assert bench.folder.batch_ids() == [first.batch_id]
+
+
+def test_a_held_file_is_not_read_again_before_there_is_room_and_then_is(tmp_path):
+    bench = bench_with(tmp_path, rules(queued_requests=5))
+    first = bench.admit_file("first.jsonl", make_input(3))
+    bench.admit_file("second.jsonl", make_input(4))
+
+    waiting = [tick(bench)["second.jsonl"] for _ in range(3)]
+
+    assert {entry.reason for entry in waiting} == {WaitReason.REQUESTS_QUEUED}
+    assert (waiting[0].requests, waiting[0].place) == (4, 2)
+    assert bench.inbox.claims() == []
+    finish(bench, first.batch_id)
+    assert tick(bench) == {}
+    [claim] = bench.inbox.claims()
+    assert isinstance(bench.admit(claim), Admitted)
+    tick(bench)
+    assert Surveys(bench.folder).empty
+
+
+def test_a_held_file_keeps_its_place_before_those_that_came_later(tmp_path):
+    bench = bench_with(tmp_path, rules(queued_requests=5))
+    bench.admit_file("first.jsonl", make_input(3))
+    bench.admit_file("second.jsonl", make_input(4))
+    bench.drop("third.jsonl", make_input(1))
+
+    waiting = tick(bench)
+
+    assert bench.inbox.claims() == []
+    assert [waiting[name].place for name in ("second.jsonl", "third.jsonl")] == [2, 3]
+    assert "comes after second.jsonl" in waiting["third.jsonl"].detail
+
+
+def test_a_file_that_is_written_anew_is_another_file(tmp_path):
+    bench = bench_with(tmp_path, rules(queued_requests=5))
+    bench.admit_file("first.jsonl", make_input(3))
+    bench.admit_file("second.jsonl", make_input(4))
+    bench.drop("second.jsonl", make_input(2))
+
+    assert tick(bench) == {}
+
+    [claim] = bench.inbox.claims()
+    assert isinstance(bench.admit(claim), Admitted)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"unfinished_batches": 1}, WaitReason.QUEUE_FULL),
+        ({"queued_requests": 5}, WaitReason.REQUESTS_QUEUED),
+        ({"queued_tokens": 1600}, WaitReason.TOKENS_QUEUED),
+        ({"disk_reserve_bytes": 2**62}, WaitReason.DISK_LOW),
+    ],
+)
+def test_each_limit_holds_a_file_and_lets_it_go_when_it_is_raised(tmp_path, limits, reason):
+    bench = bench_with(tmp_path, rules())
+    bench.admit_file("first.jsonl", make_input(3))
+    claim = bench.claim("second.jsonl", make_input(4))
+    bench.settings = bench_with(tmp_path, rules(**limits)).settings
+
+    held = bench.admit(claim)
+    waits = tick(bench)["second.jsonl"]
+
+    assert isinstance(held, Held)
+    assert held.reason is waits.reason is reason
+    bench.settings = bench_with(tmp_path, rules()).settings
+    assert tick(bench) == {}
+    assert len(bench.inbox.claims()) == 1
+
+
+def test_a_paused_queue_admits_nothing_not_even_what_was_claimed(tmp_path):
+    bench = bench_with(tmp_path, rules())
+    claim = bench.claim("a.jsonl", make_input(3))
+    queue_files.pause(bench.folder, Pause(at=NOW, actor="ada", reason="maintenance"))
+
+    held = bench.admit(claim)
+    waits = tick(bench)["a.jsonl"]
+
+    assert isinstance(held, Held)
+    assert held.reason is waits.reason is WaitReason.PAUSED
+    assert waits.detail == "ada paused the queue: maintenance"
+    assert queue_files.unpause(bench.folder).actor == "ada"
+    assert tick(bench) == {}
+    assert len(bench.inbox.claims()) == 1
+
+
+def test_a_sick_device_keeps_files_where_they_are_until_it_is_well(tmp_path):
+    problem = ["its memory has errors"]
+    queue = QueueRules(limits=Limits(**ROOMY), device_problem=lambda: problem[0])
+    bench = bench_with(tmp_path, queue)
+    bench.drop("a.jsonl", make_input(3))
+
+    waits = tick(bench)["a.jsonl"]
+
+    assert (waits.reason, waits.detail) == (WaitReason.GPU_UNHEALTHY, "its memory has errors")
+    problem[0] = None
+    assert tick(bench) == {}
+
+
+def test_who_submits_too_fast_waits_and_is_told_when_while_others_go_on(tmp_path):
+    rates = RateLimits(submissions=Rate(per_hour=60, burst=1))
+    bench = bench_with(tmp_path, rules(rates=rates))
+    bench.admit_file("alice/first.jsonl", make_input(3))
+    second = bench.claim("alice/second.jsonl", make_input(4))
+    other = bench.claim("bob/other.jsonl", make_input(5))
+
+    held, admitted = bench.admit(second), bench.admit(other)
+
+    assert isinstance(admitted, Admitted)
+    assert isinstance(held, Held)
+    assert held.reason is WaitReason.SUBMISSION_RATE
+    assert "may go in 60 s" in held.detail
+    asked = {"folder": bench.folder, "store": bench.store, "limits": rates}
+    assert retry_after_seconds("alice", 1, now=NOW, **asked) == 60
+    assert retry_after_seconds("alice", 1, now=NOW + 60, **asked) == 0
+    assert retry_after_seconds("carol", 1, now=NOW, **asked) == 0
+
+
+def test_what_alone_is_too_much_for_the_queue_is_rejected_with_the_numbers(tmp_path):
+    bench = bench_with(tmp_path, rules(queued_tokens=100))
+
+    verdict = bench.admit_file("a.jsonl", make_input(3))
+
+    assert isinstance(verdict, Rejected)
+    assert "more than the 100 that may be queued" in verdict.reason
+    assert (bench.folder.rejected / "a.jsonl").exists()
+
+
+def test_of_two_admissions_at_once_one_takes_the_last_room(tmp_path):
+    bench = bench_with(tmp_path, rules(unfinished_batches=1))
+    for number in range(4):
+        bench.drop(f"{number}.jsonl", make_input(number + 1))
+    claims = bench.inbox.claim_ready(now=LATER)
+    verdicts = []
+
+    def admit(claim):
+        verdicts.append(bench.admit(claim))
+
+    threads = [threading.Thread(target=admit, args=(claim,)) for claim in claims]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(type(verdict).__name__ for verdict in verdicts) == ["Admitted", *3 * ["Held"]]
+    assert len(bench.store.batches()) == 1
+    assert len(bench.files_of(bench.folder.inbox)) == 3
+
+
+def test_no_more_is_claimed_than_there_may_be_batches(tmp_path):
+    bench = bench_with(tmp_path, rules(unfinished_batches=2))
+    bench.admit_file("first.jsonl", make_input(3))
+    for name in "abc":
+        bench.drop(f"{name}.jsonl", make_input(2))
+
+    waiting = tick(bench)
+    again = tick(bench)
+
+    assert len(bench.inbox.claims()) == 1
+    assert {entry.reason for entry in waiting.values()} == {WaitReason.QUEUE_FULL}
+    assert waiting.keys() == again.keys()
+
+
+def test_the_queue_tells_everything_in_the_order_of_service(tmp_path):
+    bench = bench_with(tmp_path, rules(unfinished_batches=1))
+    plan = bench.plan_of("first.jsonl", make_input(3))
+    bench.drop("later.jsonl", make_input(2))
+    bench.drop("high/urgent.jsonl", make_input(2), meta=b'{"user": "alice"}')
+
+    queue = read_queue(
+        folder=bench.folder, store=bench.store, inbox=bench.inbox,
+        rules=bench.settings.queue, now=bench.folder.inbox.stat().st_ctime + 60,
+    )  # fmt: skip
+
+    entries = queue.view.entries
+    assert [entry.place for entry in entries] == [1, 2, 3]
+    assert entries[0].id == "high/urgent.jsonl"
+    assert {entry.id for entry in entries[1:]} == {plan.batch_id, "later.jsonl"}
+    assert (entries[0].source, entries[0].priority, entries[0].reason) == (
+        "alice",
+        10,
+        "queue_full",
+    )
+    assert queue.files == ()

@@ -1,0 +1,77 @@
+"""The window that the engine, its memory and its device's health make narrow together."""
+
+import asyncio
+
+import pytest
+
+from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.inference.window import window as request_window
+from batch_orchestration.inference.window.window import RequestWindow, Window
+from batch_orchestration_tests.support.workbench import make_feeding
+
+
+def make_window(in_flight: int, **fields) -> Window:
+    return make_feeding(in_flight=in_flight, **fields).window
+
+
+@pytest.mark.parametrize(
+    ("width", "most", "share", "limit"),
+    [
+        (256, 256, 1.0, 256),
+        (256, 64, 1.0, 64),
+        (64, 256, 1.0, 64),
+        (256, 256, 0.5, 128),
+        (256, 100, 0.5, 50),
+        (256, 8, 0.125, 1),
+        (10, 10, 0.25, 2),
+        (3, 3, 0.1, 1),  # Only a share of 0 is a pause.
+        (256, 256, 0.0, 0),
+    ],
+)
+def test_the_narrowest_party_decides(width: int, most: int, share: float, limit: int) -> None:
+    window = RequestWindow(
+        make_window(width), most=lambda: most, care=lambda: DeviceCare(share=share)
+    )
+
+    assert window.limit == limit
+    assert window.is_curbed == (limit < width)
+
+
+def test_it_opens_as_soon_as_somebody_leaves_or_the_pause_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(request_window, "LOOK_SECONDS", 0.001)
+    taken, care = [1, 1], DeviceCare()
+    window = RequestWindow(make_window(2), most=lambda: 2, care=lambda: care)
+
+    async def one_more() -> list[bool]:
+        nonlocal care
+        waiting = asyncio.create_task(window.open(lambda: sum(taken)))
+        await asyncio.sleep(0)
+        seen = [waiting.done()]
+        taken.pop()
+        window.look_again()
+        seen.append(await waiting)
+        care = DeviceCare(share=0.0)
+        paused = asyncio.create_task(window.open(lambda: 0))
+        await asyncio.sleep(0.005)
+        seen.append(paused.done())
+        care = DeviceCare()
+        return [*seen, await paused]
+
+    assert asyncio.run(one_more()) == [False, True, False, True]
+
+
+def test_a_stop_ends_the_wait_even_of_a_full_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_window, "LOOK_SECONDS", 0.001)
+    care = DeviceCare()
+    window = RequestWindow(make_window(1), most=lambda: 1, care=lambda: care)
+
+    async def stopped() -> bool:
+        nonlocal care
+        waiting = asyncio.create_task(window.open(lambda: 1))
+        await asyncio.sleep(0.005)
+        care = DeviceCare(stop="Xid 79")
+        return await waiting
+
+    assert asyncio.run(stopped()) is False
