@@ -247,7 +247,7 @@ class Settings(BaseSettings):
     rejected_retention_days: float = Field(
         0, ge=0, description="Files in inbox/rejected, with their reasons. 0: for ever."
     )
-    leftover_retention_days: float = Field(
+    stale_file_retention_days: float = Field(
         1, ge=0, description="What crashes left: temporary files, heartbeats. 0: for ever."
     )
 

@@ -27,14 +27,14 @@ from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
-from batch_orchestration.estimates.engine import engine_in_force, remember_engine
+from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force
 from batch_orchestration.estimates.estimate import Estimate, seconds_band, tokens_band
 from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.estimates.scores import Score, calibration
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.inference.run import Feeding, run_chunks
+from batch_orchestration.inference.run import RunPolicy, run_chunks
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.store.store import Store
 
@@ -109,7 +109,7 @@ class Bench:
         EstimateTables(self.store).add_runs(
             report.runs, model=in_force.model, device=in_force.device
         )
-        remember_engine(self.engine, in_force, self.store, at=time.time())
+        cache_engine_info(self.engine, in_force, self.store, at=time.time())
         _say(f"calibrated in {sum(run.seconds for run in report.runs):.0f} s: {report.throughput}")
         return report
 
@@ -145,9 +145,9 @@ class Bench:
         assert score is not None
         return estimate, score
 
-    def feeding(self) -> Feeding:
+    def feeding(self) -> RunPolicy:
         """Return how chunks are fed."""
-        return Feeding(
+        return RunPolicy(
             in_flight=self.settings.in_flight,
             retry=RetryPolicy(),
             engine_restarts=0,

@@ -19,7 +19,7 @@ from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.inference.run import Feeding, run_chunks
+from batch_orchestration.inference.run import RunPolicy, run_chunks
 from batch_orchestration.store.store import Store
 
 
@@ -53,7 +53,7 @@ def _answered(
         finally:
             engine.stop()
         report = assemble(batch.batch_id, folder=folder, store=store, clock=time.time)
-        assert report.tally.failed == 0, f"{report.tally.failed} requests failed"
+        assert report.totals.failed == 0, f"{report.totals.failed} requests failed"
         yield seconds, folder.outbox_path(batch.batch_id) / "output.jsonl"
 
 
@@ -87,9 +87,9 @@ def _admit(file: Path, folder: DataFolder, store: Store, chunk: int) -> Admitted
     return verdict
 
 
-def feeding(*, served: str, max_tokens_cap: int | None = None) -> Feeding:
+def feeding(*, served: str, max_tokens_cap: int | None = None) -> RunPolicy:
     """Return how the benchmarks feed: the default window, every model name meaning `served`."""
-    return Feeding(
+    return RunPolicy(
         in_flight=256,
         retry=RetryPolicy(),
         engine_restarts=0,

@@ -80,13 +80,15 @@ def answer(
 
 def print_row(file: Path, report: AssemblyReport) -> None:
     """Print the counts, after making sure that they add up to the lines of the file."""
-    tally = report.tally
+    totals = report.totals
     lines = sum(1 for line in file.read_bytes().split(b"\n") if line.strip())
-    assert tally.completed + tally.failed == lines, (tally, lines)
-    seconds = (tally.last_at or 0) - (tally.first_at or 0)
-    codes = ", ".join(f"{code} {count}" for code, count in tally.failures_by_code.items())
-    speed = tally.completion_tokens / seconds if seconds else 0
-    print(f"| {file.name} | {lines} | {tally.completed} | {tally.failed} | {codes} | {speed:.0f} |")
+    assert totals.completed + totals.failed == lines, (totals, lines)
+    seconds = (totals.last_at or 0) - (totals.first_at or 0)
+    codes = ", ".join(f"{code} {count}" for code, count in totals.failures_by_code.items())
+    speed = totals.completion_tokens / seconds if seconds else 0
+    print(
+        f"| {file.name} | {lines} | {totals.completed} | {totals.failed} | {codes} | {speed:.0f} |"
+    )
 
 
 if __name__ == "__main__":

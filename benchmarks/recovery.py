@@ -11,12 +11,14 @@ import platform
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+from batch_orchestration.core.crash_points import VARIABLE
 from batch_orchestration.engines.processes.records import ProcessIdentity, read_record
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.settings import Settings
@@ -27,7 +29,6 @@ from batch_orchestration_tests.fault.accidents import (
     wait_for_outcomes,
 )
 from batch_orchestration_tests.fault.hanging import (
-    block_at_chunk,
     inheriting_orphans,
     is_zombie,
     reap,
@@ -72,6 +73,22 @@ class Figures(NamedTuple):
 def main() -> None:
     """Measure, and write the page."""
     load = os.getloadavg()[0]
+    # No later worker of the batch has so many requests left, and so none blocks again.
+    blocking = {VARIABLE: f"after_submit:{REQUESTS // 2 + 10}:hang"}
+    figures = [
+        *in_one_deployment([accident for accident in ACCIDENTS if accident.happen is not block]),
+        *in_one_deployment(
+            [accident for accident in ACCIDENTS if accident.happen is block], blocking
+        ),
+    ]
+    figures.sort(key=lambda figure: ACCIDENTS.index(figure.accident))
+    PAGE.write_text("\n".join(page(figures, (load, os.getloadavg()[0]))) + "\n")
+
+
+def in_one_deployment(
+    accidents: Sequence[Accident], environment: Mapping[str, str] = MappingProxyType({})
+) -> list[Figures]:
+    """Measure accidents one after the other under one `dagster dev`."""
     with (
         tempfile.TemporaryDirectory() as root,
         inheriting_orphans(),
@@ -80,11 +97,11 @@ def main() -> None:
             poll_seconds=5,
             BATCH_REQUESTS_PER_CHUNK=str(CHUNK),
             BATCH_IN_FLIGHT=str(IN_FLIGHT),
+            **environment,
         ) as dagster,
     ):
         dagster.simulate(latency_seconds=LATENCY_SECONDS)
-        figures = [measure(dagster, accident, number) for number, accident in enumerate(ACCIDENTS)]
-    PAGE.write_text("\n".join(page(figures, (load, os.getloadavg()[0]))) + "\n")
+        return [measure(dagster, accident, number) for number, accident in enumerate(accidents)]
 
 
 def measure(dagster: DagsterProcesses, accident: Accident, number: int) -> Figures:
@@ -92,11 +109,8 @@ def measure(dagster: DagsterProcesses, accident: Accident, number: int) -> Figur
     # Other content each time: what was admitted before is known.
     dagster.drop(f"accident{number}.jsonl", make_input(REQUESTS + number))
     batch_id = dagster.wait_for_batch(f"accident{number}")
-    if accident.happen is block:
-        block_at_chunk(dagster, batch_id, 1)
     run = wait_for_answering(dagster, batch_id)
-    if accident.happen is not block:  # who reads that journal waits, too
-        wait_for_outcomes(dagster, batch_id, DONE)
+    wait_for_outcomes(dagster, batch_id, DONE)
     engine = engine_of(dagster, run)
     began = accident.happen(dagster, batch_id, run) or time.time()
     before = durable_outcomes(dagster, batch_id)
@@ -147,11 +161,9 @@ def stop_run_worker(dagster: DagsterProcesses, _: str, run: Run) -> None:
     stop(dagster.worker(run))
 
 
-def block(dagster: DagsterProcesses, batch_id: str, run: Run) -> float:
-    """The event loop waits for a pipe that nobody writes to."""
-    began = wait_for_blocked_loop(dagster, run)
-    dagster.folder.journal_path(batch_id, 1).unlink()
-    return began
+def block(dagster: DagsterProcesses, _: str, run: Run) -> float:
+    """The event loop waits for ever, at a crash point."""
+    return wait_for_blocked_loop(dagster, run)
 
 
 def make_zombie(dagster: DagsterProcesses, _: str, run: Run) -> None:

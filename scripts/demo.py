@@ -29,7 +29,7 @@ from batch_orchestration.core.batches import BatchOptions, BatchStatus
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.results import SIMULATED
 from batch_orchestration.core.text import duration
-from batch_orchestration.status.views import BatchView, find_identity, view_batch
+from batch_orchestration.status.views import BatchStatusView, find_identity, view_batch
 
 EXAMPLE = REPOSITORY / "examples" / "candidates.jsonl"
 ANSWERS_SHOWN = 3
@@ -72,7 +72,7 @@ class Demo:
             )
         self._console.print(f"Dagster's UI: {self._dagster.url}", highlight=False)
 
-    def run(self, sent: Submission, context: Context) -> BatchView:
+    def run(self, sent: Submission, context: Context) -> BatchStatusView:
         """Follow the file from the inbox to the end of its batch."""
         if sent.inbox_path is not None:
             self._console.print(f"Dropped {EXAMPLE.name} into {sent.inbox_path.parent}")
@@ -125,7 +125,7 @@ def _failure_of(dagster: DagsterDev, run_id: str) -> str:
     return str(innermost[0]["error"]["message"]).strip()
 
 
-def show_result(view: BatchView, context: Context) -> None:
+def show_result(view: BatchStatusView, context: Context) -> None:
     """Print counts, files, and the first answers."""
     console = context.console
     counts = Table(box=None, show_header=False, pad_edge=False)
@@ -257,7 +257,7 @@ def _environ() -> dict[str, str]:
     return {**kept, "PATH": os.pathsep.join([programs, kept.get("PATH", "")])}
 
 
-def _view(batch_id: str, context: Context) -> BatchView:
+def _view(batch_id: str, context: Context) -> BatchStatusView:
     return view_batch(batch_id, folder=context.folder, store=context.store, now=context.clock())
 
 

@@ -2,7 +2,7 @@
 
 The steps are ordered so that a crash between any two is made good by admitting the claim again:
 everything is prepared in the claim's work folder, the author's file is moved there, and one rename
-makes that folder the batch's. The store is told last; until then `register_unlisted` finds the
+makes that folder the batch's. The store is told last; until then `register_missing` finds the
 batch on the disk.
 """
 
@@ -18,29 +18,29 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.admission.claims import Attempts, Claim, ClaimFolder, keep_survey
+from batch_orchestration.admission.claims import Attempts, Claim, ClaimFolder, keep_scan
 from batch_orchestration.admission.reading.batch_files import (
     Fingerprint,
     is_gzip_name,
     open_batch_file,
 )
 from batch_orchestration.admission.reading.lines import BatchFileReading
-from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.admission.registration import (
     admission_lock,
     free_batch_id,
     register_batch,
-    register_unlisted,
+    register_missing,
     write_fault_journals,
 )
 from batch_orchestration.admission.results import (
     Admission,
+    AdmissionResult,
     Admitted,
     AlreadyAdmitted,
-    Held,
+    Queued,
     Rejected,
-    Released,
-    Verdict,
+    Returned,
     next_step,
     write_errors_file,
 )
@@ -57,7 +57,7 @@ from batch_orchestration.core.members import concerns_everyone
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.estimates.estimating import (
     expected_ahead,
-    read_knowledge,
+    read_calibration_data,
     record_estimate,
     write_estimate,
 )
@@ -65,8 +65,8 @@ from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.atomic import shortages, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import fit_name, move_over, readable_name
-from batch_orchestration.queue.capacity import Obstacle
-from batch_orchestration.queue.load import demand_of, find_obstacle_to_file, never_fits
+from batch_orchestration.queue.capacity import Blocker
+from batch_orchestration.queue.load import check_file_capacity, demand_of, never_fits
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding
 
@@ -106,14 +106,14 @@ def admit(
     """
     place = ClaimFolder(folder, claim.claim_id)
     with shortages(place.root), place.lock():
-        verdict = place.settled_verdict()
-        if verdict is None:
-            verdict = _Admission(place, folder, store, settings, clock).settle()
+        result = place.settled_verdict()
+        if result is None:
+            result = _Admission(place, folder, store, settings, clock).settle()
         else:
             place.sweep()
-    if isinstance(verdict, Released):
-        raise FileStillChanging(str(verdict))
-    return verdict
+    if isinstance(result, Returned):
+        raise FileStillChanging(str(result))
+    return result
 
 
 class _Admission:
@@ -134,16 +134,16 @@ class _Admission:
         self._clock = clock
         self._spool = place.work / "faults.jsonl"
 
-    def settle(self) -> Verdict:
+    def settle(self) -> AdmissionResult:
         user_file = self._place.restore()
-        verdict = self._place.verdict() if user_file is None else self._attempt(user_file)
-        if verdict is None:
+        result = self._place.result() if user_file is None else self._attempt(user_file)
+        if result is None:
             raise ClaimNotFound(f"claim {self._place.claim_id} holds no file")
-        self._finish(verdict)
+        self._finish(result)
         self._place.settle()
-        return verdict
+        return result
 
-    def _attempt(self, user_file: Path) -> Verdict:
+    def _attempt(self, user_file: Path) -> AdmissionResult:
         """Reach a verdict, and keep account of attempts that come to none."""
         before = self._place.attempts()
         # First, for an attempt that is killed can say nothing more.
@@ -173,7 +173,7 @@ class _Admission:
         why = f"its admission failed {failed} times, at last by {reason}"
         return self._reject(user_file, why, None)
 
-    def _decide(self, user_file: Path) -> Verdict:
+    def _decide(self, user_file: Path) -> AdmissionResult:
         """Reach a verdict and move the author's file accordingly."""
         self._place.clear_work()
         reading: BatchFileReading | None = None
@@ -181,11 +181,11 @@ class _Admission:
             before = Fingerprint.of(user_file)
             try:
                 options = read_options(self._place.sidecar(), self._place.origin())
-                intake = self._intake(options)
-                reading = self._settings.reading(options, intake)
+                screening = self._intake(options)
+                reading = self._settings.reading(options, screening)
                 self._read(user_file, reading)
                 self._refuse_if_unusable(reading)
-                self._keep_estimate(intake, reading, options)
+                self._keep_estimate(screening, reading, options)
             except FileRefused as refused:
                 before.verify()
                 return self._reject(user_file, str(refused), reading)
@@ -194,25 +194,25 @@ class _Admission:
         except FileStillChanging as changing:
             return self._release(user_file, str(changing))
 
-    def _intake(self, options: BatchOptions) -> Intake:
+    def _intake(self, options: BatchOptions) -> Screening:
         estimating = self._settings.estimating
-        knowledge = read_knowledge(EstimateTables(self._store), estimating.engine)
-        return Intake(options, settings=estimating, knowledge=knowledge, now=self._clock())
+        knowledge = read_calibration_data(EstimateTables(self._store), estimating.engine)
+        return Screening(options, settings=estimating, knowledge=knowledge, now=self._clock())
 
     def _keep_estimate(
-        self, intake: Intake, reading: BatchFileReading, options: BatchOptions
+        self, screening: Screening, reading: BatchFileReading, options: BatchOptions
     ) -> None:
         """Write down what the batch will take, in the folder that will be the batch's.
 
         Raises:
             FileRefused: That is more than its completion window, and windows are strict.
         """
-        profile = intake.profile()
+        profile = screening.profile()
         ahead = expected_ahead(self._folder, self._store, priority=options.priority)
-        estimate = intake.estimate(
+        estimate = screening.estimate(
             profile, ahead_seconds=ahead, at=self._clock(), seed=reading.sha256
         )
-        intake.refuse_if_too_late(estimate)
+        screening.refuse_if_too_late(estimate)
         write_estimate(self._place.work, profile, estimate)
 
     def _read(self, user_file: Path, reading: BatchFileReading) -> None:
@@ -255,11 +255,11 @@ class _Admission:
         before: Fingerprint,
         reading: BatchFileReading,
         options: BatchOptions,
-    ) -> Verdict:
+    ) -> AdmissionResult:
         name = self._place.file_name(user_file)
         key = identity(reading.sha256, options)
         with holding(admission_lock(self._folder)):
-            register_unlisted(self._folder, self._store, at=self._clock())
+            register_missing(self._folder, self._store, at=self._clock())
             if (first := self._store.find_identity(key)) is not None:
                 return self._keep_duplicate(user_file, name, first.batch_id)
             plan = BatchPlan(
@@ -287,21 +287,21 @@ class _Admission:
         write_fault_journals(work, plan, self._faults(), at=self._clock())
         write_atomically(work / "plan.json", msgspec.json.encode(plan) + b"\n")
         self._spool.unlink()
-        verdict = Admitted(
+        result = Admitted(
             batch_id=plan.batch_id,
             file_name=plan.file_name,
             requests=plan.requests,
             faulty=plan.faulty,
             chunks=len(plan.chunks),
         )
-        self._take_in(user_file, before, verdict, self._folder.plan_path(plan.batch_id).parent)
-        return verdict
+        self._take_in(user_file, before, result, self._folder.plan_path(plan.batch_id).parent)
+        return result
 
     def _take_in(
-        self, user_file: Path, before: Fingerprint, verdict: Admitted, target: Path
+        self, user_file: Path, before: Fingerprint, result: Admitted, target: Path
     ) -> None:
         """Carry the verdict out: the work folder, with the author's file, gets its place."""
-        self._place.decide(verdict)
+        self._place.decide(result)
         before.verify()
         self._place.take_in(user_file)
         self._folder.mark_unfinished(target.name)
@@ -334,14 +334,14 @@ class _Admission:
 
     def _wait(
         self, user_file: Path, before: Fingerprint, plan: BatchPlan, reading: BatchFileReading
-    ) -> Held | Rejected | None:
+    ) -> Queued | Rejected | None:
         """Decide whether there is room; under the lock, so that no two take the last of it."""
         rules, demand = self._settings.queue, demand_of(plan, self._place.work)
         if rules is None:
             return None
         if (too_large := never_fits(demand, rules=rules)) is not None:
             return self._reject(user_file, too_large, reading)
-        obstacle = find_obstacle_to_file(
+        blocker = check_file_capacity(
             plan,
             demand,
             folder=self._folder,
@@ -349,50 +349,50 @@ class _Admission:
             rules=rules,
             now=self._clock(),
         )
-        if obstacle is None:
+        if blocker is None:
             return None
         before.verify()
         # Before the file can be seen in the inbox: else it would be claimed and read once more.
-        keep_survey(self._folder, user_file, plan, demand, obstacle, at=self._clock())
-        return self._hold(user_file, obstacle)
+        keep_scan(self._folder, user_file, plan, demand, blocker, at=self._clock())
+        return self._hold(user_file, blocker)
 
-    def _hold(self, user_file: Path, obstacle: Obstacle) -> Held:
+    def _hold(self, user_file: Path, blocker: Blocker) -> Queued:
         return self._place.set_aside(
             user_file,
             self._place.inbox_folder(),
-            lambda target: Held(
+            lambda target: Queued(
                 file_name=self._place.file_name(user_file),
-                reason=obstacle.reason,
-                detail=obstacle.detail,
+                reason=blocker.reason,
+                detail=blocker.detail,
                 released_path=str(target),
             ),
         )
 
-    def _release(self, user_file: Path, reason: str) -> Released:
+    def _release(self, user_file: Path, reason: str) -> Returned:
         return self._place.set_aside(
             user_file,
             self._place.inbox_folder(),
-            lambda target: Released(
+            lambda target: Returned(
                 file_name=self._place.file_name(user_file),
                 reason=reason,
                 released_path=str(target),
             ),
         )
 
-    def _finish(self, verdict: Verdict) -> None:
+    def _finish(self, result: AdmissionResult) -> None:
         """Do what follows the move of the author's file; safe to repeat."""
-        match verdict:
+        match result:
             case Admitted():
                 with holding(admission_lock(self._folder)):
-                    register_batch(self._folder, self._store, verdict.batch_id, at=self._clock())
-                record_estimate(self._folder, self._store, verdict.batch_id)
-                beside = self._folder.input_path(verdict.batch_id)
+                    register_batch(self._folder, self._store, result.batch_id, at=self._clock())
+                record_estimate(self._folder, self._store, result.batch_id)
+                beside = self._folder.input_path(result.batch_id)
             case AlreadyAdmitted():
-                beside = Path(verdict.kept_as)
+                beside = Path(result.kept_as)
             case Rejected():
-                write_errors_file(verdict, self._faults())
-                beside = Path(verdict.rejected_path)
-            case Released() | Held():
+                write_errors_file(result, self._faults())
+                beside = Path(result.rejected_path)
+            case Returned() | Queued():
                 self._place.release_sidecar()
                 return
         if (sidecar := self._place.sidecar()) is not None:

@@ -4,7 +4,7 @@
                       attempts.json                  how often its admission came to nothing
                       <the author's file>            ours to read
                       <its side-car>
-                      verdict.json                   what was decided, before it is carried out
+                      result.json                   what was decided, before it is carried out
                       work/                          what will be the batch's folder
     claims/.settled/<claim id>.json                  the verdict, once it is carried out
 
@@ -23,7 +23,7 @@ from typing import TypeVar
 import msgspec
 
 from batch_orchestration.admission.reading.batch_files import is_batch_file_name, is_gzip_name
-from batch_orchestration.admission.results import Admitted, Held, Released, Verdict
+from batch_orchestration.admission.results import AdmissionResult, Admitted, Queued, Returned
 from batch_orchestration.admission.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
 from batch_orchestration.core.batches import BatchPlan, Origin
 from batch_orchestration.core.errors import ClaimNotFound, FileDamaged
@@ -37,10 +37,10 @@ from batch_orchestration.files.moving import (
     readable_name,
 )
 from batch_orchestration.files.sharing import share, shared_lock
-from batch_orchestration.queue.capacity import Demand, Obstacle
+from batch_orchestration.queue.capacity import Blocker, Demand
 from batch_orchestration.queue.entries import WaitReason
 
-SomeVerdict = TypeVar("SomeVerdict", bound=Verdict)
+SomeVerdict = TypeVar("SomeVerdict", bound=AdmissionResult)
 
 
 class Attempts(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,7 +98,7 @@ class ClaimFolder:
         self._folder = folder
         self.root = folder.claims / claim_id
         self.work = self.root / "work"
-        self.verdict_path = self.root / "verdict.json"
+        self.result_path = self.root / "result.json"
         self.origin_path = self.root / "claim.json"
         self.attempts_path = self.root / "attempts.json"
         self._settled_path = folder.claims / ".settled" / f"{claim_id}.json"
@@ -134,9 +134,9 @@ class ClaimFolder:
 
     def holds_only_sidecar(self) -> bool:
         """Whether the author's file is not here: never arrived, or went back to the inbox."""
-        verdict = self.verdict()
-        went_back = isinstance(verdict, Released | Held)
-        return self.user_file() is None and (verdict is None or went_back)
+        result = self.result()
+        went_back = isinstance(result, Returned | Queued)
+        return self.user_file() is None and (result is None or went_back)
 
     def release_links(self) -> None:
         """Put back what came here in a file's place and is none: a link, a pipe."""
@@ -151,19 +151,19 @@ class ClaimFolder:
         """Put the side-car back into the inbox, beside the released file if there is one."""
         if (sidecar := self.sidecar()) is None:
             return
-        verdict = self.verdict()
+        result = self.result()
         beside = self.inbox_folder() / sidecar.name
-        if isinstance(verdict, Released | Held):
-            beside = sidecar_beside(Path(verdict.released_path))
+        if isinstance(result, Returned | Queued):
+            beside = sidecar_beside(Path(result.released_path))
         move_into(sidecar, beside.parent, beside.name)
 
-    def verdict(self) -> Verdict | None:
+    def result(self) -> AdmissionResult | None:
         """Return what was decided but perhaps not carried out."""
-        return read_verdict(self.verdict_path)
+        return read_result(self.result_path)
 
-    def settled_verdict(self) -> Verdict | None:
+    def settled_verdict(self) -> AdmissionResult | None:
         """Return what was decided and carried out."""
-        return read_verdict(self._settled_path)
+        return read_result(self._settled_path)
 
     def attempts(self) -> Attempts:
         """Return how its admission went so far; where nobody can tell, as if it were the first."""
@@ -175,19 +175,19 @@ class ClaimFolder:
         """Keep how its admission goes."""
         write_atomically(self.attempts_path, msgspec.json.encode(attempts))
 
-    def decide(self, verdict: Verdict) -> None:
+    def decide(self, result: AdmissionResult) -> None:
         """Keep a verdict, before anything is moved."""
-        write_atomically(self.verdict_path, msgspec.json.encode(verdict))
+        write_atomically(self.result_path, msgspec.json.encode(result))
 
     def restore(self) -> Path | None:
         """Put the author's file back if a crash left it half moved; return where it lies."""
         if (user_file := self.user_file()) is not None:
             return user_file
-        verdict = self.verdict()
-        if not isinstance(verdict, Admitted):
+        result = self.result()
+        if not isinstance(result, Admitted):
             return None
-        half_moved = self.work / kept_name(verdict.file_name)
-        return half_moved.rename(self.root / verdict.file_name) if half_moved.exists() else None
+        half_moved = self.work / kept_name(result.file_name)
+        return half_moved.rename(self.root / result.file_name) if half_moved.exists() else None
 
     def take_in(self, user_file: Path) -> None:
         """Move the author's file into the work folder: the last step but one of admission."""
@@ -211,11 +211,11 @@ class ClaimFolder:
         for target in targets:
             if is_taken(target, by_other_than=user_file):
                 continue
-            verdict = verdict_at(target)
-            self.decide(verdict)
+            result = verdict_at(target)
+            self.decide(result)
             if move_if_free(user_file, target):
                 sync_folder(folder)
-                return verdict
+                return result
         raise AssertionError("names never run out")
 
     def clear_work(self) -> None:
@@ -227,7 +227,7 @@ class ClaimFolder:
     def settle(self) -> None:
         """Say that the verdict is carried out, and remove the claim."""
         make_folder(self._settled_path.parent)
-        self.verdict_path.replace(self._settled_path)
+        self.result_path.replace(self._settled_path)
         sync_folder(self._settled_path.parent)
         self.sweep()
 
@@ -277,13 +277,13 @@ def find_claim(folder: DataFolder, claim_id: str) -> Claim:
     place = ClaimFolder(folder, claim_id)
     if (path := place.user_file()) is not None:
         return claimed(place, path)
-    if (verdict := place.verdict() or place.settled_verdict()) is None:
+    if (result := place.result() or place.settled_verdict()) is None:
         raise ClaimNotFound(f"no claim {claim_id!r} in {folder.claims}")
     return Claim(
         claim_id=claim_id,
-        path=place.root / verdict.file_name,
+        path=place.root / result.file_name,
         sidecar=None,
-        file_name=verdict.file_name,
+        file_name=result.file_name,
         origin=place.origin(),
     )
 
@@ -300,18 +300,18 @@ def claimed(place: ClaimFolder, user_file: Path) -> Claim:
     )
 
 
-def read_verdict(path: Path) -> Verdict | None:
+def read_result(path: Path) -> AdmissionResult | None:
     """Return the verdict that a file holds; None if there is no file.
 
     Raises:
         FileDamaged: It cannot be read.
     """
     # A union is no type to the checker.
-    verdict: Verdict | None = read_kept(path, Verdict)  # type: ignore[arg-type]
-    return verdict
+    result: AdmissionResult | None = read_kept(path, AdmissionResult)  # type: ignore[arg-type]
+    return result
 
 
-class Survey(msgspec.Struct, frozen=True, kw_only=True):
+class FileScan(msgspec.Struct, frozen=True, kw_only=True):
     """What was found in a file.
 
     Attributes:
@@ -332,33 +332,33 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
 
 
-def keep_survey(
+def keep_scan(
     folder: DataFolder,
     file: Path,
     plan: BatchPlan,
     demand: Demand,
-    obstacle: Obstacle,
+    blocker: Blocker,
     *,
     at: float,
 ) -> None:
     """Keep what was found in a file that has to go back; `at` in POSIX seconds."""
-    survey = Survey(
+    scan = FileScan(
         requests=plan.requests,
         tokens=demand.tokens or 0,
         size_bytes=plan.size_bytes,
         arrived_at=plan.arrived_at or at,
         surveyed_at=at,
-        reason=obstacle.reason,
-        detail=obstacle.detail,
+        reason=blocker.reason,
+        detail=blocker.detail,
     )
-    Surveys(folder).keep(file.lstat(), survey)
+    FileScans(folder).keep(file.lstat(), scan)
 
 
-class Surveys:
+class FileScans:
     """The surveys of a data folder."""
 
     def __init__(self, folder: DataFolder) -> None:
-        self._path = folder.surveys
+        self._path = folder.scans
 
     @property
     def empty(self) -> bool:
@@ -367,15 +367,15 @@ class Surveys:
             return not any(self._path.iterdir())
         return True
 
-    def find(self, stats: os.stat_result) -> Survey | None:
+    def find(self, stats: os.stat_result) -> FileScan | None:
         """Return the survey of a file, if it was read before and has not changed since."""
         with contextlib.suppress(FileDamaged):  # the file is read once more
-            return read_kept(self._file(stats), Survey)
+            return read_kept(self._file(stats), FileScan)
         return None
 
-    def keep(self, stats: os.stat_result, survey: Survey) -> None:
+    def keep(self, stats: os.stat_result, scan: FileScan) -> None:
         """Keep the survey of a file, durably."""
-        write_atomically(self._file(stats), msgspec.json.encode(survey))
+        write_atomically(self._file(stats), msgspec.json.encode(scan))
 
     def forget_others(self, files: Collection[os.stat_result]) -> None:
         """Remove the surveys of all but these files: the others are batches, or gone."""

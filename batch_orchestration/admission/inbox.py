@@ -20,8 +20,8 @@ import msgspec
 from batch_orchestration.admission.claims import (
     Claim,
     ClaimFolder,
-    Survey,
-    Surveys,
+    FileScan,
+    FileScans,
     claimed,
     find_claim,
 )
@@ -69,7 +69,7 @@ class DroppedFile:
     origin: Origin
     reason: str | None
     settling: bool = False
-    survey: Survey | None = None
+    scan: FileScan | None = None
 
     def options(self) -> BatchOptions:
         """Return what is said about it."""
@@ -261,8 +261,8 @@ class Inbox:
 
     def forget_gone(self) -> None:
         """Remove what is known of files that are neither here nor claimed any more."""
-        surveys = Surveys(self._folder)
-        if surveys.empty:
+        scans = FileScans(self._folder)
+        if scans.empty:
             return
         files = [file.stats for file in self.look(now=0.0)]
         for claim in self.claims():
@@ -270,7 +270,7 @@ class Inbox:
                 files.append(claim.path.lstat())
         # Once more, for one may have come back from its claim meanwhile.
         files += [file.stats for file in self.look(now=0.0)]
-        surveys.forget_others(files)
+        scans.forget_others(files)
 
     def claims(self, faults: Faults | None = None) -> list[Claim]:
         """Return all claims that are not settled and can be read, the oldest first.
@@ -315,11 +315,11 @@ class Inbox:
         return file if file.reason or reason is None else replace(file, reason=reason)
 
     def _surveyed(self, file: DroppedFile) -> DroppedFile:
-        survey = Surveys(self._folder).find(file.stats)
-        if survey is None:
+        scan = FileScans(self._folder).find(file.stats)
+        if scan is None:
             return file
-        origin = msgspec.structs.replace(file.origin, arrived_at=survey.arrived_at)
-        return replace(file, survey=survey, origin=origin)
+        origin = msgspec.structs.replace(file.origin, arrived_at=scan.arrived_at)
+        return replace(file, scan=scan, origin=origin)
 
     def _claim_each(self, files: Sequence[DroppedFile], now: float) -> list[Claim]:
         claims, faults = [], Faults()

@@ -85,7 +85,7 @@ def register_batch(folder: DataFolder, store: Store, batch_id: str, *, at: float
     store.add_batch(plan, at=at)
 
 
-def register_unlisted(
+def register_missing(
     folder: DataFolder, store: Store, *, at: float, faults: Faults | None = None
 ) -> list[str]:
     """Tell the store of batches that a crash kept from it, and return their ids.
@@ -100,7 +100,7 @@ def register_unlisted(
     """
     found = Faults() if faults is None else faults
     registered = []
-    for planned in unlisted(folder, store):
+    for planned in unregistered(folder, store):
         with found.of(planned):
             register_batch(folder, store, planned, at=at)
             registered.append(planned)
@@ -118,12 +118,12 @@ def register_lost(
         StorageError: The store cannot be asked or told.
     """
     with contextlib.suppress(filelock.Timeout):  # the next tick comes soon
-        if unlisted(folder, store):
+        if unregistered(folder, store):
             with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
-                register_unlisted(folder, store, at=at, faults=faults)
+                register_missing(folder, store, at=at, faults=faults)
 
 
-def unlisted(folder: DataFolder, store: Store) -> list[str]:
+def unregistered(folder: DataFolder, store: Store) -> list[str]:
     """Return the planned batches that the store has yet to be told of, as the index has them.
 
     In an empty store that is every batch on the disk, whatever the index says.

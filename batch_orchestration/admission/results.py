@@ -78,7 +78,7 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):
         return f"{self.file_name}: rejected, {self.reason}. {self.next_step}"
 
 
-class Released(msgspec.Struct, frozen=True, kw_only=True, tag="released"):
+class Returned(msgspec.Struct, frozen=True, kw_only=True, tag="released"):
     """Somebody was still writing the file: it is back in the inbox.
 
     Attributes:
@@ -93,7 +93,7 @@ class Released(msgspec.Struct, frozen=True, kw_only=True, tag="released"):
         return f"{self.file_name}: {self.reason}; it is back in the inbox as {self.released_path}"
 
 
-class Held(msgspec.Struct, frozen=True, kw_only=True, tag="held"):
+class Queued(msgspec.Struct, frozen=True, kw_only=True, tag="held"):
     """There is no room for the file now: it is back in the inbox, and will be claimed again.
 
     Attributes:
@@ -110,8 +110,8 @@ class Held(msgspec.Struct, frozen=True, kw_only=True, tag="held"):
         return f"{self.file_name}: {self.reason}: {self.detail}; it waits in the inbox"
 
 
-Admission = Admitted | AlreadyAdmitted | Rejected | Held
-Verdict = Admission | Released
+Admission = Admitted | AlreadyAdmitted | Rejected | Queued
+AdmissionResult = Admission | Returned
 #: Of a fault's message, in the reason for which a file is rejected.
 _QUOTED_CHARACTERS = 300
 #: What files begin with that are something else than JSON lines.
@@ -161,15 +161,15 @@ def next_step(rejected_path: Path) -> str:
     return f"Correct the file, check it with `{command}`, and drop it into the inbox again."
 
 
-def write_errors_file(verdict: Rejected, faults: Iterable[Fault]) -> None:
+def write_errors_file(result: Rejected, faults: Iterable[Fault]) -> None:
     """Write all faults of a rejected file beside it, streaming, as one JSON object."""
     head = {
-        "file": verdict.file_name,
-        "reason": verdict.reason,
-        "next": verdict.next_step,
-        "error_count": verdict.error_count,
+        "file": result.file_name,
+        "reason": result.reason,
+        "next": result.next_step,
+        "error_count": result.error_count,
     }
-    with atomic_writer(Path(verdict.errors_path)) as file:
+    with atomic_writer(Path(result.errors_path)) as file:
         file.write(_json(head).removesuffix(b"}") + b', "errors": [')
         separator = b"\n"
         for fault in faults:

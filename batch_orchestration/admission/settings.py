@@ -11,7 +11,7 @@ from batch_orchestration.admission.reading.lines import (
     ReadingRules,
     choose_chunk_size,
 )
-from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.admission.results import refusal
 from batch_orchestration.core.batches import (
     MAX_FILE_BYTES,
@@ -61,13 +61,13 @@ class AdmissionSettings:
             model_required=self.model_required and options.model is None,
         )
 
-    def reading(self, options: BatchOptions, intake: Intake) -> BatchFileReading:
-        """Return what reads a file with these options, and has its requests seen by the intake."""
+    def reading(self, options: BatchOptions, screening: Screening) -> BatchFileReading:
+        """Return what reads a file with these options, and screens its requests."""
         rules = self.rules(options)
         choose = partial(
-            choose_chunk_size, configured=self.requests_per_chunk, rules=rules, intake=intake
+            choose_chunk_size, configured=self.requests_per_chunk, rules=rules, screening=screening
         )
-        return BatchFileReading(rules, examine=intake.examine, choose_chunk_size=choose)
+        return BatchFileReading(rules, examine=screening.examine, choose_chunk_size=choose)
 
     def refusal(self, reading: BatchFileReading) -> str | None:
         """Return why a file that has been read can be no batch; None if it can."""

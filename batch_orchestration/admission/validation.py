@@ -10,14 +10,14 @@ import msgspec
 from batch_orchestration.admission.inbox import reason_to_ignore
 from batch_orchestration.admission.reading.batch_files import Fingerprint, open_batch_file
 from batch_orchestration.admission.reading.lines import BatchFileReading
-from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.admission.settings import AdmissionSettings
 from batch_orchestration.admission.sidecars import own_sidecar, read_options
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused, StorageError
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.estimates.estimate import Estimate
-from batch_orchestration.estimates.estimating import Knowledge, read_knowledge
+from batch_orchestration.estimates.estimating import CalibrationData, read_calibration_data
 from batch_orchestration.estimates.tables import EstimateTables
 
 #: Faults that a report lists; of the others it only has the number.
@@ -87,12 +87,12 @@ def validate(
         try:
             if options is None:
                 options = read_options(own_sidecar(path))
-            intake = _intake(options, settings, tables, clock())
-            reading = settings.reading(options, intake)
+            screening = _intake(options, settings, tables, clock())
+            reading = settings.reading(options, screening)
             reason = _read(path, reading, settings, faults, max_listed_faults)
             if reason is None:
-                estimate = intake.estimate(at=clock(), seed=reading.sha256)
-                intake.refuse_if_too_late(estimate)
+                estimate = screening.estimate(at=clock(), seed=reading.sha256)
+                screening.refuse_if_too_late(estimate)
         except FileRefused as refused:
             reason = str(refused)
     before.verify()
@@ -116,13 +116,13 @@ def _intake(
     settings: AdmissionSettings,
     tables: EstimateTables | None,
     now: float,
-) -> Intake:
+) -> Screening:
     """Return what looks at the requests; a store that cannot be asked teaches nothing."""
-    estimating, knowledge = settings.estimating, Knowledge()
+    estimating, knowledge = settings.estimating, CalibrationData()
     if tables is not None:
         with contextlib.suppress(StorageError):
-            knowledge = read_knowledge(tables, estimating.engine)
-    return Intake(options, settings=estimating, knowledge=knowledge, now=now)
+            knowledge = read_calibration_data(tables, estimating.engine)
+    return Screening(options, settings=estimating, knowledge=knowledge, now=now)
 
 
 def _read(

@@ -26,7 +26,7 @@ from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.files.sharing import keep_from_others
 from batch_orchestration.settings import settings_in_force
 from batch_orchestration.status.objects import batch_object
-from batch_orchestration.status.overview import Board, read_board
+from batch_orchestration.status.overview import Overview, read_overview
 from batch_orchestration.status.views import view_batch
 
 
@@ -117,8 +117,8 @@ def config(as_json: bool) -> None:
         context.console.print(tables.settings_table(rows))
 
 
-def _read_board(context: Context) -> Board:
-    return read_board(
+def _read_board(context: Context) -> Overview:
+    return read_overview(
         folder=context.folder,
         store=context.store,
         inbox=open_inbox(context.settings, context.folder),
@@ -127,20 +127,20 @@ def _read_board(context: Context) -> Board:
 
 
 def _show_board(context: Context, *, as_json: bool) -> None:
-    board = _read_board(context)
+    overview = _read_board(context)
     if as_json:
-        print_json(_board_object(board, context))
+        print_json(_board_object(overview, context))
         return
-    if board.empty:
+    if overview.empty:
         say(
             f"No batches yet in {context.folder.root}.\n"
             "Drop a .jsonl file into its inbox/, or: python -m batch_orchestration submit FILE"
         )
         return
-    _say_store_problem(board.store_problem)
-    for table in tables.board_tables(board):
+    _say_store_problem(overview.store_problem)
+    for table in tables.board_tables(overview):
         context.console.print(table)
-    if board.unread:
+    if overview.unread:
         say(
             f"Files wait in {context.folder.inbox}, and no Dagster daemon has ever looked at this"
             " data folder. Start one there where dagster.yaml lies: `make dev`, or `dagster dev`"
@@ -153,18 +153,18 @@ def _say_store_problem(problem: str | None) -> None:
         say(f"The store cannot be asked now; this is from the runs' files: {problem}", err=True)
 
 
-def _board_object(board: Board, context: Context) -> dict[str, Any]:
+def _board_object(overview: Overview, context: Context) -> dict[str, Any]:
     return {
         "object": "list",
-        "data": [batch_object(view, folder=context.folder) for view in board.batches],
-        "waiting": [{"path": path, "reason": reason} for path, _, reason in board.waiting],
+        "data": [batch_object(view, folder=context.folder) for view in overview.batches],
+        "waiting": [{"path": path, "reason": reason} for path, _, reason in overview.waiting],
         "claims": [
             {"claim_id": c.claim_id, "file_name": c.file_name, "attempts": c.attempts}
-            for c in board.claims
+            for c in overview.claims
         ],
-        "damaged": list(board.damaged),
-        "rejected": list(board.rejected),
-        "store_problem": board.store_problem,
-        "unread": board.unread,
-        "queue": board.queue,
+        "damaged": list(overview.damaged),
+        "rejected": list(overview.rejected),
+        "store_problem": overview.store_problem,
+        "unread": overview.unread,
+        "queue": overview.queue,
     }

@@ -13,12 +13,12 @@ from batch_orchestration.cli.context import Context, json_option, open_context, 
 from batch_orchestration.cli.visible import say
 from batch_orchestration.lifecycle.clock import DELETION_SECONDS, clock_doubt
 from batch_orchestration.operations.housekeeping.clean import (
-    House,
-    HouseReport,
+    Cleanup,
+    CleanupReport,
     PartResult,
-    keep_house_and_tell,
+    run_cleanup_and_report,
 )
-from batch_orchestration.operations.housekeeping.retention import house_parts
+from batch_orchestration.operations.housekeeping.retention import cleanup_parts
 
 #: Another process, for only the definitions know Dagster.
 DAGSTER_PARTS = ("partitions", "runs", "ticks")
@@ -38,14 +38,16 @@ def housekeeping(dry_run: bool, parts: Sequence[str], as_json: bool) -> None:
     run it where dagster.yaml lies, or with DAGSTER_HOME set.
     """
     context = open_context()
-    own = house_parts(context.settings)
+    own = cleanup_parts(context.settings)
     known = [*(part.name for part in own), *DAGSTER_PARTS]
     if unknown := [name for name in parts if name not in known]:
         raise click.UsageError(f"no part {unknown[0]!r}; there are {', '.join(known)}")
     chosen = parts or known
     doubt = clock_doubt(context.folder, most_seconds=DELETION_SECONDS)
-    house = House(context.folder, context.store, now=context.clock(), dry_run=dry_run, doubt=doubt)
-    report = keep_house_and_tell(
+    house = Cleanup(
+        context.folder, context.store, now=context.clock(), dry_run=dry_run, doubt=doubt
+    )
+    report = run_cleanup_and_report(
         [part for part in own if part.name in chosen], house, clock=time.monotonic
     )
     if theirs := [name for name in DAGSTER_PARTS if name in chosen]:
@@ -58,27 +60,27 @@ def housekeeping(dry_run: bool, parts: Sequence[str], as_json: bool) -> None:
         raise click.ClickException("not everything could be looked at, see above")
 
 
-def _ask_dagster(parts: Sequence[str], context: Context, *, dry_run: bool) -> HouseReport:
+def _ask_dagster(parts: Sequence[str], context: Context, *, dry_run: bool) -> CleanupReport:
     flags = [flag for part in parts for flag in ("--part", part)] + ["--dry-run"] * dry_run
     done = subprocess.run([*_PROGRAM, *flags], capture_output=True, check=False)
     try:
-        return msgspec.json.decode(done.stdout, type=HouseReport)
+        return msgspec.json.decode(done.stdout, type=CleanupReport)
     except msgspec.DecodeError:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         problem = said[-1] if said else f"ended with exit code {done.returncode}"
         at = context.clock()
-        return HouseReport(
+        return CleanupReport(
             results=tuple(PartResult(part=part, at=at, problem=problem) for part in parts)
         )
 
 
-def _joined(one: HouseReport, other: HouseReport) -> HouseReport:
-    return HouseReport(
+def _joined(one: CleanupReport, other: CleanupReport) -> CleanupReport:
+    return CleanupReport(
         results=(*one.results, *other.results), removals={**one.removals, **other.removals}
     )
 
 
-def _show(report: HouseReport, context: Context, *, dry_run: bool) -> None:
+def _show(report: CleanupReport, context: Context, *, dry_run: bool) -> None:
     table = Table("Part", "Would go" if dry_run else "Gone", "Bytes", "", box=None)
     for result in report.results:
         removed, size = f"{result.removed:,}", f"{result.size_bytes:,}"

@@ -12,7 +12,7 @@ from batch_orchestration.cli.context import Context, json_option, open_context, 
 from batch_orchestration.cli.visible import say
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import Pause
-from batch_orchestration.status.overview import Board
+from batch_orchestration.status.overview import Overview
 
 #: Every look at the store shuts out its writers for a moment.
 LOOK_SECONDS = 2.0
@@ -50,10 +50,10 @@ def show_live(context: Context, picture: Callable[[], RenderableType]) -> None:
                 return
 
 
-def board_picture(board: Board) -> RenderableType:
+def board_picture(overview: Overview) -> RenderableType:
     """Return the board in one piece."""
-    if board.empty:
+    if overview.empty:
         return Text("Nothing was dropped yet.")
-    problem = board.store_problem
+    problem = overview.store_problem
     head = [Text(f"From the runs' files: {problem}", style="red")] if problem else []
-    return Group(*head, *tables.board_tables(board))
+    return Group(*head, *tables.board_tables(overview))

@@ -19,14 +19,14 @@ from batch_orchestration.dispatch.table import COLUMNS, pause_line, queue_rows
 from batch_orchestration.estimates.estimate import Estimate, estimate_rows
 from batch_orchestration.queue.entries import QueueView
 from batch_orchestration.settings import SettingInForce
-from batch_orchestration.status.overview import Board
-from batch_orchestration.status.views import BatchView
+from batch_orchestration.status.overview import Overview
+from batch_orchestration.status.views import BatchStatusView
 
 MESSAGE_LENGTH = 300
 BAR_WIDTH = 12
 
 
-def batches_table(views: Iterable[BatchView]) -> Table:
+def batches_table(views: Iterable[BatchStatusView]) -> Table:
     """Return one row per batch."""
     table = _table(
         "Batch", "Status", "", "Done", "Failed", "Tokens/s", "ETA", "Priority", "Created"
@@ -47,7 +47,7 @@ def batches_table(views: Iterable[BatchView]) -> Table:
     return table
 
 
-def _waits(view: BatchView) -> str:
+def _waits(view: BatchStatusView) -> str:
     """Return for what requests of a batch wait, and for how long still; empty if none does."""
     if view.live is None or view.live.waiting is None:
         return ""
@@ -56,31 +56,31 @@ def _waits(view: BatchView) -> str:
     return f"{waiting(wait)} ({duration(left)} left): {wait.reason}"
 
 
-def board_tables(board: Board) -> Iterator[RenderableType]:
+def board_tables(overview: Overview) -> Iterator[RenderableType]:
     """Yield a table for each part of the board that is not empty."""
-    if board.queue and (paused := pause_line(board.queue)):
+    if overview.queue and (paused := pause_line(overview.queue)):
         yield Text(paused, style="bold")
-    if board.batches:
-        yield batches_table(board.batches)
-    if board.queue and board.queue.entries:
-        yield queue_table(board.queue)
-    if board.waiting or board.claims:
+    if overview.batches:
+        yield batches_table(overview.batches)
+    if overview.queue and overview.queue.entries:
+        yield queue_table(overview.queue)
+    if overview.waiting or overview.claims:
         table = _table("In the inbox", "Why it waits")
-        for _, name, reason in board.waiting:
+        for _, name, reason in overview.waiting:
             table.add_row(Text(name), Text(reason))
-        for claim in board.claims:
+        for claim in overview.claims:
             failing = str(claim.attempts) if claim.attempts.failing else ""
             why = failing or "claimed; its run reads it now or waits to"
             table.add_row(Text(claim.file_name), Text(why))
         yield table
-    if board.damaged:
+    if overview.damaged:
         table = _table("Damaged", "What to do")
-        for damage in board.damaged:
+        for damage in overview.damaged:
             table.add_row(Text(damage.reason), Text(damage.next_command))
         yield table
-    if board.rejected:
+    if overview.rejected:
         table = _table("Rejected", "Why", "What to do")
-        for rejected in board.rejected:
+        for rejected in overview.rejected:
             table.add_row(Text(rejected.file_name), Text(rejected.reason), Text(rejected.next_step))
         yield table
 
@@ -94,7 +94,7 @@ def queue_table(view: QueueView) -> Table:
 
 
 def batch_details(
-    view: BatchView,
+    view: BatchStatusView,
     failures_by_code: dict[str, int],
     events: Sequence[BatchEvent],
     estimate: Estimate | None = None,

@@ -18,7 +18,7 @@ from batch_orchestration.core.text import duration
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue.halts import what_helps
 from batch_orchestration.status.objects import batch_object
-from batch_orchestration.status.views import BatchView, view_batch, with_progress
+from batch_orchestration.status.views import BatchStatusView, view_batch, with_progress
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import Wait
 
@@ -28,7 +28,7 @@ STORE_SECONDS = 4.0
 #: Between two lines where there is no terminal to draw on.
 LINE_SECONDS = 5.0
 
-Show = Callable[[BatchView], None]
+Show = Callable[[BatchStatusView], None]
 
 
 @click.command("watch")
@@ -42,10 +42,10 @@ def watch_batch(batch_id: str, as_json: bool) -> None:
     finish(follow_shown(batch_id, open_context(), as_json=as_json), as_json=as_json)
 
 
-def follow_shown(batch_id: str, context: Context, *, as_json: bool = False) -> BatchView:
+def follow_shown(batch_id: str, context: Context, *, as_json: bool = False) -> BatchStatusView:
     """Follow a batch on the terminal, or as JSON lines; return how it ended."""
 
-    def look(show: Show) -> BatchView:
+    def look(show: Show) -> BatchStatusView:
         return follow(
             batch_id,
             folder=context.folder,
@@ -61,7 +61,7 @@ def follow_shown(batch_id: str, context: Context, *, as_json: bool = False) -> B
         return look(show)
 
 
-def finish(view: BatchView, *, as_json: bool) -> None:
+def finish(view: BatchStatusView, *, as_json: bool) -> None:
     """Say where the files are, and end the command as the batch ended.
 
     Raises:
@@ -73,7 +73,7 @@ def finish(view: BatchView, *, as_json: bool) -> None:
         raise click.ClickException(_how_it_ended(view))
 
 
-def _how_it_ended(view: BatchView) -> str:
+def _how_it_ended(view: BatchStatusView) -> str:
     if view.closing is None:
         return f"batch {view.batch_id} ended as {view.status}"
     return (
@@ -90,7 +90,7 @@ def follow(
     show: Show,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
-) -> BatchView:
+) -> BatchStatusView:
     """Show a batch until nothing more happens to it; return how it ended.
 
     Raises:
@@ -121,7 +121,7 @@ def display(console: Console, *, clock: Callable[[], float]) -> Iterator[Show]:
         yield _line_printer(console, clock)
 
 
-def live_panel(view: BatchView) -> RenderableType:
+def live_panel(view: BatchStatusView) -> RenderableType:
     """Return the live picture of a batch: what it does, how far it is, how fast."""
     bar = Table.grid(padding=(0, 1), expand=True)
     bar.add_column(ratio=1)
@@ -140,7 +140,7 @@ def live_panel(view: BatchView) -> RenderableType:
     )
 
 
-def halt_lines(view: BatchView) -> list[str]:
+def halt_lines(view: BatchStatusView) -> list[str]:
     """Return examples of what fails in a batch that is paused, and what a person may do."""
     if view.halt is None:
         return []
@@ -148,7 +148,7 @@ def halt_lines(view: BatchView) -> list[str]:
     return [*examples, f"To go on: {what_helps(view.batch_id)}"]
 
 
-def describe(view: BatchView) -> str:
+def describe(view: BatchStatusView) -> str:
     """Return in a few words what happens to a batch now."""
     if view.final:
         return str(view.status)
@@ -176,7 +176,7 @@ def waiting(wait: Wait) -> str:
     return f"{wait.requests:,} wait at the engine's wish, the first until {until:%H:%M:%S}"
 
 
-def figures(view: BatchView) -> list[str]:
+def figures(view: BatchStatusView) -> list[str]:
     """Return failures, and of a run that is at work its rates and when it will be done."""
     texts = [f"{view.failed:,} failed"]
     if view.live and (view.live.in_flight or view.live.requests_per_second):
@@ -191,7 +191,7 @@ def figures(view: BatchView) -> list[str]:
     return texts
 
 
-def eta(view: BatchView) -> str:
+def eta(view: BatchStatusView) -> str:
     """Return when the batch will be done, as a duration; `?` while nobody knows."""
     if view.live is None or view.live.eta_seconds is None:
         return "?"
@@ -202,7 +202,7 @@ def eta(view: BatchView) -> str:
 def _line_printer(console: Console, clock: Callable[[], float]) -> Show:
     printed_at, printed_status = float("-inf"), ""
 
-    def show(view: BatchView) -> None:
+    def show(view: BatchStatusView) -> None:
         nonlocal printed_at, printed_status
         if clock() - printed_at < LINE_SECONDS and f"{view.status}{view.halt}" == printed_status:
             return

@@ -59,7 +59,7 @@ class BatchEvent(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class Closing(msgspec.Struct, frozen=True, kw_only=True):
+class EarlyEnd(msgspec.Struct, frozen=True, kw_only=True):
     """The decision to end a batch before every request is answered.
 
     Attributes:

@@ -86,7 +86,7 @@ class ChunkReport(msgspec.Struct, frozen=True, kw_only=True):
         seconds: From its first submission to its last outcome, summed over passes.
         committed_at: POSIX seconds.
         run_id: Of the run that committed it.
-        engine_rung: The rung of the engine's memory ladder on which the chunk was completed; None
+        memory_level: The rung of the engine's memory ladder on which the chunk was completed; None
             if that is not known, or not ours to set.
     """
 
@@ -102,7 +102,7 @@ class ChunkReport(msgspec.Struct, frozen=True, kw_only=True):
     committed_at: float
     run_id: str
     failures_by_code: dict[str, int] = {}
-    engine_rung: str | None = None
+    memory_level: str | None = None
 
 
 class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,7 +30,7 @@ class FailureExample:
 
 
 @dataclass
-class Tally:
+class BatchTotals:
     """Counts requests, tokens, failures and engines.
 
     Attributes:

@@ -20,16 +20,16 @@ from batch_orchestration.core.requests import Fault, Request
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.delivery.assembly import AssemblyReport, assemble
 from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.engines.memory_demand import needs_of
+from batch_orchestration.engines.memory_demand import memory_demand
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.files.kept_input import original_lines
 from batch_orchestration.files.plan_checks import check_settings
-from batch_orchestration.gpu.thermal import DeviceCare
-from batch_orchestration.inference.chunk_pass import Obstacle, PendingRequest, RequestPass
+from batch_orchestration.gpu.thermal import Throttle
+from batch_orchestration.inference.chunk_pass import PendingRequest, RequestPass, TransientError
 from batch_orchestration.inference.feeder import Feeder, first_leaf
-from batch_orchestration.inference.run import SYNC_SECONDS, Feeding
-from batch_orchestration.lifecycle.cancellation import ClosingWatch
+from batch_orchestration.inference.run import SYNC_SECONDS, RunPolicy
+from batch_orchestration.lifecycle.cancellation import EarlyEndWatch
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding
@@ -62,10 +62,10 @@ def run_replay(
     folder: DataFolder,
     store: Store,
     run_id: str,
-    feeding: Feeding,
+    feeding: RunPolicy,
     clock: Callable[[], float] = time.time,
     vitals: RunVitals | None = None,
-    care: Callable[[], DeviceCare] = DeviceCare,
+    throttle: Callable[[], Throttle] = Throttle,
 ) -> ReplayReport:
     """Answer what the replay has not answered yet, apply the outcomes and make the files anew.
 
@@ -90,7 +90,7 @@ def run_replay(
         try:
             if len(list(operations.outcomes(replay))) < len(replay.indices):
                 _ReplayRun(
-                    plan, replay, operations, engine, folder, run_id, feeding, vitals, care
+                    plan, replay, operations, engine, folder, run_id, feeding, vitals, throttle
                 ).feed()
         finally:
             vitals.enter("committing", patience_seconds=WORK_SECONDS)
@@ -136,12 +136,12 @@ class _ReplayRun:
         engine: Engine,
         folder: DataFolder,
         run_id: str,
-        feeding: Feeding,
+        feeding: RunPolicy,
         vitals: RunVitals,
-        care: Callable[[], DeviceCare],
+        throttle: Callable[[], Throttle],
     ) -> None:
         self._vitals = vitals
-        self._care = care
+        self._care = throttle
         self._plan = plan
         self._replay = replay
         self._operations = operations
@@ -150,7 +150,7 @@ class _ReplayRun:
         self._run_id = run_id
         self._feeding = feeding
         # A batch that has ended may be replayed; one that ends meanwhile takes its replay along.
-        self._closing = ClosingWatch(plan, folder, run_id=run_id, only_new=True)
+        self._closing = EarlyEndWatch(plan, folder, run_id=run_id, only_new=True)
         self._identity: EngineIdentity | None = None
         self._journal: Journal | None = None
 
@@ -167,7 +167,7 @@ class _ReplayRun:
 
     async def _feed(self) -> None:
         cap = self._feeding.max_tokens_cap
-        self._engine.ladder.expect(lambda: needs_of(self._requests(), max_tokens_cap=cap))
+        self._engine.fallback.expect(lambda: memory_demand(self._requests(), max_tokens_cap=cap))
         overrides = self._feeding.overrides(
             self._replay.overrides.get("model", self._plan.options.model)
         )
@@ -179,7 +179,7 @@ class _ReplayRun:
             settled=lambda pending, outcome: None,
             started=self._started,
             vitals=self._vitals,
-            care=self._care,
+            throttle=self._care,
         )
         try:
             async with self._vitals.of_the_loop(), asyncio.TaskGroup() as group:
@@ -207,7 +207,7 @@ class _ReplayRun:
                 )
             yield line.parsed
 
-    def _pending(self) -> Iterator[PendingRequest | Obstacle]:
+    def _pending(self) -> Iterator[PendingRequest | TransientError]:
         while self._journal is None:
             try:
                 self._journal = self._open_journal()

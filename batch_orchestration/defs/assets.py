@@ -59,7 +59,7 @@ from batch_orchestration.queue.entries import WaitReason
 from batch_orchestration.queue.halts import halt_in_force, what_helps
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
-from batch_orchestration.workers.reporter import say_at_work
+from batch_orchestration.workers.reporter import report_phase
 from batch_orchestration.workers.vitals import RunVitals
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
@@ -140,7 +140,7 @@ def chunk_results(
             feeding=feeding(present, gpu.sizing),
             force=force,
             vitals=sampler.vitals,
-            care=sampler.care,
+            throttle=sampler.throttle,
         )
         commits = _with_samples(commits, sampler, sample_taker(present))
         # Closed at once when the run is terminated, so that the journals are flushed.
@@ -276,7 +276,7 @@ def batch_output(
     writable; mend that and materialize this partition.
     """
     batch_id = context.partition_key
-    say_at_work("delivering", batch_id)
+    report_phase("delivering", batch_id)
     folder, store, run_id = data_folder(settings), open_store(settings), context.run.run_id
     claim_batch(context.instance, context.run, [batch_id], folder)
     for event in closed_chunks(

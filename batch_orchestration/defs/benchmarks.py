@@ -10,9 +10,9 @@ from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.results import SIMULATED
 from batch_orchestration.defs.resources import GpuResource, SettingsResource, open_store
 from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
-from batch_orchestration.estimates.engine import engine_in_force, remember_engine
+from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force
 from batch_orchestration.estimates.tables import EstimateTables
-from batch_orchestration.workers.reporter import say_at_work
+from batch_orchestration.workers.reporter import report_phase
 from batch_orchestration.workers.vitals import MARGIN_SECONDS, WORK_SECONDS
 
 
@@ -37,7 +37,7 @@ def measure_engine(
     """Ask the engine made-up prompts of two lengths and keep what they cost in `benchmarks`."""
     present = gpu.in_force(settings)
     late = present.engine_start_timeout_seconds + MARGIN_SECONDS
-    say_at_work("starting engine", patience_seconds=max(late, WORK_SECONDS))
+    report_phase("starting engine", patience_seconds=max(late, WORK_SECONDS))
     store, in_force = open_store(present), engine_in_force(present)
     engine = gpu.for_run(context.run.run_id, present)
     try:
@@ -53,7 +53,7 @@ def measure_engine(
                 )
             )
         EstimateTables(store).add_runs(report.runs, model=in_force.model, device=in_force.device)
-        remember_engine(engine, in_force, store, at=time.time())
+        cache_engine_info(engine, in_force, store, at=time.time())
     except BatchOrchestrationError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
     context.add_output_metadata(_metadata(report))

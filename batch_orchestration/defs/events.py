@@ -6,14 +6,14 @@ from pathlib import Path
 import dagster as dg
 
 from batch_orchestration.core.batches import BatchPlan, chunk_key
-from batch_orchestration.core.lifecycle import Closing, Halt
+from batch_orchestration.core.lifecycle import EarlyEnd, Halt
 from batch_orchestration.core.results import ChunkReport
 from batch_orchestration.delivery.assembly import AssemblyReport
 from batch_orchestration.delivery.partial import PartialReport
 from batch_orchestration.estimates.estimate import Estimate, estimate_rows, window_warning
 from batch_orchestration.inference.run import CommittedChunk
 from batch_orchestration.queue.halts import what_helps
-from batch_orchestration.workers.utilization import Kept
+from batch_orchestration.workers.utilization import Utilization
 
 Metadata = dict[str, dg.MetadataValue | str | int | float | bool]
 
@@ -96,7 +96,7 @@ def sizes_metadata(window: int, derivations: Iterable[str | None]) -> Metadata:
 
 
 def closed_chunk_materialization(
-    key: dg.AssetKey, report: ChunkReport, closing: Closing, *, plan: BatchPlan
+    key: dg.AssetKey, report: ChunkReport, closing: EarlyEnd, *, plan: BatchPlan
 ) -> dg.AssetMaterialization:
     """Say that a chunk of a batch that ends early is committed."""
     metadata = _chunk_figures(report, plan.settings_hash)
@@ -119,8 +119,8 @@ def _chunk_figures(report: ChunkReport, settings_hash: str) -> Metadata:
     }
     if report.failures_by_code:
         metadata["failures_by_code"] = _counts_table(report.failures_by_code)
-    if report.engine_rung is not None:
-        metadata["engine_rung"] = report.engine_rung
+    if report.memory_level is not None:
+        metadata["memory_level"] = report.memory_level
     return metadata
 
 
@@ -159,8 +159,8 @@ def progress_observation(commit: CommittedChunk) -> dg.AssetObservation:
     }
     if commit.eta_seconds is not None:
         metadata["eta_seconds"] = round(commit.eta_seconds, 1)
-    if commit.kept_fraction is not None:
-        metadata["kept_fraction"] = round(commit.kept_fraction, 4)
+    if commit.utilization is not None:
+        metadata["utilization"] = round(commit.utilization, 4)
     return dg.AssetObservation(MANIFEST_KEY, partition=commit.report.batch_id, metadata=metadata)
 
 
@@ -197,25 +197,25 @@ def halt_events(
 
 def output_metadata(report: AssemblyReport) -> Metadata:
     """Return the figures of a delivered batch."""
-    tally, files = report.tally, report.files
+    totals, files = report.totals, report.files
     metadata: Metadata = {
         "partial": False,
-        "dagster/partition_row_count": tally.total,
-        "completed": tally.completed,
-        "failed": tally.failed,
-        "failure_rate": round(tally.failure_rate, 6),
-        "prompt_tokens": tally.prompt_tokens,
-        "completion_tokens": tally.completion_tokens,
-        "attempts": tally.attempts,
-        "wall_seconds": round(tally.run_seconds, 3),
-        "requests_per_second": round(tally.requests_per_second, 3),
-        "output_tokens_per_second": round(tally.output_tokens_per_second, 3),
+        "dagster/partition_row_count": totals.total,
+        "completed": totals.completed,
+        "failed": totals.failed,
+        "failure_rate": round(totals.failure_rate, 6),
+        "prompt_tokens": totals.prompt_tokens,
+        "completion_tokens": totals.completion_tokens,
+        "attempts": totals.attempts,
+        "wall_seconds": round(totals.run_seconds, 3),
+        "requests_per_second": round(totals.requests_per_second, 3),
+        "output_tokens_per_second": round(totals.output_tokens_per_second, 3),
         "output_file": dg.MetadataValue.path(files.output),
         "error_file": dg.MetadataValue.path(files.errors),
         "report": dg.MetadataValue.md(report.text),
     }
-    if tally.failures_by_code:
-        metadata["failures_by_code"] = _counts_table(tally.failures_by_code)
+    if totals.failures_by_code:
+        metadata["failures_by_code"] = _counts_table(totals.failures_by_code)
     if report.closing is not None:
         metadata["batch_ended"] = str(report.closing)
     if report.kept is not None:
@@ -228,10 +228,10 @@ def output_metadata(report: AssemblyReport) -> Metadata:
     return metadata
 
 
-def _kept_figures(kept: Kept) -> Metadata:
+def _kept_figures(kept: Utilization) -> Metadata:
     """Return what was kept of the engine, and each loss by its name: numbers, which plot."""
     metadata: Metadata = {
-        "kept_fraction": round(kept.fraction, 4),
+        "utilization": round(kept.fraction, 4),
         "accounted_seconds": round(kept.wall_seconds, 3),
         "lost_start_up_seconds": round(kept.start_up_seconds, 3),
         "lost_feed_gap_seconds": round(kept.feed_gap_seconds, 3),
@@ -248,14 +248,14 @@ def _kept_figures(kept: Kept) -> Metadata:
 
 def partial_output_metadata(report: PartialReport) -> Metadata:
     """Return the figures of what was written of an unfinished batch."""
-    tally, files = report.tally, report.files
+    totals, files = report.totals, report.files
     return {
         "partial": True,
-        "done": tally.total,
+        "done": totals.total,
         "total": report.total,
-        "dagster/partition_row_count": tally.total,
-        "completed": tally.completed,
-        "failed": tally.failed,
+        "dagster/partition_row_count": totals.total,
+        "completed": totals.completed,
+        "failed": totals.failed,
         "status": str(report.status),
         "output_file": dg.MetadataValue.path(files.partial_output),
         "error_file": dg.MetadataValue.path(files.partial_errors),

@@ -21,14 +21,14 @@ from batch_orchestration.defs.housekeeping_in_dagster import chunk_partitions, d
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.lifecycle.clock import DELETION_SECONDS, clock_doubt
 from batch_orchestration.operations.housekeeping.clean import (
-    House,
+    Cleanup,
     Part,
     PartResult,
-    keep_house_and_tell,
+    run_cleanup_and_report,
 )
-from batch_orchestration.operations.housekeeping.retention import house_parts
+from batch_orchestration.operations.housekeeping.retention import cleanup_parts
 from batch_orchestration.settings import Settings, load_settings
-from batch_orchestration.workers.reporter import say_at_work
+from batch_orchestration.workers.reporter import report_phase
 
 #: Often enough that the key space does not grow over its bound between two looks.
 PARTITIONS_CRON = "47 * * * *"
@@ -53,11 +53,11 @@ def keep_house_once(
     context: dg.OpExecutionContext, config: HousekeepingConfig, settings: SettingsResource
 ) -> None:
     """Remove what is older than the settings say, and say what that was."""
-    say_at_work("cleaning up")
+    report_phase("cleaning up")
     house = _house(settings, dry_run=config.dry_run)
     try:
-        report = keep_house_and_tell(
-            _chosen([*house_parts(settings), *dagster_parts(context.instance, settings)], config),
+        report = run_cleanup_and_report(
+            _chosen([*cleanup_parts(settings), *dagster_parts(context.instance, settings)], config),
             house,
             clock=time.monotonic,
         )
@@ -72,11 +72,11 @@ def keep_house_once(
         raise dg.Failure(description="; ".join(problems), allow_retries=False)
 
 
-def _house(settings: Settings, *, dry_run: bool) -> House:
+def _house(settings: Settings, *, dry_run: bool) -> Cleanup:
     store = open_store(settings, deadline_seconds=STORE_SECONDS)
     folder = data_folder(settings)
     doubt = clock_doubt(folder, most_seconds=DELETION_SECONDS)
-    return House(folder, store, now=time.time(), dry_run=dry_run, doubt=doubt)
+    return Cleanup(folder, store, now=time.time(), dry_run=dry_run, doubt=doubt)
 
 
 def _chosen(parts: Sequence[Part], config: HousekeepingConfig) -> list[Part]:
@@ -153,7 +153,7 @@ def partition_schedule(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do Dagster's parts for the command line; print a `HouseReport` as JSON."""
+    """Do Dagster's parts for the command line; print a `CleanupReport` as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--part", action="append", default=[])
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for part in dagster_parts(instance, settings)
             if not given.part or part.name in given.part
         ]
-        report = keep_house_and_tell(parts, house, clock=time.monotonic)
+        report = run_cleanup_and_report(parts, house, clock=time.monotonic)
     sys.stdout.buffer.write(msgspec.json.encode(report))
 
 

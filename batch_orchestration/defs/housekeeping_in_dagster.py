@@ -26,7 +26,7 @@ from batch_orchestration.defs.partitions import (
 from batch_orchestration.defs.runs import ENDED_STATUSES, LIVE_STATUSES
 from batch_orchestration.defs.sensors import CLAIM_TAG
 from batch_orchestration.operations.housekeeping.clean import (
-    House,
+    Cleanup,
     Part,
     Removal,
     batches_to_retire,
@@ -52,8 +52,8 @@ def dagster_parts(instance: dg.DagsterInstance, settings: Settings) -> list[Part
 
 def _with(
     instance: dg.DagsterInstance,
-    clean: Callable[[dg.DagsterInstance, House, float], Iterator[Removal]],
-) -> Callable[[House, float], Iterator[Removal]]:
+    clean: Callable[[dg.DagsterInstance, Cleanup, float], Iterator[Removal]],
+) -> Callable[[Cleanup, float], Iterator[Removal]]:
     return lambda house, keep_seconds: clean(instance, house, keep_seconds)
 
 
@@ -68,8 +68,8 @@ def chunk_partitions(instance: dg.DagsterInstance) -> dict[str, list[str]]:
 
 def _clean_partitions(
     instance: dg.DagsterInstance, keep_seconds: float | None, most: int | None
-) -> Callable[[House, float], Iterator[Removal]]:
-    def clean(house: House, _: float) -> Iterator[Removal]:
+) -> Callable[[Cleanup, float], Iterator[Removal]]:
+    def clean(house: Cleanup, _: float) -> Iterator[Removal]:
         keys = chunk_partitions(instance)
         counts = Counter(dict.fromkeys(instance.get_dynamic_partitions(_BATCHES), 0))
         counts.update({name: len(of_batch) for name, of_batch in keys.items()})
@@ -110,7 +110,7 @@ def _names(run: dg.DagsterRun) -> set[str]:
 
 
 def _clean_runs(
-    instance: dg.DagsterInstance, house: House, keep_seconds: float
+    instance: dg.DagsterInstance, house: Cleanup, keep_seconds: float
 ) -> Iterator[Removal]:
     """Remove old runs with their events and logs: those of batches at rest, and those of none."""
     before = house.now - keep_seconds
@@ -123,7 +123,7 @@ def _clean_runs(
 
 
 def _clean_runs_of(
-    instance: dg.DagsterInstance, house: House, batch_id: str, before: float
+    instance: dg.DagsterInstance, house: Cleanup, batch_id: str, before: float
 ) -> Iterator[Removal]:
     """Remove all runs of a batch, or none: the newest first."""
     records = instance.get_run_records(dg.RunsFilter(tags={BATCH_TAG: batch_id}))
@@ -146,7 +146,7 @@ def _ended_before(record: dg.RunRecord, before: float) -> bool:
     return ended and (record.end_time or record.update_timestamp.timestamp()) < before
 
 
-def _is_nobodys(run: dg.DagsterRun, house: House, before: float) -> bool:
+def _is_nobodys(run: dg.DagsterRun, house: Cleanup, before: float) -> bool:
     """Whether a run is about no batch at all, or only about such as have ended before, too."""
     if (claim := run.tags.get(CLAIM_TAG)) and (house.folder.claims / claim).exists():
         return False
@@ -155,7 +155,7 @@ def _is_nobodys(run: dg.DagsterRun, house: House, before: float) -> bool:
     return all(_ended_or_unknown(name, house, before) for name in _names(run))
 
 
-def _ended_or_unknown(name: str, house: House, before: float) -> bool:
+def _ended_or_unknown(name: str, house: Cleanup, before: float) -> bool:
     if name in house.at_rest:
         return house.at_rest[name] < before
     try:
@@ -166,7 +166,7 @@ def _ended_or_unknown(name: str, house: House, before: float) -> bool:
     return name not in house.records and not planned
 
 
-def _removed(instance: dg.DagsterInstance, run_id: str, house: House) -> Removal:
+def _removed(instance: dg.DagsterInstance, run_id: str, house: Cleanup) -> Removal:
     logs = _logs_of(instance, run_id)
     shard = _shard_of(instance, run_id)
     size_bytes = sum(path.stat().st_size for path in [*shard, *logs] if path.exists())
@@ -197,7 +197,7 @@ def _shard_of(instance: dg.DagsterInstance, run_id: str) -> list[Path]:
 
 
 def _clean_ticks(
-    instance: dg.DagsterInstance, house: House, keep_seconds: float
+    instance: dg.DagsterInstance, house: Cleanup, keep_seconds: float
 ) -> Iterator[Removal]:
     """Remove what sensors and schedules wrote into logs of their own; Dagster never does."""
     manager = instance.compute_log_manager

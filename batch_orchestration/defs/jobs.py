@@ -17,7 +17,7 @@ from batch_orchestration.defs.events import manifest_materialization
 from batch_orchestration.defs.partitions import add_partitions, name_tags
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.estimates.estimating import read_estimate
-from batch_orchestration.workers.reporter import say_at_work
+from batch_orchestration.workers.reporter import report_phase
 
 
 class AdmitConfig(dg.Config):
@@ -51,17 +51,17 @@ def admit_claim(
     context: dg.OpExecutionContext, config: AdmitConfig, settings: SettingsResource
 ) -> None:
     """Read a claimed file: it becomes a batch, or goes to `inbox/rejected` with its faults."""
-    say_at_work("admitting")
+    report_phase("admitting")
     folder, store = data_folder(settings), open_store(settings)
     claim = open_inbox(settings, folder).claim(config.claim_id)
     try:
-        verdict = admit(claim, folder=folder, store=store, settings=admission_settings(settings))
+        result = admit(claim, folder=folder, store=store, settings=admission_settings(settings))
     except FileStillChanging as still_changing:
         context.log.warning(str(still_changing))
         return
-    context.log.info(str(verdict))
-    if isinstance(verdict, Admitted | AlreadyAdmitted):
-        plan = folder.read_plan(verdict.batch_id)
+    context.log.info(str(result))
+    if isinstance(result, Admitted | AlreadyAdmitted):
+        plan = folder.read_plan(result.batch_id)
         context.instance.add_run_tags(context.run.run_id, name_tags(plan))
         # First, because the partitions say that all of this is done.
         context.log_event(

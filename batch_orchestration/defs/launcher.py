@@ -43,8 +43,8 @@ from batch_orchestration.workers.cleanup import (
     end_worker,
     recorded_worker,
 )
-from batch_orchestration.workers.heartbeat import Condition, Judgement
-from batch_orchestration.workers.heartbeat_files import read_pulse
+from batch_orchestration.workers.heartbeat import WorkerHealth, WorkerState
+from batch_orchestration.workers.heartbeat_files import read_last_heartbeat
 from batch_orchestration.workers.watch import WorkerWatch
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         pid, problem = str(worker.pid), "is gone"
         if is_running(worker.process):
             judgement = self._judge(worker, run, settings)
-            if judgement is None or judgement.condition is Condition.ALIVE:
+            if judgement is None or judgement.condition is WorkerState.ALIVE:
                 return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=pid)
             problem = f"was {judgement.condition} and has been killed: {judgement.reason}"
             end_worker(worker.process)
@@ -148,16 +148,18 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
 
     def _judge(
         self, worker: RecordedWorker, run: dg.DagsterRun, settings: Settings | None
-    ) -> Judgement | None:
+    ) -> WorkerHealth | None:
         """Judge a worker by its heartbeats; None if nobody can, or it is of a version without."""
         if worker.run_id is None or settings is None:
             return None
         if self._watch is None:
             self._watch = WorkerWatch(silent_seconds=settings.silent_seconds)
-        pulse = None
+        last_heartbeat = None
         with contextlib.suppress(OSError):
-            pulse = read_pulse(DataFolder(settings.data_dir).heartbeat_path(run.run_id))
-        return self._watch.look(run.run_id, pulse)
+            last_heartbeat = read_last_heartbeat(
+                DataFolder(settings.data_dir).heartbeat_path(run.run_id)
+            )
+        return self._watch.look(run.run_id, last_heartbeat)
 
     def get_run_worker_debug_info(
         self, run: dg.DagsterRun, include_container_logs: bool | None = True

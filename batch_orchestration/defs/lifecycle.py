@@ -8,7 +8,7 @@ import dagster as dg
 from pydantic import Field
 
 from batch_orchestration.core.errors import BatchOrchestrationError
-from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.defs.events import closed_chunk_materialization
@@ -16,8 +16,8 @@ from batch_orchestration.defs.resources import SettingsResource, data_folder, op
 from batch_orchestration.defs.runs import tags_about
 from batch_orchestration.dispatch.dispatch import KnownRun, RunState
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.lifecycle.cancellation import cancel, close_due, closing_in_force
-from batch_orchestration.lifecycle.close_out import close_out
+from batch_orchestration.lifecycle.cancellation import cancel, early_end_in_force, end_overdue
+from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.store.store import Store
 
@@ -123,7 +123,7 @@ def look_after(
     now: float,
     doubt: str | None = None,
     faults: Faults | None = None,
-) -> tuple[list[KnownRun], dict[str, Closing]]:
+) -> tuple[list[KnownRun], dict[str, EarlyEnd]]:
     """Close the batches that are due; return the runs as they are then, and all that are closing.
 
     Due is a batch whose window is over, and one whose run a person terminated. Runs that wait for
@@ -140,7 +140,7 @@ def look_after(
                 since[batch.batch_id] = found.at
             readable.append(batch)
     known = [_superseded(run, since.get(run.batch_id, 0.0)) for run in runs]
-    closings = close_due(
+    closings = end_overdue(
         readable,
         folder=folder,
         store=store,
@@ -191,7 +191,7 @@ def _stopped(run: KnownRun) -> KnownRun:
     return replace(run, state=RunState.STOPPED, queued=False)
 
 
-def say_early_end(instance: dg.DagsterInstance, run_id: str, closing: Closing) -> None:
+def say_early_end(instance: dg.DagsterInstance, run_id: str, closing: EarlyEnd) -> None:
     """Tag a run with how its batch ends, so that the runs page tells it apart."""
     instance.add_run_tags(run_id, {CLOSING_TAG: str(closing.status)})
 
@@ -208,10 +208,12 @@ def closed_chunks(
 
     Of a batch that does not end early nothing is touched, and nothing is yielded.
     """
-    closing = closing_in_force(folder, store.batch(batch_id))
+    closing = early_end_in_force(folder, store.batch(batch_id))
     if closing is None:
         return
     say_early_end(instance, run_id, closing)
     plan = folder.read_plan(batch_id)
-    for report in close_out(batch_id, folder=folder, store=store, run_id=run_id, clock=time.time):
+    for report in fail_unanswered(
+        batch_id, folder=folder, store=store, run_id=run_id, clock=time.time
+    ):
         yield closed_chunk_materialization(CHUNKS_KEY, report, closing, plan=plan)

@@ -10,7 +10,7 @@ from batch_orchestration.engines.processes.records import is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.workers.cleanup import (
     clear_after,
-    clear_leftovers,
+    clear_after_crashes,
     end_worker,
     living_workers,
     recorded_worker,
@@ -42,7 +42,7 @@ def recovery_sensor(
     did = [
         *_lost_starts(instance, folder),
         *_outliving(instance, folder),
-        *clear_leftovers(folder),
+        *clear_after_crashes(folder),
         *_unreadable(instance, folder, settings.silent_seconds),
     ]
     for what in did:

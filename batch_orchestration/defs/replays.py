@@ -121,7 +121,7 @@ def replay_dead_letters(
                     run_id=context.run.run_id,
                     feeding=feeding(present, gpu.sizing),
                     vitals=sampler.vitals,
-                    care=sampler.care,
+                    throttle=sampler.throttle,
                 )
                 _tell(context, report, present)
     except GpuUnhealthy as unhealthy:

@@ -12,23 +12,23 @@ import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.engines.memory_ladder import Ladder, Rung
-from batch_orchestration.engines.memory_level_file import RungMemory
-from batch_orchestration.engines.openai_server import ServerEngine
+from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_level_file import MemoryLevelFile
+from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration.engines.processes.records import end_recorded
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm import VllmEngine, flag_name
 from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT
-from batch_orchestration.estimates.engine import engine_in_force, remember_engine
+from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import share
-from batch_orchestration.gpu.health import device_watch, no_gate, require_healthy_gpu
+from batch_orchestration.gpu.health import device_monitor, no_gate, require_healthy_gpu
 from batch_orchestration.gpu.sample_table import SampleTaker
-from batch_orchestration.inference.faults.oom_recovery import remembered_ladder
+from batch_orchestration.inference.faults.oom_recovery import remembered_fallback
 from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
-from batch_orchestration.inference.run import Feeding
+from batch_orchestration.inference.run import RunPolicy
 from batch_orchestration.inference.sampler import RunSampler
 from batch_orchestration.inference.window.sizing import Sizing, size_run
 from batch_orchestration.settings import EngineKind, Settings
@@ -69,9 +69,9 @@ def sample_taker(settings: Settings) -> SampleTaker:
     return SampleTaker(folder=data_folder(settings), store=store)
 
 
-def feeding(settings: Settings, sizing: Sizing) -> Feeding:
+def feeding(settings: Settings, sizing: Sizing) -> RunPolicy:
     """Return how chunks are fed to the engine."""
-    return Feeding(
+    return RunPolicy(
         in_flight=settings.in_flight or DEFAULT_IN_FLIGHT,
         bounds=sizing.bounds,
         derive=sizing.window,
@@ -203,7 +203,7 @@ class GpuResource(dg.ConfigurableResource):
             folder=data_folder(settings),
             run_id=run_id,
             seconds=settings.sample_seconds,
-            watch=device_watch(settings, run_id=run_id),
+            watch=device_monitor(settings, run_id=run_id),
         )
 
     @contextmanager
@@ -219,7 +219,7 @@ class GpuResource(dg.ConfigurableResource):
     def _remember(self, engine: Engine) -> None:
         if self._settings is not None:
             store = open_store(self._settings, deadline_seconds=REMEMBER_SECONDS)
-            remember_engine(engine, engine_in_force(self._settings), store, at=time.time())
+            cache_engine_info(engine, engine_in_force(self._settings), store, at=time.time())
 
     def _build(self, log_path: Path, settings: Settings) -> Engine:
         most = self._sizing.most_in_flight
@@ -243,7 +243,7 @@ class GpuResource(dg.ConfigurableResource):
                     limits=limits,
                 )
             case EngineKind.REMOTE:
-                return ServerEngine(
+                return OpenAIServerEngine(
                     settings.base_url,
                     api_key=settings.api_key.get_secret_value(),
                     timeout_seconds=settings.request_timeout_seconds,
@@ -263,10 +263,10 @@ class GpuResource(dg.ConfigurableResource):
                     limits=limits,
                 )
 
-    def _ladder(self, settings: Settings, top: Rung) -> Ladder:
-        return remembered_ladder(
+    def _ladder(self, settings: Settings, top: MemoryLevel) -> MemoryFallback:
+        return remembered_fallback(
             top,
-            memory=RungMemory(data_folder(settings).rungs),
+            memory=MemoryLevelFile(data_folder(settings).memory_levels),
             model=settings.model or str(settings.engine),
             device=str(settings.device),
             args=settings.engine_args,

@@ -23,7 +23,7 @@ from batch_orchestration.files.sharing import keep_from_others
 from batch_orchestration.inference.open_files import raise_open_file_limit
 from batch_orchestration.settings import load_settings
 from batch_orchestration.workers.cleanup import STACKS_SIGNAL
-from batch_orchestration.workers.reporter import beating, note_work
+from batch_orchestration.workers.reporter import heartbeats_written, report_progress
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance, EventLogEntry
@@ -71,7 +71,7 @@ def patient_events() -> Iterator[None]:
                     return left_out.note(error)
                 if not _is_short(instance, event, error):
                     raise
-                note_work()
+                report_progress()
                 time.sleep(RETRY_SECONDS)
             else:
                 return left_out.tell()
@@ -149,7 +149,7 @@ def _heart(run_id: str, job: str) -> Iterator[None]:
         print(f"no heartbeat: {error}", file=sys.stderr)
         yield
         return
-    with beating(
+    with heartbeats_written(
         folder=DataFolder(settings.data_dir),
         run_id=run_id,
         job=job,

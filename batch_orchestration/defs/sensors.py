@@ -46,8 +46,8 @@ from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.lifecycle.clock import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.lifecycle.resumption import finish_resumptions
 from batch_orchestration.lifecycle.unfinished import keep_index
-from batch_orchestration.queue.entries import NeedsPerson, QueueView, WaitReason
-from batch_orchestration.queue.files import read_pause, write_needs
+from batch_orchestration.queue.entries import NeedsAttention, QueueView, WaitReason
+from batch_orchestration.queue.files import read_pause, write_needs_attention
 from batch_orchestration.queue.halts import halts_in_force
 from batch_orchestration.queue.load import closed_gate, queue_rules
 from batch_orchestration.queue.refused_engine import look_again, refusal_in_words
@@ -136,7 +136,7 @@ def _admissions(
 
 def _failing_admissions(
     instance: dg.DagsterInstance, inbox: Inbox, *, now: float
-) -> Iterator[NeedsPerson]:
+) -> Iterator[NeedsAttention]:
     """Yield the files whose admission fails again and again. It is tried on, ever more rarely."""
     faults = Faults()  # `find_damage` tells of the same
     for claim in inbox.claims(faults):
@@ -145,7 +145,7 @@ def _failing_admissions(
             failed = [record for state, record in states if state is RunState.FAILED]
             if len(failed) >= MAX_FAILURES:
                 latest = max(failed, key=lambda record: record.end_time or 0.0).dagster_run.run_id
-                yield NeedsPerson(
+                yield NeedsAttention(
                     batch_id=claim.file_name,
                     run_id=latest,
                     reason=(
@@ -210,16 +210,16 @@ def dispatch_sensor(
         return dg.SkipReason(f"no run is asked for now: {error}")
     with contextlib.suppress(StorageError):  # only what looks at it goes without
         admissions = _failing_admissions(context.instance, open_inbox(settings, folder), now=now)
-        write_needs(folder, [*verdict.needs, *map(_mend, faults), *admissions])
+        write_needs_attention(folder, [*verdict.needs, *map(_mend, faults), *admissions])
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
     requests = [_request(context.instance, needed) for needed in verdict.needed]
     waiting = [*problems, *map(str, faults), *verdict.waiting]
     return _result(context, requests, waiting, idle=idle)
 
 
-def _mend(fault: MemberFault) -> NeedsPerson:
+def _mend(fault: MemberFault) -> NeedsAttention:
     """Say what a batch waits for of which a file cannot be read."""
-    return NeedsPerson(
+    return NeedsAttention(
         batch_id=fault.member,
         run_id="",
         reason=f"waits for a person: {fault.reason}. It goes on by itself once that is mended",

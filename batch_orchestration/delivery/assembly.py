@@ -8,9 +8,9 @@ from pathlib import Path
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import AccountingError, Shortage
-from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.results import BatchRecord, SettledRequest
-from batch_orchestration.core.totals import Tally
+from batch_orchestration.core.totals import BatchTotals
 from batch_orchestration.delivery.outbox import (
     OutboxFiles,
     each_once,
@@ -30,7 +30,7 @@ from batch_orchestration.reports.report import batch_report
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding
-from batch_orchestration.workers.utilization import Kept
+from batch_orchestration.workers.utilization import Utilization
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ class AssemblyReport:
 
     batch_id: str
     files: OutboxFiles
-    tally: Tally
+    totals: BatchTotals
     text: str
-    closing: Closing | None = None
-    kept: Kept | None = None
+    closing: EarlyEnd | None = None
+    kept: Utilization | None = None
     latencies: Latencies | None = None
 
 
@@ -92,11 +92,11 @@ def assemble(
         make_writable(files)
         ending = begin_ending(batch_id, folder=folder, store=store, at=clock(), actor=actor)
         try:
-            tally = _write_files(plan, store.settled(batch_id), files)
-            scored = score_batch(plan, tally, folder=folder, store=store, clock=clock)
-            figures = gather_figures(plan, tally, folder=folder, store=store)
+            totals = _write_files(plan, store.settled(batch_id), files)
+            scored = score_batch(plan, totals, folder=folder, store=store, clock=clock)
+            figures = gather_figures(plan, totals, folder=folder, store=store)
             text = batch_report(
-                *(plan, record, tally, store.chunk_reports(batch_id)),
+                *(plan, record, totals, store.chunk_reports(batch_id)),
                 outbox=str(files.folder),
                 scored=scored,
                 closing=ending.closing,
@@ -108,13 +108,13 @@ def assemble(
             _remove_partial_files(files)
         except Shortage as error:
             raise unwritable(files, str(error)) from error
-        reason = f"{tally.completed:,} answered, {tally.failed:,} failed"
+        reason = f"{totals.completed:,} answered, {totals.failed:,} failed"
         finish_ending(ending, folder=folder, store=store, at=clock(), actor=actor, reason=reason)
     logger.info("%s: %s, in %s", batch_id, reason, files.folder)
     return AssemblyReport(
         batch_id=batch_id,
         files=files,
-        tally=tally,
+        totals=totals,
         text=text,
         closing=ending.closing,
         kept=figures.kept,
@@ -137,15 +137,17 @@ def _require_all_committed(record: BatchRecord) -> None:
         )
 
 
-def _write_files(plan: BatchPlan, settled: Iterable[SettledRequest], files: OutboxFiles) -> Tally:
+def _write_files(
+    plan: BatchPlan, settled: Iterable[SettledRequest], files: OutboxFiles
+) -> BatchTotals:
     """Write both files; they replace earlier ones only if the sum rule holds."""
-    tally = Tally()
+    totals = BatchTotals()
     with atomic_writer(files.output) as output:
         with atomic_writer(files.errors) as errors:
-            write_lines(plan.batch_id, each_once(plan, settled), output, errors, tally)
+            write_lines(plan.batch_id, each_once(plan, settled), output, errors, totals)
             crash_point(CrashPoint.BEFORE_ERRORS_RENAME)
         crash_point(CrashPoint.BEFORE_OUTPUT_RENAME)
-    return tally
+    return totals
 
 
 def _remove_partial_files(files: OutboxFiles) -> None:

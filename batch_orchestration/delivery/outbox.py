@@ -11,11 +11,11 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import AccountingError, OutboxUnwritable
 from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.results import SettledRequest
-from batch_orchestration.core.totals import Tally
+from batch_orchestration.core.totals import BatchTotals
 from batch_orchestration.delivery.lines import output_line
 from batch_orchestration.files.atomic import make_folder, write_atomically
 from batch_orchestration.reports.documents import to_html
-from batch_orchestration.workers.reporter import note_work
+from batch_orchestration.workers.reporter import report_progress
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def write_lines(
     settled: Iterable[SettledRequest],
     output: BinaryIO,
     errors: BinaryIO,
-    tally: Tally,
+    totals: BatchTotals,
 ) -> None:
     """Write each request to one of two files, durably, and count it."""
     for request in settled:
         target = output if isinstance(request.outcome, Completion) else errors
         target.write(output_line(batch_id, request))
-        tally.count(request)
-        note_work()
+        totals.count(request)
+        report_progress()
     # Whatever can fail shall fail before the first of the two is renamed.
     flush(output)
     flush(errors)

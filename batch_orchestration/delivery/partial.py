@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from batch_orchestration.core.batches import BatchPlan, BatchStatus, Chunk
 from batch_orchestration.core.errors import BatchNotFound, Shortage
 from batch_orchestration.core.results import SettledRequest
-from batch_orchestration.core.totals import Tally
+from batch_orchestration.core.totals import BatchTotals
 from batch_orchestration.delivery.assembly import AssemblyReport, assemble, assembly_lock_path
 from batch_orchestration.delivery.outbox import OutboxFiles, make_writable, unwritable, write_lines
 from batch_orchestration.files.atomic import atomic_writer
@@ -147,7 +147,7 @@ class PartialReport:
     batch_id: str
     files: OutboxFiles
     status: BatchStatus
-    tally: Tally
+    totals: BatchTotals
     total: int
 
 
@@ -188,7 +188,7 @@ def deliver_what_is_there(
 
 
 def _write_partial(finished: FinishedSoFar, folder: DataFolder, store: Store) -> PartialReport:
-    batch_id, tally = finished.plan.batch_id, Tally()
+    batch_id, totals = finished.plan.batch_id, BatchTotals()
     files = OutboxFiles(folder.outbox_path(batch_id))
     make_writable(files)
     try:
@@ -197,13 +197,13 @@ def _write_partial(finished: FinishedSoFar, folder: DataFolder, store: Store) ->
             atomic_writer(files.partial_errors) as errors,
         ):
             settled = read_finished(finished, folder=folder, store=store)
-            write_lines(batch_id, settled, output, errors, tally)
+            write_lines(batch_id, settled, output, errors, totals)
     except Shortage as error:
         raise unwritable(files, str(error)) from error
     logger.info(
         "%s: partial, %d of %d requests, in %s",
-        *(batch_id, tally.total, finished.total, files.folder),
+        *(batch_id, totals.total, finished.total, files.folder),
     )
     return PartialReport(
-        batch_id=batch_id, files=files, status=finished.status, tally=tally, total=finished.total
+        batch_id=batch_id, files=files, status=finished.status, totals=totals, total=finished.total
     )

@@ -11,7 +11,7 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import UNASKED_CODES
 from batch_orchestration.delivery.lines import output_line_id
 from batch_orchestration.delivery.outbox import OutboxFiles
-from batch_orchestration.workers.reporter import note_work
+from batch_orchestration.workers.reporter import report_progress
 
 
 class _ErrorHead(msgspec.Struct):
@@ -89,7 +89,7 @@ def _problem(plan: BatchPlan, outputs: "_Lines", errors: "_Lines") -> str | None
                 f"request {index} of {plan.batch_id} has no line where it belongs:"
                 f" {outputs} and {errors}"
             )
-        note_work()
+        report_progress()
     if outputs.rest or errors.rest:
         return f"there are lines of no request: {outputs} and {errors}"
     return None

@@ -10,9 +10,9 @@ from enum import StrEnum
 from itertools import groupby
 from typing import NamedTuple
 
-from batch_orchestration.core.lifecycle import Closing, Halt
+from batch_orchestration.core.lifecycle import EarlyEnd, Halt
 from batch_orchestration.core.results import BatchRecord, ChunkReport
-from batch_orchestration.queue.entries import NeedsPerson
+from batch_orchestration.queue.entries import NeedsAttention
 from batch_orchestration.queue.halts import what_helps
 
 #: Failed runs in a row, without a commit in between, after which a person is asked.
@@ -108,7 +108,7 @@ class Dispatch:
 
     needed: tuple[NeededRun, ...]
     waiting: tuple[str, ...]
-    needs: tuple[NeedsPerson, ...] = ()
+    needs: tuple[NeedsAttention, ...] = ()
 
 
 class _Wait(NamedTuple):
@@ -129,7 +129,7 @@ def dispatch(
     priorities: Mapping[str, int] | None = None,
     no_engine: str | None = None,
     refused_run: str | None = None,
-    closings: Mapping[str, Closing] | None = None,
+    closings: Mapping[str, EarlyEnd] | None = None,
     halts: Mapping[str, Halt] | None = None,
 ) -> Dispatch:
     """Decide which runs are needed, at most `MAX_NEW_RUNS` of them.
@@ -154,7 +154,7 @@ def dispatch(
     """
     needed: list[NeededRun] = []
     waiting: list[str] = []
-    needs: dict[str, NeedsPerson] = {}
+    needs: dict[str, NeedsAttention] = {}
     queued = 0
     for batch, known in _with_runs(batches, runs):
         priority = (priorities or {}).get(batch.batch_id, batch.options.priority)
@@ -205,18 +205,18 @@ def _paused(batch_id: str, halt: Halt) -> _Wait:
 
 
 def _wait_whole(
-    batch_id: str, wait: _Wait, waiting: list[str], needs: dict[str, NeedsPerson]
+    batch_id: str, wait: _Wait, waiting: list[str], needs: dict[str, NeedsAttention]
 ) -> None:
     """Say once of a whole batch why it gets no run."""
     waiting.append(f"{batch_id}: {wait.reason}")
     _take_note(needs, batch_id, wait)
 
 
-def _take_note(needs: dict[str, NeedsPerson], batch_id: str, wait: _Wait | None) -> None:
+def _take_note(needs: dict[str, NeedsAttention], batch_id: str, wait: _Wait | None) -> None:
     """Add the batch to those that wait for a person, if it does; the first reason is told."""
     if wait is not None and wait.asks is not None:
         needs.setdefault(
-            batch_id, NeedsPerson(batch_id=batch_id, run_id=wait.asks, reason=wait.reason)
+            batch_id, NeedsAttention(batch_id=batch_id, run_id=wait.asks, reason=wait.reason)
         )
 
 
@@ -260,7 +260,7 @@ def _remaining(
 
 
 def _last_run(
-    batch: BatchRecord, known: Sequence[KnownRun], closing: Closing, *, priority: int, now: float
+    batch: BatchRecord, known: Sequence[KnownRun], closing: EarlyEnd, *, priority: int, now: float
 ) -> NeededRun | _Wait:
     """Return the run that delivers a batch which ends early, or why not now."""
     live = [run for run in known if run.state is RunState.LIVE]

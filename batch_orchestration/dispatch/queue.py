@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from batch_orchestration.admission.claims import Claim, Survey, Surveys
+from batch_orchestration.admission.claims import Claim, FileScan, FileScans
 from batch_orchestration.admission.inbox import DroppedFile, Inbox
 from batch_orchestration.admission.reading.batch_files import is_gzip_name
 from batch_orchestration.admission.sidecars import options_said
@@ -81,7 +81,7 @@ def served_of_late(store: Store, *, now: float) -> dict[str, float]:
 _GZIP_RATIO = 8
 
 
-class _Arrived(NamedTuple):
+class _QueuedItem(NamedTuple):
     """What stands in the queue, when it came, and until when its author wants it done.
 
     And how long the engine still needs for it, where that is known.
@@ -204,8 +204,8 @@ def queue_of(
 
 
 def _each(
-    members: Iterable[tuple[str, Callable[[], _Arrived]]], faults: Faults
-) -> Iterator[_Arrived]:
+    members: Iterable[tuple[str, Callable[[], _QueuedItem]]], faults: Faults
+) -> Iterator[_QueuedItem]:
     """Yield what is known of each member of which that can be told."""
     for member, arrived in members:
         with faults.of(member):
@@ -232,7 +232,7 @@ def _waits(file: DroppedFile) -> bool:
 
 
 def _in_order(
-    arrivals: Sequence[_Arrived], *, store: Store, rules: QueueRules, now: float
+    arrivals: Sequence[_QueuedItem], *, store: Store, rules: QueueRules, now: float
 ) -> list[Standing]:
     """Return all in the order of service, with what they have gained by waiting."""
     # Numbered, for two may have one name; where nothing else decides they stay as they are given.
@@ -260,8 +260,8 @@ def _placed(standing: Standing, place: Place) -> Standing:
     return replace(standing, entry=entry)
 
 
-def _of_file(name: str, file: DroppedFile) -> _Arrived:
-    demand = _demand(file.path.name, file.stats.st_size, file.survey)
+def _of_file(name: str, file: DroppedFile) -> _QueuedItem:
+    demand = _demand(file.path.name, file.stats.st_size, file.scan)
     options = file.options()
     standing = Standing(
         entry=_waiting_entry(name, options, demand),
@@ -271,12 +271,12 @@ def _of_file(name: str, file: DroppedFile) -> _Arrived:
     return _of_options(standing, options, file.origin.arrived_at)
 
 
-def _of_claim(claim: Claim, folder: DataFolder) -> _Arrived:
-    survey, size = None, 0
+def _of_claim(claim: Claim, folder: DataFolder) -> _QueuedItem:
+    scan, size = None, 0
     with contextlib.suppress(FileNotFoundError):
         stats = claim.path.lstat()
-        survey, size = Surveys(folder).find(stats), stats.st_size
-    demand = _demand(claim.path.name, size, survey)
+        scan, size = FileScans(folder).find(stats), stats.st_size
+    demand = _demand(claim.path.name, size, scan)
     name = f"{claim.origin.folder}/{claim.file_name}".lstrip("/")
     options = options_said(claim.sidecar, claim.origin)
     standing = Standing(
@@ -288,9 +288,9 @@ def _of_claim(claim: Claim, folder: DataFolder) -> _Arrived:
     return _of_options(standing, options, claim.origin.arrived_at)
 
 
-def _of_options(standing: Standing, options: BatchOptions, arrived_at: float) -> _Arrived:
+def _of_options(standing: Standing, options: BatchOptions, arrived_at: float) -> _QueuedItem:
     wanted = arrived_at + window_seconds(options.completion_window)
-    return _Arrived(standing, arrived_at, wanted)
+    return _QueuedItem(standing, arrived_at, wanted)
 
 
 def _waiting_entry(name: str, options: BatchOptions, demand: Demand) -> QueueEntry:
@@ -308,23 +308,23 @@ def _waiting_entry(name: str, options: BatchOptions, demand: Demand) -> QueueEnt
     )
 
 
-def _demand(name: str, size_bytes: int, survey: Survey | None) -> Demand:
+def _demand(name: str, size_bytes: int, scan: FileScan | None) -> Demand:
     """Return what a file asks room for."""
-    if survey is None:
+    if scan is None:
         expanded = size_bytes * _GZIP_RATIO if is_gzip_name(name) else size_bytes
         new = expanded if is_gzip_name(name) else 0
         return Demand(requests=None, tokens=None, size_bytes=expanded, new_bytes=new)
     return Demand(
-        requests=survey.requests,
-        tokens=survey.tokens,
-        size_bytes=survey.size_bytes,
-        new_bytes=survey.size_bytes if is_gzip_name(name) else 0,
+        requests=scan.requests,
+        tokens=scan.tokens,
+        size_bytes=scan.size_bytes,
+        new_bytes=scan.size_bytes if is_gzip_name(name) else 0,
     )
 
 
 def _of_batch(
     record: BatchRecord, folder: DataFolder, now: float, faults: Faults, halt: Halt | None
-) -> _Arrived:
+) -> _QueuedItem:
     batch_id = record.batch_id
     plan: BatchPlan | None = None
     until: float | None = None
@@ -355,7 +355,7 @@ def _of_batch(
     )
     arrived_at = min(record.times.values()) if plan is None else plan.arrived_at or plan.created_at
     seconds = None if plan is None else _seconds(plan, folder, record.pending)
-    return _Arrived(standing, arrived_at, until, seconds)
+    return _QueuedItem(standing, arrived_at, until, seconds)
 
 
 def _seconds(plan: BatchPlan, folder: DataFolder, pending: int) -> float | None:

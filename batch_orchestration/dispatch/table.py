@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from datetime import datetime
 
 from batch_orchestration.queue.entries import QueueEntry, QueueView
-from batch_orchestration.queue.load import pause_obstacle
+from batch_orchestration.queue.load import pause_blocker
 
 COLUMNS = (
     *("Place", "What", "Source", "Priority", "State", "Requests", "Pending"),
@@ -36,7 +36,7 @@ def waits_for(entry: QueueEntry) -> str:
 
 def pause_line(view: QueueView) -> str | None:
     """Return that the queue is paused; None if it is not."""
-    return None if view.paused is None else f"Paused: {pause_obstacle(view.paused).detail}"
+    return None if view.paused is None else f"Paused: {pause_blocker(view.paused).detail}"
 
 
 def queue_markdown(view: QueueView) -> str:

@@ -5,8 +5,8 @@ from typing import Any, Protocol
 import msgspec
 
 from batch_orchestration.core.outcomes import Outcome
-from batch_orchestration.engines.figures import EngineFigures
-from batch_orchestration.engines.memory_ladder import Ladder
+from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.memory_ladder import MemoryFallback
 
 
 class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +33,7 @@ class Engine(Protocol):
             starts it anew if the rung's context is too short for the requests expected.
     """
 
-    ladder: Ladder
+    fallback: MemoryFallback
 
     async def start(self) -> EngineIdentity:
         """Make the engine ready; return who it is. Starting a started engine does nothing.
@@ -55,7 +55,7 @@ class Engine(Protocol):
             EngineDied: The engine is gone; the request is unanswered and not to blame.
         """
 
-    async def measure(self) -> EngineFigures | None:
+    async def measure(self) -> EngineMetrics | None:
         """Return what the engine tells of its work now; None if it does not answer.
 
         What it does not tell is None. It is asked every second or so, and never raises.

@@ -11,9 +11,9 @@ from batch_orchestration.core.errors import EngineDied, EngineStartFailed, Exhau
 from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.engines import exhaustion
 from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.engines.figures import EngineFigures
-from batch_orchestration.engines.memory_ladder import Ladder
-from batch_orchestration.engines.openai_server import ServerEngine
+from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.memory_ladder import MemoryFallback
+from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration.engines.processes import logs
 from batch_orchestration.engines.processes.process import EngineProcess
 from batch_orchestration.engines.processes.sockets import choose_socket
@@ -33,7 +33,7 @@ Launch = Callable[[Path], tuple[Sequence[str], Mapping[str, str | None]]]
 """From Unix socket to command and additional environment; see `child_environment`."""
 
 
-class OwnServerEngine(Engine):
+class ChildServerEngine(Engine):
     """A server as a child process, and the engine behind it.
 
     Args:
@@ -56,7 +56,7 @@ class OwnServerEngine(Engine):
         *,
         kind: str,
         launch: Launch,
-        ladder: Ladder,
+        fallback: MemoryFallback,
         log_path: Path,
         record_path: Path | None = None,
         before_start: Callable[[], None] = lambda: None,
@@ -69,7 +69,7 @@ class OwnServerEngine(Engine):
         self._kind = kind
         self._launch = launch
         self._before_start = before_start
-        self.ladder = ladder
+        self.fallback = fallback
         self._process = EngineProcess(
             name=f"{kind} engine",
             log_path=log_path,
@@ -78,17 +78,17 @@ class OwnServerEngine(Engine):
         self._timeout_seconds = timeout_seconds
         self._start_timeout_seconds = start_timeout_seconds
         self._connections = connections
-        self._server: ServerEngine | None = None
+        self._server: OpenAIServerEngine | None = None
         self._stopped = False
         self._life = exhaustion.SignsOfLife(exhaustion.Survived())
         #: The server that died, and how its memory was exhausted: one finding for all in flight.
-        self._examined: tuple[ServerEngine, Exhaustion | None] | None = None
+        self._examined: tuple[OpenAIServerEngine, Exhaustion | None] | None = None
         self._figures: dict[str, Any] = {}
 
     async def start(self) -> EngineIdentity:
         """Start the server, unless it runs, and wait until it is ready. See `Engine.start`."""
         server = self._server
-        fits = await asyncio.to_thread(self.ladder.fit)
+        fits = await asyncio.to_thread(self.fallback.fit)
         # Asked, not remembered: it may have died with nothing in flight that would have noticed.
         if fits and server and await server.is_well():
             return await server.start()
@@ -110,7 +110,7 @@ class OwnServerEngine(Engine):
         self._server = server
         self._figures |= {
             "start_seconds": round(time.monotonic() - began, 3),
-            "max_num_seqs": self.ladder.rung.max_num_seqs,
+            "max_num_seqs": self.fallback.level.max_num_seqs,
             **server.facts,
         }
         logger.info("%s is ready after %.1f s", self._process.name, time.monotonic() - began)
@@ -126,11 +126,11 @@ class OwnServerEngine(Engine):
             death.exhaustion = self._exhaustion_of(self._server)
             raise
         if isinstance(outcome, Completion):
-            self.ladder.note_answer()
+            self.fallback.note_answer()
             self._life.note_answer(time.monotonic(), self._look)
         return outcome
 
-    async def measure(self) -> EngineFigures | None:
+    async def measure(self) -> EngineMetrics | None:
         """Return what the server tells of its work. See `Engine.measure`."""
         return None if self._server is None else await self._server.measure()
 
@@ -156,10 +156,10 @@ class OwnServerEngine(Engine):
         """Return what the server wrote last, also after it has died."""
         return self._process.last_log_lines(count)
 
-    async def _start_server(self) -> ServerEngine:
+    async def _start_server(self) -> OpenAIServerEngine:
         socket = choose_socket()
         await self._spawn(socket)
-        server = ServerEngine(
+        server = OpenAIServerEngine(
             "http://localhost",
             socket=socket,
             kind=self._kind,
@@ -191,7 +191,7 @@ class OwnServerEngine(Engine):
             self._process.log_path,
         )
 
-    async def _wait_until_ready(self, server: ServerEngine) -> None:
+    async def _wait_until_ready(self, server: OpenAIServerEngine) -> None:
         spoke_at = began = time.monotonic()
         while not await server.is_well():
             self._make_sure_it_runs()
@@ -227,7 +227,7 @@ class OwnServerEngine(Engine):
             exhaustion=exhausted,
         ) from cause
 
-    def _exhaustion_of(self, server: ServerEngine) -> Exhaustion | None:
+    def _exhaustion_of(self, server: OpenAIServerEngine) -> Exhaustion | None:
         if self._examined is None or self._examined[0] is not server:
             self._examined = server, self._recognise_exhaustion()
         return self._examined[1]

@@ -6,7 +6,7 @@ from collections import defaultdict
 import msgspec
 
 
-class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
+class EngineMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """One look at an engine's metrics; of vLLM these are the series `vllm:*` of `/metrics`.
 
     Counters grow from the engine's start, and begin anew with a new engine.
@@ -60,7 +60,7 @@ _MOST = 2**53
 _DIGITS_OF_MOST = 15
 
 
-def read_figures(page: str) -> EngineFigures:
+def read_figures(page: str) -> EngineMetrics:
     """Return what the page tells; of a server that has none of vLLM's series, nothing but None.
 
     A server of several engines has a series of each: they are added up, and the share of the KV
@@ -77,7 +77,7 @@ def read_figures(page: str) -> EngineFigures:
         elif name in _COUNTS or name == _KV_USAGE:
             found[name] += _value(line)
     usage = found.get(_KV_USAGE)
-    return EngineFigures(
+    return EngineMetrics(
         kv_usage=min(1.0, sum(usage) / len(usage)) if usage else None,
         kv_cache_tokens=min(sum(cache_tokens), _MOST) or None,
         **{

@@ -18,7 +18,7 @@ PROMPT_MAKERS = frozenset(
 )
 
 
-class Needs(msgspec.Struct, frozen=True, kw_only=True):
+class MemoryDemand(msgspec.Struct, frozen=True, kw_only=True):
     """What requests need. By default nothing is known of them.
 
     Attributes:
@@ -32,7 +32,7 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True):
     prompts_can_be_cut: bool = False
 
 
-def needs_of(requests: Iterable[Request], *, max_tokens_cap: int | None) -> Needs:
+def memory_demand(requests: Iterable[Request], *, max_tokens_cap: int | None) -> MemoryDemand:
     """Return what the requests need together."""
     longest: int | None = 0
     can_be_cut = True
@@ -43,7 +43,7 @@ def needs_of(requests: Iterable[Request], *, max_tokens_cap: int | None) -> Need
         longest = None if longest is None or tokens is None else max(longest, tokens)
         if longest is None and not can_be_cut:
             break
-    return Needs(longest_tokens=longest, prompts_can_be_cut=can_be_cut)
+    return MemoryDemand(longest_tokens=longest, prompts_can_be_cut=can_be_cut)
 
 
 def _longest(request: Request, cap: int | None) -> int | None:

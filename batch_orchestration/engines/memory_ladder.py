@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.engines.memory_demand import Needs
+from batch_orchestration.engines.memory_demand import MemoryDemand
 
 #: With fewer sequences at a time no GPU is busy; if even these exhaust it, one of them does.
 FEWEST_SEQUENCES = 8
@@ -26,7 +26,7 @@ FRACTION_STEP = 0.9
 SMALLEST_KV_CACHE_BYTES = 64 * 2**20
 
 
-class Rung(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class MemoryLevel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Settings that memory depends on, named as vLLM's flags; None is not ours to lower.
 
     `gpu_memory_utilization` is None where `kv_cache_memory_bytes` is given, as it is without
@@ -39,7 +39,7 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     gpu_memory_utilization: float | None = None
     kv_cache_memory_bytes: int | None = None
 
-    def flags(self, top: "Rung") -> dict[str, Any]:
+    def flags(self, top: "MemoryLevel") -> dict[str, Any]:
         """Return what differs from the configured settings, as engine arguments."""
         return {
             name.replace("_", "-"): value
@@ -48,59 +48,61 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         }
 
 
-def gentler(rung: Rung, exhaustion: Exhaustion, needs: Needs) -> Rung | None:
+def reduced_levels(
+    level: MemoryLevel, exhaustion: Exhaustion, needs: MemoryDemand
+) -> MemoryLevel | None:
     """Return the next rung down; None at the bottom."""
     match exhaustion.shortage:
         case MemoryShortage.WORK:
-            easier = _less_memory(_less_work(rung, needs))
+            easier = _less_memory(_less_work(level, needs))
         case MemoryShortage.CACHE:
-            easier = _shorter(rung, exhaustion.max_model_len, needs)
-            if easier == rung and rung.kv_cache_memory_bytes is None:
+            easier = _shorter(level, exhaustion.max_model_len, needs)
+            if easier == level and level.kv_cache_memory_bytes is None:
                 # What the work does not take is the cache's.
-                easier = _less_work(rung, needs)
+                easier = _less_work(level, needs)
         case MemoryShortage.CLAIM:
-            easier = _less_memory(rung)
+            easier = _less_memory(level)
         case MemoryShortage.WEIGHTS:
-            easier = rung
-    return None if easier == rung else easier
+            easier = level
+    return None if easier == level else easier
 
 
-def _less_work(rung: Rung, needs: Needs) -> Rung:
+def _less_work(level: MemoryLevel, needs: MemoryDemand) -> MemoryLevel:
     """Halve what is computed at a time: sequences, and tokens where prompts can be cut."""
-    tokens = rung.max_num_batched_tokens
+    tokens = level.max_num_batched_tokens
     return msgspec.structs.replace(
-        rung,
-        max_num_seqs=_halved(rung.max_num_seqs, FEWEST_SEQUENCES),
+        level,
+        max_num_seqs=_halved(level.max_num_seqs, FEWEST_SEQUENCES),
         max_num_batched_tokens=(
             _halved(tokens, FEWEST_BATCHED_TOKENS) if needs.prompts_can_be_cut else tokens
         ),
     )
 
 
-def _less_memory(rung: Rung) -> Rung:
-    fraction = rung.gpu_memory_utilization
+def _less_memory(level: MemoryLevel) -> MemoryLevel:
+    fraction = level.gpu_memory_utilization
     if fraction is not None and fraction > SMALLEST_FRACTION:
         fraction = max(SMALLEST_FRACTION, round(fraction * FRACTION_STEP, 2))
     return msgspec.structs.replace(
-        rung,
+        level,
         gpu_memory_utilization=fraction,
-        kv_cache_memory_bytes=_halved(rung.kv_cache_memory_bytes, SMALLEST_KV_CACHE_BYTES),
+        kv_cache_memory_bytes=_halved(level.kv_cache_memory_bytes, SMALLEST_KV_CACHE_BYTES),
     )
 
 
-def _shorter(rung: Rung, in_force: int | None, needs: Needs) -> Rung:
+def _shorter(level: MemoryLevel, in_force: int | None, needs: MemoryDemand) -> MemoryLevel:
     """Cut the context to what the batch needs; unless both are known it stays as it is."""
-    present = rung.max_model_len or in_force
+    present = level.max_model_len or in_force
     if present is None or needs.longest_tokens is None or needs.longest_tokens >= present:
-        return rung
-    return msgspec.structs.replace(rung, max_model_len=needs.longest_tokens)
+        return level
+    return msgspec.structs.replace(level, max_model_len=needs.longest_tokens)
 
 
 def _halved(value: int | None, floor: int) -> int | None:
     return value if value is None or value <= floor else max(floor, value // 2)
 
 
-class Ladder:
+class MemoryFallback:
     """Where an engine stands on its ladder; the engine reads it whenever it starts.
 
     Args:
@@ -112,48 +114,48 @@ class Ladder:
 
     def __init__(
         self,
-        top: Rung,
+        top: MemoryLevel,
         *,
-        descent: Sequence[Rung] = (),
-        worked: Callable[[tuple[Rung, ...]], None] = lambda descent: None,
+        descent: Sequence[MemoryLevel] = (),
+        worked: Callable[[tuple[MemoryLevel, ...]], None] = lambda descent: None,
     ) -> None:
         self._top = top
         self._descent = tuple(descent)
         #: How far down it was before anything was short in this run.
         self._began = len(self._descent)
         self._worked = worked
-        self._told: tuple[Rung, ...] | None = None
-        self._needs: Callable[[], Needs] = Needs
+        self._told: tuple[MemoryLevel, ...] | None = None
+        self._needs: Callable[[], MemoryDemand] = MemoryDemand
 
     @property
-    def rung(self) -> Rung:
+    def level(self) -> MemoryLevel:
         """The rung in force."""
         return self._descent[-1] if self._descent else self._top
 
     @property
     def flags(self) -> dict[str, Any]:
         """The engine arguments by which the rung differs from what was configured."""
-        return self.rung.flags(self._top)
+        return self.level.flags(self._top)
 
     @property
     def description(self) -> str | None:
         """The rung in force, for people; None if memory is not ours to set."""
-        if self._top == Rung():
+        if self._top == MemoryLevel():
             return None
         return ", ".join(f"{name} {value}" for name, value in self.flags.items()) or "as configured"
 
     @property
     def context_is_cut(self) -> bool:
         """Whether the context was cut to what the requests expected need: others may not fit."""
-        return self.rung.max_model_len != self._top.max_model_len
+        return self.level.max_model_len != self._top.max_model_len
 
-    def expect(self, needs: Callable[[], Needs]) -> None:
+    def expect(self, needs: Callable[[], MemoryDemand]) -> None:
         """Say what the next requests need; asked, at some cost, only when that matters."""
         self._needs = functools.cache(needs)
 
     def fit(self) -> bool:
         """Make the context long enough for the requests expected; return whether it was."""
-        present = self.rung.max_model_len
+        present = self.level.max_model_len
         if present == self._top.max_model_len or present is None:
             return True
         longest = self._needs().longest_tokens
@@ -162,9 +164,9 @@ class Ladder:
         self._lengthen(longest)
         return False
 
-    def step_down(self, exhaustion: Exhaustion) -> Rung | None:
+    def step_down(self, exhaustion: Exhaustion) -> MemoryLevel | None:
         """Go one rung down and return it; None, and nothing changes, at the bottom."""
-        easier = gentler(self.rung, exhaustion, self._needs())
+        easier = reduced_levels(self.level, exhaustion, self._needs())
         if easier is not None:
             self._descent = (*self._descent, easier)
         return easier
@@ -189,10 +191,10 @@ class Ladder:
     def _lengthen(self, longest: int | None) -> None:
         given = self._top.max_model_len
         length = given if longest is None or (given is not None and longest > given) else longest
-        rungs: list[Rung] = []
-        for rung in self._descent:
-            longer = msgspec.structs.replace(rung, max_model_len=length)
-            if longer != (rungs[-1] if rungs else self._top):
-                rungs.append(longer)
-        self._descent = tuple(rungs)
-        self._began = min(self._began, len(rungs))
+        levels: list[MemoryLevel] = []
+        for level in self._descent:
+            longer = msgspec.structs.replace(level, max_model_len=length)
+            if longer != (levels[-1] if levels else self._top):
+                levels.append(longer)
+        self._descent = tuple(levels)
+        self._began = min(self._began, len(levels))

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.engines.memory_ladder import Rung
+from batch_orchestration.engines.memory_ladder import MemoryLevel
 from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.regular import read_regular
 
@@ -21,11 +21,11 @@ class Descent(msgspec.Struct, frozen=True, kw_only=True):
         since: POSIX seconds at which that one worked first, or a higher one was last tried.
     """
 
-    rungs: tuple[Rung, ...]
+    levels: tuple[MemoryLevel, ...]
     since: float
 
 
-class RungMemory:
+class MemoryLevelFile:
     """Descents by engine. It is a hint, not a truth: without it an engine finds its rung again.
 
     Of two processes that write at once, one may forget what the other learnt.
@@ -38,24 +38,24 @@ class RungMemory:
         """Return the descent of an engine; None if it works as configured, for all we know."""
         return self._read().get(engine)
 
-    def remember(self, engine: str, rungs: tuple[Rung, ...], *, at: float) -> None:
+    def remember(self, engine: str, levels: tuple[MemoryLevel, ...], *, at: float) -> None:
         """Note that an engine works on the last of the rungs, or as configured if there is none.
 
         If that is known already, the time stands at which it was found.
         """
         descents = self._read()
         known = descents.pop(engine, None)
-        if rungs == (() if known is None else known.rungs):
+        if levels == (() if known is None else known.levels):
             return
-        if rungs:
-            descents[engine] = Descent(rungs=rungs, since=at)
+        if levels:
+            descents[engine] = Descent(levels=levels, since=at)
         self._write(descents)
 
     def note_trial(self, engine: str, *, at: float) -> None:
         """Note that one rung higher is about to be tried."""
         descents = self._read()
         if known := descents.get(engine):
-            self._write(descents | {engine: Descent(rungs=known.rungs, since=at)})
+            self._write(descents | {engine: Descent(levels=known.levels, since=at)})
 
     def _read(self) -> dict[str, Descent]:
         try:

@@ -17,8 +17,8 @@ from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.engines.access import MODELS_PAGE, first_line, is_doubtful
 from batch_orchestration.engines.answers import ABORTED, read_answer, whole_number
 from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.engines.figures import EngineFigures, read_figures
-from batch_orchestration.engines.memory_ladder import Ladder, Rung
+from batch_orchestration.engines.figures import EngineMetrics, read_figures
+from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.processes.sockets import most_connections
 from batch_orchestration.engines.reading import (
     ACCEPT_ENCODING,
@@ -88,7 +88,7 @@ class _Connection:
         await self.questions.close()
 
 
-class ServerEngine(Engine):
+class OpenAIServerEngine(Engine):
     """An OpenAI-compatible server that somebody else runs.
 
     No redirect is followed: prompts and key are for this server alone.
@@ -139,7 +139,7 @@ class ServerEngine(Engine):
         #: What the server tells of itself: names of models, longest request, size of the KV cache.
         self.facts: dict[str, Any] = {}
         #: Its memory is not ours to set.
-        self.ladder = Ladder(Rung())
+        self.fallback = MemoryFallback(MemoryLevel())
         self._alive_at = 0.0
         #: Why the server counts as dead; None while it does not.
         self.died: str | None = None
@@ -175,7 +175,7 @@ class ServerEngine(Engine):
             self._raise_if_dead()
         return outcome
 
-    async def measure(self) -> EngineFigures | None:
+    async def measure(self) -> EngineMetrics | None:
         """Return what the server's page of metrics tells. See `Engine.measure`."""
         return await self._measure(self._connected().questions)
 
@@ -368,7 +368,7 @@ class ServerEngine(Engine):
         }
         return EngineIdentity(kind=self._kind, version=version, models=names)
 
-    async def _measure(self, session: aiohttp.ClientSession) -> EngineFigures | None:
+    async def _measure(self, session: aiohttp.ClientSession) -> EngineMetrics | None:
         try:
             async with session.get(
                 f"{self.base_url}/metrics",
@@ -380,7 +380,7 @@ class ServerEngine(Engine):
         except (aiohttp.ClientError, TimeoutError):
             return None
         except Unreadable:
-            return EngineFigures()
+            return EngineMetrics()
         return read_figures(page.decode(errors="replace"))
 
     async def _ask(self, session: aiohttp.ClientSession, page: str, kind: type[_T]) -> _T:

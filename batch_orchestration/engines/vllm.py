@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.errors import EngineStartFailed
-from batch_orchestration.engines.child_server import OwnServerEngine
-from batch_orchestration.engines.memory_ladder import Ladder, Rung
+from batch_orchestration.engines.child_server import ChildServerEngine
+from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.processes.environment import child_environment
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 
@@ -81,7 +81,7 @@ def server_command(
     return command + [part for flag, value in flags.items() for part in _arguments(flag, value)]
 
 
-def top_rung(model: str, *, device: str, args: Mapping[str, Any], in_flight: int) -> Rung:
+def top_level(model: str, *, device: str, args: Mapping[str, Any], in_flight: int) -> MemoryLevel:
     """Return what memory depends on as configured: the given flags, else vLLM's defaults.
 
     Of defaults that depend on the device the least one is taken, so that every rung below is
@@ -94,7 +94,7 @@ def top_rung(model: str, *, device: str, args: Mapping[str, Any], in_flight: int
     whole_prompts = flags.get("runner") == "pooling" or flags.get("enable-chunked-prefill") is False
     kv_cache = whole_number(flags.get("kv-cache-memory-bytes"))
     fraction = float(flags.get("gpu-memory-utilization") or DEFAULT_FRACTION)
-    return Rung(
+    return MemoryLevel(
         max_num_seqs=min(sequences, in_flight),
         max_num_batched_tokens=None if whole_prompts else tokens,
         max_model_len=whole_number(flags.get("max-model-len")) or _own_context(model),
@@ -191,7 +191,7 @@ def _arguments(flag: str, value: Any) -> list[str]:
             return [f"--{flag}", str(value)]
 
 
-class VllmEngine(OwnServerEngine):
+class VllmEngine(ChildServerEngine):
     """A vLLM server of our own.
 
     Args:
@@ -201,8 +201,8 @@ class VllmEngine(OwnServerEngine):
         args: Server flags, `{"max-model-len": 4096, "enforce-eager": True}`; they win over every
             default, and None takes a default away.
         env: Environment variables; they win over every default, and None passes one of ours on.
-        make_ladder: Given `top_rung`; the flags of the ladder's rung win over `args`.
-        log_path: See `OwnServerEngine`, as for everything below.
+        make_ladder: Given `top_level`; the flags of the ladder's rung win over `args`.
+        log_path: See `ChildServerEngine`, as for everything below.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class VllmEngine(OwnServerEngine):
         device: str = "cuda",
         args: Mapping[str, Any] | None = None,
         env: Mapping[str, str | None] | None = None,
-        make_ladder: Callable[[Rung], Ladder] = Ladder,
+        make_ladder: Callable[[MemoryLevel], MemoryFallback] = MemoryFallback,
         before_start: Callable[[], None] = lambda: None,
         timeout_seconds: float = 1800.0,
         start_timeout_seconds: float = 900.0,
@@ -223,7 +223,7 @@ class VllmEngine(OwnServerEngine):
         limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         given = {flag_name(name): value for name, value in (args or {}).items()}
-        ladder = make_ladder(top_rung(model, device=device, args=given, in_flight=connections))
+        fallback = make_ladder(top_level(model, device=device, args=given, in_flight=connections))
 
         def launch(socket: Path) -> tuple[Sequence[str], Mapping[str, str | None]]:
             command = server_command(
@@ -231,14 +231,14 @@ class VllmEngine(OwnServerEngine):
                 socket,
                 served_model_name=served_model_name,
                 device=device,
-                args={**given, **ladder.flags},
+                args={**given, **fallback.flags},
             )
             return command, server_env(model, device=device, env=env or {})
 
         super().__init__(
             kind="vllm",
             launch=launch,
-            ladder=ladder,
+            fallback=fallback,
             log_path=log_path,
             record_path=record_path,
             before_start=before_start,

@@ -19,7 +19,7 @@ from batch_orchestration.core.outcomes import Completion, Failure, Outcome
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.estimates.costs import Source, Throughput, throughput
 from batch_orchestration.estimates.tables import EngineRun
-from batch_orchestration.workers.reporter import note_work, say_at_work
+from batch_orchestration.workers.reporter import report_phase, report_progress
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ async def calibrate(
         CalibrationFailed: It answers none of what it is asked.
     """
     identity = await engine.start()
-    say_at_work("measuring the engine")
+    report_phase("measuring the engine")
     try:
         served = model or identity.models[0]
         ask = _Asker(engine, served, seed=run_id)
@@ -177,7 +177,7 @@ class _Asker:
         return EngineRun(
             run_id=run_id,
             engine=engine,
-            rung=self._engine.ladder.description or "",
+            rung=self._engine.fallback.description or "",
             source=Source.CALIBRATION,
             requests=len(answers),
             prompt_tokens=sum(answer.usage.prompt_tokens for answer in answers),
@@ -201,7 +201,7 @@ class _Asker:
         outcome = await self._engine.answer(
             self._endpoint, msgspec.json.encode(body), request_id=f"calibration-{self._asked}"
         )
-        note_work()
+        report_progress()
         return outcome
 
     def _text(self, tokens: int) -> str:

@@ -11,11 +11,11 @@ from batch_orchestration.core.errors import EngineStartFailed, StorageError
 from batch_orchestration.core.requests import Overrides
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
-from batch_orchestration.engines.vllm import CPU_ARGS, model_folder, names_are_checked, top_rung
+from batch_orchestration.engines.vllm import CPU_ARGS, model_folder, names_are_checked, top_level
 from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT, MOST_IN_FLIGHT
 from batch_orchestration.estimates.profile import Profiler
 from batch_orchestration.estimates.prompt_counting import PromptCounter, prompt_counter
-from batch_orchestration.estimates.tables import EngineFacts, EstimateTables
+from batch_orchestration.estimates.tables import EngineInfo, EstimateTables
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.store import Store
 
@@ -96,7 +96,7 @@ class EstimateSettings:
 logger = logging.getLogger(__name__)
 
 
-def remember_engine(engine: Engine, in_force: EngineInForce, store: Store, *, at: float) -> None:
+def cache_engine_info(engine: Engine, in_force: EngineInForce, store: Store, *, at: float) -> None:
     """Keep what an engine that was started told; of one that was not, nothing is kept.
 
     Its longest request is left out where the memory ladder had shortened it. A store that cannot be
@@ -105,8 +105,8 @@ def remember_engine(engine: Engine, in_force: EngineInForce, store: Store, *, at
     figures = engine.figures()
     if "models" not in figures:
         return
-    shortened = "max-model-len" in engine.ladder.flags
-    facts = EngineFacts(
+    shortened = "max-model-len" in engine.fallback.flags
+    facts = EngineInfo(
         models=tuple(figures["models"]),
         max_model_len=None if shortened else figures.get("max_model_len"),
         kv_cache_tokens=None if shortened else figures.get("kv_cache_tokens"),
@@ -161,7 +161,7 @@ def _vllm_in_force(settings: Settings) -> EngineInForce:
     args = {name.lstrip("-").replace("_", "-"): v for name, v in settings.engine_args.items()}
     device = str(settings.device)
     in_flight = settings.in_flight or MOST_IN_FLIGHT
-    rung = top_rung(settings.model, device=device, args=args, in_flight=in_flight)
+    rung = top_level(settings.model, device=device, args=args, in_flight=in_flight)
     return EngineInForce(
         kind="vllm",
         model=settings.model,

@@ -17,7 +17,7 @@ from batch_orchestration.estimates.costs import Throughput, throughput
 from batch_orchestration.estimates.engine import EngineInForce, EstimateSettings
 from batch_orchestration.estimates.estimate import Band, Estimate, TokenHistory, estimate
 from batch_orchestration.estimates.profile import TokenProfile
-from batch_orchestration.estimates.tables import EngineFacts, EstimateTables
+from batch_orchestration.estimates.tables import EngineInfo, EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import read_regular
 from batch_orchestration.store.store import Store
@@ -29,20 +29,20 @@ _UNFINISHED = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knowledge:
+class CalibrationData:
     """What the store has learned of an engine and its model; of a new one nothing."""
 
     history: TokenHistory = field(default_factory=TokenHistory)
     throughput: Throughput | None = None
-    facts: EngineFacts | None = None
+    facts: EngineInfo | None = None
 
 
-def read_knowledge(tables: EstimateTables, engine: EngineInForce) -> Knowledge:
+def read_calibration_data(tables: EstimateTables, engine: EngineInForce) -> CalibrationData:
     """Return what the store has learned of an engine and its model; nothing if there is none."""
     if not tables.exist:
-        return Knowledge()
+        return CalibrationData()
     runs = tables.runs(**engine.key)
-    return Knowledge(
+    return CalibrationData(
         history=TokenHistory(tables.answered(engine.model)),
         throughput=throughput([run.measurement for run in runs]),
         facts=tables.facts(**engine.key, args_hash=engine.args_hash),
@@ -53,7 +53,7 @@ def estimate_profile(
     profile: TokenProfile,
     options: BatchOptions,
     *,
-    knowledge: Knowledge,
+    knowledge: CalibrationData,
     settings: EstimateSettings,
     ahead_seconds: float = 0.0,
     at: float,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.outcomes import FailureCode
-from batch_orchestration.core.totals import Tally
+from batch_orchestration.core.totals import BatchTotals
 from batch_orchestration.estimates.estimate import AnsweredRequest
 from batch_orchestration.estimates.estimating import read_estimate, read_profile
 from batch_orchestration.estimates.profile import TokenProfile
@@ -30,7 +30,7 @@ class Scored:
 
 def score_batch(
     plan: BatchPlan,
-    tally: Tally,
+    totals: BatchTotals,
     *,
     folder: DataFolder,
     store: Store,
@@ -43,7 +43,7 @@ def score_batch(
     """
     tables = EstimateTables(store)
     estimate = read_estimate(folder, plan.batch_id)
-    if estimate is None or any(tally.failures_by_code[str(code)] for code in _CUT_SHORT):
+    if estimate is None or any(totals.failures_by_code[str(code)] for code in _CUT_SHORT):
         return None
     score = tables.score_of(plan.batch_id)
     if score is None:

@@ -32,7 +32,7 @@ _RUNS = """
         max(completion_tokens),
         sum(greatest(0, ended - greatest(began, coalesce(before, began)))),
         max(ended),
-        (SELECT max(engine_rung) FROM chunks
+        (SELECT max(memory_level) FROM chunks
             WHERE chunks.batch_id = ? AND chunks.run_id = reached.run_id)
     FROM reached GROUP BY run_id ORDER BY max(ended)
 """
@@ -78,7 +78,7 @@ class EngineRun(msgspec.Struct, frozen=True, kw_only=True):
         return Measurement(work=work, seconds=self.seconds, source=self.source)
 
 
-class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine said of itself when it had started.
 
     Attributes:
@@ -263,7 +263,7 @@ class EstimateTables:
         ]
 
     def put_facts(
-        self, facts: EngineFacts, *, engine: str, model: str, device: str, args_hash: str
+        self, facts: EngineInfo, *, engine: str, model: str, device: str, args_hash: str
     ) -> None:
         """Keep what an engine said of itself, in place of what it said before."""
         key = {"engine": engine, "model": model, "device": device, "args_hash": args_hash}
@@ -280,13 +280,13 @@ class EstimateTables:
                 },
             )
 
-    def facts(self, *, engine: str, model: str, device: str, args_hash: str) -> EngineFacts | None:
+    def facts(self, *, engine: str, model: str, device: str, args_hash: str) -> EngineInfo | None:
         """Return what an engine with these settings said of itself last."""
         with self._store.reading() as db:
             found = rows.select(
                 db,
                 "engine_facts",
-                EngineFacts.__struct_fields__,
+                EngineInfo.__struct_fields__,
                 _WHERE_ENGINE,
                 [engine, model, device, args_hash],
             )
@@ -295,7 +295,7 @@ class EstimateTables:
         row = found[0]
         row["models"] = msgspec.json.decode(row["models"], type=tuple[str, ...])
         row["seen_at"] = rows.posix_seconds(row["seen_at"])
-        return EngineFacts(**row)
+        return EngineInfo(**row)
 
 
 _WHERE_ENGINE = "WHERE engine = ? AND model = ? AND device = ? AND args_hash = ?"

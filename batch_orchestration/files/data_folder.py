@@ -8,7 +8,7 @@ import msgspec
 
 from batch_orchestration.core.batches import BatchPlan, can_be_id
 from batch_orchestration.core.errors import BatchNotFound, FileDamaged
-from batch_orchestration.core.lifecycle import Closing, Halt, Resumption
+from batch_orchestration.core.lifecycle import EarlyEnd, Halt, Resumption
 from batch_orchestration.files.atomic import (
     atomic_writer,
     disk_errors,
@@ -107,7 +107,7 @@ class DataFolder:
     @property
     def needs(self) -> Path:
         """The batches that wait for a person."""
-        return self.root / "needs-person.json"
+        return self.root / "needs-attention.json"
 
     @property
     def refusal(self) -> Path:
@@ -125,9 +125,9 @@ class DataFolder:
         return self.root / "alerts.json"
 
     @property
-    def surveys(self) -> Path:
+    def scans(self) -> Path:
         """What was found in files that wait in the inbox for room."""
-        return self.root / "surveys"
+        return self.root / "scans"
 
     @property
     def unfinished(self) -> Path:
@@ -140,9 +140,9 @@ class DataFolder:
         return self.root / "fences"
 
     @property
-    def rungs(self) -> Path:
+    def memory_levels(self) -> Path:
         """Which memory settings worked, by engine."""
-        return self.root / "rungs.json"
+        return self.root / "memory-levels.json"
 
     def create(self) -> None:
         """Make every folder that is missing."""
@@ -163,9 +163,9 @@ class DataFolder:
         """Where the input of a batch is kept, uncompressed; an original `.gz` lies beside it."""
         return self.batches / _folder_name(batch_id) / "input.jsonl"
 
-    def closing_path(self, batch_id: str) -> Path:
+    def early_end_path(self, batch_id: str) -> Path:
         """Where it is kept that a batch ends early; that it exists is the decision."""
-        return self.batches / _folder_name(batch_id) / "closing.json"
+        return self.batches / _folder_name(batch_id) / "early-end.json"
 
     def halt_path(self, batch_id: str) -> Path:
         """Where it is kept that a batch is paused, because too many of its requests fail."""
@@ -215,21 +215,21 @@ class DataFolder:
             raise BatchNotFound(f"no batch {batch_id!r} in {self.batches}")
         return found
 
-    def write_closing(self, batch_id: str, closing: Closing) -> None:
+    def write_closing(self, batch_id: str, closing: EarlyEnd) -> None:
         """Keep the decision to end a batch early, durably."""
-        write_atomically(self.closing_path(batch_id), msgspec.json.encode(closing) + b"\n")
+        write_atomically(self.early_end_path(batch_id), msgspec.json.encode(closing) + b"\n")
 
-    def read_closing(self, batch_id: str) -> Closing | None:
+    def read_closing(self, batch_id: str) -> EarlyEnd | None:
         """Return the decision to end a batch early; None if there is none.
 
         Raises:
             FileDamaged: It cannot be read.
         """
-        return read_kept(self.closing_path(batch_id), Closing)
+        return read_kept(self.early_end_path(batch_id), EarlyEnd)
 
     def remove_closing(self, batch_id: str) -> None:
         """Take the decision back, durably."""
-        _remove(self.closing_path(batch_id))
+        _remove(self.early_end_path(batch_id))
 
     def write_halt(self, batch_id: str, halt: Halt) -> None:
         """Keep the decision to pause a batch, durably."""

@@ -19,7 +19,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import fence_off, standing_fences
 from batch_orchestration.gpu.gate import GpuLimits, GpuNeed, unhealthy_reasons
-from batch_orchestration.gpu.monitor import DeviceWatch
+from batch_orchestration.gpu.monitor import DeviceMonitor
 from batch_orchestration.gpu.nvml import ListeningReader, read_gpus
 from batch_orchestration.gpu.thermal import ThermalPolicy
 from batch_orchestration.settings import Device, EngineKind, Settings
@@ -235,13 +235,13 @@ def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
     )
 
 
-def device_watch(settings: Settings, *, run_id: str) -> DeviceWatch | None:
+def device_monitor(settings: Settings, *, run_id: str) -> DeviceMonitor | None:
     """Return the watch over the devices that a run uses; None if it uses none."""
     if no_gate(settings) is not None:
         return None
     folder = DataFolder(settings.data_dir)
     reader = GpuReader(ListeningReader().read)
-    return DeviceWatch(
+    return DeviceMonitor(
         partial(reader.readings, seconds=READ_SECONDS),
         devices=engine_need(settings).devices,
         limits=GpuLimits(max_celsius=settings.gpu_max_temperature),

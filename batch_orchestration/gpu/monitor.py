@@ -13,9 +13,9 @@ from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.faults import new_faults, recounted
 from batch_orchestration.gpu.gate import GpuLimits, nonsense
 from batch_orchestration.gpu.thermal import (
-    DeviceCare,
     ThermalPolicy,
     ThermalState,
+    Throttle,
     heat_of,
     next_state,
     unknown_heat,
@@ -34,7 +34,7 @@ STOP_SECONDS = 120.0
 FenceOff = Callable[[GpuFacts, str, bool], bool]
 
 
-class DeviceWatch:
+class DeviceMonitor:
     """Looks at the devices that a run uses; one thread looks, any may ask for the care.
 
     Args:
@@ -71,9 +71,9 @@ class DeviceWatch:
         #: When somebody who asks for the care first found that nobody looks.
         self._missed_at: float | None = None
         self._stop: str | None = None
-        self._said = DeviceCare()
+        self._said = Throttle()
 
-    def care(self) -> DeviceCare:
+    def throttle(self) -> Throttle:
         """Return what a run may do now.
 
         Who looks may hang, at a disk or at the driver: then whoever asks here ends the run. That
@@ -89,7 +89,7 @@ class DeviceWatch:
         elif self._stop is None and now - self._missed_at > STOP_SECONDS:
             self._stop = f"nobody has seen the devices for {now - self._seen_at:.0f} s"
         share = 0.0 if unseen or self._stop else self._thermal.share
-        return DeviceCare(share=share, stop=self._stop)
+        return Throttle(share=share, stop=self._stop)
 
     def look(self) -> tuple[GpuFacts, ...]:
         """Look at the devices, and return what they report; empty if they cannot be read."""
@@ -142,7 +142,7 @@ class DeviceWatch:
 
     def _say(self, seen: Sequence[GpuFacts]) -> None:
         """Say in the log when what a run may do has changed."""
-        before, now = self._said, self.care()
+        before, now = self._said, self.throttle()
         if now == before:
             return
         self._said = now

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 
@@ -37,7 +37,7 @@ class RunSample(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     requests_per_second: float = 0.0
     output_tokens_per_second: float = 0.0
-    engine: EngineFigures | None = None
+    engine: EngineMetrics | None = None
     gpus: tuple[GpuFacts, ...] = ()
 
 

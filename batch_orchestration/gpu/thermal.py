@@ -114,7 +114,7 @@ def unknown_heat(state: ThermalState) -> ThermalState:
     return msgspec.structs.replace(state, calm_since=None)
 
 
-class DeviceCare(msgspec.Struct, frozen=True, kw_only=True):
+class Throttle(msgspec.Struct, frozen=True, kw_only=True):
     """How much of its window a run may use now, and whether it has to end.
 
     Attributes:

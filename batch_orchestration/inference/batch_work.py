@@ -14,9 +14,9 @@ from batch_orchestration.files.journal import JournalState, replay_journal
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.inference.chunk_pass import (
     ChunkPass,
-    Obstacle,
     PendingRequest,
     RequestPass,
+    TransientError,
 )
 from batch_orchestration.inference.committer import Committer, Results
 from batch_orchestration.inference.faults.halting import FailureWatch
@@ -37,7 +37,7 @@ class BatchWork:
         chunks: Chunks to feed; None for a guest: all that nobody has committed or is at work on.
         results: Where what was committed is put.
         provenance: Known once the engine is.
-        engine_rung: What the engine runs on now.
+        memory_level: What the engine runs on now.
         failures: Pauses the batch if too many of its requests fail.
 
     Attributes:
@@ -57,7 +57,7 @@ class BatchWork:
         run_id: str,
         results: Results,
         provenance: Callable[[], Provenance],
-        engine_rung: Callable[[], str | None],
+        memory_level: Callable[[], str | None],
         max_tokens_cap: int | None,
         vitals: RunVitals,
         failures: FailureWatch,
@@ -79,7 +79,7 @@ class BatchWork:
         self._folder = folder
         self._pruned = folder.pruned_path(plan.batch_id).exists()
         self._provenance = provenance
-        self._engine_rung = engine_rung
+        self._memory_level = memory_level
         self._refs = deque(chunks or ())
         #: Set by the committer's thread once it knows what the store has.
         self._takeable: Sequence[ChunkRef] | None = None
@@ -114,7 +114,7 @@ class BatchWork:
         while self._refs and self._is_complete(self._refs[0]):
             self.committer.add(self._refs.popleft())
 
-    def draw(self) -> PendingRequest | Obstacle | None:
+    def draw(self) -> PendingRequest | TransientError | None:
         """Return the next request of the chunk in hand, or of the next chunk.
 
         None at the end of a chunk, and for a chunk of which nothing is left to ask.
@@ -126,8 +126,8 @@ class BatchWork:
         if self._drawing is None:
             if not self._refs:
                 return None
-            if (obstacle := self._begin_chunk()) is not None or self._drawing is None:
-                return obstacle
+            if (transient := self._begin_chunk()) is not None or self._drawing is None:
+                return transient
         try:
             pending = next(self._requests, None)
         except Shortage as shortage:
@@ -172,7 +172,7 @@ class BatchWork:
 
     def is_closing(self) -> bool:
         """Whether somebody has decided that the batch ends early."""
-        return self._folder.closing_path(self.plan.batch_id).exists()
+        return self._folder.early_end_path(self.plan.batch_id).exists()
 
     def sync(self) -> None:
         """Make what the open journals hold survive a power loss."""
@@ -207,7 +207,7 @@ class BatchWork:
                 if chunk.number not in numbers
             ]
 
-    def _begin_chunk(self) -> Obstacle | None:
+    def _begin_chunk(self) -> TransientError | None:
         """Open the next chunk for writing, unless there is an obstacle."""
         ref = self._refs.popleft()
         try:
@@ -258,4 +258,4 @@ class BatchWork:
             with contextlib.suppress(Shortage):
                 chunk_pass.journal.sync()
             chunk_pass.journal.close()
-            self.committer.add(ref, engine_rung=self._engine_rung())
+            self.committer.add(ref, memory_level=self._memory_level())

@@ -12,7 +12,7 @@ from batch_orchestration.files.journal import Journal
 from batch_orchestration.files.kept_input import ChunkRef
 
 #: Why a request cannot be drawn just now; it may be drawn a moment later.
-Obstacle = Shortage | JournalInUse
+TransientError = Shortage | JournalInUse
 
 
 class RequestPass:

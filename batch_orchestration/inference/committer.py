@@ -77,9 +77,9 @@ class Committer:
         """Begin to work."""
         self._thread.start()
 
-    def add(self, ref: ChunkRef, *, engine_rung: str | None = None) -> None:
+    def add(self, ref: ChunkRef, *, memory_level: str | None = None) -> None:
         """Queue a chunk whose journal is complete and closed."""
-        self._waiting.put((ref, engine_rung))
+        self._waiting.put((ref, memory_level))
 
     def finish(self) -> None:
         """Say that nothing more will be added."""
@@ -128,13 +128,13 @@ class Committer:
         while not self._stopping.is_set():
             try:
                 step()
-            except (StoreLocked, Shortage) as obstacle:
+            except (StoreLocked, Shortage) as transient:
                 logger.warning(
                     "commits of batch %s wait (%d complete chunks); answers are safe in the"
                     " journals and the feed goes on: %s",
                     self._batch_id,
                     self.backlog,
-                    obstacle,
+                    transient,
                 )
                 self._tell_waiting()
                 self._stopping.wait(RETRY_SECONDS)
@@ -145,7 +145,7 @@ class Committer:
         self._known = self._store.chunk_reports(self._batch_id)
         self._tell_known(self._known.values())
 
-    def _commit(self, ref: ChunkRef, engine_rung: str | None) -> None:
+    def _commit(self, ref: ChunkRef, memory_level: str | None) -> None:
         if (report := self._known.get(ref.chunk.number)) is not None:
             self.results.put(Committed(report=report, reused=True))
             return
@@ -160,7 +160,7 @@ class Committer:
             run_id=self._run_id,
             at=time.time(),
             seconds=busy_seconds(entries.values()),
-            engine_rung=engine_rung,
+            memory_level=memory_level,
         )
         crash_point(CrashPoint.AFTER_COMMIT)
         self._known[ref.chunk.number] = report

@@ -16,15 +16,15 @@ from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, 
 from batch_orchestration.core.requests import Overrides, prepare_body
 from batch_orchestration.engines.access import CHAT, is_doubtful
 from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.engines.figures import EngineFigures
-from batch_orchestration.gpu.thermal import DeviceCare
-from batch_orchestration.inference.chunk_pass import Obstacle, PendingRequest
-from batch_orchestration.inference.faults.access import Gate
+from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.gpu.thermal import Throttle
+from batch_orchestration.inference.chunk_pass import PendingRequest, TransientError
+from batch_orchestration.inference.faults.access import AccessCheck
 from batch_orchestration.inference.faults.engine_life import EngineLife
 from batch_orchestration.inference.faults.hang_watch import LOOKS_PER_LIMIT, HangWatch
 from batch_orchestration.inference.faults.isolation import LABEL_END, Isolation, to_confirm
 from batch_orchestration.inference.faults.retries import Breaker, retry_delay
-from batch_orchestration.inference.faults.transient_errors import Obstacles
+from batch_orchestration.inference.faults.transient_errors import TransientErrors
 from batch_orchestration.inference.open_files import connections_possible
 from batch_orchestration.inference.waiting import EngineWaits
 from batch_orchestration.inference.window.window import EnginePoll, RequestWindow, Window
@@ -66,14 +66,14 @@ class Feeder:
     def __init__(
         self,
         engine: Engine,
-        source: Iterator[PendingRequest | Obstacle],
+        source: Iterator[PendingRequest | TransientError],
         *,
         window: Window,
         overrides: Callable[[PendingRequest], Overrides],
         settled: Callable[[PendingRequest, Outcome], None],
         started: Callable[[EngineIdentity], None] = lambda identity: None,
         vitals: RunVitals | None = None,
-        care: Callable[[], DeviceCare] = DeviceCare,
+        throttle: Callable[[], Throttle] = Throttle,
         deadline: Callable[[PendingRequest], float] = lambda pending: math.inf,
     ) -> None:
         self._vitals = vitals or RunVitals()
@@ -91,7 +91,9 @@ class Feeder:
         looks = window.hang_seconds / LOOKS_PER_LIMIT
         self._poll = EnginePoll(engine, heard=self._heard, most_seconds=looks)
         waited = self._vitals.note_progress
-        self._room = RequestWindow(window, most=self._most_in_flight, care=care, waited=waited)
+        self._room = RequestWindow(
+            window, most=self._most_in_flight, throttle=throttle, waited=waited
+        )
         self._gate = self._new_gate()
         #: Where a control is asked while nothing was answered yet.
         self._asked_at = CHAT
@@ -105,7 +107,9 @@ class Feeder:
         self._abandoned: set[str] = set()
         self._halted: set[str] = set()
         self._source_is_dry = False
-        self._obstacles = Obstacles(waited=waited, is_over=lambda: self._room.stop is not None)
+        self._obstacles = TransientErrors(
+            waited=waited, is_over=lambda: self._room.stop is not None
+        )
         #: What the engine asked to wait for.
         self.waits = EngineWaits()
         self.in_flight = 0
@@ -120,8 +124,8 @@ class Feeder:
             suspects=lambda: len(self._isolation),
         )
 
-    def _new_gate(self) -> Gate:
-        return Gate(
+    def _new_gate(self) -> AccessCheck:
+        return AccessCheck(
             self._ask,
             served=lambda: self._served,
             where=str(self._engine.figures().get("base_url", "the engine")),
@@ -205,7 +209,7 @@ class Feeder:
     def _fresh_is_over(self) -> bool:
         return self._source_is_dry and not self._again
 
-    def _fresh(self, until: float) -> Iterator[PendingRequest | Obstacle]:
+    def _fresh(self, until: float) -> Iterator[PendingRequest | TransientError]:
         """Yield fresh requests: to the end, or while suspects wait for at most so long."""
         loop = asyncio.get_running_loop()
         while not self._isolation or self._wants_proof or loop.time() < until:
@@ -215,7 +219,7 @@ class Feeder:
             elif (pending := next(self._source, None)) is None:
                 self._source_is_dry = True
                 return
-            elif isinstance(pending, Obstacle) or pending.suspect_group is None:
+            elif isinstance(pending, TransientError) or pending.suspect_group is None:
                 yield pending
             else:
                 self._isolation.add(pending.suspect_group, pending)
@@ -268,7 +272,7 @@ class Feeder:
         """Convict a request that killed the engine alone, if that answers something else."""
         if death.exhaustion:
             # Before the restart: the others are to be answered as configured.
-            self._life.easing.note_culprit()
+            self._life.oom_recovery.note_culprit()
         if was_proven:
             await self._convict(label, pending, death)
             await self._life.restart(death)
@@ -321,13 +325,15 @@ class Feeder:
         return self._hang_watch.limit_seconds + MARGIN_SECONDS
 
     def _most_in_flight(self) -> int:
-        return min(self._life.easing.in_flight, connections_possible())
+        return min(self._life.oom_recovery.in_flight, connections_possible())
 
     def _moved(self) -> None:
         self._vitals.patience_seconds = self._patience_seconds
         self._vitals.note_progress()
 
-    async def _run_window(self, requests: Iterator[PendingRequest | Obstacle]) -> EngineDied | None:
+    async def _run_window(
+        self, requests: Iterator[PendingRequest | TransientError]
+    ) -> EngineDied | None:
         """Settle the requests; return the engine's death, if that ended it.
 
         Raises:
@@ -341,7 +347,7 @@ class Feeder:
                 while not all_drawn and await self._room.open(self._taken):
                     if (pending := next(requests, None)) is None:
                         all_drawn = True
-                    elif isinstance(pending, Obstacle):
+                    elif isinstance(pending, TransientError):
                         await self._obstacles.wait(pending)
                     else:
                         self._unanswered[pending] = None
@@ -364,7 +370,7 @@ class Feeder:
         del self._tasks[pending]
         self._room.look_again()
 
-    async def _heard(self, figures: EngineFigures | None) -> None:
+    async def _heard(self, figures: EngineMetrics | None) -> None:
         """Go by what the engine tells of its work; None if it did not answer."""
         self._vitals.engine = figures
         now = asyncio.get_running_loop().time()

@@ -32,7 +32,7 @@ class CommittedChunk:
     Attributes:
         reused: The store held it before this run.
         done: Requests of the batch with an outcome, of `total`.
-        kept_fraction: Of the run's own batch, as far as this run goes; None for a guest's.
+        utilization: Of the run's own batch, as far as this run goes; None for a guest's.
     """
 
     report: ChunkReport
@@ -44,7 +44,7 @@ class CommittedChunk:
     failed: int
     output_tokens_per_second: float
     eta_seconds: float | None
-    kept_fraction: float | None = None
+    utilization: float | None = None
 
 
 class RunProgress:

@@ -24,21 +24,21 @@ from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.files.plan_checks import check_input_size, check_settings
-from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.batch_work import BatchWork
 from batch_orchestration.inference.chunk_pass import PendingRequest
 from batch_orchestration.inference.committer import Committed, Results
 from batch_orchestration.inference.faults.halting import FailureWatch
 from batch_orchestration.inference.faults.oom_recovery import chunk_needs
 from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
-from batch_orchestration.inference.faults.transient_errors import Obstacles
+from batch_orchestration.inference.faults.transient_errors import TransientErrors
 from batch_orchestration.inference.feeder import Feeder, first_leaf
 from batch_orchestration.inference.progress import CommittedChunk as CommittedChunk
 from batch_orchestration.inference.scheduling import Turns
-from batch_orchestration.inference.utilization import RunAccounts
+from batch_orchestration.inference.utilization import TimeBreakdowns
 from batch_orchestration.inference.window.control import Bounds
 from batch_orchestration.inference.window.window import Window
-from batch_orchestration.lifecycle.cancellation import ClosingWatch
+from batch_orchestration.lifecycle.cancellation import EarlyEndWatch
 from batch_orchestration.queue.halts import halt_in_force
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.vitals import COMMIT_SECONDS, MARGIN_SECONDS, RunVitals
@@ -52,7 +52,7 @@ WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feeding:
+class RunPolicy:
     """How chunks are fed: from the deployment's settings.
 
     Attributes:
@@ -110,10 +110,10 @@ def run_chunks(
     folder: DataFolder,
     store: Store,
     run_id: str,
-    feeding: Feeding,
+    feeding: RunPolicy,
     force: bool = False,
     vitals: RunVitals | None = None,
-    care: Callable[[], DeviceCare] = DeviceCare,
+    throttle: Callable[[], Throttle] = Throttle,
 ) -> Generator[CommittedChunk, None, None]:
     """Answer what is pending in the chunks and yield each of them right after its commit.
 
@@ -155,7 +155,7 @@ def run_chunks(
             run_id=run_id,
             feeding=feeding,
             vitals=vitals,
-            care=care,
+            throttle=throttle,
         )
         yield from batch_run.committed_chunks()
 
@@ -172,12 +172,12 @@ class _BatchRun:
         folder: DataFolder,
         store: Store,
         run_id: str,
-        feeding: Feeding,
+        feeding: RunPolicy,
         vitals: RunVitals,
-        care: Callable[[], DeviceCare],
+        throttle: Callable[[], Throttle],
     ) -> None:
         self._vitals = vitals
-        self._care = care
+        self._care = throttle
         self._refs = refs
         self._engine = engine
         self._folder = folder
@@ -195,12 +195,12 @@ class _BatchRun:
             settings_hash=self._settings_hash,
             most_guest_chunks=feeding.guest_chunks,
             invite=self._invite,
-            cramped=lambda: engine.ladder.context_is_cut,
+            cramped=lambda: engine.fallback.context_is_cut,
         )
         self._ended = 0
         self._feeder: Feeder | None = None
-        self._closing = ClosingWatch(plan, folder, run_id=run_id)
-        self._accounts = RunAccounts(
+        self._closing = EarlyEndWatch(plan, folder, run_id=run_id)
+        self._accounts = TimeBreakdowns(
             self._own, self._turns.guests, folder=folder, run_id=run_id, vitals=vitals
         )
         self._loop = asyncio.new_event_loop()
@@ -258,7 +258,7 @@ class _BatchRun:
             failed=progress.failed,
             output_tokens_per_second=progress.output_tokens_per_second,
             eta_seconds=progress.eta_seconds,
-            kept_fraction=None if kept is None else kept.fraction,
+            utilization=None if kept is None else kept.fraction,
         )
 
     def _stop(self) -> None:
@@ -287,7 +287,7 @@ class _BatchRun:
             self._loop.close()
 
     async def _feed(self) -> None:
-        waiting = Obstacles(waited=self._vitals.note_progress, is_over=lambda: False)
+        waiting = TransientErrors(waited=self._vitals.note_progress, is_over=lambda: False)
         await waiting.durably(self._own.commit_what_is_complete)
         if not self._own.can_draw:
             return self._accounts.begin_committing()
@@ -306,7 +306,7 @@ class _BatchRun:
     async def _answer_pending(self) -> None:
         self._own.progress.write("starting engine")
         cap = self._feeding.max_tokens_cap
-        self._engine.ladder.expect(partial(chunk_needs, self._refs, max_tokens_cap=cap))
+        self._engine.fallback.expect(partial(chunk_needs, self._refs, max_tokens_cap=cap))
         self._feeder = Feeder(
             self._engine,
             self._turns.pending(),
@@ -315,7 +315,7 @@ class _BatchRun:
             settled=self._settled,
             started=self._started,
             vitals=self._vitals,
-            care=self._care,
+            throttle=self._care,
             deadline=self._deadline,
         )
         self._accounts.feeder = self._feeder
@@ -371,7 +371,7 @@ class _BatchRun:
             run_id=self._run_id,
             results=self._results,
             provenance=self._provenance,
-            engine_rung=lambda: self._engine.ladder.description,
+            memory_level=lambda: self._engine.fallback.description,
             max_tokens_cap=self._feeding.max_tokens_cap,
             vitals=self._vitals,
             failures=FailureWatch(

@@ -10,9 +10,9 @@ import time
 from typing import Self
 
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.gpu.monitor import DeviceWatch
+from batch_orchestration.gpu.monitor import DeviceMonitor
 from batch_orchestration.gpu.samples import RunSample, append_sample
-from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.workers.vitals import RunVitals
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class RunSampler:
         folder: DataFolder,
         run_id: str,
         seconds: float,
-        watch: DeviceWatch | None = None,
+        watch: DeviceMonitor | None = None,
     ) -> None:
         self.vitals = vitals
         self._folder = folder
@@ -65,9 +65,9 @@ class RunSampler:
         """Whether its samples are of devices, too."""
         return self._watch is not None
 
-    def care(self) -> DeviceCare:
+    def throttle(self) -> Throttle:
         """Return what the run may ask of its devices now: everything, if it uses none."""
-        return DeviceCare() if self._watch is None else self._watch.care()
+        return Throttle() if self._watch is None else self._watch.throttle()
 
     def _run(self) -> None:
         while True:

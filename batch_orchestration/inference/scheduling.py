@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.batch_work import BatchWork
-from batch_orchestration.inference.chunk_pass import Obstacle, PendingRequest
+from batch_orchestration.inference.chunk_pass import PendingRequest, TransientError
 from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry, QueueView
 from batch_orchestration.queue.files import read_queue
 from batch_orchestration.queue.ordering import whole_points
@@ -84,7 +84,7 @@ class Turns:
         #: Why no further chunk is begun; None while nothing speaks against it.
         self.held: str | None = None
 
-    def pending(self) -> Iterator[PendingRequest | Obstacle]:
+    def pending(self) -> Iterator[PendingRequest | TransientError]:
         """Yield requests, each from whose turn it is, until the own batch has nothing left.
 
         Raises:
@@ -96,7 +96,7 @@ class Turns:
             if (drawn := self._draw(work)) is not None:
                 yield drawn
 
-    def _draw(self, work: BatchWork) -> PendingRequest | Obstacle | None:
+    def _draw(self, work: BatchWork) -> PendingRequest | TransientError | None:
         try:
             return work.draw()
         except Exception as error:  # whatever is wrong with a guest, its own run tells

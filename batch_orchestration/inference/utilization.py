@@ -10,11 +10,11 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.batch_work import BatchWork
 from batch_orchestration.inference.feeder import Feeder
 from batch_orchestration.workers.utilization import (
-    Accountant,
-    Kept,
-    Moment,
-    RunAccount,
+    RunSnapshot,
     Stage,
+    TimeAccountant,
+    TimeBreakdown,
+    Utilization,
     kept,
 )
 from batch_orchestration.workers.utilization_files import account_path, read_account, write_account
@@ -28,7 +28,7 @@ LOOK_SECONDS = 0.1
 WRITE_SECONDS = 1.0
 
 
-class RunAccounts:
+class TimeBreakdowns:
     """Looks at a run ten times a second and writes its accounts once a second.
 
     An account goes on where the same run left it: a step that is tried again keeps its run's id.
@@ -62,11 +62,11 @@ class RunAccounts:
         self._run_id = run_id
         self._vitals = vitals
         self._clock = clock
-        self._accountant = Accountant(own.plan.batch_id)
+        self._accountant = TimeAccountant(own.plan.batch_id)
         self._began_at = time.time()
         self._written_at = clock()
         self._written: dict[str, dict[str, float]] = {}
-        self._earlier: dict[str, RunAccount | None] = {}
+        self._earlier: dict[str, TimeBreakdown | None] = {}
         self._complained = False
         self._is_fed = False
         self.note()
@@ -88,7 +88,7 @@ class RunAccounts:
 
     def note(self) -> None:
         """Charge the time until now; call where something begins or ends, too."""
-        moment = Moment(stage=Stage.COMMITTING) if self._is_fed else self._moment()
+        moment = RunSnapshot(stage=Stage.COMMITTING) if self._is_fed else self._moment()
         self._accountant.observe(moment, self._clock())
 
     def begin_committing(self) -> None:
@@ -110,20 +110,20 @@ class RunAccounts:
         self._write()
 
     @property
-    def kept_so_far(self) -> Kept | None:
+    def kept_so_far(self) -> Utilization | None:
         """What this run has kept of its own batch's time so far."""
         return kept([self._account(self._own.plan.batch_id)])
 
-    def _moment(self) -> Moment:
+    def _moment(self) -> RunSnapshot:
         """See where the run is; the window as it is now, for heat changes it unasked."""
         vitals, feeder = self._vitals, self.feeder
         if feeder is None:
-            return Moment(stage=Stage.STARTING, restarts=vitals.restarts)
+            return RunSnapshot(stage=Stage.STARTING, restarts=vitals.restarts)
         feeder.note_window()
         by_batch = {batch_id: guest.unanswered for batch_id, guest in self._guests.items()}
         by_batch[self._own.plan.batch_id] = max(0, feeder.in_flight - sum(by_batch.values()))
         works = (self._own, *self._guests.values())
-        return Moment(
+        return RunSnapshot(
             stage=Stage.FEEDING if vitals.phase == "feeding" else Stage.STARTING,
             in_flight=feeder.in_flight,
             by_batch=by_batch,
@@ -135,11 +135,11 @@ class RunAccounts:
             restarts=vitals.restarts,
         )
 
-    def _account(self, batch_id: str) -> RunAccount:
+    def _account(self, batch_id: str) -> TimeBreakdown:
         if batch_id not in self._earlier:
             path = account_path(self._folder, batch_id, self._run_id)
             self._earlier[batch_id] = read_account(path)
-        account = RunAccount(
+        account = TimeBreakdown(
             batch_id=batch_id,
             run_id=self._run_id,
             began_at=self._began_at,

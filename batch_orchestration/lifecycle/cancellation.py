@@ -1,8 +1,8 @@
 """Ending a batch early: who may decide that, and what is decided at once.
 
-The decision is a file before the store is told (`closing.json` beside the plan), so that it needs
+The decision is a file before the store is told (`early-end.json` beside the plan), so that it needs
 no free store, survives any kill, and is seen by a run that works on the batch within a second. The
-first decision stands. What follows from it: `lifecycle.close_out`.
+first decision stands. What follows from it: `lifecycle.fail_unanswered`.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from batch_orchestration.core.errors import (
     Shortage,
     StoreLocked,
 )
-from batch_orchestration.core.lifecycle import Closing, Resumption, deadline
+from batch_orchestration.core.lifecycle import EarlyEnd, Resumption, deadline
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.atomic import disk_errors, shortages
@@ -47,17 +47,17 @@ class Cancellation:
         over: Whether the batch has ended since.
     """
 
-    closing: Closing
+    closing: EarlyEnd
     earlier: bool
     over: bool
 
 
-def closing_lock(folder: DataFolder, batch_id: str) -> BaseFileLock:
+def early_end_lock(folder: DataFolder, batch_id: str) -> BaseFileLock:
     """Return the lock under which it is decided how a batch ends; never held for long."""
-    return shared_lock(folder.closing_path(batch_id).with_name("closing.lock"))
+    return shared_lock(folder.early_end_path(batch_id).with_name("closing.lock"))
 
 
-def closing_in_force(folder: DataFolder, record: BatchRecord) -> Closing | None:
+def early_end_in_force(folder: DataFolder, record: BatchRecord) -> EarlyEnd | None:
     """Return why a batch ends, or has ended, early; None if it does not.
 
     A decision that came when the files were being written already came too late.
@@ -90,13 +90,13 @@ def cancel(
         IllegalTransition: There is nothing left to cancel; the message says why.
     """
     require_batch(batch_id, folder)
-    with closing_lock(folder, batch_id):
+    with early_end_lock(folder, batch_id):
         set_damaged_decisions_aside(batch_id, folder, at=at)
         known = folder.read_closing(batch_id)
         record = _record(batch_id, folder, store)
         if record and (obstacle := _nothing_to_cancel(record, known)) is not None:
             raise IllegalTransition(f"there is nothing to cancel: batch {batch_id} {obstacle}")
-        closing = known or Closing(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
+        closing = known or EarlyEnd(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
         if known is None:
             folder.write_closing(batch_id, closing)
             crash_point(CrashPoint.AFTER_CLOSING)
@@ -115,7 +115,7 @@ def require_batch(batch_id: str, folder: DataFolder) -> None:
 def set_damaged_decisions_aside(batch_id: str, folder: DataFolder, *, at: float) -> None:
     """Put decisions about a batch that cannot be read out of the way, for people.
 
-    Call it under `closing_lock`, when a person decides anew. Of a damaged resumption it is kept
+    Call it under `early_end_lock`, when a person decides anew. Of a damaged resumption it is kept
     that there was one, and when.
 
     Raises:
@@ -141,7 +141,7 @@ def _set_aside(path: Path, at: float) -> None:
 
 def expire(
     batch: BatchPlan | BatchRecord, *, folder: DataFolder, actor: str, now: float
-) -> Closing | None:
+) -> EarlyEnd | None:
     """Decide that a batch has expired, if its window is over and it is not delivered.
 
     Args:
@@ -154,7 +154,7 @@ def expire(
         The decision in force, be it an earlier one; None if there is none.
     """
     batch_id = batch.batch_id
-    with closing_lock(folder, batch_id):
+    with early_end_lock(folder, batch_id):
         known = folder.read_closing(batch_id)
         ends_at = deadline(batch, folder.read_resumption(batch_id))
         if known is not None or now < ends_at or delivered(folder, batch_id):
@@ -162,13 +162,13 @@ def expire(
         reason = f"its completion window of {batch.options.completion_window} is over"
         if ends_at > deadline(batch):
             reason = "the completion window that it was resumed with is over"
-        closing = Closing(status=BatchStatus.EXPIRED, at=now, actor=actor, reason=reason)
+        closing = EarlyEnd(status=BatchStatus.EXPIRED, at=now, actor=actor, reason=reason)
         folder.write_closing(batch_id, closing)
         crash_point(CrashPoint.AFTER_CLOSING)
     return closing
 
 
-def close_due(
+def end_overdue(
     batches: Iterable[BatchRecord],
     *,
     folder: DataFolder,
@@ -178,7 +178,7 @@ def close_due(
     now: float,
     doubt: str | None = None,
     faults: Faults | None = None,
-) -> dict[str, Closing]:
+) -> dict[str, EarlyEnd]:
     """Decide which of the unfinished batches end early; return these, each with its decision.
 
     Also does what somebody left undone who was killed after the decision.
@@ -194,12 +194,12 @@ def close_due(
         doubt: Why the clock is not to be believed: then no batch expires; None if it is.
         faults: Takes batches about which a decision cannot be read, or not be made.
     """
-    closings: dict[str, Closing] = {}
+    closings: dict[str, EarlyEnd] = {}
     faults = faults or Faults()
     for batch in batches:
         batch_id = batch.batch_id
         with faults.of(batch_id):
-            closing = closing_in_force(folder, batch)
+            closing = early_end_in_force(folder, batch)
             if closing is None and batch.status is BatchStatus.CANCELLING:
                 closing = _decide_again(batch_id, folder=folder, store=store, actor=actor, at=now)
             elif closing is None and _can_end_early(batch):
@@ -215,7 +215,7 @@ def close_due(
                 else:
                     closing = expire(batch, folder=folder, actor=actor, now=now)
             if closing is not None:
-                with closing_lock(folder, batch_id):
+                with early_end_lock(folder, batch_id):
                     _tell_store(store.batch(batch_id), closing, store)
                 closings[batch_id] = closing
     return closings
@@ -223,14 +223,14 @@ def close_due(
 
 def _decide_again(
     batch_id: str, *, folder: DataFolder, store: Store, actor: str, at: float
-) -> Closing | None:
+) -> EarlyEnd | None:
     """Renew a decision that somebody has removed; None if the batch is not being cancelled now."""
-    with closing_lock(folder, batch_id):
+    with early_end_lock(folder, batch_id):
         known = folder.read_closing(batch_id)
         if known is not None or store.batch(batch_id).status is not BatchStatus.CANCELLING:
             return known
-        reason = "being cancelled; the reason was in closing.json, which is gone"
-        closing = Closing(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
+        reason = "being cancelled; the reason was in early-end.json, which is gone"
+        closing = EarlyEnd(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
         folder.write_closing(batch_id, closing)
     return closing
 
@@ -266,7 +266,7 @@ def _record(batch_id: str, folder: DataFolder, store: Store) -> BatchRecord | No
         return None
 
 
-def _nothing_to_cancel(record: BatchRecord, known: Closing | None) -> str | None:
+def _nothing_to_cancel(record: BatchRecord, known: EarlyEnd | None) -> str | None:
     """Return why not; None if it can be cancelled, or has been."""
     status = record.status
     if status in (BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.FAILED):
@@ -281,7 +281,7 @@ def _nothing_to_cancel(record: BatchRecord, known: Closing | None) -> str | None
     return None
 
 
-def _tell_store(record: BatchRecord, closing: Closing, store: Store) -> None:
+def _tell_store(record: BatchRecord, closing: EarlyEnd, store: Store) -> None:
     """Set the status that goes with the decision; that of an expired batch follows at its end."""
     if closing.status is not BatchStatus.CANCELLED or record.status is not BatchStatus.IN_PROGRESS:
         return
@@ -304,7 +304,7 @@ INSIST_SECONDS = 1.0
 COMMIT_SECONDS = 4.0
 
 
-class ClosingWatch:
+class EarlyEndWatch:
     """Looks whether a batch is to end early: a person's decision, or its deadline.
 
     Args:
@@ -327,7 +327,7 @@ class ClosingWatch:
         self._known = folder.read_closing(plan.batch_id) if only_new else None
         resumption = folder.read_resumption(plan.batch_id)
         self.deadline = float("inf") if only_new else deadline(plan, resumption)
-        self.seen: Closing | None = None
+        self.seen: EarlyEnd | None = None
         self._seen_at = 0.0
         self._told_of_damage = self._told_of_doubt = False
 
@@ -336,11 +336,11 @@ class ClosingWatch:
         """Whether the run ought to have ended: what is not committed by now is closed out later."""
         return self.seen is not None and time.monotonic() - self._seen_at > COMMIT_SECONDS
 
-    def look(self) -> Closing | None:
+    def look(self) -> EarlyEnd | None:
         """Return the decision, if there is one; what cannot be opened now may be next time."""
         with (
             contextlib.suppress(Shortage),
-            shortages(self._folder.closing_path(self._plan.batch_id)),
+            shortages(self._folder.early_end_path(self._plan.batch_id)),
         ):
             self._look()
         return self.seen
@@ -359,7 +359,7 @@ class ClosingWatch:
             logger.warning("%s seems to be overdue and goes on: %s", self._plan.batch_id, doubt)
         return doubt is None
 
-    def _read(self) -> Closing | None:
+    def _read(self) -> EarlyEnd | None:
         """Return the decision; one that cannot be read stops no run, but no other is begun then."""
         try:
             return self._folder.read_closing(self._plan.batch_id)

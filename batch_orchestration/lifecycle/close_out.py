@@ -12,7 +12,7 @@ from functools import partial
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import FileDamaged, JournalInUse, PlanMismatch, StorageError
-from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.members import Faults, concerns_everyone
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.core.requests import parse_line
@@ -20,9 +20,9 @@ from batch_orchestration.core.results import ChunkReport, Provenance, SettledReq
 from batch_orchestration.files.data_folder import DataFolder, RawLine
 from batch_orchestration.files.journal import Journal, JournalEntry, read_journal, replay_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds
-from batch_orchestration.lifecycle.cancellation import closing_in_force
+from batch_orchestration.lifecycle.cancellation import early_end_in_force
 from batch_orchestration.store.store import Store
-from batch_orchestration.workers.reporter import note_work
+from batch_orchestration.workers.reporter import report_progress
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _MESSAGES = {
 }
 
 
-def close_out(
+def fail_unanswered(
     batch_id: str,
     *,
     folder: DataFolder,
@@ -61,7 +61,7 @@ def close_out(
         JournalInUse: A run is still at work on it after `patience_seconds`.
         StorageError: Some chunks cannot be committed; every other one is.
     """
-    closing = closing_in_force(folder, store.batch(batch_id))
+    closing = early_end_in_force(folder, store.batch(batch_id))
     if closing is None:
         return
     plan = folder.read_plan(batch_id)
@@ -71,9 +71,9 @@ def close_out(
     faults = Faults()
     for ref in refs:
         crash_point(CrashPoint.BEFORE_CLOSE_OUT)
-        note_work()
+        report_progress()
         with faults.of(ref.key):
-            yield commit_closed(ref, closing, store=store, run_id=run_id, at=clock())
+            yield commit_ended(ref, closing, store=store, run_id=run_id, at=clock())
     logger.info("%s: %d chunks closed out, %s", batch_id, len(refs), closing)
     if left := list(faults):
         raise StorageError(
@@ -81,8 +81,8 @@ def close_out(
         )
 
 
-def commit_closed(
-    ref: ChunkRef, closing: Closing, *, store: Store, run_id: str, at: float
+def commit_ended(
+    ref: ChunkRef, closing: EarlyEnd, *, store: Store, run_id: str, at: float
 ) -> ChunkReport:
     """Commit a chunk with the outcomes of its journal and a failure for every other request.
 
@@ -107,7 +107,7 @@ def commit_closed(
 
 
 def _closed(
-    ref: ChunkRef, entries: Mapping[int, JournalEntry], closing: Closing, lines: Iterator[RawLine]
+    ref: ChunkRef, entries: Mapping[int, JournalEntry], closing: EarlyEnd, lines: Iterator[RawLine]
 ) -> Iterator[SettledRequest]:
     """Yield each request of a chunk, in file order; lines are read only of those without outcome.
 
@@ -128,7 +128,7 @@ def _closed(
 
 
 def _unasked(
-    ref: ChunkRef, index: int, raw: RawLine | None, closing: Closing, attempts: int
+    ref: ChunkRef, index: int, raw: RawLine | None, closing: EarlyEnd, attempts: int
 ) -> SettledRequest:
     """Return a request with the failure that it was not answered in time.
 

@@ -4,9 +4,9 @@ import logging
 from dataclasses import dataclass
 
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.core.lifecycle import FINAL, Closing
+from batch_orchestration.core.lifecycle import FINAL, EarlyEnd
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.lifecycle.cancellation import closing_in_force, closing_lock
+from batch_orchestration.lifecycle.cancellation import early_end_in_force, early_end_lock
 from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Ending:
     batch_id: str
     status: BatchStatus
     reached: bool
-    closing: Closing | None
+    closing: EarlyEnd | None
 
 
 def begin_ending(
@@ -39,9 +39,9 @@ def begin_ending(
         BatchNotFound: The store does not have it.
         IllegalTransition: It cannot end now.
     """
-    with closing_lock(folder, batch_id):
+    with early_end_lock(folder, batch_id):
         record = store.batch(batch_id)
-        closing = closing_in_force(folder, record)
+        closing = early_end_in_force(folder, record)
         if record.status in FINAL:
             return Ending(batch_id=batch_id, status=record.status, reached=True, closing=closing)
         step, by, reason = _first_step(closing, actor)
@@ -56,14 +56,14 @@ def finish_ending(
     """Bring the batch into its last status; its files are in place."""
     if ending.reached:
         return
-    with closing_lock(folder, ending.batch_id):
+    with early_end_lock(folder, ending.batch_id):
         store.set_status(ending.batch_id, ending.status, at=at, actor=actor, reason=reason)
         if ending.closing is None and (late := folder.read_closing(ending.batch_id)):
             logger.warning("%s is completed; too late: %s", ending.batch_id, late)
             folder.remove_closing(ending.batch_id)
 
 
-def _first_step(closing: Closing | None, actor: str) -> tuple[BatchStatus, str, str]:
+def _first_step(closing: EarlyEnd | None, actor: str) -> tuple[BatchStatus, str, str]:
     """Return the status before the last one, who brings the batch there, and why."""
     if closing is None:
         return BatchStatus.FINALIZING, actor, "every request has an outcome"

@@ -24,7 +24,7 @@ from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.unfinished import marked
-from batch_orchestration.lifecycle.cancellation import closing_lock, set_damaged_decisions_aside
+from batch_orchestration.lifecycle.cancellation import early_end_lock, set_damaged_decisions_aside
 from batch_orchestration.queue.halts import halt_in_force
 from batch_orchestration.store.store import Store
 
@@ -64,7 +64,7 @@ def resume(
     if max_failure_rate is not None and not 0 <= max_failure_rate <= 1:
         raise ValueError(f"max_failure_rate is a share from 0 to 1, not {max_failure_rate}")
     new_deadline = at + window_seconds(completion_window) if completion_window else None
-    with closing_lock(folder, batch_id):
+    with early_end_lock(folder, batch_id):
         record = store.batch(batch_id)
         if not can_resume(record, folder):
             raise IllegalTransition(f"there is nothing to resume: batch {batch_id} {_why(record)}")
@@ -112,7 +112,7 @@ def finish_resumptions(
     for record in store.records(marked(folder)).values():
         with faults.of(record.batch_id):
             if is_resumed(record, folder):
-                with closing_lock(folder, record.batch_id):
+                with early_end_lock(folder, record.batch_id):
                     now = store.batch(record.batch_id)
                     resumption = folder.read_resumption(record.batch_id)
                     if now.status in RESUMABLE and resumption is not None:

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from batch_orchestration.admission.registration import admission_lock, register_batch
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import FileDamaged, StorageError, StoreLocked
-from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.members import Faults
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.delivery.outbox import OutboxFiles
@@ -29,7 +29,7 @@ from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled
 from batch_orchestration.files.moving import move_into
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.lifecycle.cancellation import delivered
-from batch_orchestration.lifecycle.close_out import commit_closed
+from batch_orchestration.lifecycle.close_out import commit_ended
 from batch_orchestration.store.connection import DEADLINE_SECONDS, replacing
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
@@ -197,7 +197,7 @@ class _Rebuilding:
         self._folder = folder
         self._store = store
         self._chunks = self._of_chunks = self._unfinished = self._operations = 0
-        self._closing: Closing | None = None
+        self._closing: EarlyEnd | None = None
         self._problems: list[str] = []
 
     def run(self) -> None:
@@ -239,7 +239,7 @@ class _Rebuilding:
         if not set(ref.indices) <= entries.keys():
             if self._closing and delivered(self._folder, self._batch_id):
                 at = self._closing.at
-                commit_closed(ref, self._closing, store=self._store, run_id=ACTOR, at=at)
+                commit_ended(ref, self._closing, store=self._store, run_id=ACTOR, at=at)
                 self._chunks += 1
                 return
             # Of a chunk that was committed, this is the loss of a journal.

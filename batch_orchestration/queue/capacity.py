@@ -98,7 +98,7 @@ class Load:
         )
 
 
-class Obstacle(NamedTuple):
+class Blocker(NamedTuple):
     """What something waits for, and the same as a sentence with numbers."""
 
     reason: WaitReason
@@ -108,13 +108,13 @@ class Obstacle(NamedTuple):
         return f"{self.reason}: {self.detail}"
 
 
-def find_obstacle(demand: Demand, load: Load, limits: Limits) -> Obstacle | None:
+def check_capacity(demand: Demand, load: Load, limits: Limits) -> Blocker | None:
     """Return what keeps a batch from being admitted now; None if there is room for it.
 
     What is not known of it is not held against it.
     """
     if load.batches >= limits.unfinished_batches:
-        return Obstacle(
+        return Blocker(
             WaitReason.QUEUE_FULL,
             f"{load.batches:,} batches are unfinished; {limits.unfinished_batches:,} may be at a"
             " time",
@@ -140,7 +140,7 @@ def rough_tokens(requests: int, size_bytes: int) -> int:
 
 def _over(
     reason: WaitReason, whose: str, wanted: int | None, queued: int, limits: Limits
-) -> Obstacle | None:
+) -> Blocker | None:
     if reason is WaitReason.REQUESTS_QUEUED:
         limit, what = limits.queued_requests, "requests"
     else:
@@ -149,25 +149,25 @@ def _over(
         return None
     if wanted > limit:
         setting = f"BATCH_MAX_QUEUED_{what.split()[-1].upper()}"
-        return Obstacle(
+        return Blocker(
             reason,
             f"{whose} {wanted:,} {what} alone are more than the {limit:,} that may be queued at a"
             f" time ({setting})",
         )
-    return Obstacle(
+    return Blocker(
         reason,
         f"{whose} {wanted:,} {what} and the {queued:,} queued are more than the {limit:,} that may"
         " be queued at a time",
     )
 
 
-def _disk(demand: Demand, load: Load, limits: Limits) -> Obstacle | None:
+def _disk(demand: Demand, load: Load, limits: Limits) -> Blocker | None:
     if load.free_bytes is None:
         return None
     needed = needed_bytes(demand, limits)
     if load.free_bytes - load.owed_bytes - needed >= limits.disk_reserve_bytes:
         return None
-    return Obstacle(
+    return Blocker(
         WaitReason.DISK_LOW,
         f"it needs about {_size(needed)}, what is queued {_size(load.owed_bytes)}; of"
         f" {_size(load.free_bytes)} free {_size(limits.disk_reserve_bytes)} stay in reserve",
@@ -182,15 +182,15 @@ def _size(size_bytes: float) -> str:
     return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
 
 
-def rate_obstacle(
+def rate_blocker(
     rates: SourceRates, source: str, requests: int | None, *, now: float
-) -> Obstacle | None:
+) -> Blocker | None:
     """Return why a source may not submit so much now; None if it may."""
     seconds = rates.retry_after(source, requests, now=now)
     if not seconds:
         return None
     what = "one more file" if requests is None else f"a file of {requests:,} requests"
-    return Obstacle(
+    return Blocker(
         WaitReason.SUBMISSION_RATE,
         f"{what} may go in {seconds:,.0f} s; {rates.describe(source, now=now)}",
     )

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from batch_orchestration.queue.capacity import (
+    Blocker,
     Demand,
     Limits,
     Load,
-    Obstacle,
-    find_obstacle,
-    rate_obstacle,
+    check_capacity,
+    rate_blocker,
 )
 from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry, WaitReason
 from batch_orchestration.queue.rate_limits import SourceRates
@@ -61,7 +61,7 @@ class Rules:
     """
 
     limits: Limits
-    gate: Obstacle | None = None
+    gate: Blocker | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,23 +100,23 @@ class _Walk:
         self._rates = rates
         self._rules = rules
         self._now = now
-        self._head: tuple[str, Obstacle] | None = None
+        self._head: tuple[str, Blocker] | None = None
         self.admissible: list[str] = []
 
     def next(self, standing: Standing, place: int) -> QueueEntry:
         """Return the entry of the next in the queue."""
-        obstacle, detail = self._obstacle(standing), standing.entry.detail
+        blocker, detail = self._obstacle(standing), standing.entry.detail
         if standing.claimed:
             detail = standing.failing or _BEING_READ
-        elif standing.open and obstacle is None:
+        elif standing.open and blocker is None:
             self.count(standing)
             self.admissible.append(standing.entry.id)
             detail = _NEXT
         return msgspec.structs.replace(
             standing.entry,
             place=place,
-            reason=obstacle.reason if obstacle else None,
-            detail=obstacle.detail if obstacle else detail,
+            reason=blocker.reason if blocker else None,
+            detail=blocker.detail if blocker else detail,
         )
 
     def count(self, standing: Standing) -> None:
@@ -129,29 +129,29 @@ class _Walk:
             source, requests = standing.entry.source, demand.requests or 0
             self._rates = self._rates.plus(source, requests, now=self._now)
 
-    def _obstacle(self, standing: Standing) -> Obstacle | None:
+    def _obstacle(self, standing: Standing) -> Blocker | None:
         if standing.halted is not None:
-            return Obstacle(WaitReason.FAILURE_RATE, standing.halted)
+            return Blocker(WaitReason.FAILURE_RATE, standing.halted)
         if not standing.open:
             # Who is at work ends what it has begun, and who is being read is not sent back.
             return self._rules.gate if standing.entry.state is EntryState.ADMITTED else None
         if standing.settling is not None:
-            return Obstacle(WaitReason.SETTLING, standing.settling)
+            return Blocker(WaitReason.SETTLING, standing.settling)
         return self._rules.gate or self._rate(standing) or self._room(standing)
 
-    def _rate(self, standing: Standing) -> Obstacle | None:
+    def _rate(self, standing: Standing) -> Blocker | None:
         source, requests = standing.entry.source, standing.demand.requests
-        return rate_obstacle(self._rates, source, requests, now=self._now)
+        return rate_blocker(self._rates, source, requests, now=self._now)
 
-    def _room(self, standing: Standing) -> Obstacle | None:
+    def _room(self, standing: Standing) -> Blocker | None:
         if self._head is not None:
-            head_id, obstacle = self._head
-            return Obstacle(obstacle.reason, f"comes after {head_id}; {obstacle.detail}")
+            head_id, blocker = self._head
+            return Blocker(blocker.reason, f"comes after {head_id}; {blocker.detail}")
         demand = standing.demand
         if self._load.guessed:
             # Else it might take what those ahead of it turn out to need.
             demand = demand.guessed(self._rules.limits)
-        found = find_obstacle(demand, self._load, self._rules.limits)
+        found = check_capacity(demand, self._load, self._rules.limits)
         if found is not None:
             if self._load.guessed:
                 found = found._replace(detail=f"{found.detail}; some are only guessed so far")

@@ -106,7 +106,7 @@ class QueueView(msgspec.Struct, frozen=True, kw_only=True):
     entries: tuple[QueueEntry, ...] = ()
 
 
-class NeedsPerson(msgspec.Struct, frozen=True, kw_only=True):
+class NeedsAttention(msgspec.Struct, frozen=True, kw_only=True):
     """A batch that goes on only after a person has done something.
 
     Attributes:

@@ -11,7 +11,7 @@ import msgspec
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.atomic import disk_errors, read_kept, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.queue.entries import NeedsPerson, Pause, QueueView
+from batch_orchestration.queue.entries import NeedsAttention, Pause, QueueView
 
 
 def write_queue(folder: DataFolder, view: QueueView) -> None:
@@ -56,18 +56,18 @@ def read_pause(folder: DataFolder) -> Pause | None:
         )
 
 
-def write_needs(folder: DataFolder, needs: Sequence[NeedsPerson]) -> None:
+def write_needs_attention(folder: DataFolder, needs: Sequence[NeedsAttention]) -> None:
     """Keep which batches wait for a person; written only when that has changed."""
     with contextlib.suppress(StorageError):  # a damaged one is replaced
-        if read_needs(folder) == tuple(needs):
+        if read_needs_attention(folder) == tuple(needs):
             return
     write_atomically(folder.needs, msgspec.json.encode(needs))
 
 
-def read_needs(folder: DataFolder) -> tuple[NeedsPerson, ...] | None:
+def read_needs_attention(folder: DataFolder) -> tuple[NeedsAttention, ...] | None:
     """Return which batches wait for a person; None if no tick has said so yet.
 
     Raises:
         StorageError: It is damaged.
     """
-    return read_kept(folder.needs, tuple[NeedsPerson, ...])
+    return read_kept(folder.needs, tuple[NeedsAttention, ...])

@@ -13,12 +13,12 @@ from batch_orchestration.estimates.estimating import read_estimate_in
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.queue.capacity import (
+    Blocker,
     Demand,
     Limits,
     Load,
-    Obstacle,
-    find_obstacle,
-    rate_obstacle,
+    check_capacity,
+    rate_blocker,
     rough_tokens,
 )
 from batch_orchestration.queue.entries import Pause, WaitReason
@@ -49,7 +49,7 @@ class QueueRules:
     engine_refusal: Callable[[], str | None] = lambda: None
 
 
-def find_obstacle_to_file(
+def check_file_capacity(
     plan: BatchPlan,
     demand: Demand,
     *,
@@ -57,7 +57,7 @@ def find_obstacle_to_file(
     store: Store,
     rules: QueueRules,
     now: float,
-) -> Obstacle | None:
+) -> Blocker | None:
     """Return what keeps a file that was read from being admitted now; None if nothing does.
 
     Call it under `admission_lock`, so that no two take the last room.
@@ -66,13 +66,13 @@ def find_obstacle_to_file(
         StorageError: The store cannot be read.
     """
     if (paused := read_pause(folder)) is not None:
-        return pause_obstacle(paused)
+        return pause_blocker(paused)
     rates = read_rates(folder, store, limits=rules.rates, now=now)
-    obstacle = rate_obstacle(rates, plan.source, plan.requests, now=now)
-    if obstacle is not None:
-        return obstacle
+    blocker = rate_blocker(rates, plan.source, plan.requests, now=now)
+    if blocker is not None:
+        return blocker
     load = read_load(folder, store.unfinished(), limits=rules.limits)
-    return find_obstacle(demand, load, rules.limits)
+    return check_capacity(demand, load, rules.limits)
 
 
 def never_fits(demand: Demand, *, rules: QueueRules) -> str | None:
@@ -91,7 +91,7 @@ def closed_gate(
     paused: Pause | None,
     device_problem: Callable[[], str | None],
     engine_refusal: Callable[[], str | None],
-) -> Obstacle | None:
+) -> Blocker | None:
     """Return what everybody waits for: a pause, an unfit device, an engine that refuses us.
 
     Args:
@@ -103,18 +103,18 @@ def closed_gate(
         None if nobody has to wait.
     """
     if paused is not None:
-        return pause_obstacle(paused)
+        return pause_blocker(paused)
     problem = device_problem()
     if problem is not None:
-        return Obstacle(WaitReason.GPU_UNHEALTHY, problem)
+        return Blocker(WaitReason.GPU_UNHEALTHY, problem)
     refusal = engine_refusal()
-    return None if refusal is None else Obstacle(WaitReason.ENGINE_REFUSES_US, refusal)
+    return None if refusal is None else Blocker(WaitReason.ENGINE_REFUSES_US, refusal)
 
 
-def pause_obstacle(paused: Pause) -> Obstacle:
+def pause_blocker(paused: Pause) -> Blocker:
     """Return what everybody waits for while the queue is paused."""
     why = f": {paused.reason}" if paused.reason else ""
-    return Obstacle(WaitReason.PAUSED, f"{paused.actor} paused the queue{why}")
+    return Blocker(WaitReason.PAUSED, f"{paused.actor} paused the queue{why}")
 
 
 def demand_of(plan: BatchPlan, batch_folder: Path) -> Demand:

@@ -128,9 +128,9 @@ class _Said(msgspec.Struct, frozen=True):
 async def _knock(refusal: Refusal, settings: Settings) -> _Said | None:
     """Ask for what was refused, as cheaply as possible; return why not, None if we are let in."""
     # The command line, which words a refusal, does without aiohttp.
-    from batch_orchestration.engines.openai_server import ServerEngine
+    from batch_orchestration.engines.openai_server import OpenAIServerEngine
 
-    engine = ServerEngine(
+    engine = OpenAIServerEngine(
         settings.base_url,
         api_key=settings.api_key.get_secret_value(),
         timeout_seconds=LOOK_SECONDS,

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import FINAL, BatchEvent
-from batch_orchestration.core.totals import Tally
+from batch_orchestration.core.totals import BatchTotals
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.samples import RunSample, read_samples
 from batch_orchestration.reports.documents import Picture
@@ -22,8 +22,8 @@ from batch_orchestration.reports.plots import (
 )
 from batch_orchestration.reports.timeline import Moment, timeline
 from batch_orchestration.store.store import Store
-from batch_orchestration.workers.utilization import Kept
-from batch_orchestration.workers.utilization_files import kept_of
+from batch_orchestration.workers.utilization import Utilization
+from batch_orchestration.workers.utilization_files import utilization_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,12 @@ class ReportFigures:
     timeline: Sequence[Moment] = ()
     latencies: Latencies | None = None
     throughput: Throughput | None = None
-    kept: Kept | None = None
+    kept: Utilization | None = None
     pictures: Sequence[Picture] = ()
 
 
 def gather_figures(
-    plan: BatchPlan, tally: Tally, *, folder: DataFolder, store: Store
+    plan: BatchPlan, totals: BatchTotals, *, folder: DataFolder, store: Store
 ) -> ReportFigures:
     """Return what is known of a batch over time; it never raises, and never harms a delivery.
 
@@ -65,7 +65,7 @@ def gather_figures(
         "throughput", lambda: figures.throughput(batch_id, most=MOST_INTERVALS), None
     )
     samples: list[RunSample] = known(
-        "samples", lambda: _samples(batch_id, folder, until=tally.last_at), []
+        "samples", lambda: _samples(batch_id, folder, until=totals.last_at), []
     )
     events: list[BatchEvent] = known("events", lambda: _events(batch_id, store), [])
     runs: list[RunFigures] = known("runs", lambda: figures.runs(batch_id), [])
@@ -79,7 +79,7 @@ def gather_figures(
         timeline=known("timeline", lambda: timeline(events, runs, samples), []),
         latencies=known("latencies", lambda: figures.latencies(batch_id), None),
         throughput=throughput,
-        kept=known("lost time", lambda: kept_of(folder, batch_id), None),
+        kept=known("lost time", lambda: utilization_of(folder, batch_id), None),
         pictures=[picture for plot in plots if (picture := _drawn(plot, batch_id))],
     )
 

@@ -7,9 +7,9 @@ ids, codes and messages, never prompts or answers.
 from collections.abc import Mapping
 
 from batch_orchestration.core.batches import BatchPlan
-from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.results import BatchRecord, ChunkReport
-from batch_orchestration.core.totals import Tally
+from batch_orchestration.core.totals import BatchTotals
 from batch_orchestration.estimates.scoring import Scored
 from batch_orchestration.reports.documents import to_markdown
 from batch_orchestration.reports.gathering import ReportFigures
@@ -23,12 +23,12 @@ _NO_FIGURES = ReportFigures()
 def batch_report(
     plan: BatchPlan,
     record: BatchRecord,
-    tally: Tally,
+    totals: BatchTotals,
     chunks: Mapping[int, ChunkReport],
     *,
     outbox: str,
     scored: Scored | None = None,
-    closing: Closing | None = None,
+    closing: EarlyEnd | None = None,
     figures: ReportFigures = _NO_FIGURES,
 ) -> str:
     """Return the report as Markdown; the same figures always give the same one.
@@ -50,7 +50,7 @@ def batch_report(
         "report.md.j2",
         plan=plan,
         record=record,
-        tally=tally,
+        totals=totals,
         chunks=chunks,
         shown=shown,
         outbox=outbox,

@@ -10,7 +10,7 @@ from batch_orchestration.core.lifecycle import Halt
 from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.files.data_folder import DataFolder, read_lines
-from batch_orchestration.status.views import BatchView
+from batch_orchestration.status.views import BatchStatusView
 from batch_orchestration.workers.progress import Progress, Wait
 
 #: Faulty lines at the head of a file that are skipped in search of its endpoint.
@@ -27,7 +27,7 @@ _TIMES = (
 )
 
 
-def batch_object(view: BatchView, *, folder: DataFolder) -> dict[str, Any]:
+def batch_object(view: BatchStatusView, *, folder: DataFolder) -> dict[str, Any]:
     """Return OpenAI's Batch object, with paths in place of file ids.
 
     Times are whole POSIX seconds. Three fields are ours: `progress` is null unless a run is at

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.admission.claims import Claim, read_verdict
+from batch_orchestration.admission.claims import Claim, read_result
 from batch_orchestration.admission.inbox import Inbox, Waiting
 from batch_orchestration.admission.results import Rejected
 from batch_orchestration.core.errors import StorageError
@@ -17,7 +17,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.operations.health.damage import Damage, find_damage
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import QueueEntry, QueueView, WaitReason
-from batch_orchestration.status.views import BatchView, view_batches
+from batch_orchestration.status.views import BatchStatusView, view_batches
 from batch_orchestration.store.store import Store
 
 #: Older ones are found in the folder.
@@ -25,7 +25,7 @@ REJECTED_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Board:
+class Overview:
     """What there is.
 
     Attributes:
@@ -38,7 +38,7 @@ class Board:
         damaged: Files that cannot be read, each with what to do.
     """
 
-    batches: tuple[BatchView, ...]
+    batches: tuple[BatchStatusView, ...]
     waiting: tuple[Waiting, ...]
     claims: tuple[Claim, ...]
     rejected: tuple[Rejected, ...]
@@ -57,7 +57,7 @@ class Board:
         return not (self.batches or self.waiting or self.claims or self.rejected or self.damaged)
 
 
-def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) -> Board:
+def read_overview(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) -> Overview:
     """Return the board; a folder that does not exist yet is an empty one.
 
     Args:
@@ -79,7 +79,7 @@ def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) ->
     if folder.claims.is_dir():
         claims = inbox.claims()
     batches = view_batches(folder=folder, store=store, now=now)
-    return Board(
+    return Overview(
         batches=tuple(batches),
         waiting=tuple(waiting),
         claims=tuple(claims),
@@ -90,7 +90,7 @@ def read_board(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) ->
     )
 
 
-def _unfinished(views: Sequence[BatchView], folder: DataFolder) -> set[str]:
+def _unfinished(views: Sequence[BatchStatusView], folder: DataFolder) -> set[str]:
     """Return the batches that are not known to have ended."""
     return set(folder.batch_ids()) - {view.batch_id for view in views if view.final}
 
@@ -124,7 +124,7 @@ def rejections(folder: DataFolder) -> Iterator[Rejected]:
     faults = Faults()  # `find_damage` tells of the same
     for path in verdicts:
         with faults.of(path.name):
-            verdict = read_verdict(path)
+            verdict = read_result(path)
             if isinstance(verdict, Rejected) and Path(verdict.rejected_path).exists():
                 yield verdict
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batch_orchestration.core.batches import ID_HASH_DIGITS, BatchOptions, BatchPlan, BatchStatus
 from batch_orchestration.core.errors import BatchNotFound, FileDamaged, StoreLocked
-from batch_orchestration.core.lifecycle import FINAL, Closing, Halt, Resumption, deadline
+from batch_orchestration.core.lifecycle import FINAL, EarlyEnd, Halt, Resumption, deadline
 from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
@@ -17,7 +17,7 @@ from batch_orchestration.workers.progress import STALE_SECONDS, Progress, read_p
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchView:
+class BatchStatusView:
     """One batch at one moment.
 
     Attributes:
@@ -45,7 +45,7 @@ class BatchView:
     progress: Progress | None
     progress_age: float | None
     store_problem: str | None
-    closing: Closing | None = None
+    closing: EarlyEnd | None = None
     halt: Halt | None = None
     deadline: float = 0.0
 
@@ -95,7 +95,7 @@ class BatchView:
         return age if age > STALE_SECONDS else None
 
 
-def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -> BatchView:
+def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -> BatchStatusView:
     """Return how a batch is; if the store is locked, what its files tell.
 
     Raises:
@@ -112,7 +112,7 @@ def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -
     return with_progress(view, folder=folder, now=now)
 
 
-def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchView]:
+def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchStatusView]:
     """Return all batches, newest first.
 
     Those whose plan cannot be read are left out: `operations.health.damage` tells of them.
@@ -137,7 +137,7 @@ def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchV
     return sorted(now_views, key=lambda view: view.plan.created_at, reverse=True)
 
 
-def with_progress(view: BatchView, *, folder: DataFolder, now: float) -> BatchView:
+def with_progress(view: BatchStatusView, *, folder: DataFolder, now: float) -> BatchStatusView:
     """Return the view brought up to date by the progress file alone: the store is not touched."""
     if view.final and not view.store_problem:
         return view
@@ -152,7 +152,7 @@ def with_progress(view: BatchView, *, folder: DataFolder, now: float) -> BatchVi
     return replace(view, completed=progress.completed, failed=progress.failed)
 
 
-def _from_record(plan: BatchPlan, record: BatchRecord, folder: DataFolder) -> BatchView:
+def _from_record(plan: BatchPlan, record: BatchRecord, folder: DataFolder) -> BatchStatusView:
     return replace(
         _from_plan(plan, folder, problem=None, status=record.status),
         completed=record.completed,
@@ -166,11 +166,11 @@ def _from_record(plan: BatchPlan, record: BatchRecord, folder: DataFolder) -> Ba
 
 def _from_plan(
     plan: BatchPlan, folder: DataFolder, *, problem: str | None, status: BatchStatus | None = None
-) -> BatchView:
+) -> BatchStatusView:
     outbox = folder.outbox_path(plan.batch_id)
     output_file = _if_there(outbox / "output.jsonl")
     closing, resumption = _decisions(plan.batch_id, folder)
-    return BatchView(
+    return BatchStatusView(
         plan=plan,
         status=status or _guess(plan.batch_id, closing, folder),
         completed=0,
@@ -196,7 +196,7 @@ def _halt(batch_id: str, folder: DataFolder) -> Halt | None:
     return None
 
 
-def _decisions(batch_id: str, folder: DataFolder) -> tuple[Closing | None, Resumption | None]:
+def _decisions(batch_id: str, folder: DataFolder) -> tuple[EarlyEnd | None, Resumption | None]:
     """Return the decisions about a batch; `operations.health.damage` reports unreadable ones."""
     closing, resumption = None, None
     with contextlib.suppress(FileDamaged):
@@ -206,7 +206,7 @@ def _decisions(batch_id: str, folder: DataFolder) -> tuple[Closing | None, Resum
     return closing, resumption
 
 
-def _guess(batch_id: str, closing: Closing | None, folder: DataFolder) -> BatchStatus:
+def _guess(batch_id: str, closing: EarlyEnd | None, folder: DataFolder) -> BatchStatus:
     """Return the status that a batch's files tell of."""
     with contextlib.suppress(FileDamaged):
         if delivered(folder, batch_id):

@@ -387,7 +387,7 @@ def batch_record(row: Row) -> BatchRecord:
 CHUNK_REPORTS = (
     *("batch_id", "chunk", "requests", "completed", "failed", "prompt_tokens"),
     *("completion_tokens", "attempts", "seconds", "committed_at", "run_id", "failures_by_code"),
-    "engine_rung",
+    "memory_level",
 )
 
 

@@ -134,13 +134,13 @@ def update_chunk(
     run_id: str,
     at: float,
     seconds: float,
-    engine_rung: str | None,
+    memory_level: str | None,
 ) -> None:
     """Note that the chunk is committed, with the figures of its rows."""
     db.execute(
         "UPDATE chunks SET status = 'committed', seconds = ?, committed_at = ?, run_id = ?,"
-        f" engine_rung = ? {OF_CHUNK}",
-        [seconds, rows.timestamp(at), run_id, engine_rung, batch_id, number],
+        f" memory_level = ? {OF_CHUNK}",
+        [seconds, rows.timestamp(at), run_id, memory_level, batch_id, number],
     )
     count_chunk(db, batch_id, number)
 

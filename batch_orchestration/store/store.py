@@ -100,7 +100,7 @@ class Store:
         run_id: str,
         at: float,
         seconds: float,
-        engine_rung: str | None = None,
+        memory_level: str | None = None,
     ) -> ChunkReport:
         """Commit the outcomes of a chunk, all or nothing. Committing it again replaces them.
 
@@ -113,7 +113,7 @@ class Store:
             run_id: Of the run that commits.
             at: POSIX seconds.
             seconds: See `ChunkReport`.
-            engine_rung: See `ChunkReport`.
+            memory_level: See `ChunkReport`.
 
         Raises:
             OutcomeMismatch: A request is missing, repeated or not of this chunk.
@@ -125,7 +125,7 @@ class Store:
             outcomes.replace(db, run_id=run_id)
             commits.update_chunk(
                 db, batch_id, number,
-                run_id=run_id, at=at, seconds=seconds, engine_rung=engine_rung,
+                run_id=run_id, at=at, seconds=seconds, memory_level=memory_level,
             )  # fmt: skip
             commits.update_batch(db, batch_id)
             (report,) = commits.chunk_reports(db, commits.OF_CHUNK, [batch_id, number])

@@ -21,7 +21,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration.workers.heartbeat_files import (
     heartbeat_paths,
-    read_pulse,
+    read_last_heartbeat,
     remove_heartbeat,
 )
 
@@ -71,8 +71,10 @@ def recorded_worker(
     if record is not None and record.run_id in (None, run_id):
         return record
     with contextlib.suppress(OSError):
-        pulse = None if folder is None else read_pulse(folder.heartbeat_path(run_id))
-        if pulse is not None and (beat := pulse.heartbeat) is not None:
+        last_heartbeat = (
+            None if folder is None else read_last_heartbeat(folder.heartbeat_path(run_id))
+        )
+        if last_heartbeat is not None and (beat := last_heartbeat.heartbeat) is not None:
             return RecordedWorker(beat.pid, beat.started, beat.boot_id, run_id)
     return None
 
@@ -103,15 +105,15 @@ def living_workers(folder: DataFolder) -> dict[str, ProcessIdentity]:
     living = {}
     for path in heartbeat_paths(folder):
         with contextlib.suppress(OSError):
-            pulse = read_pulse(path)
-            if pulse is not None and pulse.heartbeat is not None:
-                worker = worker_of(pulse.heartbeat)
+            last_heartbeat = read_last_heartbeat(path)
+            if last_heartbeat is not None and last_heartbeat.heartbeat is not None:
+                worker = worker_of(last_heartbeat.heartbeat)
                 if is_running(worker):
                     living[path.stem] = worker
     return living
 
 
-def clear_leftovers(folder: DataFolder) -> list[str]:
+def clear_after_crashes(folder: DataFolder) -> list[str]:
     """Clear away what dead workers left, also before the machine was restarted; say what it was.
 
     An engine whose worker still runs is nobody's leftover and is not touched.
@@ -123,8 +125,12 @@ def clear_leftovers(folder: DataFolder) -> list[str]:
             cleared.append(f"ended the engine that run {run_id} had left")
     for path in heartbeat_paths(folder):
         with contextlib.suppress(OSError):
-            pulse = read_pulse(path)
-            if pulse is None or pulse.heartbeat is None or is_running(worker_of(pulse.heartbeat)):
+            last_heartbeat = read_last_heartbeat(path)
+            if (
+                last_heartbeat is None
+                or last_heartbeat.heartbeat is None
+                or is_running(worker_of(last_heartbeat.heartbeat))
+            ):
                 continue
             remove_heartbeat(path)
             cleared.append(f"removed the heartbeat of run {path.stem}, whose worker is gone")
@@ -136,9 +142,9 @@ def unreadable_heartbeats(folder: DataFolder) -> dict[str, float]:
     found = {}
     for path in heartbeat_paths(folder):
         with contextlib.suppress(OSError):
-            pulse = read_pulse(path)
-            if pulse is not None and pulse.heartbeat is None:
-                found[path.stem] = pulse.at
+            last_heartbeat = read_last_heartbeat(path)
+            if last_heartbeat is not None and last_heartbeat.heartbeat is None:
+                found[path.stem] = last_heartbeat.at
     return found
 
 

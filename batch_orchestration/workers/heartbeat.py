@@ -4,7 +4,7 @@ from enum import StrEnum
 
 import msgspec
 
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
 
 
@@ -46,11 +46,11 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int = 0
     requests_per_second: float = 0.0
     output_tokens_per_second: float = 0.0
-    engine: EngineFigures | None = None
+    engine: EngineMetrics | None = None
     gpus: tuple[GpuFacts, ...] = ()
 
 
-class Pulse(msgspec.Struct, frozen=True, kw_only=True):
+class LastHeartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """What lies there of a worker's heartbeats.
 
     Attributes:
@@ -69,7 +69,7 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.outdated else self.heartbeat
 
 
-class Quiet(msgspec.Struct, frozen=True, kw_only=True):
+class IdleTimes(msgspec.Struct, frozen=True, kw_only=True):
     """For how many seconds nothing has changed; by which clock is the observer's business.
 
     Attributes:
@@ -83,7 +83,7 @@ class Quiet(msgspec.Struct, frozen=True, kw_only=True):
     loop: float = 0.0
 
 
-class Condition(StrEnum):
+class WorkerState(StrEnum):
     """What becomes of a worker whose process is there."""
 
     ALIVE = "alive"
@@ -93,10 +93,10 @@ class Condition(StrEnum):
     STUCK = "stuck"
 
 
-class Judgement(msgspec.Struct, frozen=True):
+class WorkerHealth(msgspec.Struct, frozen=True):
     """What a worker's heartbeats mean, and by which figures."""
 
-    condition: Condition
+    condition: WorkerState
     reason: str
 
 
@@ -107,7 +107,9 @@ MISSED_HEARTBEATS = 3
 FIRST_HEARTBEAT_SECONDS = 300.0
 
 
-def judge(pulse: Pulse | None, quiet: Quiet, *, silent_seconds: float) -> Judgement:
+def judge_worker(
+    last_heartbeat: LastHeartbeat | None, quiet: IdleTimes, *, silent_seconds: float
+) -> WorkerHealth:
     """Tell a worker that is alive, however slow, from one that is silent or stuck.
 
     Slow is whatever goes on: each outcome, token and commit counts, and each look at a reason to
@@ -120,18 +122,18 @@ def judge(pulse: Pulse | None, quiet: Quiet, *, silent_seconds: float) -> Judgem
         silent_seconds: So long without a heartbeat is no accident; nor is it of the event loop,
             which comes round every second.
     """
-    if pulse is None:
+    if last_heartbeat is None:
         if quiet.heartbeat > FIRST_HEARTBEAT_SECONDS:
             return _silent(f"it has shown no heartbeat in {quiet.heartbeat:.0f} s")
-        return Judgement(Condition.ALIVE, "no heartbeat to be seen yet")
-    told = pulse.told
+        return WorkerHealth(WorkerState.ALIVE, "no heartbeat to be seen yet")
+    told = last_heartbeat.told
     doing = "" if told is None else f" while {told.phase} ({told.in_flight} in flight)"
     if told is not None:
         silent_seconds = max(silent_seconds, MISSED_HEARTBEATS * told.every_seconds)
     if quiet.heartbeat > silent_seconds:
         return _silent(f"its last heartbeat was {quiet.heartbeat:.0f} s ago{doing}")
     if told is None:
-        return Judgement(Condition.ALIVE, "its heartbeat is heard; it cannot be written")
+        return WorkerHealth(WorkerState.ALIVE, "its heartbeat is heard; it cannot be written")
     if told.loop_at is not None and quiet.loop > silent_seconds:
         return _stuck(f"its event loop has not come round for {quiet.loop:.0f} s{doing}")
     if quiet.progress > told.patience_seconds:
@@ -139,12 +141,12 @@ def judge(pulse: Pulse | None, quiet: Quiet, *, silent_seconds: float) -> Judgem
             f"no outcome, token or commit for {quiet.progress:.0f} s{doing};"
             f" {told.patience_seconds:.0f} s would only be slow"
         )
-    return Judgement(Condition.ALIVE, f"last progress {quiet.progress:.0f} s ago{doing}")
+    return WorkerHealth(WorkerState.ALIVE, f"last progress {quiet.progress:.0f} s ago{doing}")
 
 
-def _silent(reason: str) -> Judgement:
-    return Judgement(Condition.SILENT, reason)
+def _silent(reason: str) -> WorkerHealth:
+    return WorkerHealth(WorkerState.SILENT, reason)
 
 
-def _stuck(reason: str) -> Judgement:
-    return Judgement(Condition.STUCK, reason)
+def _stuck(reason: str) -> WorkerHealth:
+    return WorkerHealth(WorkerState.STUCK, reason)

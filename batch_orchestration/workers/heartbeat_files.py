@@ -13,7 +13,7 @@ import msgspec
 from batch_orchestration.core.members import Faults
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import read_regular
-from batch_orchestration.workers.heartbeat import Heartbeat, Pulse
+from batch_orchestration.workers.heartbeat import Heartbeat, LastHeartbeat
 
 #: Files are padded to whole blocks of this, so that one can be overwritten where no more is free.
 BLOCK_BYTES = 4096
@@ -50,7 +50,7 @@ def touch_heartbeat(path: Path) -> None:
     os.utime(_mark(path), (time.time(), time.time()))
 
 
-def read_pulse(path: Path) -> Pulse | None:
+def read_last_heartbeat(path: Path) -> LastHeartbeat | None:
     """Return what lies there of a run's heartbeats; None if nothing.
 
     Raises:
@@ -66,12 +66,12 @@ def read_pulse(path: Path) -> Pulse | None:
         # Not the file's: a server in between may have another clock.
         at = heartbeat.at
     try:
-        return Pulse(at=_mark(path).stat().st_mtime, heartbeat=heartbeat, outdated=True)
+        return LastHeartbeat(at=_mark(path).stat().st_mtime, heartbeat=heartbeat, outdated=True)
     except FileNotFoundError:
-        return Pulse(at=at, heartbeat=heartbeat)
+        return LastHeartbeat(at=at, heartbeat=heartbeat)
 
 
-def read_pulses(folder: DataFolder) -> dict[str, Pulse]:
+def read_last_heartbeats(folder: DataFolder) -> dict[str, LastHeartbeat]:
     """Return what lies there of the heartbeats of all runs, by run id; unreadable ones are not.
 
     Raises:
@@ -80,8 +80,8 @@ def read_pulses(folder: DataFolder) -> dict[str, Pulse]:
     found, faults = {}, Faults()  # `operations.health.damage` tells of the same
     for path in heartbeat_paths(folder):
         with faults.of(path.stem):
-            if (pulse := read_pulse(path)) is not None:
-                found[path.stem] = pulse
+            if (last_heartbeat := read_last_heartbeat(path)) is not None:
+                found[path.stem] = last_heartbeat
     return found
 
 

@@ -35,16 +35,16 @@ def vitals_of_this_worker() -> RunVitals | None:
     return _of_this_process
 
 
-def say_at_work(
+def report_phase(
     phase: str, batch_id: str | None = None, *, patience_seconds: float = WORK_SECONDS
 ) -> None:
-    """Say of this worker what it does now, and within what time it gives a sign: `note_work`."""
+    """Report the phase of this worker, and within what time it reports progress again."""
     if _of_this_process is not None:
         _of_this_process.batch_id = batch_id
         _of_this_process.enter(phase, patience_seconds=patience_seconds)
 
 
-def note_work() -> None:
+def report_progress() -> None:
     """Take note that the work of this worker goes on: a line, a row, an answer."""
     if _of_this_process is not None:
         _of_this_process.note_progress()
@@ -57,7 +57,7 @@ def holding(lock: BaseFileLock) -> Iterator[None]:
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
-            note_work()
+            report_progress()
         else:
             break
     try:
@@ -67,7 +67,7 @@ def holding(lock: BaseFileLock) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def beating(
+def heartbeats_written(
     *, folder: DataFolder, run_id: str, job: str, every_seconds: float
 ) -> Iterator[RunVitals]:
     """Let the heart of this process beat during the body, which is all that the worker does.
@@ -76,7 +76,9 @@ def beating(
     """
     global _of_this_process
     vitals, over = RunVitals(), threading.Event()
-    heart = _Heart(vitals, folder=folder, run_id=run_id, job=job, every_seconds=every_seconds)
+    heart = _HeartbeatWriter(
+        vitals, folder=folder, run_id=run_id, job=job, every_seconds=every_seconds
+    )
     thread = threading.Thread(target=heart.beat, args=(over,), name="heart", daemon=True)
     _of_this_process = vitals
     heart.beat_once()
@@ -92,7 +94,7 @@ def beating(
             remove_heartbeat(folder.heartbeat_path(run_id))
 
 
-class _Heart:
+class _HeartbeatWriter:
     def __init__(
         self,
         vitals: RunVitals,

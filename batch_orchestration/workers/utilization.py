@@ -18,10 +18,10 @@ from enum import StrEnum
 
 import msgspec
 
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 
 
-class Kept(msgspec.Struct, frozen=True, kw_only=True):
+class Utilization(msgspec.Struct, frozen=True, kw_only=True):
     """Wall time of all runs of a batch, in seconds. What is not lost is `kept_seconds`.
 
     Attributes:
@@ -90,7 +90,7 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moment:
+class RunSnapshot:
     """What a run sees of itself at one moment.
 
     Attributes:
@@ -110,12 +110,12 @@ class Moment:
     window: int = 0
     unheld_window: int = 0
     dry: bool = False
-    engine: EngineFigures | None = None
+    engine: EngineMetrics | None = None
     tokens: int = 0
     restarts: int = 0
 
 
-class RunAccount(msgspec.Struct, frozen=True, kw_only=True):
+class TimeBreakdown(msgspec.Struct, frozen=True, kw_only=True):
     """What one run did with its wall time for one batch; the parts add up to `wall_seconds`.
 
     Attributes:
@@ -150,7 +150,7 @@ class RunAccount(msgspec.Struct, frozen=True, kw_only=True):
     full_tokens: float = 0.0
     engine_restarts: float = 0.0
 
-    def after(self, earlier: "RunAccount") -> "RunAccount":
+    def after(self, earlier: "TimeBreakdown") -> "TimeBreakdown":
         """Return this account with what the same run had done for the batch before."""
         summed = {name: getattr(self, name) + getattr(earlier, name) for name in QUANTITIES}
         began_at = min(self.began_at, earlier.began_at)
@@ -160,12 +160,12 @@ class RunAccount(msgspec.Struct, frozen=True, kw_only=True):
 #: The fields of an account that are added up.
 QUANTITIES = tuple(
     name
-    for name in RunAccount.__struct_fields__
+    for name in TimeBreakdown.__struct_fields__
     if name not in ("batch_id", "run_id", "began_at", "updated_at")
 )
 
 
-class Accountant:
+class TimeAccountant:
     """Keeps the accounts of one run, one for each batch that it serves.
 
     What the engine could run is the window; but if it lets requests wait although the window is
@@ -179,10 +179,10 @@ class Accountant:
     def __init__(self, own: str) -> None:
         self._own = own
         self._at = 0.0
-        self._moment: Moment | None = None
+        self._moment: RunSnapshot | None = None
         self._quantities: dict[str, dict[str, float]] = {own: dict.fromkeys(QUANTITIES, 0.0)}
         self._restarts = 0
-        self._engine: EngineFigures | None = None
+        self._engine: EngineMetrics | None = None
         #: Share of what is in flight that the engine has; the rest is on its way to it, or back.
         self._arrived = 1.0
         #: How many the engine runs at a time, once it was seen to let others wait.
@@ -192,7 +192,7 @@ class Accountant:
         #: Since the last reading of the tokens: seconds, and those of them that were busy.
         self._stretch = [0.0, 0.0]
 
-    def observe(self, moment: Moment, now: float) -> None:
+    def observe(self, moment: RunSnapshot, now: float) -> None:
         """Charge the time since the last look; `now` in seconds of a clock that never goes back."""
         before, self._moment = self._moment, moment
         if before is None:
@@ -204,10 +204,10 @@ class Accountant:
             self._read(moment)
 
     def accounts(self) -> dict[str, dict[str, float]]:
-        """Return the quantities of each batch, by their names in `RunAccount`."""
+        """Return the quantities of each batch, by their names in `TimeBreakdown`."""
         return self._quantities
 
-    def _charge_time(self, moment: Moment, seconds: float) -> None:
+    def _charge_time(self, moment: RunSnapshot, seconds: float) -> None:
         parts = self._parts(moment)
         computing = _is_computing(moment)
         narrow = parts.get("busy_seconds", 0.0) * _is_narrow(moment)
@@ -225,13 +225,13 @@ class Accountant:
             self._quantities[batch_id] = dict.fromkeys(QUANTITIES, 0.0)
         self._quantities[batch_id][name] += amount
 
-    def _shares(self, moment: Moment) -> dict[str, float]:
+    def _shares(self, moment: RunSnapshot) -> dict[str, float]:
         total = sum(moment.by_batch.values())
         if moment.stage is not Stage.FEEDING or not moment.in_flight or not total:
             return {self._own: 1.0}
         return {batch_id: count / total for batch_id, count in moment.by_batch.items() if count}
 
-    def _parts(self, moment: Moment) -> dict[str, float]:
+    def _parts(self, moment: RunSnapshot) -> dict[str, float]:
         """Return how a moment is divided between the parts of an account; their sum is 1."""
         if moment.stage is Stage.STARTING:
             return {"start_up_seconds": 1.0}
@@ -249,7 +249,7 @@ class Accountant:
             "feed_gap_seconds": 1.0 - busy - held,
         }
 
-    def _read(self, moment: Moment) -> None:
+    def _read(self, moment: RunSnapshot) -> None:
         """Take in the counters, and what the engine tells each time that it was asked anew."""
         self._charge(self._own, "engine_restarts", max(0, moment.restarts - self._restarts))
         self._restarts = max(self._restarts, moment.restarts)
@@ -267,21 +267,21 @@ class Accountant:
             self._learn_arrived(figures, moment)
         self._engine = figures
 
-    def _learn_places(self, figures: EngineFigures, moment: Moment) -> None:
+    def _learn_places(self, figures: EngineMetrics, moment: RunSnapshot) -> None:
         running = figures.running or 0
         window_is_full = moment.in_flight >= moment.window
         lets_wait = bool(figures.waiting) and window_is_full and running > 0
         if lets_wait or (self._places is not None and running > self._places):
             self._places = running
 
-    def _learn_arrived(self, figures: EngineFigures, moment: Moment) -> None:
+    def _learn_arrived(self, figures: EngineMetrics, moment: RunSnapshot) -> None:
         """Take in what is at the engine: who feeds too slowly has a full window all the same."""
         self._arrived = 1.0
         if figures.running is not None and moment.in_flight:
             has = figures.running + (figures.waiting or 0)
             self._arrived = min(1.0, has / moment.in_flight)
 
-    def _count_tokens(self, moment: Moment, counter: str, value: int) -> None:
+    def _count_tokens(self, moment: RunSnapshot, counter: str, value: int) -> None:
         """Charge the tokens since the last reading; a counter that fell has begun anew."""
         (known, before), self._counter = self._counter, (counter, value)
         (seconds, busy), self._stretch = self._stretch, [0.0, 0.0]
@@ -296,7 +296,7 @@ class Accountant:
                 self._charge(batch_id, "full_seconds", seconds * share)
 
 
-def _is_computing(moment: Moment) -> bool:
+def _is_computing(moment: RunSnapshot) -> bool:
     if moment.stage is not Stage.FEEDING or not moment.in_flight:
         return False
     figures = moment.engine
@@ -305,20 +305,20 @@ def _is_computing(moment: Moment) -> bool:
     return bool(figures.running or figures.waiting)
 
 
-def _is_narrow(moment: Moment) -> bool:
+def _is_narrow(moment: RunSnapshot) -> bool:
     """Whether a wider window might do more: it is full, and the engine runs all that it has."""
     if moment.engine is None or moment.engine.waiting is None or moment.dry:
         return False
     return moment.engine.waiting == 0 and moment.in_flight >= FULL * moment.window
 
 
-def kept(accounts: Iterable[RunAccount]) -> Kept | None:
+def kept(accounts: Iterable[TimeBreakdown]) -> Utilization | None:
     """Add up the accounts of a batch, over all runs that worked for it; None if there are none."""
     accounts = list(accounts)
     if not accounts:
         return None
     total = {name: sum(getattr(account, name) for account in accounts) for name in QUANTITIES}
-    return Kept(
+    return Utilization(
         runs=len(accounts),
-        **{name: total[name] for name in Kept.__struct_fields__ if name in total},
+        **{name: total[name] for name in Utilization.__struct_fields__ if name in total},
     )

@@ -9,7 +9,7 @@ import msgspec
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.workers.utilization import Kept, RunAccount, kept
+from batch_orchestration.workers.utilization import TimeBreakdown, Utilization, kept
 
 
 def accounts_path(folder: DataFolder, batch_id: str) -> Path:
@@ -22,7 +22,7 @@ def account_path(folder: DataFolder, batch_id: str, run_id: str) -> Path:
     return accounts_path(folder, batch_id) / f"{quote(run_id, safe='')}.json"
 
 
-def write_account(folder: DataFolder, account: RunAccount) -> None:
+def write_account(folder: DataFolder, account: TimeBreakdown) -> None:
     """Replace an account; readers see the old one or the new one, whole.
 
     Not fsynced, as the progress file: a power loss costs some seconds of a statistic.
@@ -37,22 +37,22 @@ def write_account(folder: DataFolder, account: RunAccount) -> None:
     temporary.replace(path)
 
 
-def read_account(path: Path) -> RunAccount | None:
+def read_account(path: Path) -> TimeBreakdown | None:
     """Return an account; None if there is none that can be read."""
     try:
-        return read_kept(path, RunAccount)
+        return read_kept(path, TimeBreakdown)
     except StorageError:
         return None
 
 
-def read_accounts(folder: DataFolder, batch_id: str) -> Iterator[RunAccount]:
+def read_accounts(folder: DataFolder, batch_id: str) -> Iterator[TimeBreakdown]:
     """Yield the accounts of a batch that can be read, one for each run that worked for it."""
     for path in sorted(accounts_path(folder, batch_id).glob("*.json")):
         if (account := read_account(path)) is not None:
             yield account
 
 
-def kept_of(folder: DataFolder, batch_id: str) -> Kept | None:
+def utilization_of(folder: DataFolder, batch_id: str) -> Utilization | None:
     """Return where the wall time of a batch went; None if no run has kept an account of it.
 
     Runs are added up; the time between them, such as a wait for a device, is no run's. A run that

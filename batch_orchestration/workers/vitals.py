@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
 
 #: What a run waits for has limits of its own; so much later than these it is stuck.
@@ -52,7 +52,7 @@ class RunVitals:
         self.restarts = 0
         self.requests_per_second = 0.0
         self.output_tokens_per_second = 0.0
-        self.engine: EngineFigures | None = None
+        self.engine: EngineMetrics | None = None
         self.gpus: tuple[GpuFacts, ...] = ()
 
     def note_progress(self) -> None:

@@ -11,7 +11,12 @@ same reason an observer that was started anew begins to count from nothing.
 import time
 from collections.abc import Callable
 
-from batch_orchestration.workers.heartbeat import Judgement, Pulse, Quiet, judge
+from batch_orchestration.workers.heartbeat import (
+    IdleTimes,
+    LastHeartbeat,
+    WorkerHealth,
+    judge_worker,
+)
 
 #: Dagster's monitoring looks every 5 s, and somewhat later where there are many runs.
 LONGEST_STEP_SECONDS = 15.0
@@ -33,18 +38,18 @@ class WorkerWatch:
         self._clock = clock
         self._seen: dict[str, _Seen] = {}
 
-    def look(self, run_id: str, pulse: Pulse | None) -> Judgement:
+    def look(self, run_id: str, last_heartbeat: LastHeartbeat | None) -> WorkerHealth:
         """Look at a worker's pulse and judge it."""
         now = self._clock()
         seen = self._seen.setdefault(run_id, _Seen(now))
-        seen.take_in(pulse, now)
+        seen.take_in(last_heartbeat, now)
         # Of runs that have ended nobody asks any more.
         self._seen = {
             asked: seen
             for asked, seen in self._seen.items()
             if now - seen.looked_at < FORGET_SECONDS
         }
-        return judge(pulse, seen.quiet, silent_seconds=self._silent_seconds)
+        return judge_worker(last_heartbeat, seen.quiet, silent_seconds=self._silent_seconds)
 
 
 class _Seen:
@@ -54,19 +59,19 @@ class _Seen:
         self._progress = Unchanged()
         self._loop = Unchanged()
 
-    def take_in(self, pulse: Pulse | None, now: float) -> None:
+    def take_in(self, last_heartbeat: LastHeartbeat | None, now: float) -> None:
         step = min(now - self.looked_at, LONGEST_STEP_SECONDS)
         self.looked_at = now
-        self._heartbeat.take_in(None if pulse is None else pulse.at, step)
-        told = None if pulse is None else pulse.told
+        self._heartbeat.take_in(None if last_heartbeat is None else last_heartbeat.at, step)
+        told = None if last_heartbeat is None else last_heartbeat.told
         if told is not None:  # else there is no news of these, good or bad
             # A phase that begins counts as progress, and its patience counts from then.
             self._progress.take_in((told.progress_at, told.phase), step)
             self._loop.take_in(told.loop_at, step)
 
     @property
-    def quiet(self) -> Quiet:
-        return Quiet(
+    def quiet(self) -> IdleTimes:
+        return IdleTimes(
             heartbeat=self._heartbeat.seconds,
             progress=self._progress.seconds,
             loop=self._loop.seconds,

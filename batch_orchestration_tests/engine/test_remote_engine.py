@@ -13,8 +13,8 @@ import pytest
 from batch_orchestration.core.errors import EngineDied, EngineRefusesUs, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.engines.access import is_doubtful
-from batch_orchestration.engines.figures import EngineFigures
-from batch_orchestration.engines.openai_server import ServerEngine
+from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration_tests.support.engine_contract import (
     CHAT,
     CONTEXT_TOKENS,
@@ -48,8 +48,8 @@ class RemoteServer:
             self._process.kill()
             self._process.wait()
 
-    def engine(self, api_key: str = KEY, connections: int = 100) -> ServerEngine:
-        return ServerEngine(
+    def engine(self, api_key: str = KEY, connections: int = 100) -> OpenAIServerEngine:
+        return OpenAIServerEngine(
             f"http://127.0.0.1:{self.port}/v1",
             api_key=api_key,
             connections=connections,
@@ -68,7 +68,7 @@ def server(tmp_path: Path) -> Iterator[RemoteServer]:
 
 
 @pytest.fixture
-def engine(server: RemoteServer) -> ServerEngine:
+def engine(server: RemoteServer) -> OpenAIServerEngine:
     engine = server.engine()
     asyncio.run(engine.start())
     return engine
@@ -78,7 +78,7 @@ class TestContract(EngineContract):
     pass
 
 
-def test_the_identity_says_what_runs_there(engine: ServerEngine) -> None:
+def test_the_identity_says_what_runs_there(engine: OpenAIServerEngine) -> None:
     identity = asyncio.run(engine.start())
 
     assert identity.kind == "remote"
@@ -103,7 +103,7 @@ def test_starting_waits_for_a_server_that_is_not_up_yet(tmp_path: Path) -> None:
 
 
 def test_a_server_that_never_answers_fails_the_start_within_its_limit() -> None:
-    engine = ServerEngine(f"http://127.0.0.1:{free_port()}", start_timeout_seconds=0.5)
+    engine = OpenAIServerEngine(f"http://127.0.0.1:{free_port()}", start_timeout_seconds=0.5)
     began = time.monotonic()
 
     with pytest.raises(EngineStartFailed, match=r"did not answer in 0\.5 s"):
@@ -118,7 +118,7 @@ def test_a_wrong_key_is_no_engine_that_does_not_start(server: RemoteServer) -> N
 
 
 def test_a_key_that_is_refused_later_makes_us_doubt_the_gate(
-    engine: ServerEngine, server: RemoteServer
+    engine: OpenAIServerEngine, server: RemoteServer
 ) -> None:
     asyncio.run(engine.start())
 
@@ -128,7 +128,9 @@ def test_a_key_that_is_refused_later_makes_us_doubt_the_gate(
     assert is_doubtful(outcome)
 
 
-def test_a_lost_connection_to_a_living_server_is_the_requests_failure(engine: ServerEngine) -> None:
+def test_a_lost_connection_to_a_living_server_is_the_requests_failure(
+    engine: OpenAIServerEngine,
+) -> None:
     dropped, answered = ask(engine, chat("Hello.", simulate={"drop": True}), chat("Hello."))
 
     assert isinstance(dropped, Failure)
@@ -138,12 +140,12 @@ def test_a_lost_connection_to_a_living_server_is_the_requests_failure(engine: Se
 
 
 def test_a_server_tells_its_figures_while_every_connection_hangs(
-    engine: ServerEngine, server: RemoteServer
+    engine: OpenAIServerEngine, server: RemoteServer
 ) -> None:
     """Waiting for a free connection, the question would go unanswered: as if by a dead server."""
     narrow = server.engine(connections=1)
 
-    async def ask_meanwhile() -> EngineFigures | None:
+    async def ask_meanwhile() -> EngineMetrics | None:
         body = chat("Hang.", simulate={"hang": True})
         call = asyncio.create_task(narrow.answer(CHAT, body, request_id="hanging"))
         await asyncio.sleep(0.2)
@@ -159,7 +161,7 @@ def test_a_server_tells_its_figures_while_every_connection_hangs(
 
 
 def test_a_server_that_goes_away_is_dead_for_all_in_flight_and_can_come_back(
-    engine: ServerEngine, server: RemoteServer
+    engine: OpenAIServerEngine, server: RemoteServer
 ) -> None:
     slow = [chat(f"Wait {number}.", simulate={"latency_seconds": 1.5}) for number in range(5)]
     killer = chat("Die.", simulate={"die": True})
@@ -176,7 +178,7 @@ def test_a_server_that_goes_away_is_dead_for_all_in_flight_and_can_come_back(
 
 
 def test_a_server_whose_health_fails_is_dead_after_a_while(
-    engine: ServerEngine, server: RemoteServer
+    engine: OpenAIServerEngine, server: RemoteServer
 ) -> None:
     server.control_path.write_text('{"unhealthy": true}')
 
@@ -185,7 +187,9 @@ def test_a_server_whose_health_fails_is_dead_after_a_while(
     assert isinstance(outcome, EngineDied)
 
 
-def test_stopping_leaves_the_server_running(engine: ServerEngine, server: RemoteServer) -> None:
+def test_stopping_leaves_the_server_running(
+    engine: OpenAIServerEngine, server: RemoteServer
+) -> None:
     engine.stop()
     engine.stop()
 

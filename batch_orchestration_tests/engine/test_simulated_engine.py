@@ -15,7 +15,7 @@ from aiohttp import web
 
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
-from batch_orchestration.engines.openai_server import ServerEngine
+from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration.engines.processes import sockets
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.simulated.server import SimulatedServer
@@ -330,7 +330,7 @@ def test_more_requests_than_the_server_has_yet_let_in_are_all_answered(
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(str(path))
             listening.listen(10)
-            engine = ServerEngine("http://localhost", socket=path, connections=64)
+            engine = OpenAIServerEngine("http://localhost", socket=path, connections=64)
             answers = [engine.answer(CHAT, chat("Hi."), request_id=f"r{n}") for n in range(64)]
             calls = asyncio.gather(*answers)
             await asyncio.sleep(0.2)

@@ -16,7 +16,7 @@ import pytest
 
 from batch_orchestration.core.errors import EngineRefusesUs, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
-from batch_orchestration.engines.openai_server import ServerEngine
+from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration.engines.reading import PIECE_BYTES, AnswerLimits
 from batch_orchestration_tests.support.builders import ENDPOINT
 from batch_orchestration_tests.support.engine_contract import ask, chat, figures_of
@@ -37,7 +37,7 @@ def outcomes(
     answer: Answer, count: int, *, limits: AnswerLimits = LIMITS, seconds: float = 30.0
 ) -> list[Outcome]:
     with raw_server(answer) as url:
-        engine = ServerEngine(url, timeout_seconds=seconds, limits=limits)
+        engine = OpenAIServerEngine(url, timeout_seconds=seconds, limits=limits)
         asyncio.run(engine.start())
         return ask(engine, *(chat(f"question {number}") for number in range(count)))
 
@@ -63,7 +63,7 @@ def test_a_redirect_is_not_followed(status: bytes) -> None:
 def test_a_page_that_redirects_is_not_followed(page: str) -> None:
     away = http(b"", b"Location: http://127.0.0.1:1/", status=b"302 Found")
     with raw_server(lambda path, body: [], {**PAGES, page: away}) as url:
-        engine = ServerEngine(url, start_timeout_seconds=5.0)
+        engine = OpenAIServerEngine(url, start_timeout_seconds=5.0)
         if page == "/v1/models":
             with pytest.raises(EngineRefusesUs, match="302"):
                 asyncio.run(engine.start())
@@ -140,7 +140,7 @@ def test_a_request_waits_while_there_is_no_descriptor_for_its_connection() -> No
     hoard: list[int] = []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    async def ask_and_make_room(engine: ServerEngine) -> Outcome:
+    async def ask_and_make_room(engine: OpenAIServerEngine) -> Outcome:
         asking = asyncio.create_task(engine.answer(ENDPOINT, b"{}", request_id="r"))
         await asyncio.sleep(1.2)
         assert not asking.done()
@@ -152,7 +152,7 @@ def test_a_request_waits_while_there_is_no_descriptor_for_its_connection() -> No
             await engine.disconnect()
 
     with raw_server(lambda path, body: [http(GOOD)]) as url:
-        engine = ServerEngine(url, timeout_seconds=30.0)
+        engine = OpenAIServerEngine(url, timeout_seconds=30.0)
         asyncio.run(engine.start())
         loop = asyncio.new_event_loop()
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
@@ -226,14 +226,14 @@ def test_models_that_cannot_be_read_fail_the_start(page: bytes) -> None:
         raw_server(lambda path, body: [], {**PAGES, "/v1/models": http(page)}) as url,
         pytest.raises(EngineStartFailed),
     ):
-        asyncio.run(ServerEngine(url, start_timeout_seconds=5.0).start())
+        asyncio.run(OpenAIServerEngine(url, start_timeout_seconds=5.0).start())
 
 
 @pytest.mark.parametrize("said", [b"-1", b"0", b"12.5", b'"4096"', b"null", b"[[]]", b"true"])
 def test_a_longest_request_of_no_length_is_not_known(said: bytes) -> None:
     models = MODELS.replace(b"4096", said)
     with raw_server(lambda path, body: [], {**PAGES, "/v1/models": http(models)}) as url:
-        engine = ServerEngine(url)
+        engine = OpenAIServerEngine(url)
         asyncio.run(engine.start())
 
     assert engine.facts["max_model_len"] is None
@@ -247,7 +247,7 @@ def test_a_longest_request_of_no_length_is_not_known(said: bytes) -> None:
 )
 def test_no_page_about_a_server_keeps_it_from_answering(page: str, said: bytes) -> None:
     with raw_server(lambda path, body: [http(GOOD)], {**PAGES, page: said}) as url:
-        engine = ServerEngine(url)
+        engine = OpenAIServerEngine(url)
         asyncio.run(engine.start())
         [outcome] = ask(engine, chat("Hello."))
         figures_of(engine)
@@ -276,7 +276,7 @@ async def giants() -> None:
         yield from repeat(b" " * MIB, SIZE // MIB)
 
     with raw_server(answer) as url:
-        engine = ServerEngine(url, timeout_seconds=120.0)
+        engine = OpenAIServerEngine(url, timeout_seconds=120.0)
         await engine.start()
         for text in ("giant", "bomb"):
             outcome = await engine.answer("/v1/chat/completions", chat(text), request_id="1")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.outcomes import Completion
-from batch_orchestration.engines.memory_ladder import Ladder
+from batch_orchestration.engines.memory_ladder import MemoryFallback
 from batch_orchestration.engines.vllm import VllmEngine
 from batch_orchestration_tests.support.workbench import Workbench
 
@@ -25,7 +25,7 @@ def test_a_cache_too_small_for_the_context_is_enough_for_what_the_batch_needs(
         str(tiny_model),
         device="cpu",
         args={"kv-cache-memory-bytes": SMALL_CACHE_BYTES},
-        make_ladder=lambda top: Ladder(top, worked=told.append),
+        make_ladder=lambda top: MemoryFallback(top, worked=told.append),
         log_path=tmp_path / "engine.log",
     )
 
@@ -41,4 +41,4 @@ def test_a_cache_too_small_for_the_context_is_enough_for_what_the_batch_needs(
     [[rung]] = told
     assert 1024 < rung.max_model_len <= 1408
     reports = bench.store.chunk_reports(plan.batch_id).values()
-    assert {r.engine_rung for r in reports} == {f"max-model-len {rung.max_model_len}"}
+    assert {r.memory_level for r in reports} == {f"max-model-len {rung.max_model_len}"}

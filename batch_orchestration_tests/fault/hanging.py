@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from batch_orchestration.engines.processes.records import ProcessIdentity
-from batch_orchestration.workers.heartbeat_files import read_pulse
+from batch_orchestration.workers.heartbeat_files import read_last_heartbeat
 from batch_orchestration_tests.support.dagster_client import Run
 from batch_orchestration_tests.support.dagster_processes import DagsterProcesses, wait_until
 
@@ -25,8 +25,8 @@ def wait_for_blocked_loop(dagster: DagsterProcesses, run: Run) -> float:
     path = dagster.folder.heartbeat_path(run.run_id)
 
     def blocked() -> float | None:
-        pulse = read_pulse(path)
-        told = pulse and pulse.told
+        last_heartbeat = read_last_heartbeat(path)
+        told = last_heartbeat and last_heartbeat.told
         late = told and told.loop_at and told.at - told.loop_at > 2.5
         return told.loop_at if told and late else None
 

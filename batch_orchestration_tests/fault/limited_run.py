@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.engines.openai_server import ServerEngine
+from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration.inference.open_files import raise_open_file_limit
 from batch_orchestration.store.connection import replacing
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
@@ -57,7 +57,7 @@ def main() -> None:
     thief = Thief(bench.folder.duckdb)
     engine: Engine = ScriptedEngine(thief.script)
     if port:
-        engine = ServerEngine(f"http://127.0.0.1:{port}")
+        engine = OpenAIServerEngine(f"http://127.0.0.1:{port}")
     commits = bench.run(plan, engine, in_flight=WINDOW if port else 8)
     result = {
         "limit": limit,

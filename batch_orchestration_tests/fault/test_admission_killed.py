@@ -75,6 +75,6 @@ def test_a_file_without_room_is_back_in_its_folder_once_with_its_survey(tmp_path
     for found in accidents("held", tmp_path, stride=7):
         assert found["copies"] == ["inbox/alice/a b.jsonl"], found
         assert "inbox/alice/a b.jsonl.meta.json" in found["sidecars"], found
-        assert len(found["surveys"]) == 1, found
+        assert len(found["scans"]) == 1, found
         assert (len(found["batches"]), found["claims"]) == (1, []), found
-        assert found["verdicts"] == ["Admitted", "Held"], found
+        assert found["verdicts"] == ["Admitted", "Queued"], found

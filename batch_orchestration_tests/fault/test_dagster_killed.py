@@ -19,7 +19,7 @@ from batch_orchestration.engines.processes.records import (
     write_record,
 )
 from batch_orchestration.workers.cleanup import WORKER_TAG, RecordedWorker
-from batch_orchestration.workers.heartbeat_files import read_pulse, write_heartbeat
+from batch_orchestration.workers.heartbeat_files import read_last_heartbeat, write_heartbeat
 from batch_orchestration_tests.fault.accidents import (
     SLOW_SECONDS,
     assert_undisturbed,
@@ -139,7 +139,7 @@ def test_after_everything_was_killed_a_restart_finishes_the_batch(dagster):
     """As after a restart of the machine: the pids on record are strangers' now."""
     batch_id, lost = answering(dagster, "everything")
     heartbeat = dagster.folder.heartbeat_path(lost.run_id)
-    wait_until(lambda: read_pulse(heartbeat) is not None, 60, "a heartbeat")
+    wait_until(lambda: read_last_heartbeat(heartbeat) is not None, 60, "a heartbeat")
     wait_for_outcomes(dagster, batch_id, 15)
     engine = dagster.folder.engine_record_path(lost.run_id)
 
@@ -178,10 +178,10 @@ def give_pids_away(dagster: DagsterProcesses, run_id: str, stranger: ProcessIden
         record = RecordedWorker(earlier.pid, earlier.started, earlier.boot_id, run_id)
         instance.add_run_tags(run_id, {WORKER_TAG: msgspec.json.encode(record).decode()})
     heartbeat = dagster.folder.heartbeat_path(run_id)
-    pulse = read_pulse(heartbeat)
-    assert pulse is not None
+    last_heartbeat = read_last_heartbeat(heartbeat)
+    assert last_heartbeat is not None
     who = msgspec.structs.asdict(earlier)
-    write_heartbeat(heartbeat, msgspec.structs.replace(pulse.heartbeat, **who))
+    write_heartbeat(heartbeat, msgspec.structs.replace(last_heartbeat.heartbeat, **who))
     write_record(
         dagster.folder.engine_record_path(run_id),
         ProcessRecord(leader=earlier, owner=earlier, members=(), command=("vllm",)),

@@ -9,15 +9,15 @@ import pytest
 from batch_orchestration.core.batches import BatchPlan, BatchStatus
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import FileDamaged
-from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.delivery.lines import output_line
 from batch_orchestration.delivery.outbox import OutboxFiles
 from batch_orchestration.delivery.partial import finished_so_far, read_finished
 from batch_orchestration.files import journal_reading as replay
 from batch_orchestration.files.kept_input import ChunkRef
-from batch_orchestration.lifecycle.close_out import commit_closed
-from batch_orchestration.operations.housekeeping.clean import House
+from batch_orchestration.lifecycle.close_out import commit_ended
+from batch_orchestration.operations.housekeeping.clean import Cleanup
 from batch_orchestration.operations.housekeeping.retention import clean_inputs, clean_journals
 from batch_orchestration.operations.recovery import find_problem, recover
 from batch_orchestration.store import rows
@@ -145,8 +145,8 @@ def test_journals_that_have_large_answers_outlive_their_retention_and_the_input_
     bench.run(plan, ScriptedEngine())
     before, files = lines_of(bench, plan), deliver(bench, plan)
 
-    def house(days: int) -> House:
-        return House(bench.folder, bench.store, now=NOW + days * DAY)
+    def house(days: int) -> Cleanup:
+        return Cleanup(bench.folder, bench.store, now=NOW + days * DAY)
 
     removed = [removal.subject for removal in clean_journals(house(40), 30 * DAY)]
     again = list(clean_journals(house(41), 30 * DAY))
@@ -225,10 +225,10 @@ def test_large_requests_that_a_cancelled_batch_leaves_unasked_are_not_copied_int
     bench.folder.write_plan(plan)
     bench.folder.input_path(plan.batch_id).write_bytes(content)
     bench.store.add_batch(plan, at=NOW)
-    closing = Closing(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason="")
+    closing = EarlyEnd(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason="")
 
     ref = ChunkRef.of(plan, 0, bench.folder)
-    commit_closed(ref, closing, store=bench.store, run_id="r", at=NOW)
+    commit_ended(ref, closing, store=bench.store, run_id="r", at=NOW)
 
     letters = bench.store.dead_letters(plan.batch_id, Selection())
     assert [len(letter.request.body) > 15_000 for letter in letters] == [True] * 3 + [False] * 5

@@ -16,10 +16,10 @@ from batch_orchestration.core.errors import (
     MemoryShortage,
 )
 from batch_orchestration.core.outcomes import Failure, FailureCode
-from batch_orchestration.engines.memory_ladder import Ladder, Rung
-from batch_orchestration.engines.memory_level_file import RungMemory
+from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
-from batch_orchestration.inference.faults.oom_recovery import remembered_ladder
+from batch_orchestration.inference.faults.oom_recovery import remembered_fallback
 from batch_orchestration_tests.support.builders import NOW, make_body, make_line, make_plan
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.support.workbench import Workbench
@@ -54,10 +54,10 @@ class Deployment(Workbench):
     def run_simulated(self, plan: BatchPlan, run_id: str = "run-1", **feeding: Any) -> int:
         """Run the batch with a new engine; return how often that one was started."""
 
-        def make_ladder(top: Rung) -> Ladder:
-            return remembered_ladder(
+        def make_ladder(top: MemoryLevel) -> MemoryFallback:
+            return remembered_fallback(
                 top,
-                memory=RungMemory(self.folder.rungs),
+                memory=MemoryLevelFile(self.folder.memory_levels),
                 model="simulated-model",
                 device="cpu",
                 args={},
@@ -80,7 +80,7 @@ class Deployment(Workbench):
 
     def rungs(self, plan: BatchPlan) -> list[str | None]:
         """The rung of each committed chunk, in order."""
-        return [r.engine_rung for _, r in sorted(self.store.chunk_reports(plan.batch_id).items())]
+        return [r.memory_level for _, r in sorted(self.store.chunk_reports(plan.batch_id).items())]
 
     def failures_of(self, plan: BatchPlan) -> dict[int, str]:
         return {s.index: s.outcome.code for s in self.store.failures(plan.batch_id)}
@@ -165,7 +165,7 @@ def test_a_culprit_does_not_slow_down_the_rest_of_the_batch(bench: Deployment) -
     # Its chunk is complete once it is convicted; the others may be before.
     assert bench.failures_of(plan) == {10: FailureCode.OUT_OF_MEMORY}
     assert bench.rungs(plan)[0] == "as configured"
-    assert RungMemory(bench.folder.rungs)._read() == {}
+    assert MemoryLevelFile(bench.folder.memory_levels)._read() == {}
 
 
 def test_the_rungs_count_as_restarts(bench: Deployment) -> None:
@@ -190,22 +190,24 @@ def test_a_person_who_kills_the_engine_moves_no_rung(bench: Deployment) -> None:
 OUT_OF_CACHE = Exhaustion(
     shortage=MemoryShortage.CACHE, evidence="To serve at least one request …", max_model_len=100_000
 )
-CONFIGURED = Rung(max_num_seqs=64, max_model_len=100_000, gpu_memory_utilization=0.9)
+CONFIGURED = MemoryLevel(max_num_seqs=64, max_model_len=100_000, gpu_memory_utilization=0.9)
 
 
 class PickyEngine(ScriptedEngine):
     """Starts only on rungs that please it."""
 
-    def __init__(self, ladder: Ladder, refuses: Callable[[Rung], Exception | None]) -> None:
-        super().__init__(ladder=ladder)
+    def __init__(
+        self, fallback: MemoryFallback, refuses: Callable[[MemoryLevel], Exception | None]
+    ) -> None:
+        super().__init__(fallback=fallback)
         self._refuses = refuses
-        self.tried: list[Rung] = []
+        self.tried: list[MemoryLevel] = []
 
     async def start(self):
-        self.ladder.fit()
+        self.fallback.fit()
         if not self.alive:
-            self.tried.append(self.ladder.rung)
-            if (refusal := self._refuses(self.ladder.rung)) is not None:
+            self.tried.append(self.fallback.level)
+            if (refusal := self._refuses(self.fallback.level)) is not None:
                 raise refusal
         return await super().start()
 
@@ -216,7 +218,7 @@ def test_a_start_without_room_for_the_context_is_repeated_with_what_the_batch_ne
     bench = Workbench(tmp_path)
     plan = bench.admitted(30)
     engine = PickyEngine(
-        Ladder(CONFIGURED),
+        MemoryFallback(CONFIGURED),
         lambda rung: (
             EngineStartFailed("too long", exhaustion=OUT_OF_CACHE)
             if rung.max_model_len > 50_000
@@ -230,7 +232,7 @@ def test_a_start_without_room_for_the_context_is_repeated_with_what_the_batch_ne
     assert 500 < engine.tried[-1].max_model_len < 3000
     assert len(engine.tried) == 2
     [report, *_] = bench.store.chunk_reports(plan.batch_id).values()
-    assert re.fullmatch(r"max-model-len \d+", report.engine_rung)
+    assert re.fullmatch(r"max-model-len \d+", report.memory_level)
 
 
 def test_a_context_that_the_batch_needs_is_not_cut(tmp_path: Path) -> None:
@@ -238,7 +240,8 @@ def test_a_context_that_the_batch_needs_is_not_cut(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
     plan = bench.admitted(30)
     engine = PickyEngine(
-        Ladder(CONFIGURED), lambda rung: EngineStartFailed("too long", exhaustion=OUT_OF_CACHE)
+        MemoryFallback(CONFIGURED),
+        lambda rung: EngineStartFailed("too long", exhaustion=OUT_OF_CACHE),
     )
 
     with pytest.raises(EngineStartFailed, match="too long"):
@@ -251,9 +254,9 @@ def test_a_context_that_the_batch_needs_is_not_cut(tmp_path: Path) -> None:
 def test_a_remembered_rung_that_does_not_start_is_given_up(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
     plan = bench.admitted(30)
-    remembered = Rung(max_num_seqs=32, max_model_len=100_000, gpu_memory_utilization=0.81)
+    remembered = MemoryLevel(max_num_seqs=32, max_model_len=100_000, gpu_memory_utilization=0.81)
     engine = PickyEngine(
-        Ladder(CONFIGURED, descent=[remembered]),
+        MemoryFallback(CONFIGURED, descent=[remembered]),
         lambda rung: EngineStartFailed("unknown flag") if rung == remembered else None,
     )
 
@@ -267,7 +270,7 @@ def test_suspects_that_exhaust_the_memory_together_stay_suspects(tmp_path: Path)
     """One request kills the engine; eleven at a time exhaust its memory."""
     bench = Workbench(tmp_path)
     plan = bench.admitted(64, requests_per_chunk=64)
-    ladder = Ladder(Rung(max_num_seqs=32))
+    fallback = MemoryFallback(MemoryLevel(max_num_seqs=32))
     exhaustion = Exhaustion(shortage=MemoryShortage.WORK, evidence="CUDA out of memory")
     killed = []
 
@@ -275,11 +278,11 @@ def test_suspects_that_exhaust_the_memory_together_stay_suspects(tmp_path: Path)
         if b'question 3"' in body:
             killed.append(True)
             return EngineDied("killed by 3")
-        if len(killed) == 1 and ladder.rung.max_num_seqs > 16:
+        if len(killed) == 1 and fallback.level.max_num_seqs > 16:
             return EngineDied("CUDA out of memory", exhaustion=exhaustion)
         return None
 
-    bench.run(plan, ScriptedEngine(script, ladder=ladder), in_flight=32, engine_restarts=30)
+    bench.run(plan, ScriptedEngine(script, fallback=fallback), in_flight=32, engine_restarts=30)
 
     failed = {s.index: s.outcome for s in bench.store.failures(plan.batch_id)}
     assert {index: failure.code for index, failure in failed.items()} == {

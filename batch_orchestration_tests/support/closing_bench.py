@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.batches import BatchPlan
-from batch_orchestration.core.lifecycle import Closing, Resumption
+from batch_orchestration.core.lifecycle import EarlyEnd, Resumption
 from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.delivery.assembly import AssemblyReport, assemble
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.journal import JournalState, replay_journal
 from batch_orchestration.inference.run import CommittedChunk
-from batch_orchestration.lifecycle.cancellation import Cancellation, cancel, close_due
-from batch_orchestration.lifecycle.close_out import close_out
+from batch_orchestration.lifecycle.cancellation import Cancellation, cancel, end_overdue
+from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration_tests.support.builders import make_input, make_plan
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
@@ -115,7 +115,7 @@ class ClosingBench(Workbench):
 
     def deliver(self, plan: BatchPlan, *, run_id: str = "deliver-1") -> AssemblyReport:
         """What the run of `batch_output` does."""
-        for _ in close_out(
+        for _ in fail_unanswered(
             plan.batch_id, folder=self.folder, store=self.store, run_id=run_id, clock=time.time
         ):
             pass
@@ -130,9 +130,9 @@ class ClosingBench(Workbench):
 
     def look(
         self, *, terminated: str | None = None, doubt: str | None = None
-    ) -> dict[str, Closing]:
+    ) -> dict[str, EarlyEnd]:
         """What a tick of the sensor does about ends."""
-        return close_due(
+        return end_overdue(
             self.store.batches(),
             folder=self.folder,
             store=self.store,

@@ -110,7 +110,7 @@ def report(bench: InboxBench, number: int, content: bytes) -> None:
         "priorities": [plan.options.priority for plan in plans],
         "failures": [[entry.index for entry in bench.settled(plan)] for plan in plans],
         "verdicts": sorted(type(verdict).__name__ for verdict in verdicts),
-        "surveys": [p.name for p in bench.folder.surveys.glob("*.json")],
+        "scans": [p.name for p in bench.folder.scans.glob("*.json")],
         "claims": [p.name for p in bench.folder.claims.iterdir() if p.name[0] != "."],
         "locks": [p.name for p in (bench.folder.claims / ".locks").iterdir()],
         "errors": sorted(p.name for p in bench.folder.rejected.glob("*.errors.json")),

@@ -7,7 +7,7 @@ import msgspec
 
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 
 CHAT = "/v1/chat/completions"
 #: The engines under test are started with a context of this many tokens.
@@ -54,10 +54,10 @@ def parse(outcome: Outcome) -> dict[str, Any]:
     return parsed
 
 
-def figures_of(engine: Engine) -> EngineFigures:
+def figures_of(engine: Engine) -> EngineMetrics:
     """Return what a living engine tells of its work, once it has caught up with its answers."""
 
-    async def measure() -> EngineFigures | None:
+    async def measure() -> EngineMetrics | None:
         try:
             await asyncio.sleep(0.1)  # vLLM counts a step after it has answered.
             return await engine.measure()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
-from batch_orchestration.engines.openai_server import ServerEngine
+from batch_orchestration.engines.openai_server import OpenAIServerEngine
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MODEL = "demo-model"
@@ -71,9 +71,9 @@ class GateServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def engine(self, **values: object) -> ServerEngine:
+    def engine(self, **values: object) -> OpenAIServerEngine:
         limits = {"timeout_seconds": 10.0, "start_timeout_seconds": 10.0, "lost_after_seconds": 1.0}
-        return ServerEngine(self.url, **{**limits, **values})  # type: ignore[arg-type]
+        return OpenAIServerEngine(self.url, **{**limits, **values})  # type: ignore[arg-type]
 
     @property
     def probes(self) -> list[Asked]:

@@ -17,11 +17,11 @@ from batch_orchestration.operations.health.report_file import write_health
 from batch_orchestration.queue.entries import (
     EntryKind,
     EntryState,
-    NeedsPerson,
+    NeedsAttention,
     QueueEntry,
     QueueView,
 )
-from batch_orchestration.queue.files import write_needs, write_queue
+from batch_orchestration.queue.files import write_needs_attention, write_queue
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.heartbeat import Heartbeat
@@ -43,10 +43,10 @@ class HealthBench:
         self.store.migrate()
         self.now = NOW
 
-    def tick(self, *entries: QueueEntry, needs: tuple[NeedsPerson, ...] = ()) -> None:
+    def tick(self, *entries: QueueEntry, needs: tuple[NeedsAttention, ...] = ()) -> None:
         """What `dispatch_sensor` leaves behind."""
         write_queue(self.folder, QueueView(at=self.now, entries=entries))
-        write_needs(self.folder, needs)
+        write_needs_attention(self.folder, needs)
 
     def look(self, **arguments: Any) -> HealthReport:
         """Look once, as the command does."""

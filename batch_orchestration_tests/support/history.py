@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import make_input, make_plan
@@ -26,7 +26,7 @@ def make_history(folder: DataFolder, store: Store, *, completed: int, cancelled:
     """Add finished batches: plan, decision, dead letters, outbox and rows, as months leave them."""
     plan = make_plan(make_input(3), requests_per_chunk=3)
     store.add_batch(plan, at=time.time() - AGE_SECONDS)
-    closing = Closing(
+    closing = EarlyEnd(
         status=BatchStatus.CANCELLED, at=time.time() - AGE_SECONDS, actor="a", reason=""
     )
     for number in range(completed + cancelled):
@@ -38,7 +38,7 @@ def make_history(folder: DataFolder, store: Store, *, completed: int, cancelled:
         (folder.journals / name / "dead_letters").mkdir(parents=True)
         _put(folder.outbox / name / "output.jsonl")
         if number >= completed:
-            (home / "closing.json").write_bytes(msgspec.json.encode(closing))
+            (home / "early-end.json").write_bytes(msgspec.json.encode(closing))
     _add_rows(store, plan.batch_id, completed=completed, cancelled=cancelled)
 
 

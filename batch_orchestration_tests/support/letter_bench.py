@@ -21,7 +21,7 @@ from batch_orchestration_tests.support.workbench import Workbench, make_feeding
 #: Tables and what identifies their rows; without the times that only the store knew.
 TABLES = {
     "batches": "* EXCLUDE (in_progress_at, finalizing_at, completed_at)",
-    "chunks": "* EXCLUDE (committed_at, run_id, engine_rung)",
+    "chunks": "* EXCLUDE (committed_at, run_id, memory_level)",
     "results": "*",
     "failed_requests": "*",
     "dead_letter_events": "*",

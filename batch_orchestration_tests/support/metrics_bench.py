@@ -7,13 +7,13 @@ from typing import Any
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.gpu.fences import put_up_fence
 from batch_orchestration.operations.metrics.collector import metrics_text
 from batch_orchestration.queue.entries import EntryKind, EntryState, WaitReason
-from batch_orchestration.workers.utilization import RunAccount
+from batch_orchestration.workers.utilization import TimeBreakdown
 from batch_orchestration.workers.utilization_files import write_account
 from batch_orchestration_tests.support.builders import NOW, make_batch, make_settled_chunk
 from batch_orchestration_tests.support.health_bench import HealthBench, entry
@@ -33,7 +33,7 @@ GPU = GpuFacts(
     throttle_reasons=("sw_power_cap",),
     ecc_uncorrectable_errors=0,
 )
-ENGINE = EngineFigures(
+ENGINE = EngineMetrics(
     running=200,
     waiting=8,
     kv_usage=0.75,
@@ -81,7 +81,7 @@ class MetricsBench(HealthBench):
     def account(self, run_id: str = "run-1", **fields: Any) -> None:
         """Write the account of a run: of 100 s it was busy for 80."""
         values = {"wall_seconds": 100.0, "busy_seconds": 80.0, "start_up_seconds": 20.0}
-        account = RunAccount(
+        account = TimeBreakdown(
             batch_id=self.plan.batch_id, run_id=run_id, engine_restarts=1, **{**values, **fields}
         )
         write_account(self.folder, account)

@@ -11,8 +11,8 @@ import msgspec
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Outcome, Usage
 from batch_orchestration.engines.base import EngineIdentity
-from batch_orchestration.engines.figures import EngineFigures
-from batch_orchestration.engines.memory_ladder import Ladder, Rung
+from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
 
 #: Given body and how often it was submitted before: an outcome, an exception, or None for "yes".
 Script = Callable[[bytes, int], Outcome | BaseException | None]
@@ -39,15 +39,15 @@ class ScriptedEngine:
         script: Script = lambda body, times: None,
         *,
         starts_fail: int = 0,
-        ladder: Ladder | None = None,
+        fallback: MemoryFallback | None = None,
     ) -> None:
-        self.ladder = ladder or Ladder(Rung())
+        self.fallback = fallback or MemoryFallback(MemoryLevel())
         self._script = script
         self._starts_fail = starts_fail
         self._life = 0
         self.alive = False
         #: What it tells of its work while it lives; by default that it lives.
-        self.told = EngineFigures()
+        self.told = EngineMetrics()
         self.starts = 0
         self.submissions: Counter[bytes] = Counter()
         self.in_flight = 0
@@ -81,7 +81,7 @@ class ScriptedEngine:
         finally:
             self.in_flight -= 1
 
-    async def measure(self) -> EngineFigures | None:
+    async def measure(self) -> EngineMetrics | None:
         return self.told if self.alive else None
 
     async def disconnect(self) -> None:

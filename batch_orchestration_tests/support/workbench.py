@@ -10,14 +10,14 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.inference.run import CommittedChunk, Feeding, run_chunks
+from batch_orchestration.inference.run import CommittedChunk, RunPolicy, run_chunks
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import NOW, believe_the_clock, make_batch
 
 SETTINGS = {"engine": "simulated", "model": "demo-model"}
 
 
-def make_feeding(**fields: Any) -> Feeding:
+def make_feeding(**fields: Any) -> RunPolicy:
     """Feeding without waits between attempts, however many requests are scripted to fail."""
     values: dict[str, Any] = {
         "in_flight": 8,
@@ -28,7 +28,7 @@ def make_feeding(**fields: Any) -> Feeding:
         "answer_settings": SETTINGS,
         "max_failure_rate": 1.0,
     }
-    return Feeding(**{**values, **fields})
+    return RunPolicy(**{**values, **fields})
 
 
 class Workbench:

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.core.batches import MOST_CHUNKS, Chunk
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.outcomes import FailureCode
@@ -19,7 +19,7 @@ from batch_orchestration.core.requests import UTF8_BOM, Fault, Request, parse_li
 from batch_orchestration.estimates import derivation
 from batch_orchestration.estimates.derivation import Derived, request_tokens
 from batch_orchestration.files.input_lines import RawLine, new_digest, read_lines
-from batch_orchestration.workers.reporter import note_work
+from batch_orchestration.workers.reporter import report_progress
 
 logger = logging.getLogger(__name__)
 #: What differs between two faults of one kind: places, numbers and quotations.
@@ -109,7 +109,7 @@ class BatchFileReading:
         for line in read_lines(file, self._rules.max_line_bytes, observe=self._observe):
             self.lines, self.size_bytes = line.line, line.end
             self._chunks.add(line)
-            note_work()
+            report_progress()
             if line.blank:
                 continue
             self.requests += 1
@@ -246,7 +246,7 @@ def choose_chunk_size(
     *,
     configured: int | None,
     rules: ReadingRules,
-    intake: Intake,
+    screening: Screening,
     most_chunks: int = MOST_CHUNKS,
 ) -> int:
     """Return how many requests each chunk of an open file should have, and log why.
@@ -255,12 +255,12 @@ def choose_chunk_size(
 
     Args:
         configured: So many at least; None to derive it from the requests.
-        intake: That will see the file's requests; it sees none of them here.
+        screening: Screens the file's requests later; it sees none of them here.
         most_chunks: Into which the file is cut, however long it is.
     """
-    if configured is None and intake.knows_costs:
+    if configured is None and screening.knows_costs:
         requests, sample = sample_lines(file, max_line_bytes=rules.max_line_bytes)
-        derived = _derive(sample, intake.anew())
+        derived = _derive(sample, screening.fresh_copy())
     else:
         requests = sum(not line.blank for line in read_lines(file, rules.max_line_bytes))
         derived = derivation.chunk_size(None, None, at_a_time=1)
@@ -275,7 +275,7 @@ def choose_chunk_size(
     return int(derived.value)
 
 
-def _derive(sample: Sequence[bytes], trial: Intake) -> Derived:
+def _derive(sample: Sequence[bytes], trial: Screening) -> Derived:
     for number, data in enumerate(sample):
         judge(parse_line(data, index=number, line=number + 1, model_required=False), trial.examine)
     estimate = trial.estimate(at=0.0)

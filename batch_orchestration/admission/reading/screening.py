@@ -22,10 +22,10 @@ from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS
 from batch_orchestration.engines.vllm import whole_number
 from batch_orchestration.estimates.engine import EngineInForce, EstimateSettings
 from batch_orchestration.estimates.estimate import Estimate, window_warning
-from batch_orchestration.estimates.estimating import Knowledge, estimate_profile
+from batch_orchestration.estimates.estimating import CalibrationData, estimate_profile
 from batch_orchestration.estimates.profile import TokenProfile, prompt_texts
 from batch_orchestration.estimates.prompt_counting import PromptCounter
-from batch_orchestration.estimates.tables import EngineFacts
+from batch_orchestration.estimates.tables import EngineInfo
 
 logger = logging.getLogger(__name__)
 #: A remote engine may be started anew with other settings: what it said is believed for so long.
@@ -44,7 +44,7 @@ _CHANGES_PROMPT = (
 )
 
 
-def known_limits(engine: EngineInForce, facts: EngineFacts | None, *, now: float) -> Limits:
+def known_limits(engine: EngineInForce, facts: EngineInfo | None, *, now: float) -> Limits:
     """Return what is certain of an engine.
 
     What one with the same flags said of itself counts; of a remote one only what it said of late.
@@ -59,7 +59,7 @@ def known_limits(engine: EngineInForce, facts: EngineFacts | None, *, now: float
     return Limits()
 
 
-def _vllm_limits(engine: EngineInForce, facts: EngineFacts | None) -> Limits:
+def _vllm_limits(engine: EngineInForce, facts: EngineInfo | None) -> Limits:
     args = engine.args
     served = engine.served
     if served is None and facts is not None:
@@ -185,7 +185,7 @@ def _token_ids(endpoint: str, body: Mapping[str, Any]) -> int | None:
     return None
 
 
-class Intake:
+class Screening:
     """Looks at each usable request of one file while it is read.
 
     Args:
@@ -200,7 +200,7 @@ class Intake:
         options: BatchOptions,
         *,
         settings: EstimateSettings,
-        knowledge: Knowledge,
+        knowledge: CalibrationData,
         now: float,
     ) -> None:
         self._options = options
@@ -221,9 +221,9 @@ class Intake:
         """Whether the engine was ever measured."""
         return self._knowledge.throughput is not None
 
-    def anew(self) -> "Intake":
+    def fresh_copy(self) -> "Screening":
         """Return one that knows the same and has seen nothing."""
-        return Intake(
+        return Screening(
             self._options, settings=self._settings, knowledge=self._knowledge, now=self._now
         )
 

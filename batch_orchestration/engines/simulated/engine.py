@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from batch_orchestration.engines.child_server import OwnServerEngine
-from batch_orchestration.engines.memory_ladder import Ladder, Rung
+from batch_orchestration.engines.child_server import ChildServerEngine
+from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.processes.sockets import BACKLOG
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS, DEFAULT_MODEL
@@ -20,14 +20,14 @@ API_KEY_VARIABLE = "SIMULATED_ENGINE_API_KEY"
 MAX_NUM_SEQS = 256
 
 
-class SimulatedEngine(OwnServerEngine):
+class SimulatedEngine(ChildServerEngine):
     """A child process that answers like vLLM, at once and always the same.
 
     What it does wrong is said by the object `simulate` of a request's body (`Faults`) and by the
     control file (`Conditions`).
 
     Args:
-        log_path: See `OwnServerEngine`, as for everything that is not listed here.
+        log_path: See `ChildServerEngine`, as for everything that is not listed here.
         models: Names that it answers to.
         context_tokens: Longer requests are refused.
         max_num_seqs: How many requests run at a time; the others wait.
@@ -48,14 +48,14 @@ class SimulatedEngine(OwnServerEngine):
         control_path: Path | None = None,
         startup_seconds: float = 0.0,
         startup_error: str = "",
-        make_ladder: Callable[[Rung], Ladder] = Ladder,
+        make_ladder: Callable[[MemoryLevel], MemoryFallback] = MemoryFallback,
         before_start: Callable[[], None] = lambda: None,
         timeout_seconds: float = 1800.0,
         start_timeout_seconds: float = 60.0,
         connections: int = 1024,
         limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
-        ladder = make_ladder(Rung(max_num_seqs=min(max_num_seqs, connections)))
+        fallback = make_ladder(MemoryLevel(max_num_seqs=min(max_num_seqs, connections)))
         arguments = ["--context-tokens", str(context_tokens)]
         arguments += [part for model in models for part in ("--model", model)]
         arguments += ["--startup-seconds", str(startup_seconds), "--startup-error", startup_error]
@@ -64,14 +64,14 @@ class SimulatedEngine(OwnServerEngine):
 
         def launch(socket: Path) -> tuple[Sequence[str], Mapping[str, str | None]]:
             command = [sys.executable, "-m", "batch_orchestration.engines.simulated"]
-            slots = ladder.flags.get("max-num-seqs", max_num_seqs)
+            slots = fallback.flags.get("max-num-seqs", max_num_seqs)
             command += ["--socket", str(socket), *arguments, "--max-num-seqs", str(slots)]
             return command, {"PYTHONUNBUFFERED": "1"}
 
         super().__init__(
             kind="simulated",
             launch=launch,
-            ladder=ladder,
+            fallback=fallback,
             log_path=log_path,
             before_start=before_start,
             record_path=record_path,

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 
 #: So many equal steps are taken at once at most: a request that arrives meanwhile waits for them.
 MOST_STEPS = 16
@@ -110,9 +110,9 @@ class KvModel:
         return not self._of_key
 
     @property
-    def figures(self) -> EngineFigures:
+    def figures(self) -> EngineMetrics:
         """What an engine tells of its work."""
-        return EngineFigures(
+        return EngineMetrics(
             running=len(self._running),
             waiting=len(self._waiting),
             kv_usage=self._used / self.machine.cache_tokens,
@@ -207,7 +207,7 @@ class KvPace:
         self._steps: asyncio.Task[None] | None = None
 
     @property
-    def figures(self) -> EngineFigures:
+    def figures(self) -> EngineMetrics:
         """What the machine tells of its work."""
         return self._model.figures
 

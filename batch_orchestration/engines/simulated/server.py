@@ -19,7 +19,7 @@ from aiohttp import web
 
 from batch_orchestration import __version__
 from batch_orchestration.engines.answers import ABORTED
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.engines.simulated.answers import (
     FINGERPRINT,
     Faults,
@@ -148,11 +148,11 @@ class SimulatedServer:
         return web.Response(text="".join(f"vllm:{name} {v}\n" for name, v in series.items()))
 
     @property
-    def _figures(self) -> EngineFigures:
+    def _figures(self) -> EngineMetrics:
         pace = self._pace_of(self._control.read())
         if pace is not None:
             return pace.figures
-        return EngineFigures(
+        return EngineMetrics(
             running=self._running,
             waiting=self._accepted - self._running,
             kv_usage=min(1.0, self._held_tokens / KV_CACHE_TOKENS),

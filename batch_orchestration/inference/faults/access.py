@@ -107,7 +107,7 @@ class Ask(Protocol):
         """Return the outcome; raise `EngineDied`."""
 
 
-class Gate:
+class AccessCheck:
     """What is known of the gate in one run.
 
     Args:

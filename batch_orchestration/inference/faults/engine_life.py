@@ -11,7 +11,7 @@ from batch_orchestration.core.errors import (
 )
 from batch_orchestration.engines.base import Engine, EngineIdentity
 from batch_orchestration.inference.faults.isolation import most_deaths
-from batch_orchestration.inference.faults.oom_recovery import Easing
+from batch_orchestration.inference.faults.oom_recovery import OomRecovery
 from batch_orchestration.inference.window.window import Window
 from batch_orchestration.workers.vitals import MARGIN_SECONDS, RunVitals
 
@@ -106,7 +106,7 @@ class EngineLife:
         self._begun = begun
         self._control = control
         self._suspects = suspects
-        self.easing = Easing(engine.ladder, in_flight=window.most)
+        self.oom_recovery = OomRecovery(engine.fallback, in_flight=window.most)
         self.deaths = DeathCount()
         self.restarts = 0
 
@@ -126,7 +126,7 @@ class EngineLife:
             try:
                 identity = await self._engine.start()
             except EngineStartFailed as failure:
-                if not await self.easing.ease(failure):
+                if not await self.oom_recovery.ease(failure):
                     raise
                 self._count_restart(failure)
             else:
@@ -138,7 +138,7 @@ class EngineLife:
 
         If not, the death counts.
         """
-        if await self.easing.ease(death):
+        if await self.oom_recovery.ease(death):
             return True
         self.deaths.note_death()
         return False

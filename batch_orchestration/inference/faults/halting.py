@@ -24,7 +24,7 @@ from batch_orchestration.inference.faults.failure_rate import (
     FailureRate,
     failed_request,
 )
-from batch_orchestration.lifecycle.cancellation import closing_lock
+from batch_orchestration.lifecycle.cancellation import early_end_lock
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class FailureWatch:
         """Keep the decision, unless somebody has decided since; return whether the run lets go."""
         batch_id = self._plan.batch_id
         halt = self._rate.halt(at=time.time(), actor=self._run_id)
-        with closing_lock(self._folder, batch_id):
+        with early_end_lock(self._folder, batch_id):
             if self._folder.read_closing(batch_id) is not None:
                 return False
             if self._folder.read_resumption(batch_id) != self._resumption:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class HangWatch:
         self._moved_at = 0.0
         self._looked_at = 0.0
         self._longest_pause = 0.0
-        self._figures: EngineFigures | None = None
+        self._figures: EngineMetrics | None = None
         self._is_new = True
 
     @property
@@ -64,7 +64,7 @@ class HangWatch:
         """Take note of an outcome, or of a token."""
         self._move(still_new=False)
 
-    async def judge(self, figures: EngineFigures | None, *, in_flight: int) -> None:
+    async def judge(self, figures: EngineMetrics | None, *, in_flight: int) -> None:
         """Judge the engine by what it tells; None if it did not answer.
 
         Raises:
@@ -84,7 +84,7 @@ class HangWatch:
                 f" {in_flight} requests in flight"
             )
 
-    def _compare(self, figures: EngineFigures) -> None:
+    def _compare(self, figures: EngineMetrics) -> None:
         before, self._figures = self._figures, figures
         if figures.tokens is None or (before and figures.tokens != before.tokens):
             self.note_progress()

@@ -12,25 +12,25 @@ import msgspec
 from batch_orchestration.core.batches import settings_hash
 from batch_orchestration.core.errors import EngineDied, EngineError, EngineStartFailed
 from batch_orchestration.core.requests import Request, parse_line
-from batch_orchestration.engines.memory_demand import Needs, needs_of
-from batch_orchestration.engines.memory_ladder import Ladder, Rung
-from batch_orchestration.engines.memory_level_file import RungMemory
+from batch_orchestration.engines.memory_demand import MemoryDemand, memory_demand
+from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.files.kept_input import ChunkRef
 
 logger = logging.getLogger(__name__)
 
 
-def remembered_ladder(
-    top: Rung,
+def remembered_fallback(
+    top: MemoryLevel,
     *,
-    memory: RungMemory,
+    memory: MemoryLevelFile,
     model: str,
     device: str,
     args: Mapping[str, Any],
     retry_seconds: float,
     derived: Collection[str] = (),
     clock: Callable[[], float] = time.time,
-) -> Ladder:
+) -> MemoryFallback:
     """Return a ladder that begins where the last run of the same engine found that it works.
 
     After `retry_seconds` there it begins one rung higher: what filled the memory may be gone.
@@ -47,31 +47,31 @@ def remembered_ladder(
     configured = {"args": dict(args), "top": fixed}
     engine = f"{model} on {device} ({settings_hash(configured)})"
     descent = memory.recall(engine)
-    rungs = () if descent is None else descent.rungs
+    levels = () if descent is None else descent.levels
     if descent is not None and clock() - descent.since >= retry_seconds:
         # If the trial fails, the next one waits for its time again.
         memory.note_trial(engine, at=clock())
-        rungs = rungs[:-1]
-    rungs = tuple(rung for rung in (_below(each, top) for each in rungs) if rung != top)
-    ladder = Ladder(top, descent=rungs, worked=partial(_remember, memory, engine, clock))
+        levels = levels[:-1]
+    levels = tuple(level for level in (_below(each, top) for each in levels) if level != top)
+    fallback = MemoryFallback(top, descent=levels, worked=partial(_remember, memory, engine, clock))
     if descent is not None:
-        logger.info("memory settings by what worked before: %s", ladder.description)
-    return ladder
+        logger.info("memory settings by what worked before: %s", fallback.description)
+    return fallback
 
 
-def _below(rung: Rung, top: Rung) -> Rung:
+def _below(level: MemoryLevel, top: MemoryLevel) -> MemoryLevel:
     """Return a rung with nothing higher than at the top."""
     lower = {
         name: min(value, highest)
-        for name, value in msgspec.structs.asdict(rung).items()
+        for name, value in msgspec.structs.asdict(level).items()
         if value is not None and (highest := getattr(top, name)) is not None
     }
-    return msgspec.structs.replace(rung, **lower)
+    return msgspec.structs.replace(level, **lower)
 
 
-def chunk_needs(refs: Sequence[ChunkRef], *, max_tokens_cap: int | None) -> Needs:
+def chunk_needs(refs: Sequence[ChunkRef], *, max_tokens_cap: int | None) -> MemoryDemand:
     """Read the chunks and return what their requests need."""
-    return needs_of(_requests(refs), max_tokens_cap=max_tokens_cap)
+    return memory_demand(_requests(refs), max_tokens_cap=max_tokens_cap)
 
 
 def _requests(refs: Iterable[ChunkRef]) -> Iterator[Request]:
@@ -83,20 +83,20 @@ def _requests(refs: Iterable[ChunkRef]) -> Iterator[Request]:
 
 
 def _remember(
-    memory: RungMemory, engine: str, clock: Callable[[], float], rungs: Iterable[Rung]
+    memory: MemoryLevelFile, engine: str, clock: Callable[[], float], levels: Iterable[MemoryLevel]
 ) -> None:
-    memory.remember(engine, tuple(rungs), at=clock())
+    memory.remember(engine, tuple(levels), at=clock())
 
 
-class Easing:
+class OomRecovery:
     """Goes down an engine's ladder, and back up when the reason is gone.
 
     Attributes:
         in_flight: How many requests to give to the engine at a time.
     """
 
-    def __init__(self, ladder: Ladder, *, in_flight: int) -> None:
-        self._ladder = ladder
+    def __init__(self, fallback: MemoryFallback, *, in_flight: int) -> None:
+        self._ladder = fallback
         self._configured = in_flight
         self._trusted = True
         self.in_flight = in_flight
@@ -121,7 +121,7 @@ class Easing:
         self.in_flight = self._configured
 
     def _narrow(self) -> bool:
-        sequences = self._ladder.rung.max_num_seqs
+        sequences = self._ladder.level.max_num_seqs
         if sequences is None or sequences >= self.in_flight:
             return False
         logger.warning("from now on %d requests in flight", sequences)

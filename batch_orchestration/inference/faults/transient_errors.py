@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 
 from batch_orchestration.core.errors import DiskFull, Shortage, TooManyOpenFiles
-from batch_orchestration.inference.chunk_pass import Obstacle
+from batch_orchestration.inference.chunk_pass import TransientError
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ DELAY_POLL_SECONDS = 0.5
 COMPLAINT_SECONDS = 60.0
 
 
-class Obstacles:
+class TransientErrors:
     """Waits for one obstacle after the other, and says so once a minute.
 
     Args:
@@ -59,18 +59,18 @@ class Obstacles:
             self._waited()
             await asyncio.sleep(min(left, DELAY_POLL_SECONDS))
 
-    async def wait(self, obstacle: Obstacle) -> None:
+    async def wait(self, transient: TransientError) -> None:
         """Wait until it is worth another look."""
         now = asyncio.get_running_loop().time()
         if now - self._complained_at > COMPLAINT_SECONDS:
             self._complained_at = now
-            logger.warning("paused until %s, nothing is lost: %s", _until(obstacle), obstacle)
+            logger.warning("paused until %s, nothing is lost: %s", _until(transient), transient)
         self._waited()
         await asyncio.sleep(OBSTACLE_POLL_SECONDS)
 
 
-def _until(obstacle: Obstacle) -> str:
-    match obstacle:
+def _until(transient: TransientError) -> str:
+    match transient:
         case DiskFull():
             return "there is room"
         case TooManyOpenFiles():

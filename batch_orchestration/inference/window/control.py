@@ -9,7 +9,7 @@ can hold to the end: then it puts requests back and computes them again.
 from dataclasses import dataclass
 from statistics import fmean
 
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.estimates.derivation import MOST_IN_FLIGHT, READING_COST, queued
 
 #: Of the engine's work, what is done again. In sweeps (benchmarks/README.md) the best window of a
@@ -70,7 +70,7 @@ class WindowControl:
         self._waste = 0.0
 
     def note(
-        self, figures: EngineFigures | None, *, in_flight: int, settled: int, now: float
+        self, figures: EngineMetrics | None, *, in_flight: int, settled: int, now: float
     ) -> bool:
         """Take a look at the engine; return whether the width has changed.
 
@@ -145,7 +145,7 @@ class _Look:
 
     @classmethod
     def of(
-        cls, figures: EngineFigures | None, in_flight: int, settled: int, now: float
+        cls, figures: EngineMetrics | None, in_flight: int, settled: int, now: float
     ) -> "_Look | None":
         if figures is None or figures.running is None or figures.waiting is None:
             return None

@@ -17,7 +17,7 @@ from batch_orchestration.estimates.derivation import (
 )
 from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.estimate import Estimate
-from batch_orchestration.estimates.estimating import read_estimate, read_knowledge
+from batch_orchestration.estimates.estimating import read_calibration_data, read_estimate
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import (
@@ -146,7 +146,7 @@ def memory_share_of(verdict: GpuVerdict) -> Derived | None:
 def _cache_known(settings: Settings, store: Store) -> int | None:
     """Return what the cache held when the same engine ran the last time."""
     try:
-        facts = read_knowledge(EstimateTables(store), engine_in_force(settings)).facts
+        facts = read_calibration_data(EstimateTables(store), engine_in_force(settings)).facts
     except StorageError as error:
         logger.warning("what the engine said of itself is not known: %s", error)
         return None

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.estimates.derivation import Derived
-from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
 from batch_orchestration.inference.window.control import Bounds, WindowControl
 
@@ -68,13 +68,13 @@ class RequestWindow:
         window: Window,
         *,
         most: Callable[[], int],
-        care: Callable[[], DeviceCare],
+        throttle: Callable[[], Throttle],
         waited: Callable[[], None] = lambda: None,
     ) -> None:
         self._window = window
         self._control = WindowControl(window.in_flight, window.bounds)
         self._most = most
-        self._care = care
+        self._care = throttle
         self._waited = waited
         self._changed = asyncio.Event()
         self._share = 1.0
@@ -123,7 +123,7 @@ class RequestWindow:
         self._control = WindowControl(int(derived.value), self._window.bounds)
         return str(derived)
 
-    def hear(self, figures: EngineFigures | None, *, in_flight: int, now: float) -> None:
+    def hear(self, figures: EngineMetrics | None, *, in_flight: int, now: float) -> None:
         """Follow what the engine tells of its work, unless something else keeps it narrow."""
         told = None if self.is_curbed else figures
         before = self._control.width
@@ -186,7 +186,7 @@ class EnginePoll:
         self,
         engine: Engine,
         *,
-        heard: Callable[[EngineFigures | None], Awaitable[None]],
+        heard: Callable[[EngineMetrics | None], Awaitable[None]],
         most_seconds: float,
     ) -> None:
         self._engine = engine
@@ -208,5 +208,5 @@ class EnginePoll:
         while True:
             await asyncio.sleep(min(seconds, self._most_seconds))
             figures = await self._engine.measure()
-            seconds = BLIND_SECONDS if figures == EngineFigures() else POLL_SECONDS
+            seconds = BLIND_SECONDS if figures == EngineMetrics() else POLL_SECONDS
             await self._heard(figures)

@@ -14,7 +14,7 @@ from batch_orchestration.operations.health.links import health_link, run_link, s
 from batch_orchestration.operations.health.report import AlertKind, Finding, HealthReport, Level
 from batch_orchestration.operations.health.report_file import read_health
 from batch_orchestration.settings import Settings
-from batch_orchestration.workers.heartbeat_files import read_pulse
+from batch_orchestration.workers.heartbeat_files import read_last_heartbeat
 
 #: `health_sensor` looks every 30 s, and a tick may take a minute.
 HEALTH_STALE_SECONDS = 150.0
@@ -108,7 +108,7 @@ def _of_report(report: HealthReport, settings: Settings, folder: DataFolder) -> 
 def _batch_of(run_id: str, folder: DataFolder) -> str | None:
     """Return the batch that a run has in hand, as far as its heartbeat tells."""
     with contextlib.suppress(OSError):
-        pulse = read_pulse(folder.heartbeat_path(run_id))
-        if pulse is not None and pulse.heartbeat is not None:
-            return pulse.heartbeat.batch_id
+        last_heartbeat = read_last_heartbeat(folder.heartbeat_path(run_id))
+        if last_heartbeat is not None and last_heartbeat.heartbeat is not None:
+            return last_heartbeat.heartbeat.batch_id
     return None

@@ -16,7 +16,7 @@ from batch_orchestration.operations.health.context import (
     SLOW_SECONDS,
     STATUS,
     Check,
-    Look,
+    CheckContext,
     degraded,
     healthy,
     is_alive,
@@ -28,9 +28,9 @@ from batch_orchestration.operations.health.links import RESTART, run_link, senso
 from batch_orchestration.operations.health.report import Finding, Level, Standstill
 from batch_orchestration.operations.health.run_checks import engine, workers
 from batch_orchestration.queue.entries import QueueEntry
-from batch_orchestration.queue.files import read_needs, read_pause, read_queue
+from batch_orchestration.queue.files import read_needs_attention, read_pause, read_queue
 from batch_orchestration.settings import ENV_FILE
-from batch_orchestration.workers.heartbeat_files import read_pulses
+from batch_orchestration.workers.heartbeat_files import read_last_heartbeats
 
 #: Two of the longest ticks without one that came to its end.
 DEAD_SECONDS = 150.0
@@ -48,7 +48,7 @@ LEAST_INODES = 1000
 _GIB = 2**30
 
 
-def dagster(look: Look) -> Iterator[Finding]:
+def dagster(look: CheckContext) -> Iterator[Finding]:
     """Judge whether daemon and code location are alive: by the age of what they write each tick."""
     queue = read_queue(look.folder)
     sensor = sensor_link(look.settings, "dispatch_sensor")
@@ -89,7 +89,7 @@ def dagster(look: Look) -> Iterator[Finding]:
         )
 
 
-def disk(look: Look) -> Iterator[Finding]:
+def disk(look: CheckContext) -> Iterator[Finding]:
     """Judge the room on the disk of the data folder."""
     stats = os.statvfs(look.folder.root)
     free, reserve = stats.f_bavail * stats.f_frsize, look.settings.disk_reserve_bytes
@@ -105,7 +105,7 @@ def disk(look: Look) -> Iterator[Finding]:
         yield healthy("disk", told)
 
 
-def store(look: Look) -> Iterator[Finding]:
+def store(look: CheckContext) -> Iterator[Finding]:
     """Judge folder and store by doing it: a file is made and removed, a commit changes nothing."""
     probe = look.folder.root / f".health.{secrets.token_hex(6)}.tmp"
     try:
@@ -137,7 +137,7 @@ def store(look: Look) -> Iterator[Finding]:
         yield unhealthy("store", reason, command or f"ls -ld {look.folder.root}/*")
 
 
-def queue(look: Look) -> Iterator[Finding]:
+def queue(look: CheckContext) -> Iterator[Finding]:
     """Judge whether what could go on does."""
     view = read_queue(look.folder)
     if view is None or abs(look.now - view.at) > DEAD_SECONDS:
@@ -171,7 +171,7 @@ def queue(look: Look) -> Iterator[Finding]:
         )
 
 
-def _oldest_claim(look: Look) -> str | None:
+def _oldest_claim(look: CheckContext) -> str | None:
     """Return the file that was claimed too long ago; the admission of any takes minutes at most."""
     for claim in open_inbox(look.settings, look.folder).claims():
         with contextlib.suppress(FileNotFoundError):
@@ -181,7 +181,7 @@ def _oldest_claim(look: Look) -> str | None:
     return None
 
 
-def standstill(look: Look) -> Standstill | None:
+def standstill(look: CheckContext) -> Standstill | None:
     """Return what could be worked at, and since when nothing is; None if something is.
 
     Raises:
@@ -191,23 +191,26 @@ def standstill(look: Look) -> Standstill | None:
     view = read_queue(look.folder)
     if view is None or read_pause(look.folder) is not None or running_in(view):
         return None
-    if any(is_alive(pulse, look) for pulse in read_pulses(look.folder).values()):
+    if any(
+        is_alive(last_heartbeat, look)
+        for last_heartbeat in read_last_heartbeats(look.folder).values()
+    ):
         return None
-    asked = {need.batch_id for need in read_needs(look.folder) or ()}
+    asked = {need.batch_id for need in read_needs_attention(look.folder) or ()}
     first = next((e for e in view.entries if e.reason is None and e.id not in asked), None)
     if first is None:
         return None
     return _since(first, look)
 
 
-def _since(entry: QueueEntry, look: Look) -> Standstill:
+def _since(entry: QueueEntry, look: CheckContext) -> Standstill:
     before = look.previous.standstill if look.previous else None
     if before is not None and (before.entry, before.pending) == (entry.id, entry.pending):
         return before
     return Standstill(since=look.now, entry=entry.id, pending=entry.pending)
 
 
-def gpu(look: Look) -> Iterator[Finding]:
+def gpu(look: CheckContext) -> Iterator[Finding]:
     """Judge the devices as the gate before each start of an engine does."""
     verdict = gpu_health.examine(look.settings)
     if verdict.no_gate is not None:
@@ -219,9 +222,9 @@ def gpu(look: Look) -> Iterator[Finding]:
         yield healthy("gpu", ", ".join(f"GPU {d.index}: {d.name}" for d in verdict.devices))
 
 
-def persons(look: Look) -> Iterator[Finding]:
+def persons(look: CheckContext) -> Iterator[Finding]:
     """Name the batches that go on only after a person has done something."""
-    needs = read_needs(look.folder)
+    needs = read_needs_attention(look.folder)
     if needs is None:
         yield degraded("persons", "is not known before dispatch_sensor has looked", RESTART)
         return
@@ -232,7 +235,7 @@ def persons(look: Look) -> Iterator[Finding]:
         yield healthy("persons", "no batch waits for one")
 
 
-def files(look: Look) -> Iterator[Finding]:
+def files(look: CheckContext) -> Iterator[Finding]:
     """Name the files of ours that cannot be read, of the deployment and of unfinished batches."""
     try:
         records = look.store.unfinished() if look.folder.duckdb.exists() else []
@@ -247,7 +250,7 @@ def files(look: Look) -> Iterator[Finding]:
         yield healthy("files", "all can be read")
 
 
-def permissions(look: Look) -> Iterator[Finding]:
+def permissions(look: CheckContext) -> Iterator[Finding]:
     """Judge whether others of this machine can look at prompts, answers or keys.
 
     What lies in a folder that they cannot enter is out of their reach, whatever its mode.

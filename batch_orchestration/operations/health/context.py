@@ -10,7 +10,7 @@ from batch_orchestration.queue.entries import EntryState, QueueView
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.cleanup import worker_of
-from batch_orchestration.workers.heartbeat import Pulse
+from batch_orchestration.workers.heartbeat import LastHeartbeat
 
 #: `dispatch_sensor` writes `queue.json` every 5 s, and a tick may take a minute.
 SLOW_SECONDS = 60.0
@@ -18,7 +18,7 @@ STATUS = "python -m batch_orchestration status"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class CheckContext:
     """What a check may look at.
 
     Attributes:
@@ -38,13 +38,15 @@ class Look:
         return next((finding for finding in found if finding.check == check), None)
 
 
-Check = Callable[[Look], Iterable[Finding]]
+Check = Callable[[CheckContext], Iterable[Finding]]
 
 
-def is_alive(pulse: Pulse, look: Look) -> bool:
+def is_alive(last_heartbeat: LastHeartbeat, look: CheckContext) -> bool:
     """Whether a run shows heartbeats, however its work goes on."""
-    silent = look.now - pulse.at > look.settings.silent_seconds
-    return not silent and (pulse.heartbeat is None or is_running(worker_of(pulse.heartbeat)))
+    silent = look.now - last_heartbeat.at > look.settings.silent_seconds
+    return not silent and (
+        last_heartbeat.heartbeat is None or is_running(worker_of(last_heartbeat.heartbeat))
+    )
 
 
 def running_in(view: QueueView) -> int:

@@ -12,12 +12,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from batch_orchestration.admission.claims import Attempts, ClaimFolder, Survey
-from batch_orchestration.admission.results import Verdict
+from batch_orchestration.admission.claims import Attempts, ClaimFolder, FileScan
+from batch_orchestration.admission.results import AdmissionResult
 from batch_orchestration.core.batches import BatchPlan, Origin, can_be_id
 from batch_orchestration.core.dead_letters import Replay
 from batch_orchestration.core.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
-from batch_orchestration.core.lifecycle import Closing, Halt, Resumption
+from batch_orchestration.core.lifecycle import EarlyEnd, Halt, Resumption
 from batch_orchestration.engines.access import Refusal
 from batch_orchestration.engines.memory_level_file import Descent
 from batch_orchestration.engines.processes.records import ProcessRecord
@@ -28,7 +28,7 @@ from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.lifecycle.clock import ClockRecord, clock_path
 from batch_orchestration.operations.health.report import HealthReport
 from batch_orchestration.operations.housekeeping.clean import PartResult, results_path
-from batch_orchestration.queue.entries import NeedsPerson, Pause, QueueView
+from batch_orchestration.queue.entries import NeedsAttention, Pause, QueueView
 from batch_orchestration.store.operations import open_files
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration.workers.progress import Progress
@@ -77,15 +77,15 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
     kinds: list[tuple[Iterable[Path], Any]] = [
         ([folder.queue], QueueView),
         ([folder.paused], Pause),
-        ([folder.needs], tuple[NeedsPerson, ...]),
+        ([folder.needs], tuple[NeedsAttention, ...]),
         ([folder.refusal], Refusal),
         ([folder.health], HealthReport),
         ([folder.alerts], dict[str, Any]),
-        ([folder.rungs], dict[str, Descent]),
+        ([folder.memory_levels], dict[str, Descent]),
         ([results_path(folder)], dict[str, PartResult]),
         ([clock_path(folder)], ClockRecord),
         (folder.fences.glob("*.json"), Fence),
-        (folder.surveys.glob("*.json"), Survey),
+        (folder.scans.glob("*.json"), FileScan),
         (folder.heartbeats.glob("*.json"), Heartbeat),
         ((folder.logs / "engines").glob("*.process.json"), ProcessRecord),
     ]
@@ -108,7 +108,7 @@ def _of_claims(folder: DataFolder) -> Iterator[Damage]:
         way_out = f"mend or remove it, or take the file back: mv {quote(str(path))}/*.jsonl* inbox/"
         for file, kind in (
             (place.origin_path, Origin),
-            (place.verdict_path, Verdict),
+            (place.result_path, AdmissionResult),
             (place.attempts_path, Attempts),
         ):
             yield from _unreadable(file, kind, way_out, path.name)
@@ -130,7 +130,7 @@ def _of_batch(folder: DataFolder, batch_id: str) -> Iterator[Damage]:
         _lost(batch_id),
         batch_id,
     )
-    yield from _unreadable(folder.closing_path(batch_id), Closing, decide, batch_id)
+    yield from _unreadable(folder.early_end_path(batch_id), EarlyEnd, decide, batch_id)
     yield from _unreadable(folder.resumption_path(batch_id), Resumption, decide, batch_id)
     go_on = f"{_CLI} resume {batch_id}"
     yield from _unreadable(folder.halt_path(batch_id), Halt, go_on, batch_id)

@@ -14,7 +14,7 @@ from pathlib import Path
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.operations.health.checks import CHECKS, standstill
-from batch_orchestration.operations.health.context import Check, Look
+from batch_orchestration.operations.health.context import Check, CheckContext
 from batch_orchestration.operations.health.report import (
     Finding,
     HealthReport,
@@ -54,7 +54,7 @@ def examine_health(
         checks: By name.
         seconds: For all of them together.
     """
-    look = Look(
+    look = CheckContext(
         settings=settings,
         folder=folder,
         store=Store(folder.duckdb, deadline_seconds=STORE_SECONDS),
@@ -74,10 +74,10 @@ def examine_health(
     )
 
 
-class _Inquiry(threading.Thread):
+class _CheckThread(threading.Thread):
     """One check in a thread of its own: a driver, a disk or a lock may never answer."""
 
-    def __init__(self, name: str, check: Check, look: Look) -> None:
+    def __init__(self, name: str, check: Check, look: CheckContext) -> None:
         super().__init__(name=f"health:{name}", daemon=True)
         self._check_name, self._check, self._look = name, check, look
         self._began = time.monotonic()
@@ -107,17 +107,17 @@ class _Inquiry(threading.Thread):
 
 
 #: Those that were begun last, by data folder and check.
-_inquiries: dict[tuple[Path, str], _Inquiry] = {}
+_inquiries: dict[tuple[Path, str], _CheckThread] = {}
 _inquiring = threading.Lock()
 
 
-def _inquire(name: str, check: Check, look: Look) -> _Inquiry:
+def _inquire(name: str, check: Check, look: CheckContext) -> _CheckThread:
     """Begin a check. If the same one still hangs, nobody else is sent after it."""
     with _inquiring:
         before = _inquiries.get((look.folder.root, name))
         if before is not None and before.is_alive():
             return before
-        inquiry = _inquiries[look.folder.root, name] = _Inquiry(name, check, look)
+        inquiry = _inquiries[look.folder.root, name] = _CheckThread(name, check, look)
         inquiry.start()
         return inquiry
 
@@ -130,7 +130,7 @@ def _previous(folder: DataFolder, now: float) -> HealthReport | None:
     return None
 
 
-def _standstill(look: Look) -> Standstill | None:
+def _standstill(look: CheckContext) -> Standstill | None:
     try:
         return standstill(look)
     except (StorageError, OSError):  # the checks say so

@@ -9,7 +9,7 @@ from batch_orchestration.core.text import duration
 from batch_orchestration.engines.processes.records import is_running
 from batch_orchestration.operations.health.context import (
     STATUS,
-    Look,
+    CheckContext,
     degraded,
     healthy,
     is_alive,
@@ -20,8 +20,14 @@ from batch_orchestration.operations.health.report import Finding, Level
 from batch_orchestration.queue.files import read_queue
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.workers.cleanup import worker_of
-from batch_orchestration.workers.heartbeat import Condition, Heartbeat, Pulse, Quiet, judge
-from batch_orchestration.workers.heartbeat_files import read_pulses
+from batch_orchestration.workers.heartbeat import (
+    Heartbeat,
+    IdleTimes,
+    LastHeartbeat,
+    WorkerState,
+    judge_worker,
+)
+from batch_orchestration.workers.heartbeat_files import read_last_heartbeats
 from batch_orchestration.workers.progress import read_progress
 from batch_orchestration.workers.utilization_files import read_accounts
 
@@ -36,11 +42,11 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirec
 _NO_SUCH_PAGE = (404, 405)
 
 
-def workers(look: Look) -> Iterator[Finding]:
+def workers(look: CheckContext) -> Iterator[Finding]:
     """Judge each run by its heartbeat: gone, silent, stuck, or only slow."""
-    pulses = read_pulses(look.folder)
-    for run_id, pulse in pulses.items():
-        yield _judged(run_id, pulse, look)
+    pulses = read_last_heartbeats(look.folder)
+    for run_id, last_heartbeat in pulses.items():
+        yield _judged(run_id, last_heartbeat, look)
     if pulses:
         return
     if (busy := _batch_at_work(look)) is not None:
@@ -49,7 +55,7 @@ def workers(look: Look) -> Iterator[Finding]:
         yield healthy("workers", "no run is at work")
 
 
-def _batch_at_work(look: Look) -> str | None:
+def _batch_at_work(look: CheckContext) -> str | None:
     """Return a batch of which a run tells at this moment; a run's heartbeat outlives that."""
     view = read_queue(look.folder)
     for entry in view.entries if view else ():
@@ -60,16 +66,20 @@ def _batch_at_work(look: Look) -> str | None:
     return None
 
 
-def _judged(run_id: str, pulse: Pulse, look: Look) -> Finding:
+def _judged(run_id: str, last_heartbeat: LastHeartbeat, look: CheckContext) -> Finding:
     check, page = f"worker:{run_id}", run_link(look.settings, run_id)
-    beat, silent = pulse.heartbeat, look.now - pulse.at
+    beat, silent = last_heartbeat.heartbeat, look.now - last_heartbeat.at
     if beat is not None and not is_running(worker_of(beat)):
         level = Level.DEGRADED if silent <= NOTICED_SECONDS else Level.UNHEALTHY
         reason = f"its process {beat.pid} is gone; Dagster ends the run and starts it again"
         return Finding(check=check, level=level, reason=reason, next_command=page)
-    judgement = judge(pulse, _quiet(pulse, look.now), silent_seconds=look.settings.silent_seconds)
-    told = pulse.told
-    if judgement.condition is not Condition.ALIVE:
+    judgement = judge_worker(
+        last_heartbeat,
+        _quiet(last_heartbeat, look.now),
+        silent_seconds=look.settings.silent_seconds,
+    )
+    told = last_heartbeat.told
+    if judgement.condition is not WorkerState.ALIVE:
         return unhealthy(check, f"{judgement.condition}: {judgement.reason}", page)
     if told is None:
         return degraded(check, judgement.reason, page)
@@ -77,21 +87,25 @@ def _judged(run_id: str, pulse: Pulse, look: Look) -> Finding:
     return healthy(check, f"{told.job}{of}: {judgement.reason}")
 
 
-def _quiet(pulse: Pulse, now: float) -> Quiet:
-    beat = pulse.heartbeat
-    return Quiet(
-        heartbeat=now - pulse.at,
+def _quiet(last_heartbeat: LastHeartbeat, now: float) -> IdleTimes:
+    beat = last_heartbeat.heartbeat
+    return IdleTimes(
+        heartbeat=now - last_heartbeat.at,
         progress=now - beat.progress_at if beat else 0.0,
         loop=now - beat.loop_at if beat and beat.loop_at is not None else 0.0,
     )
 
 
-def engine(look: Look) -> Iterator[Finding]:
+def engine(look: CheckContext) -> Iterator[Finding]:
     """Judge whether engines answer: our own by what their runs say, a remote one by asking it."""
     if look.settings.engine is EngineKind.REMOTE:
         yield _remote(look.settings)
-    pulses = read_pulses(look.folder).values()
-    beats = [pulse.told for pulse in pulses if pulse.told is not None and is_alive(pulse, look)]
+    pulses = read_last_heartbeats(look.folder).values()
+    beats = [
+        last_heartbeat.told
+        for last_heartbeat in pulses
+        if last_heartbeat.told is not None and is_alive(last_heartbeat, look)
+    ]
     limit = look.settings.alert_engine_restarts
     for beat in beats:
         check = f"engine:{beat.run_id}"
@@ -116,7 +130,7 @@ def engine(look: Look) -> Iterator[Finding]:
         yield healthy("engine", "its runs say how it is")
 
 
-def _restarts(beat: Heartbeat, look: Look) -> int:
+def _restarts(beat: Heartbeat, look: CheckContext) -> int:
     """Count those of the run and of its batch's runs of late: each may have had only a few."""
     accounts = read_accounts(look.folder, beat.batch_id) if beat.batch_id else ()
     before = sum(

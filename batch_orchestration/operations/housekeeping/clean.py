@@ -19,9 +19,9 @@ from batch_orchestration.core.errors import BatchOrchestrationError, Housekeepin
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.atomic import read_kept, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.operations.housekeeping.settled import batches_at_rest
+from batch_orchestration.operations.housekeeping.settled import settled_batches
 from batch_orchestration.store.store import Store
-from batch_orchestration.workers.reporter import note_work
+from batch_orchestration.workers.reporter import report_progress
 
 
 class Removal(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +94,7 @@ def batches_to_retire(
     return retired
 
 
-class HouseReport(msgspec.Struct, frozen=True, kw_only=True):
+class CleanupReport(msgspec.Struct, frozen=True, kw_only=True):
     """What housekeeping came to, part by part, with the names of what went, or would.
 
     Attributes:
@@ -114,7 +114,7 @@ _BUSY = "housekeeping is at work already; look again in a few minutes"
 
 
 @dataclass(frozen=True)
-class House:
+class Cleanup:
     """What housekeeping works on, as it was when it began.
 
     Attributes:
@@ -143,7 +143,7 @@ class House:
     def at_rest(self) -> dict[str, float]:
         """The batches that may be touched at all, and since when they are at rest."""
         latest = self.now - LEAST_REST_SECONDS
-        resting = batches_at_rest(self.records.values(), self.folder)
+        resting = settled_batches(self.records.values(), self.folder)
         return {batch_id: since for batch_id, since in resting.items() if since <= latest}
 
     def ended_before(self, moment: float) -> list[str]:
@@ -158,7 +158,7 @@ class House:
 
 
 #: Given the house, and how old things may become (seconds).
-Cleaner = Callable[[House, float], Iterator[Removal]]
+Cleaner = Callable[[Cleanup, float], Iterator[Removal]]
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,9 @@ class Part:
     clean: Cleaner
 
 
-def keep_house(
+def run_cleanup(
     parts: Sequence[Part],
-    house: House,
+    house: Cleanup,
     *,
     clock: Callable[[], float],
     seconds: float = PART_SECONDS,
@@ -201,21 +201,21 @@ def keep_house(
     return results
 
 
-def keep_house_and_tell(
+def run_cleanup_and_report(
     parts: Sequence[Part],
-    house: House,
+    house: Cleanup,
     *,
     clock: Callable[[], float],
     seconds: float = PART_SECONDS,
-) -> HouseReport:
-    """Run the parts as `keep_house` does, and return the names of what went, too."""
+) -> CleanupReport:
+    """Run the parts as `run_cleanup` does, and return the names of what went, too."""
     removals: dict[str, list[Removal]] = {}
 
     def tell(part: str, removal: Removal) -> None:
         removals.setdefault(part, []).append(removal)
 
-    results = keep_house(parts, house, clock=clock, seconds=seconds, tell=tell)
-    return HouseReport(results=tuple(results), removals=removals)
+    results = run_cleanup(parts, house, clock=clock, seconds=seconds, tell=tell)
+    return CleanupReport(results=tuple(results), removals=removals)
 
 
 def results_path(folder: DataFolder) -> Path:
@@ -234,7 +234,7 @@ def read_results(folder: DataFolder) -> dict[str, PartResult]:
 
 def _run(
     part: Part,
-    house: House,
+    house: Cleanup,
     *,
     clock: Callable[[], float],
     seconds: float,
@@ -245,13 +245,13 @@ def _run(
     if house.doubt is not None and not house.dry_run:
         logger.warning("housekeeping of %s removes nothing: %s", part.name, house.doubt)
         return PartResult(part=part.name, at=house.now, problem=f"not done: {house.doubt}")
-    note_work()
+    report_progress()
     began, removed, size_bytes, more, problem = clock(), 0, 0, False, None
     try:
         for removal in part.clean(house, part.keep_seconds):
             removed, size_bytes = removed + 1, size_bytes + removal.size_bytes
             tell(part.name, removal)
-            note_work()
+            report_progress()
             if more := clock() - began > seconds:
                 break
     except Exception as error:  # noqa: BLE001 - whatever it is, the other parts are not to suffer

@@ -29,7 +29,7 @@ from batch_orchestration.gpu.sample_table import prune_samples
 from batch_orchestration.operations.housekeeping.clean import (
     LEAST_REST_SECONDS,
     Cleaner,
-    House,
+    Cleanup,
     Part,
     Removal,
 )
@@ -59,7 +59,7 @@ class InputRemoved(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
 
 
-def clean_journals(house: House, keep_seconds: float) -> Iterator[Removal]:
+def clean_journals(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove the journals of batches that were completed so long ago.
 
     Only if the files in the outbox, counted anew, have every request once. Journals of replays
@@ -93,7 +93,7 @@ def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: floa
     return True
 
 
-def clean_inputs(house: House, keep_seconds: float) -> Iterator[Removal]:
+def clean_inputs(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove kept inputs of batches that were completed so long ago and have no journals left."""
     before = house.now - keep_seconds
     faults = Faults()
@@ -116,7 +116,7 @@ def _needless(batch_id: str, folder: DataFolder) -> bool:
     return not replays_of(batch_id, folder) and folder.pruned_path(batch_id).exists()
 
 
-def _remove_input(plan: BatchPlan, files: list[Path], house: House) -> None:
+def _remove_input(plan: BatchPlan, files: list[Path], house: Cleanup) -> None:
     removed = InputRemoved(
         at=house.now, file_name=plan.file_name, sha256=plan.sha256, size_bytes=plan.size_bytes
     )
@@ -151,7 +151,7 @@ _TEMPORARY = re.compile(r"\..{1,40}\.[0-9a-f]{12}\.tmp")
 SETTLED_SECONDS = 30 * 86_400.0
 
 
-def clean_samples(house: House, keep_seconds: float) -> Iterator[Removal]:
+def clean_samples(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove old samples of batches at rest: rows of `gpu_samples`, and files."""
     pruned = prune_samples(
         *(house.folder, house.store, house.now, keep_seconds),
@@ -164,7 +164,7 @@ def clean_samples(house: House, keep_seconds: float) -> Iterator[Removal]:
         yield Removal(subject=f"{pruned.files:,} samples files", size_bytes=pruned.file_bytes)
 
 
-def clean_logs(house: House, keep_seconds: float) -> Iterator[Removal]:
+def clean_logs(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove logs of engines and run workers, but those of runs of batches that are not at rest."""
     spared = _runs_not_at_rest(house)
     old = _older(house.folder.logs.rglob("*.log*"), house.now - keep_seconds)
@@ -173,7 +173,7 @@ def clean_logs(house: House, keep_seconds: float) -> Iterator[Removal]:
     )
 
 
-def _runs_not_at_rest(house: House) -> set[str]:
+def _runs_not_at_rest(house: Cleanup) -> set[str]:
     """Return the runs that have worked on such batches, by the files that each run writes."""
     return {
         path.stem
@@ -184,13 +184,13 @@ def _runs_not_at_rest(house: House) -> set[str]:
     }
 
 
-def clean_rejected(house: House, keep_seconds: float) -> Iterator[Removal]:
+def clean_rejected(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove files that were refused, and the reasons beside them."""
     old = _older(house.folder.rejected.rglob("*"), house.now - keep_seconds)
     yield from _removed(old, house)
 
 
-def clean_leftovers(house: House, keep_seconds: float) -> Iterator[Removal]:
+def clean_stale_files(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove what crashes left: temporary files, heartbeats of runs that are gone, old verdicts."""
     # A write that goes on, or a run that lives, has changed its file within the hour.
     folder, before = house.folder, house.now - max(keep_seconds, LEAST_REST_SECONDS)
@@ -202,11 +202,11 @@ def clean_leftovers(house: House, keep_seconds: float) -> Iterator[Removal]:
     yield from _removed(_older(settled, settled_before), house)
 
 
-def _ours(house: House) -> Iterator[Path]:
+def _ours(house: Cleanup) -> Iterator[Path]:
     """Yield what lies where temporary files of ours may: not in the inbox, nor below a claim."""
     folder = house.folder
     yield from folder.root.glob(".*.tmp")
-    for own in ("heartbeats", "surveys", "claims/.settled"):
+    for own in ("heartbeats", "scans", "claims/.settled"):
         yield from (folder.root / own).glob(".*.tmp")
     for batch_id in house.at_rest:
         for place in (
@@ -229,7 +229,7 @@ def _older(paths: Iterable[Path], before: float) -> Iterator[Path]:
             yield path
 
 
-def _removed(paths: Iterable[Path], house: House) -> Iterator[Removal]:
+def _removed(paths: Iterable[Path], house: Cleanup) -> Iterator[Removal]:
     """Remove files; one that cannot be removed does not keep the others, and is told at the end."""
     problem: StorageError | None = None
     for path in list(paths):
@@ -253,7 +253,7 @@ def _name(path: Path, folder: DataFolder) -> str:
 SECONDS_PER_DAY = 86_400.0
 
 
-def house_parts(settings: Settings) -> list[Part]:
+def cleanup_parts(settings: Settings) -> list[Part]:
     """Return what housekeeping removes from the data folder, in the order in which it does."""
     days: list[tuple[str, float, Cleaner]] = [
         ("journals", settings.journal_retention_days, clean_journals),
@@ -261,6 +261,6 @@ def house_parts(settings: Settings) -> list[Part]:
         ("inputs", settings.input_retention_days, clean_inputs),
         ("rejected", settings.rejected_retention_days, clean_rejected),
         ("logs", settings.log_retention_days, clean_logs),
-        ("leftovers", settings.leftover_retention_days, clean_leftovers),
+        ("stale-files", settings.stale_file_retention_days, clean_stale_files),
     ]
     return [Part(name, SECONDS_PER_DAY * kept, clean) for name, kept, clean in days]

@@ -9,7 +9,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.store.operations import last_operation_at, replays_of
 
 
-def batches_at_rest(records: Iterable[BatchRecord], folder: DataFolder) -> dict[str, float]:
+def settled_batches(records: Iterable[BatchRecord], folder: DataFolder) -> dict[str, float]:
     """Return the batches at rest, and since when they are, in POSIX seconds.
 
     Such a batch was delivered, has no replay that is not over, and nobody has decided to go on with

@@ -32,10 +32,10 @@ from batch_orchestration.operations.metrics.sources import (
 )
 from batch_orchestration.queue.entries import EntryState, QueueEntry
 from batch_orchestration.queue.files import read_pause, read_queue
-from batch_orchestration.workers.heartbeat import Heartbeat, Pulse
-from batch_orchestration.workers.heartbeat_files import read_pulses
+from batch_orchestration.workers.heartbeat import Heartbeat, LastHeartbeat
+from batch_orchestration.workers.heartbeat_files import read_last_heartbeats
 from batch_orchestration.workers.progress import read_progress
-from batch_orchestration.workers.utilization import RunAccount, kept
+from batch_orchestration.workers.utilization import TimeBreakdown, kept
 
 #: Batches and runs with series of their own, whatever happens.
 MOST_NAMED = 25
@@ -117,8 +117,13 @@ class MetricsCollector(Collector):
         put_queue(page, self._folder, self._store.figures)
 
     def _put_workers(self, page: MetricPage) -> None:
-        pulses = sorted(read_pulses(self._folder).values(), key=lambda pulse: -pulse.at)
-        beats = [beat for pulse in pulses if (beat := _last_beat(pulse)) is not None]
+        pulses = sorted(
+            read_last_heartbeats(self._folder).values(),
+            key=lambda last_heartbeat: -last_heartbeat.at,
+        )
+        beats = [
+            beat for last_heartbeat in pulses if (beat := _last_beat(last_heartbeat)) is not None
+        ]
         put_workers(page, beats[:MOST_NAMED], self._clock())
 
     def _put_fences(self, page: MetricPage) -> None:
@@ -130,13 +135,13 @@ class MetricsCollector(Collector):
             put_health(page, report)
 
 
-def _last_beat(pulse: Pulse) -> Heartbeat | None:
+def _last_beat(last_heartbeat: LastHeartbeat) -> Heartbeat | None:
     """Return what a worker said last; of one that is only heard nobody knows how far it is."""
-    beat = pulse.heartbeat
+    beat = last_heartbeat.heartbeat
     if beat is None:
         return None
-    patience = inf if pulse.outdated else beat.patience_seconds
-    return replace(beat, at=pulse.at, patience_seconds=patience)
+    patience = inf if last_heartbeat.outdated else beat.patience_seconds
+    return replace(beat, at=last_heartbeat.at, patience_seconds=patience)
 
 
 def put_store(page: MetricPage, figures: StoreFigures) -> None:
@@ -171,7 +176,7 @@ def put_batches(
             for state, count in (("completed", completed), ("failed", failed), ("pending", left)):
                 page.put("batch_requests", count, batch=batch.batch_id, state=state)
             if (share := kept(accounts.of(batch.batch_id))) is not None:
-                page.put("batch_kept_ratio", share.fraction, batch=batch.batch_id)
+                page.put("batch_utilization_ratio", share.fraction, batch=batch.batch_id)
     page.put("requests_pending", pending)
 
 
@@ -186,7 +191,7 @@ def _outcomes(batch: BatchFigures, folder: DataFolder) -> tuple[int, int]:
     return batch.completed, batch.failed
 
 
-def put_accounts(page: MetricPage, accounts: Iterable[RunAccount]) -> None:
+def put_accounts(page: MetricPage, accounts: Iterable[TimeBreakdown]) -> None:
     """Put where the wall time of all runs went."""
     every = list(accounts)
     for part, field in PARTS.items():

@@ -80,7 +80,9 @@ METRICS: tuple[MetricName, ...] = (
     _gauge("batches", "Batches in the store.", "status"),
     _gauge("requests_pending", "Requests of unfinished batches that have no outcome yet."),
     _gauge("batch_requests", "Requests of unfinished and of the last batches.", "batch", "state"),
-    _gauge("batch_kept_ratio", "Share of its runs' time in which the engine was full.", "batch"),
+    _gauge(
+        "batch_utilization_ratio", "Share of its runs' time in which the engine was full.", "batch"
+    ),
     _counter("run_seconds_total", "Wall time of runs, by what it went into.", "part"),
     _counter("engine_restarts_total", "Engines that died and were started again."),
     # The queue

@@ -16,7 +16,7 @@ from batch_orchestration.core.results import LATENCY_BOUNDS
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.store import rows
 from batch_orchestration.store.connection import reading
-from batch_orchestration.workers.utilization import RunAccount
+from batch_orchestration.workers.utilization import TimeBreakdown
 from batch_orchestration.workers.utilization_files import accounts_path, read_accounts
 
 
@@ -225,7 +225,7 @@ class AccountsSource:
     def __init__(self, folder: DataFolder) -> None:
         self._folder = folder
         self._changed_at: dict[str, int] = {}
-        self._accounts: dict[str, dict[str, RunAccount]] = {}
+        self._accounts: dict[str, dict[str, TimeBreakdown]] = {}
 
     def refresh(self) -> None:
         """Read the accounts that have changed."""
@@ -235,11 +235,11 @@ class AccountsSource:
                 known = self._accounts.setdefault(batch_id, {})
                 known.update((a.run_id, a) for a in read_accounts(self._folder, batch_id))
 
-    def of(self, batch_id: str) -> list[RunAccount]:
+    def of(self, batch_id: str) -> list[TimeBreakdown]:
         """Return the accounts of a batch."""
         return list(self._accounts.get(batch_id, {}).values())
 
-    def all(self) -> Iterator[RunAccount]:
+    def all(self) -> Iterator[TimeBreakdown]:
         """Yield every account."""
         for accounts in self._accounts.values():
             yield from accounts.values()

@@ -1,3 +1,3 @@
 -- The rung of the engine's memory ladder on which the chunk was completed, for people; NULL if that
 -- is not known.
-ALTER TABLE chunks ADD COLUMN engine_rung VARCHAR;
+ALTER TABLE chunks ADD COLUMN memory_level VARCHAR;

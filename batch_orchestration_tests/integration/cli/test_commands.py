@@ -40,11 +40,11 @@ def test_status_of_a_folder_that_no_daemon_ever_opened_says_what_waits_there(cli
     cli.folder.inbox.mkdir(parents=True)
     (cli.folder.inbox / "a.jsonl").write_bytes(make_input(1))
 
-    board = cli.json("status")
+    overview = cli.json("status")
     text = cli.run("status").stdout
 
-    assert board["unread"]
-    assert [row["path"] for row in board["waiting"]] == [str(cli.folder.inbox / "a.jsonl")]
+    assert overview["unread"]
+    assert [row["path"] for row in overview["waiting"]] == [str(cli.folder.inbox / "a.jsonl")]
     assert "complete; no daemon has ever looked at this inbox" in text
     assert "`make dev`" in text
     assert f"BATCH_DATA_DIR={cli.folder.root}" in text.replace("\n", "")
@@ -63,12 +63,12 @@ def test_status_lists_what_waits_and_what_was_rejected(cli, tmp_path):
     cli.admit_inbox()
     (cli.folder.inbox / "notes.txt").write_text("hello")
 
-    board = cli.json("status")
+    overview = cli.json("status")
 
-    assert board["waiting"][0]["path"].endswith("notes.txt")
-    assert "rename to .jsonl" in board["waiting"][0]["reason"]
-    assert board["rejected"][0]["file_name"] == "bad.jsonl"
-    assert "validate" in board["rejected"][0]["next_step"]
+    assert overview["waiting"][0]["path"].endswith("notes.txt")
+    assert "rename to .jsonl" in overview["waiting"][0]["reason"]
+    assert overview["rejected"][0]["file_name"] == "bad.jsonl"
+    assert "validate" in overview["rejected"][0]["next_step"]
     text = cli.run("status").stdout
     assert "notes.txt" in text
     assert "bad.jsonl" in text

@@ -3,7 +3,7 @@
 import pytest
 
 from batch_orchestration.operations.health import examine as health_service
-from batch_orchestration.queue.entries import NeedsPerson, Pause
+from batch_orchestration.queue.entries import NeedsAttention, Pause
 from batch_orchestration.queue.files import pause
 from batch_orchestration_tests.support.command_line import CommandLine
 from batch_orchestration_tests.support.health_bench import HealthBench
@@ -40,7 +40,7 @@ def test_degraded_is_exit_code_3_with_the_next_command(bench):
 
 
 def test_unhealthy_is_exit_code_1_and_the_worst_comes_first(bench):
-    bench.tick(needs=(NeedsPerson(batch_id="b-1", run_id="run-9", reason="it broke"),))
+    bench.tick(needs=(NeedsAttention(batch_id="b-1", run_id="run-9", reason="it broke"),))
     bench.now += 10_000
 
     rows = say(bench, exit_code=1)

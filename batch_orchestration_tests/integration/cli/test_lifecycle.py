@@ -6,7 +6,7 @@ import time
 import pytest
 
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.lifecycle.close_out import close_out
+from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration_tests.support.command_line import CommandLine
 
 
@@ -19,7 +19,7 @@ def cli(tmp_path, monkeypatch):
 
 
 def deliver(cli, plan):
-    chunks = close_out(
+    chunks = fail_unanswered(
         plan.batch_id, folder=cli.folder, store=cli.store, run_id="run-1", clock=time.time
     )
     list(chunks)

@@ -238,9 +238,9 @@ def test_status_works_while_the_store_is_locked_and_names_the_holder(cli, held_s
 
     assert f"pid {holder.pid}" in result.stderr
     assert "3: 1 answered, 1 failed, 1 pending" in result.stdout
-    board = cli.json("status", store=store)
-    assert f"pid {holder.pid}" in board["store_problem"]
-    assert board["data"][0]["request_counts"]["completed"] == 1
+    overview = cli.json("status", store=store)
+    assert f"pid {holder.pid}" in overview["store_problem"]
+    assert overview["data"][0]["request_counts"]["completed"] == 1
 
 
 def test_what_needs_the_store_fails_with_the_holders_name(cli, held_store):

@@ -13,7 +13,7 @@ from dagster._core.remote_origin import (
 
 from batch_orchestration.core.lifecycle import Resumption, deadline
 from batch_orchestration.lifecycle.cancellation import cancel
-from batch_orchestration.lifecycle.close_out import close_out
+from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration_tests.integration.defs.test_sensors import CANCELED, STARTED, pretend
 from batch_orchestration_tests.support.builders import make_input
 from batch_orchestration_tests.support.deployment import Deployment
@@ -165,7 +165,7 @@ def test_chunks_that_a_killed_delivery_committed_silently_are_told_by_the_next(d
     batch_id = deployment.admit("a.jsonl", make_input(12))
     cancelled(deployment, batch_id)
     list(
-        close_out(
+        fail_unanswered(
             batch_id,
             folder=deployment.folder,
             store=deployment.store,

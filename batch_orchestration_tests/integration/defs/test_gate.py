@@ -10,7 +10,7 @@ import pytest
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.files.journal import replay_journal
-from batch_orchestration.queue.files import read_needs, read_queue
+from batch_orchestration.queue.files import read_needs_attention, read_queue
 from batch_orchestration.settings import EngineKind
 from batch_orchestration_tests.support.builders import make_input
 from batch_orchestration_tests.support.deployment import Deployment
@@ -62,7 +62,7 @@ def test_a_batch_waits_for_a_key_and_goes_on_by_itself(
     for told in ("HTTP 401: Incorrect API key provided: sk-1", server.url, "BATCH_API_KEY"):
         assert told in reasons[-1]
     assert "looked at again in" in reasons[-1]
-    (need,) = read_needs(deployment.folder) or ()
+    (need,) = read_needs_attention(deployment.folder) or ()
     assert need.batch_id == batch_id
     assert "HTTP 401" in need.reason
     (entry,) = read_queue(deployment.folder).entries
@@ -82,7 +82,7 @@ def test_a_batch_waits_for_a_key_and_goes_on_by_itself(
         work(deployment)
     assert deployment.store.batch(batch_id).completed == 12
     assert work(deployment) == 0
-    assert read_needs(deployment.folder) == ()
+    assert read_needs_attention(deployment.folder) == ()
 
 
 def test_more_refused_runs_than_a_batch_may_fail_leave_it_to_go_on_by_itself(
@@ -120,4 +120,4 @@ def test_a_dying_engine_asks_a_person_after_one_run(
         assert engine.starts <= 3
         assert "waits for a person" in asked
         assert "dies whatever it is asked" in asked
-        assert read_needs(deployment.folder)
+        assert read_needs_attention(deployment.folder)

@@ -16,10 +16,10 @@ from batch_orchestration.defs.partitions import BATCH_TAG
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.operations.housekeeping.clean import (
-    House,
-    HouseReport,
-    keep_house_and_tell,
+    Cleanup,
+    CleanupReport,
     results_path,
+    run_cleanup_and_report,
 )
 from batch_orchestration_tests.support.builders import make_input, make_line
 from batch_orchestration_tests.support.deployment import Deployment
@@ -38,11 +38,11 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
     deployment.close()
 
 
-def clean(deployment: Deployment, *parts: str, days: float = 100, **settings: Any) -> HouseReport:
+def clean(deployment: Deployment, *parts: str, days: float = 100, **settings: Any) -> CleanupReport:
     """Clean up, as if so many days had gone by."""
     in_force = deployment.settings.model_copy(update=settings)
-    house = House(deployment.folder, deployment.store, now=time.time() + days * DAY)
-    report = keep_house_and_tell(
+    house = Cleanup(deployment.folder, deployment.store, now=time.time() + days * DAY)
+    report = run_cleanup_and_report(
         [p for p in dagster_parts(deployment.instance, in_force) if p.name in parts],
         house,
         clock=time.monotonic,

@@ -16,7 +16,7 @@ from batch_orchestration.defs.launcher import LocalProcessRunLauncher
 from batch_orchestration.engines.processes.records import ProcessIdentity, identify, is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.workers.cleanup import WORKER_TAG, worker_of
-from batch_orchestration.workers.heartbeat_files import read_pulse
+from batch_orchestration.workers.heartbeat_files import read_last_heartbeat
 from batch_orchestration_tests.support.dagster_processes import PATIENCE, kill, wait_until
 
 START_SECONDS = 60
@@ -132,7 +132,7 @@ def test_a_worker_is_detached_recorded_and_runs_to_the_end(bench):
     assert os.getsid(bench.worker.pid) == bench.worker.pid
     assert bench.seen() is WorkerStatus.RUNNING
     assert bench.health_seen_by_another_process() is WorkerStatus.RUNNING
-    beat = read_pulse(bench.heartbeat).told
+    beat = read_last_heartbeat(bench.heartbeat).told
     assert (beat.run_id, beat.job) == (bench.run_id, "waiting")
     assert worker_of(beat) == bench.worker
     bench.until.touch()

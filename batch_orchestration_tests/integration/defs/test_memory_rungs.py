@@ -28,7 +28,7 @@ def rungs_shown(deployment, name: str, requests: int) -> set[str]:
     )
     assert result.success
     return {
-        event.materialization.metadata["engine_rung"].value
+        event.materialization.metadata["memory_level"].value
         for event in result.all_events
         if event.is_step_materialization
     }
@@ -42,11 +42,11 @@ def test_the_rung_is_shown_and_the_next_run_begins_on_it(deployment) -> None:
 
     conditions.unlink()
     assert rungs_shown(deployment, "second.jsonl", 41) == {"max-num-seqs 8"}
-    [(engine, descent)] = json.loads(deployment.folder.rungs.read_text()).items()
+    [(engine, descent)] = json.loads(deployment.folder.memory_levels.read_text()).items()
     assert engine.startswith("simulated on cuda")
     assert descent["rungs"] == [{"max_num_seqs": 16}, {"max_num_seqs": 8}]
 
 
 def test_an_engine_with_enough_memory_runs_as_configured(deployment) -> None:
     assert rungs_shown(deployment, "first.jsonl", 20) == {"as configured"}
-    assert not deployment.folder.rungs.exists()
+    assert not deployment.folder.memory_levels.exists()

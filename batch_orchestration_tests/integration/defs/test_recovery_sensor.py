@@ -16,7 +16,7 @@ from batch_orchestration.engines.processes.records import (
     is_running,
     write_record,
 )
-from batch_orchestration.queue.files import read_needs
+from batch_orchestration.queue.files import read_needs_attention
 from batch_orchestration.workers.cleanup import WORKER_TAG, RecordedWorker
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration.workers.heartbeat_files import write_heartbeat
@@ -132,15 +132,15 @@ def test_a_run_whose_worker_died_while_it_started_fails_at_the_next_tick(deploym
 
 def test_a_run_that_never_got_a_worker_fails_when_none_can_come_any_more(deployment, monkeypatch):
     """The daemon died before it started one; one that was started and not recorded beats."""
-    beating = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=None)
-    beat_as(deployment, beating, identify(os.getpid()))
+    heartbeats_written = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=None)
+    beat_as(deployment, heartbeats_written, identify(os.getpid()))
     without = add_run(deployment, dg.DagsterRunStatus.STARTING, worker=None)
     monkeypatch.setattr(recovery, "RECORD_SECONDS", -1.0)
 
     assert without in deployment.reason("recovery_sensor")
 
     assert status_of(deployment, without) is dg.DagsterRunStatus.FAILURE
-    assert status_of(deployment, beating) is dg.DagsterRunStatus.STARTING
+    assert status_of(deployment, heartbeats_written) is dg.DagsterRunStatus.STARTING
 
 
 def test_a_heartbeat_that_nobody_can_read_goes_once_its_run_is_over(deployment):
@@ -207,11 +207,11 @@ def test_a_batch_whose_workers_are_ended_again_and_again_ends_at_a_person_not_in
         run = deployment.instance.create_run_for_job(
             job, tags=dict(request.tags), status=dg.DagsterRunStatus.STARTED
         )
-        assert read_needs(deployment.folder) in (None, ())
+        assert read_needs_attention(deployment.folder) in (None, ())
         deployment.instance.report_run_failed(run, "run worker 1 was silent and has been killed")
 
     assert "waits for a person" in deployment.reason("dispatch_sensor")
-    (need,) = read_needs(deployment.folder) or ()
+    (need,) = read_needs_attention(deployment.folder) or ()
     assert (need.batch_id, need.run_id) == (batch_id, run.run_id)
 
 
@@ -228,11 +228,11 @@ def test_a_file_whose_admission_is_ended_again_and_again_is_named_to_a_person(de
             status=dg.DagsterRunStatus.STARTED,
         )
         deployment.tick("dispatch_sensor")
-        assert read_needs(deployment.folder) == ()
+        assert read_needs_attention(deployment.folder) == ()
         deployment.instance.report_run_failed(run, "run worker 1 was silent and has been killed")
 
     deployment.tick("dispatch_sensor")
 
-    (need,) = read_needs(deployment.folder) or ()
+    (need,) = read_needs_attention(deployment.folder) or ()
     assert (need.batch_id, need.run_id) == ("a.jsonl", run.run_id)
     assert "3 admissions failed; the next in" in deployment.reason("inbox_sensor")

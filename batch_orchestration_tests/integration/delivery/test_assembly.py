@@ -92,7 +92,7 @@ def test_each_request_is_in_exactly_one_file_in_input_order(folder, store):
     assert read_ids(files["errors.jsonl"]) == [f"request-{i}" for i in errors]
     answered = [i for i in range(25) if i not in errors]
     assert read_ids(files["output.jsonl"]) == [f"request-{i}" for i in answered]
-    assert (report.tally.completed, report.tally.failed) == (22, 3)
+    assert (report.totals.completed, report.totals.failed) == (22, 3)
     assert report.text.encode() == files["report.md"]
 
 

@@ -246,7 +246,7 @@ def test_an_unfinished_batch_leaves_partial_files_and_goes_on_as_it_was(bench):
     report = deliver(bench, plan)
 
     assert isinstance(report, PartialReport)
-    assert (report.tally.completed, report.tally.failed, report.total) == (11, 2, 30)
+    assert (report.totals.completed, report.totals.failed, report.total) == (11, 2, 30)
     assert not report.files.output.exists()
     assert bench.store.batch(plan.batch_id) == before
     counts = recount(plan, report.files)
@@ -274,7 +274,7 @@ def test_a_later_partial_delivery_replaces_an_earlier_one(bench):
 
     report = deliver(bench, plan)
 
-    assert report.tally.total == 23
+    assert report.totals.total == 23
     assert len(report.files.partial_output.read_bytes().splitlines()) == 21
 
 

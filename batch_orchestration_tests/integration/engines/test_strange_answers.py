@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Usage
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.delivery.assembly import assemble
-from batch_orchestration.engines.openai_server import ServerEngine
+from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.files import journal_records as records
 from batch_orchestration.files.journal import Journal
@@ -45,7 +45,9 @@ def run_against(bench: ClosingBench, answer: Answer, *, requests: int, run_id: s
     plan = bench.admit_now(requests)
     with raw_server(answer) as url:
         limits = AnswerLimits(one_bytes=2**20, all_bytes=2**21)
-        engine = ServerEngine(url, timeout_seconds=20.0, lost_after_seconds=5.0, limits=limits)
+        engine = OpenAIServerEngine(
+            url, timeout_seconds=20.0, lost_after_seconds=5.0, limits=limits
+        )
         retry = RetryPolicy(max_attempts=2, base_delay_seconds=0.0, max_retry_after_seconds=0.0)
         bench.run(plan, engine, run_id=run_id, retry=retry)
     return plan
@@ -245,7 +247,7 @@ def test_a_wait_that_the_engine_asks_for_is_shown_with_its_reason_and_its_end(
     progress = waiting_progress(bench, plan.batch_id)
     command = CommandLine(bench.folder)
     told = command.run("status", plan.batch_id).output
-    board = command.run("status").output
+    overview = command.run("status").output
     as_json = command.json("status", plan.batch_id)["progress"]["waiting"]
     bench.cancel(plan)
     run.join(30)
@@ -254,7 +256,7 @@ def test_a_wait_that_the_engine_asks_for_is_shown_with_its_reason_and_its_end(
     assert progress.waiting.requests == 3
     assert progress.waiting.until - asked_at == pytest.approx(seconds, abs=60)
     assert "24 h 0 min (HTTP status 429): come back tomorrow" in " ".join(told.split())
-    assert "3 wait at the engine's wish" in " ".join(board.split())
+    assert "3 wait at the engine's wish" in " ".join(overview.split())
     assert as_json["requests"] == 3
     assert not run.is_alive()
 

@@ -8,7 +8,7 @@ import pytest
 
 from batch_orchestration.core.errors import DiskFull, EngineDied, GpuUnhealthy
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
-from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.chunk_pass import PendingRequest
 from batch_orchestration.inference.faults import transient_errors as obstacles
 from batch_orchestration.inference.run import run_chunks
@@ -49,18 +49,18 @@ class SlowEngine(ScriptedEngine):
 class Device:
     """Its care changes when so many requests have been submitted."""
 
-    def __init__(self, *changes: tuple[int, DeviceCare]) -> None:
+    def __init__(self, *changes: tuple[int, Throttle]) -> None:
         self.engine = SlowEngine(self._script)
         self.script: Script = lambda body, times: None
         self._changes = list(changes)
-        self._care = DeviceCare()
+        self._care = Throttle()
         self.submitted = 0
 
     def _script(self, body: bytes, times: int):
         self.submitted += 1
         return self.script(body, times)
 
-    def care(self) -> DeviceCare:
+    def throttle(self) -> Throttle:
         if self._changes and self.submitted >= self._changes[0][0]:
             self._care = self._changes.pop(0)[1]
         return self._care
@@ -75,13 +75,13 @@ def run(bench: Workbench, device: Device, requests: int = 60, **feeding):
         store=bench.store,
         run_id="run-1",
         feeding=make_feeding(in_flight=16, **feeding),
-        care=device.care,
+        throttle=device.throttle,
     )
     return plan, chunks
 
 
 def test_a_smaller_share_narrows_the_window_and_cancels_nothing(tmp_path: Path) -> None:
-    bench, device = Workbench(tmp_path), Device((20, DeviceCare(share=0.25)))
+    bench, device = Workbench(tmp_path), Device((20, Throttle(share=0.25)))
 
     plan, chunks = run(bench, device)
     list(chunks)
@@ -96,14 +96,14 @@ def test_a_smaller_share_narrows_the_window_and_cancels_nothing(tmp_path: Path) 
 def test_a_pause_keeps_what_is_in_flight_and_goes_on_by_itself(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench, device = Workbench(tmp_path), Device((20, DeviceCare(share=0.0)))
+    bench, device = Workbench(tmp_path), Device((20, Throttle(share=0.0)))
     looks = 0
 
-    def care() -> DeviceCare:
+    def throttle() -> Throttle:
         nonlocal looks
-        now = device.care()
+        now = device.throttle()
         looks += now.share == 0 and not device.engine.in_flight
-        return DeviceCare() if looks > 20 else now
+        return Throttle() if looks > 20 else now
 
     plan = bench.admitted(60)
     list(
@@ -114,7 +114,7 @@ def test_a_pause_keeps_what_is_in_flight_and_goes_on_by_itself(
             store=bench.store,
             run_id="run-1",
             feeding=make_feeding(in_flight=16),
-            care=care,
+            throttle=throttle,
         )
     )
 
@@ -126,7 +126,7 @@ def test_a_pause_keeps_what_is_in_flight_and_goes_on_by_itself(
 
 
 def test_a_stop_lets_what_is_in_flight_finish_and_then_ends_the_run(tmp_path: Path) -> None:
-    bench, device = Workbench(tmp_path), Device((20, DeviceCare(stop="Xid 79 on GPU 0")))
+    bench, device = Workbench(tmp_path), Device((20, Throttle(stop="Xid 79 on GPU 0")))
 
     plan, chunks = run(bench, device)
     with pytest.raises(GpuUnhealthy, match="Xid 79 on GPU 0"):
@@ -140,7 +140,7 @@ def test_a_stop_lets_what_is_in_flight_finish_and_then_ends_the_run(tmp_path: Pa
 
 
 def test_after_a_stop_no_request_is_tried_again_and_none_is_a_dead_letter(tmp_path: Path) -> None:
-    bench, device = Workbench(tmp_path), Device((10, DeviceCare(stop="ECC")))
+    bench, device = Workbench(tmp_path), Device((10, Throttle(stop="ECC")))
     device.script = lambda body, times: Failure(
         code=FailureCode.ENGINE_ERROR, message="scripted", status=500
     )
@@ -156,7 +156,7 @@ def test_after_a_stop_no_request_is_tried_again_and_none_is_a_dead_letter(tmp_pa
 
 
 def test_an_engine_that_dies_of_its_device_makes_no_request_suspect(tmp_path: Path) -> None:
-    bench, device = Workbench(tmp_path), Device((12, DeviceCare(stop="GPU is lost")))
+    bench, device = Workbench(tmp_path), Device((12, Throttle(stop="GPU is lost")))
     device.script = lambda body, times: EngineDied("scripted") if device.submitted > 14 else None
 
     plan, chunks = run(bench, device)
@@ -171,7 +171,7 @@ def test_an_engine_that_dies_of_its_device_makes_no_request_suspect(tmp_path: Pa
 
 
 def test_a_stop_when_everything_is_answered_changes_nothing(tmp_path: Path) -> None:
-    bench, device = Workbench(tmp_path), Device((60, DeviceCare(stop="too late")))
+    bench, device = Workbench(tmp_path), Device((60, Throttle(stop="too late")))
 
     plan, chunks = run(bench, device)
     list(chunks)
@@ -180,7 +180,7 @@ def test_a_stop_when_everything_is_answered_changes_nothing(tmp_path: Path) -> N
 
 
 def test_a_stop_does_not_wait_for_an_hour_that_the_engine_asked_for(tmp_path: Path) -> None:
-    bench, device = Workbench(tmp_path), Device((10, DeviceCare(stop="ECC")))
+    bench, device = Workbench(tmp_path), Device((10, Throttle(stop="ECC")))
     device.script = lambda body, times: make_failure(
         FailureCode.ENGINE_OVERLOADED, retry_after_seconds=3600.0
     )
@@ -198,7 +198,7 @@ def test_a_stop_does_not_wait_for_room_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(obstacles, "OBSTACLE_POLL_SECONDS", 0.002)
-    bench, device = Workbench(tmp_path), Device((10, DeviceCare(stop="ECC")))
+    bench, device = Workbench(tmp_path), Device((10, Throttle(stop="ECC")))
 
     def no_room(*_: object) -> None:
         raise DiskFull("no space left")
@@ -214,18 +214,18 @@ def test_a_stop_does_not_wait_for_room_on_a_full_disk(
 
 
 def test_a_pause_costs_a_request_that_waits_for_its_next_attempt_none(tmp_path: Path) -> None:
-    bench, device = Workbench(tmp_path), Device((10, DeviceCare(share=0.0)))
+    bench, device = Workbench(tmp_path), Device((10, Throttle(share=0.0)))
     device.script = lambda body, times: (
         make_failure(FailureCode.ENGINE_OVERLOADED) if device.submitted <= 16 else None
     )
     plan, looks, during = bench.admitted(16), 0, set[int]()
 
-    def care() -> DeviceCare:
+    def throttle() -> Throttle:
         nonlocal looks
-        now = device.care()
+        now = device.throttle()
         looks += now.share == 0
         if looks > 200:
-            return DeviceCare()
+            return Throttle()
         if now.share == 0:
             during.add(len(device.engine.taken))
         return now
@@ -238,7 +238,7 @@ def test_a_pause_costs_a_request_that_waits_for_its_next_attempt_none(tmp_path: 
             store=bench.store,
             run_id="run-1",
             feeding=make_feeding(in_flight=16),
-            care=care,
+            throttle=throttle,
         )
     )
 

@@ -249,7 +249,7 @@ def test_a_paused_batch_can_be_cancelled(bench: HaltingBench) -> None:
     assert len(errors) == 100
     assert len(errors) - FIRST_OUTCOMES - WINDOW < len(unasked) <= len(errors) - FIRST_OUTCOMES
     bench.go_on(plan)
-    assert bench.finish(plan).tally.total == 100
+    assert bench.finish(plan).totals.total == 100
     assert bench.status(plan) == "completed"
 
 

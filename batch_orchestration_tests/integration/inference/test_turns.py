@@ -10,7 +10,7 @@ import pytest
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import PlanMismatch
-from batch_orchestration.core.lifecycle import Closing
+from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.inference import scheduling as turns
@@ -330,9 +330,9 @@ def test_a_guest_that_is_cancelled_while_it_probes_a_sick_engine_does_not_stop_t
     """All of the window is the guest's, so that nothing is drawn; and its probe never ends."""
     own, guest = bench.batch("own", 200), bench.batch("guest", 40)
     bench.queue(entry(guest, effective=5), entry(own))
-    engine, closing = SickForGuests(), bench.folder.closing_path(guest.batch_id)
+    engine, closing = SickForGuests(), bench.folder.early_end_path(guest.batch_id)
     engine.on_probe = lambda: closing.write_bytes(
-        msgspec.json.encode(Closing(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason=""))
+        msgspec.json.encode(EarlyEnd(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason=""))
     )
 
     policy = BreakerPolicy(last=8, pause_seconds=0.05, max_pause_seconds=0.05, probes=99)
@@ -362,7 +362,7 @@ class SickForGuests(PacedEngine):
 def test_a_guest_that_ends_early_is_let_go_and_its_journal_is_free(bench: TurnBench) -> None:
     own, guest = bench.batch("own", 400), bench.batch("guest", 100, requests_per_chunk=50)
     bench.queue(entry(guest, effective=5), entry(own))
-    closing = bench.folder.plan_path(guest.batch_id).with_name("closing.json")
+    closing = bench.folder.plan_path(guest.batch_id).with_name("early-end.json")
     journal = bench.folder.journal_path(guest.batch_id, 0)
     free = []
     engine = PacedEngine(when_asked("guest 20.", closing.touch), seconds=0.05)

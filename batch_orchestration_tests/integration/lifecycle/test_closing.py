@@ -16,7 +16,7 @@ from batch_orchestration.delivery.assembly import OutboxFiles
 from batch_orchestration.delivery.recount import recount
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.lifecycle.cancellation import cancel
-from batch_orchestration.lifecycle.close_out import close_out
+from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration.operations.recovery import recover
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import make_provenance
@@ -61,7 +61,7 @@ def test_a_batch_that_waits_to_run_is_cancelled_without_an_engine(bench: Closing
     assert engine.starts == 0
     assert bench.status(plan) == "cancelled"
     assert bench.history(plan) == [("cancelling", "tester"), ("cancelled", "deliver-1")]
-    assert (report.tally.completed, report.tally.failed) == (0, 25)
+    assert (report.totals.completed, report.totals.failed) == (0, 25)
     assert_all_accounted(bench, plan)
 
 
@@ -241,7 +241,7 @@ def test_nothing_is_closed_out_while_a_run_is_still_at_work(bench: ClosingBench)
 
     with journal, pytest.raises(JournalInUse):
         list(
-            close_out(
+            fail_unanswered(
                 plan.batch_id,
                 folder=bench.folder,
                 store=bench.store,

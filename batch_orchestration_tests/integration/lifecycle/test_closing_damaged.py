@@ -6,8 +6,8 @@ import pytest
 
 from batch_orchestration.core.errors import FileDamaged, StorageError
 from batch_orchestration.core.lifecycle import deadline
-from batch_orchestration.lifecycle.cancellation import close_due
-from batch_orchestration.lifecycle.close_out import close_out
+from batch_orchestration.lifecycle.cancellation import end_overdue
+from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration_tests.support.closing_bench import ClosingBench, StickingEngine
 
 
@@ -67,7 +67,7 @@ def test_a_batch_whose_kept_input_has_changed_is_delivered_when_it_is_cancelled(
     report = bench.deliver(plan)
 
     assert bench.status(plan) == "cancelled"
-    assert (report.tally.completed, report.tally.failed) == (12, 18)
+    assert (report.totals.completed, report.totals.failed) == (12, 18)
     output, errors = bench.lines(plan, "output.jsonl"), bench.lines(plan, "errors.jsonl")
     lines = [*output, *errors]
     answered = {line["custom_id"] for line in output}
@@ -87,11 +87,11 @@ def test_one_whose_window_is_over_is_delivered_too(bench):
     report = bench.deliver(plan)
 
     assert bench.status(plan) == "expired"
-    assert report.tally.failed == 30
+    assert report.totals.failed == 30
     assert bench.lines(plan, "errors.jsonl")[7]["custom_id"] == "request-7"
 
 
-@pytest.mark.parametrize("name", ["closing.json", "resumed.json"])
+@pytest.mark.parametrize("name", ["early-end.json", "resumed.json"])
 @pytest.mark.parametrize("content", [b"", b'{"status": "canc', b"[]", b"null"])
 def test_a_person_who_cancels_takes_the_place_of_a_decision_that_cannot_be_read(
     bench, name, content
@@ -108,7 +108,7 @@ def test_a_person_who_cancels_takes_the_place_of_a_decision_that_cannot_be_read(
     assert aside.read_bytes() == content
 
 
-@pytest.mark.parametrize("name", ["closing.json", "resumed.json"])
+@pytest.mark.parametrize("name", ["early-end.json", "resumed.json"])
 def test_nothing_is_decided_about_a_batch_whose_decision_cannot_be_read(bench, name):
     plan = bench.admit_now(30)
     bench.folder.plan_path(plan.batch_id).with_name(name).write_bytes(b"{")
@@ -123,12 +123,12 @@ def test_a_batch_whose_decision_to_cancel_is_removed_goes_on_being_cancelled(ben
     plan = bench.admit_now(30)
     bench.cancel(plan)
     assert bench.status(plan) == "cancelling"
-    bench.folder.closing_path(plan.batch_id).unlink()
+    bench.folder.early_end_path(plan.batch_id).unlink()
 
     assert set(bench.look()) == {plan.batch_id}
 
     report = bench.deliver(plan)
-    assert (bench.status(plan), report.tally.failed) == ("cancelled", 30)
+    assert (bench.status(plan), report.totals.failed) == ("cancelled", 30)
 
 
 def test_a_batch_without_a_readable_plan_is_cancelled_and_expires_by_what_the_store_knows(bench):
@@ -138,7 +138,7 @@ def test_a_batch_without_a_readable_plan_is_cancelled_and_expires_by_what_the_st
     bench.cancel(cancelled)
     late = deadline(bench.store.batch(expired.batch_id)) + 1
 
-    closings = close_due(
+    closings = end_overdue(
         bench.store.batches(),
         folder=bench.folder,
         store=bench.store,
@@ -164,7 +164,7 @@ def test_a_chunk_that_cannot_be_closed_out_keeps_no_other_from_it(bench):
     journal = bench.folder.journal_path(plan.batch_id, 1)
     journal.mkdir(parents=True)
     bench.cancel(plan)
-    closing = close_out(
+    closing = fail_unanswered(
         plan.batch_id, folder=bench.folder, store=bench.store, run_id="r", clock=time.time
     )
     assert [next(closing).number, next(closing).number] == [0, 2]
@@ -179,7 +179,7 @@ def test_a_chunk_that_cannot_be_closed_out_keeps_no_other_from_it(bench):
 
 def test_a_run_goes_on_while_the_decision_about_its_batch_cannot_be_read(bench):
     plan = bench.admit_now(30)
-    bench.folder.closing_path(plan.batch_id).write_bytes(b"")
+    bench.folder.early_end_path(plan.batch_id).write_bytes(b"")
 
     commits = bench.run(plan, StickingEngine(answers=30))
 

@@ -19,7 +19,7 @@ from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.clock import clock_path
 from batch_orchestration.operations.health.checks import files
 from batch_orchestration.operations.health.examine import examine_health
-from batch_orchestration.status.overview import read_board
+from batch_orchestration.status.overview import read_overview
 from batch_orchestration_tests.support.builders import (
     NOW,
     make_input,
@@ -31,7 +31,7 @@ from batch_orchestration_tests.support.deployment import Deployment
 #: Folders that all members share: without them there is no deployment.
 SHARED_FOLDERS = {
     *("inbox", "rejected", "claims", "batches", "journals", "outbox", "logs"),
-    *("heartbeats", "surveys", "fences", "unfinished"),
+    *("heartbeats", "scans", "fences", "unfinished"),
 }
 #: The store has tests of its own: `recover` makes it anew.
 ELSEWHERE = {"duckdb"}
@@ -39,7 +39,7 @@ ELSEWHERE = {"duckdb"}
 OF_A_BATCH: dict[str, Callable[[DataFolder, str], Path]] = {
     "plan_path": DataFolder.plan_path,
     "input_path": DataFolder.input_path,
-    "closing_path": DataFolder.closing_path,
+    "closing_path": DataFolder.early_end_path,
     "resumption_path": DataFolder.resumption_path,
     "halt_path": DataFolder.halt_path,
     "progress_path": DataFolder.progress_path,
@@ -56,11 +56,11 @@ OF_THE_DEPLOYMENT: dict[str, Callable[[DataFolder], Path]] = {
     "health": lambda folder: folder.health,
     "alerts": lambda folder: folder.alerts,
     "refusal": lambda folder: folder.refusal,
-    "rungs": lambda folder: folder.rungs,
+    "rungs": lambda folder: folder.memory_levels,
     "heartbeat_path": lambda folder: folder.heartbeat_path("run-9"),
     "engine_record_path": lambda folder: folder.engine_record_path("run-9"),
     "a fence": lambda folder: folder.fences / "GPU-9.json",
-    "a survey": lambda folder: folder.surveys / "9-9-9.json",
+    "a survey": lambda folder: folder.scans / "9-9-9.json",
     "clock": clock_path,
     "housekeeping": lambda folder: folder.root / "housekeeping.json",
 }
@@ -113,7 +113,7 @@ def named(deployment, paths):
         now=now,
         checks={"files": files},
     )
-    board = read_board(
+    overview = read_overview(
         folder=deployment.folder,
         store=deployment.store,
         inbox=open_inbox(deployment.settings, deployment.folder),
@@ -122,7 +122,7 @@ def named(deployment, paths):
     found = {p: [f for f in report.findings if str(p) in f.reason] for p in paths}
     assert all(finding.next_command for findings in found.values() for finding in findings)
     in_health = {path for path, findings in found.items() if findings}
-    in_status = {damage.path for damage in board.damaged} & set(paths)
+    in_status = {damage.path for damage in overview.damaged} & set(paths)
     assert in_health == in_status
     return in_health
 
@@ -273,11 +273,11 @@ def test_foreign_folders_among_the_batches_stop_nothing_and_are_named(deployment
 
     assert serve(deployment, other) == {BatchStatus.COMPLETED}
     assert {record.batch_id for record in deployment.store.batches()} == {first, other}
-    board = read_board(
+    overview = read_overview(
         folder=deployment.folder,
         store=deployment.store,
         inbox=open_inbox(deployment.settings, deployment.folder),
         now=time.time(),
     )
     for copy in copies:
-        assert any(str(copy) in damage.reason for damage in board.damaged), copy
+        assert any(str(copy) in damage.reason for damage in overview.damaged), copy

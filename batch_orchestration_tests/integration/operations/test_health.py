@@ -19,7 +19,13 @@ from batch_orchestration.operations.health import checks as health_checks
 from batch_orchestration.operations.health import examine as health
 from batch_orchestration.operations.health.report import Finding, Level
 from batch_orchestration.operations.health.report_file import read_health
-from batch_orchestration.queue.entries import EntryKind, EntryState, NeedsPerson, Pause, WaitReason
+from batch_orchestration.queue.entries import (
+    EntryKind,
+    EntryState,
+    NeedsAttention,
+    Pause,
+    WaitReason,
+)
 from batch_orchestration.queue.files import pause
 from batch_orchestration_tests.support.builders import NOW, make_batch, make_input
 from batch_orchestration_tests.support.command_line import CommandLine
@@ -38,9 +44,6 @@ def bench(make_bench):
     made = make_bench()
     made.tick()
     return made
-
-
-# --- failing closed -------------------------------------------------------------------------------
 
 
 def test_a_deployment_that_ticks_is_healthy_and_says_so_of_every_check(bench):
@@ -270,7 +273,7 @@ def test_a_paused_queue_is_degraded_and_says_who_and_how_to_go_on(bench):
 
 
 def test_a_batch_that_waits_for_a_person_is_named_with_its_run(bench):
-    need = NeedsPerson(batch_id="b-1", run_id="run-9", reason="waits for a person: it broke")
+    need = NeedsAttention(batch_id="b-1", run_id="run-9", reason="waits for a person: it broke")
     bench.tick(entry("b-1"), needs=(need,))
 
     found = bench.find("person:b-1")

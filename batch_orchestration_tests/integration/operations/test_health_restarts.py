@@ -5,7 +5,7 @@ import pytest
 from batch_orchestration.operations.alerts.findings import from_health
 from batch_orchestration.operations.alerts.state import AlertState
 from batch_orchestration.operations.health.report import AlertKind, Level
-from batch_orchestration.workers.utilization import RunAccount
+from batch_orchestration.workers.utilization import TimeBreakdown
 from batch_orchestration.workers.utilization_files import write_account
 from batch_orchestration_tests.support.builders import NOW
 from batch_orchestration_tests.support.health_bench import HealthBench
@@ -18,7 +18,7 @@ def test_restarts_are_counted_over_the_runs_of_a_batch_of_late(tmp_path, ago, le
     for run_id in ("run-1", "run-2", "run-3"):  # the account of the run at work is not added twice
         write_account(
             bench.folder,
-            RunAccount(batch_id="b-1", run_id=run_id, updated_at=NOW - ago, engine_restarts=2.0),
+            TimeBreakdown(batch_id="b-1", run_id=run_id, updated_at=NOW - ago, engine_restarts=2.0),
         )
 
     bench.beat("run-3", batch_id="b-1", restarts=2, window=8)

@@ -21,14 +21,14 @@ from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.delivery.lines import output_line_id
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.operations.housekeeping.clean import (
-    House,
+    Cleanup,
     Part,
     Removal,
-    keep_house,
     read_results,
     results_path,
+    run_cleanup,
 )
-from batch_orchestration.operations.housekeeping.retention import house_parts
+from batch_orchestration.operations.housekeeping.retention import cleanup_parts
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import NOW, make_input, make_plan
@@ -42,7 +42,7 @@ SETTINGS = Settings(
     },
     _env_file=None,
 )
-HASTY = {"leftover_retention_days": 0.000001}
+HASTY = {"stale_file_retention_days": 0.000001}
 TEMPORARY = ".plan.json.0123456789ab.tmp"
 
 
@@ -159,7 +159,9 @@ def test_of_a_batch_that_is_not_at_rest_no_byte_is_touched(drawn: list[History])
         before = {batch_id: files_of(folder, batch_id) for batch_id in busy}
         store = ToldStore(folder, [record_of(n, h, now) for n, h in batches.items()])
 
-        results = keep_house(house_parts(SETTINGS), House(folder, store, now=now), clock=time.time)
+        results = run_cleanup(
+            cleanup_parts(SETTINGS), Cleanup(folder, store, now=now), clock=time.time
+        )
 
         assert [result.problem for result in results] == [None] * len(results)
         for batch_id in busy:
@@ -179,15 +181,15 @@ def folder(tmp_path: Path) -> DataFolder:
     return folder
 
 
-def house(folder: DataFolder, *, days: float = 2, dry_run: bool = False) -> House:
+def house(folder: DataFolder, *, days: float = 2, dry_run: bool = False) -> Cleanup:
     store = ToldStore(folder, [])
-    return House(folder, store, now=time.time() + days * DAY, dry_run=dry_run)
+    return Cleanup(folder, store, now=time.time() + days * DAY, dry_run=dry_run)
 
 
 def clean(folder: DataFolder, part: str, *, days: float = 2, dry_run: bool = False) -> list[str]:
     gone: list[str] = []
-    keep_house(
-        [known for known in house_parts(SETTINGS) if known.name == part],
+    run_cleanup(
+        [known for known in cleanup_parts(SETTINGS) if known.name == part],
         house(folder, days=days, dry_run=dry_run),
         clock=time.monotonic,
         tell=lambda _, removal: gone.append(removal.subject),
@@ -204,7 +206,7 @@ def touched(path: Path) -> Path:
 def test_leftovers_of_crashes_go_and_nothing_of_anybody_else(folder: DataFolder) -> None:
     ours = [
         *(folder.root / TEMPORARY, folder.root / "heartbeats/run-1.json"),
-        *(folder.surveys / TEMPORARY, folder.root / "heartbeats" / TEMPORARY),
+        *(folder.scans / TEMPORARY, folder.root / "heartbeats" / TEMPORARY),
     ]
     others = [
         *(folder.inbox / TEMPORARY, folder.inbox / "a.jsonl", folder.claims / "c" / TEMPORARY),
@@ -214,8 +216,8 @@ def test_leftovers_of_crashes_go_and_nothing_of_anybody_else(folder: DataFolder)
     for path in (*ours, *others):
         touched(path)
 
-    assert clean(folder, "leftovers", days=0.9) == []
-    assert set(clean(folder, "leftovers")) == {str(p.relative_to(folder.root)) for p in ours}
+    assert clean(folder, "stale-files", days=0.9) == []
+    assert set(clean(folder, "stale-files")) == {str(p.relative_to(folder.root)) for p in ours}
 
     assert not any(path.exists() for path in ours)
     assert all(path.exists() for path in others)
@@ -226,9 +228,9 @@ def test_what_somebody_is_writing_now_is_no_leftover_whatever_the_setting(
 ) -> None:
     for name in ("run-1.json", TEMPORARY):
         touched(folder.root / "heartbeats" / name)
-    hasty = [part for part in house_parts(SETTINGS.model_copy(update=HASTY)) if part.keep_seconds]
+    hasty = [part for part in cleanup_parts(SETTINGS.model_copy(update=HASTY)) if part.keep_seconds]
 
-    keep_house(hasty, house(folder, days=0.01), clock=time.monotonic)
+    run_cleanup(hasty, house(folder, days=0.01), clock=time.monotonic)
 
     assert len(list((folder.root / "heartbeats").iterdir())) == 2
 
@@ -257,22 +259,22 @@ def test_a_rejected_file_is_as_old_as_its_arrival_not_as_its_last_change(
 
 
 def test_users_files_are_kept_for_ever_unless_somebody_says_otherwise() -> None:
-    off = {part.name for part in house_parts(Settings(_env_file=None)) if not part.keep_seconds}
+    off = {part.name for part in cleanup_parts(Settings(_env_file=None)) if not part.keep_seconds}
 
     assert off == {"inputs", "rejected"}
 
 
 def test_what_fails_does_not_stop_the_next(folder: DataFolder) -> None:
-    def broken(house: House, keep_seconds: float) -> Iterator[Removal]:
+    def broken(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
         yield Removal(subject="first", size_bytes=7)
         raise StoreLocked("held by pid 1")
 
-    def fine(house: House, keep_seconds: float) -> Iterator[Removal]:
+    def fine(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
         yield Removal(subject="second")
 
     parts = [Part("a", 1, broken), Part("b", 1, fine), Part("c", 0, broken)]
 
-    results = keep_house(parts, house(folder), clock=time.monotonic)
+    results = run_cleanup(parts, house(folder), clock=time.monotonic)
 
     assert [(r.part, r.removed, r.size_bytes, r.problem, r.off) for r in results] == [
         ("a", 1, 7, "StoreLocked: held by pid 1", False),
@@ -283,13 +285,13 @@ def test_what_fails_does_not_stop_the_next(folder: DataFolder) -> None:
 
 
 def test_a_part_whose_time_is_over_goes_on_the_next_time(folder: DataFolder) -> None:
-    def endless(house: House, keep_seconds: float) -> Iterator[Removal]:
+    def endless(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
         while True:
             yield Removal(subject="one more")
 
     ticks = iter(range(1000))
 
-    (result,) = keep_house(
+    (result,) = run_cleanup(
         [Part("a", 1, endless)], house(folder), clock=lambda: float(next(ticks)), seconds=5
     )
 
@@ -298,9 +300,9 @@ def test_a_part_whose_time_is_over_goes_on_the_next_time(folder: DataFolder) -> 
 
 def test_results_of_other_parts_are_kept(folder: DataFolder) -> None:
     clean(folder, "logs")
-    clean(folder, "leftovers")
+    clean(folder, "stale-files")
 
-    assert read_results(folder).keys() == {"logs", "leftovers"}
+    assert read_results(folder).keys() == {"logs", "stale-files"}
 
 
 def test_two_do_not_clean_at_once(folder: DataFolder) -> None:
@@ -318,4 +320,4 @@ def test_a_damaged_decision_leaves_its_batch_alone_and_the_others_are_cleaned(
     now = time.time() + 2 * DAY
     store = ToldStore(folder, [record_of(name, history, now) for name in ("good", "damaged")])
 
-    assert set(House(folder, store, now=now).at_rest) == {"good"}
+    assert set(Cleanup(folder, store, now=now).at_rest) == {"good"}

@@ -134,7 +134,7 @@ def test_the_page_says_what_is_in_the_data_folder(bench: MetricsBench) -> None:
     assert value(page, "prompt_tokens_total") == 9 * 7
     assert value(page, "completion_tokens_total") == 9 * 3
     assert value(page, "commits_total") == 1
-    assert value(page, "batch_kept_ratio", batch=batch) == pytest.approx(0.8)
+    assert value(page, "batch_utilization_ratio", batch=batch) == pytest.approx(0.8)
     assert value(page, "run_seconds_total", part="start_up") == 20
     assert value(page, "engine_restarts_total") == 1
     assert value(page, "queue_entries", state="waiting", reason="queue_full") == 1

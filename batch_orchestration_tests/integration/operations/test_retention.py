@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.admission.registration import register_unlisted
+from batch_orchestration.admission.registration import register_missing
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.files.plan_checks import input_removed_path
-from batch_orchestration.operations.housekeeping.clean import House
+from batch_orchestration.operations.housekeeping.clean import Cleanup
 from batch_orchestration.operations.housekeeping.retention import clean_inputs, clean_journals
 from batch_orchestration.operations.recovery import find_problem
 from batch_orchestration.store.operations import open_replays
@@ -29,7 +29,7 @@ def bench(tmp_path: Path) -> LetterBench:
 
 
 def prune(bench: LetterBench, *, days_later: float) -> list[str]:
-    house = House(bench.folder, bench.store, now=NOW + days_later * DAY)
+    house = Cleanup(bench.folder, bench.store, now=NOW + days_later * DAY)
     return [removal.subject for removal in clean_journals(house, 30 * DAY)]
 
 
@@ -108,12 +108,12 @@ def test_a_lost_store_comes_back_without_the_batch_which_is_said_and_not_asked_a
     assert "BATCH_JOURNAL_RETENTION_DAYS" in batch.problems[0]
     assert bench.lines("output.jsonl") == output
     assert find_problem(folder=bench.folder, store=bench.store) is None
-    assert register_unlisted(bench.folder, bench.store, at=NOW) == []
+    assert register_missing(bench.folder, bench.store, at=NOW) == []
     assert bench.store.batches() == []
 
 
 def clean_input(bench: LetterBench, *, days_later: float) -> list[str]:
-    house = House(bench.folder, bench.store, now=NOW + days_later * DAY)
+    house = Cleanup(bench.folder, bench.store, now=NOW + days_later * DAY)
     return [removal.subject for removal in clean_inputs(house, 30 * DAY)]
 
 

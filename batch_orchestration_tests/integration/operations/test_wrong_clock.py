@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.operations.housekeeping.clean import House, Part, keep_house
+from batch_orchestration.operations.housekeeping.clean import Cleanup, Part, run_cleanup
 from batch_orchestration.operations.housekeeping.retention import clean_journals
 from batch_orchestration_tests.support.builders import NOW
 from batch_orchestration_tests.support.closing_bench import ClosingBench
@@ -58,12 +58,12 @@ def test_housekeeping_with_a_clock_that_is_years_ahead_removes_nothing_and_says_
     journals = set(bench.folder.journals.rglob("*.journal"))
     part = Part("journals", 30 * DAY, clean_journals)
     years_ahead = NOW + 3650 * DAY
-    doubtful = House(bench.folder, bench.store, now=years_ahead, doubt="the clock jumped")
+    doubtful = Cleanup(bench.folder, bench.store, now=years_ahead, doubt="the clock jumped")
 
-    [result] = keep_house([part], doubtful, clock=lambda: 0.0)
+    [result] = run_cleanup([part], doubtful, clock=lambda: 0.0)
 
     assert result.problem == "not done: the clock jumped"
     assert set(bench.folder.journals.rglob("*.journal")) == journals
-    believed = House(bench.folder, bench.store, now=years_ahead)
-    [result] = keep_house([part], believed, clock=lambda: 0.0)
+    believed = Cleanup(bench.folder, bench.store, now=years_ahead)
+    [result] = run_cleanup([part], believed, clock=lambda: 0.0)
     assert result.removed == 1

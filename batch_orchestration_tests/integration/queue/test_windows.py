@@ -32,7 +32,7 @@ def test_awkward_lines_over_many_windows_come_back_in_their_order(tmp_path):
     assert bench.numbers(plan, "output.jsonl") == asked
     repeats = [n // 2 if n % 17 == 5 else None for n in faulty]
     assert bench.numbers(plan, "errors.jsonl") == repeats
-    assert (report.tally.completed, report.tally.failed) == (len(asked), len(faulty))
+    assert (report.totals.completed, report.totals.failed) == (len(asked), len(faulty))
     assert bench.store.batch(plan.batch_id).status == "completed"
     assert bench.folder.batch_ids() == [plan.batch_id]
 

@@ -9,7 +9,7 @@ import pytest
 from batch_orchestration.core.batches import BatchPlan, BatchStatus
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.delivery.assembly import assemble
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.samples import RunSample, append_sample
@@ -77,7 +77,7 @@ def sample(folder: DataFolder, plan: BatchPlan) -> None:
             in_flight=second,
             window=100,
             restarts=int(45 > second > 20),
-            engine=EngineFigures(kv_usage=0.5),
+            engine=EngineMetrics(kv_usage=0.5),
             gpus=(gpu,),
         )
         append_sample(folder, plan.batch_id, taken)

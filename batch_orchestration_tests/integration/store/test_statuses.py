@@ -115,7 +115,7 @@ def test_every_status_has_a_column_for_its_time(store: Store) -> None:
 def test_batches_from_before_there_were_events_get_those_that_are_known(tmp_path: Path) -> None:
     path = tmp_path / "batch.duckdb"
     migrations = resources.files("batch_orchestration.storage") / "migrations"
-    older = ("0001_initial.sql", "0002_dead_letters.sql", "0003_engine_rung.sql")
+    older = ("0001_initial.sql", "0002_dead_letters.sql", "0003_memory_level.sql")
     with contextlib.closing(duckdb.connect(path)) as db:
         db.execute("CREATE TABLE schema_migrations (version INTEGER, name VARCHAR)")
         for number, name in enumerate(older, start=1):

@@ -16,11 +16,15 @@ from batch_orchestration.core.outcomes import FailureCode, Outcome
 from batch_orchestration.defs.events import output_metadata
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.base import EngineIdentity
-from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.store.connection import writing
-from batch_orchestration.workers.utilization import Kept
-from batch_orchestration.workers.utilization_files import accounts_path, kept_of, read_accounts
+from batch_orchestration.workers.utilization import Utilization
+from batch_orchestration.workers.utilization_files import (
+    accounts_path,
+    read_accounts,
+    utilization_of,
+)
 from batch_orchestration_tests.support.builders import NOW, make_failure
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.support.turn_bench import TurnBench, entry
@@ -55,8 +59,8 @@ def bench(tmp_path: Path) -> TurnBench:
     return TurnBench(tmp_path)
 
 
-def found(bench: TurnBench, batch_id: str) -> Kept:
-    total = kept_of(bench.folder, batch_id)
+def found(bench: TurnBench, batch_id: str) -> Utilization:
+    total = utilization_of(bench.folder, batch_id)
     assert total is not None
     return total
 
@@ -113,7 +117,7 @@ def test_a_device_that_needs_half_the_window_loses_half_by_its_name(bench: TurnB
         store=bench.store,
         run_id="run-1",
         feeding=make_feeding(in_flight=8),
-        care=lambda: DeviceCare(share=0.5),
+        throttle=lambda: Throttle(share=0.5),
     ):
         pass
 
@@ -169,7 +173,7 @@ def test_a_step_that_is_tried_again_goes_on_with_the_account_of_its_run(bench: T
 def test_a_guest_that_ends_early_is_charged_no_longer(bench: TurnBench) -> None:
     own, guest = bench.batch("own", 60), bench.batch("guest", 30)
     bench.queue(entry(guest, effective=10), entry(own))
-    closing = bench.folder.closing_path(guest.batch_id)
+    closing = bench.folder.early_end_path(guest.batch_id)
 
     def closes(body: bytes, submitted: int) -> None:
         if b"guest 4." in body:
@@ -227,7 +231,7 @@ def test_a_damaged_account_is_no_account_and_stops_nobody(bench: TurnBench) -> N
     plan = bench.batch("one", 10)
     accounts_path(bench.folder, plan.batch_id).mkdir()
     accounts_path(bench.folder, plan.batch_id).joinpath("run-1.json").write_bytes(b'{"batch')
-    assert kept_of(bench.folder, plan.batch_id) is None
+    assert utilization_of(bench.folder, plan.batch_id) is None
 
     bench.run(plan, KnownEngine())
 
@@ -241,7 +245,7 @@ def test_accounts_that_cannot_be_written_stop_no_run(bench: TurnBench) -> None:
     bench.run(plan, KnownEngine())
 
     assert bench.indices(plan) == list(range(10))
-    assert kept_of(bench.folder, plan.batch_id) is None
+    assert utilization_of(bench.folder, plan.batch_id) is None
 
 
 def test_what_is_delivered_tells_what_was_kept(bench: TurnBench) -> None:
@@ -254,8 +258,8 @@ def test_what_is_delivered_tells_what_was_kept(bench: TurnBench) -> None:
     losses = ("start_up", "feed_gap", "held", "drain", "commit")
     lost = [metadata[f"lost_{name}_seconds"] for name in losses]
     # Dagster plots numbers, and only them.
-    assert all(type(value) is float for value in (*lost, metadata["kept_fraction"]))
-    assert report.kept == kept_of(bench.folder, plan.batch_id)
+    assert all(type(value) is float for value in (*lost, metadata["utilization"]))
+    assert report.kept == utilization_of(bench.folder, plan.batch_id)
     assert metadata["accounted_seconds"] == pytest.approx(
         sum(lost) + report.kept.kept_seconds, abs=0.01
     )

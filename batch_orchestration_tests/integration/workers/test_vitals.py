@@ -14,7 +14,7 @@ from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.estimates.benchmark import calibrate
 from batch_orchestration.inference.faults import transient_errors as obstacles
 from batch_orchestration.inference.run import run_chunks
-from batch_orchestration.operations.housekeeping.clean import House, Part, Removal, keep_house
+from batch_orchestration.operations.housekeeping.clean import Cleanup, Part, Removal, run_cleanup
 from batch_orchestration.store.connection import writing
 from batch_orchestration.workers import reporter as heart
 from batch_orchestration.workers.vitals import RunVitals
@@ -130,16 +130,16 @@ def test_admission_delivery_cleaning_and_measuring_give_a_sign_with_each_step(be
     vitals = Noting()
     monkeypatch.setattr(heart, "_of_this_process", vitals)
 
-    heart.say_at_work("admitting")
+    heart.report_phase("admitting")
     reading = BatchFileReading(ReadingRules(requests_per_chunk=10, max_line_bytes=10_000))
     assert len(list(reading.read(io.BytesIO(make_input(30))))) == 30
     plan = bench.admitted(20)
     bench.run(plan, ScriptedEngine())
-    heart.say_at_work("delivering")
+    heart.report_phase("delivering")
     assemble(plan.batch_id, folder=bench.folder, store=bench.store, clock=time.time)
-    heart.say_at_work("cleaning up")
+    heart.report_phase("cleaning up")
     part = Part("some", 1.0, lambda *_: (Removal(subject=str(n)) for n in range(20)))
-    keep_house([part], House(bench.folder, bench.store, now=time.time()), clock=time.time)
+    run_cleanup([part], Cleanup(bench.folder, bench.store, now=time.time()), clock=time.time)
     measured = {"requests": 8, "seconds": 60.0, "at_a_time": 4, "run_id": "run-1"}
     with pytest.raises(CalibrationFailed):
         asyncio.run(calibrate(ScriptedEngine(lambda *_: make_failure()), **measured))

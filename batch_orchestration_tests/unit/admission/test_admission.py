@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from batch_orchestration.admission.admission import admit
-from batch_orchestration.admission.registration import ADMISSION_RUN_ID, register_unlisted
+from batch_orchestration.admission.registration import ADMISSION_RUN_ID, register_missing
 from batch_orchestration.admission.results import Admitted, AlreadyAdmitted, Rejected
 from batch_orchestration.core.batches import BatchOptions, BatchStatus, LinePolicy
 from batch_orchestration.core.errors import ClaimNotFound, FileStillChanging
@@ -331,7 +331,7 @@ def test_a_lost_store_is_filled_again_from_the_plans(bench):
     bench.folder.duckdb.unlink()
     store = Store(bench.folder.root / "new.duckdb")
 
-    registered = register_unlisted(bench.folder, store, at=NOW)
+    registered = register_missing(bench.folder, store, at=NOW)
 
     assert registered == sorted(plan.batch_id for plan in plans)
     assert {record.identity for record in store.batches()} == {plan.identity for plan in plans}

@@ -10,28 +10,30 @@ from batch_orchestration.admission.reading.lines import (
     choose_chunk_size,
     sample_lines,
 )
-from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.estimates.costs import Costs, Throughput
 from batch_orchestration.estimates.engine import EstimateSettings
-from batch_orchestration.estimates.estimating import Knowledge
+from batch_orchestration.estimates.estimating import CalibrationData
 from batch_orchestration_tests.support.builders import NOW, make_body, make_input, make_line
 
 RULES = ReadingRules(requests_per_chunk=1000, max_line_bytes=10_000)
 
 
-def make_intake(**costs: float) -> Intake:
+def make_intake(**costs: float) -> Screening:
     none = {"request": 0.0, "prompt_token": 0.0, "completion_token": 0.0, "step": 0.0}
     measured = Throughput(costs=Costs(**{**none, **costs}), spread=0.2, measurements=5, fitted=True)
-    knowledge = Knowledge(throughput=measured if costs else None)
-    return Intake(BatchOptions(), settings=EstimateSettings(), knowledge=knowledge, now=NOW)
+    knowledge = CalibrationData(throughput=measured if costs else None)
+    return Screening(BatchOptions(), settings=EstimateSettings(), knowledge=knowledge, now=NOW)
 
 
-def choose(file: io.BytesIO, intake: Intake, *, rules: ReadingRules = RULES, **limits: int) -> int:
+def choose(
+    file: io.BytesIO, screening: Screening, *, rules: ReadingRules = RULES, **limits: int
+) -> int:
     return choose_chunk_size(
         file,
         rules=rules,
-        intake=intake,
+        screening=screening,
         **{"configured": None, **limits},  # type: ignore[arg-type]
     )
 
@@ -52,10 +54,10 @@ def test_a_file_that_is_sorted_by_length_is_sampled_all_over_and_by_requests() -
     body = make_body("word " * 1600)
     long = b"".join(make_line(500 + number, body=body) for number in range(500))
     rules = ReadingRules(requests_per_chunk=1000, max_line_bytes=100_000)
-    intake = make_intake(prompt_token=1e-4)
+    screening = make_intake(prompt_token=1e-4)
 
     def size(content: bytes) -> int:
-        return choose(io.BytesIO(content), intake, rules=rules)
+        return choose(io.BytesIO(content), screening, rules=rules)
 
     # About 2,000 tokens in each long prompt and 30 in each short one.
     assert size(make_input(500)) == 5000
@@ -69,9 +71,9 @@ def test_a_batch_is_never_cut_into_thousands_of_chunks(
     configured: int | None, costs: dict[str, float]
 ) -> None:
     """Whether its chunks are configured, derived or the default: they grow with the file."""
-    intake = make_intake(**costs)
+    screening = make_intake(**costs)
 
-    size = choose(io.BytesIO(make_input(2000)), intake, configured=configured, most_chunks=10)  # type: ignore[arg-type]
+    size = choose(io.BytesIO(make_input(2000)), screening, configured=configured, most_chunks=10)  # type: ignore[arg-type]
 
     assert size == max(configured or (50 if costs else 1000), 200)
 
@@ -110,8 +112,8 @@ def test_the_file_is_cut_as_chosen_and_covered_whole() -> None:
 
 def test_what_the_intake_learns_is_that_of_the_whole_file() -> None:
     """The sample is seen by another one, or its requests would count twice."""
-    intake = make_intake(request=0.1)
+    screening = make_intake(request=0.1)
     content = make_input(40)
-    choose(io.BytesIO(content), intake)
+    choose(io.BytesIO(content), screening)
 
-    assert intake.profile().requests == 0
+    assert screening.profile().requests == 0

@@ -154,17 +154,17 @@ def test_claims_whose_admission_is_killed_hold_no_place_once_it_is_tried_again(b
 
 def test_a_claim_that_cannot_be_written_holds_no_place_and_is_not_rejected(bench):
     claim = bench.claim("odd.jsonl", make_input(2))
-    ClaimFolder(bench.folder, claim.claim_id).verdict_path.mkdir()
+    ClaimFolder(bench.folder, claim.claim_id).result_path.mkdir()
     for _ in range(MAX_ADMISSION_FAILURES + 2):
         claim = attempt(bench, claim, StorageError)
     bench.drop("good.jsonl", make_input(3))
 
     assert sorted(claim_next(bench, most_batches=1)) == ["good.jsonl", "odd.jsonl"]
-    ClaimFolder(bench.folder, claim.claim_id).verdict_path.rmdir()
+    ClaimFolder(bench.folder, claim.claim_id).result_path.rmdir()
     assert isinstance(bench.admit(claim), Admitted)
 
 
-@pytest.mark.parametrize("name", ["claim.json", "verdict.json"])
+@pytest.mark.parametrize("name", ["claim.json", "result.json"])
 @pytest.mark.parametrize("how", ["emptied", "truncated", "a folder"])
 def test_a_damaged_claim_stops_no_other_file(bench, name, how):
     claim = bench.claim("odd.jsonl", make_input(2))

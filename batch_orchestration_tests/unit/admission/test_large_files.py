@@ -16,17 +16,19 @@ from batch_orchestration.admission.reading.lines import (
     ReadingRules,
     choose_chunk_size,
 )
-from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.admission.results import Admitted, Rejected
 from batch_orchestration.admission.validation import validate
 from batch_orchestration.core.batches import BatchOptions, OnOversize
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.estimates.engine import EstimateSettings
-from batch_orchestration.estimates.estimating import Knowledge
+from batch_orchestration.estimates.estimating import CalibrationData
 from batch_orchestration_tests.support.builders import NOW, make_input, make_line
 from batch_orchestration_tests.support.window_bench import WindowBench
 
-INTAKE = Intake(BatchOptions(), settings=EstimateSettings(), knowledge=Knowledge(), now=NOW)
+INTAKE = Screening(
+    BatchOptions(), settings=EstimateSettings(), knowledge=CalibrationData(), now=NOW
+)
 
 
 @given(
@@ -44,7 +46,11 @@ def test_however_long_a_file_is_its_chunks_are_few_and_cover_it_once_in_order(
     content = mark + b"".join(lines) + last
     rules = ReadingRules(requests_per_chunk=1000, max_line_bytes=100)
     choose = partial(
-        choose_chunk_size, configured=at_least, rules=rules, intake=INTAKE, most_chunks=most_chunks
+        choose_chunk_size,
+        configured=at_least,
+        rules=rules,
+        screening=INTAKE,
+        most_chunks=most_chunks,
     )
     reading = BatchFileReading(rules, choose_chunk_size=choose)
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batch_orchestration.admission.reading.lines import choose_chunk_size
-from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.admission.results import Admitted
 from batch_orchestration.admission.validation import validate
 from batch_orchestration.core.batches import BatchOptions
@@ -22,7 +22,7 @@ from batch_orchestration.core.requests import (
     parse_line,
     prepare_body,
 )
-from batch_orchestration.engines.memory_demand import needs_of
+from batch_orchestration.engines.memory_demand import memory_demand
 from batch_orchestration.estimates.profile import shape_of_request
 from batch_orchestration_tests.support.builders import make_body, make_line
 from batch_orchestration_tests.support.inbox_bench import InboxBench, make_admission_settings
@@ -82,7 +82,7 @@ def test_no_line_stops_a_step_and_all_steps_agree(tmp_path: Path, line: bytes) -
     reading = admission.reading(BatchOptions(), make_intake())
     read = list(reading.read(io.BytesIO(content)))
     choose_chunk_size(
-        io.BytesIO(content), configured=None, rules=RULES, intake=make_intake(request=0.1)
+        io.BytesIO(content), configured=None, rules=RULES, screening=make_intake(request=0.1)
     )
 
     assert (report.refusal, report.requests) == (None, len(read))
@@ -96,7 +96,7 @@ def test_no_line_stops_a_step_and_all_steps_agree(tmp_path: Path, line: bytes) -
 def assert_runnable(request: Request, raw: bytes) -> None:
     again = parse_line(raw, index=request.index, line=request.line, model_required=False)
     assert again == request
-    needs_of([request], max_tokens_cap=None)
+    memory_demand([request], max_tokens_cap=None)
     lean = request.lean()
     shape = shape_of_request(lean, max_tokens_cap=7)
     assert shape == shape_of_request(request, max_tokens_cap=7)
@@ -127,8 +127,8 @@ def test_what_the_examination_of_a_line_stumbles_over_is_that_lines_fault(
     assert f"the request cannot be examined: {type(error).__name__}" in entry.outcome.message
     # Nor does the choice of the chunk's size stumble.
     file = io.BytesIO(b"".join(map(make_line, range(5))))
-    intake = make_intake(request=0.1)
-    assert choose_chunk_size(file, configured=None, rules=RULES, intake=intake) == 600
+    screening = make_intake(request=0.1)
+    assert choose_chunk_size(file, configured=None, rules=RULES, screening=screening) == 600
 
 
 @pytest.mark.parametrize("trouble", [OSError("disk"), MemoryError()])
@@ -144,11 +144,11 @@ def test_a_trouble_of_the_machine_is_no_lines_fault(
 
 def stumbling_over(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Have the examination of the fourth request raise."""
-    examine = Intake.examine
+    examine = Screening.examine
 
-    def stumble(self: Intake, request: Request) -> Request | Fault:
+    def stumble(self: Screening, request: Request) -> Request | Fault:
         if request.index == 3:
             raise error
         return examine(self, request)
 
-    monkeypatch.setattr(Intake, "examine", stumble)
+    monkeypatch.setattr(Screening, "examine", stumble)

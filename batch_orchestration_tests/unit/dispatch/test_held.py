@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.admission.claims import Surveys
-from batch_orchestration.admission.results import Admitted, Held, Rejected
+from batch_orchestration.admission.claims import FileScans
+from batch_orchestration.admission.results import Admitted, Queued, Rejected
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.dispatch.queue import claim_admissible, read_queue
 from batch_orchestration.queue import files as queue_files
@@ -52,16 +52,16 @@ def test_a_file_without_room_goes_back_and_its_numbers_are_kept(tmp_path):
     held = bench.admit(claim)
 
     assert isinstance(first, Admitted)
-    assert isinstance(held, Held)
+    assert isinstance(held, Queued)
     assert held.reason is WaitReason.REQUESTS_QUEUED
     assert "its 4 requests and the 3 queued are more than the 5" in held.detail
     assert bench.files_of(bench.folder.inbox) == {
         "alice/second.jsonl",
         "alice/second.jsonl.meta.json",
     }
-    survey = Surveys(bench.folder).find((bench.folder.inbox / "alice/second.jsonl").stat())
-    assert (survey.requests, survey.arrived_at) == (4, claim.origin.arrived_at)
-    assert survey.arrived_at > arrived_at
+    scan = FileScans(bench.folder).find((bench.folder.inbox / "alice/second.jsonl").stat())
+    assert (scan.requests, scan.arrived_at) == (4, claim.origin.arrived_at)
+    assert scan.arrived_at > arrived_at
     assert bench.folder.batch_ids() == [first.batch_id]
 
 
@@ -80,7 +80,7 @@ def test_a_held_file_is_not_read_again_before_there_is_room_and_then_is(tmp_path
     [claim] = bench.inbox.claims()
     assert isinstance(bench.admit(claim), Admitted)
     tick(bench)
-    assert Surveys(bench.folder).empty
+    assert FileScans(bench.folder).empty
 
 
 def test_a_held_file_keeps_its_place_before_those_that_came_later(tmp_path):
@@ -126,7 +126,7 @@ def test_each_limit_holds_a_file_and_lets_it_go_when_it_is_raised(tmp_path, limi
     held = bench.admit(claim)
     waits = tick(bench)["second.jsonl"]
 
-    assert isinstance(held, Held)
+    assert isinstance(held, Queued)
     assert held.reason is waits.reason is reason
     bench.settings = bench_with(tmp_path, rules()).settings
     assert tick(bench) == {}
@@ -141,7 +141,7 @@ def test_a_paused_queue_admits_nothing_not_even_what_was_claimed(tmp_path):
     held = bench.admit(claim)
     waits = tick(bench)["a.jsonl"]
 
-    assert isinstance(held, Held)
+    assert isinstance(held, Queued)
     assert held.reason is waits.reason is WaitReason.PAUSED
     assert waits.detail == "ada paused the queue: maintenance"
     assert queue_files.unpause(bench.folder).actor == "ada"
@@ -172,7 +172,7 @@ def test_who_submits_too_fast_waits_and_is_told_when_while_others_go_on(tmp_path
     held, admitted = bench.admit(second), bench.admit(other)
 
     assert isinstance(admitted, Admitted)
-    assert isinstance(held, Held)
+    assert isinstance(held, Queued)
     assert held.reason is WaitReason.SUBMISSION_RATE
     assert "may go in 60 s" in held.detail
     asked = {"folder": bench.folder, "store": bench.store, "limits": rates}
@@ -207,7 +207,7 @@ def test_of_two_admissions_at_once_one_takes_the_last_room(tmp_path):
     for thread in threads:
         thread.join()
 
-    assert sorted(type(verdict).__name__ for verdict in verdicts) == ["Admitted", *3 * ["Held"]]
+    assert sorted(type(verdict).__name__ for verdict in verdicts) == ["Admitted", *3 * ["Queued"]]
     assert len(bench.store.batches()) == 1
     assert len(bench.files_of(bench.folder.inbox)) == 3
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from batch_orchestration.core.requests import Request
-from batch_orchestration.engines.memory_demand import TEMPLATE_TOKENS, Needs, needs_of
+from batch_orchestration.engines.memory_demand import TEMPLATE_TOKENS, MemoryDemand, memory_demand
 from batch_orchestration_tests.support.builders import make_request
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -18,7 +18,7 @@ def request(endpoint: str = CHAT, **body: Any) -> Request:
     return make_request(body, endpoint=endpoint)
 
 
-def answer_tokens(needs: Needs, *requests: Request) -> int | None:
+def answer_tokens(needs: MemoryDemand, *requests: Request) -> int | None:
     """The part of the need that is not prompt."""
     if needs.longest_tokens is None:
         return None
@@ -44,13 +44,13 @@ def answer_tokens(needs: Needs, *requests: Request) -> int | None:
     ],
 )
 def test_the_longest_request(asked: Request, cap: int | None, answer: int | None) -> None:
-    assert answer_tokens(needs_of([asked], max_tokens_cap=cap), asked) == answer
+    assert answer_tokens(memory_demand([asked], max_tokens_cap=cap), asked) == answer
 
 
 def test_one_request_of_unknown_length_is_enough_to_cut_nothing() -> None:
     bounded, unbounded = request(messages=HELLO, max_tokens=7), request(messages=HELLO)
 
-    assert needs_of([bounded, unbounded, bounded], max_tokens_cap=None).longest_tokens is None
+    assert memory_demand([bounded, unbounded, bounded], max_tokens_cap=None).longest_tokens is None
 
 
 @pytest.mark.parametrize(
@@ -64,4 +64,4 @@ def test_one_request_of_unknown_length_is_enough_to_cut_nothing() -> None:
 def test_prompts_are_cut_where_text_makes_text(asked: Request, can_be_cut: bool) -> None:
     text = request(messages=HELLO, max_tokens=7)
 
-    assert needs_of([text, asked, text], max_tokens_cap=None).prompts_can_be_cut == can_be_cut
+    assert memory_demand([text, asked, text], max_tokens_cap=None).prompts_can_be_cut == can_be_cut

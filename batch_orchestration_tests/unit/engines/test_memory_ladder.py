@@ -8,23 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.engines.memory_demand import Needs
-from batch_orchestration.engines.memory_ladder import Ladder, Rung, gentler
+from batch_orchestration.engines.memory_demand import MemoryDemand
+from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel, reduced_levels
 
 MIB = 2**20
-GPU = Rung(
+GPU = MemoryLevel(
     max_num_seqs=64,
     max_num_batched_tokens=2048,
     max_model_len=32_768,
     gpu_memory_utilization=0.9,
 )
-CPU = Rung(
+CPU = MemoryLevel(
     max_num_seqs=16,
     max_num_batched_tokens=2048,
     max_model_len=2048,
     kv_cache_memory_bytes=256 * MIB,
 )
-TEXT = Needs(longest_tokens=1500, prompts_can_be_cut=True)
+TEXT = MemoryDemand(longest_tokens=1500, prompts_can_be_cut=True)
 
 
 def less(seqs: int, tokens: int, **memory) -> dict:
@@ -37,14 +37,14 @@ def short_of(shortage: MemoryShortage, **fields) -> Exhaustion:
     return Exhaustion(shortage=shortage, evidence="a line of the log", **fields)
 
 
-def ladder(top: Rung, exhaustion: Exhaustion, needs: Needs) -> list[Rung]:
+def fallback(top: MemoryLevel, exhaustion: Exhaustion, needs: MemoryDemand) -> list[MemoryLevel]:
     """All rungs below the top, if memory is short of the same thing again and again."""
-    rungs, rung = [], gentler(top, exhaustion, needs)
-    while rung is not None:
-        rungs.append(rung)
-        assert len(rungs) < 100
-        rung = gentler(rung, exhaustion, needs)
-    return rungs
+    levels, level = [], reduced_levels(top, exhaustion, needs)
+    while level is not None:
+        levels.append(level)
+        assert len(levels) < 100
+        level = reduced_levels(level, exhaustion, needs)
+    return levels
 
 
 @pytest.mark.parametrize(
@@ -96,26 +96,30 @@ def ladder(top: Rung, exhaustion: Exhaustion, needs: Needs) -> list[Rung]:
         pytest.param(
             CPU, MemoryShortage.CACHE, TEXT, [{"max-model-len": 1500}], id="cache of a given size"
         ),
-        pytest.param(CPU, MemoryShortage.CACHE, Needs(), [], id="of unknown needs nothing is cut"),
         pytest.param(
-            Rung(max_num_seqs=20),
+            CPU, MemoryShortage.CACHE, MemoryDemand(), [], id="of unknown needs nothing is cut"
+        ),
+        pytest.param(
+            MemoryLevel(max_num_seqs=20),
             MemoryShortage.WORK,
-            Needs(),
+            MemoryDemand(),
             [{"max-num-seqs": 10}, {"max-num-seqs": 8}],
             id="only what is ours to set",
         ),
-        pytest.param(Rung(), MemoryShortage.WORK, TEXT, [], id="a server that is not ours"),
+        pytest.param(MemoryLevel(), MemoryShortage.WORK, TEXT, [], id="a server that is not ours"),
     ],
 )
-def test_the_rungs(top: Rung, shortage: MemoryShortage, needs: Needs, flags: list[dict]) -> None:
-    assert [rung.flags(top) for rung in ladder(top, short_of(shortage), needs)] == flags
+def test_the_rungs(
+    top: MemoryLevel, shortage: MemoryShortage, needs: MemoryDemand, flags: list[dict]
+) -> None:
+    assert [level.flags(top) for level in fallback(top, short_of(shortage), needs)] == flags
 
 
 def test_a_context_that_only_the_log_tells_is_cut_all_the_same() -> None:
     top = msgspec.structs.replace(CPU, max_model_len=None)
 
-    told = gentler(top, short_of(MemoryShortage.CACHE, max_model_len=2048), TEXT)
-    untold = gentler(top, short_of(MemoryShortage.CACHE), TEXT)
+    told = reduced_levels(top, short_of(MemoryShortage.CACHE, max_model_len=2048), TEXT)
+    untold = reduced_levels(top, short_of(MemoryShortage.CACHE), TEXT)
 
     assert told is not None
     assert told.max_model_len == 1500
@@ -127,7 +131,7 @@ def optional(strategy):
 
 
 tops = st.builds(
-    Rung,
+    MemoryLevel,
     max_num_seqs=optional(st.integers(1, 5000)),
     max_num_batched_tokens=optional(st.integers(1, 50_000)),
     max_model_len=optional(st.integers(1, 200_000)),
@@ -135,13 +139,13 @@ tops = st.builds(
     kv_cache_memory_bytes=optional(st.integers(1, 2**40)),
 )
 needs_of_batches = st.builds(
-    Needs,
+    MemoryDemand,
     longest_tokens=optional(st.integers(1, 200_000)),
     prompts_can_be_cut=st.booleans(),
 )
 
 
-def exhaustions(top: Rung):
+def exhaustions(top: MemoryLevel):
     """What can happen to an engine; if the log tells a context, it is the one in force."""
     return st.builds(
         Exhaustion,
@@ -153,9 +157,9 @@ def exhaustions(top: Rung):
 
 @given(st.data(), tops, needs_of_batches)
 def test_each_rung_is_gentler_and_none_is_below_what_the_batch_needs(
-    data, top: Rung, needs: Needs
+    data, top: MemoryLevel, needs: MemoryDemand
 ) -> None:
-    path, known = [top], Ladder(top)
+    path, known = [top], MemoryFallback(top)
     known.expect(lambda: needs)
     shortages = data.draw(st.lists(exhaustions(top), max_size=60))
 
@@ -176,41 +180,41 @@ def test_each_rung_is_gentler_and_none_is_below_what_the_batch_needs(
 
 
 @given(tops, needs_of_batches, st.sampled_from(MemoryShortage))
-def test_every_ladder_ends(top: Rung, needs: Needs, shortage: MemoryShortage) -> None:
-    rungs = ladder(top, short_of(shortage, max_model_len=top.max_model_len), needs)
+def test_every_ladder_ends(top: MemoryLevel, needs: MemoryDemand, shortage: MemoryShortage) -> None:
+    levels = fallback(top, short_of(shortage, max_model_len=top.max_model_len), needs)
 
-    assert len(rungs) <= 20
+    assert len(levels) <= 20
 
 
 def test_a_ladder_starts_from_what_is_configured() -> None:
-    known = Ladder(GPU)
+    known = MemoryFallback(GPU)
 
-    assert known.rung == GPU
+    assert known.level == GPU
     assert known.flags == {}
     assert known.description == "as configured"
 
 
 def test_of_an_engine_that_is_not_ours_there_is_nothing_to_say() -> None:
-    assert Ladder(Rung()).description is None
+    assert MemoryFallback(MemoryLevel()).description is None
 
 
 def test_a_culprit_found_takes_the_engine_back_to_where_the_run_began() -> None:
-    first = gentler(GPU, short_of(MemoryShortage.WORK), TEXT)
-    told: list[tuple[Rung, ...]] = []
-    known = Ladder(GPU, descent=[first], worked=told.append)
+    first = reduced_levels(GPU, short_of(MemoryShortage.WORK), TEXT)
+    told: list[tuple[MemoryLevel, ...]] = []
+    known = MemoryFallback(GPU, descent=[first], worked=told.append)
     known.expect(lambda: TEXT)
 
     below = [known.step_down(short_of(MemoryShortage.WORK)) for _ in range(2)]
     known.note_answer()
     known.climb_back()
 
-    assert known.rung == first
+    assert known.level == first
     assert told == [(first, *below), (first,)]
 
 
 def test_what_worked_is_told_once_and_again_when_it_changes() -> None:
     told: list[int] = []
-    known = Ladder(GPU, worked=lambda rungs: told.append(len(rungs)))
+    known = MemoryFallback(GPU, worked=lambda levels: told.append(len(levels)))
 
     known.note_answer()
     known.note_answer()
@@ -223,27 +227,27 @@ def test_what_worked_is_told_once_and_again_when_it_changes() -> None:
 
 
 def test_a_context_cut_for_one_batch_is_long_enough_for_the_next() -> None:
-    known = Ladder(GPU)
+    known = MemoryFallback(GPU)
     known.expect(lambda: TEXT)
     known.step_down(short_of(MemoryShortage.CACHE))
     assert known.fit()
 
-    known.expect(lambda: Needs(longest_tokens=4000))
+    known.expect(lambda: MemoryDemand(longest_tokens=4000))
 
     assert not known.fit()
-    assert known.rung.max_model_len == 4000
+    assert known.level.max_model_len == 4000
     assert known.fit()
 
 
 @pytest.mark.parametrize("longest", [None, 40_000])
 def test_a_batch_of_any_length_gets_the_whole_context(longest: int | None) -> None:
-    known = Ladder(GPU)
+    known = MemoryFallback(GPU)
     known.expect(lambda: TEXT)
     known.step_down(short_of(MemoryShortage.CACHE))
 
-    known.expect(lambda: Needs(longest_tokens=longest))
+    known.expect(lambda: MemoryDemand(longest_tokens=longest))
 
     assert not known.fit()
-    assert known.rung == GPU
+    assert known.level == GPU
     known.climb_back()
-    assert known.rung == GPU
+    assert known.level == GPU

@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.engines.figures import EngineFigures, read_figures
+from batch_orchestration.engines.figures import EngineMetrics, read_figures
 
 LABELS = 'engine="0",model_name="tiny"'
 PAGE = f"""\
@@ -27,7 +27,7 @@ python_gc_objects_collected_total{{generation="0"}} 8.0
 
 
 def test_every_series_that_we_go_by_is_read() -> None:
-    assert read_figures(PAGE) == EngineFigures(
+    assert read_figures(PAGE) == EngineMetrics(
         running=7,
         waiting=3,
         kv_usage=0.625,
@@ -63,13 +63,13 @@ def test_several_engines_of_one_server_are_added_up_and_their_caches_usage_is_th
     ],
 )
 def test_a_page_without_our_series_tells_nothing(page: str) -> None:
-    assert read_figures(page) == EngineFigures()
+    assert read_figures(page) == EngineMetrics()
 
 
 def test_tokens_are_known_as_soon_as_one_kind_is_counted() -> None:
-    assert EngineFigures().tokens is None
-    assert EngineFigures(generation_tokens=5).tokens == 5
-    assert EngineFigures(generation_tokens=5, prompt_tokens=7).tokens == 12
+    assert EngineMetrics().tokens is None
+    assert EngineMetrics(generation_tokens=5).tokens == 5
+    assert EngineMetrics(generation_tokens=5, prompt_tokens=7).tokens == 12
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_figure_that_is_no_count_is_not_told(value: str) -> None:
         for name in ("num_requests_running", "kv_cache_usage_perc", "generation_tokens_total")
     )
 
-    assert read_figures(page) == EngineFigures()
+    assert read_figures(page) == EngineMetrics()
 
 
 @pytest.mark.parametrize("blocks", ["-5", "9" * 5000, "x", "", "1e9", "٣" * 5000])
@@ -97,4 +97,4 @@ def test_figures_that_are_large_fit_the_store() -> None:
 
     figures = read_figures(caches * 3 + counters * 1_000 + "vllm:kv_cache_usage_perc 7\n")
 
-    assert figures == EngineFigures(kv_usage=1.0, kv_cache_tokens=2**53, generation_tokens=2**53)
+    assert figures == EngineMetrics(kv_usage=1.0, kv_cache_tokens=2**53, generation_tokens=2**53)

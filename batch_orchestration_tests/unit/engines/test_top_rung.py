@@ -4,17 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.engines.memory_ladder import Rung
-from batch_orchestration.engines.vllm import top_rung
+from batch_orchestration.engines.memory_ladder import MemoryLevel
+from batch_orchestration.engines.vllm import top_level
 
 
-def top(device: str = "cuda", in_flight: int = 1024, **args) -> Rung:
-    return top_rung("some/model", device=device, args=args, in_flight=in_flight)
+def top(device: str = "cuda", in_flight: int = 1024, **args) -> MemoryLevel:
+    return top_level("some/model", device=device, args=args, in_flight=in_flight)
 
 
 def test_without_flags_vllms_least_defaults_hold() -> None:
-    assert top() == Rung(max_num_seqs=256, max_num_batched_tokens=2048, gpu_memory_utilization=0.9)
-    assert top("cpu") == Rung(
+    assert top() == MemoryLevel(
+        max_num_seqs=256, max_num_batched_tokens=2048, gpu_memory_utilization=0.9
+    )
+    assert top("cpu") == MemoryLevel(
         max_num_seqs=128, max_num_batched_tokens=2048, kv_cache_memory_bytes=2**30
     )
 
@@ -25,7 +27,7 @@ def test_flags_are_the_starting_point() -> None:
         **{"max-model-len": "4K"},
     )
 
-    assert given == Rung(
+    assert given == MemoryLevel(
         max_num_seqs=512,
         max_num_batched_tokens=16_000,
         max_model_len=4096,
@@ -58,13 +60,13 @@ def test_where_prompts_are_read_whole_their_tokens_stay_as_they_are(args) -> Non
 def test_the_context_of_a_model_in_a_folder_is_its_own(tmp_path: Path, length) -> None:
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 8192}')
 
-    rung = top_rung(str(tmp_path), device="cpu", args={"max-model-len": length}, in_flight=8)
+    level = top_level(str(tmp_path), device="cpu", args={"max-model-len": length}, in_flight=8)
 
-    assert rung.max_model_len == 8192
+    assert level.max_model_len == 8192
 
 
 @pytest.mark.parametrize("config", ["", "[]", "{}"])
 def test_a_context_that_is_not_known_is_left_to_vllm(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
 
-    assert top_rung(str(tmp_path), device="cpu", args={}, in_flight=8).max_model_len is None
+    assert top_level(str(tmp_path), device="cpu", args={}, in_flight=8).max_model_len is None

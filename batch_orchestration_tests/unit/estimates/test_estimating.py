@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_orchestration.admission.reading.screening import Intake
+from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.core.requests import Request, parse_line
@@ -13,7 +13,7 @@ from batch_orchestration.estimates.costs import Costs, Throughput
 from batch_orchestration.estimates.engine import EstimateSettings
 from batch_orchestration.estimates.estimate import Band, Basis, Estimate, window_warning
 from batch_orchestration.estimates.estimating import (
-    Knowledge,
+    CalibrationData,
     expected_seconds,
     read_estimate,
     read_profile,
@@ -41,18 +41,18 @@ def make_intake(
     window: str = "24h",
     requests: int = 100,
     **fields: object,
-) -> Intake:
-    intake = Intake(
+) -> Screening:
+    screening = Screening(
         BatchOptions(completion_window=window),
         settings=EstimateSettings(**fields),  # type: ignore[arg-type]
-        knowledge=Knowledge(throughput=throughput),
+        knowledge=CalibrationData(throughput=throughput),
         now=NOW,
     )
     for index in range(requests):
         request = parse_line(make_line(index), index=index, line=index + 1)
         assert isinstance(request, Request)
-        intake.examine(request)
-    return intake
+        screening.examine(request)
+    return screening
 
 
 def make_estimate(**fields: object) -> Estimate:
@@ -68,13 +68,13 @@ def make_estimate(**fields: object) -> Estimate:
 
 def test_what_is_kept_beside_the_plan_is_what_was_made(folder: DataFolder) -> None:
     plan = make_batch(folder, 10)
-    intake = make_intake()
-    estimate = intake.estimate(at=NOW)
+    screening = make_intake()
+    estimate = screening.estimate(at=NOW)
 
-    write_estimate(folder.plan_path(plan.batch_id).parent, intake.profile(), estimate)
+    write_estimate(folder.plan_path(plan.batch_id).parent, screening.profile(), estimate)
 
     assert read_estimate(folder, plan.batch_id) == estimate
-    assert read_profile(folder, plan.batch_id) == intake.profile()
+    assert read_profile(folder, plan.batch_id) == screening.profile()
 
 
 def test_the_queue_asks_for_what_is_pending(folder: DataFolder) -> None:
@@ -125,10 +125,10 @@ def test_it_is_refused_only_where_windows_are_strict() -> None:
 
 
 def test_a_window_that_may_be_missed_is_no_reason_to_refuse() -> None:
-    intake = make_intake(window="1m", strict_windows=True)
+    screening = make_intake(window="1m", strict_windows=True)
     close = make_estimate(window_seconds=80.0)
 
-    intake.refuse_if_too_late(close)
+    screening.refuse_if_too_late(close)
 
     assert "may not end" in str(window_warning(close))
 

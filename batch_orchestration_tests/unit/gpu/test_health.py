@@ -17,7 +17,7 @@ from batch_orchestration.gpu import monitor as device_watch_module
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.health import (
     GpuReader,
-    device_watch,
+    device_monitor,
     engine_need,
     examine,
     gpu_problem,
@@ -176,30 +176,33 @@ def test_a_run_on_cuda_is_watched_and_what_cannot_be_read_gets_no_work(make_sett
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(device_watch_module, "PAUSE_SECONDS", -1.0)
     monkeypatch.setattr(device_watch_module, "STOP_SECONDS", -1.0)
-    watch = device_watch(make_settings(), run_id="run-1")
+    watch = device_monitor(make_settings(), run_id="run-1")
 
     assert watch.look() == ()
-    assert watch.care().share == 0.0
-    assert str(readings) in watch.care().stop
+    assert watch.throttle().share == 0.0
+    assert str(readings) in watch.throttle().stop
 
 
 @pytest.mark.parametrize("values", [{"device": "cpu"}, {"engine": "simulated"}])
 def test_only_the_settings_say_that_a_run_is_not_watched(install, make_settings, values):
     install(init=GPU_IS_LOST)
 
-    assert device_watch(make_settings(**values), run_id="run-1") is None
-    assert device_watch(make_settings(), run_id="run-1") is not None
+    assert device_monitor(make_settings(**values), run_id="run-1") is None
+    assert device_monitor(make_settings(), run_id="run-1") is not None
 
 
 def test_the_watch_goes_by_the_devices_that_the_engine_uses(install, make_settings):
     install(FakeGpu(uuid="GPU-1"), FakeGpu(uuid="GPU-2", temperature=99), FakeGpu(uuid="GPU-3"))
     two = make_settings(engine_args={"tensor_parallel_size": 2})
 
-    one_watch, two_watch = device_watch(make_settings(), run_id="r"), device_watch(two, run_id="r")
+    one_watch, two_watch = (
+        device_monitor(make_settings(), run_id="r"),
+        device_monitor(two, run_id="r"),
+    )
 
     assert [gpu.uuid for gpu in one_watch.look()] == ["GPU-1"]
     assert [gpu.uuid for gpu in two_watch.look()] == ["GPU-1", "GPU-2"]
-    assert (one_watch.care().share, two_watch.care().share) == (1.0, 0.5)
+    assert (one_watch.throttle().share, two_watch.throttle().share) == (1.0, 0.5)
 
 
 # --- our own engine -------------------------------------------------------------------------------

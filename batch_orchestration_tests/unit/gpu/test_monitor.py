@@ -6,8 +6,8 @@ import pytest
 from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.gate import GpuLimits
-from batch_orchestration.gpu.monitor import PAUSE_SECONDS, STOP_SECONDS, DeviceWatch
-from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.gpu.monitor import PAUSE_SECONDS, STOP_SECONDS, DeviceMonitor
+from batch_orchestration.gpu.thermal import Throttle
 
 FIRST = GpuFacts(
     index=0,
@@ -32,7 +32,7 @@ class Bench:
         self.answer = None
         self.fences = []
         self.fences_are_durable = True
-        self.watch = DeviceWatch(
+        self.watch = DeviceMonitor(
             lambda: self.answer or tuple(self.devices.values()),
             devices=len(devices) if used is None else used,
             limits=GpuLimits(),
@@ -51,13 +51,13 @@ class Bench:
         for _ in range(times):
             self.now += 5
             self.seen = self.watch.look()
-        return self.watch.care()
+        return self.watch.throttle()
 
 
 def test_devices_that_are_well_get_everything():
     bench = Bench(FIRST, SECOND)
 
-    assert bench.look(100) == DeviceCare(share=1.0, stop=None)
+    assert bench.look(100) == Throttle(share=1.0, stop=None)
     assert bench.seen == (FIRST, SECOND)
 
 
@@ -71,7 +71,7 @@ def test_heat_takes_work_away_pauses_it_and_gives_it_back():
 
     assert fall == [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0, 0.0]
     assert climb == {0.0, 0.125, 0.25, 0.5, 1.0}
-    assert bench.watch.care() == DeviceCare()
+    assert bench.watch.throttle() == Throttle()
     assert bench.fences == []
 
 
@@ -90,15 +90,15 @@ def test_a_fault_stops_the_run_for_good_and_fences_its_device_alone(facts, fault
     bench = Bench(FIRST, SECOND)
     bench.look()
     bench.set("GPU-2", **facts)
-    care = bench.look()
+    throttle = bench.look()
     bench.set("GPU-2", **{name: getattr(FIRST, name) for name in facts})
     later = bench.look(100)
 
     ((uuid, told, lost),) = bench.fences
     assert (uuid, lost) == ("GPU-2", False)
     assert fault in told
-    assert care == DeviceCare(share=0.0, stop=f"GPU 1 (Test) is fenced: {told}")
-    assert later == care
+    assert throttle == Throttle(share=0.0, stop=f"GPU 1 (Test) is fenced: {told}")
+    assert later == throttle
 
 
 def test_errors_of_memory_from_before_the_run_are_the_gates_business():
@@ -107,7 +107,7 @@ def test_errors_of_memory_from_before_the_run_are_the_gates_business():
     bench.set("GPU-1", ecc_uncorrectable_errors=5)
     bench.look()
 
-    assert before == DeviceCare()
+    assert before == Throttle()
     assert [fault for _, fault, _ in bench.fences] == [
         "2 uncorrectable memory errors (ECC) while it worked"
     ]
@@ -118,7 +118,7 @@ def test_an_error_of_the_program_says_nothing_against_the_device():
     bench.look()
     bench.set("GPU-1", xids=(13, 31, 43, 45, 68, 109, 154))
 
-    assert bench.look() == DeviceCare()
+    assert bench.look() == Throttle()
 
 
 def test_every_faulty_device_is_fenced_once_with_its_first_fault():
@@ -139,11 +139,11 @@ def test_a_fence_that_cannot_be_written_stops_the_run_all_the_same_and_is_tried_
     bench.look()
     bench.fences_are_durable = False
     bench.set("GPU-1", remap_pending=True)
-    care = bench.look(2)
+    throttle = bench.look(2)
     bench.fences_are_durable = True
     bench.look(5)
 
-    assert care.stop is not None
+    assert throttle.stop is not None
     assert len(bench.fences) == 4
 
 
@@ -155,10 +155,10 @@ def test_a_device_that_fell_off_the_bus_is_a_fault(how):
         bench.answer = GpuUnreadable("GPU is lost", lost=1)
     else:
         del bench.devices["GPU-2"]
-    care = bench.look()
+    throttle = bench.look()
 
     assert [(uuid, lost) for uuid, _, lost in bench.fences] == [("GPU-2", True)]
-    assert "fallen off the bus" in care.stop
+    assert "fallen off the bus" in throttle.stop
 
 
 def test_an_instance_that_is_gone_is_not_taken_for_a_device_that_fell_off_the_bus():
@@ -179,7 +179,7 @@ def test_another_device_that_is_lost_is_not_fenced_by_us():
     bench.look()
     bench.answer = GpuUnreadable("GPU is lost", lost=1)
 
-    assert bench.look() == DeviceCare()
+    assert bench.look() == Throttle()
     assert bench.fences == []
 
 
@@ -198,10 +198,12 @@ def test_devices_that_go_unseen_are_paused_and_then_end_the_run(break_it):
     break_it(bench)
     cares = [(bench.look(), bench.now) for _ in range(40)]
 
-    unseen = {now - 5: care for care, now in cares}
-    assert all(care == DeviceCare() for since, care in unseen.items() if since <= PAUSE_SECONDS)
-    assert all(care.share == 0 for since, care in unseen.items() if since > PAUSE_SECONDS)
-    assert {since for since, care in unseen.items() if care.stop} == {
+    unseen = {now - 5: throttle for throttle, now in cares}
+    assert all(
+        throttle == Throttle() for since, throttle in unseen.items() if since <= PAUSE_SECONDS
+    )
+    assert all(throttle.share == 0 for since, throttle in unseen.items() if since > PAUSE_SECONDS)
+    assert {since for since, throttle in unseen.items() if throttle.stop} == {
         since for since in unseen if since > STOP_SECONDS
     }
     assert bench.fences == []
@@ -214,8 +216,8 @@ def test_devices_that_are_seen_again_in_time_go_on():
     paused = bench.look(10)
     bench.answer = None
 
-    assert paused == DeviceCare(share=0.0)
-    assert bench.look() == DeviceCare()
+    assert paused == Throttle(share=0.0)
+    assert bench.look() == Throttle()
 
 
 def test_a_watch_that_nobody_keeps_pauses_by_itself_and_ends_nothing():
@@ -224,8 +226,8 @@ def test_a_watch_that_nobody_keeps_pauses_by_itself_and_ends_nothing():
     bench.look()
     bench.now += 3600
 
-    assert bench.watch.care() == DeviceCare(share=0.0, stop=None)
-    assert bench.look() == DeviceCare()
+    assert bench.watch.throttle() == Throttle(share=0.0, stop=None)
+    assert bench.look() == Throttle()
 
 
 def test_too_few_devices_are_none():
@@ -241,9 +243,9 @@ def test_a_watch_whose_thread_hangs_ends_the_run_of_whoever_asks_for_care():
     cares = []
     for _ in range(300):
         bench.now += 0.5
-        cares.append(bench.watch.care())
+        cares.append(bench.watch.throttle())
 
-    assert cares[-1] == DeviceCare(share=0.0, stop="nobody has seen the devices for 136 s")
+    assert cares[-1] == Throttle(share=0.0, stop="nobody has seen the devices for 136 s")
     assert bench.look().stop == cares[-1].stop
 
 
@@ -256,7 +258,7 @@ def test_errors_count_from_the_first_look_that_makes_sense(nonsense):
     before = bench.look()
     bench.set("GPU-1", ecc_uncorrectable_errors=1)
 
-    assert before == DeviceCare()
+    assert before == Throttle()
     assert "1 uncorrectable memory errors" in bench.look().stop
 
 

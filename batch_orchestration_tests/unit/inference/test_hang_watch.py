@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from batch_orchestration.core.errors import EngineDied
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.inference.faults.hang_watch import HangWatch
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 
@@ -23,7 +23,7 @@ class Watched:
 
     async def look(self, *, tokens, kv_usage=0.1, after=1.0, in_flight=4):
         self.now += after
-        figures = EngineFigures(generation_tokens=tokens, kv_usage=kv_usage)
+        figures = EngineMetrics(generation_tokens=tokens, kv_usage=kv_usage)
         await self.watch.judge(figures, in_flight=in_flight)
 
     async def look_for(self, seconds, *, tokens, kv_usage=0.1):

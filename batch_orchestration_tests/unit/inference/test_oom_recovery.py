@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.engines.memory_ladder import Ladder, Rung
-from batch_orchestration.engines.memory_level_file import RungMemory
-from batch_orchestration.inference.faults.oom_recovery import remembered_ladder
+from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_level_file import MemoryLevelFile
+from batch_orchestration.inference.faults.oom_recovery import remembered_fallback
 
-TOP = Rung(max_num_seqs=64)
+TOP = MemoryLevel(max_num_seqs=64)
 OUT_OF_MEMORY = Exhaustion(shortage=MemoryShortage.WORK, evidence="CUDA out of memory")
 DAY = 86_400
 
@@ -18,14 +18,14 @@ class Runs:
     """Runs of engines that share a memory; `now` is their clock."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "rungs.json"
+        self.path = folder / "memory-levels.json"
         self.now = 1000.0
 
-    def ladder(self, *, top: Rung = TOP, **fields) -> Ladder:
+    def fallback(self, *, top: MemoryLevel = TOP, **fields) -> MemoryFallback:
         values = {"model": "m", "device": "cuda", "args": {"dtype": "float16"}, **fields}
-        return remembered_ladder(
+        return remembered_fallback(
             top,
-            memory=RungMemory(self.path),
+            memory=MemoryLevelFile(self.path),
             retry_seconds=DAY,
             clock=lambda: self.now,
             **values,
@@ -33,11 +33,11 @@ class Runs:
 
     def run(self, *, deaths: int = 0, **fields) -> int | None:
         """Die so often, then answer; return how many sequences the run began with."""
-        ladder = self.ladder(**fields)
-        began = ladder.rung.max_num_seqs
+        fallback = self.fallback(**fields)
+        began = fallback.level.max_num_seqs
         for _ in range(deaths):
-            ladder.step_down(OUT_OF_MEMORY)
-        ladder.note_answer()
+            fallback.step_down(OUT_OF_MEMORY)
+        fallback.note_answer()
         return began
 
 
@@ -59,13 +59,14 @@ def test_the_next_run_begins_on_the_rung_that_worked(runs: Runs) -> None:
 
 
 def test_a_rung_that_answered_nothing_is_not_remembered(runs: Runs) -> None:
-    runs.ladder().step_down(OUT_OF_MEMORY)
+    runs.fallback().step_down(OUT_OF_MEMORY)
 
     assert runs.run() == 64
 
 
 @pytest.mark.parametrize(
-    "other", [{"model": "n"}, {"device": "cpu"}, {"args": {}}, {"top": Rung(max_num_seqs=65)}]
+    "other",
+    [{"model": "n"}, {"device": "cpu"}, {"args": {}}, {"top": MemoryLevel(max_num_seqs=65)}],
 )
 def test_another_engine_begins_as_configured(runs: Runs, other) -> None:
     runs.run(deaths=2)
@@ -77,19 +78,21 @@ def test_a_rung_is_remembered_whatever_the_derived_flags_are_today(runs: Runs) -
     derived = ("max-num-seqs",)
     runs.run(deaths=2, derived=derived)
 
-    assert runs.run(top=Rung(max_num_seqs=96), derived=derived) == 16
-    assert runs.run(top=Rung(max_num_seqs=96)) == 96  # As set: another engine.
+    assert runs.run(top=MemoryLevel(max_num_seqs=96), derived=derived) == 16
+    assert runs.run(top=MemoryLevel(max_num_seqs=96)) == 96  # As set: another engine.
 
 
 def test_a_remembered_rung_never_raises_what_was_derived(runs: Runs) -> None:
     """A neighbour may have taken memory meanwhile: more than what is free does not start."""
     derived = ("gpu-memory-utilization",)
-    free = Rung(max_num_seqs=64, gpu_memory_utilization=0.9)
+    free = MemoryLevel(max_num_seqs=64, gpu_memory_utilization=0.9)
     runs.run(top=free, deaths=1, derived=derived)
 
-    ladder = runs.ladder(top=Rung(max_num_seqs=64, gpu_memory_utilization=0.4), derived=derived)
+    fallback = runs.fallback(
+        top=MemoryLevel(max_num_seqs=64, gpu_memory_utilization=0.4), derived=derived
+    )
 
-    assert ladder.rung == Rung(max_num_seqs=32, gpu_memory_utilization=0.4)
+    assert fallback.level == MemoryLevel(max_num_seqs=32, gpu_memory_utilization=0.4)
 
 
 def test_after_a_time_one_higher_is_tried_then_the_next_one(runs: Runs) -> None:
@@ -133,6 +136,6 @@ def test_a_file_of_no_use_is_replaced(runs: Runs, text: str) -> None:
 
 
 def test_a_memory_that_cannot_be_written_stops_no_run(tmp_path: Path) -> None:
-    (tmp_path / "rungs.json").mkdir()
+    (tmp_path / "memory-levels.json").mkdir()
 
     assert Runs(tmp_path).run(deaths=1) == 64

@@ -5,13 +5,13 @@ import time
 
 import pytest
 
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.gate import GpuLimits
-from batch_orchestration.gpu.monitor import DeviceWatch
+from batch_orchestration.gpu.monitor import DeviceMonitor
 from batch_orchestration.gpu.samples import read_samples
-from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.sampler import RunSampler
 from batch_orchestration.workers.vitals import RunVitals
 
@@ -32,7 +32,7 @@ def vitals():
 
 
 def watch(read):
-    return DeviceWatch(read, devices=1, limits=GpuLimits(), fence_off=lambda *_: True)
+    return DeviceMonitor(read, devices=1, limits=GpuLimits(), fence_off=lambda *_: True)
 
 
 def sampler(vitals, folder, **fields):
@@ -43,16 +43,16 @@ def test_a_run_without_devices_is_sampled_from_its_start_to_its_end(folder, vita
     with sampler(vitals, folder) as sampling:
         vitals.in_flight, vitals.window = 3, 8
         vitals.requests_per_second = 1.5
-        vitals.engine = EngineFigures(running=3, kv_usage=0.25)
-        care = sampling.care()
+        vitals.engine = EngineMetrics(running=3, kv_usage=0.25)
+        throttle = sampling.throttle()
 
     last = read_samples(folder, "b-1")[-1]
     assert 1 <= len(read_samples(folder, "b-1")) <= 2
     assert (last.run_id, last.in_flight, last.window) == ("run-1", 3, 8)
     assert last.requests_per_second == 1.5
-    assert last.engine == EngineFigures(running=3, kv_usage=0.25)
+    assert last.engine == EngineMetrics(running=3, kv_usage=0.25)
     assert last.gpus == ()
-    assert care == DeviceCare()
+    assert throttle == Throttle()
 
 
 def test_devices_go_into_the_samples_and_the_vitals(folder, vitals):
@@ -68,7 +68,7 @@ def test_before_there_is_a_batch_devices_are_watched_and_nothing_is_written(fold
     with sampler(vitals, folder, watch=watch(lambda: (HOT,))) as sampling:
         pass
 
-    assert sampling.care().share == 0.5
+    assert sampling.throttle().share == 0.5
     assert not folder.batches.exists()
 
 

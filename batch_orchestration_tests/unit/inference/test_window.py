@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from batch_orchestration.gpu.thermal import DeviceCare
+from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.window import window as request_window
 from batch_orchestration.inference.window.window import RequestWindow, Window
 from batch_orchestration_tests.support.workbench import make_feeding
@@ -30,7 +30,7 @@ def make_window(in_flight: int, **fields) -> Window:
 )
 def test_the_narrowest_party_decides(width: int, most: int, share: float, limit: int) -> None:
     window = RequestWindow(
-        make_window(width), most=lambda: most, care=lambda: DeviceCare(share=share)
+        make_window(width), most=lambda: most, throttle=lambda: Throttle(share=share)
     )
 
     assert window.limit == limit
@@ -41,22 +41,22 @@ def test_it_opens_as_soon_as_somebody_leaves_or_the_pause_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(request_window, "LOOK_SECONDS", 0.001)
-    taken, care = [1, 1], DeviceCare()
-    window = RequestWindow(make_window(2), most=lambda: 2, care=lambda: care)
+    taken, throttle = [1, 1], Throttle()
+    window = RequestWindow(make_window(2), most=lambda: 2, throttle=lambda: throttle)
 
     async def one_more() -> list[bool]:
-        nonlocal care
+        nonlocal throttle
         waiting = asyncio.create_task(window.open(lambda: sum(taken)))
         await asyncio.sleep(0)
         seen = [waiting.done()]
         taken.pop()
         window.look_again()
         seen.append(await waiting)
-        care = DeviceCare(share=0.0)
+        throttle = Throttle(share=0.0)
         paused = asyncio.create_task(window.open(lambda: 0))
         await asyncio.sleep(0.005)
         seen.append(paused.done())
-        care = DeviceCare()
+        throttle = Throttle()
         return [*seen, await paused]
 
     assert asyncio.run(one_more()) == [False, True, False, True]
@@ -64,14 +64,14 @@ def test_it_opens_as_soon_as_somebody_leaves_or_the_pause_is_over(
 
 def test_a_stop_ends_the_wait_even_of_a_full_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_window, "LOOK_SECONDS", 0.001)
-    care = DeviceCare()
-    window = RequestWindow(make_window(1), most=lambda: 1, care=lambda: care)
+    throttle = Throttle()
+    window = RequestWindow(make_window(1), most=lambda: 1, throttle=lambda: throttle)
 
     async def stopped() -> bool:
-        nonlocal care
+        nonlocal throttle
         waiting = asyncio.create_task(window.open(lambda: 1))
         await asyncio.sleep(0.005)
-        care = DeviceCare(stop="Xid 79")
+        throttle = Throttle(stop="Xid 79")
         return await waiting
 
     assert asyncio.run(stopped()) is False

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from batch_orchestration.queue.capacity import Demand, Limits, Load, find_obstacle, rough_tokens
+from batch_orchestration.queue.capacity import Demand, Limits, Load, check_capacity, rough_tokens
 from batch_orchestration.queue.entries import WaitReason
 
 GIB = 2**30
@@ -37,7 +37,7 @@ def demand(requests: int | None = 100, tokens: int | None = 5000, size_bytes: in
     ],
 )
 def test_what_fits_exactly_is_let_in(load, wanted):
-    assert find_obstacle(wanted, load, LIMITS) is None
+    assert check_capacity(wanted, load, LIMITS) is None
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_what_fits_exactly_is_let_in(load, wanted):
     ],
 )
 def test_one_more_than_fits_waits_and_is_told_the_numbers(load, wanted, reason, numbers):
-    obstacle = find_obstacle(wanted, load, LIMITS)
+    blocker = check_capacity(wanted, load, LIMITS)
 
-    assert obstacle is not None
-    assert obstacle.reason is reason
-    assert all(number in obstacle.detail for number in numbers), obstacle.detail
+    assert blocker is not None
+    assert blocker.reason is reason
+    assert all(number in blocker.detail for number in numbers), blocker.detail
 
 
 def test_every_reason_is_gone_with_its_cause():
@@ -85,11 +85,11 @@ def test_every_reason_is_gone_with_its_cause():
     for relief in (
         {"batches": 2}, {"requests": 600}, {"tokens": 20_000}, {"free_bytes": 4 * GIB}
     ):  # fmt: skip
-        met.append(find_obstacle(wanted, load, LIMITS).reason)
+        met.append(check_capacity(wanted, load, LIMITS).reason)
         load = Load(**{**vars(load), **relief})
 
     assert met == ["queue_full", "requests_queued", "tokens_queued", "disk_low"]
-    assert find_obstacle(wanted, load, LIMITS) is None
+    assert check_capacity(wanted, load, LIMITS) is None
 
 
 def test_a_load_grows_by_what_is_let_in():
@@ -118,8 +118,8 @@ def test_a_batch_takes_room_for_its_window_only_but_the_disk_for_all_of_it():
     load = EMPTY.plus(large, limits)
 
     assert (load.requests, load.tokens, load.owed_bytes) == (500, 20_000, 2 * GIB)
-    assert find_obstacle(large, load, limits) is None
-    reason, detail = find_obstacle(large, load.plus(demand(), limits), limits)
+    assert check_capacity(large, load, limits) is None
+    reason, detail = check_capacity(large, load.plus(demand(), limits), limits)
     assert reason is WaitReason.REQUESTS_QUEUED
     assert "its first 500 requests and the 600 queued are more than the 1,000" in detail
     # What is left of it takes what is left, once that is less than a window.

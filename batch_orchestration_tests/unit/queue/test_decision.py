@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.queue.capacity import Demand, Limits, Load, Obstacle
+from batch_orchestration.queue.capacity import Blocker, Demand, Limits, Load
 from batch_orchestration.queue.decision import Rules, Standing, decide
 from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry, WaitReason
 from batch_orchestration.queue.rate_limits import Rate, RateLimits, SourceRates, SubmissionEvent
@@ -68,7 +68,7 @@ def test_a_gate_holds_up_all_that_is_not_running(reason):
         standing("running", kind=EntryKind.BATCH, state=EntryState.RUNNING),
         standing("admitted", kind=EntryKind.BATCH, state=EntryState.ADMITTED),
         standing("file"),
-        gate=Obstacle(reason, "because"),
+        gate=Blocker(reason, "because"),
     )
 
     assert decision.admissible == ()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from batch_orchestration.core.batches import BatchOptions, BatchStatus
-from batch_orchestration.core.lifecycle import Closing
-from batch_orchestration.core.totals import Tally
+from batch_orchestration.core.lifecycle import EarlyEnd
+from batch_orchestration.core.totals import BatchTotals
 from batch_orchestration.reports.documents import CELL_LENGTH, Picture, to_html
 from batch_orchestration.reports.gathering import ReportFigures
 from batch_orchestration.reports.report import batch_report
@@ -67,18 +67,18 @@ def report(text: str, *, examples: int = 2) -> str:
     plan = make_plan(make_input(3), options=BatchOptions(metadata={text: text}))
     plan = replace(plan, batch_id="candidates-1", file_name=text)
     provenance = make_provenance(text, engine=text, engine_version=text, model=text)
-    tally = Tally()
+    totals = BatchTotals()
     for index in range(examples):
         settled = make_settled(index, make_failure(message=text), provenance=provenance)
-        tally.count(replace(settled, custom_id=text))
-    closing = Closing(
+        totals.count(replace(settled, custom_id=text))
+    closing = EarlyEnd(
         status=BatchStatus.CANCELLED,
         at=NOW,
         actor=text,
         reason=text,
     )
     return batch_report(
-        *(plan, make_record(plan), tally, {}),
+        *(plan, make_record(plan), totals, {}),
         outbox=text,
         closing=closing,
         figures=ReportFigures(timeline=[Moment(NOW, text)], pictures=[PICTURE]),

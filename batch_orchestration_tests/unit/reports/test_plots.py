@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.samples import RunSample
 from batch_orchestration.reports.figures import Interval, Throughput, interval_width
@@ -134,7 +134,7 @@ def test_a_legend_of_long_names_has_rows_of_its_own_above_the_plot() -> None:
 
 
 def test_the_engines_own_figures_are_drawn() -> None:
-    figures = EngineFigures(waiting=3, kv_usage=0.25)
+    figures = EngineMetrics(waiting=3, kv_usage=0.25)
 
     plot = engine_plot([sample(second, engine=figures) for second in (0, 5, 10)], since=NOW)
 

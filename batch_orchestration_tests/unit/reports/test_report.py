@@ -5,7 +5,7 @@ import pytest
 from batch_orchestration.core.batches import BatchOptions, BatchStatus
 from batch_orchestration.core.results import BatchRecord, ChunkReport
 from batch_orchestration.core.text import duration
-from batch_orchestration.core.totals import Tally
+from batch_orchestration.core.totals import BatchTotals
 from batch_orchestration.reports.report import CHUNKS_SHOWN, batch_report
 from batch_orchestration_tests.support.builders import (
     NOW,
@@ -57,11 +57,11 @@ def make_report(number, *, seconds=4.0):
 def report_of(requests, *, chunks=1, options=None, **provenance):
     plan = make_plan(make_input(len(requests)), options=options)
     settings_hash = provenance.setdefault("settings_hash", plan.settings_hash)
-    tally = Tally()
+    totals = BatchTotals()
     for request in requests:
-        tally.count(request(make_provenance(**{**provenance, "settings_hash": settings_hash})))
+        totals.count(request(make_provenance(**{**provenance, "settings_hash": settings_hash})))
     reports = {number: make_report(number, seconds=number) for number in range(chunks)}
-    return batch_report(plan, make_record(plan), tally, reports, outbox="/data/outbox/b")
+    return batch_report(plan, make_record(plan), totals, reports, outbox="/data/outbox/b")
 
 
 def answered(index):

@@ -13,18 +13,18 @@ from batch_orchestration.engines.processes.records import identify, is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.workers import heartbeat_files
 from batch_orchestration.workers.cleanup import (
-    clear_leftovers,
+    clear_after_crashes,
     end_worker,
     living_workers,
     recorded_worker,
     worker_of,
 )
 from batch_orchestration.workers.heartbeat import Heartbeat
-from batch_orchestration.workers.heartbeat_files import read_pulse, write_heartbeat
+from batch_orchestration.workers.heartbeat_files import read_last_heartbeat, write_heartbeat
 from batch_orchestration.workers.reporter import (
-    beating,
+    heartbeats_written,
     holding,
-    say_at_work,
+    report_phase,
     vitals_of_this_worker,
 )
 from batch_orchestration_tests.support.children import child, next_line
@@ -40,15 +40,19 @@ def folder(tmp_path):
 
 
 def beats_of(folder, run_id="run"):
-    return beating(folder=folder, run_id=run_id, job="answer_chunks", every_seconds=EVERY)
+    return heartbeats_written(
+        folder=folder, run_id=run_id, job="answer_chunks", every_seconds=EVERY
+    )
 
 
 def wait_for_pulse(folder, condition, run_id="run"):
     deadline = time.monotonic() + 5
-    while (pulse := read_pulse(folder.heartbeat_path(run_id))) is None or not condition(pulse):
-        assert time.monotonic() < deadline, pulse
+    while (
+        last_heartbeat := read_last_heartbeat(folder.heartbeat_path(run_id))
+    ) is None or not condition(last_heartbeat):
+        assert time.monotonic() < deadline, last_heartbeat
         time.sleep(EVERY)
-    return pulse
+    return last_heartbeat
 
 
 def test_a_heartbeat_says_who_works_at_what_and_is_gone_at_a_clean_end(folder):
@@ -56,7 +60,9 @@ def test_a_heartbeat_says_who_works_at_what_and_is_gone_at_a_clean_end(folder):
         vitals.enter("feeding", patience_seconds=160.0)
         vitals.begin_chunk("candidates-1", 7)
         vitals.in_flight = 12
-        beat = wait_for_pulse(folder, lambda pulse: pulse.heartbeat.in_flight == 12).told
+        beat = wait_for_pulse(
+            folder, lambda last_heartbeat: last_heartbeat.heartbeat.in_flight == 12
+        ).told
 
         assert worker_of(beat) == identify(os.getpid())
         assert (beat.run_id, beat.job, beat.phase) == ("run", "answer_chunks", "feeding")
@@ -68,10 +74,10 @@ def test_a_heartbeat_says_who_works_at_what_and_is_gone_at_a_clean_end(folder):
 
 
 def test_work_that_is_no_answering_says_what_it_is_and_has_minutes_for_each_sign(folder):
-    say_at_work("delivering", "nobody's heart")  # no worker: nothing happens
+    report_phase("delivering", "nobody's heart")  # no worker: nothing happens
 
     with beats_of(folder) as vitals:
-        say_at_work("delivering", "candidates-1")
+        report_phase("delivering", "candidates-1")
 
         assert (vitals.phase, vitals.patience_seconds) == ("delivering", 660.0)
         assert vitals is vitals_of_this_worker()
@@ -107,11 +113,14 @@ def refuse(*_):
 def test_a_heartbeat_tells_as_much_on_a_full_disk(folder, monkeypatch):
     """If it could only be heard there, a full disk would hide a worker that is stuck."""
     with beats_of(folder) as vitals:
-        first = wait_for_pulse(folder, lambda pulse: pulse.told is not None)
+        first = wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is not None)
         monkeypatch.setattr(heartbeat_files.Path, "write_bytes", refuse)
         vitals.in_flight = 12
 
-        beat = wait_for_pulse(folder, lambda pulse: pulse.told and pulse.told.in_flight == 12)
+        beat = wait_for_pulse(
+            folder,
+            lambda last_heartbeat: last_heartbeat.told and last_heartbeat.told.in_flight == 12,
+        )
         assert beat.at > first.at
 
 
@@ -119,16 +128,21 @@ def test_a_heartbeat_that_cannot_be_overwritten_either_is_heard_all_the_same(fol
     """Judged by an old file it would be stuck; judged by none, silent."""
     path = folder.heartbeat_path("run")
     with beats_of(folder):
-        first = wait_for_pulse(folder, lambda pulse: pulse.told is not None)
+        first = wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is not None)
         with monkeypatch.context() as full:
             full.setattr("batch_orchestration.workers.reporter.write_heartbeat", refuse)
 
-            heard = wait_for_pulse(folder, lambda pulse: pulse.told is None)
+            heard = wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is None)
             assert heard.at > first.at
             assert worker_of(heard.heartbeat) == identify(os.getpid())
             path.unlink()
-            assert wait_for_pulse(folder, lambda pulse: pulse.at > first.at).heartbeat is None
-        wait_for_pulse(folder, lambda pulse: pulse.told is not None)
+            assert (
+                wait_for_pulse(
+                    folder, lambda last_heartbeat: last_heartbeat.at > first.at
+                ).heartbeat
+                is None
+            )
+        wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is not None)
 
     assert list(folder.heartbeats.iterdir()) == []
 
@@ -136,13 +150,13 @@ def test_a_heartbeat_that_cannot_be_overwritten_either_is_heard_all_the_same(fol
 @pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
 def test_what_a_heartbeat_tells_does_not_depend_on_the_clock_of_a_file_server(folder, ahead):
     path = folder.heartbeat_path("run")
-    with beating(folder=folder, run_id="run", job="answer_chunks", every_seconds=60.0):
+    with heartbeats_written(folder=folder, run_id="run", job="answer_chunks", every_seconds=60.0):
         os.utime(path, (time.time() + ahead, time.time() + ahead))
 
-        pulse = read_pulse(path)
+        last_heartbeat = read_last_heartbeat(path)
 
-    assert pulse.told is not None
-    assert pulse.at == pulse.told.at
+    assert last_heartbeat.told is not None
+    assert last_heartbeat.at == last_heartbeat.told.at
 
 
 def test_no_figure_and_no_mistake_of_ours_ends_the_heart(folder, monkeypatch, caplog):
@@ -151,14 +165,17 @@ def test_no_figure_and_no_mistake_of_ours_ends_the_heart(folder, monkeypatch, ca
         vitals.requests_per_second = float("inf")
         vitals.output_tokens_per_second = float("nan")
         vitals.enter("feeding", patience_seconds=float("inf"))
-        beat = wait_for_pulse(folder, lambda pulse: pulse.told and pulse.told.phase == "feeding")
+        beat = wait_for_pulse(
+            folder,
+            lambda last_heartbeat: last_heartbeat.told and last_heartbeat.told.phase == "feeding",
+        )
         assert beat.told.patience_seconds > 1e8
 
         with monkeypatch.context() as broken:
             broken.delattr(vitals, "phase")
-            heard = wait_for_pulse(folder, lambda pulse: pulse.told is None)
-            wait_for_pulse(folder, lambda pulse: pulse.at > heard.at)
-        wait_for_pulse(folder, lambda pulse: pulse.told is not None)
+            heard = wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is None)
+            wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.at > heard.at)
+        wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is not None)
 
     assert len(caplog.records) == 1
 
@@ -194,7 +211,7 @@ def test_what_dead_workers_left_is_removed_and_what_living_ones_wrote_is_not(fol
     leave("of-a-pid-that-was-reused", msgspec.structs.replace(me, started=me.started - 1))
     write_heartbeat(folder.heartbeats / "unreadable.json", {"at": "?"})
 
-    said = clear_leftovers(folder)
+    said = clear_after_crashes(folder)
 
     assert len(said) == 2
     left = sorted(path.stem for path in folder.heartbeats.glob("*.json"))

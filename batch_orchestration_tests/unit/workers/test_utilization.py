@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.engines.figures import EngineFigures
+from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.workers.utilization import (
     QUANTITIES,
-    Accountant,
-    Moment,
-    RunAccount,
+    RunSnapshot,
     Stage,
+    TimeAccountant,
+    TimeBreakdown,
     kept,
 )
 
@@ -23,27 +23,27 @@ PARTS = (
 )
 
 
-def feeding(in_flight: int, **fields: Any) -> Moment:
+def feeding(in_flight: int, **fields: Any) -> RunSnapshot:
     """A run that feeds its own batch, with a window of 8."""
     values = {"window": 8, "unheld_window": 8, "by_batch": {"own": in_flight}}
-    return Moment(stage=Stage.FEEDING, in_flight=in_flight, **{**values, **fields})
+    return RunSnapshot(stage=Stage.FEEDING, in_flight=in_flight, **{**values, **fields})
 
 
-def account_of(*looks: tuple[float, Moment], batch_id: str = "own") -> RunAccount:
+def account_of(*looks: tuple[float, RunSnapshot], batch_id: str = "own") -> TimeBreakdown:
     """The account after looks at these times."""
-    accountant = Accountant("own")
+    accountant = TimeAccountant("own")
     for at, moment in looks:
         accountant.observe(moment, at)
-    return RunAccount(batch_id=batch_id, run_id="run-1", **accountant.accounts()[batch_id])
+    return TimeBreakdown(batch_id=batch_id, run_id="run-1", **accountant.accounts()[batch_id])
 
 
 def test_each_stage_of_a_run_is_charged_by_its_name() -> None:
     account = account_of(
-        (100.0, Moment(stage=Stage.STARTING)),
+        (100.0, RunSnapshot(stage=Stage.STARTING)),
         (140.0, feeding(8)),
         (200.0, feeding(2, dry=True)),
-        (208.0, Moment(stage=Stage.COMMITTING)),
-        (211.0, Moment(stage=Stage.COMMITTING)),
+        (208.0, RunSnapshot(stage=Stage.COMMITTING)),
+        (211.0, RunSnapshot(stage=Stage.COMMITTING)),
     )
 
     assert account.start_up_seconds == 40.0
@@ -89,7 +89,7 @@ def test_what_was_in_flight_before_the_window_closed_still_counts_as_busy() -> N
 
 def test_a_window_wider_than_the_engine_does_not_make_a_full_engine_look_idle() -> None:
     """It runs 4 and lets 4 wait; later 4 in flight are all that it could run."""
-    full = EngineFigures(running=4, waiting=4)
+    full = EngineMetrics(running=4, waiting=4)
     looks = ((0.0, feeding(8, engine=full)), (5.0, feeding(4, engine=full)), (9.0, feeding(4)))
 
     account = account_of(*looks)
@@ -99,7 +99,7 @@ def test_a_window_wider_than_the_engine_does_not_make_a_full_engine_look_idle() 
 
 def test_an_engine_that_is_given_little_does_not_pass_for_a_small_one() -> None:
     """One request that waits a moment while the window is open says nothing of the engine."""
-    moment = feeding(3, engine=EngineFigures(running=2, waiting=1))
+    moment = feeding(3, engine=EngineMetrics(running=2, waiting=1))
 
     account = account_of((0.0, moment), (8.0, moment))
 
@@ -108,8 +108,8 @@ def test_an_engine_that_is_given_little_does_not_pass_for_a_small_one() -> None:
 
 def test_an_engine_that_once_ran_few_is_believed_when_it_runs_more() -> None:
     """Right after its start it reads prompts, and lets all others wait."""
-    ramp = feeding(8, engine=EngineFigures(running=1, waiting=7))
-    well = feeding(8, engine=EngineFigures(running=8, waiting=0))
+    ramp = feeding(8, engine=EngineMetrics(running=1, waiting=7))
+    well = feeding(8, engine=EngineMetrics(running=8, waiting=0))
 
     account = account_of((0.0, ramp), (1.0, well), (2.0, feeding(2)), (10.0, feeding(2)))
 
@@ -119,8 +119,8 @@ def test_an_engine_that_once_ran_few_is_believed_when_it_runs_more() -> None:
 
 def test_a_full_window_at_which_nothing_waits_may_be_too_narrow_and_is_told_so() -> None:
     """By the window the engine is full; by its own figures it could run more."""
-    narrow = feeding(8, engine=EngineFigures(running=8, waiting=0))
-    fed = feeding(8, engine=EngineFigures(running=6, waiting=2))
+    narrow = feeding(8, engine=EngineMetrics(running=8, waiting=0))
+    fed = feeding(8, engine=EngineMetrics(running=6, waiting=2))
 
     account = account_of((0.0, narrow), (3.0, fed), (10.0, fed))
 
@@ -129,7 +129,7 @@ def test_a_full_window_at_which_nothing_waits_may_be_too_narrow_and_is_told_so()
 
 def test_a_full_window_of_requests_that_the_engine_does_not_have_is_a_gap() -> None:
     """The feeder is too slow: answers lie about at its side, and count as in flight until read."""
-    starving = feeding(8, engine=EngineFigures(running=2, waiting=0))
+    starving = feeding(8, engine=EngineMetrics(running=2, waiting=0))
 
     account = account_of((0.0, starving), (8.0, starving))
 
@@ -137,7 +137,7 @@ def test_a_full_window_of_requests_that_the_engine_does_not_have_is_a_gap() -> N
 
 
 def test_an_engine_that_falls_silent_is_believed_to_have_what_it_was_given() -> None:
-    starving = feeding(8, engine=EngineFigures(running=2, waiting=0))
+    starving = feeding(8, engine=EngineMetrics(running=2, waiting=0))
 
     account = account_of((0.0, starving), (8.0, feeding(8)), (12.0, feeding(8)))
 
@@ -147,11 +147,11 @@ def test_an_engine_that_falls_silent_is_believed_to_have_what_it_was_given() -> 
 def test_time_is_divided_between_batches_by_what_each_has_in_flight() -> None:
     both = feeding(8, by_batch={"own": 2, "guest": 6})
     looks = (
-        (0.0, Moment(stage=Stage.STARTING)),
+        (0.0, RunSnapshot(stage=Stage.STARTING)),
         (10.0, both),
         (18.0, feeding(0)),
-        (20.0, Moment(stage=Stage.COMMITTING)),
-        (21.0, Moment(stage=Stage.COMMITTING)),
+        (20.0, RunSnapshot(stage=Stage.COMMITTING)),
+        (21.0, RunSnapshot(stage=Stage.COMMITTING)),
     )
 
     own, guest = account_of(*looks), account_of(*looks, batch_id="guest")
@@ -163,7 +163,7 @@ def test_time_is_divided_between_batches_by_what_each_has_in_flight() -> None:
 
 
 def test_the_engines_own_figures_say_whether_it_computes() -> None:
-    idle, busy = EngineFigures(running=0, waiting=0), EngineFigures(running=1, waiting=0)
+    idle, busy = EngineMetrics(running=0, waiting=0), EngineMetrics(running=1, waiting=0)
     looks = ((0.0, feeding(8, engine=idle)), (3.0, feeding(8, engine=busy)), (8.0, feeding(0)))
 
     assert account_of(*looks).engine_busy_seconds == 5.0
@@ -172,8 +172,8 @@ def test_the_engines_own_figures_say_whether_it_computes() -> None:
 def test_tokens_while_full_are_told_from_tokens_over_all() -> None:
     """10 s full with 100 tokens a second, then 5 s half full with 80."""
 
-    def read(in_flight: int, tokens: int) -> Moment:
-        return feeding(in_flight, dry=in_flight < 8, engine=EngineFigures(generation_tokens=tokens))
+    def read(in_flight: int, tokens: int) -> RunSnapshot:
+        return feeding(in_flight, dry=in_flight < 8, engine=EngineMetrics(generation_tokens=tokens))
 
     account = account_of((0.0, read(8, 5_000)), (10.0, read(4, 6_000)), (15.0, read(4, 6_400)))
 
@@ -186,8 +186,8 @@ def test_tokens_while_full_are_told_from_tokens_over_all() -> None:
 
 
 def test_a_counter_that_begins_anew_with_a_new_engine_loses_no_tokens() -> None:
-    def read(tokens: int) -> Moment:
-        return feeding(8, engine=EngineFigures(generation_tokens=tokens))
+    def read(tokens: int) -> RunSnapshot:
+        return feeding(8, engine=EngineMetrics(generation_tokens=tokens))
 
     account = account_of((0.0, read(100)), (1.0, read(900)), (2.0, read(50)))
 
@@ -197,8 +197,8 @@ def test_a_counter_that_begins_anew_with_a_new_engine_loses_no_tokens() -> None:
 def test_a_reading_that_was_missed_loses_no_tokens() -> None:
     """An engine that is busy does not always answer in time; its counter goes on meanwhile."""
 
-    def read(tokens: int | None, answered: int) -> Moment:
-        figures = None if tokens is None else EngineFigures(generation_tokens=tokens)
+    def read(tokens: int | None, answered: int) -> RunSnapshot:
+        figures = None if tokens is None else EngineMetrics(generation_tokens=tokens)
         return feeding(8, engine=figures, tokens=answered)
 
     account = account_of(
@@ -220,9 +220,9 @@ def test_an_engine_that_tells_nothing_is_counted_by_its_answers() -> None:
     assert (account.tokens, account.full_seconds) == (30.0, 2.0)
 
 
-def test_a_kept_fraction_is_that_of_all_runs_together() -> None:
-    killed = RunAccount(batch_id="b", run_id="1", wall_seconds=50.0, start_up_seconds=50.0)
-    second = RunAccount(
+def test_a_utilization_is_that_of_all_runs_together() -> None:
+    killed = TimeBreakdown(batch_id="b", run_id="1", wall_seconds=50.0, start_up_seconds=50.0)
+    second = TimeBreakdown(
         batch_id="b", run_id="2", wall_seconds=50.0, busy_seconds=40.0, drain_seconds=10.0
     )
 
@@ -236,13 +236,13 @@ def test_a_kept_fraction_is_that_of_all_runs_together() -> None:
 
 counts = st.integers(0, 20)
 figures = st.none() | st.builds(
-    EngineFigures,
+    EngineMetrics,
     running=st.none() | counts,
     waiting=st.none() | counts,
     generation_tokens=st.none() | st.integers(0, 10_000),
 )
 moments = st.builds(
-    Moment,
+    RunSnapshot,
     stage=st.sampled_from(Stage),
     in_flight=counts,
     by_batch=st.dictionaries(st.sampled_from(["own", "guest", "other"]), counts),
@@ -257,9 +257,9 @@ moments = st.builds(
 
 @given(st.lists(st.tuples(st.floats(0, 100), moments), min_size=2, max_size=30))
 def test_the_parts_add_up_to_the_wall_time_whatever_a_run_sees(
-    looks: list[tuple[float, Moment]],
+    looks: list[tuple[float, RunSnapshot]],
 ) -> None:
-    accountant, now = Accountant("own"), 0.0
+    accountant, now = TimeAccountant("own"), 0.0
     for seconds, moment in looks:
         now += seconds
         accountant.observe(moment, now)
