@@ -144,11 +144,27 @@ def test_every_make_target_that_a_page_tells_to_run_exists() -> None:
     assert told <= targets
 
 
-def test_the_code_map_names_every_service() -> None:
-    code_map = (ROOT / "ARCHITECTURE.md").read_text().partition("## Code map")[2]
+def test_the_architecture_has_a_paragraph_for_each_wing_and_names_no_file_that_is_not_there() -> (
+    None
+):
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    paragraphs = page.partition("## The wings")[2].partition("\n## ")[0]
+    product = ROOT / "batch_orchestration"
 
-    services = {path.stem for path in (ROOT / "batch_orchestration/services").glob("[a-z]*.py")}
-    assert services <= set(re.findall(r"`(\w+)`", code_map))
+    wings = {path.parent.name for path in product.glob("*/__init__.py")}
+    assert wings
+    assert wings <= set(re.findall(r"\*\*(\w+)\*\*", paragraphs))
+    named = re.findall(r"`(\w+(?:/\w+)+)(?:\.py)?`", page)
+    assert named
+    assert [name for name in named if not (product / f"{name}.py").exists()] == []
+
+
+def test_the_architecture_is_short() -> None:
+    assert len((ROOT / "ARCHITECTURE.md").read_text().splitlines()) <= 200
+
+
+def test_a_reader_meets_the_commands_of_the_readme_within_900_words() -> None:
+    assert len((ROOT / "README.md").read_text().partition("## Commands")[0].split()) <= 900
 
 
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -177,7 +177,7 @@ class _Asker:
         return EngineRun(
             run_id=run_id,
             engine=engine,
-            rung=self._engine.fallback.description or "",
+            memory_level=self._engine.fallback.description or "",
             source=Source.CALIBRATION,
             requests=len(answers),
             prompt_tokens=sum(answer.usage.prompt_tokens for answer in answers),

@@ -161,7 +161,7 @@ def _vllm_in_force(settings: Settings) -> EngineInForce:
     args = {name.lstrip("-").replace("_", "-"): v for name, v in settings.engine_args.items()}
     device = str(settings.device)
     in_flight = settings.in_flight or MOST_IN_FLIGHT
-    rung = top_level(settings.model, device=device, args=args, in_flight=in_flight)
+    level = top_level(settings.model, device=device, args=args, in_flight=in_flight)
     return EngineInForce(
         kind="vllm",
         model=settings.model,
@@ -170,7 +170,7 @@ def _vllm_in_force(settings: Settings) -> EngineInForce:
         folder=_folder(settings.model),
         served=_served(settings, args),
         checks_names=names_are_checked(settings.engine_environment()) and "enable-lora" not in args,
-        at_a_time=rung.max_num_seqs or DEFAULT_IN_FLIGHT,
+        at_a_time=level.max_num_seqs or DEFAULT_IN_FLIGHT,
     )
 
 

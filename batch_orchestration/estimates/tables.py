@@ -50,7 +50,7 @@ class EngineRun(msgspec.Struct, frozen=True, kw_only=True):
 
     run_id: str
     engine: str
-    rung: str
+    memory_level: str
     source: Source
     batch_id: str | None = None
     requests: int
@@ -191,7 +191,7 @@ class EstimateTables:
             EngineRun(
                 run_id=run_id,
                 engine=engine,
-                rung=rung or "",
+                memory_level=level or "",
                 source=Source.HISTORY,
                 batch_id=batch_id,
                 requests=requests,
@@ -202,7 +202,7 @@ class EstimateTables:
                 seconds=seconds,
                 measured_at=ended,
             )
-            for run_id, engine, requests, prompts, answers, longest, seconds, ended, rung in found
+            for run_id, engine, requests, prompts, answers, longest, seconds, ended, level in found
         ]
 
     def results_of(self, batch_id: str, indices: Sequence[int]) -> dict[int, SampledResult]:
@@ -247,7 +247,8 @@ class EstimateTables:
                 db,
                 "benchmarks",
                 EngineRun.__struct_fields__,
-                f"{where} AND rung = (SELECT arg_max(rung, measured_at) FROM benchmarks {where})"
+                f"{where} AND memory_level ="
+                f" (SELECT arg_max(memory_level, measured_at) FROM benchmarks {where})"
                 f" ORDER BY measured_at DESC LIMIT {MEASUREMENTS_READ}",
                 [engine, model, device] * 2,
             )

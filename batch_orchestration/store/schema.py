@@ -62,10 +62,18 @@ def _lacks_migrations(path: Path, deadline_seconds: float) -> bool:
 def _applied(connection: duckdb.DuckDBPyConnection, path: Path) -> set[int]:
     rows = connection.execute("SELECT version FROM schema_migrations").fetchall()
     applied = {int(version) for (version,) in rows}
-    if unknown := applied - _migrations().keys():
+    known = _migrations().keys()
+    if unknown := applied - known:
+        written = f"{path} was written by {{}} version of batch_orchestration"
+        if max(unknown) > max(known):
+            newer = written.format("a newer")
+            raise StorageError(
+                f"{newer} (schema {max(unknown)}): upgrade, or use another data folder"
+            )
         raise StorageError(
-            f"{path} was written by a newer version of batch_orchestration "
-            f"(schema {max(unknown)}): upgrade, or use another data folder"
+            f"{written.format('an earlier')} (schema {max(unknown)}), which this one does not read:"
+            " finish or export its batches with that version, then start with a new data folder"
+            " (BATCH_DATA_DIR)"
         )
     return applied
 

@@ -38,7 +38,7 @@ def test_a_cache_too_small_for_the_context_is_enough_for_what_the_batch_needs(
     assert len(answers) == 20
     assert all(isinstance(answer, Completion) for answer in answers)
     assert engine.figures()["starts"] == 2
-    [[rung]] = told
-    assert 1024 < rung.max_model_len <= 1408
+    [[level]] = told
+    assert 1024 < level.max_model_len <= 1408
     reports = bench.store.chunk_reports(plan.batch_id).values()
-    assert {r.memory_level for r in reports} == {f"max-model-len {rung.max_model_len}"}
+    assert {r.memory_level for r in reports} == {f"max-model-len {level.max_model_len}"}

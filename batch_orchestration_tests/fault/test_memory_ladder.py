@@ -28,7 +28,7 @@ IN_FLIGHT = 64
 
 
 class Deployment(Workbench):
-    """A workbench whose simulated engines remember their rungs, as those of Dagster's runs do."""
+    """A workbench whose simulated engines remember their levels, as those of Dagster's runs do."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -78,8 +78,8 @@ class Deployment(Workbench):
             engine.stop()
         return engine.figures()["starts"]
 
-    def rungs(self, plan: BatchPlan) -> list[str | None]:
-        """The rung of each committed chunk, in order."""
+    def levels(self, plan: BatchPlan) -> list[str | None]:
+        """The level of each committed chunk, in order."""
         return [r.memory_level for _, r in sorted(self.store.chunk_reports(plan.batch_id).items())]
 
     def failures_of(self, plan: BatchPlan) -> dict[int, str]:
@@ -106,7 +106,7 @@ def test_a_batch_completes_on_the_rung_that_memory_allows(bench: Deployment) -> 
     assert bench.indices(plan) == list(range(300))
     assert bench.failures_of(plan) == {}
     assert starts == 3
-    assert bench.rungs(plan) == ["max-num-seqs 16"] * 3
+    assert bench.levels(plan) == ["max-num-seqs 16"] * 3
 
 
 def test_the_deaths_on_the_way_down_cost_no_request_an_attempt_or_its_innocence(
@@ -135,9 +135,9 @@ def test_the_next_run_begins_where_it_worked_and_later_one_higher(bench: Deploym
     starts.append(bench.run_simulated(fourth, "run-4"))
 
     assert starts == [3, 1, 2, 1]
-    assert set(bench.rungs(second)) == {"max-num-seqs 16"}
-    assert bench.rungs(third)[-1] == "max-num-seqs 16"
-    assert set(bench.rungs(fourth)) == {"max-num-seqs 32"}
+    assert set(bench.levels(second)) == {"max-num-seqs 16"}
+    assert bench.levels(third)[-1] == "max-num-seqs 16"
+    assert set(bench.levels(fourth)) == {"max-num-seqs 32"}
 
 
 def test_a_request_that_exhausts_the_memory_alone_is_found_at_the_bottom(
@@ -150,7 +150,7 @@ def test_a_request_that_exhausts_the_memory_alone_is_found_at_the_bottom(
 
     assert bench.failures_of(plan) == {150: FailureCode.OUT_OF_MEMORY}
     assert bench.indices(plan) == list(range(400))
-    #: Three rungs (64 to 8 sequences), one narrower window, one death there, three halvings of 8.
+    #: Three levels (64 to 8 sequences), one narrower window, one death there, three halvings of 8.
     assert starts <= 1 + 3 + 1 + 1 + 3
     [letter] = bench.store.failures(plan.batch_id)
     assert "CUDA out of memory" in letter.outcome.message
@@ -164,7 +164,7 @@ def test_a_culprit_does_not_slow_down_the_rest_of_the_batch(bench: Deployment) -
 
     # Its chunk is complete once it is convicted; the others may be before.
     assert bench.failures_of(plan) == {10: FailureCode.OUT_OF_MEMORY}
-    assert bench.rungs(plan)[0] == "as configured"
+    assert bench.levels(plan)[0] == "as configured"
     assert MemoryLevelFile(bench.folder.memory_levels)._read() == {}
 
 
@@ -181,7 +181,7 @@ def test_a_person_who_kills_the_engine_moves_no_rung(bench: Deployment) -> None:
 
     bench.run_simulated(plan)
 
-    assert bench.rungs(plan) == ["as configured"]
+    assert bench.levels(plan) == ["as configured"]
     assert bench.indices(plan) == list(range(100))
 
 
@@ -194,7 +194,7 @@ CONFIGURED = MemoryLevel(max_num_seqs=64, max_model_len=100_000, gpu_memory_util
 
 
 class PickyEngine(ScriptedEngine):
-    """Starts only on rungs that please it."""
+    """Starts only on levels that please it."""
 
     def __init__(
         self, fallback: MemoryFallback, refuses: Callable[[MemoryLevel], Exception | None]
@@ -219,9 +219,9 @@ def test_a_start_without_room_for_the_context_is_repeated_with_what_the_batch_ne
     plan = bench.admitted(30)
     engine = PickyEngine(
         MemoryFallback(CONFIGURED),
-        lambda rung: (
+        lambda level: (
             EngineStartFailed("too long", exhaustion=OUT_OF_CACHE)
-            if rung.max_model_len > 50_000
+            if level.max_model_len > 50_000
             else None
         ),
     )
@@ -241,13 +241,13 @@ def test_a_context_that_the_batch_needs_is_not_cut(tmp_path: Path) -> None:
     plan = bench.admitted(30)
     engine = PickyEngine(
         MemoryFallback(CONFIGURED),
-        lambda rung: EngineStartFailed("too long", exhaustion=OUT_OF_CACHE),
+        lambda level: EngineStartFailed("too long", exhaustion=OUT_OF_CACHE),
     )
 
     with pytest.raises(EngineStartFailed, match="too long"):
         bench.run(plan, engine, engine_restarts=30)
 
-    assert {rung.max_model_len for rung in engine.tried} == {100_000}
+    assert {level.max_model_len for level in engine.tried} == {100_000}
     assert engine.tried[-1].max_num_seqs == 8
 
 
@@ -257,7 +257,7 @@ def test_a_remembered_rung_that_does_not_start_is_given_up(tmp_path: Path) -> No
     remembered = MemoryLevel(max_num_seqs=32, max_model_len=100_000, gpu_memory_utilization=0.81)
     engine = PickyEngine(
         MemoryFallback(CONFIGURED, descent=[remembered]),
-        lambda rung: EngineStartFailed("unknown flag") if rung == remembered else None,
+        lambda level: EngineStartFailed("unknown flag") if level == remembered else None,
     )
 
     bench.run(plan, engine)

@@ -1,4 +1,4 @@
-"""Dagster shows on which rung of the memory ladder a chunk was completed."""
+"""Dagster shows on which level of the memory ladder a chunk was completed."""
 
 import json
 from contextlib import ExitStack, closing
@@ -18,7 +18,7 @@ def deployment(tmp_path):
 
 
 def rungs_shown(deployment, name: str, requests: int) -> set[str]:
-    """Run a batch; return the rungs in the metadata of its chunks."""
+    """Run a batch; return the levels in the metadata of its chunks."""
     batch_id = deployment.admit(name, make_input(requests))
     numbers = range(-(-requests // 5))
     result = deployment.run(
@@ -44,7 +44,7 @@ def test_the_rung_is_shown_and_the_next_run_begins_on_it(deployment) -> None:
     assert rungs_shown(deployment, "second.jsonl", 41) == {"max-num-seqs 8"}
     [(engine, descent)] = json.loads(deployment.folder.memory_levels.read_text()).items()
     assert engine.startswith("simulated on cuda")
-    assert descent["rungs"] == [{"max_num_seqs": 16}, {"max_num_seqs": 8}]
+    assert descent["levels"] == [{"max_num_seqs": 16}, {"max_num_seqs": 8}]
 
 
 def test_an_engine_with_enough_memory_runs_as_configured(deployment) -> None:

@@ -27,7 +27,6 @@ from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.settings import Settings
-from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import (
     NOW,
     make_body,
@@ -392,17 +391,3 @@ def test_the_view_has_one_row_per_committed_request(bench):
 
     assert columns[0] == "status"
     assert rows == [("completed", 9, None, True), ("failed", 1, "engine_refused", True)]
-
-
-def test_a_store_of_an_earlier_schema_gets_the_view(bench):
-    plan = half_done(bench)
-    with duckdb.connect(bench.folder.duckdb) as db:
-        db.execute("DROP VIEW request_outcomes")
-        db.execute("DELETE FROM schema_migrations WHERE version = 6")
-    copy = bench.folder.root / "older.duckdb"
-    bench.folder.duckdb.rename(copy)
-
-    _, rows = Store(copy).query("SELECT count(*) FROM request_outcomes")
-
-    assert rows == [(10,)]
-    assert plan.requests == 30

@@ -25,7 +25,7 @@ def measure(deployment: Deployment, *, seconds_a_request: float) -> None:
     run = EngineRun(
         run_id="measured",
         engine=in_force.kind,
-        rung="as configured",
+        memory_level="as configured",
         source=Source.CALIBRATION,
         requests=100,
         prompt_tokens=100 * 33,

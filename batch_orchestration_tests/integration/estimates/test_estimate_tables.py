@@ -62,7 +62,7 @@ def make_run(**fields: object) -> EngineRun:
     values = {
         "run_id": "r",
         "engine": "vllm",
-        "rung": "as configured",
+        "memory_level": "as configured",
         "source": Source.CALIBRATION,
         "requests": 4,
         "prompt_tokens": 100,
@@ -112,7 +112,7 @@ def test_only_the_time_counts_during_which_the_engine_had_a_request(store: Store
 
     assert run.seconds == pytest.approx(7.0, abs=0.001)
     assert (run.requests, run.prompt_tokens, run.completion_tokens, run.longest) == (4, 40, 6, 3)
-    assert (run.rung, run.at_a_time, run.source) == ("as configured", 8, Source.HISTORY)
+    assert (run.memory_level, run.at_a_time, run.source) == ("as configured", 8, Source.HISTORY)
 
 
 def test_each_run_is_measured_by_itself(store: Store) -> None:
@@ -184,7 +184,7 @@ def test_answers_are_remembered_by_model(store: Store) -> None:
 def test_measurements_are_those_of_the_memory_settings_used_last(store: Store) -> None:
     EstimateTables(store).add_runs(
         [
-            make_run(rung="max_num_seqs 8", measured_at=NOW - 100),
+            make_run(memory_level="max_num_seqs 8", measured_at=NOW - 100),
             make_run(measured_at=NOW),
         ],
         model="m",
@@ -197,7 +197,7 @@ def test_measurements_are_those_of_the_memory_settings_used_last(store: Store) -
     assert EstimateTables(store).runs(**{**ENGINE, "device": "cuda"}) == []
     ((prompt, completion, requests),) = store.query(
         "SELECT prompt_tokens_per_second, completion_tokens_per_second, requests_per_second"
-        " FROM benchmarks WHERE rung = 'as configured'"
+        " FROM benchmarks WHERE memory_level = 'as configured'"
     )[1]
     assert (prompt, completion, requests) == (50.0, 10.0, 2.0)
 

@@ -1,11 +1,8 @@
 """The status of a batch in the store, and its history."""
 
-import contextlib
 import tempfile
-from importlib import resources
 from pathlib import Path
 
-import duckdb
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,29 +107,3 @@ def test_every_status_has_a_column_for_its_time(store: Store) -> None:
     columns = store.query(f"SELECT * FROM batches WHERE batch_id = '{batch_id}'")[0]
 
     assert {f"{status}_at" for status in BatchStatus if status != "validating"} <= set(columns)
-
-
-def test_batches_from_before_there_were_events_get_those_that_are_known(tmp_path: Path) -> None:
-    path = tmp_path / "batch.duckdb"
-    migrations = resources.files("batch_orchestration.storage") / "migrations"
-    older = ("0001_initial.sql", "0002_dead_letters.sql", "0003_memory_level.sql")
-    with contextlib.closing(duckdb.connect(path)) as db:
-        db.execute("CREATE TABLE schema_migrations (version INTEGER, name VARCHAR)")
-        for number, name in enumerate(older, start=1):
-            db.execute((migrations / name).read_text())
-            db.execute("INSERT INTO schema_migrations VALUES (?, ?)", [number, name])
-        db.execute(
-            "INSERT INTO batches SELECT 'b', 'i', 'f', 's', 1, 1, 0, 1, 1, 'm', 0, '{}', '{}', 'h',"
-            " 'completed', make_timestamp(1000000), make_timestamp(2000000),"
-            " make_timestamp(3000000), make_timestamp(4000000), NULL, NULL, NULL, NULL,"
-            " 1, 1, 0, 1, 1"
-        )
-
-    events = Store(path).batch_events("b")
-
-    assert [(event.at, event.from_status, str(event.to_status)) for event in events] == [
-        (1.0, None, "validating"),
-        (2.0, "validating", "in_progress"),
-        (3.0, "in_progress", "finalizing"),
-        (4.0, "finalizing", "completed"),
-    ]

@@ -1,22 +1,18 @@
 """The store's file: who may use it when, what people ask of it, and what may be wrong with it."""
 
-import contextlib
 import threading
 from importlib import resources
 from pathlib import Path
 
 import duckdb
-import msgspec
 import pytest
 
 from batch_orchestration.core.batches import BatchPlan, BatchStatus
-from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import (
     NOW,
-    make_attempt,
     make_input,
     make_plan,
     make_settled_chunk,
@@ -128,7 +124,7 @@ def test_migrations_are_applied_once(store: Store, tmp_path: Path) -> None:
     store.migrate()
     Store(tmp_path / "data" / "batch.duckdb").migrate()
 
-    folder = resources.files("batch_orchestration.storage") / "migrations"
+    folder = resources.files("batch_orchestration.store") / "migrations"
     there_are = sorted(file.name for file in folder.iterdir() if file.name.endswith(".sql"))
     assert [name for _, name in store.query("FROM schema_migrations")[1]] == there_are
 
@@ -141,6 +137,20 @@ def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
 
     with pytest.raises(StorageError, match="newer version"):
         Store(path).batches()
+
+
+def test_a_file_of_an_earlier_version_is_left_alone_and_the_error_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "batch.duckdb"
+    with duckdb.connect(path) as older:
+        older.execute("CREATE TABLE schema_migrations (version INTEGER, name VARCHAR)")
+        older.execute("INSERT INTO schema_migrations VALUES (10, '0010_chunk_latencies.sql')")
+    before = path.read_bytes()
+
+    with pytest.raises(StorageError, match=r"earlier version.*start with a new data folder"):
+        Store(path).batches()
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"not a database" * 1000, b"\0" * 20_000])
@@ -158,27 +168,3 @@ def test_a_store_in_a_place_that_cannot_be_written_is_a_plain_error(tmp_path: Pa
 
     with pytest.raises(StorageError, match="cannot write"):
         Store(tmp_path / "data" / "batch.duckdb").check_writable()
-
-
-def test_failures_of_an_older_file_become_dead_letters(tmp_path: Path) -> None:
-    path = tmp_path / "batch.duckdb"
-    first = resources.files("batch_orchestration.storage") / "migrations" / "0001_initial.sql"
-    attempts = msgspec.json.encode([make_attempt(at=NOW)]).decode()
-    with contextlib.closing(duckdb.connect(path)) as older:
-        older.execute(first.read_text())
-        older.execute("CREATE TABLE schema_migrations (version INTEGER, name VARCHAR)")
-        older.execute("INSERT INTO schema_migrations VALUES (1, '0001_initial.sql')")
-        for index, history in enumerate(("[]", attempts)):
-            older.execute(
-                "INSERT INTO failed_requests VALUES ('b', 0, ?, 1, 'c', '/v1/x', 'timeout',"
-                " 'late', NULL, NULL, NULL, 0.5, '{}', 1, ?, TIMESTAMP '2026-01-01 00:00:00',"
-                " 'r', 'e', 'v', 'm', 's')",
-                [index, history],
-            )
-
-    letters = Store(path).dead_letters("b", Selection())
-
-    assert [str(letter.state) for letter in letters] == ["dead", "dead"]
-    assert letters[0].first_failed_at == letters[0].last_failed_at
-    assert letters[1].first_failed_at == NOW
-    assert [event.code for event in Store(path).dead_letter_events("b")] == ["timeout"] * 2

@@ -28,7 +28,7 @@ TEXT = MemoryDemand(longest_tokens=1500, prompts_can_be_cut=True)
 
 
 def less(seqs: int, tokens: int, **memory) -> dict:
-    """The flags of a rung with less work at a time."""
+    """The flags of a level with less work at a time."""
     names = {name.replace("_", "-"): value for name, value in memory.items()}
     return {"max-num-seqs": seqs, "max-num-batched-tokens": tokens, **names}
 
@@ -38,7 +38,7 @@ def short_of(shortage: MemoryShortage, **fields) -> Exhaustion:
 
 
 def fallback(top: MemoryLevel, exhaustion: Exhaustion, needs: MemoryDemand) -> list[MemoryLevel]:
-    """All rungs below the top, if memory is short of the same thing again and again."""
+    """All levels below the top, if memory is short of the same thing again and again."""
     levels, level = [], reduced_levels(top, exhaustion, needs)
     while level is not None:
         levels.append(level)
