@@ -153,8 +153,10 @@ class Settings(BaseSettings):
     api_key: SecretStr = Field(SecretStr(""), description="Key of that server.")
     engine_start_timeout_seconds: float = Field(900, gt=0, description="Until the engine is ready.")
     engine_restarts: int = Field(30, ge=0, description="Restarts of a dead engine in one run.")
-    rung_retry_seconds: float = Field(
-        86_400, ge=0, description="After so long on gentler memory settings a higher rung is tried."
+    memory_level_retry_seconds: float = Field(
+        86_400,
+        ge=0,
+        description="Time at a lowered memory level before the next higher one is tried.",
     )
     breaker_last: int = Field(
         50, ge=1, description="Attempts looked at to tell whether the engine is sick."

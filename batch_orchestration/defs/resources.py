@@ -270,6 +270,6 @@ class GpuResource(dg.ConfigurableResource):
             model=settings.model or str(settings.engine),
             device=str(settings.device),
             args=settings.engine_args,
-            retry_seconds=settings.rung_retry_seconds,
+            retry_seconds=settings.memory_level_retry_seconds,
             derived=tuple(self._sizing.flags),
         )

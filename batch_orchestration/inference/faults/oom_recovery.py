@@ -107,12 +107,12 @@ class OomRecovery:
             return isinstance(error, EngineStartFailed) and self._distrust()
         if await asyncio.to_thread(self._ladder.step_down, error.exhaustion):
             logger.warning(
-                "the engine ran out of memory (%s); one rung gentler: %s",
+                "the engine ran out of memory (%s); one memory level lower: %s",
                 error.exhaustion.evidence,
                 self._ladder.description,
             )
             return True
-        logger.warning("the engine ran out of memory on its lowest rung")
+        logger.warning("the engine ran out of memory on its lowest memory level")
         return isinstance(error, EngineDied) and self._narrow()
 
     def note_culprit(self) -> None:
@@ -133,5 +133,7 @@ class OomRecovery:
         if not self._trusted or not self._ladder.climb_to_top():
             return False
         self._trusted = False
-        logger.warning("the engine does not start on its rung; trying what is configured")
+        logger.warning(
+            "the engine does not start on its memory level; trying the configured settings"
+        )
         return True

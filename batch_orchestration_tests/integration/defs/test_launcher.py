@@ -238,7 +238,7 @@ def test_whether_a_worker_is_gone_needs_neither_settings_nor_heartbeats_that_can
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as daemon:
-        daemon.setattr("batch_orchestration.defs.launcher.read_pulse", refuse)
+        daemon.setattr("batch_orchestration.defs.launcher.read_last_heartbeat", refuse)
         assert bench.seen() is WorkerStatus.RUNNING
     with monkeypatch.context() as daemon:
         daemon.setenv("BATCH_SILENT_SECONDS", "a minute")

@@ -226,7 +226,7 @@ def test_a_file_size_limit_is_a_full_disk_too(folder, store):
     plan = settle_batch(folder, store)
     script = """
         import resource, sys
-        from batch_orchestration.services import assembly
+        from batch_orchestration.delivery import assembly
         from batch_orchestration.files.data_folder import DataFolder
         from batch_orchestration.store.store import Store
 
@@ -251,7 +251,7 @@ def test_killed_in_the_middle_and_done_again_is_as_undisturbed(folder, store, tm
     plan = settle_batch(folder, store, failing=(2, 17))
     script = """
         import os, signal, sys
-        from batch_orchestration.services import assembly
+        from batch_orchestration.delivery import assembly
         from batch_orchestration.files.data_folder import DataFolder
         from batch_orchestration.store.store import Store
 

@@ -373,7 +373,7 @@ def test_a_source_that_breaks_costs_its_own_series_only(bench: MetricsBench, mon
     def broken(*_: object) -> None:
         raise RecursionError("a file that is nothing but brackets")
 
-    monkeypatch.setattr(metrics, "read_pulses", broken)
+    monkeypatch.setattr(metrics, "read_last_heartbeats", broken)
 
     page = bench.page()
 
