@@ -1,7 +1,7 @@
 """Deployment settings: the only reader of the environment.
 
-Every setting is a `BATCH_*` variable, or a line of `.env` in the working directory. An unknown
-`BATCH_*` variable is an error, so that a misspelt limit is not a limit silently left off.
+Every setting is a `BATCH_*` environment variable or a line of `.env` in the working directory. An
+unknown `BATCH_*` variable is an error, so that a misspelt limit is not silently ignored.
 """
 
 import difflib
@@ -32,7 +32,7 @@ ENV_FILE = ".env"
 
 
 class EngineKind(StrEnum):
-    """Which engine answers."""
+    """The kind of engine that answers requests."""
 
     VLLM = "vllm"
     REMOTE = "remote"
@@ -40,14 +40,14 @@ class EngineKind(StrEnum):
 
 
 class Device(StrEnum):
-    """What vLLM computes on. A CPU is never fallen back to: it is chosen."""
+    """The device that vLLM runs on. The CPU is used only if chosen, never as a fallback."""
 
     CUDA = "cuda"
     CPU = "cpu"
 
 
 class SmtpSecurity(StrEnum):
-    """How a mail server is spoken to."""
+    """The encryption of the connection to a mail server."""
 
     STARTTLS = "starttls"
     TLS = "tls"
@@ -55,7 +55,7 @@ class SmtpSecurity(StrEnum):
 
 
 class Settings(BaseSettings):
-    """What is in force. `python -m batch_orchestration config` prints it with its origin."""
+    """The settings in force; `python -m batch_orchestration config` prints them with origins."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_file=ENV_FILE, extra="ignore", frozen=True,
@@ -123,7 +123,7 @@ class Settings(BaseSettings):
         200_000, ge=1, description="Requests that one source may submit at once."
     )
 
-    # What is asked
+    # Requests
     model_aliases: dict[str, str] = Field(
         default_factory=dict,
         description='Names in `body.model` to names that the engine serves, as JSON; "*" = any.',
@@ -184,7 +184,7 @@ class Settings(BaseSettings):
         5, gt=0, le=10, description="Between two looks of a run at its engine and its GPUs."
     )
 
-    # Feeding it
+    # Feeding the engine
     in_flight: int | None = Field(
         None,
         ge=1,
@@ -219,7 +219,7 @@ class Settings(BaseSettings):
         False, description="Refuse a batch that by the estimate cannot end within its window."
     )
 
-    # Housekeeping: how long things are kept; 0 keeps them for ever
+    # Housekeeping: retention times; 0 means no limit
     housekeeping_cron: str = Field(
         "17 3 * * *", description="When Dagster cleans up, as cron; empty: only by command."
     )
@@ -258,7 +258,7 @@ class Settings(BaseSettings):
     )
     owner: str = Field("team:inference", description="Owner shown in Dagster.")
 
-    # Watching it
+    # Monitoring
     stalled_seconds: float = Field(
         900,
         gt=0,
@@ -351,14 +351,14 @@ class Settings(BaseSettings):
         return self
 
     def engine_environment(self) -> dict[str, str | None]:
-        """Return the variables given to the vLLM server; None for one that is passed on."""
+        """Return the vLLM server's extra environment; None passes a variable on unchanged."""
         return {
             name: None if value is None else value.get_secret_value()
             for name, value in self.engine_env.items()
         }
 
     def answer_settings(self) -> dict[str, Any]:
-        """Return what answers depend on, by name: the part of the settings that a plan fixes."""
+        """Return the settings that answers depend on, by name; a plan records them."""
         return {
             "engine": str(self.engine),
             "model": self.model if self.engine is EngineKind.VLLM else self.base_url,
@@ -370,10 +370,10 @@ class Settings(BaseSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class SettingInForce:
-    """One setting, for people: its variable, its value as text and who set it.
+    """One setting in force, as shown to people.
 
     Attributes:
-        value: Secrets are masked; empty where there is no value.
+        value: The value as text, with secrets masked; empty if there is none.
         origin: `environment`, `.env` or `default`.
     """
 
@@ -388,7 +388,7 @@ def load_settings() -> Settings:
 
     Raises:
         pydantic.ValidationError: A value is out of range or of the wrong type.
-        ValueError: There is a `BATCH_*` variable that is no setting.
+        ValueError: A `BATCH_*` variable is not a setting.
     """
     known = {_variable(name) for name in Settings.model_fields}
     given = _given(os.environ) | _given(dotenv_values(ENV_FILE))
@@ -398,7 +398,7 @@ def load_settings() -> Settings:
 
 
 def settings_in_force(settings: Settings) -> list[SettingInForce]:
-    """Return every setting with its value and where that came from, in order of definition."""
+    """Return every setting with its value and the value's origin, in order of definition."""
     by_environment, by_file = _given(os.environ), _given(dotenv_values(ENV_FILE))
 
     def origin(variable: str) -> str:

@@ -1,1 +1,1 @@
-"""From a dropped file to an admitted batch, or to a rejection with reasons."""
+"""The path of a dropped file to an admitted batch, or to a rejection with reasons."""

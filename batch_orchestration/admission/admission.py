@@ -1,9 +1,9 @@
-"""Admission: a claimed file becomes a batch, or is set aside with its reasons.
+"""Admission: a claimed file becomes a batch, or is set aside with reasons.
 
-The steps are ordered so that a crash between any two is made good by admitting the claim again:
-everything is prepared in the claim's work folder, the author's file is moved there, and one rename
-makes that folder the batch's. The store is told last; until then `register_missing` finds the
-batch on the disk.
+After a crash between any two steps, admitting the claim again completes the work. Everything is
+prepared in the claim's work folder, the author's file is moved there, and one rename makes that
+folder the batch's. The batch is added to the store last; until then `register_missing` finds it on
+the disk.
 """
 
 import contextlib
@@ -72,10 +72,10 @@ from batch_orchestration.workers.reporter import holding
 
 logger = logging.getLogger(__name__)
 
-#: Of one file, for reasons of its own; the pauses between them add up to some minutes.
+#: A file is rejected after this many failures of its own; the pauses add up to some minutes.
 MAX_ADMISSION_FAILURES = 5
 _REASON_LENGTH = 300
-#: Faults that a verdict carries along for logs and the UI; the errors file lists all.
+#: Faults that an admission result holds for logs and the UI; the errors file lists all.
 _FAULTS_IN_VERDICT = 20
 _BLOCK_BYTES = 2**20
 _decode_fault = msgspec.json.Decoder(Fault).decode
@@ -89,20 +89,21 @@ def admit(
     settings: AdmissionSettings,
     clock: Callable[[], float] = time.time,
 ) -> Admission:
-    """Make a claimed file a batch, or find out why it cannot be one.
+    """Admit a claimed file as a batch, or determine why it cannot become one.
 
-    Idempotent by claim: after a crash it carries on, once settled it repeats the verdict. Memory
-    does not grow with the file but by about 150 bytes per request (to find duplicate ids).
+    Idempotent by claim: after a crash admission continues, and a settled claim returns its recorded
+    result. Memory grows only with the number of requests, by about 150 bytes each (to find
+    duplicate ids).
 
-    What the file itself brings to fail is tried again, at most `MAX_ADMISSION_FAILURES` times; then
-    the file is rejected with that as its reason.
+    If admission fails `MAX_ADMISSION_FAILURES` times because of the file itself, the file is
+    rejected with the last failure as its reason.
 
     Raises:
-        FileStillChanging: Somebody was writing the file; it is back in the inbox.
+        FileStillChanging: The file was still being written; it is back in the inbox.
         ClaimNotFound: There is no such claim.
         Shortage: The disk is full, or no file can be opened; the claim stays.
-        StorageError: Something could not be written; the claim stays and can be admitted again.
-        Exception: Whatever the file brought to fail; the claim stays and can be admitted again.
+        StorageError: A write failed; the claim stays and can be admitted again.
+        Exception: The file made admission fail; the claim stays and can be admitted again.
     """
     place = ClaimFolder(folder, claim.claim_id)
     with shortages(place.root), place.lock():
@@ -144,24 +145,24 @@ class _Admission:
         return result
 
     def _attempt(self, user_file: Path) -> AdmissionResult:
-        """Reach a verdict, and keep account of attempts that come to none."""
+        """Reach a result, and count the attempts that end without one."""
         before = self._place.attempts()
-        # First, for an attempt that is killed can say nothing more.
+        # Counted first: an attempt that is killed cannot record itself afterwards.
         self._place.note(msgspec.structs.replace(before, begun=before.begun + 1))
         try:
             return self._decide(user_file)
-        except Exception as error:  # whatever it is, others are not to wait for ever behind it
+        except Exception as error:  # any kind: a file must not block the others indefinitely
             if concerns_everyone(error):
                 with contextlib.suppress(StorageError):
                     self._place.note(before)
                 raise
             if isinstance(error, StorageError | OSError):
-                raise  # no reason to reject the file, which stands in nobody's way
+                raise  # no reason to reject the file, which blocks no other
             where = "".join(traceback.format_exception(error))
             logger.warning("%s: admission failed\n%s", user_file.name, readable_name(where))
             failed = before.failed + 1
             said = " ".join(str(error).split())[:_REASON_LENGTH]
-            # Text that others have written may hold what no file can.
+            # The error may quote input that cannot be encoded as UTF-8.
             reason = readable_name(f"{type(error).__name__}: {said}")
             if failed < MAX_ADMISSION_FAILURES or self._place.restore() != user_file:
                 attempts = Attempts(
@@ -174,7 +175,7 @@ class _Admission:
         return self._reject(user_file, why, None)
 
     def _decide(self, user_file: Path) -> AdmissionResult:
-        """Reach a verdict and move the author's file accordingly."""
+        """Reach a result and move the author's file accordingly."""
         self._place.clear_work()
         reading: BatchFileReading | None = None
         try:
@@ -202,10 +203,10 @@ class _Admission:
     def _keep_estimate(
         self, screening: Screening, reading: BatchFileReading, options: BatchOptions
     ) -> None:
-        """Write down what the batch will take, in the folder that will be the batch's.
+        """Write the estimate into the folder that will become the batch's.
 
         Raises:
-            FileRefused: That is more than its completion window, and windows are strict.
+            FileRefused: The estimate exceeds the completion window, and windows are strict.
         """
         profile = screening.profile()
         ahead = expected_ahead(self._folder, self._store, priority=options.priority)
@@ -300,7 +301,7 @@ class _Admission:
     def _take_in(
         self, user_file: Path, before: Fingerprint, result: Admitted, target: Path
     ) -> None:
-        """Carry the verdict out: the work folder, with the author's file, gets its place."""
+        """Carry out the result: the work folder, with the author's file, becomes the batch's."""
         self._place.decide(result)
         before.verify()
         self._place.take_in(user_file)
@@ -335,7 +336,10 @@ class _Admission:
     def _wait(
         self, user_file: Path, before: Fingerprint, plan: BatchPlan, reading: BatchFileReading
     ) -> Queued | Rejected | None:
-        """Decide whether there is room; under the lock, so that no two take the last of it."""
+        """Return the result of a file without capacity; None if there is capacity for it.
+
+        Call it under `admission_lock`, so that no two files take the last capacity.
+        """
         rules, demand = self._settings.queue, demand_of(plan, self._place.work)
         if rules is None:
             return None
@@ -352,7 +356,7 @@ class _Admission:
         if blocker is None:
             return None
         before.verify()
-        # Before the file can be seen in the inbox: else it would be claimed and read once more.
+        # Before the file reappears in the inbox: without a scan it would be claimed and read again.
         keep_scan(self._folder, user_file, plan, demand, blocker, at=self._clock())
         return self._hold(user_file, blocker)
 
@@ -380,7 +384,7 @@ class _Admission:
         )
 
     def _finish(self, result: AdmissionResult) -> None:
-        """Do what follows the move of the author's file; safe to repeat."""
+        """Complete the steps after the move of the author's file. Idempotent."""
         match result:
             case Admitted():
                 with holding(admission_lock(self._folder)):

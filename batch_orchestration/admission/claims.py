@@ -1,15 +1,15 @@
-"""Claims: dropped files that are ours to read, and what a crash may leave of them.
+"""Claims: dropped files that are ours to read, and their recovery after a crash.
 
-    claims/<claim id>/claim.json                     where the file came from, before it is moved
-                      attempts.json                  how often its admission came to nothing
+    claims/<claim id>/claim.json                     origin of the file, written before the move
+                      attempts.json                  admission attempts without a result
                       <the author's file>            ours to read
                       <its side-car>
-                      result.json                   what was decided, before it is carried out
-                      work/                          what will be the batch's folder
-    claims/.settled/<claim id>.json                  the verdict, once it is carried out
+                      result.json                    admission result, before it is carried out
+                      work/                          becomes the batch's folder
+    claims/.settled/<claim id>.json                  admission result, once it is carried out
 
-The author's file is moved last and by one rename. So while it lies in the claim everything else
-there can be made again, and once it is gone the verdict says what is left to do.
+The author's file is moved last, by one rename. While it lies in the claim, everything else there
+can be rebuilt; once it is gone, the result determines the remaining steps.
 """
 
 import contextlib
@@ -44,12 +44,12 @@ SomeVerdict = TypeVar("SomeVerdict", bound=AdmissionResult)
 
 
 class Attempts(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a claim's admission was tried, as far as that came to no verdict.
+    """Admission attempts of a claim that ended without a result.
 
     Attributes:
-        begun: The present one, and those before it that were killed or could not write.
-        failed: Those that the file itself brought to fail.
-        reason: Why the last of these did, and `at` when, POSIX seconds.
+        begun: The present attempt, and earlier ones that were killed or could not write.
+        failed: Attempts that failed because of the file itself.
+        reason: Cause of the last failure, which happened `at`.
     """
 
     begun: int = 0
@@ -65,7 +65,7 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def failing(self) -> bool:
-        """Whether one has come to nothing before."""
+        """Whether an earlier attempt ended without a result."""
         return self.failed > 0 or self.begun > 1
 
 
@@ -75,11 +75,8 @@ class Claim:
 
     Attributes:
         claim_id: Readable and unique, fit for run keys and tags.
-        path: Where the file lies (or lay, once it is settled).
-        sidecar: The side-car that came with it.
-        file_name: What the author called the file.
-        origin: Where it was dropped, and when.
-        attempts: How its admission went so far.
+        path: Location of the file; its former one once the claim is settled.
+        file_name: The author's name for the file, fit for JSON.
     """
 
     claim_id: str
@@ -91,7 +88,7 @@ class Claim:
 
 
 class ClaimFolder:
-    """The folder of one claim; knows which of its states it is in."""
+    """The folder of one claim; its files determine the claim's state."""
 
     def __init__(self, folder: DataFolder, claim_id: str) -> None:
         self.claim_id = claim_id
@@ -105,41 +102,41 @@ class ClaimFolder:
         self._lock_path = folder.claims / ".locks" / f"{claim_id}.lock"
 
     def create(self, origin: Origin) -> None:
-        """Make the claim's folder, which durably says where its file will come from."""
+        """Create the claim's folder with a durable record of the file's origin."""
         self.root.mkdir()
         sync_folder(self.root.parent)
         write_atomically(self.origin_path, msgspec.json.encode(origin))
 
     def origin(self) -> Origin:
-        """Return where the file came from; the inbox itself, if nobody wrote it down."""
+        """Return the origin of the file; the inbox itself if none was recorded."""
         return read_kept(self.origin_path, Origin) or Origin()
 
     def inbox_folder(self) -> Path:
-        """Return the folder of the inbox that the file came from."""
+        """Return the inbox folder that the file came from."""
         return self._folder.inbox / self.origin().folder
 
     def user_file(self) -> Path | None:
-        """Return the author's file, if it still lies here."""
+        """Return the author's file if it still lies here."""
         return next((path for path in self._files() if is_batch_file_name(path.name)), None)
 
     def file_name(self, user_file: Path) -> str:
-        """Return what the author called the file, fit for JSON."""
+        """Return the author's name for the file, fit for JSON."""
         return readable_name(user_file.name)
 
     def sidecar(self) -> Path | None:
-        """Return the author's side-car, if it still lies here."""
+        """Return the author's side-car if it still lies here."""
         if (user_file := self.user_file()) is not None:
             return find_sidecar(user_file)
         return next((p for p in self._files() if p.name.endswith(SIDECAR_ENDING)), None)
 
     def holds_only_sidecar(self) -> bool:
-        """Whether the author's file is not here: never arrived, or went back to the inbox."""
+        """Whether the author's file never arrived here, or was returned to the inbox."""
         result = self.result()
         went_back = isinstance(result, Returned | Queued)
         return self.user_file() is None and (result is None or went_back)
 
     def release_links(self) -> None:
-        """Put back what came here in a file's place and is none: a link, a pipe."""
+        """Move links and special files, such as pipes, back to the inbox."""
         with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
             strange = [
                 Path(e.path) for e in entries if e.is_symlink() or not (e.is_file() or e.is_dir())
@@ -148,7 +145,7 @@ class ClaimFolder:
             move_into(path, self.inbox_folder(), path.name)
 
     def release_sidecar(self) -> None:
-        """Put the side-car back into the inbox, beside the released file if there is one."""
+        """Move the side-car back to the inbox, beside the returned file if there is one."""
         if (sidecar := self.sidecar()) is None:
             return
         result = self.result()
@@ -158,29 +155,29 @@ class ClaimFolder:
         move_into(sidecar, beside.parent, beside.name)
 
     def result(self) -> AdmissionResult | None:
-        """Return what was decided but perhaps not carried out."""
+        """Return the result that was decided; it may not have been carried out yet."""
         return read_result(self.result_path)
 
     def settled_verdict(self) -> AdmissionResult | None:
-        """Return what was decided and carried out."""
+        """Return the result that was decided and carried out."""
         return read_result(self._settled_path)
 
     def attempts(self) -> Attempts:
-        """Return how its admission went so far; where nobody can tell, as if it were the first."""
-        with contextlib.suppress(FileDamaged):  # it is written anew by the next one
+        """Return the attempts so far; if their record is damaged, none."""
+        with contextlib.suppress(FileDamaged):  # the next attempt overwrites it
             return read_kept(self.attempts_path, Attempts) or Attempts()
         return Attempts()
 
     def note(self, attempts: Attempts) -> None:
-        """Keep how its admission goes."""
+        """Record the attempts durably."""
         write_atomically(self.attempts_path, msgspec.json.encode(attempts))
 
     def decide(self, result: AdmissionResult) -> None:
-        """Keep a verdict, before anything is moved."""
+        """Record a result durably, before anything is moved."""
         write_atomically(self.result_path, msgspec.json.encode(result))
 
     def restore(self) -> Path | None:
-        """Put the author's file back if a crash left it half moved; return where it lies."""
+        """Move the author's file back if a crash left it half moved, and return its path."""
         if (user_file := self.user_file()) is not None:
             return user_file
         result = self.result()
@@ -191,7 +188,7 @@ class ClaimFolder:
 
     def take_in(self, user_file: Path) -> None:
         """Move the author's file into the work folder: the last step but one of admission."""
-        with user_file.open("rb") as file:  # whoever copied it may not have
+        with user_file.open("rb") as file:  # the program that copied it may not have synced it
             os.fsync(file.fileno())
         user_file.rename(self.work / kept_name(user_file.name))
         sync_folder(self.work)
@@ -199,12 +196,11 @@ class ClaimFolder:
     def set_aside(
         self, user_file: Path, folder: Path, verdict_at: Callable[[Path], SomeVerdict]
     ) -> SomeVerdict:
-        """Move the author's file into a folder, never over another, and return the verdict.
+        """Move the author's file into a folder, never over another file, and return the result.
 
         Args:
-            user_file: The author's file.
-            folder: Made if it is missing.
-            verdict_at: Says what the verdict is for a file that is put there; it is kept first.
+            folder: Created if missing.
+            verdict_at: Returns the result for a target path; it is recorded before the move.
         """
         make_folder(folder)
         targets = (folder / name for name in numbered_names(user_file.name))
@@ -219,37 +215,37 @@ class ClaimFolder:
         raise AssertionError("names never run out")
 
     def clear_work(self) -> None:
-        """Make an empty work folder; only while the author's file lies outside of it."""
+        """Create an empty work folder; call it only while the author's file lies outside."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        share(self.work)  # it will be a batch's folder, where people decide
+        share(self.work)  # it becomes a batch's folder, where users record decisions
 
     def settle(self) -> None:
-        """Say that the verdict is carried out, and remove the claim."""
+        """Mark the result as carried out, and remove the claim."""
         make_folder(self._settled_path.parent)
         self.result_path.replace(self._settled_path)
         sync_folder(self._settled_path.parent)
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove what is left of a claim that is settled or never came about."""
+        """Remove the remains of a claim that is settled or was never completed."""
         if self._settled_path.exists():
             shutil.rmtree(self.work, ignore_errors=True)
         if self.user_file() is None and self.sidecar() is None:
             for ours in (self.origin_path, self.attempts_path):
                 ours.unlink(missing_ok=True)
-            for rest in self.root.glob(".*.tmp"):  # of a write that a crash cut short
+            for rest in self.root.glob(".*.tmp"):  # left by a crash during a write
                 rest.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # whatever else is there is not ours to remove
+        with contextlib.suppress(OSError):  # any other content is not ours to remove
             self.root.rmdir()
         self._lock_path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, *, timeout_seconds: float = -1) -> Iterator[None]:
-        """Hold the claim against other processes; a process that dies lets go of it.
+        """Lock the claim against other processes; the death of a process releases its lock.
 
         Raises:
-            TimeoutError: Another process holds it for longer.
+            TimeoutError: Another process held the lock for all of `timeout_seconds`.
         """
         self._lock_path.parent.mkdir(exist_ok=True)
         with shared_lock(self._lock_path).acquire(timeout=timeout_seconds):
@@ -262,15 +258,15 @@ class ClaimFolder:
 
 
 def kept_name(file_name: str) -> str:
-    """Return what the author's file is called in the folder of its batch."""
+    """Return the name of the author's file in its batch's folder."""
     return "input.jsonl.gz" if is_gzip_name(file_name) else "input.jsonl"
 
 
 def find_claim(folder: DataFolder, claim_id: str) -> Claim:
-    """Return a claim by its id, also one that is settled: `admit` then repeats its verdict.
+    """Return a claim by id; `admit` returns the recorded result of a settled one.
 
     Raises:
-        ClaimNotFound: There never was one.
+        ClaimNotFound: The id is invalid, or no such claim ever existed.
     """
     if claim_id in ("", ".", "..") or "/" in claim_id:
         raise ClaimNotFound(f"not a claim id: {claim_id!r}")
@@ -289,7 +285,7 @@ def find_claim(folder: DataFolder, claim_id: str) -> Claim:
 
 
 def claimed(place: ClaimFolder, user_file: Path) -> Claim:
-    """Return the claim on a file that lies in its folder."""
+    """Return the claim on a file in its claim folder."""
     return Claim(
         claim_id=place.claim_id,
         path=user_file,
@@ -301,26 +297,25 @@ def claimed(place: ClaimFolder, user_file: Path) -> Claim:
 
 
 def read_result(path: Path) -> AdmissionResult | None:
-    """Return the verdict that a file holds; None if there is no file.
+    """Return the admission result in a file; None if there is no file.
 
     Raises:
-        FileDamaged: It cannot be read.
+        FileDamaged: The file cannot be read.
     """
-    # A union is no type to the checker.
+    # mypy does not accept a union as `type[Kept]`.
     result: AdmissionResult | None = read_kept(path, AdmissionResult)  # type: ignore[arg-type]
     return result
 
 
 class FileScan(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found in a file.
+    """The file scan: figures of a file that was read and returned to the inbox.
 
     Attributes:
         requests: Non-blank lines, faulty ones included.
         tokens: Expected, prompt and answer together.
         size_bytes: Uncompressed.
-        arrived_at: In the inbox for the first time, POSIX seconds.
-        surveyed_at: POSIX seconds.
-        reason: Why it went back; the same as a sentence in `detail`.
+        arrived_at: First arrival in the inbox.
+        reason: Why the file was returned; `detail` is the same as a sentence.
     """
 
     requests: int
@@ -341,7 +336,7 @@ def keep_scan(
     *,
     at: float,
 ) -> None:
-    """Keep what was found in a file that has to go back; `at` in POSIX seconds."""
+    """Record the scan of a file that returns to the inbox."""
     scan = FileScan(
         requests=plan.requests,
         tokens=demand.tokens or 0,
@@ -355,38 +350,38 @@ def keep_scan(
 
 
 class FileScans:
-    """The surveys of a data folder."""
+    """The file scans of a data folder."""
 
     def __init__(self, folder: DataFolder) -> None:
         self._path = folder.scans
 
     @property
     def empty(self) -> bool:
-        """Whether there is none."""
+        """Whether there are no scans."""
         with contextlib.suppress(FileNotFoundError):
             return not any(self._path.iterdir())
         return True
 
     def find(self, stats: os.stat_result) -> FileScan | None:
-        """Return the survey of a file, if it was read before and has not changed since."""
-        with contextlib.suppress(FileDamaged):  # the file is read once more
+        """Return the scan of a file; None if the file was not read, or has changed since."""
+        with contextlib.suppress(FileDamaged):  # the file is read again
             return read_kept(self._file(stats), FileScan)
         return None
 
     def keep(self, stats: os.stat_result, scan: FileScan) -> None:
-        """Keep the survey of a file, durably."""
+        """Record the scan of a file durably."""
         write_atomically(self._file(stats), msgspec.json.encode(scan))
 
     def forget_others(self, files: Collection[os.stat_result]) -> None:
-        """Remove the surveys of all but these files: the others are batches, or gone."""
+        """Remove the scans of all but these files: the others are batches, or gone."""
         kept = {self._file(stats).name for stats in files}
         with contextlib.suppress(FileNotFoundError), os.scandir(self._path) as entries:
             for entry in entries:
                 if entry.name not in kept and not entry.name.startswith("."):
-                    with contextlib.suppress(OSError):  # a folder, say: it does no harm
+                    with contextlib.suppress(OSError):  # a folder, for example, is harmless
                         Path(entry.path).unlink(missing_ok=True)
 
     def _file(self, stats: os.stat_result) -> Path:
-        # Renaming keeps all three, and writing moves the last.
+        # A rename changes none of the three; a write changes the mtime.
         key = f"{stats.st_ino:x}-{stats.st_size:x}-{stats.st_mtime_ns:x}"
         return self._path / f"{key}.json"

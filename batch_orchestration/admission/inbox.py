@@ -1,6 +1,7 @@
-"""The inbox: claiming dropped files that are complete. Nothing here reads a batch file.
+"""The inbox: claims dropped files that are complete. Nothing here reads the lines of a batch file.
 
-Work of a sensor's tick, so it only stats and renames.
+This runs within a sensor's tick, so files are only inspected and renamed; `taking` copies those
+that cannot be renamed.
 """
 
 import contextlib
@@ -43,9 +44,9 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import readable_name
 from batch_orchestration.files.sharing import shared_lock
 
-#: Of folders within the inbox.
+#: Levels of folders within the inbox.
 MAX_DEPTH = 2
-#: Names that copying programs and editors give to what is not finished.
+#: Names that copying programs and editors give to unfinished files.
 _UNFINISHED = re.compile(
     r"(^~.*|.*(~|\.(tmp|temp|part|partial|filepart|crdownload|download|swp)))", re.IGNORECASE
 )
@@ -56,12 +57,12 @@ _PACKED = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class DroppedFile:
-    """Something that lies in the inbox.
+    """A file or folder in the inbox.
 
     Attributes:
-        reason: Why it cannot be claimed; None if it is complete and may be.
-        settling: Whether that is only because somebody may still be writing it.
-        survey: What was found in it, if it was read before.
+        reason: Why it cannot be claimed; None if it is complete and can be.
+        settling: Whether the only reason is that it may still be being written.
+        scan: None if the file was not read, or has changed since.
     """
 
     path: Path
@@ -72,20 +73,18 @@ class DroppedFile:
     scan: FileScan | None = None
 
     def options(self) -> BatchOptions:
-        """Return what is said about it."""
+        """Return the batch options from its side-car and its folder."""
         return options_said(find_sidecar(self.path), self.origin)
 
 
 def look(
     inbox: Path, *, priorities: Mapping[str, int], settle_seconds: float, now: float
 ) -> Iterator[DroppedFile]:
-    """Yield what lies in the inbox, in no order.
+    """Yield the files of the inbox and the folders that are not searched, unordered.
 
     Args:
-        inbox: The folder.
         priorities: Of priority folders, by name.
         settle_seconds: How long a file must rest before it counts as complete.
-        now: POSIX seconds.
     """
     for folders, entry in _walk(inbox, ()):
         with contextlib.suppress(FileNotFoundError):  # claimed or removed meanwhile
@@ -109,7 +108,7 @@ def look(
 
 
 def reason_to_ignore(name: str, mode: int) -> str | None:
-    """Return why a file is none that the inbox takes, by name and kind; None if it takes it."""
+    """Return why the inbox ignores a file of this name and mode; None if it accepts the file."""
     if stat.S_ISLNK(mode):
         return "a symbolic link is not followed; copy the file itself"
     if stat.S_ISDIR(mode):
@@ -135,7 +134,7 @@ def reason_to_ignore(name: str, mode: int) -> str | None:
 def _walk(
     folder: Path, above: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], "os.DirEntry[str]"]]:
-    """Yield each file, with the names of its folders, and each folder that is not looked into."""
+    """Yield each file and each folder that is not searched, with the names of the folders above."""
     with contextlib.suppress(FileNotFoundError, PermissionError), os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
@@ -175,12 +174,12 @@ def _reason_to_wait(
 
 
 def _unrest(stats: os.stat_result, settle_seconds: float, now: float) -> str | None:
-    """Say why a file has not rested for `settle_seconds`; None if it has.
+    """Return why a file has not rested for `settle_seconds`; None if it has.
 
-    A tick has no memory of sizes, but every write moves mtime and ctime, so their age tells.
-    mtime alone does not: `cp -p`, rsync and unpackers set it back to that of the original.
-    ctime cannot be set; a rename into the inbox moves it too. An mtime in the future (clocks
-    that disagree, `touch -d`) says nothing and must not hold a file for ever.
+    Ticks do not remember sizes, but every write updates mtime and ctime, so their age suffices.
+    mtime alone does not: `cp -p`, rsync and unpackers restore that of the original. ctime cannot
+    be set, and a rename into the inbox updates it too. An mtime in the future (clock skew,
+    `touch -d`) is ignored: it must not hold a file back indefinitely.
     """
     ages = [now - stats.st_ctime]
     if stats.st_mtime <= now:
@@ -197,14 +196,14 @@ def _is_sidecar_in_use(path: Path) -> bool:
 
 
 logger = logging.getLogger(__name__)
-#: Another tick that holds the inbox this long claims what there is; a tick has 60 s in all.
+#: If another tick holds the inbox for longer, the files are left to it; a tick has 60 s in all.
 _LOCK_TIMEOUT_SECONDS = 10.0
-#: Which of the dropped files may be claimed now, in their order.
+#: Returns the dropped files that may be claimed now, in order.
 Choice = Callable[[Sequence[DroppedFile]], Sequence[DroppedFile]]
 
 
 class Waiting(NamedTuple):
-    """A dropped file that is left where it is, what it is called within the inbox, and why."""
+    """A dropped file that stays in the inbox, its name within the inbox, and the reason."""
 
     path: Path
     name: str
@@ -226,11 +225,11 @@ class Inbox:
         self._priorities = priorities or {}
 
     def ready_files(self, *, now: float) -> list[Path]:
-        """Return the complete files, by priority and then arrival; `now` in POSIX seconds."""
+        """Return the complete files, by priority and then arrival."""
         return [file.path for file in self.look(now=now) if file.reason is None]
 
     def waiting(self, *, now: float) -> list[Waiting]:
-        """Return the files that cannot be claimed now, each with a reason for a person."""
+        """Return the files that cannot be claimed now, each with a reason for people."""
         return sorted(
             Waiting(file.path, self.name_of(file.path), file.reason)
             for file in self.look(now=now)
@@ -240,12 +239,11 @@ class Inbox:
     def claim_ready(self, *, now: float, choose: Choice | None = None) -> list[Claim]:
         """Move complete files, with their side-cars, to claims of their own and return those.
 
-        Of two ticks at once one claims a file, the other goes without it.
+        If two ticks run at the same time, only one of them claims a file.
 
         Args:
-            now: POSIX seconds.
-            choose: Says which of the complete files there is room for; all of them without it. It
-                is asked while nobody else can claim.
+            choose: Given all dropped files, returns those for which there is capacity; without it
+                all complete files are claimed. Called under the inbox lock.
         """
         lock = shared_lock(self._folder.claims / ".inbox.lock")
         try:
@@ -260,7 +258,7 @@ class Inbox:
         return claims
 
     def forget_gone(self) -> None:
-        """Remove what is known of files that are neither here nor claimed any more."""
+        """Remove the scans of files that are neither in the inbox nor claimed any more."""
         scans = FileScans(self._folder)
         if scans.empty:
             return
@@ -268,15 +266,15 @@ class Inbox:
         for claim in self.claims():
             with contextlib.suppress(FileNotFoundError):
                 files.append(claim.path.lstat())
-        # Once more, for one may have come back from its claim meanwhile.
+        # Again: a file may have returned from its claim meanwhile.
         files += [file.stats for file in self.look(now=0.0)]
         scans.forget_others(files)
 
     def claims(self, faults: Faults | None = None) -> list[Claim]:
-        """Return all claims that are not settled and can be read, the oldest first.
+        """Return all readable claims that are not settled, the oldest first.
 
         Args:
-            faults: Takes those that cannot be read, by their id.
+            faults: Collects unreadable claims, by id.
         """
         found, faults = [], faults or Faults()
         for claim_id in self._claim_ids():
@@ -285,19 +283,19 @@ class Inbox:
         return sorted(found, key=lambda claim: (_changed_at(claim.path), claim.claim_id))
 
     def claim(self, claim_id: str) -> Claim:
-        """Return a claim by its id, settled or not.
+        """Return a claim by id, settled or not.
 
         Raises:
-            ClaimNotFound: There never was one.
+            ClaimNotFound: No such claim ever existed.
         """
         return find_claim(self._folder, claim_id)
 
     def name_of(self, path: Path) -> str:
-        """Return what a dropped file is called within the inbox, fit for JSON."""
+        """Return the name of a dropped file within the inbox, fit for JSON."""
         return readable_name(str(path.relative_to(self._folder.inbox)))
 
     def look(self, *, now: float) -> list[DroppedFile]:
-        """Return what lies in the inbox, by priority and then arrival; `now` in POSIX seconds."""
+        """Return the content of the inbox, by priority and then arrival."""
         found = look(
             self._folder.inbox,
             priorities=self._priorities,
@@ -329,7 +327,7 @@ class Inbox:
                 try:
                     claims.append(self._claim(file))
                 except NotTaken as reason:
-                    with contextlib.suppress(FileNotFoundError):  # another tick has it
+                    with contextlib.suppress(FileNotFoundError):  # taken by another tick
                         stats = file.path.lstat()
                         untaken[self.name_of(file.path)] = Untaken(
                             inode=stats.st_ino,
@@ -345,12 +343,12 @@ class Inbox:
     def _claim(self, file: DroppedFile) -> Claim:
         path = file.path
         place = ClaimFolder(self._folder, f"{slug(path.name)}-{secrets.token_hex(6)}")
-        # First, for a crash after it is moved would leave a file that nobody knows where to put.
+        # Before the move: a crash after it would otherwise leave a file of unknown origin.
         place.create(file.origin)
         sidecar, ours = find_sidecar(path), place.root / path.name
         try:
             if sidecar is not None:
-                # First, so that no file is ever admitted without what its author said about it.
+                # The side-car first: no file is admitted without its author's options.
                 take(sidecar, place.root / sidecar.name)
             take(path, ours)
         except NotTaken as reason:
@@ -361,8 +359,8 @@ class Inbox:
         return claimed(place, ours)
 
     def _return_half_claimed(self) -> None:
-        """Put back side-cars that a crash parted from their file; remove what holds nothing."""
-        faults = Faults()  # `claims` tells of the same
+        """Return side-cars that a crash separated from their file, and remove empty claims."""
+        faults = Faults()  # `claims` reports the same ones
         for claim_id in self._claim_ids():
             place = ClaimFolder(self._folder, claim_id)
             with faults.of(claim_id):

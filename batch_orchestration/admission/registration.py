@@ -1,6 +1,6 @@
-"""Making a batch known: its id, the journals of its faulty lines, its row in the store.
+"""Registration of a batch: its id, the journals of its faulty lines, its row in the store.
 
-A batch exists from the moment its folder does; everything here can be repeated.
+A batch exists as soon as its folder does; everything here can be repeated.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from batch_orchestration.files.unfinished import marked
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 
-#: Stands in journals where otherwise a run's id does.
+#: Run id in the journals that admission writes.
 ADMISSION_RUN_ID = "admission"
 _STAGED_JOURNALS = "journals"
-#: Of a tick's 60 s; who admits a file holds the lock for as long as it takes to write its plan.
+#: Of a tick's 60 s; an admission holds the lock only while it writes the plan.
 _LOCK_TIMEOUT_SECONDS = 10.0
 
 
 def admission_lock(folder: DataFolder) -> filelock.BaseFileLock:
-    """Return the lock under which batches come into being, one after the other."""
+    """Return the lock under which batches are created, one after the other."""
     return shared_lock(folder.claims / ".admission.lock")
 
 
 def free_batch_id(folder: DataFolder, file_name: str, identity: str) -> str:
-    """Return the id of a new batch: longer than usual where another batch has the short one."""
+    """Return the id of a new batch; longer than usual if another batch has the short one."""
     for digits in range(ID_HASH_DIGITS, len(identity) + 1):
         candidate = batch_id(file_name, identity, digits=digits)
         places = (
@@ -53,13 +53,11 @@ def free_batch_id(folder: DataFolder, file_name: str, identity: str) -> str:
 def write_fault_journals(
     work: Path, plan: BatchPlan, faults: Iterable[Fault], *, at: float
 ) -> None:
-    """Settle faulty lines, so that the run finds them answered: journals beside the plan.
+    """Write the outcomes of faulty lines to journals beside the plan: runs do not send them.
 
     Args:
-        work: Folder that will be the batch's.
-        plan: Of the batch.
+        work: The folder that will become the batch's.
         faults: In file order.
-        at: POSIX seconds.
     """
     provenance = Provenance(run_id=ADMISSION_RUN_ID, settings_hash=plan.settings_hash)
     size = plan.requests_per_chunk
@@ -74,7 +72,7 @@ def write_fault_journals(
 
 
 def register_batch(folder: DataFolder, store: Store, batch_id: str, *, at: float) -> None:
-    """Put the journals of a planned batch in their place and tell the store of it."""
+    """Move the journals of a planned batch into place and add the batch to the store."""
     plan = folder.read_plan(batch_id)
     staged = folder.plan_path(batch_id).parent / _STAGED_JOURNALS
     if staged.exists():
@@ -88,15 +86,12 @@ def register_batch(folder: DataFolder, store: Store, batch_id: str, *, at: float
 def register_missing(
     folder: DataFolder, store: Store, *, at: float, faults: Faults | None = None
 ) -> list[str]:
-    """Tell the store of batches that a crash kept from it, and return their ids.
+    """Add planned batches that a crash kept out of the store, and return their ids.
 
-    Also what fills a store that was lost. Call it under `admission_lock`.
+    This also refills a store that was lost. Call it under `admission_lock`.
 
     Args:
-        folder: The data folder.
-        store: The store.
-        at: POSIX seconds.
-        faults: Takes those that cannot be told of; without it the log has them.
+        faults: Collects batches that cannot be added; without it they are logged.
     """
     found = Faults() if faults is None else faults
     registered = []
@@ -112,21 +107,21 @@ def register_missing(
 def register_lost(
     folder: DataFolder, store: Store, *, at: float, faults: Faults | None = None
 ) -> None:
-    """Do the same outside of an admission, at a tick.
+    """Call `register_missing` at a tick, under `admission_lock`, if any batch is missing.
 
     Raises:
-        StorageError: The store cannot be asked or told.
+        StorageError: The store cannot be read or written.
     """
-    with contextlib.suppress(filelock.Timeout):  # the next tick comes soon
+    with contextlib.suppress(filelock.Timeout):  # the next tick tries again
         if unregistered(folder, store):
             with admission_lock(folder).acquire(timeout=_LOCK_TIMEOUT_SECONDS):
                 register_missing(folder, store, at=at, faults=faults)
 
 
 def unregistered(folder: DataFolder, store: Store) -> list[str]:
-    """Return the planned batches that the store has yet to be told of, as the index has them.
+    """Return the planned batches of the index that are not in the store.
 
-    In an empty store that is every batch on the disk, whatever the index says.
+    If the store is empty, return every planned batch on the disk, in the index or not.
     """
     names = folder.batch_ids() if store.is_empty() else marked(folder)
     known = store.records(names)
@@ -134,7 +129,7 @@ def unregistered(folder: DataFolder, store: Store) -> list[str]:
 
 
 def is_planned(batch_id: str, folder: DataFolder) -> bool:
-    """Whether a batch has a plan, and can be asked by it."""
-    # Without journals it would be asked again, though it was delivered.
+    """Whether a batch has a plan and was not pruned."""
+    # A pruned batch has no journals: its requests would be sent again, though it was delivered.
     pruned = os.path.lexists(folder.pruned_path(batch_id))
     return os.path.lexists(folder.plan_path(batch_id)) and not pruned

@@ -1,4 +1,4 @@
-"""What becomes of a claimed file, as values: admitted, a duplicate, rejected, held, or released."""
+"""Admission results as values: admitted, duplicate, rejected, queued or returned."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):
 
     Attributes:
         requests: Non-blank lines, faulty ones included.
-        faulty: How many of them will be rows of the error file, unasked.
+        faulty: Requests that go to the error file without being sent.
     """
 
     batch_id: str
@@ -37,11 +37,11 @@ class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):
 
 
 class AlreadyAdmitted(msgspec.Struct, frozen=True, kw_only=True, tag="already_admitted"):
-    """The same content with the same options is a batch already.
+    """The same content with the same options was admitted before.
 
     Attributes:
-        batch_id: Of the first.
-        kept_as: Where the file was put.
+        batch_id: Of the first batch.
+        kept_as: New location of the file.
     """
 
     batch_id: str
@@ -57,13 +57,13 @@ class AlreadyAdmitted(msgspec.Struct, frozen=True, kw_only=True, tag="already_ad
 
 
 class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):
-    """Nothing of the file is run.
+    """No request of the file is run.
 
     Attributes:
         error_count: Faulty lines in all.
         errors: The first few of them; `errors_path` lists all.
-        rejected_path: Where the file was put.
-        next_step: What its author can do, with the command.
+        rejected_path: New location of the file.
+        next_step: Advice for the author, with the command.
     """
 
     file_name: str
@@ -79,10 +79,10 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):
 
 
 class Returned(msgspec.Struct, frozen=True, kw_only=True, tag="released"):
-    """Somebody was still writing the file: it is back in the inbox.
+    """The file was still being written and is back in the inbox.
 
     Attributes:
-        released_path: Where it is now.
+        released_path: Location of the file in the inbox.
     """
 
     file_name: str
@@ -94,11 +94,11 @@ class Returned(msgspec.Struct, frozen=True, kw_only=True, tag="released"):
 
 
 class Queued(msgspec.Struct, frozen=True, kw_only=True, tag="held"):
-    """There is no room for the file now: it is back in the inbox, and will be claimed again.
+    """There is no capacity for the file now: it is back in the inbox, and will be claimed again.
 
     Attributes:
         detail: The reason as a sentence with numbers.
-        released_path: Where it is now.
+        released_path: Location of the file in the inbox.
     """
 
     file_name: str
@@ -112,9 +112,9 @@ class Queued(msgspec.Struct, frozen=True, kw_only=True, tag="held"):
 
 Admission = Admitted | AlreadyAdmitted | Rejected | Queued
 AdmissionResult = Admission | Returned
-#: Of a fault's message, in the reason for which a file is rejected.
+#: Length of a fault's message within a rejection reason.
 _QUOTED_CHARACTERS = 300
-#: What files begin with that are something else than JSON lines.
+#: First bytes of files in other formats than JSON lines.
 _OTHER_FORMATS = (
     (b"[", "it looks like one JSON array; one object per line is needed"),
     (b"{\n", "it looks like JSON spread over many lines; one object per line is needed"),
@@ -133,7 +133,7 @@ def refusal(
     max_requests_per_batch: int,
     on_oversize: OnOversize,
 ) -> str | None:
-    """Return why a file that has been read can be no batch; None if it can."""
+    """Return why a file that has been read cannot become a batch; None if it can."""
     if not reading.size_bytes:
         return "the file is empty"
     if not reading.requests:
@@ -156,7 +156,7 @@ def refusal(
 
 
 def next_step(rejected_path: Path) -> str:
-    """Return what the author of a rejected file can do."""
+    """Return advice for the author of a rejected file."""
     command = f"python -m batch_orchestration validate {shlex.quote(str(rejected_path))}"
     return f"Correct the file, check it with `{command}`, and drop it into the inbox again."
 
@@ -189,7 +189,7 @@ def _hint(beginning: bytes) -> str:
 
 
 def _commonest(reading: BatchFileReading) -> str:
-    """Say what is wrong with most lines; the errors file has all."""
+    """Describe the commonest fault; the errors file lists all."""
     found = reading.commonest_fault()
     if found is None:
         return "no line of it is a request"

@@ -1,4 +1,4 @@
-"""What admission depends on in this deployment."""
+"""The settings of admission in this deployment."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,13 +33,12 @@ class AdmissionSettings:
     """The settings that admission depends on.
 
     Attributes:
-        requests_per_chunk: At least; None if each file's is derived (`admission.reading.lines`).
-        max_file_bytes: Of the expanded content; not even a byte more is written anywhere.
-        max_requests_per_batch: Open at once; what `on_oversize` goes by.
+        requests_per_chunk: Minimum; None to derive it for each file (`admission.reading.lines`).
+        max_file_bytes: Limit of the expanded content; no byte beyond it is written anywhere.
+        max_requests_per_batch: Open at once; `on_oversize` applies to larger files.
         model_required: False if an alias `*` supplies a missing `model`.
-        answer_settings: What answers depend on, by name; fixed in the plan.
-        estimating: What estimates depend on.
-        queue: What may be in the queue; None where nothing is to wait.
+        answer_settings: Settings that answers depend on, by name; fixed in the plan.
+        queue: None if files never wait.
     """
 
     requests_per_chunk: int | None
@@ -54,7 +53,7 @@ class AdmissionSettings:
     queue: QueueRules | None = None
 
     def rules(self, options: BatchOptions) -> ReadingRules:
-        """Return what the lines of a file with these options must keep to."""
+        """Return the rules for the lines of a file with these options."""
         return ReadingRules(
             requests_per_chunk=self.requests_per_chunk or DEFAULT_CHUNK,
             max_line_bytes=self.max_line_bytes,
@@ -62,7 +61,7 @@ class AdmissionSettings:
         )
 
     def reading(self, options: BatchOptions, screening: Screening) -> BatchFileReading:
-        """Return what reads a file with these options, and screens its requests."""
+        """Return the reading of a file with these options, which screens its requests."""
         rules = self.rules(options)
         choose = partial(
             choose_chunk_size, configured=self.requests_per_chunk, rules=rules, screening=screening
@@ -70,7 +69,7 @@ class AdmissionSettings:
         return BatchFileReading(rules, examine=screening.examine, choose_chunk_size=choose)
 
     def refusal(self, reading: BatchFileReading) -> str | None:
-        """Return why a file that has been read can be no batch; None if it can."""
+        """Return why a file that has been read cannot become a batch; None if it can."""
         return refusal(
             reading,
             line_policy=self.line_policy,
@@ -87,7 +86,7 @@ def open_inbox(settings: Settings, folder: DataFolder) -> Inbox:
 
 
 def admission_settings(settings: Settings) -> AdmissionSettings:
-    """Return what admission depends on."""
+    """Return the settings of admission."""
     return AdmissionSettings(
         requests_per_chunk=settings.requests_per_chunk,
         max_line_bytes=settings.max_line_bytes,

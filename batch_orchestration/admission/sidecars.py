@@ -1,4 +1,4 @@
-"""Side-cars: the small JSON file beside a batch file in which its author states options."""
+"""Side-cars: small JSON files beside batch files, with the options of their authors."""
 
 import os
 import re
@@ -14,11 +14,11 @@ from batch_orchestration.core.requests import UTF8_BOM
 from batch_orchestration.files.moving import NAME_MAX_BYTES, fit_name
 
 SIDECAR_ENDING = ".meta.json"
-#: Sixteen pairs of metadata fit many times over; a larger file was named so by mistake.
+#: Many times the size of sixteen metadata pairs; a larger file has its name by mistake.
 SIDECAR_MAX_BYTES = 256 * 2**10
 
 _FIELD = re.compile(r" - at `\$\.?(?P<path>.*)`$")
-#: In place of a regular expression, which says nothing to most people.
+#: Shown instead of a regular expression, which few people can read.
 _WORDS = {
     "completion_window": "expected a time like 24h, 90m or 1h30m (s, m, h and d; no blanks)",
     "user": "expected a name without control characters",
@@ -27,10 +27,10 @@ _ENDINGS = [f"{jsonl}{gz}" for jsonl in ("", ".jsonl", ".JSONL") for gz in ("", 
 
 
 def sidecar_names(file_name: str) -> list[str]:
-    """Return what the side-car of a batch file may be called, the preferred name first.
+    """Return the possible names of a batch file's side-car, the preferred name first.
 
-    That of `a.jsonl.gz` is `a.jsonl.gz.meta.json`, `a.jsonl.meta.json` or `a.meta.json`; a name
-    that the file system would refuse for its length is left out.
+    The side-car of `a.jsonl.gz` is `a.jsonl.gz.meta.json`, `a.jsonl.meta.json` or `a.meta.json`.
+    Names too long for the file system are left out.
     """
     without_gz = re.sub(r"\.gz$", "", file_name, flags=re.IGNORECASE)
     stem = re.sub(r"\.jsonl$", "", without_gz, flags=re.IGNORECASE)
@@ -39,15 +39,15 @@ def sidecar_names(file_name: str) -> list[str]:
 
 
 def sidecar_beside(file: Path) -> Path:
-    """Return where the side-car of a batch file is put by us."""
+    """Return the path to which we move the side-car of a batch file."""
     names = sidecar_names(file.name) or [fit_name(file.name, SIDECAR_ENDING)]
     return file.with_name(names[0])
 
 
 def find_sidecar(file: Path) -> Path | None:
-    """Return the side-car that lies beside a batch file, if there is one.
+    """Return the side-car beside a batch file; None if there is none.
 
-    A side-car with the whole name of another file that lies there is that file's.
+    A side-car that bears the full name of another batch file there belongs to that file.
     """
     for name in sidecar_names(file.name):
         path, owner = file.with_name(name), file.with_name(name.removesuffix(SIDECAR_ENDING))
@@ -58,14 +58,14 @@ def find_sidecar(file: Path) -> Path | None:
 
 
 def files_of_sidecar(sidecar: Path) -> list[Path]:
-    """Return the batch files beside a side-car that would take it."""
+    """Return the batch files beside a side-car to which it applies."""
     stem = sidecar.name.removesuffix(SIDECAR_ENDING)
     beside = (sidecar.with_name(f"{stem}{ending}") for ending in _ENDINGS)
     return [file for file in beside if _is_batch_file(file) and find_sidecar(file) == sidecar]
 
 
 def doubt_about_sidecar(file: Path) -> str | None:
-    """Say why a batch file's side-car may be meant for another; None if there is no doubt."""
+    """Return why a batch file's side-car may be meant for another; None if it is unambiguous."""
     sidecar = find_sidecar(file)
     if sidecar is None or len(files := files_of_sidecar(sidecar)) < 2:
         return None
@@ -78,10 +78,10 @@ def doubt_about_sidecar(file: Path) -> str | None:
 
 
 def own_sidecar(file: Path) -> Path | None:
-    """Return the side-car that lies beside a batch file, if there is one.
+    """Return the side-car beside a batch file; None if there is none.
 
     Raises:
-        FileRefused: It may be meant for another file that lies there.
+        FileRefused: The side-car may be meant for another file there.
     """
     if (doubt := doubt_about_sidecar(file)) is not None:
         raise FileRefused(doubt)
@@ -89,14 +89,14 @@ def own_sidecar(file: Path) -> Path | None:
 
 
 def read_options(sidecar: Path | None, origin: Origin | None = None) -> BatchOptions:
-    """Return what a side-car says; of what it leaves open, what the folder of the inbox says.
+    """Return the options of a side-car; its inbox folder supplies missing ones.
 
     Args:
-        sidecar: None if there is none.
-        origin: Where the file was dropped; None for one that was not.
+        origin: None for a file that was not dropped.
 
     Raises:
-        FileRefused: It is not JSON, or a field is unknown or out of range; the message names it.
+        FileRefused: The side-car is too large or not JSON, or a field is unknown or out of range;
+            the message names the field.
     """
     origin = origin or Origin()
     user = None if origin.source == DEFAULT_SOURCE else origin.source
@@ -121,7 +121,7 @@ def read_options(sidecar: Path | None, origin: Origin | None = None) -> BatchOpt
 
 
 def options_said(sidecar: Path | None, origin: Origin) -> BatchOptions:
-    """Return the options of a file in the queue; of a side-car that is refused, the folder's."""
+    """Return the options of a file in the queue; the folder's if the side-car is unusable."""
     try:
         return read_options(sidecar, origin)
     except (FileRefused, OSError):
@@ -133,7 +133,7 @@ def _is_batch_file(path: Path) -> bool:
 
 
 def named_problem(error: msgspec.ValidationError) -> str:
-    """Return what is wrong with options in words for their author, the field first."""
+    """Describe the problem with options to their author, the field first."""
     message = str(error)
     match = _FIELD.search(message)
     if match is None:

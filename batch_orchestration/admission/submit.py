@@ -1,4 +1,4 @@
-"""Submission: a person's file is copied into the inbox, whole or not at all."""
+"""Submission: a user's file is copied into the inbox, whole or not at all."""
 
 import contextlib
 import os
@@ -26,25 +26,26 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import NAME_MAX_BYTES, move_if_free, numbered_names
 
 _BLOCK_BYTES = 2**20
-#: Of a drive and folders, should a path come from Windows: only the last part is a name.
+#: Drive and folders of a path, which may come from Windows: only the last part is a name.
 _FOLDERS = re.compile(r".*[/\\]")
 
 
 def submit(path: Path, options: BatchOptions | None, folder: DataFolder) -> Path:
-    """Copy a batch file into the inbox and return where it lies; the original stays as it is.
+    """Copy a batch file into the inbox and return the path of the copy.
 
-    Never overwrites a file of the inbox: the second `a.jsonl` becomes `a (2).jsonl`. Memory does
-    not grow with the file.
+    Never overwrites a file of the inbox: the second `a.jsonl` becomes `a (2).jsonl`. The original
+    is not changed. Memory does not grow with the file.
 
     Args:
         path: Named `*.jsonl` or `*.jsonl.gz`.
-        options: What the author says of the batch; None to take the side-car beside `path`.
-        folder: Its missing folders are made.
+        options: None to use the side-car beside `path`.
+        folder: Its missing folders are created.
 
     Raises:
-        FileRefused: The inbox would not take it, for its name or kind or for its side-car.
-        FileStillChanging: Somebody was writing it meanwhile.
-        FileNotFoundError: It is not there.
+        FileRefused: The inbox does not accept the name, kind or side-car of the file, or the file
+            is in the inbox already.
+        FileStillChanging: The file changed while it was copied.
+        FileNotFoundError: The file does not exist.
         StorageError: The inbox cannot be written.
     """
     source = path.resolve(strict=True)
@@ -75,7 +76,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _drop(copy: Path, sidecar: Path, inbox: Path, name: str) -> Path:
-    """Give the finished copy its name, after its side-car: no tick may see it without."""
+    """Name the finished copy after its side-car, so that no tick sees the file without it."""
     for free_name in numbered_names(name, max_bytes=NAME_MAX_BYTES - len(SIDECAR_ENDING)):
         target = inbox / free_name
         beside = sidecar_beside(target)
@@ -92,7 +93,7 @@ def _drop(copy: Path, sidecar: Path, inbox: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def _temporary(inbox: Path) -> Iterator[Path]:
-    # A leading dot: the inbox does not look at it.
+    # The inbox ignores names with a leading dot.
     path = inbox / f".submit-{secrets.token_hex(8)}.tmp"
     try:
         yield path

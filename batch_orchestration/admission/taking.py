@@ -1,7 +1,7 @@
-"""Taking a dropped file: afterwards it is ours alone, or it lies where it lay, with a reason.
+"""Taking a dropped file: afterwards it is ours alone, or it stays in place with a reason.
 
-A file of our own is renamed. Whoever else owns a file could change it later, also through a
-descriptor that is open already: it is copied. So is one on another disk.
+A file that we own is renamed. A file of another owner is copied, because the owner could change it
+later, even through a descriptor that is already open. A file on another disk is copied, too.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ LINK_PUT_THERE = "it is no file any more: a link or a pipe was put in its place"
 
 
 class NotTaken(Exception):
-    """A file stays where it lies; the message is the reason, for a person."""
+    """A file stays in place; the message is the reason, for people."""
 
 
 def take(source: Path, target: Path) -> None:
-    """Make a dropped file ours, under a name that is free, durably.
+    """Move a dropped file to `target`, a free name, durably; afterwards we own it.
 
     A crash in the middle can leave it in both places, never in none.
 
     Raises:
-        NotTaken: It lies where it lay.
+        NotTaken: The file stays in place.
     """
     with _reasons(source):
         stats = source.lstat()
@@ -50,7 +50,7 @@ def take(source: Path, target: Path) -> None:
 
 
 def _check_removable(source: Path, stats: os.stat_result) -> None:
-    """Find out before it is copied whether it could be removed."""
+    """Check, before a file is copied, that it can be removed afterwards."""
     folder, user = source.parent.stat(), os.geteuid()
     if not os.access(source.parent, os.W_OK | os.X_OK):
         raise NotTaken(
@@ -65,10 +65,10 @@ def _check_removable(source: Path, stats: os.stat_result) -> None:
 
 
 def _renamed(source: Path, target: Path) -> bool:
-    """Rename a file of ours; say whether that was possible."""
+    """Rename a file of ours; return whether that was possible."""
     try:
         source.rename(target)
-    except OSError:  # on another disk, above all; copying says what is wrong if that fails, too
+    except OSError:  # mostly another disk; if copying fails too, its error is reported
         return False
     if not stat.S_ISREG(target.lstat().st_mode):
         move_into(target, source.parent, source.name)
@@ -97,14 +97,14 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _opened(source: Path) -> BinaryIO:
-    """Open a file, and nothing that was put in its place; a pipe is not waited for."""
+    """Open a file without following a link or waiting for a pipe in its place."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     return os.fdopen(os.open(source, flags), "rb")
 
 
 def _remove(source: Path, taken: os.stat_result) -> None:
-    """Remove the file that was copied, and no other that has got its name since."""
-    aside = source.with_name(f".{secrets.token_hex(6)}.tmp")  # the inbox looks at none with a dot
+    """Remove the file that was copied, but no other file that has taken its name since."""
+    aside = source.with_name(f".{secrets.token_hex(6)}.tmp")  # the inbox ignores a leading dot
     source.rename(aside)
     if _state(aside.lstat(), renamed=True) == _state(taken, renamed=True):
         aside.unlink()
@@ -116,7 +116,7 @@ def _remove(source: Path, taken: os.stat_result) -> None:
 
 
 def _state(stats: os.stat_result, *, renamed: bool = False) -> tuple[int, ...]:
-    """Return what changes when somebody writes; a rename moves ctime, too."""
+    """Return the attributes that change with a write; a rename changes ctime, too."""
     content = (stats.st_dev, stats.st_ino, stats.st_size, stats.st_mtime_ns)
     return content if renamed else (*content, stats.st_ctime_ns)
 

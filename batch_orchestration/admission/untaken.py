@@ -1,6 +1,6 @@
-"""Files of the inbox that could not be taken lately, and why: told by every look at the inbox.
+"""Files of the inbox that recently could not be taken; each listing of the inbox shows the reason.
 
-claims/.untaken.json
+Stored in `claims/.untaken.json`.
 """
 
 import os
@@ -12,7 +12,7 @@ from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.atomic import read_kept, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 
-#: Then it is tried again. Meanwhile it takes nobody's place in the queue.
+#: Delay until a file is tried again. Meanwhile it takes no place in the queue.
 RETRY_SECONDS = 60.0
 
 
@@ -20,9 +20,8 @@ class Untaken(msgspec.Struct, frozen=True, kw_only=True):
     """Why a file could not be taken.
 
     Attributes:
-        inode: Of the file; another one under its name is another file.
-        changed_ns: Its ctime: whatever a person does about it moves that.
-        at: POSIX seconds.
+        inode: Identifies the file: a new file of the same name has another inode.
+        changed_ns: Its ctime, which changes with any remedy.
     """
 
     inode: int
@@ -32,20 +31,20 @@ class Untaken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UntakenFiles:
-    """What is known of files that could not be taken, by their names within the inbox."""
+    """The files that could not be taken, by their names within the inbox."""
 
     def __init__(self, folder: DataFolder) -> None:
         self._path = folder.claims / ".untaken.json"
 
     def read(self) -> Mapping[str, Untaken]:
-        """Return what is known; nothing, if it cannot be read: all are then tried again."""
+        """Return the recorded files; none if the record is unreadable, so all are tried again."""
         try:
             return read_kept(self._path, dict[str, Untaken]) or {}
         except StorageError:
             return {}
 
     def keep(self, found: Mapping[str, Untaken], *, now: float) -> None:
-        """Keep what was found now, beside what is not old."""
+        """Record the files found now, and drop those older than `RETRY_SECONDS`."""
         before = self.read()
         fresh = {name: each for name, each in before.items() if now - each.at < RETRY_SECONDS}
         if (after := {**fresh, **found}) != before:
@@ -53,7 +52,7 @@ class UntakenFiles:
 
 
 def reason_of(known: Untaken | None, stats: os.stat_result, *, now: float) -> str | None:
-    """Return why a file is not tried now; None if it is."""
+    """Return why a file is not tried again yet; None if it can be."""
     if known is None or (known.inode, known.changed_ns) != (stats.st_ino, stats.st_ctime_ns):
         return None
     return known.reason if 0 <= now - known.at < RETRY_SECONDS else None

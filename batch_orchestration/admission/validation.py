@@ -1,4 +1,4 @@
-"""Validation: what admission would say of a file, without admitting it."""
+"""Validation: the result that admission would reach for a file, without admitting it."""
 
 import contextlib
 import time
@@ -20,22 +20,21 @@ from batch_orchestration.estimates.estimate import Estimate
 from batch_orchestration.estimates.estimating import CalibrationData, read_calibration_data
 from batch_orchestration.estimates.tables import EstimateTables
 
-#: Faults that a report lists; of the others it only has the number.
+#: Faults that a report lists; the others are only counted.
 MAX_LISTED_FAULTS = 1000
 
 
 class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What admission would say of a file.
+    """The result that admission would reach for a file.
 
     Attributes:
         refusal: Why the whole file would be rejected; None if it would become a batch.
         size_bytes: Uncompressed.
         lines: Blank ones included.
         requests: Non-blank lines, faulty ones included.
-        chunks: Into how many it would be cut.
-        faults: The first of them, in file order.
-        faults_not_listed: How many more there are.
-        estimate: What the batch would take; None if it would be rejected.
+        faults: The first faults, in file order.
+        faults_not_listed: Number of further faults.
+        estimate: None if the file would be rejected, unless for missing a strict window.
     """
 
     file_name: str
@@ -52,7 +51,7 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def flawless(self) -> bool:
-        """Whether every request would be asked."""
+        """Whether every request would be sent."""
         return self.refusal is None and not self.faulty
 
 
@@ -68,16 +67,14 @@ def validate(
     """Read a file as admission would; nothing is moved, kept or admitted.
 
     Args:
-        path: `*.jsonl` or `*.jsonl.gz`, anywhere; its side-car is read too.
-        settings: As admission has them.
-        options: In the side-car's place.
-        max_listed_faults: How many are listed; all are counted.
-        tables: What was learned of earlier batches.
-        clock: POSIX seconds.
+        path: `*.jsonl` or `*.jsonl.gz`, anywhere; its side-car is read, too.
+        options: Replace the side-car's; None to use those.
+        max_listed_faults: Faults beyond this number are only counted.
+        tables: Hold the calibration data from earlier batches.
 
     Raises:
-        FileStillChanging: Somebody was writing the file meanwhile.
-        FileNotFoundError: It is not there.
+        FileStillChanging: The file changed while it was read.
+        FileNotFoundError: The file does not exist.
     """
     faults: list[Fault] = []
     reading, estimate = BatchFileReading(settings.rules(options or BatchOptions())), None
@@ -117,7 +114,7 @@ def _intake(
     tables: EstimateTables | None,
     now: float,
 ) -> Screening:
-    """Return what looks at the requests; a store that cannot be asked teaches nothing."""
+    """Return the screening of requests; without a readable store, it has no calibration data."""
     estimating, knowledge = settings.estimating, CalibrationData()
     if tables is not None:
         with contextlib.suppress(StorageError):

@@ -1,1 +1,1 @@
-"""The kernel: values and rules of batches and requests, and the exceptions; no I/O."""
+"""The kernel: value types and rules for batches and requests, and the exceptions; no I/O."""

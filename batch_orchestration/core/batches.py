@@ -1,4 +1,4 @@
-"""Batches: their identity, their plan, their options and their life cycle."""
+"""Batches: identity, plan, options and status words."""
 
 import hashlib
 import re
@@ -9,21 +9,21 @@ from typing import Annotated, Any
 
 import msgspec
 
-#: Who submits what lies in the inbox itself and does not say whose it is.
+#: Source of a file that lies in the inbox itself and whose side-car names no user.
 DEFAULT_SOURCE = "inbox"
 SOURCE_MAX_LENGTH = 64
-#: Folder of the inbox in which nothing waits.
+#: Subfolder of the inbox whose files are not admitted.
 REJECTED = "rejected"
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a dropped file came from: what its claim remembers of it.
+    """Where a dropped file came from, as recorded in its claim.
 
     Attributes:
-        folder: Within the inbox, `/` between its parts; empty for the inbox itself.
-        source: What that folder says of who submits; a side-car knows better.
-        priority: What it says of the priority; a side-car knows better.
-        arrived_at: When the file came to lie there, POSIX seconds.
+        folder: Path within the inbox, separated by `/`; empty for the inbox itself.
+        source: Submitter that the folder implies; a side-car overrides it.
+        priority: Priority that the folder implies; a side-car overrides it.
+        arrived_at: When the file arrived in the folder.
     """
 
     folder: str = ""
@@ -35,13 +35,12 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
 def origin_in(
     folders: Sequence[str], priorities: Mapping[str, int], *, arrived_at: float
 ) -> Origin:
-    """Return the origin of a file by the folders that it lies in.
+    """Return the origin of a file, derived from the folders that contain it.
 
     Args:
-        folders: From the inbox down. The first that is no priority folder names the source, the
-            last that is one the priority.
-        priorities: Priority folders, in any case, with their priority.
-        arrived_at: POSIX seconds.
+        folders: Folder names from the inbox down. The first one that is not a priority folder is
+            the source. The last priority folder sets the priority.
+        priorities: Priority by folder name; case is ignored.
     """
     by_name = {name.casefold(): priority for name, priority in priorities.items()}
     priority = [by_name[name.casefold()] for name in folders if name.casefold() in by_name]
@@ -54,9 +53,9 @@ def origin_in(
     )
 
 
-#: Of one batch: with more, a batch is slow to look at, and to launch a backfill over.
+#: Most chunks of one batch. More would make a batch slow to display and to backfill.
 MOST_CHUNKS = 2000
-#: Dagster accepts any text as a partition key; we do not (DESIGN section 6).
+#: Dagster accepts any text as a partition key; we accept this form only.
 _CHUNK_KEY = re.compile(r"(?P<batch_id>[A-Za-z0-9_-][A-Za-z0-9._-]*)/(?P<number>[0-9]{5})")
 
 
@@ -64,13 +63,13 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """Up to `requests_per_chunk` consecutive requests: the unit of commit and of a partition.
 
     Attributes:
-        number: Place in the batch, from 0.
-        first_index: Index of its first request.
-        requests: How many requests it holds, faulty lines included.
+        number: Position in the batch, from 0.
+        requests: Number of requests, faulty lines included.
         first_line: Line number of the first byte, from 1.
-        start: Offset of its first byte in the kept input.
-        end: Offset after its last byte.
-        digest: BLAKE2b-128 of those bytes, hexadecimal; guards against a changed input.
+        start: Offset of the first byte in the kept input.
+        end: Offset after the last byte.
+        digest: BLAKE2b-128 of the bytes from `start` to `end`, hexadecimal; detects a changed
+            input.
     """
 
     number: int
@@ -97,7 +96,7 @@ def parse_chunk_key(key: str) -> tuple[str, int]:
     """Return batch id and chunk number of a partition key.
 
     Raises:
-        ValueError: The key was not made by `chunk_key`.
+        ValueError: The key is not of the form that `chunk_key` returns.
     """
     match = _CHUNK_KEY.fullmatch(key)
     if match is None or ".." in key:
@@ -106,8 +105,8 @@ def parse_chunk_key(key: str) -> tuple[str, int]:
 
 
 def can_be_id(name: str) -> bool:
-    """Whether a folder of this name can be that of a batch."""
-    # What cannot be in a partition key (`/`, `..`) has no business in a path either.
+    """Whether the name is valid as a batch id, and so as the name of a batch's folder."""
+    # Characters that a partition key rejects (`/`, `..`) are unsafe in a path, too.
     try:
         chunk_key(name, 0)
     except ValueError:
@@ -119,23 +118,24 @@ def can_be_id(name: str) -> bool:
 SLUG_MAX_LENGTH = 40
 ID_HASH_DIGITS = 8
 METADATA_MAX_PAIRS = 16
-#: In either direction.
+#: Priorities range from minus this to plus this.
 MAX_PRIORITY = 1000
-#: Of one line of a batch file, unless a setting says otherwise.
+#: Default limit for one line of a batch file.
 MAX_LINE_BYTES = 16 * 2**20
-#: OpenAI's limits on a batch, unless settings say otherwise. With more requests a file is a batch
-#: all the same: so many of them are open at a time. The bytes are those of the expanded file.
+#: Default limits of a batch, the same as OpenAI's. A file with more requests is admitted as one
+#: batch with this many requests open at a time. The bytes are counted after decompression.
 MAX_REQUESTS_PER_BATCH = 50_000
 MAX_FILE_BYTES = 200 * 2**20
-#: For example `24h` or `1h30m`; `core.lifecycle.window_seconds` reads it.
+#: Pattern of a duration such as `24h` or `1h30m`; `core.lifecycle.window_seconds` parses it.
 DURATION = r"^([1-9][0-9]{0,8}[smhd])+\Z"
-#: Options that came later: at their default they do not change the identity of older batches.
+#: Options added after the first release. `identity` omits them while they are None, so that the
+#: identities of older batches stay the same.
 _LATER_OPTIONS = ("user", "max_failure_rate")
 _NOT_SLUG = re.compile(r"[^a-z0-9]+")
 
 
 class BatchStatus(StrEnum):
-    """OpenAI's eight words for the life of a batch."""
+    """OpenAI's eight status words for a batch."""
 
     VALIDATING = "validating"
     #: The *file* was unusable; a batch with failed requests is still `completed`.
@@ -149,20 +149,20 @@ class BatchStatus(StrEnum):
 
 
 class LinePolicy(StrEnum):
-    """What faulty lines do to the rest of their file."""
+    """How faulty lines affect the rest of their file."""
 
-    #: Each becomes a row of the error file; the rest runs.
+    #: Each faulty line becomes a row of the error file; the other lines run.
     LENIENT = "lenient"
-    #: One is enough to refuse the file.
+    #: One faulty line rejects the file.
     STRICT = "strict"
 
 
 class OnOversize(StrEnum):
-    """What becomes of a file with more requests than a batch may have open at a time."""
+    """How to treat a file with more requests than a batch may have open at a time."""
 
-    #: A batch that is answered window by window.
+    #: Admit it as a batch that is answered window by window.
     WINDOW = "window"
-    #: It is refused.
+    #: Reject it.
     REJECT = "reject"
 
 
@@ -172,17 +172,17 @@ User = Annotated[str, msgspec.Meta(pattern="^[^\\x00-\\x1f]+$", max_length=SOURC
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the author may say about a batch: the side-car `<name>.meta.json` or CLI flags.
+    """The author's options for a batch, from the side-car `<name>.meta.json` or CLI flags.
 
     Attributes:
-        model: Served model that answers every request of the batch, whatever their bodies say.
+        model: Served model that answers every request; overrides the models named in the bodies.
         priority: Higher runs earlier.
         metadata: Up to 16 pairs, echoed back in the report and by `status`.
-        completion_window: For example `24h` or `1h30m`, from admission; what has no answer then
-            is not asked any more.
-        user: Who submits it; else the folder of the inbox says so.
+        completion_window: Duration from admission, such as `24h` or `1h30m`. Requests without an
+            answer at its end are no longer sent.
+        user: The submitter; if None, the inbox folder determines it.
         max_failure_rate: Share of the latest requests that may fail before the batch pauses, 0 to
-            1; None leaves it to the deployment.
+            1; None uses the deployment's setting.
     """
 
     model: str | None = None
@@ -194,7 +194,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def source(self) -> str:
-        """Who submits the batch: one of those between whom the engine is shared fairly."""
+        """The submitter; the engine is shared fairly between submitters."""
         return self.user or DEFAULT_SOURCE
 
 
@@ -203,17 +203,15 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         batch_id: Readable and unique: file stem and first digits of the identity.
-        identity: See `identity`.
-        file_name: What the author called the file.
-        sha256: Of the kept input (uncompressed), hexadecimal.
-        size_bytes: Of the kept input (uncompressed).
-        requests: Non-blank lines, faulty ones included.
-        faulty: How many of them were refused at admission.
-        max_line_bytes: Longer lines were refused at admission.
-        settings: What answers depend on, by name; its hash is `settings_hash`.
-        created_at: POSIX seconds.
-        source: Who submitted it, see `BatchOptions.source`.
-        arrived_at: In the inbox, POSIX seconds; 0 if that is not known.
+        file_name: The author's name for the file.
+        sha256: SHA-256 of the kept input (uncompressed), hexadecimal.
+        size_bytes: Size of the kept input (uncompressed).
+        requests: Number of non-blank lines, faulty ones included.
+        faulty: Number of lines refused at admission.
+        max_line_bytes: Limit on a line; longer lines were refused at admission.
+        settings: Settings that answers depend on, by name; `settings_hash` is their hash.
+        source: The submitter, see `BatchOptions.source`.
+        arrived_at: When the file arrived in the inbox; 0 if unknown.
     """
 
     batch_id: str
@@ -233,7 +231,7 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def requests_per_chunk(self) -> int:
-        """Requests of each chunk but the last, which may have fewer."""
+        """Number of requests in each chunk; the last chunk may have fewer."""
         return self.chunks[0].requests if self.chunks else 1
 
     @property
@@ -243,14 +241,14 @@ class BatchPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def settings_hash(self) -> str:
-        """Hash of what answers depend on."""
+        """Hash of the settings that answers depend on."""
         return settings_hash(self.settings)
 
 
 def slug(file_name: str) -> str:
-    """Return the file's stem as lower-case ASCII fit for ids; `batch` if nothing is left.
+    """Return the file's stem as lower-case ASCII for use in ids; `batch` if nothing is left.
 
-    Directories and the endings `.jsonl`, `.jsonl.gz` are dropped.
+    Directories and the endings `.jsonl` and `.jsonl.gz` are dropped.
     """
     stem = re.split(r"[/\\]", file_name)[-1]
     stem = re.sub(r"\.jsonl(\.gz)?$", "", stem, flags=re.IGNORECASE)
@@ -259,11 +257,12 @@ def slug(file_name: str) -> str:
 
 
 def identity(sha256: str, options: BatchOptions) -> str:
-    """Return what makes two drops the same batch: content and options, not the name.
+    """Return a hash of content and options; two drops with equal hashes are the same batch.
+
+    The file's name does not count.
 
     Args:
-        sha256: Of the uncompressed content, hexadecimal.
-        options: Options of the drop.
+        sha256: SHA-256 of the uncompressed content, hexadecimal.
     """
     said = msgspec.to_builtins(options)
     for name in _LATER_OPTIONS:

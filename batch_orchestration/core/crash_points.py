@@ -1,9 +1,9 @@
-"""Named places at which a test lets this process, or its engine, die by SIGKILL, or hang.
+"""Named points at which a test kills this process or its engine by SIGKILL, or makes it hang.
 
-Nothing happens unless the environment variable `CRASH_POINT` names one of them: `before_commit`
-dies when it is reached first, `before_commit:3` the third time, `before_commit:3:hang` does not
-die, but never returns. It is no setting, and on purpose has no `BATCH_` in its name: no deployment
-ever needs it.
+Crash points do nothing unless the environment variable `CRASH_POINT` names one. `before_commit`
+kills the process the first time it reaches that point, `before_commit:3` the third time, and
+`before_commit:3:hang` hangs instead. The variable deliberately lacks the prefix `BATCH_`: it is not
+a setting, and no deployment needs it.
 """
 
 import os
@@ -16,45 +16,45 @@ VARIABLE = "CRASH_POINT"
 
 
 class CrashPoint(StrEnum):
-    """The steps of a request's life between which an accident makes a difference."""
+    """The steps of a request's life at which a crash leaves a different state behind."""
 
-    #: The journal does not know yet that it is about to be sent.
+    #: The journal has no record of the submission yet.
     BEFORE_SUBMIT = "before_submit"
-    #: The journal knows; the engine may have it or not.
+    #: The submission is in the journal; the engine may or may not have the request.
     AFTER_SUBMIT = "after_submit"
-    #: The answer is there, but nowhere on disk.
+    #: The answer has arrived but is not on disk.
     BEFORE_OUTCOME = "before_outcome"
-    #: The journal has it; nobody has counted it.
+    #: The outcome is in the journal but not counted.
     AFTER_OUTCOME = "after_outcome"
-    #: The engine died, and one more of the requests that it had is marked as suspect.
+    #: The engine died, and one more of its requests in flight is marked as suspect.
     AFTER_SUSPECT = "after_suspect"
-    #: Something is doubted, and a control request is about to decide; the journal knows neither.
+    #: A control request is about to settle a doubt; the journal has neither doubt nor control.
     BEFORE_CONTROL = "before_control"
-    #: The control has ended; what follows from that is nowhere on disk.
+    #: The control has ended; its consequence is not on disk.
     AFTER_CONTROL = "after_control"
-    #: The chunk's journal is complete; the store has nothing of it.
+    #: The chunk's journal is complete; the store has none of its outcomes.
     BEFORE_COMMIT = "before_commit"
-    #: The store has the chunk; the run does not know.
+    #: The chunk is in the store; the run has not noticed.
     AFTER_COMMIT = "after_commit"
-    #: The run knows; Dagster does not.
+    #: The run has recorded the commit; Dagster has no event for it.
     BEFORE_EVENT = "before_event"
-    #: It is decided that the batch ends early; the store does not know.
+    #: The early end of the batch is on disk but not in the store.
     AFTER_CLOSING = "after_closing"
-    #: The store knows; of the chunks without a commit, some have got theirs.
+    #: The early end is in the store; only some of the uncommitted chunks have been committed.
     BEFORE_CLOSE_OUT = "before_close_out"
-    #: It is decided that the batch is paused; the run at work does not act on it yet.
+    #: The batch is paused on disk; the run does not act on it yet.
     AFTER_HALT = "after_halt"
-    #: It is decided that a batch goes on that had ended early; nothing is done yet.
+    #: The resumption of an ended batch is on disk; nothing has followed from it yet.
     AFTER_RESUMPTION = "after_resumption"
-    #: The decision to end it is taken back; the store does not know.
+    #: The early end has been withdrawn on disk but not in the store.
     AFTER_REOPENING = "after_reopening"
-    #: All output is written and fsynced; none of it can be seen.
+    #: All output is written and fsynced; none of it is visible.
     BEFORE_ERRORS_RENAME = "before_errors_rename"
-    #: `errors.jsonl` can be seen, `output.jsonl` cannot.
+    #: `errors.jsonl` is visible, `output.jsonl` is not.
     BEFORE_OUTPUT_RENAME = "before_output_rename"
-    #: Both can be seen, the report cannot.
+    #: Both files are visible, the report is not.
     BEFORE_REPORT_RENAME = "before_report_rename"
-    #: All three can be seen; the store still says that the batch is being finalized.
+    #: All three files are visible; the batch is still `finalizing` in the store.
     AFTER_RENAMES = "after_renames"
 
 
@@ -64,23 +64,23 @@ def die() -> None:
 
 
 def hang() -> None:
-    """Never return; other threads go on."""
+    """Never return; other threads keep running."""
     while True:
         time.sleep(3600)
 
 
-#: What happens at the point; a test that kills the engine instead puts that in its place.
+#: The action at the point; tests that kill the engine replace it.
 accident: Callable[[], None] = die
 
 
 def crash_point(point: CrashPoint) -> None:
-    """Do nothing, unless a test has named this point."""
+    """Crash or hang if a test has armed this point; otherwise do nothing."""
     if _armed is not None:
         _armed.reach(point)
 
 
 class _Armed:
-    """A point that was named, and how often it may still be passed unharmed."""
+    """An armed crash point, with the number of passes left before it triggers."""
 
     def __init__(self, text: str) -> None:
         name, number, how = [*text.split(":"), "", ""][:3]
@@ -100,15 +100,15 @@ _armed: _Armed | None = None
 
 
 def arm(text: str) -> None:
-    """Let the accident happen at a point, as `CRASH_POINT` names it.
+    """Arm a crash point, given in the format of `CRASH_POINT`.
 
     Raises:
-        ValueError: There is no such point.
+        ValueError: There is no such point, or the number is not an integer.
     """
     global _armed
     _armed = _Armed(text)
 
 
-# A name that is none of the points is an error at import.
+# An unknown name is an error at import.
 if VARIABLE in os.environ:
     arm(os.environ[VARIABLE])

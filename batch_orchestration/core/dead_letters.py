@@ -1,4 +1,4 @@
-"""Dead letters: requests whose failure is final, and what people may do about them."""
+"""Dead letters: requests whose failure is final, and the operations people can apply to them."""
 
 from enum import StrEnum
 from typing import Any
@@ -10,15 +10,15 @@ from batch_orchestration.core.results import Attempt, SettledRequest
 
 
 class DeadLetterState(StrEnum):
-    """Where a dead letter stands."""
+    """The state of a dead letter."""
 
-    #: Its failure is final; a replay or a discard waits for a person.
+    #: The failure is final unless a person replays or discards the request.
     DEAD = "dead"
-    #: A replay has it; until that has an outcome, the failure stands.
+    #: A replay includes the request; the failure stands until the replay has an outcome.
     REPLAYING = "replaying"
-    #: A replay answered it: the answer is in `results` and in the output file.
+    #: The request was answered later: the answer is in `results` and in the output file.
     RESOLVED = "resolved"
-    #: A person gave it up, with a reason. It stays in the error file.
+    #: A person gave the request up, with a reason. It stays in the error file.
     DISCARDED = "discarded"
 
 
@@ -27,13 +27,12 @@ UNRESOLVED = (DeadLetterState.DEAD, DeadLetterState.REPLAYING, DeadLetterState.D
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A failed request in the queue.
+    """A failed request in the dead-letter queue.
 
     Attributes:
-        request: With its latest failure and every attempt before it.
-        chunk: Number of its chunk.
-        replay: Number of the latest replay that had it.
-        first_failed_at: POSIX seconds, as are all times here.
+        request: The request with its latest failure and every earlier attempt.
+        chunk: Number of the chunk.
+        replay: Number of the latest replay that included it; None if there was none.
     """
 
     request: SettledRequest
@@ -48,13 +47,14 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadLetterEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """A dead letter came into a state: one line of its history.
+    """A change of a dead letter's state: one entry of its history.
 
     Attributes:
-        actor: Run or person that brought it there.
-        operation: Number of the replay or discard; None for the failure of a run.
-        code: Of the failure, where there was one.
-        reason: Message of a failure, reason of a discard, overrides of a replay.
+        state: The new state.
+        actor: Run or person that caused the change.
+        operation: Number of the replay or discard; None for a failure or commit of a batch's run.
+        code: Failure code, if the event is a failure.
+        reason: Message of a failure, reason of a discard, or overrides of a replay.
     """
 
     index: int
@@ -69,10 +69,10 @@ class DeadLetterEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """Which dead letters of a batch are meant; whatever is empty does not restrict.
+    """A filter for the dead letters of a batch; an empty field does not restrict.
 
     Attributes:
-        limit: So many at most, the first in input order.
+        limit: Maximum number of dead letters; the first ones in input order are selected.
     """
 
     codes: tuple[FailureCode, ...] = ()
@@ -82,13 +82,12 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True, tag_field="operation"):
-    """What was done to dead letters of a batch. It is durable before the store is told.
+    """An operation on dead letters of a batch. It is durable before the store reflects it.
 
     Attributes:
-        number: Place in the order of the batch's operations, from 1.
-        indices: Of the requests, ascending.
-        actor: Run or person that asked for it.
-        at: POSIX seconds.
+        number: Position among the batch's operations, from 1.
+        indices: Indices of the requests, ascending.
+        actor: Run or person that requested it.
     """
 
     batch_id: str
@@ -99,19 +98,19 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, tag_field="operation"
 
 
 class Discard(Operation, frozen=True, kw_only=True, tag="discard"):
-    """Dead letters were given up."""
+    """A decision to give dead letters up."""
 
     reason: str
 
 
 class Replay(Operation, frozen=True, kw_only=True, tag="replay"):
-    """Dead letters are sent through the engine again.
+    """A request to send dead letters through the engine again.
 
     Attributes:
         overrides: Fields of the body and their new values; null removes a field.
-        force: Go on although settings differ from those of the plan.
-        request_key: Who asks again with the same key asks for the same replay.
-        closed_at: When it was over; what had no outcome then is dead again.
+        force: Run even if settings differ from the plan's.
+        request_key: Idempotency key: repeated requests with the same key are the same replay.
+        closed_at: When the replay ended; requests without an outcome became dead again.
     """
 
     overrides: dict[str, Any] = {}
@@ -121,11 +120,11 @@ class Replay(Operation, frozen=True, kw_only=True, tag="replay"):
 
 
 def after_replay(before: SettledRequest, replayed: SettledRequest) -> SettledRequest:
-    """Return a dead letter's request with the outcome of its replay, and the whole history.
+    """Return a dead letter's request with the outcome of its replay and its whole history.
 
     Args:
-        before: As it was when it was replayed.
-        replayed: Outcome, attempts and provenance of the replay alone.
+        before: The request before the replay.
+        replayed: The request with outcome, attempts and provenance of the replay alone.
     """
     failure = before.outcome
     assert isinstance(failure, Failure)

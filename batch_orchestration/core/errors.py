@@ -1,39 +1,39 @@
-"""Exceptions: what makes the engine, the store, a file or the code unusable.
+"""Exceptions: failures of the engine, the store, a file or the code.
 
-A single request that goes wrong is not here: that is a value (`core.outcomes.Failure`).
+The failure of a single request is not an exception but a value (`core.outcomes.Failure`).
 
     BatchOrchestrationError
-    ├── FileRefused              a dropped file of which nothing can be used
-    ├── FileStillChanging        a claimed file that somebody was still writing
-    ├── ClaimNotFound            no claimed file of that id
-    ├── BatchNotFound            no batch of that id
-    ├── PlanMismatch             settings or input are not those that the batch was planned with
-    ├── AccountingError          a batch whose requests and outcomes do not add up
-    ├── DeadLetterError          dead letters that cannot be replayed or discarded as asked
-    ├── IllegalTransition        a batch whose status does not allow what was asked
-    ├── HousekeepingBusy         somebody else cleans up at this moment
-    ├── GpuUnreadable            NVML is missing, or raised
-    ├── GpuUnhealthy             the gate is shut: no engine is started on this device now
-    ├── AlertNotSent             a channel did not take an alert
+    ├── FileRefused              nothing in a dropped file can be used
+    ├── FileStillChanging        a claimed file was still being written
+    ├── ClaimNotFound            no claimed file has that id
+    ├── BatchNotFound            no batch has that id
+    ├── PlanMismatch             settings or input differ from the batch's plan
+    ├── AccountingError          a batch's requests and outcomes do not add up
+    ├── DeadLetterError          the dead letters cannot be replayed or discarded as requested
+    ├── IllegalTransition        the batch's status does not allow the request
+    ├── HousekeepingBusy         another cleanup is running
+    ├── GpuUnreadable            NVML is missing or failed
+    ├── GpuUnhealthy             the GPU gate is closed: no engine is started on this device now
+    ├── AlertNotSent             a channel did not accept an alert
     ├── EngineError
     │   ├── EngineStartFailed    the engine did not become ready
-    │   ├── EngineDied           the engine is gone; what was in flight is unanswered
-    │   ├── EngineSick           the engine lives and fails nearly everything it is given
-    │   │   └── EngineKeepsDying it dies whatever it is asked
-    │   ├── EngineRefusesUs      the engine, or what stands before it, does not let us in
-    │   └── CalibrationFailed    the engine answers nothing that it is to be measured by
+    │   ├── EngineDied           the engine is gone; requests in flight are unanswered
+    │   ├── EngineSick           the engine runs but fails nearly every request
+    │   │   └── EngineKeepsDying the engine dies whatever it is sent
+    │   ├── EngineRefusesUs      the engine, or a proxy in front of it, denies us access
+    │   └── CalibrationFailed    the engine answers none of the calibration requests
     └── StorageError
-        ├── Shortage             something has run out for now; nothing was recorded
-        │   ├── DiskFull         make room, and what waits goes on
+        ├── Shortage             a resource has run out for now; nothing was recorded
+        │   ├── DiskFull         work resumes once there is space
         │   └── TooManyOpenFiles this process, or the machine, has no descriptor left
-        ├── FileDamaged          one small file of ours cannot be read; others are as they were
+        ├── FileDamaged          one small file of ours cannot be read; other files are unaffected
         ├── JournalInUse         another process is writing this journal
         ├── OutboxUnwritable     output and error files cannot be written
-        ├── JournalError         a second outcome, or a record that could not be read back
-        │   └── UnstorableRecord the latter
+        ├── JournalError         a second outcome for a request, or an unreadable record
+        │   └── UnstorableRecord the record could not be read back
         ├── OutcomeMismatch      a chunk's outcomes are not one-to-one with its requests
         ├── StoreLocked          the DuckDB file stayed locked past the deadline
-        └── StoreDamaged         the DuckDB file cannot be read; `recover` makes it anew
+        └── StoreDamaged         the DuckDB file cannot be read; `recover` rebuilds it
 """
 
 from enum import StrEnum
@@ -43,25 +43,25 @@ import msgspec
 
 
 class MemoryShortage(StrEnum):
-    """What memory was too short for."""
+    """The use for which memory was too short."""
 
-    #: An allocation while the engine warmed up or computed, on device or host; or the kernel
-    #: killed it for want of memory.
+    #: An allocation on device or host during warm-up or inference failed, or the kernel's OOM
+    #: killer ended the engine.
     WORK = "work"
-    #: The KV cache: it does not hold one request of the longest length that is served.
+    #: The KV cache cannot hold one request of the longest served length.
     CACHE = "cache"
-    #: The share of the memory that the engine claims as it starts; others hold some of it.
+    #: The engine's share of memory is not free at start, because other processes hold some of it.
     CLAIM = "claim"
-    #: The model itself. No setting of the ladder makes it smaller.
+    #: The model's weights do not fit. No memory level makes them smaller.
     WEIGHTS = "weights"
 
 
 class Exhaustion(msgspec.Struct, frozen=True, kw_only=True):
-    """That an engine ran out of memory, and how we know.
+    """Evidence that an engine ran out of memory.
 
     Attributes:
-        evidence: The line of its log, or what the kernel counted.
-        max_model_len: The context in force, if the evidence tells.
+        evidence: A line of the engine's log, or the kernel's count of OOM kills.
+        max_model_len: The context length in force, if the evidence contains it.
     """
 
     shortage: MemoryShortage
@@ -74,11 +74,11 @@ class BatchOrchestrationError(Exception):
 
 
 class FileRefused(BatchOrchestrationError):
-    """Nothing in the file can be used."""
+    """The file contains nothing usable."""
 
 
 class FileStillChanging(BatchOrchestrationError):
-    """The file changed while it was read; it is not complete yet."""
+    """The file changed while it was being read; it is not complete yet."""
 
 
 class ClaimNotFound(BatchOrchestrationError):
@@ -90,7 +90,7 @@ class BatchNotFound(BatchOrchestrationError):
 
 
 class PlanMismatch(BatchOrchestrationError):
-    """The settings or the kept input differ from those that the batch was planned with."""
+    """The settings or the kept input differ from the batch's plan."""
 
 
 class AccountingError(BatchOrchestrationError):
@@ -98,22 +98,23 @@ class AccountingError(BatchOrchestrationError):
 
 
 class DeadLetterError(BatchOrchestrationError):
-    """The dead letters cannot be replayed or discarded as asked; nothing was changed."""
+    """The dead letters cannot be replayed or discarded as requested; nothing was changed."""
 
 
 class IllegalTransition(BatchOrchestrationError):
-    """The status of the batch does not allow what was asked; nothing was changed."""
+    """The batch's status does not allow the request; nothing was changed."""
 
 
 class HousekeepingBusy(BatchOrchestrationError):
-    """Somebody else cleans up at this moment."""
+    """Another cleanup is running."""
 
 
 class GpuUnreadable(BatchOrchestrationError):
-    """What the GPUs are like could not be read; nothing may be concluded from that.
+    """The state of the GPUs could not be read; this does not mean that they are unhealthy.
 
     Attributes:
-        lost: If a device has fallen off the bus: its place among the visible ones.
+        lost: Index among the visible devices of the one that has fallen off the bus; None if none
+            has.
     """
 
     def __init__(self, message: str, *, lost: int | None = None) -> None:
@@ -122,15 +123,15 @@ class GpuUnreadable(BatchOrchestrationError):
 
 
 class GpuUnhealthy(BatchOrchestrationError):
-    """Something speaks against starting an engine on the device now; it waits, nothing failed."""
+    """The device is not fit for starting an engine now; the run waits, and nothing has failed."""
 
 
 class AlertNotSent(BatchOrchestrationError):
-    """A channel did not take an alert; the message holds no secret.
+    """A channel did not accept an alert; the message contains no secret.
 
     Attributes:
-        partly: Whether some of those who are to have it have it.
-        refused: Whether it is the post that is not taken, and never will be.
+        partly: Whether some of the recipients received it.
+        refused: Whether the channel rejects this notification for good, so that retrying is futile.
     """
 
     def __init__(self, message: str, *, partly: bool = False, refused: bool = False) -> None:
@@ -143,7 +144,7 @@ class EngineError(BatchOrchestrationError):
     """The engine is unusable.
 
     Attributes:
-        exhaustion: How it ran out of memory, if that is why.
+        exhaustion: Evidence that memory ran out, if that is the cause.
     """
 
     def __init__(self, message: str, *, exhaustion: Exhaustion | None = None) -> None:
@@ -152,29 +153,29 @@ class EngineError(BatchOrchestrationError):
 
 
 class EngineStartFailed(EngineError):
-    """The engine did not become ready; the message carries its last log lines."""
+    """The engine did not become ready; the message includes its last log lines."""
 
 
 class EngineDied(EngineError):
-    """The engine is gone, and with it everything in flight."""
+    """The engine is gone; its requests in flight are unanswered."""
 
 
 class EngineSick(EngineError):
-    """The engine answers, but fails nearly everything; feeding it on would only burn attempts."""
+    """The engine fails nearly every request; sending more would only use up attempts."""
 
 
 class EngineKeepsDying(EngineSick):
-    """The engine dies whatever it is asked: no request is to blame, and no restart helps."""
+    """The engine dies whatever it is sent: no request is at fault, and restarting does not help."""
 
 
 class EngineRefusesUs(EngineError):
-    """The engine, or what stands before it, refuses whatever it is asked: nothing was recorded.
+    """The engine, or a proxy in front of it, refuses every request: nothing was recorded.
 
     Attributes:
-        page: What was refused: an endpoint, or the page that lists the models.
-        model: Named in the request that was refused; None for the page.
+        page: The refused path: an endpoint, or the list of models.
+        model: Model named in the refused request; None for the list of models.
         status: HTTP status of the refusal.
-        line: First line of what was said with it, fit to be shown.
+        line: First line of the refusal's text, safe to display.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class EngineRefusesUs(EngineError):
 
 
 class CalibrationFailed(EngineError):
-    """The engine answers nothing that it is asked to be measured by."""
+    """The engine answers none of the calibration requests."""
 
 
 class StorageError(BatchOrchestrationError):
@@ -196,23 +197,23 @@ class StorageError(BatchOrchestrationError):
 
 
 class Shortage(StorageError):
-    """Something has run out for now; nothing was recorded, and trying again later is safe."""
+    """A resource has run out for now; nothing was recorded, and retrying later is safe."""
 
 
 class DiskFull(Shortage):
-    """There is no room to write."""
+    """There is no space left to write."""
 
 
 class TooManyOpenFiles(Shortage):
-    """This process, or the machine, has as many files open as it may."""
+    """This process, or the machine, has reached its limit on open files."""
 
 
 class FileDamaged(StorageError):
-    """A small file of ours is emptied, torn, of another kind, or cannot be read.
+    """A small file of ours is empty, truncated, of the wrong kind, or unreadable.
 
     Attributes:
-        path: Of the file.
-        reason: What is wrong with it, as the rest of a sentence that begins with the path.
+        path: The damaged file.
+        reason: The damage, phrased to follow the path in a sentence.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -226,11 +227,14 @@ class JournalInUse(StorageError):
 
 
 class JournalError(StorageError):
-    """A record would give a request a second outcome, or could not be read back."""
+    """A journal rejects a record.
+
+    The request has an outcome already, the record could not be read back, or the journal is closed.
+    """
 
 
 class UnstorableRecord(JournalError):
-    """A record could not be read back: what it says of a request has to be said otherwise."""
+    """A record could not be read back; the caller must record a different outcome."""
 
 
 class OutcomeMismatch(StorageError):

@@ -1,9 +1,8 @@
-"""JSON that somebody else wrote: the one place where its faults become values.
+"""Decoding of JSON from outside: request lines, engines' answers and side-cars.
 
-A request's line, an engine's answer and a side-car come from outside. They are decoded here, or
-not at all: `decode` either returns the whole value or raises `BadJson`, whatever the bytes are, and
-what it returns can be stored, encoded again and compared as a float. The limits are fixed, so that
-every step reaches the same verdict.
+All foreign JSON is decoded here. For any bytes, `decode` returns the whole value or raises
+`BadJson`. The returned value can be stored, encoded again and compared as a float. The limits are
+constants, so that every step accepts and rejects the same texts.
 """
 
 import json
@@ -15,26 +14,29 @@ from typing import Any
 
 import msgspec
 
-#: Objects and arrays within each other. Python's own limit depends on how deep the caller stands;
-#: vLLM's parser, ours and DuckDB's all manage this many. Real bodies have about ten.
+#: Deepest nesting of objects and arrays. vLLM's parser, ours and DuckDB's all support this depth;
+#: Python's own limit depends on the caller's stack depth. Real bodies nest about ten levels deep.
 MAX_DEPTH = 128
-#: Whole numbers must fit 64 bits, with or without sign, as in most engines. The largest that
-#: OpenAI's API knows is a `seed` of 63 bits; JSON schemas have bounds of unsigned 64 bits.
+#: Integers must fit 64 bits, signed or unsigned, as in most engines. The largest integer in
+#: OpenAI's API is a `seed` of 63 bits; JSON schemas have bounds of unsigned 64 bits.
 SMALLEST_INTEGER, LARGEST_INTEGER = -(2**63), 2**64 - 1
 
-#: Of a request; in memory each takes up to thirty times its bytes. No prompt has so many tokens.
+#: Most values in one request. In memory a value takes up to thirty times its bytes. No prompt has
+#: this many tokens.
 MAX_VALUES = 1_000_000
 
-#: Strings, whole or torn: brackets inside them do not nest. Possessive: a pattern that could step
-#: back keeps a hundred bytes for each one of a string.
+#: A string, whole or truncated: brackets inside strings do not nest. The quantifiers are
+#: possessive, because backtracking would take a hundred bytes of memory per byte of a string.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-#: Of an answer of many MB there may be millions of brackets: they are counted without a loop.
+#: Change of depth at each bracket. An answer of many MB may contain millions of brackets, so they
+#: are counted without a Python loop.
 _DEEPER = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in _DEEPER)
-#: Below 19 digits no number is out of range. With every digit a zero, a plain search finds them,
-#: eight times as fast as a regular expression does.
+#: Numbers of fewer than 19 digits are in range. Once all digits are replaced by zeros, a plain
+#: search finds longer ones eight times as fast as a regular expression.
 _MANY_DIGITS, _AS_ZEROS = b"0" * 19, bytes.maketrans(b"123456789", b"000000000")
-#: Python's own limit is 4,300. From where the digits begin only: tried within, it is quadratic.
+#: Python converts numbers of up to 4,300 digits. The lookbehind matches only at the first digit of
+#: a number; matching at every digit would be quadratic.
 _ENDLESS = re.compile(rb"(?<!\d)\d{4300}")
 _MORE = re.compile(r"trailing characters \(byte (\d+)\)")
 _CONSTANT = re.compile(rb"[:,\[{\s]-?(NaN|Infinity|nan|inf(?:inity)?)\b")
@@ -45,9 +47,9 @@ class BadJson(ValueError):
     """The text cannot be used.
 
     Attributes:
-        reason: For the author: what is wrong, and where it helps, what to write.
-        field: Path of the value that is out of range, as `messages[0].weight`; None where the text
-            is no JSON at all.
+        reason: The fault in words for the author, with a correction where that helps.
+        field: Path of the value that is out of range, such as `messages[0].weight`; None if the
+            text is not JSON.
     """
 
     def __init__(self, reason: str, *, field: str | None = None) -> None:
@@ -57,16 +59,16 @@ class BadJson(ValueError):
 
 
 def decode(text: bytes | msgspec.Raw) -> Any:
-    """Return the value of a JSON text. Of a key that is there twice the last one wins.
+    """Return the value of a JSON text; the last of duplicate keys wins.
 
     Raises:
-        BadJson: It is not UTF-8, not JSON, nested deeper than `MAX_DEPTH`, or a number in it is out
-            of range. Nothing else is raised.
+        BadJson: The text is not UTF-8, not JSON or nested deeper than `MAX_DEPTH`, or contains a
+            number out of range. No other exception is raised.
     """
     text = bytes(text)
     check_depth(text)
     try:
-        text.decode()  # msgspec names the fault, but not its byte
+        text.decode()  # unlike msgspec's error, this one has the position of the byte
         value = _decode_any(text)
     except UnicodeDecodeError as error:
         raise BadJson(f"not UTF-8: byte {error.start + 1}") from error
@@ -80,10 +82,9 @@ def decode(text: bytes | msgspec.Raw) -> Any:
 
 
 def salvage(text: bytes) -> Any:
-    """Return what a text that `decode` refuses nevertheless says, for a message; None if nothing.
+    """Return the value of a text that `decode` rejects, for use in messages; None if there is none.
 
-    Constants like NaN and numbers out of range are floats in it, and halves of surrogate pairs
-    stay in its strings.
+    Constants such as NaN and numbers out of range become floats; lone surrogates stay in strings.
     """
     try:
         return json.loads(text, parse_int=_wide_integer)
@@ -92,10 +93,10 @@ def salvage(text: bytes) -> Any:
 
 
 def check_depth(text: bytes) -> None:
-    """Let a text pass that is nested at most `MAX_DEPTH` deep, well-formed or not.
+    """Check that a text, well-formed or not, is nested at most `MAX_DEPTH` deep.
 
     Raises:
-        BadJson: It is nested deeper.
+        BadJson: The text is nested deeper.
     """
     if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
         return
@@ -105,7 +106,7 @@ def check_depth(text: bytes) -> None:
 
 
 def has_too_many_values(text: bytes) -> bool:
-    """Whether a text, well-formed or not, has more than about `MAX_VALUES` values in it."""
+    """Whether a text, well-formed or not, contains more than about `MAX_VALUES` values."""
     return _count_values(text) > MAX_VALUES and _count_values(_STRING.sub(b"", text)) > MAX_VALUES
 
 
@@ -114,17 +115,17 @@ def _count_values(text: bytes) -> int:
 
 
 def check_digits(text: bytes) -> None:
-    """Let a text pass whose numbers everybody's `json.loads` can read.
+    """Check that Python's `json.loads` can read all numbers of a text.
 
     Raises:
-        BadJson: One has more digits than Python converts.
+        BadJson: A number has more digits than Python converts.
     """
     if _ENDLESS.search(text) and _ENDLESS.search(_STRING.sub(b"", text)):
         raise BadJson("a number has thousands of digits")
 
 
 def _reason(text: bytes, error: str) -> str:
-    """Say what is wrong in words that its author has a use for."""
+    """Return a description of the fault that helps the author of the text."""
     outside_strings = _STRING.sub(b'""', text)
     if constant := _CONSTANT.search(outside_strings):
         word = constant[1].decode()
@@ -151,7 +152,7 @@ def _has_lone_surrogate(text: bytes) -> bool:
 
 
 def _out_of_range(text: bytes) -> BadJson:
-    """Find the number that the fast decoder refused."""
+    """Return the error for the number that the fast decoder rejected."""
     try:
         _check_integers(salvage(text), floats=True)
     except BadJson as error:
@@ -160,7 +161,7 @@ def _out_of_range(text: bytes) -> BadJson:
 
 
 def _wide_integer(digits: str) -> int | float:
-    """Return an integer; one with thousands of digits, which Python refuses, as infinity."""
+    """Return the integer; infinity for more than 40 digits, as Python rejects thousands."""
     return int(digits) if len(digits) <= 40 else math.copysign(math.inf, -digits.startswith("-"))
 
 
@@ -172,7 +173,7 @@ def _check_integers(value: object, *, floats: bool = False) -> None:
 
 
 def _numbers(value: object, path: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield the numbers within a value, each with its path; depth is limited before."""
+    """Yield the numbers within a value with their paths; the caller has checked the depth."""
     if isinstance(value, Mapping):
         for key, member in value.items():
             yield from _numbers(member, f"{path}.{key}" if path else str(key))

@@ -1,4 +1,4 @@
-"""The life of a batch: which status may follow which, its deadline, and how it is ended early."""
+"""The life cycle of a batch: status transitions, deadlines, early ends, resumptions and pauses."""
 
 import re
 from collections.abc import Mapping
@@ -10,46 +10,45 @@ from batch_orchestration.core.errors import IllegalTransition
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.results import BatchRecord
 
-#: Every change of status that there is. Staying where one is changes nothing and is no change.
+#: All legal status changes. Keeping the same status is always allowed and not listed.
 TRANSITIONS: Mapping[BatchStatus, frozenset[BatchStatus]] = {
     BatchStatus.VALIDATING: frozenset(
         {BatchStatus.IN_PROGRESS, BatchStatus.FAILED, BatchStatus.CANCELLED}
     ),
     BatchStatus.IN_PROGRESS: frozenset({BatchStatus.FINALIZING, BatchStatus.CANCELLING}),
-    #: To `cancelling`, because a decision to cancel may be older than the files that are written.
+    #: `cancelling` is allowed because the cancellation may predate the files being written.
     BatchStatus.FINALIZING: frozenset(
         {BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLING}
     ),
     BatchStatus.CANCELLING: frozenset({BatchStatus.CANCELLED}),
-    #: These two can be resumed.
+    #: Resumption leads from these two back to `in_progress`.
     BatchStatus.CANCELLED: frozenset({BatchStatus.IN_PROGRESS}),
     BatchStatus.EXPIRED: frozenset({BatchStatus.IN_PROGRESS}),
     BatchStatus.COMPLETED: frozenset(),
     BatchStatus.FAILED: frozenset(),
 }
-#: Nothing more happens to a batch in one of these, unless a person resumes it.
+#: A batch with one of these statuses does not change unless a person resumes it.
 FINAL = frozenset(
     {BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.EXPIRED, BatchStatus.CANCELLED}
 )
 RESUMABLE = frozenset({BatchStatus.CANCELLED, BatchStatus.EXPIRED})
-#: What is recorded for each request that an early end left unanswered.
+#: Failure code of each request that an early end left unanswered.
 UNASKED_CODES: Mapping[BatchStatus, FailureCode] = {
     BatchStatus.CANCELLED: FailureCode.BATCH_CANCELLED,
     BatchStatus.EXPIRED: FailureCode.BATCH_EXPIRED,
 }
-#: A hundred years; a longer window is as good as this one, and has no date that people could read.
+#: A hundred years. Longer windows are cut to this: their deadlines have no readable date.
 LONGEST_WINDOW_SECONDS = 100 * 365 * 86400
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION_PART = re.compile(r"([0-9]+)([smhd])")
 
 
 class BatchEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch came into a status: one line of its history.
+    """A change of a batch's status: one entry of its history.
 
     Attributes:
-        at: POSIX seconds.
-        from_status: None for the first one.
-        actor: Run, person or sensor that brought it there.
+        from_status: None for the first event.
+        actor: Run, person or sensor that caused the change.
     """
 
     at: float
@@ -63,8 +62,7 @@ class EarlyEnd(msgspec.Struct, frozen=True, kw_only=True):
     """The decision to end a batch before every request is answered.
 
     Attributes:
-        status: In which it will end: `cancelled` or `expired`.
-        at: POSIX seconds.
+        status: The final status: `cancelled` or `expired`.
         actor: Run, person or sensor that decided.
     """
 
@@ -75,7 +73,7 @@ class EarlyEnd(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def code(self) -> FailureCode:
-        """What the requests without an answer fail with."""
+        """Failure code of the requests without an answer."""
         return UNASKED_CODES[self.status]
 
     def __str__(self) -> str:
@@ -83,13 +81,12 @@ class EarlyEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Resumption(msgspec.Struct, frozen=True, kw_only=True):
-    """The latest decision to go on with a batch that was paused or cancelled, or had expired.
+    """The latest decision to resume a batch that was paused, cancelled or expired.
 
     Attributes:
-        at: POSIX seconds.
         actor: Run or person that decided.
-        deadline: In place of the plan's, POSIX seconds; None leaves that in force.
-        max_failure_rate: In place of the author's; None leaves that in force.
+        deadline: Replaces the plan's deadline; None keeps it.
+        max_failure_rate: Replaces the author's value; None keeps it.
     """
 
     at: float
@@ -100,17 +97,17 @@ class Resumption(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_transition(old: BatchStatus, new: BatchStatus) -> None:
-    """Raise `IllegalTransition` unless a batch may go from `old` to `new`, or stays."""
+    """Raise `IllegalTransition` unless `new` equals `old` or may follow it."""
     if new is not old and new not in TRANSITIONS[old]:
         allowed = ", ".join(sorted(TRANSITIONS[old])) or "nothing"
         raise IllegalTransition(f"a batch that is {old} cannot become {new}, only {allowed}")
 
 
 def times_after(times: Mapping[str, float], new: BatchStatus, at: float) -> dict[str, float]:
-    """Return when each status was reached, after a legal change to `new`.
+    """Return the time of each status after a legal change to `new`.
 
-    A batch that is resumed has not ended: the times of what came after `in_progress` are dropped
-    (the events keep them).
+    A resumed batch has not ended: the change to `in_progress` drops the times of all later
+    statuses. The batch's events keep them.
     """
     kept = dict(times)
     if new is BatchStatus.IN_PROGRESS:
@@ -122,7 +119,7 @@ def window_seconds(completion_window: str) -> int:
     """Return the length of a completion window such as `90s`, `24h`, `7d` or `1h30m`.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not a duration.
     """
     if not re.search(DURATION, completion_window):
         raise ValueError(
@@ -134,7 +131,7 @@ def window_seconds(completion_window: str) -> int:
 
 
 def deadline(batch: BatchPlan | BatchRecord, resumption: Resumption | None = None) -> float:
-    """Return when the window of a batch ends, in POSIX seconds."""
+    """Return the end of a batch's completion window."""
     if resumption is not None and resumption.deadline is not None:
         return resumption.deadline
     return batch.created_at + window_seconds(batch.options.completion_window)
@@ -144,11 +141,11 @@ _NUMBER = re.compile(r"\d+")
 
 
 class FailedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that failed.
+    """A failed request, as judged for a `Halt`.
 
     Attributes:
-        index: Within the batch.
-        custom_id: None where its line did not give one.
+        index: Position in the batch.
+        custom_id: None if the line has none.
     """
 
     index: int
@@ -158,20 +155,19 @@ class FailedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kind(self) -> tuple[str, str]:
-        """Equal for requests that fail for one reason: numbers in the message do not count."""
+        """Key that is equal for failures with the same cause; numbers in messages are ignored."""
         return self.code, _NUMBER.sub("#", self.message)
 
 
 class Halt(msgspec.Struct, frozen=True, kw_only=True):
-    """The decision to pause a batch, because too many of its requests fail.
+    """The decision to pause a batch because too many of its requests fail.
 
     Attributes:
-        at: POSIX seconds.
         actor: Run that decided.
-        failed: Of the `judged` latest outcomes.
-        alike: How many of these failed for the commonest reason.
-        examples: Of that reason, the first of which words it.
-        damaged: Why the decision cannot be read; it stands all the same.
+        failed: Number of failures among the `judged` latest outcomes.
+        alike: Number of these failures with the most frequent cause.
+        examples: Failures with that cause; the first one words `reason`.
+        damaged: Why the file of the decision cannot be read; the batch is paused regardless.
     """
 
     at: float
@@ -185,7 +181,7 @@ class Halt(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def reason(self) -> str:
-        """What happened, as a sentence with the commonest reason."""
+        """The reason for the pause as a sentence, with the most frequent cause."""
         if self.damaged is not None:
             return self.damaged
         counted = (

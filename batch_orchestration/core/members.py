@@ -1,15 +1,15 @@
-"""Members: loops in which what is wrong with one leaves the others as they are.
+"""Loops in which a fault of one member does not affect the others.
 
-Every loop over batches, claims, replays or files of theirs is written so:
+Every loop over batches, claims, replays or their files has this form:
 
     faults = Faults()
     for batch in batches:
         with faults.of(batch.batch_id):
             ...
 
-What concerns everyone ends the loop all the same: a store that is locked or damaged, a disk without
-room, a process that can open no file. Anything else is the fault of that one member, an exception
-nobody has thought of included: a bug that one file brings to light is not to stop the other files.
+An error that concerns every member still ends the loop: a store that is locked or damaged, a full
+disk, a process that cannot open files. Any other exception is a fault of that member, unexpected
+exceptions included: a bug triggered by one file must not stop the other files.
 """
 
 import errno
@@ -30,7 +30,7 @@ from batch_orchestration.core.errors import (
 
 logger = logging.getLogger(__name__)
 
-#: No room, or no descriptor or memory left: the next member would not fare better.
+#: No space, descriptor or memory left: the next member would fail alike.
 _EVERYONES = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
@@ -41,12 +41,12 @@ _EVERYONES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class MemberFault:
-    """Why one member of a loop was passed over.
+    """Why one member of a loop was skipped.
 
     Attributes:
         member: Id of the batch, or name of the file.
-        reason: For people; names the path where a file is to blame.
-        path: Of the file that is to blame; None if none is.
+        reason: Text for people; includes the path if a file is at fault.
+        path: The file at fault; None if there is none.
     """
 
     member: str
@@ -58,21 +58,21 @@ class MemberFault:
 
 
 class Faults:
-    """What was wrong with members of loops, by member; of each the first fault."""
+    """The first fault of each member, collected over one or more loops."""
 
     def __init__(self) -> None:
         self._found: dict[str, MemberFault] = {}
 
     def of(self, member: str) -> AbstractContextManager[None, bool]:
-        """Do something for one member; what it raises is kept here, and the loop goes on.
+        """Return a context for one member: an exception is recorded here, and the loop continues.
 
-        What concerns every member (see this module) is raised all the same, and so is what ends a
+        Errors that concern every member (see this module) propagate, as do exceptions that end a
         thread or the process.
         """
         return _Turn(self, member)
 
     def add(self, member: str, error: Exception) -> None:
-        """Keep what was wrong with a member."""
+        """Record a member's fault, unless it already has one."""
         if not isinstance(error, BatchOrchestrationError | OSError):
             logger.warning("unexpected fault of %s", member, exc_info=error)
         path = error.path if isinstance(error, FileDamaged) else None
@@ -89,13 +89,13 @@ class Faults:
         return iter(self._found.values())
 
     def log(self) -> None:
-        """Say them all in the log: for loops of which nobody else is told."""
+        """Log every fault, for loops that report their faults nowhere else."""
         for fault in self:
             logger.warning("%s is left as it is: %s", fault.member, fault.reason)
 
 
 class _Turn(AbstractContextManager[None, bool]):
-    """The turn of one member."""
+    """The iteration of one member."""
 
     def __init__(self, faults: Faults, member: str) -> None:
         self._faults = faults
@@ -114,7 +114,7 @@ class _Turn(AbstractContextManager[None, bool]):
 
 
 def concerns_everyone(error: BaseException) -> bool:
-    """Whether an error is no fault of the member at which it showed."""
+    """Whether an error concerns every member, not only the one that raised it."""
     if isinstance(error, StoreLocked | StoreDamaged | Shortage | MemoryError):
         return True
     return isinstance(error, OSError) and error.errno in _EVERYONES

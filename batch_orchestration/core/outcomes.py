@@ -1,7 +1,7 @@
-"""What becomes of a request: a completion or a failure, and the codes of failure.
+"""Outcomes of requests: completions, failures and failure codes.
 
-Whatever an engine says, an outcome can be kept: counts and texts are brought into range when it is
-made, also from a journal that says otherwise.
+Every outcome can be stored, whatever the engine answered: constructors bring counts and texts into
+range, also when an outcome is decoded from a journal.
 """
 
 import re
@@ -9,40 +9,41 @@ from enum import StrEnum
 
 import msgspec
 
-#: Of tokens. No request has more, and whatever is added up of such counts fits 64 bits.
+#: Largest token count of one request. No request has more, and sums of such counts fit 64 bits.
 LARGEST_COUNT = 2**31 - 1
-#: Of an engine's id of a request, and of its word for why it stopped.
+#: Longest `request_id` and `finish_reason`, in characters.
 LONGEST_WORD = 512
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class FailureCode(StrEnum):
-    """Why a request was not answered. OpenAI's word where it has one.
+    """Why a request was not answered; OpenAI's code where it has one.
 
-    `docs/failure-modes.md` says of each what it means and what to do; a test compares the two.
+    `docs/failure-modes.md` describes the meaning and the remedy of each code; a test compares the
+    two lists.
     """
 
-    # Found in the file, before any engine saw the request.
+    # Found in the file, before the request was sent to an engine.
     INVALID_JSON = "invalid_json"
     INVALID_REQUEST = "invalid_request"
     DUPLICATE_CUSTOM_ID = "duplicate_custom_id"
     UNSUPPORTED_ENDPOINT = "unsupported_endpoint"
-    # Said by the engine: final.
+    # Returned by the engine: final.
     MODEL_NOT_FOUND = "model_not_found"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     ENGINE_REFUSED = "engine_refused"
-    # The engine's trouble: retried, then recorded.
+    # Faults of the engine: retried, then recorded.
     ENGINE_OVERLOADED = "engine_overloaded"
     ENGINE_ERROR = "engine_error"
     TIMEOUT = "timeout"
     CONNECTION_LOST = "connection_lost"
     RESPONSE_UNREADABLE = "response_unreadable"
-    # The verdict of `inference.faults.isolation`: the request stood alone, and the engine died.
+    # Found by `inference.faults.isolation`: the engine died with this request alone in flight.
     ENGINE_KILLED = "engine_killed"
-    # The same, where the engine died of exhausted memory on the lowest rung of its ladder.
+    # The same, if the engine ran out of memory at its lowest memory level.
     OUT_OF_MEMORY = "out_of_memory"
-    # OpenAI's words for requests that were left unanswered when their batch ended early.
+    # OpenAI's codes for requests left unanswered when their batch ended early.
     BATCH_EXPIRED = "batch_expired"
     BATCH_CANCELLED = "batch_cancelled"
 
@@ -59,12 +60,12 @@ RETRYABLE = frozenset(
 
 
 def unicode_text(text: str) -> str:
-    """Return text that can be encoded: halves of surrogate pairs are replaced."""
+    """Return text that can be encoded as UTF-8: lone surrogates are replaced."""
     return text if text.isascii() else _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _word(text: str | None) -> str | None:
-    """Return a short text without control characters."""
+    """Return the text cut to `LONGEST_WORD` characters, control characters replaced."""
     if text is None or (text.isprintable() and text.isascii() and len(text) <= LONGEST_WORD):
         return text
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", unicode_text(text[:LONGEST_WORD]))
@@ -81,7 +82,7 @@ def _keep(part: msgspec.Struct, **fields: int | str | None) -> None:
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of one answered request, as the engine counted them; 0 … `LARGEST_COUNT`."""
+    """Token counts of one answered request, as reported by the engine; 0 … `LARGEST_COUNT`."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -93,14 +94,14 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True, tag="completion"):
-    """A request that the engine answered.
+    """The outcome of a request that the engine answered.
 
     Attributes:
         status: HTTP status of the answer, 2xx.
         body: The engine's answer, byte for byte.
-        request_id: The engine's id of the request, if it told one.
-        finish_reason: Of the first choice; None for embeddings.
-        latency_seconds: From submission to the last byte of the answer.
+        request_id: The engine's id of the request, if the answer has one.
+        finish_reason: Finish reason of the first choice; None for embeddings.
+        latency_seconds: Time from submission to the last byte of the answer.
     """
 
     status: int
@@ -116,13 +117,13 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, tag="completion"):
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
-    """Why a request has no answer.
+    """The outcome of a request without an answer.
 
     Attributes:
-        status: HTTP status if an engine answered at all, else None; within a 2xx, the status that
-            an error names itself.
-        body: The engine's answer byte for byte, if there was one that is JSON.
-        retry_after_seconds: How long the engine asked to be left alone.
+        status: HTTP status; None if the engine did not respond. If the body of a 2xx response is an
+            error, this is the status given in that error.
+        body: The engine's response byte for byte, if it is JSON.
+        retry_after_seconds: Delay that the engine requested before the next attempt.
     """
 
     code: FailureCode
@@ -140,7 +141,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
 
     @property
     def retryable(self) -> bool:
-        """Whether the same request may fare better another time."""
+        """Whether the same request may succeed on another attempt."""
         return self.code in RETRYABLE
 
 

@@ -1,4 +1,4 @@
-"""One request of a batch file: reading its line, and what is wrong with it."""
+"""Requests of a batch file: parsing a line, its faults, and changes to the body."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,17 +10,18 @@ import msgspec
 from batch_orchestration.core import foreign_json
 from batch_orchestration.core.outcomes import Failure, FailureCode
 
-#: OpenAI's paths that an engine of ours can answer.
+#: OpenAI's endpoints that our engines can serve.
 SUPPORTED_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
-#: As OpenAI's own service allows, in characters.
+#: In characters, the same as OpenAI's limit.
 CUSTOM_ID_MAX_LENGTH = 512
 UTF8_BOM = b"\xef\xbb\xbf"
-#: What a message quotes of the author's value: enough to recognise it, too little to flood a log.
+#: Characters of the author's value that a message quotes: enough to recognise it, too few to flood
+#: a log.
 _QUOTED_CHARACTERS = 80
-#: More than this no engine accepts. Of answers to one prompt vLLM gives 16,384 at most
-#: (`VLLM_MAX_N_SEQUENCES`), OpenAI 128. No context holds 2^31 tokens, no vocabulary has as many,
-#: and engines that are not written in Python count both in 32 bits. What is merely too much for
-#: one engine is for that engine to refuse.
+#: No engine accepts more than these. vLLM returns at most 16,384 answers to one prompt
+#: (`VLLM_MAX_N_SEQUENCES`), OpenAI 128. No context holds 2^31 tokens and no vocabulary has as many;
+#: engines that are not written in Python count both in 32 bits. Values that exceed only the limits
+#: of one engine are left for that engine to refuse.
 _MOST_ANSWERS, _MOST_TOKENS = 16_384, 2**31 - 1
 _MOST = {
     **dict.fromkeys(("n", "best_of"), _MOST_ANSWERS),
@@ -28,12 +29,13 @@ _MOST = {
     **dict.fromkeys(("logprobs", "top_logprobs", "prompt_logprobs", "top_k"), _MOST_TOKENS),
     **dict.fromkeys(("truncate_prompt_tokens", "dimensions"), _MOST_TOKENS),
 }
-#: Of a number in a string: as pydantic, and so vLLM, reads it. Longer ones Python does not convert.
+#: A number in a string, in the format that pydantic, and so vLLM, accepts. Its length is bounded,
+#: because Python does not convert very long numbers.
 _WHOLE_NUMBER = re.compile(r"\s*[+-]?(?=\d)[\d_]{1,40}(\.0*)?\s*", re.ASCII)
-#: Bytes of a body that is kept beside the failure of its request; of a longer one, and of an
-#: answered request's, the kept input has the only copy.
+#: Largest body in bytes that is stored with a failure. Longer bodies, and those of answered
+#: requests, exist only in the kept input.
 LARGEST_KEPT_BODY = 24 * 2**10
-#: What only the engine reads: by size most of a body.
+#: Fields that only the engine reads; they make up most of a body.
 _ENGINES_FIELDS = frozenset({"messages", "prompt", "input", "tools", "functions", "documents"})
 
 
@@ -41,12 +43,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One usable line of a batch file.
 
     Attributes:
-        index: Place among the non-blank lines of the file, from 0.
+        index: Position among the non-blank lines of the file, from 0.
         line: Line number in the file, from 1.
         custom_id: The author's key, unique in the batch.
         endpoint: One of `SUPPORTED_ENDPOINTS`.
-        body: What is sent to the engine, byte for byte as in the file.
-        fields: What the body says, decoded; never decode it again.
+        body: The body, byte for byte as in the file.
+        fields: The decoded body; use it instead of decoding the body again.
     """
 
     index: int
@@ -57,12 +59,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     fields: Mapping[str, Any]
 
     def lean(self) -> "Request":
-        """Return it without the decoded prompt, which `body` has too: as it is held for long."""
+        """Return a copy to hold for long, without the decoded prompt; `body` still has it."""
         kept = {name: said for name, said in self.fields.items() if name not in _ENGINES_FIELDS}
         return msgspec.structs.replace(self, fields=kept)
 
     def refused(self, code: FailureCode, message: str) -> "Fault":
-        """Return the fault of a request that is readable, and yet is not asked."""
+        """Return the fault of a request that is readable but must not be sent."""
         return Fault(
             index=self.index,
             line=self.line,
@@ -75,14 +77,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is wrong with one line.
+    """A line that cannot be used, with its problems.
 
     Attributes:
-        custom_id: None where it could not be read; cut to `CUSTOM_ID_MAX_LENGTH` where too long.
-        endpoint: Empty where the line is unreadable.
-        body: The request's; the whole line where that is unreadable; see `kept_body`.
-        code: Of the first problem found.
-        message: All problems of the line, without its number.
+        custom_id: None if unreadable; cut to `CUSTOM_ID_MAX_LENGTH` if too long.
+        endpoint: Empty if the line is unreadable.
+        body: The request's body, or the whole line if that is unreadable; see `kept_body`.
+        code: Code of the first problem.
+        message: All problems of the line, without the line number.
     """
 
     index: int
@@ -94,37 +96,36 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     message: str
 
     def lean(self) -> "Fault":
-        """Return it without the body: as it is listed."""
+        """Return a copy without the body, for lists of faults."""
         return msgspec.structs.replace(self, body=b"")
 
     def as_failure(self) -> Failure:
-        """Return the failure that this line ends with in a lenient batch."""
+        """Return the failure recorded for this line in a lenient batch."""
         return Failure(code=self.code, message=f"line {self.line}: {self.message}")
 
 
 class _Bytes(msgspec.Struct):
-    """Where the body's bytes are; what they say is decoded with the line."""
+    """Locates the body's bytes; their content is decoded with the whole line."""
 
     body: msgspec.Raw
 
 
 _Problem = tuple[FailureCode, str]
 _find_bytes = msgspec.json.Decoder(_Bytes).decode
-#: Finds the id at the usual place, the front, of a line that is torn or too long to be read.
+#: Matches a `custom_id` at the start of a line, its usual place, if the line is truncated.
 _CUSTOM_ID_AT_FRONT = re.compile(rb'\s*\{\s*"custom_id"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.){1,2048}")')
 
 
 def parse_line(
     raw: bytes, *, index: int, line: int, model_required: bool = True
 ) -> Request | Fault:
-    """Read one non-blank line of a batch file.
+    """Parse one non-blank line of a batch file.
 
-    A UTF-8 byte order mark and CR/LF around the line are tolerated. Uniqueness of `custom_id` is
-    the caller's to check: it needs the whole file.
+    A UTF-8 byte order mark and CR/LF around the line are tolerated. The caller has to check that
+    each `custom_id` is unique, which takes the whole file.
 
     Args:
-        raw: The line's bytes.
-        index: Place among the non-blank lines, from 0.
+        index: Position among the non-blank lines, from 0.
         line: Line number, from 1.
         model_required: False if an alias `*` supplies a missing `model`.
     """
@@ -151,7 +152,7 @@ def parse_line(
         line=line,
         custom_id=custom_id,
         endpoint=envelope["url"],
-        # A copy: a Raw otherwise keeps the whole line alive.
+        # Without the copy, the Raw would keep the whole line alive.
         body=_find_bytes(text).body.copy(),
         fields=envelope["body"],
     )
@@ -160,7 +161,7 @@ def parse_line(
 def too_long_fault(
     head: bytes, *, index: int, line: int, size_bytes: int, max_line_bytes: int
 ) -> Fault:
-    """Return the fault of a line that was not read for its length; `head` is its beginning."""
+    """Return the fault of a line too long to be read; `head` is its beginning."""
     message = f"the line has {size_bytes:,} bytes; at most {max_line_bytes:,} are read"
     custom_id = salvage_custom_id(head.removeprefix(UTF8_BOM))
     problem = (FailureCode.INVALID_REQUEST, message)
@@ -168,12 +169,12 @@ def too_long_fault(
 
 
 def kept_body(body: bytes | msgspec.Raw) -> bytes:
-    """Return a body as it is kept beside a failure: whole, or empty where it is too long."""
+    """Return the body to store with a failure: empty if longer than `LARGEST_KEPT_BODY`."""
     return bytes(body) if len(body) <= LARGEST_KEPT_BODY else b""
 
 
 def salvage_custom_id(text: bytes) -> str | None:
-    """Return the id of a line that cannot be used, so that it can be named; None without one."""
+    """Return the `custom_id` of an unusable line, for messages; None if it cannot be found."""
     value = None if foreign_json.has_too_many_values(text) else foreign_json.salvage(text)
     if isinstance(value, dict):
         custom_id = value.get("custom_id")
@@ -184,7 +185,7 @@ def salvage_custom_id(text: bytes) -> str | None:
 
 
 def _is_text(string: str) -> bool:
-    """Whether it has no half of a surrogate pair, which nothing can store."""
+    """Whether the string has no lone surrogate, which could not be stored."""
     try:
         string.encode()
     except UnicodeEncodeError:
@@ -257,8 +258,8 @@ def _body_problems(body: object, *, model_required: bool) -> Iterator[str]:
 def as_integer(value: object) -> int | None:
     """Return the integer that an engine reads from a JSON value; None if engines refuse the value.
 
-    Pydantic, and so vLLM, reads `16.0` and `"16"` as 16. A limit that looks at JSON integers only
-    lets them through.
+    Pydantic, and so vLLM, reads `16.0` and `"16"` as 16. A limit on JSON integers alone would let
+    them through.
     """
     if type(value) is int:
         return value
@@ -276,18 +277,17 @@ def _quoted(value: object) -> str:
 
 ANY_MODEL = "*"
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
-#: Cuts an object that was decoded before into the bytes of its fields.
+#: Splits a JSON object, already checked, into the bytes of its fields.
 _bytes_of_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
-    """The deployment's and the batch's changes to a body.
+    """The deployment's and the batch's changes to request bodies.
 
     Attributes:
-        model: Answers every request of the batch, if set.
-        aliases: Names in bodies to names that the engine serves; `*` stands for any other name
-            and for none.
-        max_tokens_cap: Upper bound of the tokens that a request may ask for.
+        model: If set, the model for every request of the batch.
+        aliases: Served model by name in the body; `*` matches any other name and a missing one.
+        max_tokens_cap: Upper bound of a request's token limit.
     """
 
     model: str | None = None
@@ -296,9 +296,9 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve_model(name: str | None, *, overrides: Overrides, served: Sequence[str]) -> str | None:
-    """Return the model that shall answer: the batch's, else an alias, else the name itself.
+    """Return the model to use: the batch's, else the name's alias, else the name itself.
 
-    A name that the engine serves is not caught by the alias `*`.
+    The alias `*` does not apply to a name that the engine serves.
     """
     if overrides.model is not None:
         return overrides.model
@@ -310,10 +310,10 @@ def resolve_model(name: str | None, *, overrides: Overrides, served: Sequence[st
 
 
 def prepare_body(request: Request, *, overrides: Overrides, served: Sequence[str]) -> bytes:
-    """Return the body to send: the very bytes of the request's, unless an override applies.
+    """Return the body to send: the request's own bytes, unless an override applies.
 
-    Fields that no override touches keep their bytes. A token limit that no engine takes for a
-    whole number is left for it to refuse.
+    Fields that no override changes keep their bytes. A token limit that is not an integer to any
+    engine is left for the engine to refuse.
     """
     changed: dict[str, object] = {}
     named = request.fields.get("model")
@@ -337,8 +337,8 @@ def _capped_limits(fields: Mapping[str, object], cap: int) -> dict[str, object]:
 def override_line(line: bytes, fields: Mapping[str, object]) -> bytes:
     """Return a line of a batch file with fields of its body replaced; null removes a field.
 
-    `max_tokens` replaces whichever token limit the body has. All else keeps its bytes. A line
-    without a body that could be changed is returned as it is.
+    `max_tokens` replaces whichever token limit the body has. Other fields keep their bytes. A line
+    without a JSON object as body is returned unchanged.
     """
     if not fields:
         return line

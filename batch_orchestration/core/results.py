@@ -1,4 +1,4 @@
-"""What is committed: requests with their outcome, and the figures of a chunk and of a batch."""
+"""Values of committed results: settled requests, and the figures of chunks and batches."""
 
 from pathlib import Path
 
@@ -7,17 +7,17 @@ import msgspec
 from batch_orchestration.core.batches import BatchOptions, BatchStatus
 from batch_orchestration.core.outcomes import Outcome
 
-#: `Provenance.engine` of the engine that makes answers up.
+#: `Provenance.engine` of the simulated engine, whose answers are made up.
 SIMULATED = "simulated"
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
-    """Who answered: one run's pass over a chunk with one engine.
+    """The origin of an outcome: one run's pass over a chunk with one engine.
 
     Attributes:
-        run_id: Dagster's, or `admission` for what was refused before any run.
-        engine: Kind of engine; empty if none was asked.
-        settings_hash: Of the settings in force; differs from the batch's where a run was forced.
+        run_id: Dagster's run id, or `admission` if the request was refused before any run.
+        engine: Kind of engine; empty if no engine was used.
+        settings_hash: Hash of the settings in force; a forced run may differ from the batch's.
     """
 
     run_id: str
@@ -28,7 +28,7 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
-    """One failed attempt, for the history of a dead letter; `at` in POSIX seconds."""
+    """One failed attempt, for the history of a dead letter."""
 
     at: float
     code: str
@@ -36,12 +36,10 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where the record of an outcome is. Journals only grow, so it stays there.
+    """The location of an outcome's record. Journals are append-only, so it stays valid.
 
     Attributes:
-        journal: Path of the file.
         start: Offset of the record's first byte.
-        size_bytes: Of the record.
     """
 
     journal: Path
@@ -53,16 +51,15 @@ class SettledRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request with its outcome.
 
     Attributes:
-        index: Place in the batch, from 0; with the batch id it is the key of everything.
+        index: Position in the batch, from 0; with the batch id, the key of the request everywhere.
         line: Line number in the file, from 1.
-        custom_id: None only where the line did not give one.
-        endpoint: Empty where the line was unreadable.
-        body: The request's body; the whole line where it was unreadable. Empty for a completion,
-            and for a failure of which it was too large for journal or store: the kept input has it.
-        attempts: How often it was submitted; 0 if refused at admission.
-        failed_attempts: Those before the last one, oldest first.
-        settled_at: POSIX seconds.
-        place: Where its outcome can be read again, if the store has no room for it.
+        custom_id: None only if the line has none.
+        endpoint: Empty if the line was unreadable.
+        body: Body of a failed request, or the whole line if that was unreadable. Empty for a
+            completion, and if the body was too large for journal or store; the kept input has it.
+        attempts: Number of submissions; 0 if refused at admission.
+        failed_attempts: Failed attempts before the last attempt, oldest first.
+        place: Location of the outcome's record, for outcomes too large for the store.
     """
 
     index: int
@@ -82,12 +79,11 @@ class ChunkReport(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of one committed chunk.
 
     Attributes:
-        attempts: Submissions in all; more than `requests` means that some were retried.
-        seconds: From its first submission to its last outcome, summed over passes.
-        committed_at: POSIX seconds.
-        run_id: Of the run that committed it.
-        memory_level: The rung of the engine's memory ladder on which the chunk was completed; None
-            if that is not known, or not ours to set.
+        attempts: Total submissions; if more than `requests`, some requests were retried.
+        seconds: Time from first submission to last outcome, summed over passes.
+        run_id: The run that committed the chunk.
+        memory_level: The engine's memory level when the chunk was completed; None if unknown, or if
+            we do not control the engine's memory.
     """
 
     batch_id: str
@@ -106,12 +102,11 @@ class ChunkReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch as the store knows it; counts are of committed chunks only.
+    """A batch as recorded in the store; counts cover committed chunks only.
 
     Attributes:
-        times: POSIX seconds at which a status was reached, by status word.
-        requests_per_chunk: Of each chunk but the last, which may have fewer.
-        chunks_committed: How many of `chunks` are.
+        requests_per_chunk: Number of requests in each chunk; the last chunk may have fewer.
+        times: Time at which each status was reached, by status word.
     """
 
     batch_id: str
@@ -133,12 +128,12 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def source(self) -> str:
-        """Who submitted it."""
+        """The submitter."""
         return self.options.source
 
     @property
     def created_at(self) -> float:
-        """When it was admitted, in POSIX seconds."""
+        """Time of admission."""
         return self.times[BatchStatus.VALIDATING]
 
     @property
@@ -147,7 +142,7 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.total - self.completed - self.failed
 
 
-#: Upper bounds of the latency buckets, in seconds: from an embedding to the time limit of a request
-#: (`BATCH_REQUEST_TIMEOUT_SECONDS`, half an hour by default). Each committed chunk has its
-#: counts by them in the store: other bounds need a migration.
+#: Upper bounds of the latency buckets, in seconds, from the latency of an embedding to the time
+#: limit of a request (`BATCH_REQUEST_TIMEOUT_SECONDS`, half an hour by default). The store keeps
+#: each committed chunk's counts per bucket: changing the bounds requires a migration.
 LATENCY_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)

@@ -1,8 +1,8 @@
-"""Figures as people read them: durations, tokens, bands."""
+"""Durations formatted for people."""
 
 
 def duration(seconds: float) -> str:
-    """Return a duration for people: `48.2 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Return a duration as text: `48.2 s`, `3 min 20 s`, `2 h 5 min`."""
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""The figures of a batch, added up request by request in bounded memory."""
+"""Totals of a batch, accumulated request by request in bounded memory."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from batch_orchestration.core.outcomes import Completion, Failure
 from batch_orchestration.core.results import SIMULATED, SettledRequest
 
-#: Enough to recognise a cause, few enough to read at night.
+#: Enough examples to recognise a cause, few enough to read.
 EXAMPLES_PER_CODE = 3
 
 
 @dataclass(frozen=True, order=True)
 class EngineUse:
-    """One engine and model that settled requests of a batch, under one set of settings."""
+    """An engine and model that settled requests of a batch under one set of settings."""
 
     engine: str
     version: str
@@ -31,13 +31,13 @@ class FailureExample:
 
 @dataclass
 class BatchTotals:
-    """Counts requests, tokens, failures and engines.
+    """Totals of requests, tokens, failures and engines.
 
     Attributes:
-        attempts: Submissions in all; more than `submitted` means that some were retried.
-        submitted: Requests that an engine was asked; the others were refused at admission.
-        first_at: POSIX seconds of the first submission; None if there was none.
-        last_at: POSIX seconds of the last outcome that an engine gave.
+        attempts: Total submissions; if more than `submitted`, some requests were retried.
+        submitted: Number of requests sent to an engine; the others were refused at admission.
+        first_at: Time of the first submission; None if there was none.
+        last_at: Time of the last outcome of a submitted request; None if there was none.
     """
 
     completed: int = 0
@@ -67,17 +67,17 @@ class BatchTotals:
 
     @property
     def total(self) -> int:
-        """Requests counted."""
+        """Number of requests counted."""
         return self.completed + self.failed
 
     @property
     def failure_rate(self) -> float:
-        """Failed requests of all, 0 to 1."""
+        """Share of requests that failed, 0 to 1."""
         return self.failed / self.total if self.total else 0.0
 
     @property
     def run_seconds(self) -> float:
-        """From the first submission to the last outcome, pauses between runs included."""
+        """Seconds from the first submission to the last outcome, pauses between runs included."""
         if self.first_at is None or self.last_at is None:
             return 0.0
         return self.last_at - self.first_at

@@ -1,1 +1,1 @@
-"""Failed requests: replay and discard."""
+"""Dead letters: replay and discard of failed requests."""

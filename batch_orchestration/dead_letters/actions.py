@@ -1,7 +1,7 @@
-"""What people do about dead letters: take them out as a file, ask for a replay, give them up.
+"""Operations on dead letters: write them to a file, request a replay, discard them.
 
-A replay or discard is first kept as a file beside the batch's journals, then applied to the store
-(`store.operations`). So neither a kill in between nor the loss of the store loses it.
+A replay or discard is first written to a file beside the batch's journals, then applied to the
+store (`store.operations`). Neither a crash in between nor the loss of the store loses it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from batch_orchestration.files.kept_input import OriginalLine, original_lines
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 
-#: More become several replays: the outcomes of one are committed together.
+#: Larger selections become several replays: the outcomes of one are committed together.
 REPLAY_SIZE = 10_000
 _BLOCK_BYTES = 2**20
 _SHOWN = 5
@@ -29,7 +29,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """A dead letter that cannot be sent again, and why."""
+    """A dead letter that was left out of a replay or file, and the reason."""
 
     index: int
     line: int
@@ -43,20 +43,20 @@ class LeftOut:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestedReplay:
-    """What was asked for: usually one replay; the letters that cannot be replayed stay dead."""
+    """The replays that a request created, usually one, and the letters that stay dead."""
 
     replays: Sequence[Replay]
     left_out: Sequence[LeftOut] = ()
 
     @property
     def requests(self) -> int:
-        """How many requests are replayed."""
+        """Number of requests in the replays."""
         return sum(len(replay.indices) for replay in self.replays)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenInput:
-    """How many original lines were written, and which were not."""
+    """The number of original lines written, and the letters left out."""
 
     written: int
     left_out: Sequence[LeftOut]
@@ -75,25 +75,21 @@ def request_replay(
     force: bool = False,
     request_key: str = "",
 ) -> RequestedReplay:
-    """Take dead letters for a replay: they are `replaying` until `run_replay` has been through.
+    """Take dead letters for a replay; they are `replaying` until `run_replay` has finished.
 
-    Asking again with the same `request_key` returns the same replays.
+    Idempotent for a non-empty `request_key`: a second call returns the same replays.
 
     Args:
-        batch_id: Of the batch.
-        selection: Which; only those that are `dead` can be taken.
-        folder: The data folder.
-        store: The store.
-        actor: Run or person that asks.
-        at: POSIX seconds.
-        overrides: Fields of the body and their new values; None removes a field.
+        selection: Its `states` are ignored: only letters that are `dead` are taken.
+        actor: Run or person that requests the replay.
+        overrides: Body fields and their new values; None removes a field.
         model_required: False if an alias supplies a missing `model`.
-        force: Replay although settings differ from those of the plan.
-        request_key: Makes asking idempotent, if it is not empty.
+        force: Replay even if settings differ from the plan's.
+        request_key: Idempotency key; empty for none.
 
     Raises:
         BatchNotFound: There is no such batch.
-        DeadLetterError: None of its dead letters is meant, or none that is can be replayed.
+        DeadLetterError: No dead letter is selected, or none of those selected can be replayed.
     """
     plan, operations = folder.read_plan(batch_id), Operations(folder, batch_id)
     asked = Replay(
@@ -131,7 +127,7 @@ def _asked_before(operations: Operations, request_key: str) -> list[Replay]:
 
 
 def _kept(operations: Operations, asked: Replay, indices: Sequence[int]) -> Iterator[Replay]:
-    """Keep what was asked for, in as many replays as it takes."""
+    """Record the request as one or more replays of at most `REPLAY_SIZE` requests each."""
     for first in range(0, len(indices), REPLAY_SIZE):
         replay = msgspec.structs.replace(
             asked,
@@ -152,14 +148,14 @@ def discard(
     actor: str,
     at: float,
 ) -> int:
-    """Give dead letters up; return how many. They stay in the queue and in the error file.
+    """Discard dead letters and return how many. They stay in the store and in the error file.
 
-    Letters that are `replaying` are taken back first if the selection names that state: the whole
-    replay is closed; what it has answered stands, the rest of it is dead again.
+    If the selection includes the state `replaying`, each replay that holds a selected letter is
+    closed first: the outcomes that it has stand, and its other letters are dead again.
 
     Raises:
         BatchNotFound: There is no such batch.
-        DeadLetterError: No reason was given, none is meant, or a replay is at work on them.
+        DeadLetterError: The reason is empty, no letter is selected, or a replay of them is running.
     """
     if not reason.strip():
         raise DeadLetterError("a discard needs a reason: it is all that will be known later")
@@ -194,17 +190,10 @@ def as_input(
     store: Store,
     include_faulty: bool = False,
 ) -> WrittenInput:
-    """Write the original requests as a batch file: their lines as they were, whole or not at all.
-
-    Lines that never were requests are left out, unless they are asked for.
+    """Write the original lines, unchanged, to a new batch file; it appears whole or not at all.
 
     Args:
-        batch_id: Of the batch.
-        selection: Which.
-        path: Of the new file.
-        folder: The data folder.
-        store: The store.
-        include_faulty: Also lines that never were requests.
+        include_faulty: Also write lines that were never valid requests.
 
     Raises:
         BatchNotFound: There is no such batch.
@@ -239,7 +228,7 @@ def _dead(selection: Selection) -> Selection:
 def _require_some(
     codes: Mapping[int, FailureCode], batch_id: str, selection: Selection, store: Store
 ) -> None:
-    """Raise `DeadLetterError` if there are none; the message says whether a replay has them."""
+    """Raise `DeadLetterError` if there are none; its message counts letters in a replay."""
     if codes:
         return
     taken = msgspec.structs.replace(selection, states=(DeadLetterState.REPLAYING,), limit=None)
@@ -251,7 +240,7 @@ def _require_some(
 def _sort_out(
     lines: Iterator[OriginalLine], codes: Mapping[int, FailureCode]
 ) -> tuple[list[int], list[LeftOut]]:
-    """Return the indices of what can be sent again, and what cannot."""
+    """Return the indices of the requests that can be replayed, and the letters that cannot."""
     sound: list[int] = []
     left_out: list[LeftOut] = []
     for line in lines:
@@ -297,7 +286,7 @@ def _listed(left_out: Sequence[LeftOut]) -> str:
 
 
 def _bytes_of(line: RawLine, input_path: Path) -> Iterator[bytes]:
-    """Yield a whole line, however long, with a line break at its end."""
+    """Yield a line of any length in blocks, without a byte order mark, with a final line break."""
     block = b""
     with input_path.open("rb") as file:
         file.seek(line.start)

@@ -1,8 +1,8 @@
-"""Replays: dead letters are sent through the engine again, and the output is made anew.
+"""Replays: send dead letters through the engine again and rewrite the output files.
 
-Like a chunk, a replay has a journal of its own: each outcome is durable the moment it exists, and
-whoever runs the replay again goes on where it stopped. At the end all outcomes are applied to the
-store in one transaction, then the files are assembled, and only then the replay is closed.
+Like a chunk, a replay has its own journal: each outcome is durable as soon as it exists, and a
+later run of the same replay continues where the earlier one stopped. At the end all outcomes are
+applied to the store in one transaction; then the files are assembled; the replay is closed last.
 """
 
 import asyncio
@@ -40,12 +40,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayReport:
-    """What became of a replay.
+    """The result of a replay.
 
     Attributes:
-        answered: Requests that now are in the output file.
-        failed: Those that failed again and are dead as before.
-        assembly: Of the files that were made anew; None while the batch has pending chunks.
+        answered: Requests that are now in the output file.
+        failed: Requests that failed again and stay dead.
+        assembly: Report on the rewritten files; None while the batch has pending chunks.
     """
 
     replay: Replay
@@ -67,18 +67,18 @@ def run_replay(
     vitals: RunVitals | None = None,
     throttle: Callable[[], Throttle] = Throttle,
 ) -> ReplayReport:
-    """Answer what the replay has not answered yet, apply the outcomes and make the files anew.
+    """Answer the replay's unanswered requests, apply the outcomes and rewrite the files.
 
-    Running it again does what is left to do; of a replay that is over, that is nothing. The engine
-    is started only if a request is pending, and is left running.
+    Idempotent: a repeated call does only the remaining work, and sends nothing for a closed replay.
+    The engine is started only if a request is pending, and is left running.
 
     Raises:
         BatchNotFound: There is no such batch.
-        DeadLetterError: It has no such replay.
-        JournalInUse: Somebody else is at work on it.
-        PlanMismatch: Settings or kept input are not those of the plan.
-        EngineError: The engine did not start, or died too often; what was answered is kept.
-        GpuUnhealthy: The device is not fit for an engine, or was no more.
+        DeadLetterError: The batch has no such replay.
+        JournalInUse: Another process is running this replay.
+        PlanMismatch: Settings or kept input differ from the plan.
+        EngineError: The engine did not start, or died too often; answers received are kept.
+        GpuUnhealthy: The device is not, or no longer, fit for an engine.
         StorageError: A journal or the store is unusable.
     """
     plan, operations = folder.read_plan(batch_id), Operations(folder, batch_id)
@@ -149,7 +149,7 @@ class _ReplayRun:
         self._folder = folder
         self._run_id = run_id
         self._feeding = feeding
-        # A batch that has ended may be replayed; one that ends meanwhile takes its replay along.
+        # An ended batch may be replayed; an early end decided during the replay stops it, too.
         self._closing = EarlyEndWatch(plan, folder, run_id=run_id, only_new=True)
         self._identity: EngineIdentity | None = None
         self._journal: Journal | None = None
@@ -232,7 +232,7 @@ class _ReplayRun:
             model=identity.models[0] if identity.models else "",
             settings_hash=settings_hash(present),
         )
-        # Under the lock, because a discard looks there whether the journal is being written.
+        # Under the lock: a discard checks under the same lock whether the journal is being written.
         with holding(self._operations.lock()):
             if self._operations.get(self._replay.number).closed_at is not None:
                 raise JournalError(f"replay {self._replay.number} was closed meanwhile")

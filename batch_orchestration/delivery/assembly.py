@@ -37,12 +37,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class AssemblyReport:
-    """What was assembled; `text` is that of `report.md`.
+    """The result of an assembly.
 
     Attributes:
-        closing: Why the batch ended early; None if it did not.
-        kept: Where its wall time went; None if no run kept an account.
-        latencies: Of its answers; None if there is none.
+        text: Content of `report.md`.
+        closing: The batch's early end; None if it had none.
+        kept: Utilization of the batch's wall time; None if no run recorded a time breakdown.
+        latencies: Of the batch's answers; None if it has none.
     """
 
     batch_id: str
@@ -62,26 +63,23 @@ def assemble(
     clock: Callable[[], float],
     actor: str = "assembly",
 ) -> AssemblyReport:
-    """Write output, errors and report of a batch; it then is `completed`.
+    """Write a batch's output, errors and report, and set its status to `completed`.
 
-    One that ends early (and was closed out before) is `cancelled` or `expired` then.
+    A batch that ends early becomes `cancelled` or `expired` instead; its unanswered requests must
+    have been failed before (`lifecycle.fail_unanswered`).
 
-    Both files appear whole and fsynced, in input order, and only if every request of the plan is
-    in exactly one of them. `errors.jsonl` is there even if it is empty. Doing it again writes the
-    same bytes, also after an interruption at any point; two callers take turns. Partial files are
-    removed.
+    Both files appear whole, fsynced and in input order, and only if every request of the plan is in
+    exactly one of them. `errors.jsonl` exists even if it is empty. Idempotent: a repeated call
+    writes the same bytes, even after an interruption at any point. Concurrent calls for a batch run
+    one after the other. Partial files are removed.
 
     Args:
-        batch_id: Of the batch.
-        folder: The data folder.
-        store: The store.
-        clock: POSIX seconds.
         actor: Run or person, for the batch's history.
 
     Raises:
         BatchNotFound: There is no such batch.
-        AccountingError: A request is missing or there twice; the outbox is as it was.
-        OutboxUnwritable: No room or no permission; nothing is lost, do it again.
+        AccountingError: A request is missing or duplicated; the outbox is unchanged.
+        OutboxUnwritable: No room or no permission; nothing is lost, and the call can be repeated.
     """
     plan = folder.read_plan(batch_id)
     files = OutboxFiles(folder.outbox_path(batch_id))
@@ -123,8 +121,8 @@ def assemble(
 
 
 def assembly_lock_path(batch_id: str, folder: DataFolder) -> Path:
-    """Return the lock under which files of a batch are delivered."""
-    # Not in the outbox, which belongs to people.
+    """Return the path of the lock that serializes deliveries of a batch."""
+    # Not in the outbox, which belongs to users.
     return folder.plan_path(batch_id).with_name("assembly.lock")
 
 
@@ -140,7 +138,7 @@ def _require_all_committed(record: BatchRecord) -> None:
 def _write_files(
     plan: BatchPlan, settled: Iterable[SettledRequest], files: OutboxFiles
 ) -> BatchTotals:
-    """Write both files; they replace earlier ones only if the sum rule holds."""
+    """Write both files; they replace earlier ones only if every request is in exactly one."""
     totals = BatchTotals()
     with atomic_writer(files.output) as output:
         with atomic_writer(files.errors) as errors:
@@ -151,7 +149,7 @@ def _write_files(
 
 
 def _remove_partial_files(files: OutboxFiles) -> None:
-    """Remove what was written of a batch before it was finished."""
+    """Remove the partial files that were written before the batch was finished."""
     with disk_errors(files.folder):
         files.partial_output.unlink(missing_ok=True)
         files.partial_errors.unlink(missing_ok=True)

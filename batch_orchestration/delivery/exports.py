@@ -1,4 +1,4 @@
-"""Tables for other programs: flat rows as CSV or Parquet, written by DuckDB's own COPY."""
+"""Exports: tables of flat rows as CSV or Parquet, written by DuckDB's own COPY."""
 
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from batch_orchestration.core.errors import StorageError
 from batch_orchestration.delivery.lines import FlatOutcome
 from batch_orchestration.files.atomic import disk_errors
 
-#: Columns of a table, with their types.
+#: Columns of a table, with their DuckDB types.
 COLUMNS = {
     "custom_id": "VARCHAR",
     "index": "BIGINT",
@@ -32,17 +32,17 @@ COLUMNS = {
     "model": "VARCHAR",
     "simulated": "BOOLEAN",
 }
-#: DuckDB's buffer holds two rows of the greatest length that it is told to expect.
+#: Lower bound of `maximum_object_size`; DuckDB's buffer holds two rows of that length.
 _LEAST_ROW_BYTES = 2**20
 
 
-#: What spreadsheets run: also behind blanks, and also in the wide signs of East Asian keyboards.
+#: Text that spreadsheets run as a formula: also after blanks, also with full-width signs.
 _FORMULA = r"^(\t|\r|\n|\s*[=+\-@\x{FF1D}\x{FF0B}\x{FF0D}\x{FF20}])"
 _NUMBER = r"[+-]?[0-9]+([.,][0-9]+)*([eE][+-]?[0-9]+)?"
 
 
 class TableFormat(StrEnum):
-    """A kind of table that can be written."""
+    """A file format for tables."""
 
     CSV = "csv"
     PARQUET = "parquet"
@@ -58,19 +58,17 @@ def write_table(
 ) -> None:
     """Write rows as a table, in their order; it appears at `path` whole or not at all.
 
-    The rows pass through a temporary file beside it: memory does not grow with them.
+    The rows are staged in a temporary file beside `path`, so memory use does not grow with them.
 
     Args:
-        rows: In the order of the table.
-        path: Of the table; it is replaced.
-        kind: CSV has a head and an empty field for null.
-        raw: Whether text of a CSV stays as it is; else `'` stands before what a spreadsheet would
-            run as a formula.
-        metadata: Goes into the file's own metadata, where the kind has any (Parquet).
+        path: Replaced if it exists.
+        kind: CSV gets a header row and an empty field for null.
+        raw: Leave CSV text as it is; otherwise a `'` precedes text that a spreadsheet would run.
+        metadata: Stored in the file's own metadata if the format has any (Parquet).
 
     Raises:
-        Shortage: There is no room; `path` is as before.
-        StorageError: It cannot be written.
+        Shortage: There is no room; `path` is unchanged.
+        StorageError: The table cannot be written.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +83,7 @@ def write_table(
 
 
 def _write_lines(rows: Iterable[FlatOutcome], path: Path) -> int:
-    """Write each row as a line of JSON; return the length of the longest."""
+    """Write each row as a line of JSON; return the length of the longest in bytes."""
     encode = msgspec.json.Encoder().encode
     longest = 0
     with path.open("wb") as file:
@@ -106,7 +104,7 @@ def _source(lines: Path, *, max_row_bytes: int, harmless: bool) -> str:
 
 
 def _harmless(column: str) -> str:
-    """Return a text so that no spreadsheet runs it; a number is none to run."""
+    """Return SQL that puts a `'` before text that a spreadsheet would run, except numbers."""
     runs = f'regexp_matches("{column}", {_quoted(_FORMULA)})'
     number = f'regexp_full_match("{column}", {_quoted(_NUMBER)})'
     quote = _quoted("'")
@@ -119,7 +117,7 @@ def _copy(source: str, table: Path, kind: TableFormat, metadata: Mapping[str, st
         pairs = ", ".join(f"{name}: {_quoted(value)}" for name, value in metadata.items())
         options = f"FORMAT parquet, COMPRESSION zstd, KV_METADATA {{{pairs}}}"
     try:
-        # One thread: buffers are per thread, and the processors belong to the engine.
+        # One thread: buffers are per thread, and the CPUs belong to the engine.
         with duckdb.connect(config={"threads": 1}) as connection:
             connection.execute(f"COPY ({source}) TO {_quoted(str(table))} ({options})")
     except duckdb.Error as error:

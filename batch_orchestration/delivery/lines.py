@@ -12,14 +12,14 @@ from batch_orchestration.core import foreign_json
 from batch_orchestration.core.outcomes import Completion, Failure
 from batch_orchestration.core.results import SIMULATED, SettledRequest
 
-#: From here on an HTTP status says that the request was not answered.
+#: The lowest HTTP status of a request that was not answered.
 _FIRST_ERROR_STATUS = 400
 _FIRST_SERVER_ERROR_STATUS = 500
 _ID_BYTES = 12
 
 
 class _Response(msgspec.Struct):
-    """What an engine answered, well or badly."""
+    """An engine's HTTP response, a completion or an error."""
 
     status_code: int
     request_id: str | None
@@ -27,14 +27,14 @@ class _Response(msgspec.Struct):
 
 
 class _Error(msgspec.Struct):
-    """Why there is no response at all."""
+    """Why there is no response."""
 
     code: str
     message: str
 
 
 class _OutputLine(msgspec.Struct):
-    """One line of either file; the fields stand in OpenAI's order."""
+    """One line of either file, with the fields in OpenAI's order."""
 
     id: str
     custom_id: str | None
@@ -43,7 +43,7 @@ class _OutputLine(msgspec.Struct):
 
 
 class _AnswerHead(msgspec.Struct):
-    """The part of an error answer that tells whether it has OpenAI's shape."""
+    """The part of an error body that shows whether it has OpenAI's shape."""
 
     error: msgspec.Raw = msgspec.Raw(b"null")
 
@@ -55,9 +55,9 @@ _decode_answer_head = msgspec.json.Decoder(_AnswerHead).decode
 def output_line(batch_id: str, request: SettledRequest) -> bytes:
     """Return the request's line, newline included.
 
-    A completion and a refusal both are a `response`, with `error` null; `error` is filled only
-    where no engine answered. Bodies keep their bytes, unless they are spread over several lines.
-    The same request always gives the same line.
+    A completion and an HTTP error are both a `response`, with `error` null; `error` is set only if
+    no engine answered. Bodies keep their bytes, unless they span lines. The same request always
+    gives the same line.
     """
     outcome = request.outcome
     response: _Response | None = None
@@ -74,13 +74,13 @@ def output_line(batch_id: str, request: SettledRequest) -> bytes:
 
 
 def output_line_id(batch_id: str, index: int) -> str:
-    """Return the id of a request's line: always the same for the same request."""
+    """Return the id of a request's line, which depends only on batch and index."""
     digest = hashlib.blake2b(f"{batch_id}/{index}".encode(), digest_size=_ID_BYTES)
     return f"batch_req_{digest.hexdigest()}"
 
 
 def _error_body(failure: Failure, status: int) -> msgspec.Raw:
-    """Return the engine's own words if they have OpenAI's shape, else put them into it."""
+    """Return the engine's own body if it has OpenAI's shape, else one built from the failure."""
     if failure.body is not None:
         try:
             head = _decode_answer_head(failure.body)
@@ -99,16 +99,16 @@ def _error_body(failure: Failure, status: int) -> msgspec.Raw:
 
 
 def _one_line(body: msgspec.Raw) -> msgspec.Raw:
-    # Outside of strings, where JSON allows none, a line break is only layout.
+    # JSON allows no line break inside a string, so each one is only layout.
     raw = bytes(body)
     if b"\n" in raw or b"\r" in raw:
         raw = msgspec.json.format(raw, indent=-1)
     return msgspec.Raw(raw)
 
 
-#: An embedding may come as base64 of 32-bit floats.
+#: An embedding may be encoded as base64 of 32-bit floats.
 _FLOAT_BYTES = 4
-#: Where the answers of a response are: text, or embeddings.
+#: Fields of a response that list its choices: text, or embeddings.
 _CHOICES = ("choices", "data")
 
 
@@ -116,18 +116,18 @@ class FlatOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """One request with its outcome, in the order of the columns.
 
     Attributes:
-        index: Place in the batch, from 0.
+        index: Position in the batch, from 0.
         line: Line number in the file, from 1.
         status: `completed` or `failed`.
-        code: Of the failure, as is `message`; None for an answer.
-        choices: How many the answer has: of `n`, of a list of prompts or of texts to embed. The
-            columns that follow are about the first.
-        text: Of the first choice; None if it has none (a tool call, an embedding).
+        code: Failure code; None for an answer, like `message`.
+        choices: Number of choices in the answer, for `n`, a list of prompts or a list of texts to
+            embed. The following columns describe the first choice.
+        text: None if the first choice has no text (a tool call, an embedding).
         embedding_length: Numbers in the first embedding; None for other answers.
-        prompt_tokens: None for a failure, as is `completion_tokens`.
-        attempts: How often it was submitted; 0 if refused at admission.
+        prompt_tokens: None for a failure, like `completion_tokens`.
+        attempts: Number of submissions; 0 if the request was rejected at admission.
         engine: Kind of engine; empty if none was asked.
-        simulated: Whether the answer is made up.
+        simulated: Whether the simulated engine made up the answer.
     """
 
     custom_id: str | None

@@ -1,4 +1,4 @@
-"""The outbox: the files that people get, and writing requests into them line by line."""
+"""The outbox: the files that users receive, and the writing of requests to them line by line."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from batch_orchestration.workers.reporter import report_progress
 
 @dataclass(frozen=True)
 class OutboxFiles:
-    """What a batch leaves in its folder of the outbox, finished or not."""
+    """The files of a batch in its outbox folder, finished or not."""
 
     folder: Path
 
@@ -36,27 +36,27 @@ class OutboxFiles:
 
     @property
     def partial_output(self) -> Path:
-        """Those that were answered when somebody asked, while the batch is not delivered yet."""
+        """One line per request answered so far, while the batch is not delivered."""
         return self.folder / "output.partial.jsonl"
 
     @property
     def partial_errors(self) -> Path:
-        """The same for those that had failed."""
+        """One line per request failed so far, while the batch is not delivered."""
         return self.folder / "errors.partial.jsonl"
 
     @property
     def partial(self) -> bool:
-        """Whether there are partial files: the batch then is not delivered."""
+        """Whether partial files exist: the batch is then not delivered."""
         return self.partial_output.exists() or self.partial_errors.exists()
 
     @property
     def report(self) -> Path:
-        """The figures, for people."""
+        """The report as Markdown."""
         return self.folder / "report.md"
 
     @property
     def page(self) -> Path:
-        """The same for a browser, in one file that needs nothing else."""
+        """The report as a self-contained HTML page."""
         return self.folder / "report.html"
 
 
@@ -67,26 +67,30 @@ def write_lines(
     errors: BinaryIO,
     totals: BatchTotals,
 ) -> None:
-    """Write each request to one of two files, durably, and count it."""
+    """Write each request to one of the two files, durably, and count it in `totals`."""
     for request in settled:
         target = output if isinstance(request.outcome, Completion) else errors
         target.write(output_line(batch_id, request))
         totals.count(request)
         report_progress()
-    # Whatever can fail shall fail before the first of the two is renamed.
+    # All steps that can fail come before the first of the two is renamed.
     flush(output)
     flush(errors)
 
 
 def write_report(title: str, text: str, files: OutboxFiles) -> None:
-    """Write the report, given as Markdown, as a page and as it is, durably."""
+    """Write a report, given as Markdown, durably: as an HTML page and as it is."""
     write_atomically(files.page, to_html(title, text).encode(errors="replace"))
-    # Last: who sees it, sees all of the files.
+    # Last, because its presence shows that all of the files are there.
     write_atomically(files.report, text.encode(errors="replace"))
 
 
 def each_once(plan: BatchPlan, settled: Iterable[SettledRequest]) -> Iterator[SettledRequest]:
-    """Pass on the requests 0, 1, 2, … of the plan, every one, none twice."""
+    """Pass on the requests 0, 1, 2, … of the plan, each exactly once.
+
+    Raises:
+        AccountingError: A request is missing, duplicated or out of order.
+    """
     expected = 0
     for request in settled:
         if request.index != expected:
@@ -103,13 +107,13 @@ def each_once(plan: BatchPlan, settled: Iterable[SettledRequest]) -> Iterator[Se
 
 
 def flush(file: BinaryIO) -> None:
-    """Make what was written so far survive a power loss."""
+    """Make everything written so far survive a power loss."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def make_writable(files: OutboxFiles) -> None:
-    """Find out now, not after an hour of writing, and clear what a killed assembly left."""
+    """Check that the outbox is writable before any work, and remove files of a killed assembly."""
     probe = files.folder / ".probe"
     try:
         make_folder(files.folder)
@@ -123,7 +127,7 @@ def make_writable(files: OutboxFiles) -> None:
 
 
 def unwritable(files: OutboxFiles, reason: str) -> OutboxUnwritable:
-    """Return the error that says what to do about it."""
+    """Return an error whose message explains how to fix the cause."""
     return OutboxUnwritable(
         f"cannot write to {files.folder}: {reason}. All answers are safe in the store: "
         f"make room or mend the permissions, then materialize batch_output for "

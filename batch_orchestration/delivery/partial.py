@@ -1,7 +1,7 @@
-"""Partial results: the requests of a batch that have an outcome by now, in input order.
+"""Partial results: the requests of a batch that have an outcome so far, in input order.
 
-Committed chunks come from the store, the others from their journals, which need no lock. The run
-that is at work notices nothing of it.
+Committed chunks come from the store, the others from their journals, which need no lock. A run in
+progress is not affected.
 """
 
 import logging
@@ -24,19 +24,18 @@ from batch_orchestration.store.rows import as_stored
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding
 
-#: Between two looks at the store, so that a commit that waits for the file gets its turn: a writer
-#: of ours looks again after a quarter of a second at the latest.
+#: Pause between two reads of the store, so that a waiting commit gets its turn: our writers retry
+#: at least every quarter of a second.
 PAUSE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedSoFar:
-    """Which requests of a batch had an outcome at one moment.
+    """The requests of a batch that had an outcome at one moment.
 
     Attributes:
-        status: Of the batch.
-        committed: Numbers of the chunks that the store had.
-        journal_ends: Of each other chunk that was begun, how many bytes its journal had.
+        committed: Numbers of the chunks in the store.
+        journal_ends: Journal size in bytes of each other chunk that was begun.
         done: Requests with an outcome.
     """
 
@@ -53,7 +52,7 @@ class FinishedSoFar:
 
     @property
     def partial(self) -> bool:
-        """Whether requests are missing."""
+        """Whether requests without an outcome remain."""
         return self.done < self.total
 
     @property
@@ -63,7 +62,7 @@ class FinishedSoFar:
 
 
 def finished_so_far(batch_id: str, *, folder: DataFolder, store: Store) -> FinishedSoFar:
-    """Look which requests of a batch have an outcome now.
+    """Determine which requests of a batch have an outcome now.
 
     Raises:
         BatchNotFound: There is no such batch.
@@ -100,9 +99,8 @@ def read_finished(
 ) -> Iterator[SettledRequest]:
     """Yield exactly the requests that `finished` counted, in input order, each once.
 
-    Each is as the store has it or will have it, so that its output line does not change any more
-    (a replay of a failed request aside). Holds a chunk at a time, and the store's file only while
-    one is read from it.
+    Each request is yielded as the store has it or will have it, so its output line is final unless
+    a failed request is replayed. One chunk is held at a time, the store's file only while reading.
 
     Raises:
         StorageError: The store or a journal cannot be read.
@@ -137,11 +135,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PartialReport:
-    """What was written of an unfinished batch.
+    """The result of delivering an unfinished batch.
 
     Attributes:
-        status: Of the batch, which was left as it is.
-        total: Requests of the batch; the tally has those that were written.
+        status: Status of the batch, which the delivery does not change.
+        totals: Requests that were written.
+        total: Requests of the batch.
     """
 
     batch_id: str
@@ -160,19 +159,14 @@ def deliver_what_is_there(
     actor: str,
     on_partial: Callable[[], None] = lambda: None,
 ) -> AssemblyReport | PartialReport:
-    """Assemble a batch if every chunk is committed, else write its finished requests apart.
+    """Assemble a batch if every chunk is committed; otherwise write partial files.
 
-    The partial files are `output.partial.jsonl` and `errors.partial.jsonl`. The status of the
-    batch is not changed by them, and a run that works on it is not disturbed. `assemble` removes
-    them, and waits for its turn while they are written.
+    The partial files are `output.partial.jsonl` and `errors.partial.jsonl`. They affect neither the
+    batch's status nor a run in progress. `assemble` removes them, and waits while they are written.
 
     Args:
-        batch_id: Of the batch.
-        folder: The data folder.
-        store: Of the folder.
-        clock: POSIX seconds.
-        actor: Who delivers: a run, or a person.
-        on_partial: Called before the first of the partial files is written.
+        actor: Run or person that delivers.
+        on_partial: Called before the first partial file is written.
 
     Raises:
         BatchNotFound: There is no such batch.

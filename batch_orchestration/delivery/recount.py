@@ -1,4 +1,4 @@
-"""Recount: what the files in the outbox hold, read anew and held against the plan."""
+"""Recount: reads the files in the outbox again and checks them against the plan."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -29,16 +29,15 @@ _decode_head = msgspec.json.Decoder(_LineHead).decode
 
 @dataclass(frozen=True, kw_only=True)
 class Recount:
-    """How the files compare with the plan.
+    """The contents of the outbox files, compared with the plan.
 
     Attributes:
         total: Requests of the plan.
         completed: Lines of the output file.
         failed: Lines of the error file.
-        unasked: Those of them that are no failures: the batch ended before their turn.
-        problem: The first request that is missing, or line that belongs to none; None if each
-            request has exactly one line.
-        partial: Whether the files are partial ones, in which requests may be missing.
+        unasked: Error lines that count as no failure: the batch ended before their turn.
+        problem: First request without a line, or line without a request; None if there is neither.
+        partial: Whether the files are partial, so that requests may be missing.
     """
 
     total: int
@@ -49,7 +48,7 @@ class Recount:
 
     @property
     def failure_rate(self) -> float:
-        """Failed requests of those whose turn came, 0 to 1."""
+        """Share of failures among the requests whose turn came, 0 to 1."""
         asked = (self.done if self.partial else self.total) - self.unasked
         return (self.failed - self.unasked) / asked if asked else 0.0
 
@@ -62,10 +61,10 @@ class Recount:
 
 
 def recount(plan: BatchPlan, files: OutboxFiles) -> Recount:
-    """Look for each request of the plan, in order, in exactly one of the two files.
+    """Check that each request of the plan, in order, is in exactly one of the two files.
 
-    Where there are partial files these are meant, and a request may be in neither of them. Memory
-    does not grow with the files: both are in input order and read side by side.
+    If there are partial files, they are checked instead, and a request may be in neither of them.
+    Memory use does not grow with the files: both are in input order and read side by side.
     """
     if files.partial:
         return _recount_partial(plan, files)
@@ -124,11 +123,11 @@ def _counted(plan: BatchPlan, outputs: "_Lines", errors: "_Lines", problem: str 
 
 
 class _Lines:
-    """The lines of one file, one of them looked at."""
+    """A cursor over the lines of one file, with one line of look-ahead."""
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self._name = path.name
-        #: So far; all of them once `count` has been through.
+        #: Counted so far; complete once `count` has returned.
         self.unasked = 0
         self._ids = self._line_ids(path, stack)
         self._taken = 0
@@ -143,7 +142,7 @@ class _Lines:
         return self._head is not None
 
     def take(self, line_id: str) -> bool:
-        """Go on to the next line if this one has that id."""
+        """Advance to the next line if the current one has this id; return whether it has."""
         if self._head != line_id:
             return False
         self._taken += 1
@@ -151,7 +150,7 @@ class _Lines:
         return True
 
     def count(self) -> int:
-        """Return the number of lines, those not yet looked at included."""
+        """Return the number of lines, including those not yet read."""
         return self._taken + (1 if self.rest else 0) + sum(1 for _ in self._ids)
 
     def _line_ids(self, path: Path, stack: ExitStack) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Which runs are needed next, and the queue file that everybody reads."""
+"""Decides which runs are needed next, and writes the queue file for all readers."""

@@ -1,7 +1,7 @@
-"""Dispatch: which runs each unfinished batch needs next, decided from what is durable.
+"""Dispatch: which runs each unfinished batch needs next, decided from durable state.
 
-Dagster's runs come in as plain `KnownRun`s; nothing is remembered between two calls. A batch that
-keeps failing is left alone until a person steps in.
+Dagster's runs are passed in as plain `KnownRun`s; no state is kept between calls. A batch that
+keeps failing gets no further run until a person steps in.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,45 +15,45 @@ from batch_orchestration.core.results import BatchRecord, ChunkReport
 from batch_orchestration.queue.entries import NeedsAttention
 from batch_orchestration.queue.halts import what_helps
 
-#: Failed runs in a row, without a commit in between, after which a person is asked.
+#: Failed runs in a row, without a commit in between, after which a batch needs attention.
 MAX_FAILURES = 3
-#: Wait after the first failure, doubled by each further one, up to the longest.
+#: Wait after the first failure; each further failure doubles it, up to the longest.
 BACKOFF_SECONDS = 30.0
 LONGEST_BACKOFF_SECONDS = 900.0
-#: After a run found its device unfit, whatever this process thinks of the device.
+#: Wait after a run found its device unfit, even if this process finds the device fit.
 UNFIT_SECONDS = 30.0
-#: Dagster creates runs one by one, and one over 50 partitions takes it a second.
+#: Dagster creates runs one by one; a run over 50 partitions takes a second.
 MAX_NEW_RUNS = 4
-#: Answering runs that wait for the engine, those of more urgent batches included, beyond which a
-#: batch gets no further one: enough for the engine to go on until the next tick, and so few that
-#: hardly any was asked for before what is urgent now.
+#: A batch gets no further answering run while this many, including those of more urgent batches,
+#: wait for the engine: enough to keep the engine busy until the next tick, but few enough that a
+#: batch that becomes urgent hardly waits behind earlier runs.
 MAX_QUEUED_RUNS = 2
 
 
 class RunState(StrEnum):
-    """What became of a run, as far as dispatch cares."""
+    """The state of a run, as far as it matters to dispatch."""
 
     #: Queued, running, or about to be retried by Dagster itself.
     LIVE = "live"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    #: Ended by a person, or hopeless without one.
+    #: Ended by a person, or unable to succeed without one.
     STOPPED = "stopped"
     #: Ended before a person resumed the batch: no reason to wait.
     SUPERSEDED = "superseded"
-    #: Ended well, without an engine: the device was not fit for one.
+    #: Ended well, without an engine: the device was unfit.
     UNFIT = "unfit"
-    #: Ended well: the engine did not let us in, and nothing was recorded.
+    #: Ended well: the engine refused access, and nothing was recorded.
     REFUSED = "refused"
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownRun:
-    """A run of a batch, as Dagster tells it.
+    """A run of a batch, as reported by Dagster.
 
     Attributes:
-        chunks: Numbers of the chunks that it is about; None for a run that makes the output.
-        ended_at: POSIX seconds; 0 while it is live.
+        chunks: Numbers of its chunks; None for a run that makes the output.
+        ended_at: 0 while it is live.
         reason: Why it was stopped.
         queued: Whether it is live, but has not begun.
         terminated: Whether a person stopped it.
@@ -75,7 +75,7 @@ class NeededRun:
 
     Attributes:
         chunks: Consecutive chunks to answer; None for the run that makes the output.
-        attempt: How many runs of this batch ended before.
+        attempt: Number of runs of this batch that ended before.
         priority: Among the runs that wait for the engine; higher goes first.
     """
 
@@ -86,13 +86,13 @@ class NeededRun:
 
     @property
     def key(self) -> str:
-        """Unique for this attempt, so that it is started once however often it is asked for."""
+        """Unique for this attempt, so that repeated requests start only one run."""
         what = f"{self.chunks[0]:05d}-{self.chunks[-1]:05d}" if self.chunks else "output"
         return f"{self.batch.batch_id}/{what}#{self.attempt}"
 
     @property
     def title(self) -> str:
-        """What it is, for people."""
+        """Description of the run, for people."""
         if not self.chunks:
             return f"{self.batch.batch_id}, output"
         return f"{self.batch.batch_id}, chunks {self.chunks[0]} to {self.chunks[-1]}"
@@ -100,10 +100,10 @@ class NeededRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatch:
-    """What is needed next, and why the rest has to wait: one line per reason.
+    """The runs needed next, and why the others wait: one line per reason.
 
     Attributes:
-        needs: The batches among those that wait which wait for a person.
+        needs: The waiting batches that need attention.
     """
 
     needed: tuple[NeededRun, ...]
@@ -112,7 +112,7 @@ class Dispatch:
 
 
 class _Wait(NamedTuple):
-    """Why a run is not asked for now; `asks` is the run that asks a person, if one does."""
+    """Why a run is not started now; `asks` is the run that a person must look at, if any."""
 
     reason: str
     asks: str | None = None
@@ -134,20 +134,20 @@ def dispatch(
 ) -> Dispatch:
     """Decide which runs are needed, at most `MAX_NEW_RUNS` of them.
 
-    Asking again before the runs show among `runs` gives the same runs with the same keys.
+    Repeated calls return the same runs with the same keys until these appear among `runs`.
 
     Args:
-        batches: The unfinished ones, in the order of service.
-        runs: All runs of these batches that Dagster knows, in any order.
+        batches: Unfinished batches, in the order of service.
+        runs: All runs of these batches in Dagster, in any order.
         reports: Looks up the committed chunks of a batch: `Store.chunk_reports`.
         chunks_per_run: Upper bound of the chunks in a run.
-        most_requests: Of one batch, open at a time: those of its first unfinished chunks.
-        now: POSIX seconds.
-        priorities: Of the runs, by batch id; without it that of the batch.
-        no_engine: Why no engine can be started now: then only outputs are made.
-        refused_run: The run that the engine did not let in, if that is why: a person is asked.
-        closings: Of the batches that end early: they are delivered once no run is at work on them.
-        halts: Of the batches that are paused: these get no engine until a person has decided.
+        most_requests: Open requests per batch at a time, from its first unfinished chunks.
+        priorities: Of the runs, by batch id; by default the priority of the batch.
+        no_engine: Why no engine can be started now; only outputs are made then.
+        refused_run: The run to which the engine refused access, if that is the reason of
+            `no_engine`; the batches then need attention.
+        closings: Early ends of batches, which are delivered once no run works on them.
+        halts: Of paused batches, which get no engine until a person has decided.
 
     Raises:
         StorageError: The store cannot be read.
@@ -192,7 +192,7 @@ def dispatch(
 def _with_runs(
     batches: Iterable[BatchRecord], runs: Iterable[KnownRun]
 ) -> Iterator[tuple[BatchRecord, list[KnownRun]]]:
-    """Yield each batch with those of the runs that are about it."""
+    """Yield each batch with its runs."""
     found: dict[str, list[KnownRun]] = {}
     for run in runs:
         found.setdefault(run.batch_id, []).append(run)
@@ -207,13 +207,13 @@ def _paused(batch_id: str, halt: Halt) -> _Wait:
 def _wait_whole(
     batch_id: str, wait: _Wait, waiting: list[str], needs: dict[str, NeedsAttention]
 ) -> None:
-    """Say once of a whole batch why it gets no run."""
+    """Record once, for the whole batch, why it gets no run."""
     waiting.append(f"{batch_id}: {wait.reason}")
     _take_note(needs, batch_id, wait)
 
 
 def _take_note(needs: dict[str, NeedsAttention], batch_id: str, wait: _Wait | None) -> None:
-    """Add the batch to those that wait for a person, if it does; the first reason is told."""
+    """Add the batch to those that need attention, if it does; the first reason is kept."""
     if wait is not None and wait.asks is not None:
         needs.setdefault(
             batch_id, NeedsAttention(batch_id=batch_id, run_id=wait.asks, reason=wait.reason)
@@ -221,19 +221,19 @@ def _take_note(needs: dict[str, NeedsAttention], batch_id: str, wait: _Wait | No
 
 
 def backoff_left(failures: int, ended_at: float, *, now: float) -> float:
-    """Return seconds until what failed so often in a row may be tried again; negative if it may."""
+    """Return the seconds until a retry after failures in a row; negative if the wait is over."""
     delay = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(failures - 1, 20))
-    # What has ended in the future, ended by a clock that was ahead.
+    # An end in the future was recorded by a clock that was ahead.
     return min(ended_at, now) + delay - now
 
 
 def _open_chunks(
     batch: BatchRecord, committed: Collection[int], most_requests: int
 ) -> Sequence[int]:
-    """Return the unfinished chunks that may be answered now, in file order; at least one.
+    """Return the unfinished chunks that may be answered now, in file order; none if all are done.
 
-    They are those of a window, which moves on once all of it is committed: so whoever is more
-    urgent by then goes first, and no run is about a chunk or two.
+    They belong to one window, which moves on once all of it is committed. A batch that is more
+    urgent by then goes first, and no run covers only a chunk or two.
     """
     missing = sorted(set(range(batch.chunks)).difference(committed))
     width = max(1, most_requests // batch.requests_per_chunk)
@@ -248,7 +248,7 @@ def _remaining(
     most_requests: int,
     priority: int,
 ) -> Iterator[NeededRun]:
-    """Yield what no live run is about: runs over open chunks, or the one for the output."""
+    """Yield the runs that no live run covers: those over open chunks, or that for the output."""
     live = [run for run in known if run.state is RunState.LIVE]
     attempt = len(known) - len(live)
     open_chunks = _open_chunks(batch, committed, most_requests)
@@ -262,7 +262,7 @@ def _remaining(
 def _last_run(
     batch: BatchRecord, known: Sequence[KnownRun], closing: EarlyEnd, *, priority: int, now: float
 ) -> NeededRun | _Wait:
-    """Return the run that delivers a batch which ends early, or why not now."""
+    """Return the run that delivers a batch after its early end, or why it must wait."""
     live = [run for run in known if run.state is RunState.LIVE]
     attempt = len(known) - len(live)
     needed = NeededRun(batch=batch, chunks=None, attempt=attempt, priority=priority)
@@ -290,7 +290,7 @@ def _reason_to_wait(
         key=lambda run: run.ended_at,
     )
     if needed.chunks is None:
-        # Earlier there was nothing to deliver: such a run was to write partial files.
+        # Before the last commit there was nothing to deliver: such a run wrote partial files.
         before = [run for run in before if run.ended_at > last_commit_at]
     if not before:
         return None

@@ -1,7 +1,7 @@
-"""The queue: everything that waits or is not finished, in the order of service, with its reason.
+"""The queue: all waiting files and unfinished batches, in the order of service, with reasons.
 
-Built anew for each tick from what is durable: the inbox, claims, plans and store.
-`dispatch_sensor` writes it to `queue.json` for everyone else; `inbox_sensor` claims by it.
+It is rebuilt at each tick from durable state: the inbox, claims, plans and store.
+`dispatch_sensor` writes it to `queue.json` for all readers; `inbox_sensor` claims files by it.
 """
 
 import contextlib
@@ -41,13 +41,13 @@ from batch_orchestration.queue.submitted import read_rates
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import read_progress
 
-#: Sources share by what they got in this time: long enough for a chunk or two of a slow engine,
-#: short enough that nobody pays for yesterday.
+#: Fair share counts the tokens of a source in this time: long enough for a chunk or two of a slow
+#: engine, short enough that yesterday's use does not count.
 SHARE_SECONDS = 3600.0
 
 
 def in_order_of_service(batches: Iterable[BatchRecord], view: QueueView) -> list[BatchRecord]:
-    """Return the batches as they stand in the queue; those that do not stand there come last."""
+    """Return the batches in the order of the queue; batches outside the queue come last."""
     places = {entry.batch_id: entry.place for entry in view.entries}
     return sorted(
         batches,
@@ -56,7 +56,7 @@ def in_order_of_service(batches: Iterable[BatchRecord], view: QueueView) -> list
 
 
 def run_priorities(view: QueueView) -> dict[str, int]:
-    """Return the priority of the runs of each batch: its whole points of effective priority."""
+    """Return the run priority of each batch: the whole points of its effective priority."""
     return {
         entry.batch_id: whole_points(entry.effective_priority)
         for entry in view.entries
@@ -65,7 +65,7 @@ def run_priorities(view: QueueView) -> dict[str, int]:
 
 
 def served_of_late(store: Store, *, now: float) -> dict[str, float]:
-    """Return the tokens that each source got in the last `SHARE_SECONDS`.
+    """Return the tokens that each source received in the last `SHARE_SECONDS`.
 
     Raises:
         StorageError: The store cannot be read.
@@ -77,15 +77,12 @@ def served_of_late(store: Store, *, now: float) -> dict[str, float]:
     return served
 
 
-#: JSON packs about so well.
+#: Typical compression ratio of JSON.
 _GZIP_RATIO = 8
 
 
 class _QueuedItem(NamedTuple):
-    """What stands in the queue, when it came, and until when its author wants it done.
-
-    And how long the engine still needs for it, where that is known.
-    """
+    """A file, claim or batch, with its arrival, its deadline, and the engine seconds it needs."""
 
     standing: Standing
     at: float
@@ -98,7 +95,7 @@ class Queue:
     """The queue at one moment.
 
     Attributes:
-        files: Those that may be claimed now, in the order of service.
+        files: Files that may be claimed now, in the order of service.
     """
 
     view: QueueView
@@ -114,16 +111,11 @@ def read_queue(
     now: float,
     faults: Faults | None = None,
 ) -> Queue:
-    """Return the queue as it is now.
+    """Return the current queue.
 
     Args:
-        folder: The data folder.
-        store: The store.
-        inbox: Of this folder.
-        rules: In force.
-        now: POSIX seconds.
-        faults: Takes those of whom something cannot be read: they stand in the queue with what is
-            known of them, or, where that is nothing, not at all.
+        faults: Collects members that cannot be read completely. They appear in the queue with
+            their known data, or not at all if nothing is known.
 
     Raises:
         StorageError: The store cannot be read.
@@ -142,12 +134,12 @@ def read_queue(
 def claim_admissible(
     *, folder: DataFolder, store: Store, inbox: Inbox, rules: QueueRules, now: float
 ) -> list[QueueEntry]:
-    """Claim the files for which there is room; return the entries of those that have to wait.
+    """Claim the files for which there is capacity; return the entries of complete files that wait.
 
-    Of two ticks at once one decides and claims, the other finds nothing left.
+    If two ticks run at the same time, one decides and claims, and the other finds nothing left.
 
     Raises:
-        StorageError: The store cannot be read, so nobody knows whether there is room.
+        StorageError: The store cannot be read, so the free capacity is unknown.
     """
     waiting: list[QueueEntry] = []
 
@@ -173,7 +165,7 @@ def queue_of(
     now: float,
     faults: Faults | None = None,
 ) -> Queue:
-    """Return the queue with these files in the inbox; see `read_queue`."""
+    """Return the queue for these files of the inbox; see `read_queue`."""
     records = store.unfinished() if folder.duckdb.exists() else []
     by_name = {inbox.name_of(file.path): file for file in files if _waits(file)}
     paused = read_pause(folder)
@@ -206,7 +198,7 @@ def queue_of(
 def _each(
     members: Iterable[tuple[str, Callable[[], _QueuedItem]]], faults: Faults
 ) -> Iterator[_QueuedItem]:
-    """Yield what is known of each member of which that can be told."""
+    """Yield the item of each member that can be read."""
     for member, arrived in members:
         with faults.of(member):
             yield arrived()
@@ -234,8 +226,8 @@ def _waits(file: DroppedFile) -> bool:
 def _in_order(
     arrivals: Sequence[_QueuedItem], *, store: Store, rules: QueueRules, now: float
 ) -> list[Standing]:
-    """Return all in the order of service, with what they have gained by waiting."""
-    # Numbered, for two may have one name; where nothing else decides they stay as they are given.
+    """Return all in the order of service, with the priority that they gained by waiting."""
+    # Numbered, because names may repeat; ties keep the given order.
     candidates = [
         Candidate(
             id=f"{number:06d}",
@@ -309,7 +301,7 @@ def _waiting_entry(name: str, options: BatchOptions, demand: Demand) -> QueueEnt
 
 
 def _demand(name: str, size_bytes: int, scan: FileScan | None) -> Demand:
-    """Return what a file asks room for."""
+    """Return the demand of a file; without a scan, only its size is known."""
     if scan is None:
         expanded = size_bytes * _GZIP_RATIO if is_gzip_name(name) else size_bytes
         new = expanded if is_gzip_name(name) else 0
@@ -328,7 +320,7 @@ def _of_batch(
     batch_id = record.batch_id
     plan: BatchPlan | None = None
     until: float | None = None
-    # One whose plan is damaged is shown all the same.
+    # A batch with a damaged plan is shown all the same.
     with faults.of(batch_id):
         plan = folder.read_plan(batch_id)
         until = deadline(plan, folder.read_resumption(batch_id))

@@ -1,7 +1,4 @@
-"""Keeping the queue: `queue.json` is written for everyone.
-
-Done by `dispatch_sensor` alone, at each of its ticks.
-"""
+"""Refreshing the queue: only `dispatch_sensor` writes `queue.json`, at each of its ticks."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,17 +24,16 @@ from batch_orchestration.queue.entries import (
 from batch_orchestration.queue.load import QueueRules
 from batch_orchestration.store.store import Store
 
-#: Seconds that the engine still needs for an entry; None while nobody knows.
+#: Returns the seconds that the engine still needs for an entry; None if unknown.
 SecondsOf = Callable[[QueueEntry], float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptQueue:
-    """What a tick did for the queue.
+    """The queue as a tick has written it.
 
     Attributes:
-        view: As it was written.
-        changed: Entries of batches that wait for another reason than before, or for none any more.
+        changed: Entries of batches whose wait reason has changed, or is gone.
     """
 
     view: QueueView
@@ -53,35 +49,31 @@ def keep_queue(
     now: float,
     faults: Faults | None = None,
 ) -> KeptQueue:
-    """Write the queue, in the order of service.
+    """Register batches that are missing from the store, and write the queue.
 
     Args:
-        folder: The data folder.
-        store: The store.
-        inbox: Of this folder.
-        rules: In force.
-        now: POSIX seconds.
-        faults: Takes the batches and claims of which something cannot be read.
+        faults: Collects batches and claims that cannot be read completely.
 
     Raises:
-        StorageError: The store cannot be read, or the file not be written.
+        StorageError: The store cannot be read, or the queue cannot be written.
     """
     faults = Faults() if faults is None else faults
     register_lost(folder, store, at=now, faults=faults)
     queue = read_queue(folder=folder, store=store, inbox=inbox, rules=rules, now=now, faults=faults)
     view = with_expectations(queue.view, lambda entry: _seconds_of(entry, folder))
     before = None
-    with contextlib.suppress(StorageError):  # a damaged one is replaced
+    with contextlib.suppress(StorageError):  # a damaged file is replaced
         before = queue_files.read_queue(folder)
     queue_files.write_queue(folder, view)
     return KeptQueue(view=view, changed=tuple(_changed(before, view)))
 
 
 def with_expectations(view: QueueView, seconds_of: SecondsOf) -> QueueView:
-    """Return the queue with the times at which each entry will begin and end by the estimates.
+    """Return the queue with the estimated start and end of each entry.
 
-    As if one were served after the other. Behind one of which nobody knows how long it takes, and
-    behind a pause, nobody knows when it is one's turn. A batch that is paused holds up nobody.
+    Entries are assumed to be served one after the other. The start is unknown after an entry
+    without an estimate; while the queue is paused, only running entries have one. A paused batch
+    delays no other entry.
     """
     at: float | None = view.at
     entries = []

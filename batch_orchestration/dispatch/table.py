@@ -1,4 +1,4 @@
-"""The queue in words and as a table, for the terminal and for Dagster's pages alike."""
+"""The queue as text and as a table, for the terminal and for Dagster's pages."""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -30,17 +30,17 @@ def queue_rows(view: QueueView) -> Iterator[tuple[str, ...]]:
 
 
 def waits_for(entry: QueueEntry) -> str:
-    """Return what an entry waits for, with its numbers; of others why they stand where they do."""
+    """Return the wait reason of an entry, with numbers; without one, the reason for its place."""
     return f"{entry.reason}: {entry.detail}" if entry.reason else entry.detail
 
 
 def pause_line(view: QueueView) -> str | None:
-    """Return that the queue is paused; None if it is not."""
+    """Return a line about the pause of the queue; None if it is not paused."""
     return None if view.paused is None else f"Paused: {pause_blocker(view.paused).detail}"
 
 
 def queue_markdown(view: QueueView) -> str:
-    """Return the queue as a page of Markdown."""
+    """Return the queue as a Markdown page."""
     lines = [f"As of {moment(view.at)}: {len(view.entries)} in the queue."]
     if paused := pause_line(view):
         lines.append(f"\n**{_cell(paused)}**")
@@ -51,7 +51,7 @@ def queue_markdown(view: QueueView) -> str:
 
 
 def moment(posix_seconds: float | None) -> str:
-    """Return a time for people, in their time zone; nothing if it is not known."""
+    """Return a time for people, in the local time zone; empty if unknown."""
     if posix_seconds is None:
         return ""
     return datetime.fromtimestamp(posix_seconds).astimezone().strftime("%m-%d %H:%M")

@@ -1,1 +1,1 @@
-"""How long a batch takes: profiles, costs, bands, scores."""
+"""Estimates of a batch's tokens, time and price: profiles, costs, bands, scores."""

@@ -1,7 +1,7 @@
-"""Calibration: a few minutes of made-up prompts, from which the engine's costs are learned.
+"""Calibration: measures the engine's costs with a few minutes of made-up prompts.
 
-Rounds differ in the length of prompts, the length of answers, and how many requests the engine has
-at a time, so that what each of them costs can be told apart.
+Rounds differ in prompt length, answer length and concurrency, so that the costs of each can be
+separated.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ from batch_orchestration.workers.reporter import report_phase, report_progress
 logger = logging.getLogger(__name__)
 
 CHAT, COMPLETION, EMBEDDING = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-#: Tokens of a prompt and of an answer, where the engine's context has room for them.
+#: Tokens of a prompt and of an answer; shorter if the engine's context is small.
 SHORT_PROMPT, LONG_PROMPT = 30, 300
 SHORT_ANSWER, LONG_ANSWER = 4, 48
-#: Requests at a time where the engine is neither alone with one nor full.
+#: Concurrency between a single request and a full engine.
 FEW = 8
-#: Of a token of English.
+#: Average of English text.
 CHARACTERS_PER_TOKEN = 4
 WORDS = (
     *("river", "window", "purple", "seven", "garden", "letter", "under", "market", "silver"),
@@ -39,7 +39,7 @@ WORDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """So many alike requests, so many of them at a time."""
+    """A number of requests of equal length, sent with a fixed concurrency."""
 
     prompt_tokens: int
     answer_tokens: int
@@ -49,7 +49,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationReport:
-    """What was measured, and the costs that follow from it."""
+    """The measurements of a calibration, and the costs fitted to them."""
 
     runs: tuple[EngineRun, ...]
     throughput: Throughput | None
@@ -57,12 +57,12 @@ class CalibrationReport:
 
 
 def rounds(*, requests: int, at_a_time: int, context_tokens: int | None) -> list[Round]:
-    """Return the rounds of a calibration, the most telling first.
+    """Return the rounds of a calibration, the most informative first.
 
     Args:
-        requests: Of a round that keeps the engine busy.
-        at_a_time: Requests that the engine computes together at most.
-        context_tokens: Of the engine, if it tells.
+        requests: Number of requests of a round that keeps the engine busy.
+        at_a_time: Most requests that the engine computes together.
+        context_tokens: Context length of the engine; None if unknown.
     """
     room = context_tokens or 8 * LONG_PROMPT
     long_prompt = max(SHORT_PROMPT, min(LONG_PROMPT, room // 8))
@@ -94,26 +94,26 @@ async def calibrate(
     at_a_time: int,
     run_id: str,
 ) -> CalibrationReport:
-    """Start the engine, measure it, and return what was found.
+    """Start the engine, measure it, and return the measurements with the fitted costs.
 
     Args:
-        engine: Whose costs are learned; it is left running.
-        model: Served name to ask; the engine's first by default.
-        requests: Of a round that keeps it busy.
-        seconds: After so many no further round is begun.
-        at_a_time: Requests that it computes together at most.
-        run_id: Of the run that calibrates.
+        engine: The engine to measure; it is left running.
+        model: Served name of the model; the engine's first by default.
+        requests: Number of requests of a round that keeps the engine busy.
+        seconds: Time limit, after which no further round begins.
+        at_a_time: Most requests that the engine computes together.
+        run_id: The run that calibrates.
 
     Raises:
-        EngineError: It did not start, or died.
-        CalibrationFailed: It answers none of what it is asked.
+        EngineError: The engine did not start, or died.
+        CalibrationFailed: The engine answered no request.
     """
     identity = await engine.start()
     report_phase("measuring the engine")
     try:
         served = model or identity.models[0]
         ask = _Asker(engine, served, seed=run_id)
-        # The first request of an engine pays for what is made once.
+        # Also a warm-up: an engine's first request pays one-time costs.
         await ask.choose_endpoint()
         context = engine.figures().get("max_model_len")
         began = time.monotonic()
@@ -137,7 +137,7 @@ async def calibrate(
 
 
 class _Asker:
-    """Asks made-up requests, each beginning with other words: a prefix cache shall not help."""
+    """Sends made-up requests with different first words, so that no prefix cache can help."""
 
     def __init__(self, engine: Engine, model: str, *, seed: str) -> None:
         self._engine = engine
@@ -148,10 +148,10 @@ class _Asker:
         self.failed = 0
 
     async def choose_endpoint(self) -> None:
-        """Find out what the model is for.
+        """Choose the first endpoint on which the model answers.
 
         Raises:
-            CalibrationFailed: It answers on no endpoint.
+            CalibrationFailed: The model answers on no endpoint.
         """
         messages = []
         for self._endpoint in (CHAT, COMPLETION, EMBEDDING):
@@ -162,7 +162,7 @@ class _Asker:
         raise CalibrationFailed("the engine answers nothing: " + "; ".join(messages))
 
     async def measure(self, planned: Round, *, engine: str, run_id: str) -> EngineRun | None:
-        """Ask one round; None if nothing was answered."""
+        """Send the requests of one round and return the measurement; None without an answer."""
         waiting = iter(range(planned.requests))
         outcomes: list[Outcome] = []
         began = time.monotonic()
@@ -211,7 +211,7 @@ class _Asker:
     def _body(self, text: str, answer_tokens: int) -> dict[str, Any]:
         if self._endpoint == EMBEDDING:
             return {"model": self._model, "input": text}
-        # The second and third are vLLM's own; without them answers would end when they like.
+        # `ignore_eos` and `min_tokens` are vLLM's extensions that fix the length of answers.
         limits = {"max_tokens": answer_tokens, "ignore_eos": True, "min_tokens": answer_tokens}
         if self._endpoint == CHAT:
             asked: Sequence[Any] | str = [{"role": "user", "content": text}]

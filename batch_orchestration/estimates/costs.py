@@ -1,4 +1,4 @@
-"""How fast an engine works: what requests and tokens cost it, fitted to what was measured."""
+"""Engine speed: the costs of requests and tokens, fitted to measurements."""
 
 import math
 from collections.abc import Sequence
@@ -6,18 +6,17 @@ from enum import StrEnum
 
 import msgspec
 
-#: What a measurement says about the next one: without many of them, the logarithm of the ratio
-#: between time taken and time predicted has about this standard deviation ...
+#: Prior standard deviation of log(time taken / time predicted), for fitted and for guessed costs.
 SPREAD_FITTED, SPREAD_GUESSED = 0.20, 0.45
-#: ... which counts as much as so many measurements.
+#: Weight of that prior, as a number of measurements.
 SPREAD_WEIGHT = 3.0
-#: Four costs cannot be told from fewer measurements.
+#: Four costs cannot be separated with fewer measurements.
 FEWEST_MEASUREMENTS = 4
 _SWEEPS = 2000
 
 
 class Source(StrEnum):
-    """Where a measurement comes from."""
+    """The origin of a measurement."""
 
     #: The job `benchmark_engine`: made-up prompts.
     CALIBRATION = "calibration"
@@ -26,11 +25,10 @@ class Source(StrEnum):
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine has to do, or did.
+    """Work of an engine, planned or done.
 
     Attributes:
-        steps: How often it computes all sequences that it has: no fewer than the longest answer
-            has tokens, and than all answers have by the sequences at a time.
+        steps: Engine steps, each of which adds a token to every running sequence. See `steps`.
     """
 
     requests: float
@@ -40,7 +38,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds that each unit of work takes on an engine kept busy."""
+    """Seconds per unit of work on a busy engine."""
 
     request: float
     prompt_token: float
@@ -48,7 +46,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     step: float
 
     def seconds(self, work: Work) -> float:
-        """Return how long the work takes."""
+        """Return the seconds that the work takes."""
         return (
             self.request * work.requests
             + self.prompt_token * work.prompt_tokens
@@ -61,12 +59,13 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
         return Costs(**{name: cost * factor for name, cost in msgspec.structs.asdict(self).items()})
 
 
-#: Ratios where nothing better is known: to read a token is ten times cheaper than to write one.
+#: Ratios for an engine without enough measurements: reading a token is ten times cheaper than
+#: writing one.
 GUESSED = Costs(request=2.0, prompt_token=0.1, completion_token=1.0, step=1.0)
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """Work that was done in so many seconds."""
+    """Work that was done, and the seconds it took."""
 
     work: Work
     seconds: float
@@ -74,12 +73,12 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Throughput(msgspec.Struct, frozen=True, kw_only=True):
-    """How fast an engine is, and how sure that is.
+    """The speed of an engine, and its uncertainty.
 
     Attributes:
-        spread: Standard deviation of the logarithm of time taken by time predicted.
-        measurements: How many it rests on.
-        fitted: Whether the costs were told apart, not only scaled.
+        spread: Standard deviation of log(time taken / time predicted).
+        measurements: Number of measurements used.
+        fitted: Whether each cost was fitted; False if the guessed costs were only scaled.
     """
 
     costs: Costs
@@ -89,12 +88,15 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def steps(*, requests: float, completion_tokens: float, longest: float, at_a_time: int) -> float:
-    """Return how many steps answers take that are computed so many at a time."""
+    """Return the number of engine steps for answers of which `at_a_time` are computed together.
+
+    It is max(tokens of the longest answer, tokens of all answers / sequences at a time).
+    """
     return max(longest, completion_tokens / max(1.0, min(requests, at_a_time)))
 
 
 def throughput(measurements: Sequence[Measurement]) -> Throughput | None:
-    """Return what the measurements say; None if there is none."""
+    """Return the speed that follows from the measurements; None without a usable one."""
     usable = [m for m in measurements if m.seconds > 0 and m.work.requests > 0]
     if not usable:
         return None
@@ -105,8 +107,8 @@ def throughput(measurements: Sequence[Measurement]) -> Throughput | None:
     centre = sum(factors) / (len(factors) + (1 if fitted else 0))
     prior = SPREAD_FITTED if fitted else SPREAD_GUESSED
     squares = sum((factor - centre) ** 2 for factor in factors)
-    # Rounds of one calibration agree with each other more than with another day: only batches
-    # make the next one surer.
+    # Rounds of one calibration agree more with each other than with another day, so only batches
+    # reduce the uncertainty.
     weight = SPREAD_WEIGHT + len(history)
     spread = math.sqrt((SPREAD_WEIGHT * prior**2 + squares) / weight)
     return Throughput(
@@ -118,9 +120,9 @@ def throughput(measurements: Sequence[Measurement]) -> Throughput | None:
 
 
 def _fit(measurements: Sequence[Measurement]) -> Costs:
-    """Return the costs, none of them negative, with the least squares of relative errors.
+    """Return the non-negative costs with the least squares of relative errors.
 
-    By coordinate descent: each cost in turn is set to its best value given the others.
+    The fit is a coordinate descent: each cost in turn is set to its best value given the others.
     """
     rows = [[value / m.seconds for value in _features(m.work)] for m in measurements]
     scales = [max(row[column] for row in rows) or 1.0 for column in range(4)]

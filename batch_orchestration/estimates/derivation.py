@@ -1,7 +1,7 @@
-"""How much is given to an engine, and in what portions: derived from what is known, with reasons.
+"""Derives window, engine flags and chunk size from the known facts, each with its reason.
 
-Each figure has its formula in the docstring, and its derivation in words beside its value. None is
-what nobody knows yet; then the default stays, and the words say so.
+Each function documents its formula and returns the derivation in words beside the value. None means
+unknown: the default then applies, and the words name it as such.
 """
 
 import math
@@ -12,47 +12,51 @@ import msgspec
 from batch_orchestration.estimates.costs import Costs, Work
 from batch_orchestration.estimates.estimate import Estimate
 
-#: Requests in flight where nothing is known: as many as vLLM computes together by default.
+#: Default number of requests in flight: as many as vLLM computes together by default.
 DEFAULT_IN_FLIGHT = 256
-#: No window is wider: each request in flight is a connection, and a suspect when the engine dies.
+#: Limit on every window: each request in flight is a connection, and a suspect if the engine dies.
 MOST_IN_FLIGHT = 1024
-#: Of the requests running, so many more should wait at the engine, so that a step never lacks one
-#: while an answer travels back and the next request out.
+#: Requests that should wait at the engine, as a share of the running ones plus a constant. They
+#: fill steps while an answer travels back and the next request travels out.
 QUEUE_SHARE, QUEUE_LEAST = 0.125, 2
-#: Of a token, in tokens written, where nobody has measured it (as in `estimates.costs.GUESSED`);
-#: and what is believed of measurements, which tell the two apart only roughly.
+#: Cost of reading a token, relative to writing one: the default without measurements (as in
+#: `estimates.costs.GUESSED`), and the range of values accepted from measurements, which separate
+#: the two only roughly.
 READING_COST, LEAST_READING_COST, MOST_READING_COST = 0.1, 0.02, 0.5
-#: Of the KV cache: what the sequences of a batch hold together goes up and down by some per cent.
+#: Usable share of the KV cache: the tokens that running sequences hold vary by a few per cent.
 KV_SHARE = 0.95
-#: Lengths differ: with so many more slots than fit on average, the cache binds and not the slots.
+#: Slots relative to the sequences that fit on average. Lengths differ, and with this surplus the
+#: cache is the limit, not the slots.
 SLOTS_SHARE = 1.25
-#: No fewer slots than the memory ladder's last rung, and no more than vLLM's largest default.
+#: Range of slots: from those of the lowest memory level to vLLM's largest default.
 FEWEST_SEQUENCES, MOST_SEQUENCES = 8, 1024
-#: More slots than vLLM's own default on a CPU, where a step's time grows with each sequence.
+#: Limit on a CPU, where the time of a step grows with each sequence; above vLLM's own default.
 MOST_SEQUENCES_ON_CPU = 128
-#: Of a device, whatever is free: CUDA graphs and NCCL's buffers are not in vLLM's own account.
+#: Limit on the share of a device's memory, even if all of it is free: vLLM's accounting omits CUDA
+#: graphs and NCCL's buffers.
 MOST_MEMORY_SHARE = 0.95
 MEMORY_MARGIN_BYTES, MEMORY_MARGIN_SHARE = 2**30, 0.05
-#: Between two commits. Half as much is lost sight of, twice as much is slow to show.
+#: Target time between two commits: half of it is too fast to follow, twice as much shows progress
+#: late.
 COMMIT_SECONDS = 60.0
 DEFAULT_CHUNK, SMALLEST_CHUNK, LARGEST_CHUNK = 1000, 50, 5000
 _GIB = 2**30
 
 
 class RequestTokens(msgspec.Struct, frozen=True, kw_only=True):
-    """What the requests of a batch hold of the KV cache, on average."""
+    """Average tokens of a batch's requests, which determine their share of the KV cache."""
 
     prompt: float
     completion: float
 
     @property
     def held(self) -> float:
-        """Tokens of a running sequence: its prompt, and over its life half of its answer."""
+        """Average tokens of a running sequence: its prompt and half of its answer."""
         return max(1.0, self.prompt + self.completion / 2)
 
 
 def request_tokens(estimates: Sequence[Estimate | None]) -> RequestTokens | None:
-    """Return what a request of several batches has on average; None if none was estimated."""
+    """Return the average tokens of the requests of several batches; None without an estimate."""
     known = [each for each in estimates if each is not None and each.requests]
     requests = sum(each.requests for each in known)
     if not requests:
@@ -64,7 +68,7 @@ def request_tokens(estimates: Sequence[Estimate | None]) -> RequestTokens | None
 
 
 class Derived(msgspec.Struct, frozen=True, kw_only=True):
-    """A figure and how it came about; `window 384 = …` in the log."""
+    """A figure and its derivation in words, logged as `window 384 = …`."""
 
     name: str
     value: int | float
@@ -81,14 +85,14 @@ def window(
     tokens: RequestTokens | None,
     most: int = MOST_IN_FLIGHT,
 ) -> Derived:
-    """Return how many requests to give to an engine at first.
+    """Return the initial window of an engine.
 
         running = min(max_num_seqs, 0.95 x KV cache tokens / tokens that a running sequence holds)
         window  = running + 2 + running / 8
 
-    vLLM admits what it has slots and cache for (v1/core/sched/scheduler.py) and keeps the others
-    waiting; with the surplus there is always one to admit. From then on `inference.window.control`
-    follows what the engine tells.
+    vLLM admits as many requests as fit its slots and cache and queues the rest
+    (v1/core/sched/scheduler.py); with the surplus there is always one to admit. From then on
+    `inference.window.control` adjusts the window to the engine's metrics.
     """
     bounds, words = list[float](), list[str]()
     if max_num_seqs is not None:
@@ -109,16 +113,16 @@ def window(
 
 
 def sequences_held(kv_cache_tokens: int, tokens: RequestTokens) -> float:
-    """Return how many running sequences a KV cache holds: 0.95 x its tokens / those of each."""
+    """Return the number of running sequences that fit: 0.95 x KV cache tokens / tokens of each."""
     return KV_SHARE * kv_cache_tokens / tokens.held
 
 
 def reading_cost(costs: Costs | None, *, at_a_time: float) -> float:
-    """Return what reading a token costs of what writing one does, by the costs measured.
+    """Return the cost of reading a token relative to writing one, from measured costs.
 
         prompt / (answer + step / at a time), from 0.02 to 0.5
 
-    By it the window weighs preempted sequences, which are read anew, against a wider batch.
+    The window control weighs preempted sequences, which are read again, against a wider batch.
     """
     if costs is None:
         return READING_COST
@@ -129,20 +133,20 @@ def reading_cost(costs: Costs | None, *, at_a_time: float) -> float:
 
 
 def queued(running: float) -> int:
-    """Return how many requests should wait at an engine that runs so many."""
+    """Return the number of requests that should wait at an engine beside the running ones."""
     return QUEUE_LEAST + math.ceil(QUEUE_SHARE * running)
 
 
 def sequences(
     *, kv_cache_tokens: int | None, tokens: RequestTokens | None, most: int = MOST_SEQUENCES
 ) -> Derived | None:
-    """Return `max_num_seqs`; None, and vLLM's default stays, if cache or requests are not known.
+    """Return `max_num_seqs`; None, which keeps vLLM's default, if cache or requests are unknown.
 
         max_num_seqs = 1.25 x 0.95 x KV cache tokens / tokens that a running sequence holds
 
-    in eights, as CUDA graphs are captured (config/vllm.py, `cudagraph_capture_sizes`), from 8 to
-    1,024. vLLM's profiling run makes room for so many sequences, so that ones that never fit are
-    paid for with cache.
+    rounded up to a multiple of 8, the step of CUDA graph captures (config/vllm.py,
+    `cudagraph_capture_sizes`), from 8 to 1,024. vLLM's profiling run reserves memory for
+    `max_num_seqs` sequences, so slots that are never used reduce the cache.
     """
     if kv_cache_tokens is None or tokens is None:
         return None
@@ -161,19 +165,20 @@ def sequences(
 def memory_share(
     free_and_total_bytes: Sequence[tuple[int, int]], *, needed_bytes: int | None
 ) -> Derived | None:
-    """Return `gpu_memory_utilization`; None if the devices' memory is not known.
+    """Return `gpu_memory_utilization`; None if the devices' memory is unknown.
 
         margin = max(1 GiB, 5 % of total)
-        share  = min over devices of max(free - margin, needed) / total, at most 0.95
+        share  = min over devices of max(free - margin, min(free, needed)) / total, at most 0.95
 
-    vLLM claims this share of the *total*, and does not start if so much is not free
-    (v1/worker/utils.py, `request_memory`). The margin is for what its own account leaves out: CUDA
-    graphs, communication buffers, the driver. Where that leaves less than the model needs at all,
-    the need wins, as far as it is free: whether that is enough the gate has judged.
+    vLLM claims this share of the *total* memory, and does not start if less is free
+    (v1/worker/utils.py, `request_memory`). The margin covers memory that vLLM does not account for:
+    CUDA graphs, communication buffers, the driver. If the margin leaves less than the model needs,
+    the need takes precedence, up to the free memory. The GPU gate has already judged whether the
+    free memory suffices.
 
     Args:
-        free_and_total_bytes: Of each device that the engine will use.
-        needed_bytes: Of each device, by `gpu.health`; None if not known.
+        free_and_total_bytes: Memory of each device that the engine will use.
+        needed_bytes: Need of each device, from `gpu.health`; None if unknown.
     """
     shares: list[tuple[float, int, int]] = []
     for free, total in free_and_total_bytes:
@@ -199,12 +204,11 @@ def memory_share(
 def cache_tokens(
     *, claimed_bytes: float, needed_bytes: int, least_tokens: int, bytes_per_token: int
 ) -> int | None:
-    """Return what the KV cache will hold; None if the model's shape is not known.
+    """Return the expected tokens of the KV cache; None if the model's shape is unknown.
 
         tokens = least + (claimed - needed) / bytes per token
 
-    where `needed` has the weights, the workspace and a cache of `least` tokens
-    (`gpu.health.needed_bytes`).
+    `needed` includes weights, workspace and a cache of `least` tokens (`gpu.health.needed_bytes`).
     """
     if not bytes_per_token:
         return None
@@ -213,14 +217,14 @@ def cache_tokens(
 
 
 def chunk_size(costs: Costs | None, tokens: RequestTokens | None, *, at_a_time: int) -> Derived:
-    """Return how many requests a chunk has: so many that one is committed about every minute.
+    """Return the requests of a chunk, chosen so that one chunk is committed about every minute.
 
         seconds a request = cost of a request + prompt x cost + answer x (cost + step / at a time)
         chunk = 60 s / seconds a request, of two digits, from 50 to 5,000
 
-    by the costs that were measured of this engine (`estimates.costs`), kept busy. They may be
-    wrong by a factor of 2 and a commit still comes every 30 to 120 s. With 50 and fewer requests a
-    chunk Dagster's 15 ms per partition would show; 5,000 is what a person still waits for.
+    with the costs measured on this engine while busy (`estimates.costs`). If they are wrong by a
+    factor of 2, a commit still comes every 30 to 120 s. Below 50 requests a chunk, Dagster's 15 ms
+    per partition would be noticeable; above 5,000, a person would wait too long for a commit.
     """
     if costs is None or tokens is None:
         return Derived(

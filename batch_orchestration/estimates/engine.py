@@ -1,4 +1,7 @@
-"""Remembers what an engine said of itself: the next file is judged by it before it starts."""
+"""The engine in force, and a cache of the facts that it reported at its last start.
+
+Admission checks the next file against those facts before the engine is started.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -22,17 +25,17 @@ from batch_orchestration.store.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInForce:
-    """The engine that will answer, as far as estimates and limits depend on it.
+    """The configured engine, as far as estimates and limits depend on it.
 
     Attributes:
         kind: `vllm`, `remote` or `simulated`.
         model: Folder or hub name; the address of a remote engine.
-        device: `cuda` or `cpu`; the kind of any other engine than vLLM.
-        args: Flags of its server, without leading dashes.
-        folder: Of the model; None if it is not on this machine.
-        served: Names that it answers to; None where only the engine knows.
-        checks_names: Whether it refuses every other name.
-        at_a_time: Requests that it computes together at most.
+        device: `cuda` or `cpu` for vLLM; `kind` for every other engine.
+        args: Flags of the engine's server, without leading dashes.
+        folder: Folder of the model; None if it is not on this machine.
+        served: Model names that the engine serves; None if only the engine knows them.
+        checks_names: Whether the engine refuses every other model name.
+        at_a_time: Most requests that the engine computes together.
     """
 
     kind: str = ""
@@ -46,12 +49,12 @@ class EngineInForce:
 
     @property
     def key(self) -> dict[str, str]:
-        """What measurements of it are kept by."""
+        """Key under which the engine's measurements are stored."""
         return {"engine": self.kind, "model": self.model, "device": self.device}
 
     @property
     def args_hash(self) -> str:
-        """Of its flags: facts hold for the same ones only."""
+        """Hash of the flags: reported facts are valid only for the same flags."""
         return settings_hash({"args": dict(self.args)})
 
 
@@ -60,8 +63,8 @@ class EstimateSettings:
     """The settings that estimates depend on.
 
     Attributes:
-        price_per_gpu_hour: In whatever currency the owner thinks; None if nobody said.
-        strict_windows: Refuse what cannot meet its completion window.
+        price_per_gpu_hour: Price in the operator's currency; None if not set.
+        strict_windows: Refuse files that cannot meet their completion window.
     """
 
     engine: EngineInForce = field(default_factory=EngineInForce)
@@ -72,20 +75,20 @@ class EstimateSettings:
 
     @property
     def counter(self) -> PromptCounter | None:
-        """What counts prompts for the model; None if nothing here can."""
+        """Token counter of the model; None if its tokenizer is not available here."""
         return prompt_counter(self.engine.folder)
 
     def overrides(self, options: BatchOptions) -> Overrides:
-        """Return what is changed in the bodies of a batch on their way to the engine."""
+        """Return the changes to request bodies of a batch before they are sent to the engine."""
         return Overrides(
             model=options.model, aliases=self.model_aliases, max_tokens_cap=self.max_tokens_cap
         )
 
     def profiler(self, *, longest: int | None = None) -> Profiler:
-        """Return what profiles one batch.
+        """Return a profiler for one batch.
 
         Args:
-            longest: Tokens of the engine's context; None where it is not known.
+            longest: Tokens of the engine's context; None if unknown.
         """
         counter, cap = self.counter, self.max_tokens_cap
         if counter is None:
@@ -97,10 +100,10 @@ logger = logging.getLogger(__name__)
 
 
 def cache_engine_info(engine: Engine, in_force: EngineInForce, store: Store, *, at: float) -> None:
-    """Keep what an engine that was started told; of one that was not, nothing is kept.
+    """Store the facts that a started engine reported. Does nothing if it was not started.
 
-    Its longest request is left out where the memory ladder had shortened it. A store that cannot be
-    written is no reason to fail: the next run tells the same.
+    Context length and KV cache size are left out if a reduced memory level shortened the context. A
+    store error is only logged, because the next run reports the same facts.
     """
     figures = engine.figures()
     if "models" not in figures:
@@ -119,12 +122,12 @@ def cache_engine_info(engine: Engine, in_force: EngineInForce, store: Store, *, 
         logger.warning("what the engine said of itself is not remembered: %s", error)
 
 
-#: Flags by which vLLM answers to other names than the one that we give it.
+#: Flags that make vLLM serve model names other than the configured one.
 _NAMING_FLAGS = frozenset({"served-model-name", "lora-modules", "enable-lora", "config"})
 
 
 def estimate_settings(settings: Settings) -> EstimateSettings:
-    """Return what estimates depend on."""
+    """Return the settings that estimates depend on."""
     return EstimateSettings(
         engine=engine_in_force(settings),
         max_tokens_cap=settings.max_tokens_cap,
@@ -135,7 +138,7 @@ def estimate_settings(settings: Settings) -> EstimateSettings:
 
 
 def engine_in_force(settings: Settings) -> EngineInForce:
-    """Return the engine that will answer, as far as estimates and limits depend on it."""
+    """Return the configured engine, as far as estimates and limits depend on it."""
     match settings.engine:
         case EngineKind.VLLM:
             return _vllm_in_force(settings)

@@ -1,4 +1,4 @@
-"""What a batch will take: tokens, seconds and money, with bands, from its profile and history.
+"""Estimates the tokens, seconds and price of a batch as bands, from its profile and history.
 
 A band is the 10th, 50th and 90th percentile of 400 seeded draws: the same inputs always give the
 same estimate.
@@ -21,41 +21,41 @@ from batch_orchestration.estimates.profile import (
 )
 
 DRAWS = 400
-#: Requests drawn of a shape; their mean stands for all of it.
+#: Requests drawn per shape; their mean represents the whole shape.
 DRAWN_REQUESTS = 64
-#: English, by OpenAI's rule of thumb.
+#: OpenAI's rule of thumb for English text.
 CHARACTERS_PER_TOKEN = 4.0
-#: Tokens that a chat template adds to a conversation where nobody counted them.
+#: Tokens that a chat template adds to a conversation, if they cannot be counted.
 TEMPLATE_TOKENS = 30
-#: Fewer answers than these say too little about the next ones of their shape.
+#: With fewer answers of a shape, the prior is used instead of history.
 FEWEST_ANSWERS = 5
-#: An answer that was cut at its cap would have gone on; how long, nobody knows.
+#: Factor on the length of an answer that was cut at its cap: its full length is unknown.
 CUT_ANSWERS_GO_ON = 2
-#: How much a whole batch differs from what history (or, without one, the prior) says of its
-#: shapes: standard deviation of the logarithm.
+#: Standard deviation of log(answer length of a whole batch / expected length), with an expectation
+#: from history and from the prior.
 BATCH_SPREAD, PRIOR_SPREAD = 0.15, 0.40
-#: The same for its prompts, by how they were counted.
+#: The same for prompt tokens, by the basis of their count.
 TOKENIZED_SPREAD, LEARNED_SPREAD, GUESSED_SPREAD = 0.02, 0.08, 0.25
-#: Without history: shares of their cap that answers use, one tenth of them each.
+#: Prior of capped answers: deciles of the share of the cap that an answer uses.
 PRIOR_SHORT = (0.15, 0.25, 0.4, 0.5, 0.65, 0.8, 1.0, 1.0, 1.0, 1.0)
 PRIOR_LONG = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.0)
-#: Without history and without a cap: tokens, one tenth of the answers each.
+#: Prior of uncapped answers: deciles of their tokens.
 PRIOR_UNCAPPED = (20, 50, 90, 140, 200, 280, 380, 500, 750, 1200)
 
 
 class Band(msgspec.Struct, frozen=True, kw_only=True):
-    """A figure that is not certain: one time in ten it is below `low`, one in ten above `high`."""
+    """An uncertain figure: in one case of ten below `low`, and in one of ten above `high`."""
 
     low: float
     mid: float
     high: float
 
     def scaled(self, factor: float) -> "Band":
-        """Return the band of a part, or of several times as much."""
+        """Return the band multiplied by a factor."""
         return Band(low=self.low * factor, mid=self.mid * factor, high=self.high * factor)
 
     def shifted(self, by: float) -> "Band":
-        """Return the band with something certain added."""
+        """Return the band with a certain amount added."""
         return Band(low=self.low + by, mid=self.mid + by, high=self.high + by)
 
     def holds(self, value: float) -> bool:
@@ -64,7 +64,7 @@ class Band(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Basis(StrEnum):
-    """How prompt tokens were counted."""
+    """The basis of a count of prompt tokens."""
 
     TOKENIZER = "tokenizer"
     LEARNED = "learned ratio"
@@ -72,7 +72,7 @@ class Basis(StrEnum):
 
 
 class AnsweredRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A sampled request of a finished batch, and what became of it; `cut` if by its cap."""
+    """A sampled request of a finished batch; `cut` if its answer ended at its cap."""
 
     shape: str
     characters: int
@@ -82,7 +82,7 @@ class AnsweredRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenHistory:
-    """What finished batches of a model tell about the next one."""
+    """Answer lengths and token ratio of a model, learned from its finished batches."""
 
     def __init__(self, answered: Sequence[AnsweredRequest] = ()) -> None:
         self._answers: dict[str, list[tuple[int, bool]]] = {}
@@ -92,21 +92,21 @@ class TokenHistory:
             answers.append((request.completion_tokens, request.cut))
             characters += request.characters
             tokens += request.prompt_tokens
-        #: Learned of this model; None before the first batch.
+        #: None before the first batch of the model.
         self.tokens_per_character = tokens / characters if characters and tokens else None
 
     def answers(self, shape: str) -> Sequence[tuple[int, bool]]:
-        """Return lengths of answers of a shape, and whether each was cut; empty if too few."""
+        """Return answer lengths of a shape, and whether each answer was cut; empty if too few."""
         known = self._answers.get(shape, ())
         return known if len(known) >= FEWEST_ANSWERS else ()
 
 
 class Expectation(msgspec.Struct, frozen=True, kw_only=True):
-    """What is expected of the requests of one shape, each of them.
+    """Expected tokens of each request of one shape.
 
     Attributes:
-        requests: Of the batch.
-        from_history: Whether the answers' length is that of earlier ones, and no prior.
+        requests: Requests of the batch with this shape.
+        from_history: Whether the answer length is fixed or from history, not from the prior.
     """
 
     requests: int
@@ -116,22 +116,21 @@ class Expectation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """What a batch is expected to take.
+    """Expected tokens, time and price of a batch.
 
     Attributes:
-        requests: Usable ones.
-        seconds: Of answering them with the engine to themselves, from the first submission to the
-            last answer; None while nobody has measured the engine.
-        start_seconds: Until the engine is ready, if it is not running; None if not measured.
-        ahead_seconds: Until what is before it in the queue is done.
-        window_seconds: Of its completion window.
-        from_history: Share of the requests whose answers' length is known from earlier ones.
-        measurements: Of the engine's speed, on which the seconds rest.
-        costs: For a look at the work that is left while it runs.
-        price: Of the device for `seconds`; None if no price is set.
-        engine: What measurements of the engine are kept by; empty if that is not known.
-        at_a_time: Requests that it computes together at most.
-        created_at: POSIX seconds.
+        requests: Usable requests of the batch.
+        seconds: Time from the first submission to the last answer, with the engine to itself; None
+            if the engine was never measured.
+        start_seconds: Start-up time of an engine that is not running; None if not measured.
+        ahead_seconds: Time until the batches ahead of it are done.
+        window_seconds: Length of its completion window.
+        from_history: Share of the requests whose answer length is known from history.
+        measurements: Number of speed measurements behind `seconds`.
+        costs: Used by `RemainingWork` while the batch runs.
+        price: Price of the device for `seconds`; None if no price is set.
+        engine: Key of the engine's measurements; empty if unknown.
+        at_a_time: Most requests that the engine computes together.
     """
 
     requests: int
@@ -153,31 +152,31 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tokens(self) -> int:
-        """Expected in all, prompts and answers."""
+        """Expected tokens in total, prompts and answers."""
         return round(self.prompt_tokens.mid + self.completion_tokens.mid)
 
     @property
     def until_done(self) -> Band | None:
-        """Seconds from admission to the last answer: queue, start of the engine, work."""
+        """Seconds from admission to the last answer: queue, engine start and work."""
         if self.seconds is None:
             return None
         return self.seconds.shifted(self.ahead_seconds + (self.start_seconds or 0.0))
 
     @property
     def cannot_meet_window(self) -> bool:
-        """Whether even the optimistic end of the band is beyond the completion window."""
+        """Whether even the low end of the band exceeds the completion window."""
         done, window = self.until_done, self.window_seconds
         return done is not None and window is not None and done.low > window
 
     @property
     def may_miss_window(self) -> bool:
-        """Whether it is more likely than not to end beyond its completion window."""
+        """Whether the batch will more likely than not miss its completion window."""
         done, window = self.until_done, self.window_seconds
         return done is not None and window is not None and done.mid > window
 
 
 class _ShapeModel:
-    """The requests of one shape, ready to be drawn from."""
+    """The requests of one shape, from which token counts are drawn."""
 
     def __init__(
         self, totals: ShapeTotals, sample: Sequence[SampledRequest], history: TokenHistory
@@ -191,11 +190,11 @@ class _ShapeModel:
         self.spread = 0.0 if certain else BATCH_SPREAD if self.from_history else PRIOR_SPREAD
         size = sum(request.size_bytes for request in sample) or 1
         tokens = sum(_prompt_tokens(request, history) for request in sample)
-        #: Scaled by bytes, which are known of all: long requests outside the sample count, too.
+        #: Scaled by bytes, which are known for all requests, so long ones outside the sample count.
         self.prompt_tokens = tokens / size * totals.size_bytes
 
     def draw(self, dice: random.Random) -> tuple[float, float]:
-        """Return tokens of all answers, and of the longest."""
+        """Return the tokens of all answers, and of the longest one."""
         drawn = [self._answer(dice) for _ in range(min(self.requests, DRAWN_REQUESTS))]
         if not drawn:
             return 0.0, 0.0
@@ -205,7 +204,7 @@ class _ShapeModel:
         return mean * self.requests, min(max(tokens for tokens, _ in drawn) * factor, most)
 
     def _answer(self, dice: random.Random) -> tuple[float, float]:
-        """Return the tokens of one answer, and the most that it could have."""
+        """Return the tokens of one answer, and its cap."""
         request = dice.choice(self._sample)
         cap = math.inf if request.cap is None else float(request.cap * request.answers)
         if cap <= request.answers:
@@ -227,14 +226,13 @@ def estimate(
     at_a_time: int,
     seed: str = "",
 ) -> Estimate:
-    """Return what a batch will take on an engine to itself.
+    """Return the estimate of a batch that has the engine to itself.
 
     Args:
-        profile: Of the batch.
-        history: Of the model that answers.
-        throughput: Of the engine, the device and its memory settings; None if never measured.
-        at_a_time: Requests that are computed together.
-        seed: Of the draws.
+        history: History of the model that answers.
+        throughput: Speed of the engine on its device and memory level; None if never measured.
+        at_a_time: Most requests that the engine computes together.
+        seed: Seed of the draws.
     """
     models = _models(profile, history)
     dice = random.Random(seed)
@@ -306,7 +304,7 @@ def _prompt_tokens(request: SampledRequest, history: TokenHistory) -> float:
     if request.prompt_tokens is not None:
         return request.prompt_tokens
     if history.tokens_per_character is not None:
-        # What the template adds is in the ratio.
+        # The ratio includes the tokens that the template adds.
         return request.characters * history.tokens_per_character
     template = TEMPLATE_TOKENS if request.shape.startswith("chat") else 0
     return request.characters / CHARACTERS_PER_TOKEN + template
@@ -338,17 +336,20 @@ def _band(draws: Sequence[float]) -> Band:
 
 
 def seconds_band(band: Band) -> str:
-    """Return a band of seconds: `3 min 20 s (2 min 50 s to 4 min 5 s)`."""
+    """Format a band of seconds: `3 min 20 s (2 min 50 s to 4 min 5 s)`."""
     return f"{duration(band.mid)} ({duration(band.low)} to {duration(band.high)})"
 
 
 def tokens_band(band: Band) -> str:
-    """Return a band of tokens: `1,200 (900 to 1,800)`."""
+    """Format a band of tokens: `1,200 (900 to 1,800)`."""
     return f"{band.mid:,.0f} ({band.low:,.0f} to {band.high:,.0f})"
 
 
 def estimate_rows(estimate: Estimate) -> list[tuple[str, str]]:
-    """Return an estimate as names and texts, for a table; what is not known is said to be."""
+    """Return the rows of a table of the estimate, as names and texts.
+
+    A time that is not known is shown as such, not left out.
+    """
     time = "not known: this engine was never measured; the job benchmark_engine does it"
     if estimate.seconds is not None:
         time = seconds_band(estimate.seconds)
@@ -370,7 +371,7 @@ def estimate_rows(estimate: Estimate) -> list[tuple[str, str]]:
 
 
 def window_warning(estimate: Estimate) -> str | None:
-    """Return a sentence about a completion window that will hardly be met; None if it will."""
+    """Return a warning if the completion window may be missed; None otherwise."""
     done = estimate.until_done
     if done is None or estimate.window_seconds is None or not estimate.may_miss_window:
         return None

@@ -1,7 +1,7 @@
-"""Estimates of batches: made at admission, kept beside the plan and in the store, asked by others.
+"""Makes estimates at admission, and stores them beside the plan and in the store.
 
-`estimate.json` is written with the plan; `expected_seconds` reads it, so the queue can ask each
-tick without touching the store.
+`estimate.json` is written with the plan. `expected_seconds` reads that file, so the queue can call
+it at each tick without a query of the store.
 """
 
 import logging
@@ -30,7 +30,7 @@ _UNFINISHED = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationData:
-    """What the store has learned of an engine and its model; of a new one nothing."""
+    """Stored history and measurements of an engine and its model; empty for a new one."""
 
     history: TokenHistory = field(default_factory=TokenHistory)
     throughput: Throughput | None = None
@@ -38,7 +38,7 @@ class CalibrationData:
 
 
 def read_calibration_data(tables: EstimateTables, engine: EngineInForce) -> CalibrationData:
-    """Return what the store has learned of an engine and its model; nothing if there is none."""
+    """Return the calibration data of an engine and its model; empty if there is no store."""
     if not tables.exist:
         return CalibrationData()
     runs = tables.runs(**engine.key)
@@ -59,12 +59,11 @@ def estimate_profile(
     at: float,
     seed: str = "",
 ) -> Estimate:
-    """Return what a batch with this profile will take.
+    """Return the estimate of a batch with this profile.
 
     Args:
-        ahead_seconds: Until what is before it in the queue is done.
-        at: POSIX seconds.
-        seed: Of the draws, for example the file's hash.
+        ahead_seconds: Time until the batches ahead of it are done.
+        seed: Seed of the draws, for example the file's hash.
     """
     found = estimate(
         profile,
@@ -88,26 +87,26 @@ def estimate_profile(
 
 
 def write_estimate(batch_folder: Path, profile: TokenProfile, estimate: Estimate) -> None:
-    """Keep profile and estimate in the folder that is, or will be, the batch's.
+    """Write profile and estimate to the folder that is, or will be, the batch's.
 
-    Not fsynced: without them a batch is only estimated less well.
+    The files are not fsynced: their loss only makes later estimates less accurate.
     """
     (batch_folder / PROFILE).write_bytes(msgspec.json.encode(profile) + b"\n")
     (batch_folder / ESTIMATE).write_bytes(msgspec.json.encode(estimate) + b"\n")
 
 
 def read_profile(folder: DataFolder, batch_id: str) -> TokenProfile | None:
-    """Return the profile of a batch; None if none was kept."""
+    """Return the profile of a batch; None if it is missing or unreadable."""
     return _read(folder, batch_id, PROFILE, TokenProfile)
 
 
 def read_estimate(folder: DataFolder, batch_id: str) -> Estimate | None:
-    """Return the estimate that was made of a batch when it was admitted; None if none was kept."""
+    """Return the estimate made at a batch's admission; None if it is missing or unreadable."""
     return _read(folder, batch_id, ESTIMATE, Estimate)
 
 
 def record_estimate(folder: DataFolder, store: Store, batch_id: str) -> None:
-    """Tell the store of a batch's estimate; twice is as once."""
+    """Store the batch's estimate. Idempotent."""
     if (estimate := read_estimate(folder, batch_id)) is not None:
         EstimateTables(store).add_estimate(batch_id, estimate)
 
@@ -115,11 +114,10 @@ def record_estimate(folder: DataFolder, store: Store, batch_id: str) -> None:
 def expected_seconds(
     plan: BatchPlan, *, folder: DataFolder, pending: int | None = None
 ) -> Band | None:
-    """Return how long a batch will keep the engine busy; None while nobody has measured it.
+    """Return the time for which a batch will keep the engine busy; None if not estimated.
 
     Args:
-        plan: Of the batch.
-        pending: Only so many of its requests.
+        pending: Scale to this number of requests; all of them by default.
     """
     estimate = read_estimate(folder, plan.batch_id)
     if estimate is None or estimate.seconds is None:
@@ -130,7 +128,7 @@ def expected_seconds(
 
 
 def expected_ahead(folder: DataFolder, store: Store, *, priority: int) -> float:
-    """Return the seconds that unfinished batches of this priority or a higher one will take."""
+    """Return the expected seconds of unfinished batches with this or a higher priority."""
     seconds = 0.0
     for record in store.unfinished():
         if record.status not in _UNFINISHED or record.options.priority < priority:
@@ -142,7 +140,7 @@ def expected_ahead(folder: DataFolder, store: Store, *, priority: int) -> float:
 
 
 def read_estimate_in(batch_folder: Path) -> Estimate | None:
-    """Return the estimate that lies in a folder that is, or will be, a batch's."""
+    """Return the estimate in a folder that is, or will be, a batch's; None if unreadable."""
     return _decoded(batch_folder / ESTIMATE, Estimate)
 
 

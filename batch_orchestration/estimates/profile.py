@@ -1,4 +1,4 @@
-"""What a batch asks for, told while its file is read once: shapes of requests, and a sample."""
+"""The profile of a batch, made in one pass over its file: shapes of requests, and a sample."""
 
 import hashlib
 import heapq
@@ -9,15 +9,15 @@ import msgspec
 
 from batch_orchestration.core.requests import TOKEN_LIMITS, Request, as_integer
 
-#: Enough that the mean of what is sampled is within a few per cent, few enough to be tokenized.
+#: Enough for a mean within a few per cent, and few enough to tokenize.
 SAMPLE_PER_SHAPE = 200
-#: Answers up to so many tokens are labels and short sentences; they mostly use what they may.
+#: Cap of short answers: labels and short sentences, which mostly use up their cap.
 SMALL_CAP = 64
-#: Tokens of all answers to a request; the few that may have more are a shape of their own. Else
-#: one of them in the sample would stand for hundreds that are not like it.
+#: Tokens of all answers to a request, above which it has a shape of its own. Otherwise one such
+#: request in the sample would represent hundreds of smaller ones.
 LARGE_CAP = 2**15
-#: Answers to one request, and tokens of each, that are expected at most where nothing is known of
-#: the engine: OpenAI gives 128 at most, and few contexts are longer.
+#: Limits on the answers to one request (as OpenAI's API has), and on the tokens of each if the
+#: engine's context is unknown (few contexts are longer).
 MOST_ANSWERS, LONGEST_CONTEXT = 128, 2**17
 
 _KINDS = {
@@ -29,14 +29,14 @@ EMBEDDING = "embedding"
 
 
 class SampledRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that stands for others of its shape.
+    """A request that represents others of its shape.
 
     Attributes:
-        size_bytes: Of the body.
-        characters: Of the text that goes into the prompt.
-        cap: Most tokens that an answer may have, and can have on the engine; None without a limit.
-        answers: How many are asked for (`n`), at most `MOST_ANSWERS`.
-        prompt_tokens: As the model's tokenizer counts them; None where there is none.
+        size_bytes: Size of the body.
+        characters: Characters of the prompt's text.
+        cap: Most tokens that request and engine allow for an answer; None without a limit.
+        answers: Number of answers requested (`n`), at most `MOST_ANSWERS`.
+        prompt_tokens: Count by the model's tokenizer; None without a tokenizer.
     """
 
     index: int
@@ -49,14 +49,14 @@ class SampledRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ShapeTotals(msgspec.Struct, frozen=True, kw_only=True):
-    """How many requests of the batch have a shape, and the bytes of their bodies."""
+    """Number of a batch's requests with one shape, and the bytes of their bodies."""
 
     requests: int
     size_bytes: int
 
 
 class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """What is kept of a batch to estimate it: exact counts by shape, and a sample of each shape."""
+    """The basis of an estimate: exact counts by shape, and a sample of each shape."""
 
     shapes: dict[str, ShapeTotals]
     sample: tuple[SampledRequest, ...]
@@ -68,15 +68,15 @@ class TokenProfile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Profiler:
-    """Adds up a batch request by request, in memory that does not grow with it.
+    """Profiles a batch request by request, in memory that does not grow with the batch.
 
-    Which requests are sampled depends on their content alone: the same file gives the same profile.
+    The sample depends only on index and `custom_id` of each request, so the same file always gives
+    the same profile.
 
     Args:
-        max_tokens_cap: Upper bound that the deployment puts on every answer.
-        longest: Tokens of the engine's context; None where it is not known.
-        count_tokens: Counts the prompt of an endpoint's body by the model's tokenizer; None where
-            it cannot.
+        max_tokens_cap: The deployment's upper bound for every answer.
+        longest: Tokens of the engine's context; None if unknown.
+        count_tokens: Returns the prompt tokens of a body, by endpoint and body; None if it cannot.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Profiler:
         self._longest = longest or LONGEST_CONTEXT
         self._count_tokens = count_tokens
         self._totals: dict[str, list[int]] = {}
-        #: By shape, those whose hash is smallest: highest of them first.
+        #: By shape, a heap of the requests with the smallest hashes, the highest of these on top.
         self._sampled: dict[str, list[tuple[int, int, SampledRequest]]] = {}
 
     def add(self, request: Request) -> None:
-        """Take note of a usable request, or raise and take none."""
+        """Count a usable request. If this raises, the totals stay as they were."""
         shape = shape_of_request(request, max_tokens_cap=self._cap)
         sampled = self._sampled.setdefault(shape, [])
         key = -_hash(request)
@@ -107,7 +107,7 @@ class Profiler:
         totals[1] += len(request.body)
 
     def profile(self) -> TokenProfile:
-        """Return what was found so far."""
+        """Return the profile of the requests added so far."""
         sample = [request for sampled in self._sampled.values() for _, _, request in sampled]
         return TokenProfile(
             shapes={
@@ -132,7 +132,7 @@ class Profiler:
 
 
 def shape_of_request(request: Request, *, max_tokens_cap: int | None) -> str:
-    """Return the shape of a request: requests of one shape have answers of about one length."""
+    """Return the shape of a request. Answers to requests of one shape have similar lengths."""
     kind = _KINDS.get(request.endpoint, "other")
     if kind == EMBEDDING:
         return kind
@@ -150,7 +150,7 @@ def shape_of_request(request: Request, *, max_tokens_cap: int | None) -> str:
 
 
 def _answer_cap(endpoint: str, fields: Mapping[str, Any], max_tokens_cap: int | None) -> int | None:
-    """Return the most tokens that an answer may have; None without a limit."""
+    """Return the limit on the tokens of an answer; None without a limit."""
     if _KINDS.get(endpoint) == EMBEDDING:
         return 0
     limits = [
@@ -164,12 +164,12 @@ def _answer_cap(endpoint: str, fields: Mapping[str, Any], max_tokens_cap: int | 
 
 
 def _answers(fields: Mapping[str, Any]) -> int:
-    """Return how many answers are asked for."""
+    """Return the number of answers requested."""
     return max(1, as_integer(fields.get("n")) or 1)
 
 
 def prompt_texts(endpoint: str, body: Mapping[str, Any]) -> list[str]:
-    """Return the texts that go into the prompt, in order; what is no text is left out."""
+    """Return the texts of the prompt, in order; other content is left out."""
     if endpoint == "/v1/chat/completions":
         messages = body.get("messages")
         if not isinstance(messages, list):

@@ -1,7 +1,7 @@
-"""Counts prompts as vLLM will: with the model's own tokenizer and chat template.
+"""Counts prompt tokens as vLLM does, with the model's own tokenizer and chat template.
 
-The library `tokenizers` comes with vLLM. Where it, or the model's `tokenizer.json`, is not at hand,
-nothing is counted and estimates rest on characters.
+The library `tokenizers` comes with vLLM. Without it, or without the model's `tokenizer.json`,
+estimates are based on characters.
 """
 
 import functools
@@ -16,9 +16,9 @@ from batch_orchestration.estimates.profile import prompt_texts
 
 logger = logging.getLogger(__name__)
 
-#: What ChatML puts around a message, and around the whole, where no template can be rendered.
+#: Tokens that ChatML adds, used if no template can be rendered.
 TOKENS_PER_MESSAGE, TOKENS_PER_CONVERSATION = 4, 3
-#: Of a sampled prompt so much is tokenized; the rest is taken to be like it.
+#: Limit on the tokenized part of a prompt; the count of the rest is extrapolated.
 CHARACTERS_TOKENIZED = 50_000
 _CHAT = "/v1/chat/completions"
 
@@ -29,9 +29,9 @@ class PromptCounter:
     """Counts tokens for one model.
 
     Args:
-        encode: Returns how many tokens a text has, with or without the special tokens that the
-            model puts around a text.
-        render: Makes a conversation the text that the model sees; None if nobody knows how.
+        encode: Returns the number of tokens of a text, with or without the special tokens that the
+            model adds.
+        render: Applies the chat template to a conversation; None without a template.
     """
 
     def __init__(self, encode: Callable[[str, bool], int], render: Render | None) -> None:
@@ -39,11 +39,11 @@ class PromptCounter:
         self._render = render
 
     def text_tokens(self, text: str) -> int:
-        """Return the tokens of a text by itself, exactly."""
+        """Return the exact number of tokens of a text, without special tokens."""
         return self._encode(text, False)
 
     def prompt_tokens(self, endpoint: str, body: Mapping[str, Any]) -> int | None:
-        """Return about how many tokens the prompt of a body has; None if it has no text."""
+        """Return the approximate tokens of a body's prompt; None if it has no text."""
         texts = prompt_texts(endpoint, body)
         if not texts:
             return None
@@ -68,13 +68,13 @@ class PromptCounter:
         ]
         try:
             return None if self._render is None else self._render(messages)
-        except Exception as error:  # noqa: BLE001 - a template is a program of somebody else's
+        except Exception as error:  # noqa: BLE001 - a template is third-party code
             logger.debug("the chat template does not render: %s", error)
             return None
 
 
 def prompt_counter(folder: Path | None) -> PromptCounter | None:
-    """Return what counts for the model in a folder; None if nothing here can."""
+    """Return the token counter of the model in a folder; None if it is not available."""
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     return _load(folder, (folder / "tokenizer.json").stat().st_mtime_ns)
@@ -83,7 +83,7 @@ def prompt_counter(folder: Path | None) -> PromptCounter | None:
 @functools.lru_cache(maxsize=2)
 def _load(folder: Path, modified: int) -> PromptCounter | None:
     try:
-        # Comes with vLLM; where only a remote engine is asked, it need not be there.
+        # Comes with vLLM; a deployment with a remote engine may lack it.
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""When a batch will be done, by the tokens that are left and not by counting requests."""
+"""Estimates when a batch will be done, from its remaining tokens rather than its requests."""
 
 from collections import Counter, deque
 
@@ -6,17 +6,17 @@ from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.estimates.costs import GUESSED
 from batch_orchestration.estimates.estimate import Estimate
 
-#: Long answers arrive in bursts: a shorter window would take each for a change of speed.
+#: Long answers arrive in bursts: in a shorter window, each would look like a change of speed.
 WINDOW_SECONDS = 120.0
-#: What was expected of a shape counts as much as so many answers of it.
+#: Weight of the expectation of a shape, as a number of its answers.
 EXPECTATION_WEIGHT = 5.0
 
 
 class RemainingWork:
-    """Learns from each answer what the others of its shape will take.
+    """Learns the remaining work of each shape from its answers.
 
-    Work is counted in the estimate's costs, so that a prompt of 3,000 tokens with an answer of two
-    is not taken for one of 700 with an answer of a thousand.
+    Work is measured in the estimate's costs, to tell a prompt of 3,000 tokens with an answer of two
+    from a prompt of 700 with an answer of a thousand.
     """
 
     def __init__(self, estimate: Estimate) -> None:
@@ -31,12 +31,12 @@ class RemainingWork:
         self._samples: deque[tuple[float, float]] = deque()
 
     def begin(self, now: float) -> None:
-        """Note that the engine is ready: speed counts from now."""
+        """Measure the speed from now on, when the engine is ready."""
         self._samples.clear()
         self.sample(now)
 
     def count(self, shape: str, outcome: Outcome) -> None:
-        """Take note of an outcome; one that is no answer took no work worth counting."""
+        """Count an outcome; a failure counts as no work."""
         self._seen[shape] += 1
         if isinstance(outcome, Completion):
             work = self._cost(outcome.usage.prompt_tokens, outcome.usage.completion_tokens)
@@ -44,13 +44,13 @@ class RemainingWork:
             self._done += work
 
     def sample(self, now: float) -> None:
-        """Remember how much is done at this moment; call about once a second."""
+        """Record the work done so far; call about once a second."""
         self._samples.append((now, self._done))
         while len(self._samples) > 2 and now - self._samples[0][0] > WINDOW_SECONDS:
             self._samples.popleft()
 
     def seconds_left(self, pending: int) -> float | None:
-        """Return how long so many requests will take; None before the first answer."""
+        """Return the seconds that `pending` requests will take; None before the first answer."""
         if not pending:
             return 0.0
         if len(self._samples) < 2:
@@ -61,9 +61,10 @@ class RemainingWork:
         return self._pending_work(pending) / ((now - before) / (end - start))
 
     def _pending_work(self, pending: int) -> float:
-        """Return the work of what is left, shape by shape.
+        """Return the work of the pending requests, by shape.
 
-        What other runs have done is not known by shape: it is taken to be like what is left.
+        Outcomes of other runs are not known by shape, so they are assumed to have the same mix of
+        shapes as the remaining requests.
         """
         left = {
             shape: max(0, expected.requests - self._seen[shape])

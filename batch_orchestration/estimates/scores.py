@@ -1,4 +1,4 @@
-"""How good estimates were: estimate against actual, batch by batch and over the last of them."""
+"""The accuracy of estimates: estimated against actual figures, of one batch and of several."""
 
 import statistics
 from collections.abc import Sequence
@@ -9,14 +9,12 @@ from batch_orchestration.estimates.estimate import Band, Basis
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):
-    """An estimate beside what the batch took.
+    """Expected and actual figures of a batch.
 
     Attributes:
-        scored_at: POSIX seconds.
-        expected_tokens: Of all answers.
-        actual_tokens: The same.
-        expected_seconds: None where the engine had never been measured when it was estimated.
-        actual_seconds: During which the engine had at least one request of the batch.
+        expected_tokens: Completion tokens, as in `actual_tokens`.
+        expected_seconds: None if the engine had not been measured at the time of the estimate.
+        actual_seconds: Time during which the engine had at least one request of the batch.
     """
 
     batch_id: str
@@ -32,7 +30,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def error(self) -> float | None:
-        """|estimate - actual| / actual of the seconds; None where there is nothing to compare."""
+        """|estimate - actual| / actual of the seconds; None if either is missing."""
         if self.expected_seconds is None or self.actual_seconds <= 0:
             return None
         return abs(self.expected_seconds.mid - self.actual_seconds) / self.actual_seconds
@@ -45,21 +43,21 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def token_error(self) -> float | None:
-        """The same of prompt and answer tokens together."""
+        """|estimate - actual| / actual of the tokens, prompts and answers together."""
         actual = self.actual_prompt_tokens + self.actual_tokens
         expected = self.expected_prompt_tokens.mid + self.expected_tokens.mid
         return abs(expected - actual) / actual if actual else None
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """How estimates of the last batches were, taken together.
+    """The accuracy of the estimates of several batches.
 
     Attributes:
-        batches: Scored ones.
-        with_seconds: Those whose seconds were estimated.
-        median_error: Of the seconds.
-        inside: Share of them whose seconds are within the band; 0.8 would be just right.
-        median_token_error: Of the tokens.
+        batches: Number of scored batches.
+        with_seconds: Number of batches with an error of the seconds.
+        median_error: Median error of the seconds.
+        inside: Share of estimated times whose actual seconds are within the band; ideally 0.8.
+        median_token_error: Median error of the tokens.
     """
 
     batches: int
@@ -70,7 +68,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def calibration(scores: Sequence[Score]) -> Calibration:
-    """Return how good estimates were, taken together."""
+    """Return the accuracy of several estimates."""
     errors = [score.error for score in scores if score.error is not None]
     inside = [score.inside for score in scores if score.inside is not None]
     token_errors = [score.token_error for score in scores if score.token_error is not None]

@@ -1,4 +1,4 @@
-"""Scores: what a batch took beside what it was expected to take, and what that teaches."""
+"""Scores the estimate of a delivered batch, and stores its measurements for later estimates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.store.store import Store
 
-#: Batches that the calibration looks back on.
+#: Number of latest batches in the calibration.
 LAST_BATCHES = 20
-#: A batch that ended before its time says nothing about an estimate of the whole.
+#: Codes of an early end: such a batch cannot be compared with an estimate of the whole.
 _CUT_SHORT = (FailureCode.BATCH_CANCELLED, FailureCode.BATCH_EXPIRED)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch's score, and how estimates were up to then."""
+    """A batch's score, and the accuracy of the latest estimates up to it."""
 
     score: Score
     calibration: Calibration
@@ -36,10 +36,12 @@ def score_batch(
     store: Store,
     clock: Callable[[], float],
 ) -> Scored | None:
-    """Score the estimate of a batch whose requests all have an outcome, once.
+    """Score the estimate of a batch whose requests all have an outcome. Idempotent.
 
-    What was measured and a sample of its answers are kept for the next estimates. Scoring again
-    returns the same. None without an estimate, without an answer, and of a batch cut short.
+    Measurements and a sample of the answers are stored for later estimates.
+
+    Returns:
+        None without an estimate, without an answer, or if the batch ended early.
     """
     tables = EstimateTables(store)
     estimate = read_estimate(folder, plan.batch_id)

@@ -1,4 +1,4 @@
-"""Tables of the store about estimates: what was expected, what was measured, what engines said."""
+"""Tables of estimates in the store: estimates, scores, measurements and reported engine facts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from batch_orchestration.estimates.scores import Score
 from batch_orchestration.store import rows
 from batch_orchestration.store.store import Store
 
-#: Histories do not grow without end: what is older says less than what is newer.
+#: Limits on the history read: older entries predict less than newer ones.
 ANSWERED_READ = 20_000
 MEASUREMENTS_READ = 60
 
-#: Time during which at least one request of a run was with the engine: waits and other batches
-#: between them are not the engine's speed.
+#: Figures of each run. Its seconds are the time during which the engine had at least one of its
+#: requests: waits and other batches in between do not count towards the engine's speed.
 _RUNS = """
     WITH spans AS (
         SELECT *, epoch(settled_at) AS ended, epoch(settled_at) - latency_seconds AS began
@@ -39,13 +39,13 @@ _RUNS = """
 
 
 class EngineRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine did in one run of a batch, or in one round of a calibration.
+    """Work of an engine in one run of a batch, or in one round of a calibration.
 
     Attributes:
+        rung: Memory level in force, in words; empty if memory is not ours to set.
         longest: Tokens of the longest answer.
-        at_a_time: Most requests that it had together.
-        measured_at: POSIX seconds.
-        seconds: During which it had at least one request.
+        at_a_time: Most requests that the engine had at a time.
+        seconds: Time during which the engine had at least one request.
     """
 
     run_id: str
@@ -63,7 +63,7 @@ class EngineRun(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def measurement(self) -> Measurement:
-        """The same, as throughput is fitted to it."""
+        """The run as an input of `throughput`."""
         work = Work(
             requests=self.requests,
             prompt_tokens=self.prompt_tokens,
@@ -79,14 +79,13 @@ class EngineRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine said of itself when it had started.
+    """Facts that an engine reported after its start.
 
     Attributes:
-        models: Names that it answers to.
-        max_model_len: Longest request, prompt and answer; None if it does not tell.
-        kv_cache_tokens: What its KV cache holds; None if it does not tell.
-        start_seconds: How long it took to become ready.
-        seen_at: POSIX seconds.
+        models: Model names that the engine serves.
+        max_model_len: Most tokens of a request, prompt and answer; None if not reported.
+        kv_cache_tokens: Capacity of the KV cache; None if not reported.
+        start_seconds: Time until the engine was ready.
     """
 
     models: tuple[str, ...]
@@ -97,7 +96,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SampledResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of one answered request; `cut` if its answer ended at its cap."""
+    """Tokens of an answered request; `cut` if its answer ended at its cap."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -105,18 +104,18 @@ class SampledResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EstimateTables:
-    """The part of the store that estimates rest on. Methods raise as those of `Store` do."""
+    """The queries of estimates. Methods raise the same errors as those of `Store`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     @property
     def exist(self) -> bool:
-        """Whether there is a store: looking for what it learned must not make one."""
+        """Whether there is a store; a query must not create one."""
         return self._store.exists
 
     def add_estimate(self, batch_id: str, estimate: Estimate) -> None:
-        """Keep the estimate of a batch, unless there is one."""
+        """Store the estimate of a batch, unless it already has one."""
         row = _estimate_row(batch_id, estimate)
         with self._store.writing() as db:
             if not rows.select(db, "estimates", ["1"], "WHERE batch_id = ?", [batch_id]):
@@ -124,7 +123,10 @@ class EstimateTables:
 
     def score(self, score: Score, runs: Sequence[EngineRun], *, model: str, device: str,
               answered: Sequence[AnsweredRequest]) -> None:  # fmt: skip
-        """Keep what a batch took, once: a later score of the same batch changes nothing."""
+        """Store the score of a batch, its runs and its sampled answers in one transaction.
+
+        Idempotent: a later score of the same batch changes nothing.
+        """
         at = rows.timestamp(score.scored_at)
         with self._store.writing() as db:
             (done,) = db.execute(
@@ -150,7 +152,7 @@ class EstimateTables:
             rows.insert(db, "answered_requests", _ANSWERED, found)
 
     def scores(self, *, limit: int, until: float | None = None) -> list[Score]:
-        """Return the latest scores, newest first; those up to a moment if it is given."""
+        """Return the latest scores, newest first, up to `until` if it is given."""
         where = "WHERE scored_at IS NOT NULL" + (" AND scored_at <= ?" if until else "")
         parameters = [rows.timestamp(until)] if until else []
         with self._store.reading() as db:
@@ -164,7 +166,7 @@ class EstimateTables:
         return [_score(row) for row in found]
 
     def scores_since(self, since: float) -> list[Score]:
-        """Return all scores that are later than a moment, oldest first."""
+        """Return all scores later than `since`, oldest first."""
         with self._store.reading() as db:
             found = rows.select(
                 db,
@@ -176,7 +178,7 @@ class EstimateTables:
         return [_score(row) for row in found]
 
     def score_of(self, batch_id: str) -> Score | None:
-        """Return the score of a batch; None while it has none."""
+        """Return the score of a batch; None if it has none."""
         with self._store.reading() as db:
             found = rows.select(
                 db, "estimates", _SCORE, "WHERE batch_id = ? AND scored_at IS NOT NULL", [batch_id]
@@ -184,7 +186,7 @@ class EstimateTables:
         return _score(found[0]) if found else None
 
     def runs_of(self, batch_id: str, *, at_a_time: int) -> list[EngineRun]:
-        """Return what engines did in each run of a batch, by its answered requests."""
+        """Return the work of the engine in each run of a batch, from its answered requests."""
         with self._store.reading() as db:
             found = db.execute(_RUNS, [batch_id, batch_id]).fetchall()
         return [
@@ -206,7 +208,7 @@ class EstimateTables:
         ]
 
     def results_of(self, batch_id: str, indices: Sequence[int]) -> dict[int, SampledResult]:
-        """Return tokens of those of the requests that were answered, by index."""
+        """Return the tokens of the answered ones among these requests, by index."""
         with self._store.reading() as db:
             found = db.execute(
                 "SELECT request_index, prompt_tokens, completion_tokens, finish_reason"
@@ -222,7 +224,7 @@ class EstimateTables:
         }
 
     def answered(self, model: str) -> list[AnsweredRequest]:
-        """Return the sampled requests of the latest batches of a model."""
+        """Return the sampled requests of a model's latest batches."""
         with self._store.reading() as db:
             found = rows.select(
                 db,
@@ -234,13 +236,13 @@ class EstimateTables:
         return [AnsweredRequest(**row) for row in found]
 
     def add_runs(self, runs: Sequence[EngineRun], *, model: str, device: str) -> None:
-        """Keep what was measured."""
+        """Store measurements."""
         with self._store.writing() as db:
             for run in runs:
                 _insert(db, "benchmarks", _run_row(run, model, device))
 
     def runs(self, *, engine: str, model: str, device: str) -> list[EngineRun]:
-        """Return the latest measurements of an engine, on the memory settings used last."""
+        """Return the latest measurements of an engine at the memory level used last."""
         where = "WHERE engine = ? AND model = ? AND device = ?"
         with self._store.reading() as db:
             found = rows.select(
@@ -266,7 +268,7 @@ class EstimateTables:
     def put_facts(
         self, facts: EngineInfo, *, engine: str, model: str, device: str, args_hash: str
     ) -> None:
-        """Keep what an engine said of itself, in place of what it said before."""
+        """Replace the facts that an engine reported before."""
         key = {"engine": engine, "model": model, "device": device, "args_hash": args_hash}
         with self._store.writing() as db:
             db.execute(f"DELETE FROM engine_facts {_WHERE_ENGINE}", list(key.values()))
@@ -282,7 +284,7 @@ class EstimateTables:
             )
 
     def facts(self, *, engine: str, model: str, device: str, args_hash: str) -> EngineInfo | None:
-        """Return what an engine with these settings said of itself last."""
+        """Return the facts that an engine with these flags reported last; None without any."""
         with self._store.reading() as db:
             found = rows.select(
                 db,

@@ -1,4 +1,4 @@
-"""Atomic and durable writes, and what the disk says when they fail."""
+"""Atomic and durable writes, reading of small JSON files, and exceptions for disk errors."""
 
 import contextlib
 import errno
@@ -13,22 +13,22 @@ import msgspec
 from batch_orchestration.core.errors import DiskFull, FileDamaged, StorageError, TooManyOpenFiles
 from batch_orchestration.files.regular import NO_DESCRIPTOR, open_regular
 
-#: No blocks, no quota, or the process's own limit on the size of files.
+#: No blocks left, quota used up, or the process's own limit on file size reached.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-#: Temporary names stay well below the 255 bytes that file systems allow.
+#: Characters of the name kept in a temporary name, well below the file systems' 255 bytes.
 _NAME_KEPT = 40
 Kept = TypeVar("Kept")
 
 
 def read_kept(path: Path, kind: type[Kept]) -> Kept | None:
-    """Return what is kept in a small JSON file; None if nothing is there.
+    """Return the content of a small JSON file; None if the file does not exist.
 
-    The one reader of such files, so that damage always has the same exception. It never waits: a
-    pipe or a socket in the file's place is damage, as is a link that leads nowhere.
+    All such files are read here, so that damage always raises the same exception. The function
+    never blocks: a pipe, a socket or a broken link in the file's place counts as damage.
 
     Raises:
-        FileDamaged: Something is there that is no such file, or cannot be read.
-        TooManyOpenFiles: It cannot be read just now.
+        FileDamaged: The path is not a file of this type, or cannot be read.
+        TooManyOpenFiles: No descriptor is left; retry later.
     """
     try:
         with open_regular(path) as file:
@@ -45,19 +45,20 @@ def read_kept(path: Path, kind: type[Kept]) -> Kept | None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file durably: readers and crashes see the old content or the new, nothing between."""
+    """Write a file durably: readers see the old content or the new, also after a crash."""
     with atomic_writer(path) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Open a stream that becomes `path`, durably, at the end of a body that does not raise.
+    """Open a stream whose content durably replaces `path` at the end of the context.
 
-    Missing folders are made. If the body raises, `path` is as before and no rest is left.
+    Missing folders are created. If the body raises, `path` is unchanged and no temporary file is
+    left.
 
     Raises:
-        Shortage: There is no room, whether found by the body or at the end, or no descriptor.
+        Shortage: No space or no descriptor is left, in the body or at its end.
         StorageError: The folder cannot be written.
     """
     temporary = path.with_name(f".{path.name[:_NAME_KEPT]}.{secrets.token_hex(6)}.tmp")
@@ -65,7 +66,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         make_folder(path.parent)
         file = temporary.open("xb")
     try:
-        # Closing writes what is left in the buffer, and may be what finds the disk full.
+        # Closing flushes the buffer, and so may find the disk full.
         with shortages(path), file:
             yield file
             with disk_errors(path):
@@ -79,7 +80,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make creations and renames in a folder survive a power loss."""
+    """Make creations and renames in a folder durable across a power loss."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -89,7 +90,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system into `StorageError`, a lack of room into `Shortage`."""
+    """Convert `OSError` to `StorageError`; a lack of space or descriptors to `Shortage`."""
     try:
         with shortages(path):
             yield
@@ -98,24 +99,24 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and every one above it that is missing, so that all survive a power loss.
+    """Create a folder and its missing parents, durable across a power loss.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: A folder cannot be created.
     """
     missing = [folder, *folder.parents]
     missing = missing[: next(n for n, each in enumerate(missing) if each.exists())]
     for each in reversed(missing):
-        # Somebody else may make the same one meanwhile; who syncs it does not matter.
+        # Another process may create the same folder meanwhile; either may sync it.
         each.mkdir(exist_ok=True)
         sync_folder(each.parent)
     if not missing:
-        folder.mkdir(exist_ok=True)  # raises if it is no folder
+        folder.mkdir(exist_ok=True)  # raises if the path is not a folder
 
 
 @contextlib.contextmanager
 def shortages(path: Path) -> Iterator[None]:
-    """Turn a lack of room or of descriptors into `Shortage`, and let every other error pass."""
+    """Convert a lack of space or descriptors to `Shortage`; other errors propagate unchanged."""
     try:
         yield
     except OSError as error:

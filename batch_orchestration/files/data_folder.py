@@ -1,4 +1,4 @@
-"""The data folder, and files that appear whole or not at all."""
+"""The data folder: its paths, and the files of each batch's plan and decisions."""
 
 import os
 from dataclasses import dataclass
@@ -38,11 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class DataFolder:
-    """The folder named by the setting `data_dir`: where everything of ours lies.
-
-    Attributes:
-        root: Made absolute.
-    """
+    """The folder named by the setting `data_dir`, with all our files; `root` becomes absolute."""
 
     root: Path
 
@@ -51,17 +47,17 @@ class DataFolder:
 
     @property
     def inbox(self) -> Path:
-        """Where users drop files."""
+        """Folder into which users drop files."""
         return self.root / "inbox"
 
     @property
     def rejected(self) -> Path:
-        """Dropped files of which nothing could be used, with their reasons."""
+        """Dropped files that were rejected, with the reasons."""
         return self.inbox / "rejected"
 
     @property
     def claims(self) -> Path:
-        """Dropped files that are ours to read, not yet admitted."""
+        """Dropped files that are claimed but not yet admitted."""
         return self.root / "claims"
 
     @property
@@ -86,105 +82,105 @@ class DataFolder:
 
     @property
     def heartbeats(self) -> Path:
-        """What each run worker says of itself every few seconds, by run id."""
+        """Heartbeat files of the run workers, by run id."""
         return self.root / "heartbeats"
 
     @property
     def duckdb(self) -> Path:
-        """The store's file."""
+        """The DuckDB file of the store."""
         return self.root / "batch.duckdb"
 
     @property
     def queue(self) -> Path:
-        """The queue as `dispatch_sensor` last saw it."""
+        """The queue, as last written by `dispatch_sensor`."""
         return self.root / "queue.json"
 
     @property
     def paused(self) -> Path:
-        """There while the queue is paused."""
+        """Exists while the queue is paused."""
         return self.root / "paused.json"
 
     @property
     def needs(self) -> Path:
-        """The batches that wait for a person."""
+        """The batches that need attention from a person."""
         return self.root / "needs-attention.json"
 
     @property
     def refusal(self) -> Path:
-        """That the engine does not let us in, or that it did again."""
+        """The engine's latest refusal of access, and when access was restored."""
         return self.root / "engine-refuses-us.json"
 
     @property
     def health(self) -> Path:
-        """What `health_sensor` last found."""
+        """The latest findings of `health_sensor`."""
         return self.root / "health.json"
 
     @property
     def alerts(self) -> Path:
-        """The alert state; `alert_sensor` alone writes it."""
+        """The alert state; only `alert_sensor` writes it."""
         return self.root / "alerts.json"
 
     @property
     def scans(self) -> Path:
-        """What was found in files that wait in the inbox for room."""
+        """File scans of the files that wait in the inbox for capacity."""
         return self.root / "scans"
 
     @property
     def unfinished(self) -> Path:
-        """An empty file for each batch that ticks have to look at on the disk."""
+        """An empty file for each batch whose folder sensor ticks have to read."""
         return self.root / "unfinished"
 
     @property
     def fences(self) -> Path:
-        """One file per GPU that is not to be used."""
+        """One file per GPU that must not be used."""
         return self.root / "fences"
 
     @property
     def memory_levels(self) -> Path:
-        """Which memory settings worked, by engine."""
+        """The memory levels that worked, by engine."""
         return self.root / "memory-levels.json"
 
     def create(self) -> None:
-        """Make every folder that is missing."""
+        """Create every missing folder."""
         ours = (self.inbox, self.rejected, self.claims, self.batches, self.journals)
         for folder in (*ours, self.outbox, self.logs):
             make_folder(folder)
         if not os.path.lexists(self.unfinished):
             make_folder(self.unfinished)
-        # Its own content is nobody else's, so what lies below is not looked through.
+        # The top folders suffice: they contain only our own files.
         for folder in filter(Path.exists, (self.root, *ours, self.unfinished)):
             share(folder)
 
     def plan_path(self, batch_id: str) -> Path:
-        """Where the plan of a batch is kept."""
+        """Path of a batch's plan."""
         return self.batches / _folder_name(batch_id) / "plan.json"
 
     def input_path(self, batch_id: str) -> Path:
-        """Where the input of a batch is kept, uncompressed; an original `.gz` lies beside it."""
+        """Path of a batch's kept input, uncompressed; an original `.gz` lies beside it."""
         return self.batches / _folder_name(batch_id) / "input.jsonl"
 
     def early_end_path(self, batch_id: str) -> Path:
-        """Where it is kept that a batch ends early; that it exists is the decision."""
+        """Path of the decision to end a batch early; the batch ends early if the file exists."""
         return self.batches / _folder_name(batch_id) / "early-end.json"
 
     def halt_path(self, batch_id: str) -> Path:
-        """Where it is kept that a batch is paused, because too many of its requests fail."""
+        """Path of the decision to pause a batch because too many of its requests fail."""
         return self.batches / _folder_name(batch_id) / "halted.json"
 
     def resumption_path(self, batch_id: str) -> Path:
-        """Where it is kept that a batch which had ended early goes on."""
+        """Path of the decision to resume a batch."""
         return self.batches / _folder_name(batch_id) / "resumed.json"
 
     def progress_path(self, batch_id: str) -> Path:
-        """Where the run of a batch says how far it is."""
+        """Path of the progress file, written by the batch's run."""
         return self.batches / _folder_name(batch_id) / "progress.json"
 
     def pruned_path(self, batch_id: str) -> Path:
-        """What is there once the journals of a batch were removed on purpose."""
+        """Path of the marker for a batch whose journals housekeeping has removed."""
         return self.batches / _folder_name(batch_id) / "pruned.json"
 
     def journal_path(self, batch_id: str, number: int) -> Path:
-        """Where outcomes of a chunk are recorded."""
+        """Path of a chunk's journal."""
         return self.journals / _folder_name(batch_id) / f"{number:05d}.journal"
 
     def outbox_path(self, batch_id: str) -> Path:
@@ -192,23 +188,23 @@ class DataFolder:
         return self.outbox / _folder_name(batch_id)
 
     def heartbeat_path(self, run_id: str) -> Path:
-        """Where the worker of a run says every few seconds that it lives."""
+        """Path of a run worker's heartbeat file."""
         return self.heartbeats / f"{run_id}.json"
 
     def engine_record_path(self, run_id: str) -> Path:
-        """Where the processes of a run's engine are recorded, beside the engine's log."""
+        """Path of the record of a run's engine processes, beside the engine's log."""
         return self.logs / "engines" / f"{run_id}.process.json"
 
     def write_plan(self, plan: BatchPlan) -> None:
-        """Keep a plan, durably; the folder of the batch is made if it is missing."""
+        """Write a plan durably; the batch's folder is created if missing."""
         write_atomically(self.plan_path(plan.batch_id), msgspec.json.encode(plan) + b"\n")
 
     def read_plan(self, batch_id: str) -> BatchPlan:
         """Return the plan of a batch.
 
         Raises:
-            BatchNotFound: There is none.
-            FileDamaged: It cannot be read, or is the plan of another batch.
+            BatchNotFound: There is no plan of that id.
+            FileDamaged: The plan cannot be read or belongs to another batch.
         """
         found = _plan_at(self.plan_path(batch_id), batch_id)
         if found is None:
@@ -216,57 +212,57 @@ class DataFolder:
         return found
 
     def write_closing(self, batch_id: str, closing: EarlyEnd) -> None:
-        """Keep the decision to end a batch early, durably."""
+        """Write the decision to end a batch early, durably."""
         write_atomically(self.early_end_path(batch_id), msgspec.json.encode(closing) + b"\n")
 
     def read_closing(self, batch_id: str) -> EarlyEnd | None:
         """Return the decision to end a batch early; None if there is none.
 
         Raises:
-            FileDamaged: It cannot be read.
+            FileDamaged: The file cannot be read.
         """
         return read_kept(self.early_end_path(batch_id), EarlyEnd)
 
     def remove_closing(self, batch_id: str) -> None:
-        """Take the decision back, durably."""
+        """Withdraw the decision to end a batch early, durably."""
         _remove(self.early_end_path(batch_id))
 
     def write_halt(self, batch_id: str, halt: Halt) -> None:
-        """Keep the decision to pause a batch, durably."""
+        """Write the decision to pause a batch, durably."""
         write_atomically(self.halt_path(batch_id), msgspec.json.encode(halt) + b"\n")
 
     def read_halt(self, batch_id: str) -> Halt | None:
         """Return the decision to pause a batch; None if there is none.
 
         Raises:
-            StorageError: It is damaged.
+            FileDamaged: The file cannot be read.
         """
         return read_kept(self.halt_path(batch_id), Halt)
 
     def remove_halt(self, batch_id: str) -> None:
-        """Take the decision to pause a batch back, durably."""
+        """Withdraw the decision to pause a batch, durably."""
         _remove(self.halt_path(batch_id))
 
     def write_resumption(self, batch_id: str, resumption: Resumption) -> None:
-        """Keep the decision to go on with a batch, durably."""
+        """Write the decision to resume a batch, durably."""
         self.mark_unfinished(batch_id)
         write_atomically(self.resumption_path(batch_id), msgspec.json.encode(resumption) + b"\n")
 
     def read_resumption(self, batch_id: str) -> Resumption | None:
-        """Return the latest decision to go on with a batch; None if there is none.
+        """Return the latest decision to resume a batch; None if there is none.
 
         Raises:
-            FileDamaged: It cannot be read.
+            FileDamaged: The file cannot be read.
         """
         return read_kept(self.resumption_path(batch_id), Resumption)
 
     def mark_unfinished(self, name: str) -> None:
-        """Put a batch on the index (`files/unfinished.py`), durably, or anew."""
-        if self.unfinished.is_dir():  # without it, everything is looked at
+        """Add a batch to the index of `files/unfinished.py`, durably, or renew its mark."""
+        if self.unfinished.is_dir():  # without the index, ticks read every batch
             write_atomically(self.unfinished / name, b"")
 
     def batch_ids(self) -> list[str]:
-        """Return the ids of all planned batches, sorted; folders that cannot be batches are not."""
+        """Return the ids of all planned batches, sorted; other folders are ignored."""
         return sorted(ids_in(self.batches, "plan.json"))
 
 
@@ -278,13 +274,13 @@ def _plan_at(path: Path, batch_id: str) -> BatchPlan | None:
 
 
 def ids_in(place: Path, file: str) -> list[str]:
-    """Return the folders that hold such a file, whole or damaged, and whose name can be an id."""
+    """Return the names of the subfolders that hold the file, damaged or not, and are valid ids."""
     try:
         with os.scandir(place) as entries:
             names = [entry.name for entry in entries if can_be_id(entry.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    # A link that leads nowhere is damage; that a batch is there does not depend on it.
+    # A broken link counts as present: the file is damaged, but the batch exists.
     return [name for name in names if os.path.lexists(place / name / file)]
 
 

@@ -12,22 +12,24 @@ from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.core.requests import UTF8_BOM
 from batch_orchestration.files.regular import open_regular
 
-#: What is kept of a line that is too long: enough to recognise it.
+#: Bytes kept of a line that is too long: enough to recognise it.
 TOO_LONG_KEPT_BYTES = 64 * 2**10
 _BLOCK_BYTES = 2**20
 
 
 class RawLine(msgspec.Struct, frozen=True):
-    """One line as it stands in the file.
+    """One unparsed line of a file.
 
     Attributes:
         line: Line number, from 1.
-        index: Place among the non-blank lines, from 0; a blank line has that of the next request.
-        start: Offset of its first byte.
-        end: Offset after its last byte, the line break included.
-        data: The bytes from `start` to `end`; no more than 64 KiB of a line beyond the limit.
-        too_long: A request of more than `max_line_bytes` bytes, the line break not counted.
-        blank: Only white space, which is no request; a byte order mark in line 1 is not counted.
+        index: Position among the non-blank lines, from 0; a blank line has the next request's.
+        start: Offset of the first byte.
+        end: Offset after the last byte, the line break included.
+        data: The bytes from `start` to `end`; cut to 64 KiB if the line is too long.
+        too_long: True if the line is not blank and exceeds `max_line_bytes`, not counting its
+            line break.
+        blank: True if the line has only white space and so is no request. A byte order mark in
+            line 1 is ignored.
     """
 
     line: int
@@ -40,7 +42,7 @@ class RawLine(msgspec.Struct, frozen=True):
 
 
 def new_digest() -> hashlib.blake2b:
-    """Start the hash that a chunk's digest is made with: BLAKE2b-128 over its byte range."""
+    """Return a new hash object for a chunk's digest, BLAKE2b-128 over its byte range."""
     return hashlib.blake2b(digest_size=16)
 
 
@@ -55,16 +57,17 @@ def read_lines(
 ) -> Iterator[RawLine]:
     """Yield every line of a file, blank ones included; together they cover each byte once.
 
-    A line break is LF, with or without CR before it. At most `max_line_bytes` and a bit are held.
-    What is blank does not depend on `max_line_bytes`, so that indices never shift.
+    A line break is LF or CR LF. Memory use is little more than `max_line_bytes`. Whether a line is
+    blank does not depend on `max_line_bytes`, so that indices never shift.
 
     Args:
-        file: Positioned at the start of a line.
-        max_line_bytes: A longer line is yielded with `too_long` and only its beginning.
+        file: A file positioned at the start of a line.
+        max_line_bytes: Limit on a line; longer lines are yielded cut, with `too_long` set.
         line: Number of the first line.
         index: Index of the first request.
-        offset: Position of the first byte, where the file is read from there.
-        observe: Called with all bytes of a line, in order, before the line is yielded: for hashes.
+        offset: Offset of the first line, if the file is not read from its beginning.
+        observe: Called with all bytes of a line, in order, before the line is yielded, for example
+            to hash them.
     """
     while data := file.readline(max_line_bytes + 2):
         if observe:
@@ -97,11 +100,11 @@ def _rest_of_line(file: BinaryIO) -> Iterator[bytes]:
 
 
 def read_chunk(input_path: Path, chunk: Chunk, max_line_bytes: int) -> Iterator[RawLine]:
-    """Yield the requests' lines of one chunk, after checking that its bytes are the planned ones.
+    """Yield the non-blank lines of one chunk, after checking its bytes against the digest.
 
     Raises:
-        PlanMismatch: The kept input is missing or is not what was planned.
-        FileDamaged: It cannot be read.
+        PlanMismatch: The kept input is missing or differs from the plan.
+        FileDamaged: The kept input cannot be read.
     """
     where = f"{input_path}, bytes {chunk.start} to {chunk.end}"
     try:

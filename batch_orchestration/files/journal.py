@@ -1,6 +1,6 @@
-"""The journal of a chunk: which requests were submitted, and what became of them, as it happens.
+"""The journal of a chunk: a record of each submission, failed attempt and outcome as it happens.
 
-It is the truth about a chunk until the chunk is committed to the store.
+Until a chunk is committed to the store, its journal is the source of truth.
 """
 
 import contextlib
@@ -53,12 +53,12 @@ def open_journals() -> int:
 class Journal:
     """The journal of a chunk, opened for writing by this process alone.
 
-    Every record is with the operating system when its method returns, and so survives the end of
-    this process; it survives a power loss after `sync`. If a method raises `Shortage`, nothing was
-    recorded, and it can be called again. Threads may share a journal.
+    A record is handed to the operating system before its method returns, and so survives a crash
+    of this process; after `sync`, it survives a power loss. If a method raises `Shortage`, nothing
+    was recorded, and the call can be repeated. Threads may share a journal.
 
     Attributes:
-        state: What replay found, kept up to date with what this pass records.
+        state: The state read from the journal, updated with the records of this pass.
     """
 
     def __init__(self, path: Path, descriptor: int, state: JournalState) -> None:
@@ -73,11 +73,11 @@ class Journal:
     def open(
         cls, path: Path, *, batch_id: str, number: int, provenance: Provenance, at: float
     ) -> Self:
-        """Lock a journal, replay it and begin a pass; missing files and folders are made.
+        """Lock a journal, read it and begin a pass; missing files and folders are created.
 
         Raises:
-            JournalInUse: Somebody else has it open; the message names the process.
-            StorageError: It cannot be written, or belongs to another chunk.
+            JournalInUse: Another writer has the journal open; the message names the process.
+            StorageError: The journal cannot be written, or belongs to another chunk.
         """
         with disk_errors(path):
             make_folder(path.parent)
@@ -96,10 +96,10 @@ class Journal:
 
     @staticmethod
     def probe(path: Path) -> None:
-        """Find out whether an existing journal is being written.
+        """Check that no writer has an existing journal open.
 
         Raises:
-            JournalInUse: It is; the message names the process.
+            JournalInUse: A writer has the journal open; the message names the process.
         """
         with shortages(path):
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -119,7 +119,7 @@ class Journal:
         self._append(SubmittedRecord(ordinal=self._ordinal, index=index, attempt=attempt, at=at))
 
     def record_failed_attempt(self, index: int, failure: Failure, attempt: int, at: float) -> None:
-        """Record that an attempt failed and that the request will be tried again."""
+        """Record that an attempt failed and that another one will follow."""
         failed = Attempt(at=at, code=str(failure.code), message=failure.message)
         self._append(
             FailedAttemptRecord(
@@ -128,7 +128,7 @@ class Journal:
         )
 
     def record_suspected(self, index: int, group: str, attempt: int, at: float) -> None:
-        """Record that the engine died while it had the request, and in which group to test it."""
+        """Record that the engine died with the request in flight, and its isolation group."""
         self._append(
             SuspectedRecord(ordinal=self._ordinal, index=index, attempt=attempt, at=at, group=group)
         )
@@ -136,16 +136,14 @@ class Journal:
     def record_outcome(
         self, request: Request | Fault, outcome: Outcome, attempt: int, at: float
     ) -> None:
-        """Record what became of a request, at most once per request.
+        """Record the outcome of a request or faulty line, at most once per request.
 
         Args:
-            request: It may be a line that never was one.
-            outcome: Its completion or failure.
-            attempt: Which submission it came from; 0 if the request never was submitted.
-            at: POSIX seconds.
+            request: The request, or the fault of a line that is no request.
+            attempt: Number of the submission, from 1; 0 if the request was never submitted.
 
         Raises:
-            UnstorableRecord: The outcome cannot be read back; nothing was recorded.
+            UnstorableRecord: The outcome could not be read back; nothing was recorded.
             JournalError: The request has an outcome already.
         """
         body = kept_body(request.body) if isinstance(outcome, Failure) else b""
@@ -164,7 +162,7 @@ class Journal:
         )
 
     def sync(self) -> None:
-        """Make all records so far survive a power loss."""
+        """Make all records so far durable across a power loss."""
         with self._writing, disk_errors(self._path):
             os.fdatasync(self._open_descriptor())
 
@@ -207,8 +205,8 @@ class Journal:
 
 
 def _lock(descriptor: int, path: Path) -> None:
-    # Of the open file, not of a lock file beside it: the kernel frees it with the process, and
-    # the latest pass record tells who the owner is.
+    # Lock the journal itself, not a lock file beside it: the kernel releases the lock when the
+    # process ends, and the latest pass record identifies the owner.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -220,15 +218,15 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _append_whole(descriptor: int, data: bytes) -> None:
-    """Append all of `data` or nothing; only one process writes, so the end is ours."""
+    """Append all of `data` or nothing; as the only writer, this process may truncate the file."""
     size = os.fstat(descriptor).st_size
     try:
         written = os.write(descriptor, data)
         while written < len(data):
-            # The disk is full, or nearly: the next write tells.
+            # The disk is nearly or completely full; the next write shows which.
             written += os.write(descriptor, data[written:])
     except OSError:
-        # Were this to fail too, the torn record would end where the next one begins.
+        # If truncating fails, too, the torn record ends where the next record begins.
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, size)
         raise

@@ -1,4 +1,4 @@
-"""What a journal tells when it is read: the state of its chunk, and its outcomes."""
+"""Reading a journal: the state of its chunk, and its outcomes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,26 +21,27 @@ from batch_orchestration.files.journal_records import (
     record_at,
 )
 
-#: Of outcomes whose pass record was damaged: better unknown than somebody else's.
+#: Provenance of outcomes whose pass record is damaged; attributing them to another run is worse.
 UNKNOWN_PROVENANCE = Provenance(run_id="unknown")
-#: Of outcome records in memory, by their bytes in the journal: whoever needs the rest reads them
-#: one by one. A chunk of a thousand answers of 4,000 tokens is below it.
+#: Limit on outcome records in memory, by their bytes in the journal. Records beyond it are read
+#: again one by one when needed. A chunk of a thousand answers of 4,000 tokens stays below it.
 HELD_BYTES = 16 * 2**20
 
 
 @dataclass
 class JournalState:
-    """What is known of the requests of a chunk.
+    """The recorded state of a chunk's requests.
 
     Attributes:
         settled: Indices with an outcome.
-        completed: How many of the settled ones are completions.
+        completed: Number of settled requests that are completions.
         attempts: Submissions so far, by index.
-        failed_attempts: How many of these failed by themselves and were to be repeated, by index.
-        suspects: Test group of those that were in flight when an engine died, by index.
-        in_flight: Submitted by an earlier pass that ended without learning what became of them;
-            not changed by this pass.
-        dropped_records: Unreadable pieces that replay skipped.
+        failed_attempts: Failed attempts that were to be repeated, by index. Attempts that ended
+            because the engine died do not count.
+        suspects: Isolation group by index, for requests in flight when an engine died.
+        in_flight: Indices that an earlier pass submitted and left without a result; this pass does
+            not change them.
+        dropped_records: Number of unreadable pieces skipped during reading.
         passes: Number of the latest pass.
     """
 
@@ -54,7 +55,7 @@ class JournalState:
     passes: int = 0
 
     def apply(self, record: Record) -> None:
-        """Take note of a record; after the first outcome of a request nothing changes it."""
+        """Update the state with a record; records of a settled request change nothing."""
         self.passes = max(self.passes, record.ordinal)
         if isinstance(record, PassRecord) or record.index in self.settled:
             return
@@ -69,7 +70,7 @@ class JournalState:
             self.suspects[record.index] = record.group
 
     def replay(self, record: Record) -> None:
-        """Take note of a record of an earlier pass."""
+        """Update the state with a record of an earlier pass."""
         self.apply(record)
         if isinstance(record, SubmittedRecord) and record.index not in self.settled:
             self.in_flight.add(record.index)
@@ -78,15 +79,14 @@ class JournalState:
 
 
 class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A settled request as its journal has it.
+    """A settled request, as read from its journal.
 
     Attributes:
-        held: The record of its outcome, or None if that is read each time that somebody asks.
-        place: Where the journal has it.
-        attempts: How often it was submitted.
-        failed_attempts: Those before the last one, oldest first.
-        settled_at: POSIX seconds.
-        first_submitted_at: POSIX seconds; None if it never was submitted.
+        held: The outcome record; None if it is read from the journal at each access.
+        place: Location of the outcome record.
+        attempts: Number of submissions.
+        failed_attempts: Failed attempts before the last attempt, oldest first.
+        first_submitted_at: None if the request was never submitted.
     """
 
     index: int
@@ -100,18 +100,18 @@ class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def outcome(self) -> Outcome:
-        """What became of it.
+        """The outcome.
 
         Raises:
-            FileDamaged: It is not held, and not in the journal any more.
+            FileDamaged: The record is not held and no longer in the journal.
         """
         return self._record.outcome
 
     def settled(self) -> SettledRequest:
-        """Return the request with its outcome, as a commit takes it.
+        """Return the request with its outcome, in the form for a commit.
 
         Raises:
-            FileDamaged: It is not held, and not in the journal any more.
+            FileDamaged: The record is not held and no longer in the journal.
         """
         record = self._record
         return SettledRequest(
@@ -134,7 +134,7 @@ class JournalEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Settled(msgspec.Struct, frozen=True):
-    """The head of an outcome record, and the whole of it if it is held."""
+    """The head of an outcome record, and the whole record if it is held in memory."""
 
     ordinal: int
     at: float
@@ -145,12 +145,12 @@ class _Settled(msgspec.Struct, frozen=True):
 def replay_journal(
     path: Path, batch_id: str, number: int, *, end: int | None = None
 ) -> JournalState:
-    """Return the state of a chunk by its journal; a missing journal says nothing.
+    """Return the state of a chunk from its journal; the initial state if the journal is missing.
 
-    Needs no lock. `end` is that of `read_records`.
+    Needs no lock. For `end`, see `read_records`.
 
     Raises:
-        StorageError: It is the journal of another chunk.
+        StorageError: The journal belongs to another chunk.
     """
     state = JournalState()
     for record in read_records(path, end=end) if path.exists() else ():
@@ -170,10 +170,10 @@ def replay_journal(
 
 
 def read_journal(path: Path, *, end: int | None = None) -> Iterator[JournalEntry]:
-    """Yield the settled requests of a journal in index order, each once; its first outcome counts.
+    """Yield the settled requests of a journal in index order, each with its first outcome.
 
-    Needs no lock. A missing journal has no entries. Of the outcome records, `HELD_BYTES` at most
-    are in memory, and one more. `end` is that of `read_records`.
+    Needs no lock. A missing journal has no entries. Outcome records in memory are limited to
+    `HELD_BYTES` plus one record. For `end`, see `read_records`.
     """
     provenances: dict[int, Provenance] = {}
     submitted: dict[int, float] = {}

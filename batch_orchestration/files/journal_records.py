@@ -1,8 +1,8 @@
 """Records of a journal, and the framing that keeps damage from spreading.
 
-A record is RS (0x1E), eight hexadecimal digits of CRC-32, a space, JSON, a line break: the idea of
-RFC 7464. Valid JSON never contains RS, so whatever is torn or garbage ends where the next record
-begins. A line break may occur within the JSON, for answers are kept byte for byte.
+A record is RS (0x1E), eight hexadecimal digits of CRC-32, a space, JSON and a line break, similar
+to RFC 7464. Valid JSON never contains RS, so torn records and garbage end where the next record
+begins. The JSON may contain line breaks, because answers are kept byte for byte.
 """
 
 import re
@@ -19,7 +19,7 @@ from batch_orchestration.core.results import Attempt, Place, Provenance
 from batch_orchestration.files.regular import open_regular
 
 RECORD_SEPARATOR = b"\x1e"
-#: 2: outcomes say what a commit has to know of their requests.
+#: Since format 2, outcome records contain all request data that a commit needs.
 FORMAT = 2
 _BLOCK_BYTES = 2**20
 _HEAD_BYTES = len(b"01234567 ")
@@ -27,7 +27,7 @@ _HEAD = re.compile(rb"([0-9a-f]{8}) ")
 
 
 class PassRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="pass"):
-    """A writer opened the journal; records that carry its `ordinal` are its own."""
+    """A writer opened the journal; its records have the same `ordinal`."""
 
     ordinal: int
     batch_id: str
@@ -39,7 +39,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
 
 
 class _RequestRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """Something that happened to one request in the pass `ordinal`."""
+    """An event of one request in the pass `ordinal`."""
 
     ordinal: int
     index: int
@@ -48,30 +48,30 @@ class _RequestRecord(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"
 
 
 class SubmittedRecord(_RequestRecord, frozen=True, kw_only=True, tag="submitted"):
-    """The request is about to be given to the engine."""
+    """The request is about to be submitted to the engine."""
 
 
 class FailedAttemptRecord(_RequestRecord, frozen=True, kw_only=True, tag="failed_attempt"):
-    """An attempt failed, and the request is not given up."""
+    """An attempt failed, and another one will follow."""
 
     failed: Attempt
 
 
 class SuspectedRecord(_RequestRecord, frozen=True, kw_only=True, tag="suspected"):
-    """The engine died while it had the request, which is to be tested in this group."""
+    """The engine died with the request in flight; the request will be tested in this group."""
 
     group: str
 
 
 class OutcomeRecord(_RequestRecord, frozen=True, kw_only=True, tag="outcome", omit_defaults=True):
-    """What became of the request, and all else that a commit has to know of it.
+    """The outcome of the request, with all request data that a commit needs.
 
     Attributes:
         line: Line number in the file, from 1.
-        custom_id: None only where the line did not give one.
-        endpoint: Empty where the line was unreadable.
-        body: Of a request that failed, as text, the whole line where that was unreadable; empty
-            where it is too long (`requests.kept_body`).
+        custom_id: None only if the line has none.
+        endpoint: Empty if the line was unreadable.
+        body: Body of a failed request as text, or the whole line if that was unreadable; empty if
+            too long (`requests.kept_body`).
     """
 
     line: int
@@ -79,7 +79,7 @@ class OutcomeRecord(_RequestRecord, frozen=True, kw_only=True, tag="outcome", om
     endpoint: str = ""
     body: str = ""
     outcome: Outcome
-    #: In the file only: msgspec cannot decode a Raw that is optional, but none or one of them.
+    #: Used in the file only: msgspec cannot decode an optional Raw, but it can decode a tuple.
     failure_body: tuple[msgspec.Raw, ...] = ()
 
 
@@ -93,11 +93,11 @@ def encode_record(record: Record) -> bytes:
     """Return the bytes to append for a record.
 
     Raises:
-        ValueError, RecursionError: It could not be read back: a body is not JSON, a text not
-            Unicode, or it is nested too deeply.
+        ValueError, RecursionError: The record could not be read back: a body is not JSON, a text is
+            not Unicode, or the nesting is too deep.
     """
     payload = _encode(_with_body_apart(record))
-    # A raw body is not looked at by the encoder, but one that is not JSON would be lost at replay.
+    # The encoder does not check raw bodies, but a body that is not JSON could not be read back.
     _decoder.decode(payload)
     return b"%s%08x %s\n" % (RECORD_SEPARATOR, zlib.crc32(payload), payload)
 
@@ -105,15 +105,14 @@ def encode_record(record: Record) -> bytes:
 def read_records(path: Path, *, end: int | None = None) -> Iterator[Record | None]:
     """Yield every intact record of a journal in order, and None for each unreadable piece.
 
-    Holds one piece in memory: usually a record, at worst a run of garbage.
+    One piece is in memory at a time: usually a record, at worst a run of garbage.
 
     Args:
-        path: Of the journal.
-        end: Read no further than this many bytes: journals only grow, so that the size at one
-            moment is a picture of that moment. A record that it cuts is an unreadable piece.
+        end: Number of bytes to read. Journals are append-only, so reading up to an earlier size
+            gives the state of that moment. A record cut by `end` is an unreadable piece.
 
     Raises:
-        FileDamaged: Another version of this program wrote it.
+        FileDamaged: The journal has the format of another version.
     """
     for record, _ in read_placed_records(path, end=end):
         yield record
@@ -122,7 +121,7 @@ def read_records(path: Path, *, end: int | None = None) -> Iterator[Record | Non
 def read_placed_records(
     path: Path, *, end: int | None = None
 ) -> Iterator[tuple[Record | None, Place]]:
-    """Yield what `read_records` does, each with its place."""
+    """Yield the records and None values of `read_records`, each with its place."""
     for start, piece in _pieces(path, end):
         payload = _payload(piece)
         size = len(piece) if payload is None else _HEAD_BYTES + len(payload)
@@ -135,10 +134,10 @@ def read_placed_records(
 
 
 def record_at(place: Place, index: int) -> OutcomeRecord:
-    """Read the outcome of a request again.
+    """Read a request's outcome record again.
 
     Raises:
-        FileDamaged: It is not there any more.
+        FileDamaged: The record is no longer there.
     """
     try:
         with open_regular(place.journal) as file:
@@ -194,7 +193,7 @@ def _with_body_inside(record: Record) -> Record:
 
 
 def _pieces(path: Path, end: int | None) -> Iterator[tuple[int, bytes]]:
-    """Yield what stands between separators, and where it begins; empty pieces are left out."""
+    """Yield offset and bytes of each non-empty piece between separators."""
     unfinished: list[bytes] = []
     start = 0
     left = sys.maxsize if end is None else end
@@ -213,9 +212,9 @@ def _pieces(path: Path, end: int | None) -> Iterator[tuple[int, bytes]]:
 
 
 def _payload(piece: bytes) -> bytes | None:
-    """Return the JSON at the beginning of a piece if its checksum holds.
+    """Return the JSON at the beginning of a piece; None if its checksum does not match.
 
-    Garbage may follow the record's line break: every line break could be that one.
+    Garbage may follow the record, so every line break may be the end of the record.
     """
     head = _HEAD.match(piece)
     if head is None:

@@ -1,4 +1,4 @@
-"""A chunk's place in the kept input, and the original lines of requests, read again from there."""
+"""Chunks of the kept input, and the original lines of requests."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from batch_orchestration.files.plan_checks import check_input_kept
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkRef:
-    """A chunk and where its pieces lie."""
+    """A chunk with the paths of its input and journal."""
 
     plan: BatchPlan
     chunk: Chunk
@@ -32,7 +32,7 @@ class ChunkRef:
 
     @classmethod
     def of(cls, plan: BatchPlan, number: int, folder: DataFolder) -> "ChunkRef":
-        """Locate a chunk of a plan.
+        """Return the reference to a chunk of a plan.
 
         Raises:
             PlanMismatch: The plan has no chunk of that number.
@@ -50,27 +50,27 @@ class ChunkRef:
 
     @property
     def key(self) -> str:
-        """Its partition key."""
+        """The chunk's partition key."""
         return chunk_key(self.plan.batch_id, self.chunk.number)
 
     def lines(self) -> Iterator[RawLine]:
-        """Read its non-blank lines from the kept input.
+        """Yield the chunk's non-blank lines from the kept input.
 
         Raises:
-            Shortage: There is no descriptor for it; found before the first line.
-            PlanMismatch: They are not those that were admitted.
+            Shortage: No descriptor is left; raised before the first line.
+            PlanMismatch: The lines differ from the admitted ones.
         """
         with shortages(self.input_path):
             yield from read_chunk(self.input_path, self.chunk, self.plan.max_line_bytes)
 
     @property
     def indices(self) -> range:
-        """The request indices that it holds."""
+        """Indices of the chunk's requests."""
         return range(self.chunk.first_index, self.chunk.first_index + self.chunk.requests)
 
 
 def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> Iterator[SettledRequest]:
-    """Yield the requests of a chunk as its journal has them, in file order, one by one.
+    """Yield the requests of a chunk with their outcomes from the journal, in file order.
 
     Raises:
         StorageError: A request of the chunk has no outcome in the journal.
@@ -84,7 +84,7 @@ def settled_requests(ref: ChunkRef, entries: dict[int, JournalEntry]) -> Iterato
 
 
 def busy_seconds(entries: Iterable[JournalEntry]) -> float:
-    """Return the time from first submission to last outcome, summed over the passes."""
+    """Return the seconds from first submission to last outcome, summed over the passes."""
     spans: dict[str, tuple[float, float]] = {}
     for entry in entries:
         if entry.first_submitted_at is None:
@@ -97,7 +97,7 @@ def busy_seconds(entries: Iterable[JournalEntry]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class OriginalLine:
-    """One line as it was admitted, and what it says with some fields of its body replaced."""
+    """An admitted line, and the same line parsed with some fields of its body replaced."""
 
     raw: RawLine
     parsed: Request | Fault
@@ -111,10 +111,10 @@ def original_lines(
     overrides: Mapping[str, object] | None = None,
     model_required: bool = False,
 ) -> Iterator[OriginalLine]:
-    """Yield the lines of some requests in file order; only their chunks are read.
+    """Yield the lines of the given requests in file order; only their chunks are read.
 
     Raises:
-        PlanMismatch: The kept input is not the one that was admitted.
+        PlanMismatch: The kept input differs from the admitted one.
     """
     check_input_kept(plan, folder)
     size = plan.chunks[0].requests  # of every chunk but the last

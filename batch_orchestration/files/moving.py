@@ -1,4 +1,4 @@
-"""Moving users' files without ever overwriting one, whatever they are called."""
+"""Safe moves of users' files: under any name, and without overwriting another file."""
 
 import contextlib
 import errno
@@ -11,23 +11,23 @@ from pathlib import Path
 
 from batch_orchestration.files.atomic import make_folder, sync_folder
 
-#: What Linux allows in one name, in bytes.
+#: Linux's limit on the length of a name, in bytes.
 NAME_MAX_BYTES = 255
 _ENDING = re.compile(
     r"(\.jsonl(\.gz)?|\.[^.\s]{1,10})?(\.(meta|errors)\.json)?$", flags=re.IGNORECASE
 )
-#: File systems without hard links (exFAT, some network ones) answer with one of these; between
-#: two disks there are none.
+#: Errors of `link` on file systems without hard links (exFAT, some network file systems), and
+#: between two disks.
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV})
 
 
 def readable_name(name: str) -> str:
-    """Return a name that can be written as UTF-8: bytes that are not become `?`."""
+    """Return the name with bytes that are not UTF-8 replaced by `?`."""
     return name.encode("utf-8", "replace").decode()
 
 
 def fit_name(stem: str, ending: str, *, max_bytes: int = NAME_MAX_BYTES) -> str:
-    """Return `stem + ending`, the stem cut where the file system would refuse the length."""
+    """Return `stem + ending`, with the stem cut so that the name has at most `max_bytes`."""
     room = max_bytes - len(ending.encode())
     return stem.encode()[:room].decode(errors="ignore") + ending
 
@@ -35,7 +35,7 @@ def fit_name(stem: str, ending: str, *, max_bytes: int = NAME_MAX_BYTES) -> str:
 def numbered_names(name: str, *, max_bytes: int = NAME_MAX_BYTES) -> Iterator[str]:
     """Yield `x.jsonl`, `x (2).jsonl`, `x (3).jsonl`, … without end."""
     name = readable_name(name)
-    match = _ENDING.search(name, 1)  # from 1: a leading dot is no ending
+    match = _ENDING.search(name, 1)  # a leading dot does not begin an ending
     ending = match[0] if match else ""
     stem = name.removesuffix(ending)
     yield fit_name(stem, ending, max_bytes=max_bytes)
@@ -46,9 +46,9 @@ def numbered_names(name: str, *, max_bytes: int = NAME_MAX_BYTES) -> Iterator[st
 
 
 def move_into(source: Path, folder: Path, name: str) -> Path:
-    """Move a file into a folder under the first free name, durably, and return where it is.
+    """Move a file into a folder under the first free name, durably, and return its new path.
 
-    A crash in the middle can leave it in both places, never in none.
+    A crash during the move can leave the file in both places, but never in neither.
     """
     make_folder(folder)
     for free_name in numbered_names(name):
@@ -60,15 +60,15 @@ def move_into(source: Path, folder: Path, name: str) -> Path:
 
 
 def move_if_free(source: Path, target: Path) -> bool:
-    """Move a file unless the target is taken; say whether it was moved.
+    """Move a file unless the target is taken, and return whether it was moved.
 
-    A target that is the very same file was left by a crash: the move is completed.
+    If a crash left source and target as the same file, the move is completed.
 
     Raises:
         FileNotFoundError: The source is gone.
     """
     try:
-        # rename(2) overwrites without a word; link(2) does not.
+        # rename(2) silently overwrites its target; link(2) does not.
         os.link(source, target, follow_symlinks=False)
     except FileExistsError:
         if is_taken(target, by_other_than=source):
@@ -104,7 +104,7 @@ def _copy_over(source: Path, target: Path) -> None:
 
 
 def is_taken(target: Path, *, by_other_than: Path) -> bool:
-    """Whether a name belongs to another file than this one."""
+    """Whether the target exists and is a different file."""
     try:
         stats = target.lstat()
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def is_taken(target: Path, *, by_other_than: Path) -> bool:
 
 
 def move_over(source: Path, target: Path) -> None:
-    """Rename onto the target if the source is still there: safe to repeat."""
+    """Move the source onto the target, replacing it. Idempotent: a missing source is ignored."""
     with contextlib.suppress(FileNotFoundError):
         try:
             source.replace(target)

@@ -1,4 +1,4 @@
-"""Whether a batch is still the one that was planned: its settings and its kept input."""
+"""Checks that a batch's settings and kept input still match its plan."""
 
 import logging
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_input_size(plan: BatchPlan, folder: DataFolder) -> None:
-    """Compare the size of the kept input with the plan's.
+    """Check that the kept input has the size in the plan.
 
-    The bytes of each chunk are verified where they are read; this finds bytes behind the last
-    chunk, which a copy adds that stalled for longer than the inbox waits.
+    The bytes of each chunk are verified when they are read. This check finds bytes after the last
+    chunk, added by a copy that had stalled for longer than the inbox waits.
 
     Raises:
-        PlanMismatch: Something was appended or cut off after admission.
+        PlanMismatch: Bytes were appended or cut off after admission.
     """
     check_input_kept(plan, folder)
     path = folder.input_path(plan.batch_id)
@@ -31,7 +31,7 @@ def check_input_size(plan: BatchPlan, folder: DataFolder) -> None:
 
 
 def input_removed_path(plan: BatchPlan, folder: DataFolder) -> Path:
-    """What is there once the kept input of a planned batch was removed on purpose."""
+    """Return the path of the marker for a kept input that housekeeping has removed."""
     return folder.input_path(plan.batch_id).with_name("input-removed.json")
 
 
@@ -46,10 +46,10 @@ def check_input_kept(plan: BatchPlan, folder: DataFolder) -> None:
 
 
 def check_settings(plan: BatchPlan, present: Mapping[str, object], *, force: bool) -> None:
-    """Compare the settings in force with those that the batch was planned with.
+    """Check that the settings in force equal those in the plan.
 
     Raises:
-        PlanMismatch: They differ and the run is not forced; the message shows the difference.
+        PlanMismatch: The settings differ and the run is not forced; the message lists them.
     """
     difference = settings_difference(plan.settings, dict(present))
     if not difference:

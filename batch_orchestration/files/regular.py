@@ -1,4 +1,4 @@
-"""Opening files of ours: regular ones, and nothing that only stands in their place."""
+"""Opening our own files: regular files only, never a pipe, folder or broken link in their place."""
 
 import errno
 import os
@@ -8,20 +8,20 @@ from typing import BinaryIO
 
 from batch_orchestration.core.errors import FileDamaged, TooManyOpenFiles
 
-#: The limit of this process, or of the machine: no file is to blame.
+#: The process or the machine has reached its limit on descriptors; the file is not at fault.
 NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 def read_regular(path: Path) -> bytes:
-    """Return what a file holds, as `Path.read_bytes` does, but never wait at a pipe.
+    """Return the content of a file, like `Path.read_bytes`, but never block on a pipe.
 
     Raises:
-        OSError: It cannot be read, or is no regular file.
+        OSError: The file cannot be read or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
-        # Not by `fdopen`: of a folder that neither closes the descriptor nor names the path.
+        # For a folder, `fdopen` neither closes the descriptor nor includes the path in its error.
         os.close(descriptor)
         raise OSError(errno.EINVAL, _what_it_is(mode), str(path))
     with os.fdopen(descriptor, "rb") as file:
@@ -29,12 +29,12 @@ def read_regular(path: Path) -> bytes:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading. It never waits: who opens a pipe would, for somebody who writes.
+    """Open a file for reading, without blocking as a plain `open` of a pipe without writers would.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        FileDamaged: A folder, a pipe or a link that leads nowhere is, or it cannot be opened.
-        TooManyOpenFiles: It cannot be opened just now.
+        FileNotFoundError: The path does not exist.
+        FileDamaged: The path is a folder, a pipe or a broken link, or cannot be opened.
+        TooManyOpenFiles: No descriptor is left; retry later.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

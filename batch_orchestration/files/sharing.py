@@ -1,9 +1,9 @@
-"""Who may do what in the data folder: its group may decide, others may not even look.
+"""Permissions in the data folder: its group may make decisions, others have no access.
 
-umask 027                    of every process: what it makes is read by the group, written by us
-folders where people decide  2770: whoever is in the group submits, cancels, pauses, replays;
-what they make there belongs to the group, so that we can read it
-locks and the store          0660: a decision is made under a lock, and told to the store
+umask 027                   in every process: the group can read our files, only we can write them
+folders for decisions 2770  members of the group submit, cancel, pause and replay there; the setgid
+                            bit gives their files to the group, so that we can read them
+locks and the store 0660    a decision is made under a lock and written to the store
 """
 
 import contextlib
@@ -20,30 +20,30 @@ OTHERS = 0o007
 
 
 def keep_from_others() -> None:
-    """Let this process make nothing that others can read; each entry point calls it first."""
+    """Set the umask so that others cannot read new files; every entry point calls this first."""
     os.umask(UMASK)
 
 
 def share(path: Path) -> None:
-    """Let the group write to a folder or file of ours, and others do nothing.
+    """Give the group write access to a folder or file of ours, and others none.
 
-    What belongs to somebody else stays as it is: `health` says if others may read it.
+    Files of other owners are left unchanged; `health` reports them if others can read them.
     """
     mode = _SHARED_FOLDER if path.is_dir() else _SHARED_FILE
-    # Compared first: it is called often, and a change of mode moves ctime.
+    # Skip a chmod that changes nothing: it would update ctime, and calls are frequent.
     with contextlib.suppress(PermissionError):
         if path.stat().st_mode & 0o7777 != mode:
             path.chmod(mode)
 
 
 def shared_lock(path: Path) -> BaseFileLock:
-    """Return a lock that everybody in the group can take."""
+    """Return a lock that every member of the group can take."""
     return FileLock(path, mode=_SHARED_FILE)
 
 
 @contextlib.contextmanager
 def made_for_the_group() -> Iterator[None]:
-    """Let the group write to files that a library makes meanwhile, in any thread of ours."""
+    """Make files created within the context, by any thread, writable for the group."""
     before = os.umask(_GROUP_UMASK)
     try:
         yield

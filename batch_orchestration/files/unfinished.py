@@ -1,10 +1,9 @@
-"""The index of what is unfinished, so that ticks cost what is unfinished, not what ever was.
+"""The index of unfinished batches: the cost of a tick grows with these, not with all batches.
 
-`unfinished/` has an empty file, named by its id, for each batch of which the disk may know more
-than the store: one that the store has yet to be told of, one that somebody decided to go on with,
-and one with a replay that is not over. Whoever makes such a thing calls `mark_unfinished` first:
-a crash leaves a mark too many, never one too few. `lifecycle/unfinished.py` removes marks, and
-finds what has none.
+`unfinished/` has an empty file, named by the batch id, for each batch with changes on the disk that
+may be missing from the store: a batch not yet in the store, a resumption, or an open replay.
+Code that makes such a change calls `mark_unfinished` first, so that a crash can leave a needless
+mark but never a missing one. `lifecycle/unfinished.py` removes marks and adds missing ones.
 """
 
 import contextlib
@@ -13,14 +12,14 @@ import os
 from batch_orchestration.core.batches import can_be_id
 from batch_orchestration.files.data_folder import DataFolder
 
-#: Its time is that of the last search for things without a mark. No id begins with a dot.
+#: A file whose mtime is the time of the last search for missing marks. No id begins with a dot.
 _SEARCHED = ".searched"
 
 
 def marked(folder: DataFolder) -> list[str]:
-    """Return the ids on the index, sorted; files that are not named like an id are left out.
+    """Return the ids on the index, sorted; files whose names are not ids are ignored.
 
-    Without an index, or with one that cannot be read, everything is to be looked at.
+    If the index is missing or unreadable, the ids of all batches are returned.
     """
     try:
         names = {path.name for path in folder.unfinished.iterdir()}
@@ -30,24 +29,24 @@ def marked(folder: DataFolder) -> list[str]:
 
 
 def all_ids(folder: DataFolder) -> list[str]:
-    """Return the ids of all batches on the disk: their number only grows."""
+    """Return the ids of all batches on the disk, a number that only grows."""
     names: list[str] = []
-    with contextlib.suppress(FileNotFoundError):  # a data folder that was never used
+    with contextlib.suppress(FileNotFoundError):  # an unused data folder
         names = [path.name for path in folder.batches.iterdir()]
     return sorted(filter(can_be_id, names))
 
 
 def unmark(folder: DataFolder, name: str, *, older_than: float) -> None:
-    """Take a batch off the index, unless it was marked since, in POSIX seconds."""
+    """Remove a batch from the index if its mark was last renewed before `older_than`."""
     path = folder.unfinished / name
-    # One that cannot be removed only costs a look at each tick.
+    # A mark that cannot be removed only adds a check to each tick.
     with contextlib.suppress(OSError):
         if path.stat().st_mtime < older_than:
             path.unlink()
 
 
 def searched_at(folder: DataFolder) -> float | None:
-    """Return when everything was last searched, in POSIX seconds; None if never."""
+    """Return the time of the last search of all batches; None if there was none."""
     try:
         return (folder.unfinished / _SEARCHED).stat().st_mtime
     except OSError:
@@ -55,10 +54,10 @@ def searched_at(folder: DataFolder) -> float | None:
 
 
 def note_search(folder: DataFolder, *, at: float) -> None:
-    """Keep that everything was searched.
+    """Record the time of a search of all batches.
 
     Raises:
-        StorageError: It cannot be written.
+        StorageError: The index cannot be written.
     """
     folder.mark_unfinished(_SEARCHED)
     with contextlib.suppress(OSError):  # the next tick searches again

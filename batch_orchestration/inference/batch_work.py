@@ -29,22 +29,22 @@ logger = logging.getLogger(__name__)
 
 
 class BatchWork:
-    """The chunks of one batch that a run feeds, in order, and what becomes of them.
+    """The chunks of one batch that a run feeds, in order, and their outcomes.
 
-    Used from the feed's thread; the committer's tells it what the store has.
+    Used from the feed's thread; the committer's thread reports the committed chunks.
 
     Args:
-        chunks: Chunks to feed; None for a guest: all that nobody has committed or is at work on.
-        results: Where what was committed is put.
-        provenance: Known once the engine is.
-        memory_level: What the engine runs on now.
+        chunks: Chunks to feed; None for a guest: all that are neither committed nor in use.
+        results: Queue for the committed chunks.
+        provenance: Available once the engine has started.
+        memory_level: The engine's present memory level.
         failures: Pauses the batch if too many of its requests fail.
 
     Attributes:
         unanswered: Requests that were drawn and have no outcome yet.
         chunks_drawn: Chunks that were opened.
-        has_left: Whether nothing of it is asked any more.
-        is_halted: Whether that is because too many of its requests fail.
+        has_left: True once the run draws no more requests from this batch.
+        is_halted: Whether it left because too many of its requests fail.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class BatchWork:
         self._provenance = provenance
         self._memory_level = memory_level
         self._refs = deque(chunks or ())
-        #: Set by the committer's thread once it knows what the store has.
+        #: Set by the committer's thread once the committed chunks are known.
         self._takeable: Sequence[ChunkRef] | None = None
         self._open: dict[RequestPass, ChunkRef] = {}
         self._drawing: ChunkPass | None = None
         self._requests: Iterator[PendingRequest] = iter(())
-        #: How many chunks in a row somebody else was at work on.
+        #: How many chunks in a row were in use by another run.
         self._in_use = 0
         self.committer = Committer(
             store,
@@ -110,14 +110,14 @@ class BatchWork:
         return self.mid_chunk or bool(self._refs)
 
     def commit_what_is_complete(self) -> None:
-        """Pass on the first chunks to the committer, as long as their journals are complete."""
+        """Pass the leading chunks on to the committer, as long as their journals are complete."""
         while self._refs and self._is_complete(self._refs[0]):
             self.committer.add(self._refs.popleft())
 
     def draw(self) -> PendingRequest | TransientError | None:
         """Return the next request of the chunk in hand, or of the next chunk.
 
-        None at the end of a chunk, and for a chunk of which nothing is left to ask.
+        None at the end of a chunk, and for a chunk that has no pending request.
 
         Raises:
             PlanMismatch: The kept input is not the one that was admitted.
@@ -131,7 +131,7 @@ class BatchWork:
         try:
             pending = next(self._requests, None)
         except Shortage as shortage:
-            # Found when the kept input is opened: nothing of the chunk is drawn yet.
+            # Raised when the kept input is opened: nothing of the chunk is drawn yet.
             self._requests = self._drawing.pending()
             return shortage
         if pending is None:
@@ -157,8 +157,8 @@ class BatchWork:
         self.leave()
 
     def look_for_halt(self) -> None:
-        """Halt if another run has decided so meanwhile."""
-        # One that cannot be read is in force; another decision that cannot be is not ours to tell.
+        """Halt if another run has halted the batch meanwhile."""
+        # An unreadable halt counts as in force; other unreadable decisions are reported elsewhere.
         with contextlib.suppress(StorageError):
             if not self.has_left and halt_in_force(self._folder, self.plan.batch_id):
                 self.halt()
@@ -171,18 +171,18 @@ class BatchWork:
         self._drawing = None
 
     def is_closing(self) -> bool:
-        """Whether somebody has decided that the batch ends early."""
+        """Whether an early end of the batch has been decided."""
         return self._folder.early_end_path(self.plan.batch_id).exists()
 
     def sync(self) -> None:
-        """Make what the open journals hold survive a power loss."""
+        """Make the records in the open journals survive a power loss."""
         for chunk_pass in list(self._open):
-            # Closed in between: it was synced before.
+            # A journal that was closed in between was synced before.
             with contextlib.suppress(JournalError, Shortage):
                 chunk_pass.journal.sync()
 
     def close_journals(self) -> None:
-        """Let others write the journals of chunks that are not complete."""
+        """Close the journals of incomplete chunks, so that other runs can write them."""
         while self._open:
             self._open.popitem()[0].journal.close()
 
@@ -208,7 +208,7 @@ class BatchWork:
             ]
 
     def _begin_chunk(self) -> TransientError | None:
-        """Open the next chunk for writing, unless there is an obstacle."""
+        """Open the next chunk for writing; return the transient error that prevents it, if any."""
         ref = self._refs.popleft()
         try:
             chunk_pass = ChunkPass(ref, provenance=self._provenance())
@@ -227,9 +227,9 @@ class BatchWork:
         return None
 
     def _leave_alone(self, ref: ChunkRef, in_use: JournalInUse) -> JournalInUse | None:
-        """Leave a chunk to whoever is at work on it: a guest's for good, our own until it is free.
+        """Leave a chunk to the run that is using it: a guest's for good, our own until it is free.
 
-        Our own others come first; only when somebody has all of them there is nothing but to wait.
+        Our other chunks come first; only if all of them are in use does the run wait.
         """
         if self.is_guest:
             return None
@@ -254,7 +254,7 @@ class BatchWork:
 
     def _seal_if_complete(self, chunk_pass: RequestPass) -> None:
         if chunk_pass.complete and (ref := self._open.pop(chunk_pass, None)) is not None:
-            # A disk without room for the sync has none for the commit either, which waits for it.
+            # A disk without room for the sync has none for the commit either, which waits for room.
             with contextlib.suppress(Shortage):
                 chunk_pass.journal.sync()
             chunk_pass.journal.close()

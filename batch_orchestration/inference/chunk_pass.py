@@ -1,4 +1,4 @@
-"""One execution of a chunk's pending requests: its journal, and what is still unsettled."""
+"""One pass over the pending requests of a chunk: its journal, and the requests still unsettled."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -11,12 +11,12 @@ from batch_orchestration.core.results import Provenance
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.files.kept_input import ChunkRef
 
-#: Why a request cannot be drawn just now; it may be drawn a moment later.
+#: Why a request cannot be drawn now, although it may be a moment later.
 TransientError = Shortage | JournalInUse
 
 
 class RequestPass:
-    """One execution of requests of a batch: writes their journal, and settles each of them once.
+    """One pass over requests of a batch: writes their journal, and settles each of them once.
 
     Attributes:
         unsettled: Indices of the requests that have no outcome yet.
@@ -28,7 +28,7 @@ class RequestPass:
         self.unsettled = set(indices) - journal.state.settled
 
     def pending_request(self, request: Request) -> "PendingRequest":
-        """Return a request with what its journal says of earlier attempts."""
+        """Return a request with the record of its earlier attempts in the journal."""
         state = self.journal.state
         return PendingRequest(
             request=request.lean(),
@@ -45,7 +45,7 @@ class RequestPass:
 
 
 class ChunkPass(RequestPass):
-    """One execution of a chunk."""
+    """One pass over a chunk."""
 
     def __init__(self, ref: ChunkRef, *, provenance: Provenance) -> None:
         self.ref = ref
@@ -59,10 +59,10 @@ class ChunkPass(RequestPass):
         super().__init__(ref.plan.batch_id, ref.indices, journal)
 
     def pending(self) -> Iterator["PendingRequest"]:
-        """Read what has no outcome yet, in file order.
+        """Yield the requests that have no outcome yet, in file order.
 
         Raises:
-            Shortage: There is no descriptor for it; found before the first request.
+            Shortage: No file descriptor is left; raised before the first request.
             PlanMismatch: The kept input is not the one that was admitted.
         """
         for line in self.ref.lines():
@@ -81,12 +81,12 @@ class ChunkPass(RequestPass):
 
 @dataclass(kw_only=True, eq=False)
 class PendingRequest:
-    """A request on its way, with what its journal says of earlier attempts.
+    """A request on its way, with the record of its earlier attempts in the journal.
 
     Attributes:
         submissions: How often it was given to an engine, in all passes.
-        failed_attempts: How many of these it failed by itself; an engine's death is none.
-        suspect_group: Where it is tested, if an engine died while it had the request.
+        failed_attempts: How many of these failed by themselves; an engine's death does not count.
+        suspect_group: Isolation group of a request that an engine had when it died.
         in_flight: Whether the engine has it now.
     """
 
@@ -103,7 +103,7 @@ class PendingRequest:
         self.submissions += 1
 
     def fail_attempt(self, failure: Failure) -> None:
-        """Record a failed attempt that another one will follow."""
+        """Record a failed attempt that will be followed by another one."""
         self.chunk.journal.record_failed_attempt(
             self.request.index, failure, self.submissions, time.time()
         )
@@ -116,10 +116,10 @@ class PendingRequest:
         )
 
     def settle(self, outcome: Outcome) -> Outcome:
-        """Record the outcome; only then does it count.
+        """Record the outcome, which counts only from then on.
 
         Returns:
-            What is recorded: a failure in place of an outcome that cannot be kept.
+            The recorded outcome: a failure in place of an outcome that cannot be stored.
         """
         record, at = self.chunk.journal.record_outcome, time.time()
         try:

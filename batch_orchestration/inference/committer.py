@@ -1,4 +1,4 @@
-"""Commits complete chunks, beside the feed and never in front of it."""
+"""Commits complete chunks beside the feed, which never waits for a commit."""
 
 import logging
 import queue
@@ -17,35 +17,35 @@ from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled
 from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
-#: A commit takes a tenth of a second; what takes longer waits for a lock and may be left.
+#: A commit takes a tenth of a second; a longer one waits for a lock and may be abandoned.
 STOP_SECONDS = 10.0
-#: After a wait for a lock, or while the disk is full.
+#: Between two attempts, while the store is locked or the disk is full.
 RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Committed:
-    """A chunk that the store holds; `reused` if it held it before this run asked."""
+    """A chunk in the store; `reused` if it was there before this run asked."""
 
     report: ChunkReport
     reused: bool
 
 
-#: What came of each chunk, in the order of commit; an exception ends it; then None.
+#: The result of each chunk, in the order of commit, or an exception that ends the work; then None.
 Results = queue.SimpleQueue[Committed | BaseException | None]
 
 
 class Committer:
     """A thread that takes complete chunks in order and commits each in one transaction.
 
-    A locked store or a full disk delays it, with a word in the log, for as long as that lasts:
-    the journals are safe, and the feed goes on.
+    A locked store or a full disk delays the commits, with a warning in the log, for as long as it
+    lasts: the journals are safe, and the feed goes on.
 
     Args:
-        known: Told, from this thread, what the store had when the work began.
-        results: Where it puts what came of each chunk; several can share it.
-        is_guest: What goes wrong then is left to the batch's own run, with a word in the log.
-        waits: Told whenever a commit has waited in vain, and goes on waiting.
+        known: Called from this thread with the chunks that the store held when the work began.
+        results: Queue for the result of each chunk; several committers can share it.
+        is_guest: Log errors instead of reporting them, and leave the batch to its own run.
+        waits: Called after each attempt at a commit that found the store locked or the disk full.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Committer:
         self._stopping = threading.Event()
         self._known: dict[int, ChunkReport] = {}
         self._is_guest = is_guest
-        #: Whether it ended by an error of which nobody else is told.
+        #: Whether the work ended by an error that was only logged.
         self.gave_up = False
         self.results: Results = queue.SimpleQueue() if results is None else results
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def add(self, ref: ChunkRef, *, memory_level: str | None = None) -> None:
@@ -82,11 +82,11 @@ class Committer:
         self._waiting.put((ref, memory_level))
 
     def finish(self) -> None:
-        """Say that nothing more will be added."""
+        """Signal that nothing more will be added."""
         self._waiting.put(None)
 
     def stop(self) -> None:
-        """Give up what is queued (its journals stay) and wait a while for the commit in work."""
+        """Drop the queue (its journals stay) and wait a while for the commit in progress."""
         self._stopping.set()
         self._waiting.put(None)
         if self._thread.ident is not None:
@@ -111,7 +111,7 @@ class Committer:
             self.results.put(None)
 
     def _commit_all(self) -> None:
-        """Commit chunk after chunk; what is wrong with one is raised after the others."""
+        """Commit chunk after chunk; the error of a single chunk is raised after the others."""
         first: Exception | None = None
         while (chunk := self._waiting.get()) is not None and not self._stopping.is_set():
             try:
@@ -178,7 +178,7 @@ class Committer:
         return all(entry.provenance.run_id != self._run_id for entry in entries)
 
     def _committed_meanwhile(self, ref: ChunkRef) -> bool:
-        """Whether another run has committed the chunk since; if so, its report is handed out."""
+        """Whether another run has committed the chunk since; if so, hand out its report."""
         self._known |= self._store.chunk_reports(self._batch_id)
         if (report := self._known.get(ref.chunk.number)) is None:
             return False

@@ -1,4 +1,4 @@
-"""Keeps the engine busy: a bounded window of requests in flight that runs across chunks."""
+"""Keeps the engine busy: a bounded window of requests in flight, which spans chunks."""
 
 import asyncio
 import logging
@@ -32,35 +32,32 @@ from batch_orchestration.workers.vitals import MARGIN_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)
 
-#: Between looks at a breaker that is open.
+#: Between checks of an open breaker.
 BREAKER_POLL_SECONDS = 0.2
 
 
 class Feeder:
     """Draws pending requests from a source and settles each of them.
 
-    A request that waits for its next attempt keeps its place in the window, so that an engine
-    in trouble is fed less.
+    A request waiting for its next attempt keeps its place, so that a failing engine is fed less.
 
-    When the engine dies, what it had in flight is suspect and is tested apart (see
+    When the engine dies, the requests in flight are suspects and are tested apart (see
     `inference.faults.isolation`); the death costs no request an attempt. Suspects and fresh
-    requests take turns and never share a window. A fresh turn lasts at least as long as the turn of
-    suspects before it, so that fresh work gets half of the time whatever is wrong with the
-    suspects. Only an engine that has answered something since it was started is believed when it
-    dies with one of them alone; one that dies whatever it is asked is given up, and convicts
-    nobody.
+    requests take turns and never share a window. A fresh turn lasts at least as long as the
+    preceding turn of suspects, so that fresh requests always get half of the time. A death with a
+    single suspect counts against it only if the engine had answered since its start. An engine that
+    dies on controls, too, is given up and convicts no request.
 
-    A refusal that may be the gate's is recorded only when something else was let in since (see
+    A refusal that may be the gate's is recorded only after something else was let in (see
     `inference.faults.access`).
 
-    An engine that ran out of memory makes no suspects, but is started anew with gentler settings
-    (see `inference.faults.oom_recovery`), until there are none.
+    An engine that ran out of memory makes no suspects. It is restarted at ever lower memory levels
+    (see `inference.faults.oom_recovery`) until none is left.
 
-    A source that yields an obstacle in place of a request, such as a full disk, is asked again
-    when it may be gone.
+    A source that yields a transient error, such as a full disk, is asked again later.
 
-    The care for the device may narrow the window, pause it, or have the feed end: then what is in
-    flight is answered, and nothing more is given to the engine.
+    Throttling may narrow the window, pause it, or end the feed: then requests in flight are
+    answered, and nothing more is given to the engine.
     """
 
     def __init__(
@@ -95,14 +92,14 @@ class Feeder:
             window, most=self._most_in_flight, throttle=throttle, waited=waited
         )
         self._gate = self._new_gate()
-        #: Where a control is asked while nothing was answered yet.
+        #: Endpoint of the latest submission, for controls before the first answer.
         self._asked_at = CHAT
         self._isolation: Isolation[PendingRequest] = Isolation()
-        #: Drawn from the source and without an outcome, in the order of drawing.
+        #: Drawn from the source and still without an outcome, in the order of drawing.
         self._unanswered: dict[PendingRequest, None] = {}
-        #: Fresh requests that a dead engine left, but did not have.
+        #: Requests that a dead engine left unanswered and that are not suspect.
         self._again: deque[PendingRequest] = deque()
-        #: Those that are being answered now.
+        #: Requests that are being answered now.
         self._tasks: dict[PendingRequest, asyncio.Task[None]] = {}
         self._abandoned: set[str] = set()
         self._halted: set[str] = set()
@@ -110,7 +107,7 @@ class Feeder:
         self._obstacles = TransientErrors(
             waited=waited, is_over=lambda: self._room.stop is not None
         )
-        #: What the engine asked to wait for.
+        #: Waits that the engine asked for.
         self.waits = EngineWaits()
         self.in_flight = 0
 
@@ -140,7 +137,7 @@ class Feeder:
         return self._fresh_is_over and not self._isolation
 
     def note_window(self) -> None:
-        """Keep in the vitals how wide the window is now."""
+        """Record the present width of the window in the vitals."""
         self._vitals.window, self._vitals.unheld_window = self._room.limit, self._room.unheld
 
     async def feed(self) -> None:
@@ -148,11 +145,10 @@ class Feeder:
 
         Raises:
             EngineStartFailed: The engine did not become ready.
-            EngineDied: It died more often than it may be restarted.
-            EngineSick: It lives, but fails nearly everything; or it dies whatever it is asked.
-            EngineRefusesUs: It does not let us in.
-            GpuUnhealthy: The care for the device ended the feed; what is left is asked another
-                time.
+            EngineDied: The limit of restarts is exceeded.
+            EngineSick: The engine fails nearly everything, or dies on controls, too.
+            EngineRefusesUs: The engine refuses access.
+            GpuUnhealthy: Throttling ended the feed; the remaining requests are left to a later run.
         """
         loop = asyncio.get_running_loop()
         await self._life.start()
@@ -170,15 +166,15 @@ class Feeder:
     def _wants_proof(self) -> bool:
         """Whether the engine has to answer something before the next suspect is tested.
 
-        It does so after the suspect's death, where it may be restarted for that: an engine that
-        is worn out by one request kills the next one, whichever that is. A fresh request is as
-        good as a control, and costs nothing.
+        If another restart is allowed, it has to do so after the suspect's death instead. The proof
+        is needed because an engine worn out by one request dies with the next one, whichever it is.
+        A fresh request is as good a proof as a control, and costs nothing.
         """
         last_chance = self._isolation.may_convict and not self._life.may_restart
         return last_chance and not self._life.deaths.proven
 
     def abandon(self, batch_id: str) -> bool:
-        """Let go what was drawn of a batch; return whether none of it is being answered any more.
+        """Let go of a batch's drawn requests; return whether none of them is being answered.
 
         From then on nothing more is recorded about its requests.
         """
@@ -189,9 +185,9 @@ class Feeder:
         return not theirs
 
     def halt(self, batch_id: str) -> bool:
-        """Give the engine none of a batch's requests any more, also none again.
+        """Give the engine no more requests of a batch, not even for another attempt.
 
-        What the engine has is settled. Return whether that is done.
+        Requests that the engine has are settled. Return whether that is done.
         """
         self._halted.add(batch_id)
         return not self._tasks_of(batch_id)
@@ -210,7 +206,7 @@ class Feeder:
         return self._source_is_dry and not self._again
 
     def _fresh(self, until: float) -> Iterator[PendingRequest | TransientError]:
-        """Yield fresh requests: to the end, or while suspects wait for at most so long."""
+        """Yield fresh requests to the end, or, while suspects wait, until the time `until`."""
         loop = asyncio.get_running_loop()
         while not self._isolation or self._wants_proof or loop.time() < until:
             if self._again:
@@ -262,16 +258,16 @@ class Feeder:
             await self._judge(label, left[0], death, was_proven=was_proven)
             return
         else:
-            # Somebody else may have killed the engine just then.
+            # An outside cause may have killed the engine just then.
             await self._suspect(to_confirm(label), left)
         await self._life.restart(death)
 
     async def _judge(
         self, label: str, pending: PendingRequest, death: EngineDied, *, was_proven: bool
     ) -> None:
-        """Convict a request that killed the engine alone, if that answers something else."""
+        """Convict a request that killed the engine alone, if the engine answers something else."""
         if death.exhaustion:
-            # Before the restart: the others are to be answered as configured.
+            # Before the restart, so that the others are answered as configured.
             self._life.oom_recovery.note_culprit()
         if was_proven:
             await self._convict(label, pending, death)
@@ -279,7 +275,7 @@ class Feeder:
         elif await self._life.restart(death) and await self._life.prove_sound():
             await self._convict(label, pending, death)
         else:
-            # It has died of a control, too, and then answered one.
+            # The engine died on a control, too, and then answered one.
             await self._suspect(to_confirm(label), [pending])
 
     async def _suspect(self, label: str, suspects: list[PendingRequest]) -> None:
@@ -298,7 +294,7 @@ class Feeder:
             self._settled(pending, failure)
 
     async def _control(self) -> EngineDied | None:
-        """Ask a control; return the engine's death, if that was the answer."""
+        """Ask a control; return the engine's death if the engine died on it."""
         death: BaseException | None = None
         self._hang_watch.begin()
         try:
@@ -313,7 +309,7 @@ class Feeder:
         """Begin with an engine that has just been started."""
         self._served = identity.models
         self._vitals.derivation = self._room.begin(self._engine.figures())
-        # The old engine may have died of a probe, which then never ends.
+        # The old engine may have died of a probe, whose result then never arrives.
         self._breaker = Breaker(self._window.breaker)
         self._hang_watch.note_start()
         self._vitals.enter("feeding", patience_seconds=self._patience_seconds)
@@ -321,7 +317,7 @@ class Feeder:
 
     @property
     def _patience_seconds(self) -> float:
-        """So long without progress is slow: an engine that is stuck, `HangWatch` ends before."""
+        """Time without progress that is only slow; `HangWatch` ends a stuck engine earlier."""
         return self._hang_watch.limit_seconds + MARGIN_SECONDS
 
     def _most_in_flight(self) -> int:
@@ -334,10 +330,10 @@ class Feeder:
     async def _run_window(
         self, requests: Iterator[PendingRequest | TransientError]
     ) -> EngineDied | None:
-        """Settle the requests; return the engine's death, if that ended it.
+        """Settle the requests; return the engine's death if that ended the window.
 
         Raises:
-            GpuUnhealthy: The care for the device left some of them unanswered.
+            GpuUnhealthy: Throttling left some of them unanswered.
         """
         all_drawn, death = False, None
         self._hang_watch.begin()
@@ -358,7 +354,7 @@ class Feeder:
         assert death is None or isinstance(death, EngineDied)
         stop = self._room.stop
         if stop is not None and (death or self._unanswered or not all_drawn):
-            # Whoever killed the engine on a device that is not fit, no request is suspect for it.
+            # If the device is unfit, a death of the engine makes no request suspect.
             raise GpuUnhealthy(stop) from death
         return death
 
@@ -371,7 +367,7 @@ class Feeder:
         self._room.look_again()
 
     async def _heard(self, figures: EngineMetrics | None) -> None:
-        """Go by what the engine tells of its work; None if it did not answer."""
+        """React to the engine's metrics; None if it did not answer."""
         self._vitals.engine = figures
         now = asyncio.get_running_loop().time()
         self._room.hear(figures, in_flight=self.in_flight, now=now)
@@ -392,9 +388,9 @@ class Feeder:
         self._room.note_settled()
 
     async def _answer(self, pending: PendingRequest) -> Outcome | None:
-        """Return the outcome; None if the attempts that are left are not to be made.
+        """Return the outcome; None if no further attempt may be made.
 
-        The device's care forbids them, or the batch is paused.
+        That is the case if throttling ends the feed, or if the batch is paused or abandoned.
         """
         body = prepare_body(
             pending.request, overrides=self._overrides(pending), served=self._served
@@ -441,7 +437,7 @@ class Feeder:
         outcome = await self._ask(
             endpoint, body, request_id=f"{batch_id}-{index}-{pending.submissions}"
         )
-        # Not in a `finally`: what a dead engine had stays marked.
+        # Not in a `finally`: requests of a dead engine stay marked.
         pending.in_flight = False
         if isinstance(outcome, Completion):
             self._life.deaths.note_answer()
@@ -466,7 +462,7 @@ class Feeder:
         await self._obstacles.delay(seconds)
 
     async def _may_submit(self, pending: PendingRequest) -> bool:
-        """Wait until breaker and device permit it; return False if it may not be any more."""
+        """Wait until breaker and device permit it; return False if it is permitted no more."""
         loop = asyncio.get_running_loop()
         while self._room.stop is None and not self._is_let_go(pending):
             if not self._room.is_paused and self._breaker.may_submit(loop.time()):
@@ -483,7 +479,7 @@ class Feeder:
 
 
 def first_leaf(error: BaseException) -> BaseException:
-    """Return the first exception of a group that is not a group: what a caller can act on."""
+    """Return the first exception of a group that is not a group, for the caller to handle."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -1,19 +1,20 @@
-"""How many files this process may have open, and what that leaves for requests in flight."""
+"""The limit on open files of this process, and the number of requests in flight that it allows."""
 
 import resource
 import sys
 
 from batch_orchestration.files.journal import open_journals
 
-#: Descriptors that a run worker needs beside connections and journals: code, logs, DuckDB,
-#: Dagster's SQLite files, the pipes of an engine; and some that nobody counts.
+#: Descriptors that a run worker needs besides connections and journals: code, logs, DuckDB,
+#: Dagster's SQLite files and the pipes of an engine, with a margin.
 RESERVE = 128
-#: More than a run ever needs; engines inherit it, and some programs walk through all there may be.
+#: More than a run ever needs. Not more than that, because engines inherit the limit and some
+#: programs iterate over all possible descriptors.
 ENOUGH = 65536
 
 
 def raise_open_file_limit() -> int:
-    """Let this process open as many files as the system allows it, or enough; return how many."""
+    """Raise this process's limit on open files as far as allowed, or to `ENOUGH`; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(ENOUGH, _number(hard))
     if _number(soft) < wanted:
@@ -24,8 +25,7 @@ def raise_open_file_limit() -> int:
 def connections_possible() -> int:
     """Return how many requests may be in flight now, one connection each; at least one.
 
-    The limit on open files, less a reserve (half of a limit that is very small) and the journals
-    that are open.
+    The limit on open files, less a reserve (at most half of it) and the open journals.
     """
     soft = _number(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     return max(1, soft - min(RESERVE, soft // 2) - open_journals())

@@ -1,4 +1,4 @@
-"""How far a batch is while a run works on it: counted, written to the progress file, logged."""
+"""The progress of a batch while a run works on it: counted, written to a file, logged."""
 
 import logging
 import os
@@ -21,18 +21,18 @@ from batch_orchestration.workers.progress import Meter, Progress, Wait, write_pr
 
 logger = logging.getLogger(__name__)
 
-#: One line a minute tells a reader enough of a job that runs for hours.
+#: One line a minute is enough for a job that runs for hours.
 LOG_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommittedChunk:
-    """A committed chunk, with how far its batch is: the run's own, or one that was its guest.
+    """A committed chunk of the run's own batch or of a guest, with the progress of its batch.
 
     Attributes:
-        reused: The store held it before this run.
+        reused: Whether the store held it before this run.
         done: Requests of the batch with an outcome, of `total`.
-        utilization: Of the run's own batch, as far as this run goes; None for a guest's.
+        utilization: Utilization of the own batch's time by this run so far; None for a guest.
     """
 
     report: ChunkReport
@@ -48,7 +48,7 @@ class CommittedChunk:
 
 
 class RunProgress:
-    """Adds up what is committed, what earlier passes left in journals, and what arrives now.
+    """Adds up committed outcomes, outcomes of earlier passes in journals, and new outcomes.
 
     Used from the feed's thread; `snapshot` and `learn_committed` from any.
     """
@@ -80,7 +80,7 @@ class RunProgress:
         self._logged_at = time.monotonic()
 
     def learn_committed(self, reports: Iterable[ChunkReport]) -> None:
-        """Take note of the chunks that the store holds."""
+        """Record the chunks that the store holds."""
         others = [report for report in reports if report.number not in self._mine]
         self._elsewhere = (
             sum(report.completed for report in others),
@@ -88,7 +88,7 @@ class RunProgress:
         )
 
     def count_found(self, completed: int, failed: int) -> None:
-        """Count what earlier passes have settled in one of this run's chunks."""
+        """Count outcomes of earlier passes in one of this run's chunks."""
         self._found[0] += completed
         self._found[1] += failed
 
@@ -110,7 +110,7 @@ class RunProgress:
         return self._meter.completion_tokens
 
     def begin_feeding(self) -> None:
-        """Note that the engine is ready: rates count from now."""
+        """Record that the engine is ready: rates count from now."""
         self._meter.forget_rates()
         self._meter.sample(time.monotonic())
         if self._remaining is not None:
@@ -135,11 +135,11 @@ class RunProgress:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """Requests and output tokens per second, of late."""
+        """Recent requests and output tokens per second."""
         return self._meter.rates()
 
     def write(self, phase: str) -> None:
-        """Write the progress file. A full disk here must not stop the run."""
+        """Write the progress file. A full disk must not stop the run."""
         self.phase = phase
         try:
             write_progress(self._path, self.snapshot())
@@ -147,7 +147,7 @@ class RunProgress:
             logger.warning("cannot write %s: %s", self._path, error)
 
     def snapshot(self) -> Progress:
-        """Return how far the batch is now."""
+        """Return the present progress of the batch."""
         completed = self._elsewhere[0] + self._found[0] + self._meter.completed
         failed = self._elsewhere[1] + self._found[1] + self._meter.failed
         requests_per_second, tokens_per_second = self._meter.rates()
@@ -170,7 +170,7 @@ class RunProgress:
         )
 
     def _eta_seconds(self, pending: int, requests_per_second: float) -> float | None:
-        """Return when all is done by the tokens that are left, else by counting requests."""
+        """Return the seconds left, by the tokens left if they are known, else by the requests."""
         if self._remaining is not None:
             return self._remaining.seconds_left(pending)
         return pending / requests_per_second if requests_per_second else None
@@ -194,6 +194,6 @@ class RunProgress:
 
 
 def remaining_work(folder: DataFolder, batch_id: str) -> RemainingWork | None:
-    """Return what tells when a batch will be done; None without an estimate of it."""
+    """Return a tracker of the remaining work of a batch; None if it has no estimate."""
     estimate = read_estimate(folder, batch_id)
     return None if estimate is None else RemainingWork(estimate)

@@ -1,4 +1,4 @@
-"""Runs chunks: feeds what is pending to the engine and hands out each chunk once it is committed.
+"""Runs chunks: feeds pending requests to the engine and yields each chunk once it is committed.
 
 Three threads: the caller's, which iterates; the feed's, with the event loop; the committer's.
 """
@@ -45,27 +45,26 @@ from batch_orchestration.workers.vitals import COMMIT_SECONDS, MARGIN_SECONDS, R
 
 logger = logging.getLogger(__name__)
 
-#: Power loss costs at most what was answered in this time.
+#: A power loss costs at most the answers of one such interval.
 SYNC_SECONDS = 1.0
-#: How often the caller's thread looks up from waiting, so that an interrupt reaches it.
+#: How often the caller's thread interrupts its wait, so that a signal reaches it.
 WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPolicy:
-    """How chunks are fed: from the deployment's settings.
+    """How chunks are fed, from the deployment's settings.
 
     Attributes:
-        in_flight: Requests given to the engine at a time, at first.
-        bounds: Between what that may become by what the engine tells; None if it is fixed.
-        derive: The same from what an engine that was started says of itself.
-        engine_restarts: Of a dead engine, in one run.
-        hang_seconds: Without a sign of progress, after which the engine counts as dead.
-        answer_settings: What answers depend on now; compared with each batch's plan.
+        in_flight: Initial number of requests given to the engine at a time.
+        bounds: Limits within which that number follows the engine's metrics; None if it is fixed.
+        derive: Derives that number from the figures of an engine that was started.
+        engine_restarts: Allowed restarts of a dead engine in one run.
+        hang_seconds: Time without progress after which the engine counts as dead.
+        answer_settings: Present settings on which answers depend; compared with each batch's plan.
         start_timeout_seconds: Until the engine must be ready.
-        max_failure_rate: Share of a batch's latest requests that may fail before it pauses, where
-            its author does not say it.
-        guest_chunks: Of more urgent batches, that a run serves beside its own at most.
+        max_failure_rate: Share of failures above which a batch pauses, if its author sets none.
+        guest_chunks: The most chunks of more urgent batches that a run serves beside its own.
     """
 
     in_flight: int
@@ -84,7 +83,7 @@ class RunPolicy:
 
     @property
     def window(self) -> Window:
-        """What of it the feeder needs."""
+        """The part of the policy that the feeder needs."""
         return Window(
             in_flight=self.in_flight,
             bounds=self.bounds,
@@ -97,7 +96,7 @@ class RunPolicy:
         )
 
     def overrides(self, model: str | None) -> Overrides:
-        """Return the changes to bodies, where `model` answers every request if it is given."""
+        """Return the changes to request bodies; a given `model` answers every request."""
         return Overrides(
             model=model, aliases=self.model_aliases, max_tokens_cap=self.max_tokens_cap
         )
@@ -115,28 +114,27 @@ def run_chunks(
     vitals: RunVitals | None = None,
     throttle: Callable[[], Throttle] = Throttle,
 ) -> Generator[CommittedChunk, None, None]:
-    """Answer what is pending in the chunks and yield each of them right after its commit.
+    """Answer the pending requests of the chunks, and yield each chunk right after its commit.
 
-    Requests with a durable outcome are not submitted again; the engine is started only if
-    something is pending, and is left running. Closing the iterator stops the feed; every answer
-    that arrived is kept. So does the early end of a batch (`lifecycle.cancellation`), within
-    seconds. A batch that is paused (`inference.faults.halting`) is passed over, and left if that
-    happens meanwhile.
+    Requests with a durable outcome are not submitted again. The engine is started only if a request
+    is pending, and is left running. Closing the iterator stops the feed, and every answer that
+    arrived is kept. An early end of a batch (`lifecycle.cancellation`) has the same effect within
+    seconds. A paused batch (`inference.faults.halting`) is skipped, and left if paused meanwhile.
 
-    Where it is the turn of others (see `inference.scheduling`), their chunks are fed and yielded,
-    too; and where the run makes room for others it ends early, with chunks of its own left to do.
+    If other batches come first (see `inference.scheduling`), their chunks are fed and yielded, too.
+    If the run makes room for others, it ends early, with chunks of its own left to do.
 
     Args:
         selection: Chunk numbers by batch id, in the order in which they are fed.
-        force: Run although settings differ from the plan's; the rows carry the present hash.
-        vitals: Of the run; what happens here is noted there.
-        care: What the care for the device allows at this moment.
+        force: Run even if settings differ from the plan's; rows carry the present hash.
+        vitals: Vitals of the run, updated here.
+        throttle: Returns the present throttling of the devices.
 
     Raises:
-        BatchNotFound: No such batch.
-        PlanMismatch: Settings or kept input are not those of the plan.
+        BatchNotFound: There is no such batch.
+        PlanMismatch: Settings or kept input differ from the plan.
         EngineError: The engine did not start, or died too often.
-        GpuUnhealthy: The device is not fit for an engine, or was no more.
+        GpuUnhealthy: The device is not, or no longer, fit for an engine.
         StorageError: A journal or the store is unusable.
     """
     vitals = vitals or RunVitals()
@@ -225,7 +223,7 @@ class _BatchRun:
             self._stop()
 
     def _next_committed(self) -> Committed | None:
-        """Wait for the next commit; None when every committer has come to its end."""
+        """Wait for the next commit; None once every committer has ended."""
         while True:
             try:
                 result = self._results.get(timeout=WAIT_SECONDS)
@@ -239,7 +237,7 @@ class _BatchRun:
                 raise result
             if result is not None:
                 return result
-            # Our own ends when nobody is invited any more; a guest's may have given up before.
+            # Our own committer ends after the last guest has joined; a guest's may end earlier.
             self._ended += 1
             if self._ended == len(self._works):
                 return None
@@ -326,11 +324,11 @@ class _BatchRun:
         self._enter_commits("committing")
 
     def _enter_commits(self, phase: str) -> None:
-        """Begin a phase in which the store may be waited for."""
+        """Begin a phase that may wait for the store."""
         self._vitals.enter(phase, patience_seconds=COMMIT_SECONDS + MARGIN_SECONDS)
 
     def _own_in_flight(self) -> int:
-        """Return how many requests of our own the engine has."""
+        """Return how many requests of our own batch the engine has."""
         assert self._feeder is not None
         guests = sum(guest.unanswered for guest in self._turns.guests.values())
         return max(0, self._feeder.in_flight - guests)
@@ -342,12 +340,12 @@ class _BatchRun:
         self._accounts.note()
 
     def _invite(self, batch_id: str) -> BatchWork:
-        """Begin to work on a guest.
+        """Attach a guest.
 
         Raises:
             BatchNotFound: There is no such batch.
-            IllegalTransition: It is paused.
-            PlanMismatch: It is not for this engine, or its kept input has changed.
+            IllegalTransition: The batch is paused.
+            PlanMismatch: The batch needs another engine, or its kept input has changed.
         """
         plan = self._folder.read_plan(batch_id)
         if (halt := halt_in_force(self._folder, batch_id)) is not None:
@@ -384,7 +382,7 @@ class _BatchRun:
         return self._feeding.overrides(plan.options.model)
 
     def _deadline(self, pending: PendingRequest) -> float:
-        """Return when the window of our own batch ends; a guest's run looks after its own."""
+        """Return when our own batch's window ends; a guest's run enforces the guest's deadline."""
         own = pending.chunk.batch_id == self._own.plan.batch_id
         return self._closing.deadline if own else math.inf
 
@@ -413,20 +411,20 @@ class _BatchRun:
                 work.look_for_halt()
                 if work.has_left and self._let_go(work) and work.is_guest:
                     work.close_journals()
-                    # What was let go is never settled, and no longer at the engine.
+                    # Requests that were let go are never settled, and are no longer at the engine.
                     work.unanswered = 0
             for guest in list(self._turns.guests.values()):
                 if guest.is_open:
                     guest.progress.tick()
                 elif guest.progress.phase != "done":
-                    # From now on its own run may write the file.
+                    # From now on the guest's own run may write the file.
                     guest.progress.write("done")
             for work in list(self._works.values()):
                 await asyncio.to_thread(work.sync)
             await asyncio.sleep(SYNC_SECONDS)
 
     def _let_go(self, work: BatchWork) -> bool:
-        """Have the feeder let go of a batch; return whether nothing of it is at the engine."""
+        """Have the feeder let go of a batch; return whether the engine has none of it left."""
         if self._feeder is None:
             return False
         let_go = self._feeder.halt if work.is_halted else self._feeder.abandon

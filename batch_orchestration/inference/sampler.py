@@ -1,7 +1,7 @@
-"""Samples a run while it works: its vitals and its devices, every few seconds, in a thread beside.
+"""Samples the vitals and devices of a run every few seconds, in a thread of its own.
 
-Nothing waits for it. What it cannot write is missing from a plot; devices that it cannot look at
-get no more work (see `gpu.monitor`).
+Nothing waits for the thread. A sample that cannot be written is missing from a plot; devices that
+cannot be read get no more work (see `gpu.monitor`).
 """
 
 import logging
@@ -17,19 +17,17 @@ from batch_orchestration.workers.vitals import RunVitals
 
 logger = logging.getLogger(__name__)
 
-#: At the end of a run, for a sample that is being taken: a disk or a driver may hang.
+#: Limit on the wait for the last sample of a run: a disk or a driver may hang.
 STOP_SECONDS = 10.0
 
 
 class RunSampler:
-    """A thread that samples while it is entered.
+    """A thread that takes samples while the context is entered.
 
     Args:
-        vitals: Of the run, which others set; but their `gpus` it sets itself.
-        folder: The data folder.
-        run_id: Of the run.
+        vitals: Vitals of the run; the sampler sets `gpus`, others set the rest.
         seconds: Between two samples.
-        watch: Over the devices of the run; None if it uses none.
+        watch: Monitor of the run's devices; None if it uses none.
     """
 
     def __init__(
@@ -51,22 +49,22 @@ class RunSampler:
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
 
     def __enter__(self) -> Self:
-        """Begin with the first sample at once."""
+        """Start the thread, which takes the first sample at once."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take a last sample and end, even if that hangs."""
+        """Take a last sample and end, even if the sample hangs."""
         self._over.set()
         self._thread.join(STOP_SECONDS)
 
     @property
     def watches_devices(self) -> bool:
-        """Whether its samples are of devices, too."""
+        """Whether the samples include devices."""
         return self._watch is not None
 
     def throttle(self) -> Throttle:
-        """Return what the run may ask of its devices now: everything, if it uses none."""
+        """Return the present throttling of the devices: none if the run uses no device."""
         return Throttle() if self._watch is None else self._watch.throttle()
 
     def _run(self) -> None:
@@ -74,7 +72,7 @@ class RunSampler:
             over = self._over.is_set()
             try:
                 self._sample()
-            except Exception as error:  # noqa: BLE001 - it only looks on; see the module
+            except Exception as error:  # noqa: BLE001 - sampling never stops a run; see the module
                 if not self._complained:
                     self._complained = True
                     logger.warning("a sample of the run is missing: %r", error)

@@ -1,12 +1,12 @@
-"""Whose request a run feeds next: its own batch's, or that of a batch before it in the queue.
+"""Chooses the batch that a run feeds next: its own, or one that is before it in the queue.
 
-A run that holds the engine serves, as guests, the batches that are before its own in the order of
-service and need the very same engine. Who has more whole points of priority overtakes at the next
-request; who is before it only by fair share or deadline, at the next chunk. The run knows the order
-from `queue.json` alone and never waits for the store.
+A run that holds the engine also serves co-scheduled batches, its guests: those that are before its
+own in the order of service and need exactly the same engine. A guest with more whole points of
+priority overtakes at the next request; a guest that is first only by fair share or deadline
+overtakes at the next chunk. The run reads the order from `queue.json` alone, never from the store.
 
-For whom its engine is of no use the run makes room: it begins no further chunk, ends what is begun,
-and leaves the rest to a later run. So it does while the queue is paused.
+If a batch before its own needs another engine, the run makes room: it begins no further chunk,
+finishes begun ones, and leaves the rest to a later run. It does the same while the queue is paused.
 """
 
 import contextlib
@@ -25,27 +25,25 @@ from batch_orchestration.store.operations import replay_asked_since
 
 logger = logging.getLogger(__name__)
 
-#: Between looks at the queue.
+#: Between checks of the queue.
 LOOK_SECONDS = 1.0
-#: The same for replays, which lie in many folders.
+#: The same for replays, which are spread over many folders.
 REPLAY_LOOK_SECONDS = 5.0
-#: Nobody writes a queue that is older; its order may be long over.
+#: An older queue file is no longer being updated; its order may be obsolete.
 STALE_SECONDS = 60.0
-#: A replay that was asked for so shortly before the run began may have been too late to be chosen.
+#: A replay requested this shortly before the run began may have come too late to be chosen.
 REPLAY_MARGIN_SECONDS = 30.0
 
 
 class Turns:
-    """Draws requests of one batch, and of guests where it is their turn.
+    """Draws requests of the run's own batch, and of guests when it is their turn.
 
     Args:
-        own: What the run is about.
-        folder: The data folder.
-        settings_hash: Of the settings in force: guests are planned with the same.
-        most_guest_chunks: After so many the run makes room for others, its own batch included.
-        invite: Begins the work on a guest.
-        cramped: Whether the engine was made so gentle that a guest's requests may not fit.
-        clock: POSIX seconds.
+        own: The run's own batch.
+        settings_hash: Hash of the settings in force; guests must be planned with the same.
+        most_guest_chunks: After this many the run makes room for others, its own batch included.
+        invite: Attaches a guest.
+        cramped: Whether the engine's context was cut so far that a guest's requests may not fit.
     """
 
     def __init__(
@@ -72,24 +70,24 @@ class Turns:
         self._sought_replays_at = 0.0
         self._a_replay_waits = False
         self._view: QueueView | None = None
-        #: Before our own batch when the run began: Dagster chose the run all the same.
+        #: Before our own batch when the run began; Dagster chose this run nevertheless.
         self._were_before: frozenset[str] | None = None
-        #: Those before our own batch that this engine can serve, in the order of service.
+        #: The entries before our own batch that this engine can serve, in the order of service.
         self._before: list[QueueEntry] = []
-        #: As last seen, of everyone who was ever in the queue.
+        #: Latest known points of every batch that was ever in the queue.
         self._points_by_batch: dict[str | None, int] = {}
         self._current = own
         self.guests: dict[str, BatchWork] = {}
         self._unwelcome: set[str] = set()
-        #: Why no further chunk is begun; None while nothing speaks against it.
+        #: Why no further chunk is begun; None if one may be.
         self.held: str | None = None
 
     def pending(self) -> Iterator[PendingRequest | TransientError]:
-        """Yield requests, each from whose turn it is, until the own batch has nothing left.
+        """Yield requests, each of the batch whose turn it is, until our own batch has nothing left.
 
         Raises:
             PlanMismatch: The kept input of our own batch is not the one that was admitted.
-            StorageError: A journal of our own is unusable.
+            StorageError: A journal of our own batch is unusable.
         """
         while (work := self._next()) is not None:
             self._current = work
@@ -99,7 +97,7 @@ class Turns:
     def _draw(self, work: BatchWork) -> PendingRequest | TransientError | None:
         try:
             return work.draw()
-        except Exception as error:  # whatever is wrong with a guest, its own run tells
+        except Exception as error:  # a guest's errors are left to the guest's own run
             if work is self._own:
                 raise
             self._dismiss(work.plan.batch_id, error)
@@ -112,7 +110,7 @@ class Turns:
             return self._first(begun)
         best = next(self._ready_guests(), self._own)
         if best is self._own and not best.mid_chunk and begun:
-            # What was begun for a guest is not left lying about.
+            # A chunk begun for a guest is finished first.
             return self._first(begun)
         current = self._current
         if current.mid_chunk and self._points(best) <= self._points(current):
@@ -126,7 +124,7 @@ class Turns:
         return self._points_by_batch.get(work.plan.batch_id, float("-inf"))
 
     def _ready_guests(self) -> Iterator[BatchWork]:
-        """Yield those before our own batch of which something can be drawn now, in their order."""
+        """Yield the guests that have something to draw now, in the order of service."""
         for entry in self._before:
             work = self._guest(entry.batch_id or "")
             if work is not None and work.can_draw:
@@ -157,7 +155,7 @@ class Turns:
     # --- looking ----------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Take in what has changed, at most once in a while; also while nothing is drawn."""
+        """Take in changes, at most once per `LOOK_SECONDS`; called also while nothing is drawn."""
         now = self._clock()
         if 0 <= now - self._looked_at < LOOK_SECONDS:
             return
@@ -178,7 +176,7 @@ class Turns:
                 self._view = read_queue(self._folder)
                 self._queue_changed_at = changed_at
         except (OSError, StorageError) as error:
-            # Without it the run goes on as if it were alone.
+            # Without the queue file the run goes on as if it were alone.
             logger.debug("no queue: %s", error)
             self._view = None
 
@@ -196,7 +194,7 @@ class Turns:
             self._were_before = frozenset(entry.id for entry in self._before)
 
     def _release_guests(self) -> None:
-        """Stop serving guests that are to end early, or whose answers cannot be committed."""
+        """Stop serving guests that end early, or whose answers cannot be committed."""
         for batch_id, work in self.guests.items():
             if batch_id in self._unwelcome:
                 continue
@@ -227,21 +225,22 @@ class Turns:
         return entry.settings_hash == self._settings_hash and not self._cramped()
 
     def _is_news(self, entry: QueueEntry) -> bool:
-        """Whether an engine is worth being given up for it.
+        """Whether to give the engine up for this entry.
 
-        Not for who was before us already when this run was chosen: it could not run then, and might
-        not now. And fair share is no reason: it would cost a start of the engine each time.
+        That is so only for a batch that overtook this one after the run began, and only for higher
+        priority. A batch that was first before could not run when this run was chosen, and may not
+        be able to run now. Fair share is not worth a restart of the engine each time.
         """
         more = self._points_by_batch[entry.batch_id] > self._points(self._own)
         return more and entry.id not in (self._were_before or ())
 
     def _replay_waits(self) -> bool:
-        """Whether one was asked for since the run began: an older one could not run then."""
+        """Whether a replay was requested since the run began: an older one could not run then."""
         now = self._clock()
         if not 0 <= now - self._sought_replays_at < REPLAY_LOOK_SECONDS:
             self._sought_replays_at = now
             since = self._began_at - REPLAY_MARGIN_SECONDS
-            with contextlib.suppress(StorageError):  # as it was at the last look
+            with contextlib.suppress(StorageError):  # keeps the latest result
                 self._a_replay_waits = replay_asked_since(self._folder, since)
         return self._a_replay_waits
 

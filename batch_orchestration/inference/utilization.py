@@ -1,4 +1,4 @@
-"""Keeps the accounts of a run on disk, for its own batch and for its guests."""
+"""Writes the time breakdowns of a run to disk, for its own batch and for its guests."""
 
 import asyncio
 import contextlib
@@ -22,27 +22,24 @@ from batch_orchestration.workers.vitals import RunVitals
 
 logger = logging.getLogger(__name__)
 
-#: Ten looks a second cost nothing, and no part of an account is off by more than one of them.
+#: Ten samples a second cost nothing, and no part of a breakdown is off by more than one of them.
 LOOK_SECONDS = 0.1
 #: As often as the progress file.
 WRITE_SECONDS = 1.0
 
 
 class TimeBreakdowns:
-    """Looks at a run ten times a second and writes its accounts once a second.
+    """Samples a run ten times a second and writes its time breakdowns once a second.
 
-    An account goes on where the same run left it: a step that is tried again keeps its run's id.
+    A breakdown continues where the same run left it, because a retried step keeps its run's id.
 
     Args:
-        own: The batch that the run is about.
-        guests: Those that it serves beside it, as they come.
-        folder: The data folder.
-        run_id: Of the run.
-        vitals: Of the run.
-        clock: Seconds that never go back.
+        own: The run's own batch.
+        guests: The batches served beside it, added as they join.
+        clock: Monotonic seconds.
 
     Attributes:
-        feeder: None before there is something to ask.
+        feeder: None until there is something to ask.
     """
 
     def __init__(
@@ -73,7 +70,7 @@ class TimeBreakdowns:
 
     @contextlib.asynccontextmanager
     async def looking(self) -> AsyncIterator[None]:
-        """Look and write while the body feeds; what follows it is commits."""
+        """Sample and write while the body feeds; the time after it counts as committing."""
         watch = asyncio.create_task(self._keep_looking())
         try:
             yield
@@ -87,35 +84,35 @@ class TimeBreakdowns:
             await asyncio.sleep(LOOK_SECONDS)
 
     def note(self) -> None:
-        """Charge the time until now; call where something begins or ends, too."""
+        """Charge the time since the last sample; call where something begins or ends, too."""
         moment = RunSnapshot(stage=Stage.COMMITTING) if self._is_fed else self._moment()
         self._accountant.observe(moment, self._clock())
 
     def begin_committing(self) -> None:
-        """Note that nothing is left to ask: what follows is commits."""
+        """Record that nothing is left to ask: time counts as committing from now on."""
         self.note()
         self._is_fed = True
         self.note()
 
     def tick(self) -> None:
-        """Look, and write if it is time."""
+        """Sample, and write if a write is due."""
         self.note()
         if self._clock() - self._written_at >= WRITE_SECONDS:
             self._written_at = self._clock()
             self._write()
 
     def close(self) -> None:
-        """Look and write for the last time."""
+        """Sample and write for the last time."""
         self.note()
         self._write()
 
     @property
     def kept_so_far(self) -> Utilization | None:
-        """What this run has kept of its own batch's time so far."""
+        """Utilization of the own batch's time by this run so far."""
         return kept([self._account(self._own.plan.batch_id)])
 
     def _moment(self) -> RunSnapshot:
-        """See where the run is; the window as it is now, for heat changes it unasked."""
+        """Return the state of the run, with a fresh window, because heat may change it any time."""
         vitals, feeder = self._vitals, self.feeder
         if feeder is None:
             return RunSnapshot(stage=Stage.STARTING, restarts=vitals.restarts)
@@ -150,7 +147,7 @@ class TimeBreakdowns:
         return account if earlier is None else account.after(earlier)
 
     def _write(self) -> None:
-        """Write the accounts that have grown; one that cannot be written stops no run."""
+        """Write the breakdowns that have changed; a failed write does not stop the run."""
         try:
             for batch_id, quantities in list(self._accountant.accounts().items()):
                 if quantities != self._written.get(batch_id):

@@ -1,4 +1,4 @@
-"""Which requests wait because the engine asked for it, so that a person can be told."""
+"""Tracks the requests that wait because the engine asked for it, so that they can be shown."""
 
 import contextlib
 import time
@@ -9,7 +9,7 @@ from batch_orchestration.core.text import duration
 from batch_orchestration.inference.chunk_pass import PendingRequest
 from batch_orchestration.workers.progress import Wait
 
-#: Of the engine's words: the whole stands in the journal.
+#: Characters of the engine's message to show; the journal has all of it.
 REASON_LENGTH = 200
 
 
@@ -21,7 +21,7 @@ class EngineWaits:
 
     @contextlib.contextmanager
     def noted(self, pending: PendingRequest, failure: Failure, seconds: float) -> Iterator[None]:
-        """Take note of a wait during the body, if the engine asked for it."""
+        """Record a wait during the body, if the engine asked for it."""
         if failure.retry_after_seconds:
             self._waits[pending] = (time.time() + seconds, failure)
         try:
@@ -30,7 +30,7 @@ class EngineWaits:
             self._waits.pop(pending, None)
 
     def of(self, batch_id: str) -> Wait | None:
-        """Return how many requests of a batch wait, for what and until when the first does."""
+        """Return how many requests of a batch wait, and when and why the first wait ends."""
         waits = [
             wait
             for pending, wait in list(self._waits.items())

@@ -1,1 +1,1 @@
-"""How a batch ends: completed, cancelled, expired; and how it is resumed."""
+"""The end of a batch (completed, cancelled or expired) and its resumption."""

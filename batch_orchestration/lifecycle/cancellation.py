@@ -1,8 +1,8 @@
-"""Ending a batch early: who may decide that, and what is decided at once.
+"""Early ends: the decision to cancel or expire a batch, and its immediate effects.
 
-The decision is a file before the store is told (`early-end.json` beside the plan), so that it needs
-no free store, survives any kill, and is seen by a run that works on the batch within a second. The
-first decision stands. What follows from it: `lifecycle.fail_unanswered`.
+The decision is a file (`early-end.json` beside the plan) before the store is updated. It therefore
+needs no unlocked store, survives any kill, and reaches a run that works on the batch within a
+second. The first decision stands. `lifecycle.close_out` then completes the batch.
 """
 
 import asyncio
@@ -43,8 +43,8 @@ class Cancellation:
     """A decision to cancel.
 
     Attributes:
-        earlier: Whether it had been made before.
-        over: Whether the batch has ended since.
+        earlier: Whether it was made before this call.
+        over: Whether the batch already has the status `cancelled`.
     """
 
     closing: EarlyEnd
@@ -53,14 +53,14 @@ class Cancellation:
 
 
 def early_end_lock(folder: DataFolder, batch_id: str) -> BaseFileLock:
-    """Return the lock under which it is decided how a batch ends; never held for long."""
+    """Return the lock for decisions about the end of a batch; it is never held for long."""
     return shared_lock(folder.early_end_path(batch_id).with_name("closing.lock"))
 
 
 def early_end_in_force(folder: DataFolder, record: BatchRecord) -> EarlyEnd | None:
-    """Return why a batch ends, or has ended, early; None if it does not.
+    """Return the decision by which a batch ends, or has ended, early; None if there is none.
 
-    A decision that came when the files were being written already came too late.
+    A cancellation made after delivery began is ignored.
     """
     closing = folder.read_closing(record.batch_id)
     if closing is None or record.status is BatchStatus.COMPLETED:
@@ -72,22 +72,18 @@ def early_end_in_force(folder: DataFolder, record: BatchRecord) -> EarlyEnd | No
 def cancel(
     batch_id: str, *, folder: DataFolder, store: Store, actor: str, reason: str, at: float
 ) -> Cancellation:
-    """Decide that a batch is cancelled. Doing it again changes nothing.
+    """Decide that a batch is cancelled. Idempotent.
 
-    Where the store is locked, the decision stands all the same; the status follows. It needs no
-    plan, and takes the place of decisions that cannot be read.
+    If the store is locked, the decision still stands and the status follows later. No readable plan
+    is needed, and decisions that cannot be read are replaced.
 
     Args:
-        batch_id: Of the batch.
-        folder: The data folder.
-        store: The store.
         actor: Run or person.
-        reason: Why, for people.
-        at: POSIX seconds.
 
     Raises:
         BatchNotFound: There is no such batch.
-        IllegalTransition: There is nothing left to cancel; the message says why.
+        IllegalTransition: There is nothing left to cancel; the message has the reason.
+        StoreLocked: The store is locked, and the batch may have ended already.
     """
     require_batch(batch_id, folder)
     with early_end_lock(folder, batch_id):
@@ -107,19 +103,19 @@ def cancel(
 
 
 def require_batch(batch_id: str, folder: DataFolder) -> None:
-    """Raise `BatchNotFound` unless there is a batch of this id, whatever its plan is like."""
+    """Raise `BatchNotFound` unless there is a batch of this id; its plan may be damaged."""
     if not os.path.lexists(folder.plan_path(batch_id)):
         folder.read_plan(batch_id)
 
 
 def set_damaged_decisions_aside(batch_id: str, folder: DataFolder, *, at: float) -> None:
-    """Put decisions about a batch that cannot be read out of the way, for people.
+    """Rename unreadable decisions about a batch, and keep them for inspection.
 
-    Call it under `early_end_lock`, when a person decides anew. Of a damaged resumption it is kept
-    that there was one, and when.
+    Call it under `early_end_lock`, before a new decision of a person. A damaged resumption is
+    replaced by one that keeps its time.
 
     Raises:
-        StorageError: They cannot be moved.
+        StorageError: A decision cannot be renamed.
     """
     try:
         folder.read_closing(batch_id)
@@ -145,13 +141,10 @@ def expire(
     """Decide that a batch has expired, if its window is over and it is not delivered.
 
     Args:
-        batch: Its plan, or what the store knows of it.
-        folder: The data folder.
-        actor: Who looks.
-        now: POSIX seconds.
+        actor: The run or sensor that checks the window.
 
     Returns:
-        The decision in force, be it an earlier one; None if there is none.
+        The decision in force, which may be an earlier one; None if there is none.
     """
     batch_id = batch.batch_id
     with early_end_lock(folder, batch_id):
@@ -179,20 +172,17 @@ def end_overdue(
     doubt: str | None = None,
     faults: Faults | None = None,
 ) -> dict[str, EarlyEnd]:
-    """Decide which of the unfinished batches end early; return these, each with its decision.
+    """Decide which of the unfinished batches end early; return their decisions by batch id.
 
-    Also does what somebody left undone who was killed after the decision.
+    This also completes decisions that a kill interrupted.
 
     Args:
-        batches: The unfinished ones.
-        folder: The data folder.
-        store: The store.
-        terminated: Given a batch id: the run of the batch that a person terminated since it was
-            last resumed; None if there is none.
-        actor: Who looks at deadlines.
-        now: POSIX seconds.
-        doubt: Why the clock is not to be believed: then no batch expires; None if it is.
-        faults: Takes batches about which a decision cannot be read, or not be made.
+        batches: Unfinished batches.
+        terminated: Given a batch id, returns the run of the batch that a person terminated since
+            the last resumption; None if there is none.
+        actor: The sensor that checks the deadlines.
+        doubt: Why the clock is not trusted, in which case no batch expires; None if it is.
+        faults: Collects batches whose decision cannot be read or made.
     """
     closings: dict[str, EarlyEnd] = {}
     faults = faults or Faults()
@@ -224,7 +214,7 @@ def end_overdue(
 def _decide_again(
     batch_id: str, *, folder: DataFolder, store: Store, actor: str, at: float
 ) -> EarlyEnd | None:
-    """Renew a decision that somebody has removed; None if the batch is not being cancelled now."""
+    """Renew a decision whose file was removed; None if the batch is not being cancelled now."""
     with early_end_lock(folder, batch_id):
         known = folder.read_closing(batch_id)
         if known is not None or store.batch(batch_id).status is not BatchStatus.CANCELLING:
@@ -236,7 +226,7 @@ def _decide_again(
 
 
 def delivered(folder: DataFolder, batch_id: str) -> bool:
-    """Whether the output files of a batch are there and no resumption has made them out of date."""
+    """Whether the output files of a batch exist and are newer than its last resumption."""
     try:
         written_at = (folder.outbox_path(batch_id) / "output.jsonl").stat().st_mtime
     except FileNotFoundError:
@@ -250,10 +240,10 @@ def _can_end_early(batch: BatchRecord) -> bool:
 
 
 def _record(batch_id: str, folder: DataFolder, store: Store) -> BatchRecord | None:
-    """Return what the store knows of a batch; None if nothing yet, or if it cannot be asked now.
+    """Return the record of a batch; None if there is none yet, or if the store is locked.
 
     Raises:
-        StoreLocked: It cannot be asked, and there are output files: the batch may have ended.
+        StoreLocked: The store is locked, and output files exist: the batch may have ended.
     """
     try:
         return store.batch(batch_id)
@@ -267,7 +257,7 @@ def _record(batch_id: str, folder: DataFolder, store: Store) -> BatchRecord | No
 
 
 def _nothing_to_cancel(record: BatchRecord, known: EarlyEnd | None) -> str | None:
-    """Return why not; None if it can be cancelled, or has been."""
+    """Return why a batch cannot be cancelled; None if it can be, or has been."""
     status = record.status
     if status in (BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.FAILED):
         return f"is {status}"
@@ -275,17 +265,17 @@ def _nothing_to_cancel(record: BatchRecord, known: EarlyEnd | None) -> str | Non
         return "has expired, what is answered is being delivered"
     if status is BatchStatus.CANCELLED and known is None:
         return "is just being resumed; try again in a moment"
-    # One that is being cancelled already has lost its decision: that was damaged.
+    # A batch in `cancelling` without a decision lost it, because the file was damaged.
     if known is None and status is not BatchStatus.CANCELLING and not _can_end_early(record):
         return "has an outcome for every request, and its files are being written"
     return None
 
 
 def _tell_store(record: BatchRecord, closing: EarlyEnd, store: Store) -> None:
-    """Set the status that goes with the decision; that of an expired batch follows at its end."""
+    """Set the status for a cancellation; the status of an expired batch changes at its end."""
     if closing.status is not BatchStatus.CANCELLED or record.status is not BatchStatus.IN_PROGRESS:
         return
-    # If the store is locked, the next look of the sensor does it, and so does who closes out.
+    # If the store is locked, the next tick of the sensor sets the status, and so does close-out.
     with contextlib.suppress(StoreLocked):
         store.set_status(
             record.batch_id,
@@ -296,26 +286,24 @@ def _tell_store(record: BatchRecord, closing: EarlyEnd, store: Store) -> None:
         )
 
 
-#: A person who cancels should see it happen.
+#: Interval of the checks for a decision; a person who cancels should see the effect.
 LOOK_SECONDS = 1.0
-#: Between two requests to stop; one that falls together with the engine's death may be missed.
+#: Between two requests to stop; one that coincides with the engine's death may be missed.
 INSIST_SECONDS = 1.0
-#: For commits of complete chunks after that; a locked store must not hold up the end of the run.
+#: For commits of complete chunks after a decision; a locked store must not delay the run's end.
 COMMIT_SECONDS = 4.0
 
 
 class EarlyEndWatch:
-    """Looks whether a batch is to end early: a person's decision, or its deadline.
+    """Watches for the early end of a batch: a person's decision, or its deadline.
 
     Args:
-        plan: Of the batch.
-        folder: The data folder.
-        run_id: Of the run that looks; it expires the batch where nobody else did.
-        only_new: Whether neither deadline nor a decision from before are of account.
+        run_id: The run that watches; after the deadline it expires the batch, unless that is done.
+        only_new: Whether the deadline and earlier decisions are ignored.
 
     Attributes:
-        seen: The decision, once it was seen.
-        deadline: When the batch's window ends, POSIX seconds.
+        seen: The decision, once the watch has found one.
+        deadline: End of the batch's window; infinite with `only_new`.
     """
 
     def __init__(
@@ -333,11 +321,11 @@ class EarlyEndWatch:
 
     @property
     def impatient(self) -> bool:
-        """Whether the run ought to have ended: what is not committed by now is closed out later."""
+        """Whether the time for commits is over; close-out then handles the uncommitted chunks."""
         return self.seen is not None and time.monotonic() - self._seen_at > COMMIT_SECONDS
 
     def look(self) -> EarlyEnd | None:
-        """Return the decision, if there is one; what cannot be opened now may be next time."""
+        """Return the decision, if there is one; a `Shortage` leaves the check to the next call."""
         with (
             contextlib.suppress(Shortage),
             shortages(self._folder.early_end_path(self._plan.batch_id)),
@@ -360,7 +348,7 @@ class EarlyEndWatch:
         return doubt is None
 
     def _read(self) -> EarlyEnd | None:
-        """Return the decision; one that cannot be read stops no run, but no other is begun then."""
+        """Return the decision; if it cannot be read, this run goes on but no other is started."""
         try:
             return self._folder.read_closing(self._plan.batch_id)
         except FileDamaged as damaged:
@@ -370,9 +358,9 @@ class EarlyEndWatch:
             return self._known
 
     async def unless_closed(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work; as soon as the batch is to end, abort it and return.
+        """Await the work; as soon as the batch ends early, abort it and return.
 
-        What the work raises by itself is raised.
+        Exceptions of the work itself are raised.
         """
         if self._noticed():
             work.close()

@@ -1,10 +1,10 @@
-"""Whether the wall clock may be believed: people and NTP set it, and after some boots it is wrong.
+"""Whether the wall clock can be trusted: people and NTP set it, and after some boots it is wrong.
 
-Whoever ends a batch or deletes something by the wall clock asks here first. Each question is a look
-at both clocks: the wall clock, and one that counts seconds since the machine was booted, suspended
-or not. As long as both advance by the same, the wall clock is believed after a while; the while is
-as long as the latest jump was, within limits. What the last look saw is a small file, so that ticks
-in different processes are one row of looks; after a reboot the row begins again.
+`clock_doubt` is called before a batch is ended or something is deleted by the wall clock. Each call
+samples the wall clock and the steady clock, which counts seconds since boot, suspended or not. The
+wall clock is trusted once both have advanced equally for as long as the latest jump, within limits.
+The last sample is kept in a small file, so that ticks in different processes form one series of
+samples; after a reboot the series begins again.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from batch_orchestration.engines.processes.records import boot_id
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import read_regular
 
-#: Two looks that agree are at least so far apart. NTP has set a clock within this, as a rule.
+#: The clocks must agree for at least this long; NTP usually sets a clock within this time.
 LEAST_SECONDS = 60.0
-#: After a jump, however far it was, so long at most: what ends late, and what is deleted late.
+#: Longest delay after a jump of any size: of expiries, and of deletions.
 EXPIRY_SECONDS, DELETION_SECONDS = 3600.0, 86400.0
-#: Between two looks the clocks may differ by this, and by what NTP slews.
+#: Allowed difference between two samples: a constant, and the rate at which NTP slews a clock.
 TOLERANCE_SECONDS, SLEW = 5.0, 0.001
 
 
 class Clocks(msgspec.Struct, frozen=True):
-    """One look at both clocks.
+    """One sample of both clocks.
 
     Attributes:
-        boot: Of the machine; `steady` counts from it.
-        steady: Seconds since then.
+        boot: Boot id of the machine.
+        steady: Seconds since that boot.
         wall: POSIX seconds.
     """
 
@@ -42,12 +42,12 @@ class Clocks(msgspec.Struct, frozen=True):
 
 
 class ClockRecord(msgspec.Struct, frozen=True):
-    """What `clock.json` holds.
+    """The content of `clock.json`.
 
     Attributes:
-        last: The latest look.
-        since: Seconds on the steady clock; all looks from then on agree.
-        jump: Seconds by which the clocks had parted before that.
+        last: The latest sample.
+        since: Seconds on the steady clock; all samples from then on agree.
+        jump: Seconds by which the clocks had diverged before that.
     """
 
     last: Clocks
@@ -61,19 +61,17 @@ def clock_path(folder: DataFolder) -> Path:
 
 
 def read_clocks() -> Clocks:
-    """Look at the clocks of this machine."""
+    """Sample the clocks of this machine."""
     return Clocks(boot_id(), time.clock_gettime(time.CLOCK_BOOTTIME), time.time())
 
 
 def clock_doubt(
     folder: DataFolder, *, most_seconds: float, read: Callable[[], Clocks] = read_clocks
 ) -> str | None:
-    """Return why the wall clock is not to be believed yet, for people; None if it may be.
+    """Return why the wall clock cannot be trusted yet, for people; None if it can.
 
     Args:
-        folder: The data folder, which keeps the looks.
-        most_seconds: That a jump may delay the answer.
-        read: Looks at the clocks.
+        most_seconds: Longest time that a jump causes doubt.
     """
     path, now = clock_path(folder), read()
     try:
@@ -98,7 +96,7 @@ def _kept(path: Path) -> ClockRecord | None:
     except FileNotFoundError:
         return None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        # Emptied by a power loss, or by a person: whatever it said, it is longer ago.
+        # Emptied by a power loss, or by a person: taken for a jump of the longest delay.
         return ClockRecord(Clocks("", 0.0, 0.0), 0.0, 0.0)
 
 
@@ -107,7 +105,7 @@ def _continued(row: ClockRecord | None, now: Clocks) -> ClockRecord:
         return ClockRecord(now, now.steady, 0.0)
     wall, steady = now.wall - row.last.wall, now.steady - row.last.steady
     if row.last.boot != now.boot:
-        # How long the machine was off, only the wall clock says.
+        # Only the wall clock covers the time during which the machine was off.
         return ClockRecord(now, now.steady, abs(wall))
     jump = abs(wall - steady)
     if jump > TOLERANCE_SECONDS + SLEW * steady:
@@ -116,7 +114,7 @@ def _continued(row: ClockRecord | None, now: Clocks) -> ClockRecord:
 
 
 def _keep(path: Path, row: ClockRecord) -> None:
-    """Replace the file. Never fsynced: one that a power loss has emptied is begun again."""
+    """Replace the file. Never fsynced: if a power loss empties it, the series begins again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(msgspec.json.encode(row))

@@ -1,7 +1,7 @@
-"""Closing out a batch that ends early: every request without an outcome gets its failure.
+"""Closing out a batch after its early end: every request without an outcome gets a failure.
 
-These failures are never written into a journal. So a batch that is resumed finds there what was
-answered, and asks the rest.
+These failures are never written to a journal. If the batch is resumed, its journals contain real
+outcomes only, and the other requests are sent.
 """
 
 import logging
@@ -26,13 +26,13 @@ from batch_orchestration.workers.reporter import report_progress
 
 logger = logging.getLogger(__name__)
 
-#: Stands as the run of failures that no run had; a batch closed out again gets the same rows.
+#: Run id of these failures; it is constant, so that closing out again writes the same rows.
 CLOSING_RUN_ID = "closing"
-#: A run notices within a second; a request that sticks to it may take a few more.
+#: A run notices an early end within a second; a request that is stuck may take a few more.
 PATIENCE_SECONDS = 15.0
 POLL_SECONDS = 0.25
 _MESSAGES = {
-    # OpenAI's words.
+    # OpenAI's wording.
     FailureCode.BATCH_EXPIRED: (
         "This request could not be executed before the completion window expired."
     ),
@@ -51,14 +51,14 @@ def fail_unanswered(
     clock: Callable[[], float],
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> Iterator[ChunkReport]:
-    """Commit each chunk of a batch that ends early and has no commit; yield it right after.
+    """Commit each uncommitted chunk of a batch that ends early, and yield its report right after.
 
-    Of a batch that does not end early nothing is touched. After a kill at any point, doing it
-    again does what is left.
+    A batch that does not end early is left unchanged. After a kill at any point, another call does
+    the remaining work.
 
     Raises:
         BatchNotFound: There is no such batch.
-        JournalInUse: A run is still at work on it after `patience_seconds`.
+        JournalInUse: A run still works on the batch after `patience_seconds`.
         StorageError: Some chunks cannot be committed; every other one is.
     """
     closing = early_end_in_force(folder, store.batch(batch_id))
@@ -86,8 +86,8 @@ def commit_ended(
 ) -> ChunkReport:
     """Commit a chunk with the outcomes of its journal and a failure for every other request.
 
-    Where its part of the kept input is gone or has changed, the others are known by their index
-    alone: an early end needs no input.
+    If its part of the kept input is gone or has changed, the other requests are identified by
+    their index alone: an early end needs no input.
     """
     entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
     commit = partial(
@@ -109,13 +109,11 @@ def commit_ended(
 def _closed(
     ref: ChunkRef, entries: Mapping[int, JournalEntry], closing: EarlyEnd, lines: Iterator[RawLine]
 ) -> Iterator[SettledRequest]:
-    """Yield each request of a chunk, in file order; lines are read only of those without outcome.
+    """Yield each request of a chunk, in file order; only lines without an outcome are parsed.
 
     Args:
-        ref: The chunk.
-        entries: Its outcomes.
-        closing: Why the others have none.
-        lines: Of the chunk; none where they are lost.
+        entries: Outcomes of the chunk, by index.
+        lines: Of the chunk; none if they are lost.
     """
     state = replay_journal(ref.journal_path, ref.plan.batch_id, ref.chunk.number)
     unasked = (line for line in lines if line.index not in entries)
@@ -132,7 +130,7 @@ def _unasked(
 ) -> SettledRequest:
     """Return a request with the failure that it was not answered in time.
 
-    A `custom_id` is lost with its line: what stands in its place now may be another's.
+    A `custom_id` is lost with its line: the line now in its place may be that of another request.
     """
     lost = "" if raw else " Its line of the kept input is gone, and its custom_id with it."
     line = raw.line if raw else ref.chunk.first_line + index - ref.chunk.first_index
@@ -156,9 +154,9 @@ def _provenance(plan: BatchPlan) -> Provenance:
 
 
 def _wait_for_writers(refs: Sequence[ChunkRef], patience_seconds: float) -> None:
-    """Wait for a run that has not noticed yet: of another batch, which serves this one as a guest.
+    """Wait for a run of another batch that co-schedules this one and has not noticed the early end.
 
-    Whoever comes later sees the decision before the first journal.
+    A run that comes later sees the decision before it opens a journal.
     """
     deadline = time.monotonic() + patience_seconds
     for ref in refs:

@@ -1,4 +1,4 @@
-"""How a batch ends: which status its delivered files bring it into, and on the way to it."""
+"""Completion: the final status of a batch whose files are delivered, and the status before it."""
 
 import logging
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Ending:
     """The end of a batch whose files are being written.
 
     Attributes:
-        status: In which it will be, or is already.
-        reached: Whether it had that status before: its files are written once more.
-        closing: Why it ends early; None if it does not.
+        status: The final status.
+        reached: Whether the batch has this status already: its files are then written once more.
+        closing: None if the batch does not end early.
     """
 
     batch_id: str
@@ -31,13 +31,13 @@ class Ending:
 def begin_ending(
     batch_id: str, *, folder: DataFolder, store: Store, at: float, actor: str
 ) -> Ending:
-    """Settle how the batch ends, and bring it into the status before that.
+    """Decide how the batch ends, and set the status before the final one.
 
-    From here on nobody can cancel it any more.
+    From here on the batch cannot be cancelled any more.
 
     Raises:
-        BatchNotFound: The store does not have it.
-        IllegalTransition: It cannot end now.
+        BatchNotFound: The batch is not in the store.
+        IllegalTransition: The batch cannot end now.
     """
     with early_end_lock(folder, batch_id):
         record = store.batch(batch_id)
@@ -53,7 +53,7 @@ def begin_ending(
 def finish_ending(
     ending: Ending, *, folder: DataFolder, store: Store, at: float, actor: str, reason: str
 ) -> None:
-    """Bring the batch into its last status; its files are in place."""
+    """Set the final status of the batch, once its files are in place."""
     if ending.reached:
         return
     with early_end_lock(folder, ending.batch_id):
@@ -64,7 +64,7 @@ def finish_ending(
 
 
 def _first_step(closing: EarlyEnd | None, actor: str) -> tuple[BatchStatus, str, str]:
-    """Return the status before the last one, who brings the batch there, and why."""
+    """Return the status before the final one, its actor and its reason."""
     if closing is None:
         return BatchStatus.FINALIZING, actor, "every request has an outcome"
     if closing.status is BatchStatus.CANCELLED:

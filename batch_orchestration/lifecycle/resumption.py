@@ -1,11 +1,9 @@
-"""Going on with a batch that was paused or cancelled, or had expired.
+"""Resuming a batch that was paused or cancelled, or has expired: only unanswered requests are sent.
 
-Only what has no answer is asked.
-
-The decision is a file before the store is told (`resumed.json` beside the plan, which itself never
-changes). What an early end left unanswered was never written into a journal; so it suffices to take
-back the commits of the chunks that hold such failures. The next runs find the rest in the journals,
-and their commits resolve the dead letters.
+The decision is a file (`resumed.json` beside the plan, which itself never changes) before the store
+is updated. The failures of an early end are not in the journals, so resuming only takes back the
+commits of the chunks that hold such failures. The next runs find all other outcomes in the
+journals, and their commits resolve the dead letters.
 """
 
 import logging
@@ -42,23 +40,21 @@ def resume(
     max_failure_rate: float | None = None,
     at: float,
 ) -> Resumption:
-    """Decide that a batch goes on, and bring it back into progress.
+    """Decide that a batch is resumed, and set it back to `in_progress`.
+
+    Outcomes before `at` do not count in the failure rate any more.
 
     Args:
-        batch_id: Of the batch.
-        folder: The data folder.
-        store: The store.
         actor: Run or person.
-        reason: Why, for people.
-        completion_window: A new one, counted from now; a batch whose window is over needs it.
-        max_failure_rate: A new one, 0 to 1; outcomes before now are not judged any more.
-        at: POSIX seconds.
+        completion_window: A new window, counted from `at`; required if the present one is over.
+        max_failure_rate: A new limit, 0 to 1.
 
     Raises:
         BatchNotFound: There is no such batch.
-        IllegalTransition: It is not paused and has not ended early, or its window is over.
-        ValueError: The window is no duration, or the rate no share.
-        StoreLocked: Nothing was decided.
+        IllegalTransition: The batch is not paused and has not ended early, or its window is over.
+        ValueError: The window is not a duration, or the limit not between 0 and 1.
+        StoreLocked: The store is locked. If the decision was already written, `finish_resumptions`
+            carries it out.
     """
     folder.read_plan(batch_id)
     if max_failure_rate is not None and not 0 <= max_failure_rate <= 1:
@@ -98,15 +94,13 @@ def can_resume(record: BatchRecord, folder: DataFolder) -> bool:
 def finish_resumptions(
     *, folder: DataFolder, store: Store, faults: Faults | None = None
 ) -> list[str]:
-    """Do what somebody left undone who was killed after the decision; return these batches.
+    """Carry out resumptions that were decided but interrupted, and return the batch ids.
 
     Args:
-        folder: The data folder.
-        store: The store.
-        faults: Takes batches of which the decision cannot be read, or not be carried out.
+        faults: Collects batches whose decision cannot be read or carried out.
 
     Raises:
-        StorageError: The store cannot be asked now.
+        StorageError: The store cannot be read.
     """
     finished, faults = [], faults or Faults()
     for record in store.records(marked(folder)).values():
@@ -122,7 +116,7 @@ def finish_resumptions(
 
 
 def is_resumed(record: BatchRecord, folder: DataFolder) -> bool:
-    """Whether somebody decided to go on with a batch, and the store does not know yet.
+    """Whether a batch was resumed by a decision that is not in the store yet.
 
     Raises:
         StorageError: The decision cannot be read.
@@ -136,7 +130,7 @@ def is_resumed(record: BatchRecord, folder: DataFolder) -> bool:
 def _carry_out(
     record: BatchRecord, resumption: Resumption, folder: DataFolder, store: Store
 ) -> None:
-    # The files first: a run that begins right after must not find them.
+    # The files first: a run that starts right after must not find them.
     folder.remove_halt(record.batch_id)
     if record.status not in RESUMABLE:
         logger.info("%s goes on, it was paused", record.batch_id)

@@ -1,7 +1,7 @@
-"""Keeping the index of what is unfinished: who may go, and who is missing.
+"""Maintenance of the index of unfinished batches: stale marks are removed, missing ones added.
 
-The index is never trusted: everything on the disk is searched now and then, so that a mark that
-was lost, or a folder that somebody put in its place by hand, is found all the same.
+The index is never trusted alone: the whole disk is searched at intervals, so that lost marks and
+folders placed by hand are found.
 """
 
 from batch_orchestration.admission.registration import is_planned
@@ -13,23 +13,22 @@ from batch_orchestration.lifecycle.resumption import is_resumed
 from batch_orchestration.store.operations import replays_of
 from batch_orchestration.store.store import Store
 
-#: What is on the disk without a mark is found after so long. Searching 10,000 batches takes about
-#: a second.
+#: Interval of the search for unmarked batches. Searching 10,000 batches takes about a second.
 SEARCH_SECONDS = 900.0
-#: A mark stays so long at least: who made it may not have made yet what it stands for.
+#: Least age of a mark that is removed: a mark is made before the change for which it stands.
 MARK_SECONDS = 600.0
 
 
 def keep_index(*, folder: DataFolder, store: Store, now: float) -> list[str]:
-    """Take off the index what nothing is to be done about; now and then search for what is missing.
+    """Remove batches without pending work from the index; at intervals, add those that are missing.
 
-    Done by `dispatch_sensor` at each tick.
+    `dispatch_sensor` calls it at each tick.
 
     Returns:
         The ids that were missing.
 
     Raises:
-        StorageError: The store cannot be read, or the index not be written.
+        StorageError: The store cannot be read, or the index cannot be written.
     """
     names = marked(folder)
     found: list[str] = []
@@ -45,7 +44,7 @@ def keep_index(*, folder: DataFolder, store: Store, now: float) -> list[str]:
 
 
 def _search(folder: DataFolder, store: Store, known: frozenset[str]) -> list[str]:
-    """Mark what lies on the disk and should be on the index; return it."""
+    """Mark the batches on the disk that are missing from the index, and return their ids."""
     records = {record.batch_id: record for record in store.batches()}
     found = [
         name
@@ -58,10 +57,10 @@ def _search(folder: DataFolder, store: Store, known: frozenset[str]) -> list[str
 
 
 def _is_open(name: str, record: BatchRecord | None, folder: DataFolder) -> bool:
-    """Whether ticks have to look at a batch on the disk."""
+    """Whether ticks must look at a batch on the disk."""
     with Faults().of(name):
         lost = record is None and is_planned(name, folder)
         resumed = record is not None and is_resumed(record, folder)
         return lost or resumed or bool(replays_of(name, folder))
-    # What is damaged is for those to tell who work on it; until then it stays in sight.
+    # The work on a damaged batch reports the damage; until then the batch stays on the index.
     return True

@@ -1,4 +1,4 @@
-"""Room: whether one more batch fits beside what is queued, and if not, what it waits for."""
+"""Queue capacity: whether one more batch fits beside the queued ones, and its blocker if not."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -7,26 +7,26 @@ from batch_orchestration.core.batches import MAX_REQUESTS_PER_BATCH
 from batch_orchestration.queue.entries import WaitReason
 from batch_orchestration.queue.rate_limits import SourceRates
 
-#: Bytes of a batch file per token where nobody knows better: JSON and all.
+#: Bytes of a batch file per token, JSON syntax included; used where no estimate exists.
 BYTES_PER_TOKEN = 4
-#: Shorter lines are no requests: method, URL, model and one message take more.
+#: Lower bound for a request line: method, URL, model and one message already take more.
 _BYTES_PER_REQUEST = 100
-#: Tokens of an answer where nobody knows better.
+#: Tokens of an answer; used where no estimate exists.
 _ANSWER_TOKENS = 256
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What may be queued at a time, over all batches.
+    """Limits on the queue, over all batches.
 
     Attributes:
-        unfinished_batches: Admitted and not ended.
-        queued_requests: Of them, without an outcome.
-        queued_tokens: Expected of these, prompt and answer together.
-        disk_reserve_bytes: Free space that stays free.
-        output_bytes_ratio: Journals, store and output of a request, per byte of its line.
-        open_requests: Of one batch at a time: with more it takes room for so many only.
+        unfinished_batches: Batches that are admitted and not ended.
+        queued_requests: Requests of those batches without an outcome.
+        queued_tokens: Expected tokens of those requests, prompt and answer together.
+        disk_reserve_bytes: Disk space that must stay free.
+        output_bytes_ratio: Bytes in journals, store and output per byte of a request's line.
+        open_requests: Window of one batch: a larger batch counts with this many requests.
     """
 
     unfinished_batches: int = 5
@@ -39,12 +39,12 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """What a batch asks room for.
+    """Capacity that a batch needs.
 
     Attributes:
-        requests: None while nobody has read its file; so is `tokens`.
-        size_bytes: Of its input, expanded.
-        new_bytes: Bytes of input that are not on the disk yet.
+        requests: None until the file is read, as is `tokens`.
+        size_bytes: Size of the input after decompression.
+        new_bytes: Input bytes that are not on the disk yet.
     """
 
     requests: int | None
@@ -53,7 +53,7 @@ class Demand:
     new_bytes: int = 0
 
     def guessed(self, limits: Limits) -> "Demand":
-        """Return it with a high guess in the place of what is not known."""
+        """Return the demand with unknown figures replaced by a high guess."""
         requests = self.requests
         if requests is None:
             requests = min(self.size_bytes // _BYTES_PER_REQUEST + 1, limits.open_requests)
@@ -61,7 +61,10 @@ class Demand:
         return replace(self, requests=requests, tokens=tokens)
 
     def open_at_once(self, limits: Limits) -> "Demand":
-        """Return what of it counts by the limits: its window. The disk takes all in the end."""
+        """Return the part that counts towards the queue limits: one window.
+
+        Disk space is needed for the whole batch, so the byte counts stay.
+        """
         if self.requests is None or self.requests <= limits.open_requests:
             return self
         share = limits.open_requests / self.requests
@@ -71,12 +74,12 @@ class Demand:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is queued at a moment.
+    """Work that is queued at one moment.
 
     Attributes:
-        owed_bytes: That batches at work will still write.
-        free_bytes: On the disk now; None if that is not known, and not looked at.
-        guessed: Whether requests and tokens of some are only guesses.
+        owed_bytes: Bytes that unfinished batches will still write.
+        free_bytes: Free disk space; None if unknown, which skips the disk check.
+        guessed: Whether `requests` and `tokens` include guesses.
     """
 
     batches: int = 0
@@ -87,7 +90,7 @@ class Load:
     guessed: bool = False
 
     def plus(self, demand: Demand, limits: Limits) -> "Load":
-        """Return the load with one more batch."""
+        """Return the load with one more batch added."""
         window = demand.open_at_once(limits)
         return replace(
             self,
@@ -99,7 +102,7 @@ class Load:
 
 
 class Blocker(NamedTuple):
-    """What something waits for, and the same as a sentence with numbers."""
+    """The reason for which an entry waits, and a sentence that explains it with numbers."""
 
     reason: WaitReason
     detail: str
@@ -109,9 +112,9 @@ class Blocker(NamedTuple):
 
 
 def check_capacity(demand: Demand, load: Load, limits: Limits) -> Blocker | None:
-    """Return what keeps a batch from being admitted now; None if there is room for it.
+    """Return the blocker that keeps a batch from being admitted now; None if it fits.
 
-    What is not known of it is not held against it.
+    Unknown figures of the demand are not checked.
     """
     if load.batches >= limits.unfinished_batches:
         return Blocker(
@@ -129,12 +132,12 @@ def check_capacity(demand: Demand, load: Load, limits: Limits) -> Blocker | None
 
 
 def needed_bytes(demand: Demand, limits: Limits) -> int:
-    """Return what a batch will write to the disk."""
+    """Return the bytes that a batch will write to the disk, its new input included."""
     return demand.new_bytes + round(demand.size_bytes * limits.output_bytes_ratio)
 
 
 def rough_tokens(requests: int, size_bytes: int) -> int:
-    """Return about how many tokens requests will take, prompt and answer, by their bytes alone."""
+    """Return a rough count of prompt and answer tokens, based on the size of the requests alone."""
     return size_bytes // BYTES_PER_TOKEN + requests * _ANSWER_TOKENS
 
 
@@ -185,7 +188,7 @@ def _size(size_bytes: float) -> str:
 def rate_blocker(
     rates: SourceRates, source: str, requests: int | None, *, now: float
 ) -> Blocker | None:
-    """Return why a source may not submit so much now; None if it may."""
+    """Return the blocker if a source exceeds its submission rate; None if it may submit now."""
     seconds = rates.retry_after(source, requests, now=now)
     if not seconds:
         return None

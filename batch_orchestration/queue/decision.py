@@ -1,7 +1,7 @@
-"""Waiting: who in the queue may be admitted now, and what each of the others waits for.
+"""The admission decision: which entries may be admitted now, and the blocker of each other one.
 
-Strictly head first: nobody overtakes somebody who waits for room that all share. Who still writes
-a file, or has submitted more than its share, holds up nobody else.
+Admission is strictly head first: if an entry waits for shared capacity, no later entry overtakes
+it. A file that is still being written, or whose source exceeds its rate, holds up no other entry.
 """
 
 from collections.abc import Sequence
@@ -26,17 +26,15 @@ _BEING_READ = "is being read and admitted"
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Something that stands in the queue.
+    """A queue entry before its decision.
 
     Attributes:
-        entry: As everyone will see it, but for place and reason; its detail says why it stands
-            where it does.
-        demand: What it asks room for.
-        settling: Why it counts as still being written; None if it does not.
-        halted: Why it is paused, it alone; None if it is not.
-        claimed: Whether it is being read and admitted now.
-        failing: Of one that is claimed: what its admission failed by before. It then takes no room
-            from others, who would wait for as long as it fails.
+        entry: The public entry without place and reason; its detail explains its position.
+        settling: Why the file counts as still being written; None if it is complete.
+        halted: Why this batch alone is paused; None if it is not.
+        claimed: Whether the file is being read and admitted now.
+        failing: Previous admission errors of a claimed file. While set, the file takes no capacity:
+            otherwise other entries would wait for as long as it fails.
     """
 
     entry: QueueEntry
@@ -48,16 +46,16 @@ class Standing:
 
     @property
     def open(self) -> bool:
-        """Whether it waits to be admitted."""
+        """Whether the entry waits for admission."""
         return self.entry.state is EntryState.WAITING and not self.claimed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What may be in the queue.
+    """Limits in force and the gate of the queue.
 
     Attributes:
-        gate: What holds up everyone: a pause, a sick device; None if nothing does.
+        gate: Blocker of all entries, such as a pause or an unfit device; None if there is none.
     """
 
     limits: Limits
@@ -66,7 +64,7 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """The queue with everyone's reason, and the ids of those that may be admitted now."""
+    """All entries with their reasons, and the ids of those that may be admitted now."""
 
     entries: tuple[QueueEntry, ...]
     admissible: tuple[str, ...]
@@ -75,14 +73,12 @@ class Decision:
 def decide(
     queue: Sequence[Standing], *, load: Load, rates: SourceRates, rules: Rules, now: float
 ) -> Decision:
-    """Decide for each in the queue whether it can go on now.
+    """Decide for each entry whether it can go on now.
 
     Args:
-        queue: In the order of service.
-        load: Of the unfinished batches.
-        rates: What the sources have submitted.
-        rules: In force.
-        now: POSIX seconds.
+        queue: All entries, in the order of service.
+        load: Load of the unfinished batches.
+        rates: Recent submissions of the sources.
     """
     walk = _Walk(load, rates, rules, now)
     for standing in queue:
@@ -93,7 +89,7 @@ def decide(
 
 
 class _Walk:
-    """From the head of the queue to its end, counting what is admitted on the way."""
+    """One pass from the head of the queue to its end that counts the entries it admits."""
 
     def __init__(self, load: Load, rates: SourceRates, rules: Rules, now: float) -> None:
         self._load = load
@@ -104,7 +100,7 @@ class _Walk:
         self.admissible: list[str] = []
 
     def next(self, standing: Standing, place: int) -> QueueEntry:
-        """Return the entry of the next in the queue."""
+        """Return the next entry with its place and reason."""
         blocker, detail = self._obstacle(standing), standing.entry.detail
         if standing.claimed:
             detail = standing.failing or _BEING_READ
@@ -120,7 +116,7 @@ class _Walk:
         )
 
     def count(self, standing: Standing) -> None:
-        """Count somebody who is not in the load yet."""
+        """Add an entry that the load and the rates do not include yet."""
         known = standing.demand.requests is not None
         demand = standing.demand.guessed(self._rules.limits)
         self._load = self._load.plus(demand, self._rules.limits)
@@ -133,7 +129,7 @@ class _Walk:
         if standing.halted is not None:
             return Blocker(WaitReason.FAILURE_RATE, standing.halted)
         if not standing.open:
-            # Who is at work ends what it has begun, and who is being read is not sent back.
+            # A running batch finishes its run, and a claimed file is already being read.
             return self._rules.gate if standing.entry.state is EntryState.ADMITTED else None
         if standing.settling is not None:
             return Blocker(WaitReason.SETTLING, standing.settling)
@@ -149,7 +145,7 @@ class _Walk:
             return Blocker(blocker.reason, f"comes after {head_id}; {blocker.detail}")
         demand = standing.demand
         if self._load.guessed:
-            # Else it might take what those ahead of it turn out to need.
+            # Otherwise the entry could take capacity that entries ahead of it turn out to need.
             demand = demand.guessed(self._rules.limits)
         found = check_capacity(demand, self._load, self._rules.limits)
         if found is not None:

@@ -1,4 +1,4 @@
-"""The queue as everyone sees it: what waits, why, in which place, and when its turn is expected."""
+"""The public view of the queue: entries, their places, blockers and expected times."""
 
 from enum import StrEnum
 
@@ -6,53 +6,53 @@ import msgspec
 
 
 class WaitReason(StrEnum):
-    """Why something in the queue cannot go on now.
+    """Why a queue entry cannot go on now.
 
-    Every reason clears itself, but `paused` and `failure_rate`: these wait for a person.
+    `paused` and `failure_rate` wait for a person; every other reason clears by itself.
     """
 
-    #: As many batches are unfinished as are allowed at a time.
+    #: The limit on unfinished batches is reached.
     QUEUE_FULL = "queue_full"
-    #: Together with what is queued, its requests would be more than are allowed.
+    #: The entry would exceed the limit on queued requests.
     REQUESTS_QUEUED = "requests_queued"
-    #: The same for the tokens that are expected of them.
+    #: The entry would exceed the limit on queued tokens, which are expected ones.
     TOKENS_QUEUED = "tokens_queued"
-    #: Input and expected output would not leave the reserve on the disk.
+    #: Input and expected output would not leave the disk reserve.
     DISK_LOW = "disk_low"
     #: The device is not fit for work.
     GPU_UNHEALTHY = "gpu_unhealthy"
-    #: The engine refuses whatever it is asked: a key, a quota, a proxy.
+    #: The engine refuses every request, because of a key, a quota or a proxy.
     ENGINE_REFUSES_US = "engine_refuses_us"
-    #: A person has paused the queue, and has to resume it.
+    #: A person has paused the queue and must resume it.
     PAUSED = "paused"
-    #: Too many of its requests fail: it is paused.
+    #: The batch is paused because too many of its requests fail.
     FAILURE_RATE = "failure_rate"
-    #: Its source has submitted more than its share of late.
+    #: The source has exceeded its submission rate.
     SUBMISSION_RATE = "submission_rate"
-    #: Somebody may still be writing the file.
+    #: The file may still be being written.
     SETTLING = "settling"
 
 
 class EntryKind(StrEnum):
-    """What stands in the queue."""
+    """The kind of a queue entry."""
 
     #: A dropped file that is still in the inbox.
     FILE = "file"
-    #: An admitted batch that is not finished.
+    #: An admitted, unfinished batch.
     BATCH = "batch"
 
 
 class EntryState(StrEnum):
-    """How far an entry is."""
+    """The stage of a queue entry."""
 
     WAITING = "waiting"
-    #: Admitted; no run is at work on it.
+    #: Admitted, without a run at work.
     ADMITTED = "admitted"
     RUNNING = "running"
 
 
 class Pause(msgspec.Struct, frozen=True, kw_only=True):
-    """Somebody has paused the queue; `at` in POSIX seconds."""
+    """A person's decision to pause the queue."""
 
     at: float
     actor: str
@@ -60,23 +60,24 @@ class Pause(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QueueEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing in the queue.
+    """A batch or file in the queue.
 
     Attributes:
         id: Batch id, or the file's path within the inbox.
-        batch_id: Once there is a batch.
-        source: Who submitted it.
-        priority: As its author gave it.
-        effective_priority: With what it has gained by waiting.
-        deadline: End of its completion window, POSIX seconds; None for what has no window yet.
-        reason: Why it cannot go on now; None if only its place is why.
-        detail: The same as a sentence with numbers.
-        place: In the order of service, from 1.
-        requests: None while nobody has read the file.
+        batch_id: None until the file is admitted.
+        source: The submitter.
+        priority: The author's priority.
+        effective_priority: The priority plus the points gained by waiting.
+        deadline: End of the completion window; None while the entry has no window.
+        reason: Why the entry cannot go on now; None if it only waits for its place.
+        detail: A sentence with numbers that explains the reason.
+        place: Position in the order of service, from 1.
+        requests: None until the file is read.
         pending: Requests without an outcome.
-        tokens: Expected of the pending requests, prompt and answer together.
-        expected_start: POSIX seconds, as is `expected_end`; None while there is no estimate.
-        settings_hash: What answers depend on; batches that agree in it can share an engine.
+        tokens: Expected tokens of the pending requests, prompt and answer together.
+        expected_start: None without an estimate, as is `expected_end`.
+        settings_hash: Hash of the settings that answers depend on. Batches with equal hashes can
+            share an engine.
     """
 
     kind: EntryKind
@@ -99,7 +100,7 @@ class QueueEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QueueView(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole queue at one moment, in the order of service; `at` in POSIX seconds."""
+    """The whole queue at one moment, in the order of service."""
 
     at: float
     paused: Pause | None = None
@@ -107,12 +108,12 @@ class QueueView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NeedsAttention(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch that goes on only after a person has done something.
+    """A batch that cannot go on until a person acts.
 
     Attributes:
-        batch_id: Of the batch; of what is not admitted yet, the name of the file.
-        run_id: Of the run whose page shows the cause; empty where a file is to blame.
-        reason: What happened, and what lets the batch go on.
+        batch_id: The batch id; the file name before admission.
+        run_id: The run whose page shows the cause; empty if a file is the cause.
+        reason: The cause, and the action that lets the batch go on.
     """
 
     batch_id: str

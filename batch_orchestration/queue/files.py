@@ -1,6 +1,6 @@
-"""Small files of the data folder: the queue as `dispatch_sensor` last saw it, and the pause.
+"""Files of the queue in the data folder: its last view, its pause, and `needs-attention.json`.
 
-And which batches wait for a person.
+`dispatch_sensor` writes the view. `needs-attention.json` lists the batches that wait for a person.
 """
 
 import contextlib
@@ -15,26 +15,26 @@ from batch_orchestration.queue.entries import NeedsAttention, Pause, QueueView
 
 
 def write_queue(folder: DataFolder, view: QueueView) -> None:
-    """Replace the queue that everyone reads."""
+    """Replace the public view of the queue."""
     write_atomically(folder.queue, msgspec.json.encode(view))
 
 
 def read_queue(folder: DataFolder) -> QueueView | None:
-    """Return the queue as it was last written; None if it never was.
+    """Return the last written view of the queue; None if none was ever written.
 
     Raises:
-        StorageError: It is damaged.
+        StorageError: The file is damaged.
     """
     return read_kept(folder.queue, QueueView)
 
 
 def pause(folder: DataFolder, pause: Pause) -> None:
-    """Keep, durably, that the queue is paused; a later pause takes the place of an earlier one."""
+    """Pause the queue durably; a later pause replaces an earlier one."""
     write_atomically(folder.paused, msgspec.json.encode(pause))
 
 
 def unpause(folder: DataFolder) -> Pause | None:
-    """Let the queue go on; return the pause that ends, None if there was none."""
+    """Resume the queue; return the pause that ends, None if there was none."""
     before = read_pause(folder)
     with disk_errors(folder.paused):
         folder.paused.unlink(missing_ok=True)
@@ -46,7 +46,7 @@ def unpause(folder: DataFolder) -> Pause | None:
 def read_pause(folder: DataFolder) -> Pause | None:
     """Return the pause; None if the queue is not paused.
 
-    One that is damaged is a pause all the same: somebody wanted it.
+    A damaged pause file still counts as a pause, because a person wrote it.
     """
     try:
         return read_kept(folder.paused, Pause)
@@ -57,17 +57,17 @@ def read_pause(folder: DataFolder) -> Pause | None:
 
 
 def write_needs_attention(folder: DataFolder, needs: Sequence[NeedsAttention]) -> None:
-    """Keep which batches wait for a person; written only when that has changed."""
-    with contextlib.suppress(StorageError):  # a damaged one is replaced
+    """Store the batches that wait for a person; the file is written only if the list changed."""
+    with contextlib.suppress(StorageError):  # a damaged file is replaced
         if read_needs_attention(folder) == tuple(needs):
             return
     write_atomically(folder.needs, msgspec.json.encode(needs))
 
 
 def read_needs_attention(folder: DataFolder) -> tuple[NeedsAttention, ...] | None:
-    """Return which batches wait for a person; None if no tick has said so yet.
+    """Return the batches that wait for a person; None if no tick has stored them yet.
 
     Raises:
-        StorageError: It is damaged.
+        StorageError: The file is damaged.
     """
     return read_kept(folder.needs, tuple[NeedsAttention, ...])

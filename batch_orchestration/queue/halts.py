@@ -1,4 +1,4 @@
-"""Which batches are paused because too many of their requests fail, and what helps."""
+"""Batches that are paused because too many of their requests fail."""
 
 import contextlib
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ from batch_orchestration.files.data_folder import DataFolder
 
 
 def halt_in_force(folder: DataFolder, batch_id: str) -> Halt | None:
-    """Return why a batch is paused; None if it is not, or was resumed since, or ends early.
+    """Return the halt of a batch; None if it is not paused, was resumed since, or ends early.
 
-    One that is damaged is in force all the same: a run wanted it.
+    A damaged halt file still pauses the batch, because a run wrote it.
 
     Raises:
-        StorageError: One of its other decisions is damaged.
+        StorageError: Another decision file of the batch is damaged.
     """
     try:
         halt = folder.read_halt(batch_id)
@@ -44,9 +44,10 @@ def _damaged(path: Path, error: StorageError) -> Halt:
 
 
 def halts_in_force(folder: DataFolder, records: Iterable[BatchRecord]) -> dict[str, Halt]:
-    """Return those of the unfinished batches that are paused, each with its decision.
+    """Return the halts of the paused batches, by batch id.
 
-    One whose closing or resumption is damaged is not among them: whoever works on it says so.
+    A batch whose early end or resumption is damaged is left out; the loop that works on the batch
+    reports the damage.
     """
     found: dict[str, Halt] = {}
     for record in records:
@@ -57,7 +58,7 @@ def halts_in_force(folder: DataFolder, records: Iterable[BatchRecord]) -> dict[s
 
 
 def what_helps(batch_id: str) -> str:
-    """Return what a person may do about a batch that is paused."""
+    """Return the commands with which a person can continue or end a paused batch."""
     return (
         f"resume {batch_id} (--max-failure-rate 1 to go on whatever fails),"
         f" or cancel {batch_id} and replay what failed"

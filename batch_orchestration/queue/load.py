@@ -1,4 +1,4 @@
-"""Room in this deployment: what is queued here now, and whether one more batch fits beside it."""
+"""The load of this deployment: the work queued now, and whether one more batch fits beside it."""
 
 import shutil
 from collections.abc import Callable, Collection
@@ -37,9 +37,9 @@ class QueueRules:
     """The settings that the queue depends on.
 
     Attributes:
-        ordering: Who goes before whom.
-        device_problem: Asks what is wrong with the device; None if nothing is.
-        engine_refusal: Asks why the engine does not let us in; None if it does, as far as known.
+        ordering: Policy of the order of service.
+        device_problem: Returns the problem of the device; None if it is fit for work.
+        engine_refusal: Returns the refusal of the engine; None if none is known.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -58,9 +58,9 @@ def check_file_capacity(
     rules: QueueRules,
     now: float,
 ) -> Blocker | None:
-    """Return what keeps a file that was read from being admitted now; None if nothing does.
+    """Return the blocker of a file that was just read; None if it may be admitted now.
 
-    Call it under `admission_lock`, so that no two take the last room.
+    Call it under `admission_lock`, so that two files cannot both take the last capacity.
 
     Raises:
         StorageError: The store cannot be read.
@@ -76,7 +76,7 @@ def check_file_capacity(
 
 
 def never_fits(demand: Demand, *, rules: QueueRules) -> str | None:
-    """Say why a file would find no room even in an empty queue; None if it would."""
+    """Return why a file exceeds the token limit even of an empty queue; None if it does not."""
     tokens = demand.open_at_once(rules.limits).tokens or 0
     limit = rules.limits.queued_tokens
     if tokens <= limit:
@@ -92,15 +92,15 @@ def closed_gate(
     device_problem: Callable[[], str | None],
     engine_refusal: Callable[[], str | None],
 ) -> Blocker | None:
-    """Return what everybody waits for: a pause, an unfit device, an engine that refuses us.
+    """Return the blocker of all entries: a pause, an unfit device or an engine that refuses us.
 
     Args:
-        paused: The pause that is in force.
-        device_problem: Asked only if there is none.
-        engine_refusal: Asked only if nothing else is found.
+        paused: The pause in force.
+        device_problem: Called only if there is no pause.
+        engine_refusal: Called only if the device is fit for work, too.
 
     Returns:
-        None if nobody has to wait.
+        None if no entry has to wait.
     """
     if paused is not None:
         return pause_blocker(paused)
@@ -112,17 +112,16 @@ def closed_gate(
 
 
 def pause_blocker(paused: Pause) -> Blocker:
-    """Return what everybody waits for while the queue is paused."""
+    """Return the blocker of all entries while the queue is paused."""
     why = f": {paused.reason}" if paused.reason else ""
     return Blocker(WaitReason.PAUSED, f"{paused.actor} paused the queue{why}")
 
 
 def demand_of(plan: BatchPlan, batch_folder: Path) -> Demand:
-    """Return what a batch asks room for.
+    """Return the capacity that a batch needs.
 
     Args:
-        plan: Of the batch.
-        batch_folder: Where its estimate lies; without one its bytes tell.
+        batch_folder: Folder of the estimate; without one, tokens are derived from the input's size.
     """
     estimate = read_estimate_in(batch_folder)
     rough = rough_tokens(plan.requests, plan.size_bytes)
@@ -134,12 +133,12 @@ def demand_of(plan: BatchPlan, batch_folder: Path) -> Demand:
 
 
 def demand_in(folder: DataFolder, plan: BatchPlan) -> Demand:
-    """Return what an admitted batch asked room for."""
+    """Return the capacity that an admitted batch needed at admission."""
     return demand_of(plan, folder.plan_path(plan.batch_id).parent)
 
 
 def left_of(demand: Demand, record: BatchRecord) -> Demand:
-    """Return what is left of a batch's demand by what is committed of it."""
+    """Return the part of a batch's demand that its uncommitted requests still need."""
     share = record.pending / max(record.total, 1)
     return Demand(
         requests=record.pending,
@@ -155,16 +154,14 @@ def read_load(
     limits: Limits,
     faults: Faults | None = None,
 ) -> Load:
-    """Return what is queued: of each unfinished batch what is left to do.
+    """Return the load: the remaining work of each unfinished batch, and the free disk space.
 
-    One that is paused takes no room from others; it may wait for its person for days.
+    A paused batch takes no capacity from others, as it may wait for a person for days.
 
     Args:
-        folder: The data folder; its disk is looked at.
         records: The unfinished batches.
-        limits: In force.
-        faults: Takes batches whose plan cannot be read. They wait for a person and do no work, and
-            take no room from others.
+        faults: Collects batches whose plan cannot be read. They wait for a person, do no work and
+            take no capacity from others.
     """
     faults = faults or Faults()
     load = Load(free_bytes=shutil.disk_usage(folder.root).free)
@@ -179,7 +176,7 @@ def read_load(
 
 
 def queue_rules(settings: Settings) -> QueueRules:
-    """Return what may be in the queue."""
+    """Return the settings that the queue depends on."""
     return QueueRules(
         limits=Limits(
             unfinished_batches=settings.max_unfinished_batches,

@@ -1,17 +1,19 @@
-"""The order of service: who is next at the engine, and why.
+"""The order of service: which candidate gets the engine next, and why.
 
-Higher whole points of effective priority come first, always. Effective priority is the author's
-priority plus one point for every `ageing_seconds` of waiting, without end, so nothing starves:
+Higher whole points of effective priority always come first. Effective priority is the author's
+priority plus one point for every `ageing_seconds` of waiting, without a limit, so nothing starves:
 
-    What arrives more than (its priority - mine + 1) x ageing_seconds after me never goes before me.
+    B never goes before A if B arrives more than (B's priority - A's priority + 1) x ageing_seconds
+    after A.
 
-So a request for service waits at most for what arrived before that moment. With priorities between
--10 and 10 and 600 s per point that is 3.5 hours for the lowest against the highest.
+A candidate therefore waits only for candidates that arrived before that moment. With priorities
+between -10 and 10 and 600 s per point, newcomers of the highest priority go before one of the
+lowest for at most 3.5 hours.
 
-Within a whole point, the earliest deadline comes first where deadlines bind; else the source that
-was served least comes first, and of its candidates the one with the earliest deadline, then the one
-that arrived first. Deadlines bind if one quantum for the least served source would make a candidate
-late that the earliest-deadline order serves in time.
+Within a whole point, the earliest deadline comes first if deadlines bind. Otherwise the least
+served source comes first, with its earliest deadline, then its earliest arrival. Deadlines bind if
+one quantum for the least served source would make a candidate late that the earliest-deadline order
+serves in time.
 """
 
 import math
@@ -22,12 +24,12 @@ from enum import StrEnum
 
 @dataclass(frozen=True, kw_only=True)
 class OrderPolicy:
-    """How candidates are weighed.
+    """The parameters of the order of service.
 
     Attributes:
-        ageing_seconds: Of waiting, for one more point of priority.
-        quantum_seconds: How long the engine serves somebody before it may be somebody else's turn:
-            about one chunk.
+        ageing_seconds: Waiting time that adds one point of priority.
+        quantum_seconds: Engine time of one candidate before another may take its turn: about one
+            chunk.
     """
 
     ageing_seconds: float = 600.0
@@ -36,16 +38,14 @@ class OrderPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Somebody who wants the engine.
+    """A batch or file that needs the engine.
 
     Attributes:
         id: Unique among the candidates.
-        source: Who submitted it.
-        priority: As its author gave it.
-        arrived_at: POSIX seconds, as is `deadline`.
-        deadline: None if there is none.
-        seconds: How long the engine still needs for it by estimate; None while that is unknown.
-        work: What is left to do, in the unit in which the sources' service is counted.
+        source: The submitter.
+        priority: The author's priority.
+        seconds: Estimated engine time that is left; None if unknown.
+        work: Work that is left, in the unit in which the service of sources is counted.
     """
 
     id: str
@@ -58,21 +58,21 @@ class Candidate:
 
 
 class Rule(StrEnum):
-    """What decided a place."""
+    """The rule that decided a place."""
 
-    #: Nobody else has the same whole points of priority, or nobody else is left of them.
+    #: No other candidate with the same whole points of priority is left.
     PRIORITY = "priority"
-    #: Its source was served least.
+    #: The candidate's source was served least.
     FAIR_SHARE = "fair_share"
-    #: All that is left with the same points is of one source.
+    #: All candidates left with the same whole points have one source.
     FIRST = "first"
-    #: Its deadline would be missed if fairness decided.
+    #: A deadline would be missed if fairness decided.
     DEADLINE = "deadline"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A place in the order of service; `why` is a sentence for people."""
+    """A place in the order of service; `why` explains it in words."""
 
     candidate: Candidate
     effective_priority: float
@@ -81,24 +81,24 @@ class Place:
 
     @property
     def points(self) -> int:
-        """Whole points of effective priority: only within them do deadlines and fairness count."""
+        """Whole points of effective priority; deadlines and fairness only count among equals."""
         return whole_points(self.effective_priority)
 
 
 def effective_priority(
     priority: int, arrived_at: float, *, now: float, policy: OrderPolicy
 ) -> float:
-    """Return the priority with what was gained by waiting; a clock that went back takes nothing."""
+    """Return the priority plus the points gained by waiting; a clock set back takes none away."""
     return priority + max(0.0, now - arrived_at) / policy.ageing_seconds
 
 
 def whole_points(effective_priority: float) -> int:
-    """Return the part of an effective priority that decides before everything else does."""
+    """Return the whole points of an effective priority, which decide before every other rule."""
     return math.floor(effective_priority)
 
 
 def starvation_bound(priority: int, others: int, *, policy: OrderPolicy) -> float:
-    """Return after how many seconds no newcomer of priority `others` goes before `priority`."""
+    """Return the seconds after which no newcomer of priority `others` goes before `priority`."""
     return max(0.0, others - priority + 1) * policy.ageing_seconds
 
 
@@ -111,14 +111,12 @@ def order(
 ) -> list[Place]:
     """Return all candidates in the order of service, each with the reason for its place.
 
-    The first place is exact: it is whose quantum is next. The others say who gets a first quantum
-    after whom if nothing else happens. The order of the arguments does not matter.
+    The first place is exact: its candidate gets the next quantum. The other places are the order of
+    first quanta if nothing else happens. The order of `candidates` does not matter.
 
     Args:
-        candidates: Each id once.
-        now: POSIX seconds.
-        policy: How they are weighed.
-        served: What each source got of late, in the unit of `Candidate.work`.
+        candidates: Candidates with unique ids.
+        served: Recent service of each source, in the unit of `Candidate.work`.
     """
     levels: dict[int, list[Candidate]] = {}
     for candidate in candidates:
@@ -135,7 +133,7 @@ def order(
 
 @dataclass(kw_only=True)
 class _Share:
-    """A candidate of a level, with the engine's time that it still wants there."""
+    """A candidate of a level, with the engine time that it still needs."""
 
     candidate: Candidate
     left: float
@@ -150,23 +148,21 @@ def _level(
     clock: float,
     policy: OrderPolicy,
 ) -> Iterator[Place]:
-    """Yield the places of candidates with the same whole points; `served` is carried on.
+    """Yield the places of candidates with the same whole points, and add to `served`.
 
     Args:
-        candidates: Of the level.
-        served: By source.
-        now: For ages.
-        clock: When the level's service begins, for deadlines.
-        policy: How they are weighed.
+        served: Service by source.
+        now: The time at which effective priorities are computed.
+        clock: Expected start of the level's service, for deadlines.
     """
-    # In the order of deadlines; who has been placed stays, with what is left after a quantum.
+    # In the order of deadlines. A placed candidate stays, with its time left after a quantum.
     shares = [
         _Share(candidate=candidate, left=candidate.seconds or 0.0)
         for candidate in sorted(candidates, key=_by_deadline)
     ]
     for _ in candidates:
         waiting = [share for share in shares if not share.placed]
-        # Of equals, and within a source, the first of them: the earliest deadline.
+        # Among equals, and within a source, `min` picks the first: the earliest deadline.
         fair = min(waiting, key=lambda share: served.get(share.candidate.source, 0.0))
         quantum = _quantum(fair, policy)
         late = _made_late(fair, shares, clock=clock, quantum=quantum)
@@ -197,9 +193,9 @@ def _quantum(share: _Share, policy: OrderPolicy) -> float:
 def _made_late(
     fair: _Share, shares: Sequence[_Share], *, clock: float, quantum: float
 ) -> Candidate | None:
-    """Return whose deadline is missed only because `fair` gets a quantum first; None if nobody's.
+    """Return a candidate that is late only because `fair` gets a quantum first; None if none is.
 
-    In the order of deadlines only those before `fair` are put off by it.
+    Only candidates before `fair` in the order of deadlines are delayed by that quantum.
     """
     for share in shares:
         if share is fair:

@@ -1,8 +1,9 @@
-"""Rates: how much each source may submit in a time. Token buckets; the clock is passed in.
+"""Submission rates of the sources, as token buckets. The clock is passed in.
 
-A bucket holds up to `burst`, and fills at an even rate. What is submitted is taken out of it; what
-is more than a full bucket is let through by a full one, and owed. So in any stretch of time no more
-passes than `burst`, what flowed in during it, and the excess of one that was larger than `burst`.
+A bucket holds up to `burst` and fills at an even rate; each submission is taken out of it. A full
+bucket lets a submission larger than `burst` through and owes the excess. The amount that passes in
+any period is therefore at most `burst`, plus the inflow of that period, plus the excess of one
+submission larger than `burst`.
 """
 
 from collections.abc import Iterable
@@ -10,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 SECONDS_PER_HOUR = 3600.0
-#: Of rounding: far below one request, far above the error of a double.
+#: Tolerance for rounding: far below one request, far above the error of a double.
 _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """How much may pass: `per_hour` in the long run, `burst` at once."""
+    """A rate limit: `per_hour` in the long run, `burst` at once."""
 
     per_hour: float
     burst: float
@@ -24,11 +25,10 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """What is left of a rate at a moment.
+    """The state of a rate limit at one moment.
 
     Attributes:
-        level: Negative while it is owed.
-        at: POSIX seconds.
+        level: Amount that may still pass; negative while an excess is owed.
     """
 
     rate: Rate
@@ -37,7 +37,7 @@ class Bucket:
 
     @classmethod
     def after(cls, events: Iterable[tuple[float, float]], *, rate: Rate) -> "Bucket":
-        """Return the bucket that these events left, each a moment and an amount, in any order."""
+        """Return the bucket after these events, each a time and an amount, in any order."""
         bucket: Bucket | None = None
         for at, amount in sorted(events):
             bucket = bucket or cls(rate=rate, level=rate.burst, at=at)
@@ -45,28 +45,28 @@ class Bucket:
         return bucket or cls(rate=rate, level=rate.burst, at=0.0)
 
     def filled(self, now: float) -> "Bucket":
-        """Return the bucket as it is now; a clock that went back fills nothing."""
+        """Return the bucket filled up to `now`; a clock set back adds nothing."""
         seconds = max(0.0, now - self.at)
         gained = seconds * self.rate.per_hour / SECONDS_PER_HOUR
         return replace(self, level=min(self.rate.burst, self.level + gained), at=max(now, self.at))
 
     def less(self, amount: float, *, now: float) -> "Bucket":
-        """Return the bucket after something passed."""
+        """Return the bucket after an amount has passed."""
         filled = self.filled(now)
         return replace(filled, level=filled.level - amount)
 
     def retry_after(self, amount: float, *, now: float) -> float:
-        """Return in how many seconds so much may pass; 0 if it may now."""
+        """Return the seconds until an amount may pass; 0 if it may pass now."""
         missing = min(amount, self.rate.burst) - self.filled(now).level
         if missing <= _TOLERANCE:
             return 0.0
-        # The bucket's own clock may be ahead of one that went back.
+        # The bucket's time may be ahead of a clock that was set back.
         behind = max(0.0, self.at - now)
         return behind + missing * SECONDS_PER_HOUR / self.rate.per_hour
 
 
 class SubmissionEvent(NamedTuple):
-    """Somebody's file was admitted; `at` in POSIX seconds."""
+    """The admission of one file of a source."""
 
     source: str
     at: float
@@ -75,16 +75,17 @@ class SubmissionEvent(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RateLimits:
-    """What each source may submit, by count and by requests."""
+    """The rates of each source, in files and in requests."""
 
     submissions: Rate = Rate(per_hour=60, burst=20)
     requests: Rate = Rate(per_hour=400_000, burst=200_000)
 
     @property
     def memory_seconds(self) -> float:
-        """How long a submission counts at least: a full bucket has filled ten times by then.
+        """Minimum time for which a submission counts.
 
-        Who was at the limit all that time may submit one `burst` more in it than the rates say.
+        The slower bucket fills ten times in it; it is at least 24 hours. A source that stays at its
+        limit for that long may submit one `burst` more in it than the rates allow.
         """
         hours = max(rate.burst / rate.per_hour for rate in (self.submissions, self.requests))
         return SECONDS_PER_HOUR * max(24.0, 10.0 * hours)
@@ -92,18 +93,16 @@ class RateLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRates:
-    """What each source has submitted of late, so what it may submit now."""
+    """Recent submissions of each source, which determine the amount it may submit now."""
 
     limits: RateLimits
     events: tuple[SubmissionEvent, ...] = ()
 
     def retry_after(self, source: str, requests: int | None, *, now: float) -> float:
-        """Return in how many seconds a source may submit a file; 0 if it may now.
+        """Return the seconds until a source may submit a file; 0 if it may submit now.
 
         Args:
-            source: Who.
-            requests: Of the file; None while nobody has read it: then one is enough.
-            now: POSIX seconds.
+            requests: Requests of the file; None before it is read, which counts as one.
         """
         by_count, by_requests = self._buckets(source, now)
         return max(
@@ -116,7 +115,7 @@ class SourceRates:
         return replace(self, events=(*self.events, SubmissionEvent(source, now, requests)))
 
     def describe(self, source: str, *, now: float) -> str:
-        """Return what a source has left, in words."""
+        """Return the remaining allowance of a source, in words."""
         by_count, by_requests = (bucket.filled(now) for bucket in self._buckets(source, now))
         return (
             f"{source} may submit {max(0.0, by_count.level):,.0f} files"
@@ -126,7 +125,7 @@ class SourceRates:
 
     def _buckets(self, source: str, now: float) -> tuple[Bucket, Bucket]:
         own = [event for event in self.events if event.source == source]
-        # What was submitted in the future, was by a clock that was ahead.
+        # A submission in the future was recorded by a clock that was ahead.
         counts = ((min(e.at, now), 1.0) for e in own)
         requests = ((min(e.at, now), float(e.requests)) for e in own)
         return (

@@ -1,9 +1,9 @@
-"""An engine that does not let us in: everybody waits, somebody looks again, and then all go on.
+"""Refusals of the engine: all batches wait until a probe is accepted, then go on by themselves.
 
-The run that met the refusal keeps it in a file (`note_refusal`). As long as it stands, no run that
-needs the engine is asked for. `dispatch_sensor` looks at the gate itself, with a small request and
-growing pauses (`look_again`); once that is let in, the batches go on without anybody's help.
-An engine that each run starts by itself cannot be asked: there the next look is a run.
+The run that is refused stores the refusal in a file (`note_refusal`). While the refusal stands, no
+run that needs the engine is launched. `dispatch_sensor` probes the engine with a small request, at
+growing intervals (`look_again`). When a probe is accepted, the batches go on without a person.
+An engine that runs start themselves cannot be probed, so the next run serves as the probe.
 """
 
 import asyncio
@@ -31,20 +31,17 @@ from batch_orchestration.store.operations import open_replays
 
 logger = logging.getLogger(__name__)
 
-#: A tick has 60 s for everything.
+#: Time limit of one probe: a whole tick has 60 s.
 LOOK_SECONDS = 10.0
 
 
 def note_refusal(
     refused: EngineRefusesUs, *, folder: DataFolder, settings: Settings, run_id: str, now: float
 ) -> Refusal:
-    """Keep, durably, that the engine does not let us in.
-
-    Args:
-        now: POSIX seconds.
+    """Store durably that the engine refuses us.
 
     Raises:
-        StorageError: It could not be written.
+        StorageError: The refusal could not be written.
     """
     before = _read(folder)
     relapse = before is not None and now - (before.let_in_at or now) < RELAPSE_SECONDS
@@ -64,7 +61,11 @@ def note_refusal(
 
 
 def standing_refusal(folder: DataFolder, settings: Settings, *, now: float) -> Refusal | None:
-    """Return the refusal that everybody waits for to end; None if nobody has to."""
+    """Return the refusal for which all batches wait; None if there is none.
+
+    A refusal ends when a probe is accepted or the engine's address changes. For an engine that runs
+    start themselves, it ends at `next_look_at`.
+    """
     refusal = _read(folder)
     if refusal is None or refusal.let_in_at is not None:
         return None
@@ -74,14 +75,14 @@ def standing_refusal(folder: DataFolder, settings: Settings, *, now: float) -> R
 
 
 def refusal_in_words(settings: Settings) -> str | None:
-    """Return what `describe` says of the refusal that stands now; None if none does."""
+    """Return the description of the standing refusal; None if there is none."""
     now = time.time()
     refusal = standing_refusal(DataFolder(settings.data_dir), settings, now=now)
     return None if refusal is None else describe(refusal, now=now)
 
 
 def describe(refusal: Refusal, *, now: float) -> str:
-    """Say what everybody waits for, and what a person can do about it."""
+    """Return a description of the refusal, and of the actions that a person can take."""
     left = max(0.0, refusal.next_look_at - now)
     return (
         f"the engine does not let us in ({refusal.words}; {refusal.engine or 'our own'}"
@@ -91,7 +92,10 @@ def describe(refusal: Refusal, *, now: float) -> str:
 
 
 def look_again(folder: DataFolder, settings: Settings, *, now: float) -> Refusal | None:
-    """Look at the gate, if it is time to; return the refusal that stands now."""
+    """Probe the engine if a probe is due; return the refusal that still stands.
+
+    The engine is not probed while no queue entry or replay needs it.
+    """
     refusal = standing_refusal(folder, settings, now=now)
     if refusal is None or not refusal.engine or now < refusal.next_look_at:
         return refusal
@@ -104,13 +108,13 @@ def look_again(folder: DataFolder, settings: Settings, *, now: float) -> Refusal
         logger.warning("%s lets us in again; the batches go on", refusal.engine)
     else:
         seen = msgspec.structs.replace(seen, status=said.status, line=first_line(said.message))
-    with contextlib.suppress(StorageError):  # the next tick looks again
+    with contextlib.suppress(StorageError):  # the next tick probes again
         write_atomically(folder.refusal, msgspec.json.encode(seen))
     return None if said is None else seen
 
 
 def _somebody_waits(folder: DataFolder) -> bool:
-    """Whether a look is worth a token: there is a queue, or a replay."""
+    """Whether a probe is worth its token, because an entry or a replay waits."""
     try:
         queue = read_queue(folder)
         return queue is None or bool(queue.entries) or bool(open_replays(folder))
@@ -119,15 +123,15 @@ def _somebody_waits(folder: DataFolder) -> bool:
 
 
 class _Said(msgspec.Struct, frozen=True):
-    """Why a look was not let in."""
+    """The response to a probe that was refused."""
 
     status: int | None
     message: str
 
 
 async def _knock(refusal: Refusal, settings: Settings) -> _Said | None:
-    """Ask for what was refused, as cheaply as possible; return why not, None if we are let in."""
-    # The command line, which words a refusal, does without aiohttp.
+    """Repeat the refused request as cheaply as possible; return the refusal, None if accepted."""
+    # The CLI describes refusals without loading aiohttp.
     from batch_orchestration.engines.openai_server import OpenAIServerEngine
 
     engine = OpenAIServerEngine(
@@ -145,7 +149,7 @@ async def _knock(refusal: Refusal, settings: Settings) -> _Said | None:
         outcome: Outcome = await engine.answer(probe.endpoint, probe.body, request_id="look")
     except EngineRefusesUs as refused:
         return _Said(refused.status, refused.line)
-    except EngineError as error:  # it is not there at all now
+    except EngineError as error:  # the engine cannot be reached
         return _Said(None, str(error))
     finally:
         await engine.disconnect()
@@ -177,6 +181,6 @@ def _read(folder: DataFolder) -> Refusal | None:
     try:
         return read_kept(folder.refusal, Refusal)
     except StorageError as error:
-        # The next run that is refused writes it anew.
+        # The next refused run rewrites the file.
         logger.warning("cannot tell whether the engine lets us in: %s", error)
         return None

@@ -1,4 +1,4 @@
-"""What each source has submitted, as the batches tell: no counter that can be torn."""
+"""Submissions of each source, derived from the stored batches: no counter can get out of step."""
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.files.data_folder import DataFolder
@@ -12,13 +12,7 @@ from batch_orchestration.store.store import Store
 
 
 def read_rates(folder: DataFolder, store: Store, *, limits: RateLimits, now: float) -> SourceRates:
-    """Return what the sources have submitted, as far as the limits remember it.
-
-    Args:
-        folder: The data folder.
-        store: The store.
-        limits: In force.
-        now: POSIX seconds.
+    """Return the submissions of all sources that still count towards the limits.
 
     Raises:
         StorageError: The store cannot be read.
@@ -41,15 +35,12 @@ def retry_after_seconds(
     source: str, requests: int | None, *, folder: DataFolder, store: Store, limits: RateLimits,
     now: float,
 ) -> float:  # fmt: skip
-    """Return in how many seconds a source may submit a file; 0 if it may now.
+    """Return the seconds until a source may submit a file; 0 if it may submit now.
 
-    What waits in the inbox has not been submitted as far as this counts.
+    Files that wait in the inbox do not count as submitted.
 
     Args:
-        source: Who.
-        requests: Of the file; None if nobody has counted them.
-        limits: In force.
-        now: POSIX seconds.
+        requests: Requests of the file; None if they were not counted.
 
     Raises:
         StorageError: The store cannot be read.

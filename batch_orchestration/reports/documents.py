@@ -1,7 +1,7 @@
-"""Documents as Markdown from a template, and as a page of HTML from that Markdown.
+"""Renders documents: Markdown from a template, and an HTML page from that Markdown.
 
-Every value that a template shows is text, and may be somebody else's: it is escaped where it is put
-in, whatever the template says. Only the template's own text is markup.
+Every value shown by a template is untrusted text: it is escaped on insertion, whatever the template
+contains. Only the template's own text is markup.
 """
 
 import re
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-#: A message that repeats a whole prompt tells too much and helps nobody.
+#: Limit on a table cell: a message that repeats a whole prompt discloses it and helps no reader.
 CELL_LENGTH = 200
-#: What would be a link, a picture, code, emphasis, an entity or the end of a cell. Within a word
-#: `_` is none of it.
+#: Characters that could start a link, a picture, code, emphasis or an entity, or end a cell. An `_`
+#: within a word is harmless.
 _MARKUP = re.compile(r"[\\|\[\]`*~]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
-#: Pictures that are in the document itself are all that is loaded or linked.
+#: Prefix of embedded pictures; nothing else is loaded or linked.
 _PICTURE = "data:image/svg+xml;base64,"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as SVG; `name` is one word, unique in the document."""
+    """An SVG picture; `name` is one word, unique in the document."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ class Picture:
 
     @property
     def uri(self) -> str:
-        """The picture itself, as an address."""
+        """Data URI of the picture."""
         return f"{_PICTURE}{b64encode(self.svg).decode()}"
 
 
@@ -47,14 +47,14 @@ def to_markdown(template: str, **values: Any) -> str:
     """Return a document as Markdown.
 
     Args:
-        template: Name of a file beside this one.
-        values: What it shows.
+        template: Name of a template file beside this module.
+        values: Values that the template shows.
     """
     return _environment(escape).get_template(template).render(values)
 
 
 def to_html(title: str, markdown: str) -> str:
-    """Return a document as one page of HTML that needs nothing else and loads nothing."""
+    """Return a document as one self-contained HTML page that loads nothing."""
     from markdown_it import MarkdownIt
     from markupsafe import Markup
 
@@ -68,7 +68,7 @@ def to_html(title: str, markdown: str) -> str:
 
 
 def escape(value: object) -> "Markup":
-    """Return text on one line that means nothing in Markdown, nor in HTML."""
+    """Join the lines of a value, and escape it for Markdown and HTML."""
     from markupsafe import Markup
 
     if isinstance(value, Markup):
@@ -78,7 +78,7 @@ def escape(value: object) -> "Markup":
 
 @cache
 def _environment(finalize: Callable[[object], str] | None = None) -> "Environment":
-    # A quarter of a second, which only who delivers a batch shall pay; so are the other imports.
+    # Takes a quarter of a second, so it is imported at delivery only, as are the other libraries.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -115,10 +115,10 @@ def _cell(value: object) -> str:
 
 
 def _code(value: object) -> "Markup":
-    """Return text for a machine: a command, a code, a file name."""
+    """Return a command, code or file name as inline code."""
     from markupsafe import Markup
 
-    # A backtick cannot be escaped within.
+    # A backtick cannot be escaped within inline code.
     text = _flat(value).replace("`", "'")
     return Markup(f"`{text}`" if text else "")
 

@@ -1,4 +1,4 @@
-"""Figures of a batch over time, as its report shows them. Times are POSIX seconds."""
+"""Figures of a batch over time, as its report shows them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +7,13 @@ import msgspec
 
 from batch_orchestration.store.store import Store
 
-#: Widths of an interval that people can read off an axis, in seconds.
+#: Widths of an interval that are easy to read off an axis, in seconds.
 _WIDTHS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 21_600, 43_200)
 _DAY = 86_400
 
 
 class Latencies(msgspec.Struct, frozen=True, kw_only=True):
-    """How long answered requests took at their last attempt, in seconds."""
+    """Latencies of answered requests, from their last attempt to the answer, in seconds."""
 
     answered: int
     p50: float
@@ -24,7 +24,7 @@ class Latencies(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of requests in one interval; `number` counts intervals from 0."""
+    """Outcomes in one interval; `number` counts intervals from 0."""
 
     number: int
     answered: int
@@ -33,12 +33,12 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Throughput(msgspec.Struct, frozen=True, kw_only=True):
-    """Outcomes by the time at which they came, without those of replays.
+    """Outcomes by time of arrival, without those of replays.
 
     Attributes:
-        since: When the first interval begins.
-        width_seconds: Of each interval.
-        intervals: Those in which there was any outcome, in order.
+        since: Start of the first interval.
+        width_seconds: Width of each interval.
+        intervals: Intervals with at least one outcome, in order.
     """
 
     since: float
@@ -47,14 +47,13 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What one run did for a batch.
+    """Outcomes that one run produced for a batch.
 
     Attributes:
-        first_at: Its first submission that had an outcome.
-        last_at: Its last outcome.
-        outcomes: That it brought.
-        failed: How many of them are failures.
-        handed_on: How many of them are in chunks that another run completed: this one ended before.
+        first_at: Time of the first submission that had an outcome.
+        last_at: Time of the last outcome.
+        failed: Outcomes that are failures.
+        handed_on: Outcomes in chunks that a later run completed, because this run ended before.
     """
 
     run_id: str
@@ -66,7 +65,7 @@ class RunFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def interval_width(span_seconds: float, *, most: int) -> float:
-    """Return the smallest readable width with which a span has at most so many intervals."""
+    """Return the smallest readable width that divides a span into at most `most` intervals."""
     least = span_seconds / most
     for width in _WIDTHS:
         if width >= least:
@@ -74,7 +73,7 @@ def interval_width(span_seconds: float, *, most: int) -> float:
     return float(_DAY * -(-least // _DAY))
 
 
-#: Outcomes that an engine gave in the batch's own runs. A replay may be months later.
+#: Outcomes from an engine in the batch's own runs, without replays, which may be months later.
 _OUTCOMES = """
     WITH outcomes AS (
         SELECT *, epoch(settled_at) AS ended, epoch(settled_at) - latency_seconds AS began
@@ -87,15 +86,15 @@ _OUTCOMES = """
 
 
 class FigureTables:
-    """The part of the store that reports rest on. Methods raise as those of `Store` do."""
+    """The queries of reports. Methods raise the same errors as those of `Store`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def latencies(self, batch_id: str) -> Latencies | None:
-        """Return percentiles of the latency, those between two requests interpolated.
+        """Return interpolated percentiles of the latency; None if no request was answered.
 
-        DuckDB holds eight bytes per answered request meanwhile. None if nothing was answered.
+        DuckDB holds eight bytes per answered request during the query.
         """
         ((answered, percentiles, longest),) = self._fetch(
             """
@@ -111,16 +110,16 @@ class FigureTables:
         return Latencies(answered=answered, p50=p50, p90=p90, p95=p95, p99=p99, longest=longest)
 
     def throughput(self, batch_id: str, *, most: int) -> Throughput | None:
-        """Return what was settled in at most so many intervals; None if an engine settled nothing.
+        """Return outcomes in at most `most` intervals; None if no outcome came from an engine.
 
-        The first interval begins with the first submission.
+        The first interval begins at the first submission.
         """
         ((since, last),) = self._fetch(
             f"{_OUTCOMES} SELECT min(began), max(ended) FROM outcomes", [batch_id] * 2
         )
         if since is None:
             return None
-        # The last outcome is at the very end of the span, and must not begin an interval.
+        # The last outcome is at the end of the span and must not begin an interval of its own.
         width = interval_width(last - since + 0.001, most=most)
         found = self._fetch(
             f"""
@@ -140,7 +139,7 @@ class FigureTables:
         return Throughput(since=since, width_seconds=width, intervals=intervals)
 
     def runs(self, batch_id: str) -> list[RunFigures]:
-        """Return what each run did for a batch, in the order of their first submissions."""
+        """Return the figures of each run of a batch, in the order of their first submissions."""
         found = self._fetch(
             f"""
             {_OUTCOMES}

@@ -1,4 +1,4 @@
-"""What a report shows beside the tally: gathered from store and disk, each part for itself."""
+"""Gathers the figures of a report from store and disk; each of them may fail independently."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -32,10 +32,10 @@ Figure = TypeVar("Figure")
 
 @dataclass(frozen=True, kw_only=True)
 class ReportFigures:
-    """A batch over time. What is not known is empty or None, and its section is left out.
+    """A batch over time. An unknown figure is empty or None, and its section is left out.
 
     Attributes:
-        timeline: What happened to it, oldest first; the report is older than its final status.
+        timeline: Events, oldest first. The final status is missing: it is set after the report.
     """
 
     timeline: Sequence[Moment] = ()
@@ -48,16 +48,16 @@ class ReportFigures:
 def gather_figures(
     plan: BatchPlan, totals: BatchTotals, *, folder: DataFolder, store: Store
 ) -> ReportFigures:
-    """Return what is known of a batch over time; it never raises, and never harms a delivery.
+    """Return the known figures of a batch over time. Errors are logged, never raised.
 
-    Gathering again gives the same, unless something was replayed, or removed by its age.
+    The result is reproducible unless requests were replayed, or files removed by their age.
     """
     batch_id, figures = plan.batch_id, FigureTables(store)
 
     def known(what: str, look: Callable[[], Figure], otherwise: Figure) -> Figure:
         try:
             return look()
-        except Exception as error:  # noqa: BLE001 - a figure that is missing harms no delivery
+        except Exception as error:  # noqa: BLE001 - a missing figure must not stop a delivery
             logger.warning("the report of %s is without %s: %r", batch_id, what, error)
             return otherwise
 
@@ -86,12 +86,12 @@ def gather_figures(
 
 def _events(batch_id: str, store: Store) -> list[BatchEvent]:
     events = store.batch_events(batch_id)
-    # There only when the files are written again, which must give the same bytes.
+    # The final status exists only on a second delivery, which must give the same bytes.
     return events[:-1] if events and events[-1].to_status in FINAL else events
 
 
 def _samples(batch_id: str, folder: DataFolder, *, until: float | None) -> list[RunSample]:
-    """Return the samples up to the last outcome: later ones may still be written."""
+    """Return the samples up to the last outcome, because later ones may still be written."""
     return [] if until is None else read_samples(folder, batch_id, until=until)
 
 
@@ -99,6 +99,6 @@ def _drawn(plot_of: Callable[[], Plot | None], batch_id: str) -> Picture | None:
     try:
         plot = plot_of()
         return Picture(plot.name, plot.title, draw(plot)) if plot else None
-    except Exception as error:  # noqa: BLE001 - trouble with a picture harms no delivery
+    except Exception as error:  # noqa: BLE001 - a missing picture must not stop a delivery
         logger.warning("the report of %s is without a plot: %s", batch_id, error)
         return None

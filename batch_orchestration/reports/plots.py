@@ -1,4 +1,4 @@
-"""What is drawn of a batch: its throughput, its engine and its GPUs over time."""
+"""The plots of a batch: throughput, engine and GPUs over time."""
 
 import io
 import re
@@ -13,16 +13,16 @@ from batch_orchestration.reports.figures import Throughput
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-#: Okabe and Ito's colours, told apart with any kind of colour blindness (jfly.uni-koeln.de/color).
+#: Okabe and Ito's palette, safe for all types of colour blindness (jfly.uni-koeln.de/color).
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = (
     *("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"),
 )
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
-#: Of an axis of time: from so many seconds on, in this unit.
+#: Units of the time axis: shortest time span of the unit, its length in seconds, its name.
 _UNITS = ((10_800.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 _WIDTH_INCHES, _PANEL_INCHES = 7.2, 1.25
 _LEFT_INCHES, _RIGHT_INCHES, _TOP_INCHES, _BOTTOM_INCHES = 0.75, 0.1, 0.3, 0.45
-#: Of a row of the legend: its height, and the letters that fit in beside the title.
+#: Height of a row of the legend, and the letters that fit into it beside the title.
 _ROW_INCHES, _ROW_LETTERS = 0.16, 48
 
 
@@ -31,7 +31,7 @@ class Line:
     """Values over time; None interrupts the line.
 
     Attributes:
-        marks: Whether only the values themselves are marked, each with a cross.
+        marks: Whether values are drawn as separate crosses instead of a line.
     """
 
     label: str
@@ -45,7 +45,7 @@ class Panel:
     """Lines that share a unit.
 
     Attributes:
-        top: End of the scale, which begins at 0; None lets the values decide.
+        top: End of the scale, which begins at 0; None derives it from the values.
     """
 
     unit: str
@@ -59,8 +59,8 @@ class Plot:
 
     Attributes:
         name: One word, for links.
-        seconds: Of each value of every line.
-        since: What the seconds are counted from, for people.
+        seconds: Times of the values, shared by all lines.
+        since: Name of the event at second 0.
         stepped: Whether each value holds until the next one.
     """
 
@@ -74,11 +74,11 @@ class Plot:
 
 def draw(plot: Plot) -> bytes:
     """Return a plot as SVG."""
-    # Half a second, which only who delivers a batch shall pay.
+    # Takes half a second, so it is imported at delivery only.
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    # Not what the user's own matplotlibrc says, and no random ids.
+    # Independent of the user's matplotlibrc, and without random ids.
     fixed = {"svg.hashsalt": plot.name, "svg.fonttype": "none", "path.simplify": True}
     with style.context(["default", {**fixed, **_LOOK}]):
         top = _TOP_INCHES + _ROW_INCHES * (_rows(plot.panels[0].lines) - 1)
@@ -104,7 +104,7 @@ def draw(plot: Plot) -> bytes:
     return _lean(image.getvalue())
 
 
-#: Coordinates, as attributes and in paths; what is written in the plot is none.
+#: Coordinates in attributes and paths, but not the text of the plot.
 _COORDINATES = re.compile(rb' (?:d|x|y|transform)="[^"]*"')
 _DIGITS, _INDENT = re.compile(rb"(\.\d)\d+"), re.compile(rb"\n +")
 _LOOK = {
@@ -138,7 +138,7 @@ def _draw_panel(axis: "Axes", panel: Panel, times: Sequence[float], *, stepped: 
 
 
 def _explain(axes: Sequence["Axes"], panels: Sequence[Panel]) -> None:
-    """Say which line is which, above the first panel with these lines."""
+    """Add a legend above the first of consecutive panels with the same lines."""
     said: list[str] = []
     for axis, panel in zip(axes, panels, strict=True):
         labels = [line.label for line in panel.lines]
@@ -151,42 +151,42 @@ def _explain(axes: Sequence["Axes"], panels: Sequence[Panel]) -> None:
 
 
 def _rows(lines: Sequence[Line]) -> int:
-    """Return in how many rows the legend fits."""
+    """Return the number of rows that the legend needs."""
     return -(-sum(len(line.label) for line in lines) // _ROW_LETTERS)
 
 
 def _lean(svg: bytes) -> bytes:
-    """Leave out what nobody sees: digits below a tenth of a point, and indents; half of it all."""
+    """Remove digits below a tenth of a point, and indents: half of the size, none of it visible."""
     lean = _COORDINATES.sub(lambda found: _DIGITS.sub(rb"\1", found[0]), svg)
     return _INDENT.sub(b"\n", lean)
 
 
 def _unit(seconds: Sequence[float]) -> tuple[float, str]:
-    """Return length and name of the unit in which the time is shown."""
+    """Return length in seconds and name of the unit of the time axis."""
     longest = max(seconds, default=0.0)
     return next((length, name) for least, length, name in _UNITS if longest >= least)
 
 
-#: More cannot be told apart in a picture as wide as a page.
+#: Limit on points: more cannot be distinguished in a picture as wide as a page.
 MOST_INTERVALS = 120
 MOST_SAMPLES = 120
-#: Fewer are no curve: the figures in the text say as much.
+#: Fewer points are no curve and add nothing to the figures in the text.
 LEAST_POINTS = 3
-#: More lines than colours would only look like a comparison.
+#: One line per colour: lines that share a colour could not be compared.
 MOST_GPUS = len(COLOURS)
 SINCE = "first submission"
 _GIBIBYTE = 2**30
-#: Samples of one run that follow each other, drawn as one point; None: the line is interrupted.
+#: Consecutive samples of one run that are drawn as one point; None interrupts the line.
 Group = Sequence[RunSample] | None
 
 
 def throughput_plot(throughput: Throughput | None) -> Plot | None:
-    """Return requests and output tokens per second, with the failures marked."""
+    """Return the plot of requests and output tokens per second, with failures marked."""
     if throughput is None or len(throughput.intervals) < LEAST_POINTS:
         return None
     width = throughput.width_seconds
     found = {interval.number: interval for interval in throughput.intervals}
-    # One more, down to zero: each value holds to the end of its interval.
+    # A last value of zero, because each value holds to the end of its interval.
     numbers = range(max(found) + 2)
     answered = [found[n].answered / width if n in found else 0.0 for n in numbers]
     failed = [found[n].failed / width if n in found and found[n].failed else None for n in numbers]
@@ -205,7 +205,7 @@ def throughput_plot(throughput: Throughput | None) -> Plot | None:
 
 
 def engine_plot(samples: Sequence[RunSample], *, since: float) -> Plot | None:
-    """Return what the engine had to do, and how full its KV cache was."""
+    """Return the plot of window, requests in flight, waiting requests and KV cache usage."""
     groups = [*_grouped(samples)]
     if len(groups) < LEAST_POINTS:
         return None
@@ -227,7 +227,7 @@ def engine_plot(samples: Sequence[RunSample], *, since: float) -> Plot | None:
 
 
 def gpu_plot(samples: Sequence[RunSample], *, since: float) -> Plot | None:
-    """Return utilisation, memory and temperature of each GPU, or instance of one."""
+    """Return the plot of utilization, memory and temperature of each GPU or MIG instance."""
     groups = [*_grouped(samples)]
     if len(groups) < LEAST_POINTS:
         return None
@@ -249,7 +249,7 @@ def gpu_plot(samples: Sequence[RunSample], *, since: float) -> Plot | None:
 
 
 def _gpu_labels(samples: Sequence[RunSample]) -> dict[str, str]:
-    """Return what each device is called, by its uuid; instances of one device share its index."""
+    """Return the label of each device by its uuid; MIG instances of a device share its index."""
     found = sorted({(gpu.index, gpu.uuid) for sample in samples for gpu in sample.gpus})[:MOST_GPUS]
     so_many = Counter(index for index, _ in found)
     return {
@@ -272,9 +272,9 @@ def _of_gpu(
 
 
 def _grouped(samples: Sequence[RunSample]) -> Iterator[Group]:
-    """Yield samples in groups of as many as make few enough points, with a gap between runs.
+    """Yield groups of samples, so that each plot has few enough points, with a gap between runs.
 
-    Runs of a batch may overlap; each is a line of its own then, one after the other.
+    The samples of overlapping runs are not mixed: one run follows the other.
     """
     size = max(1, -(-len(samples) // MOST_SAMPLES))
     by_run: dict[str, list[RunSample]] = {}
@@ -287,7 +287,10 @@ def _grouped(samples: Sequence[RunSample]) -> Iterator[Group]:
 
 
 def _times(groups: Iterable[Group], since: float) -> list[float]:
-    """Return the seconds of each group; a gap is where the group before it was."""
+    """Return the mean time of each group in seconds after `since`.
+
+    A gap gets the time of the group before it.
+    """
     times: list[float] = []
     for group in groups:
         if group is not None:

@@ -1,7 +1,7 @@
-"""The report on a finished batch, for the person who looks at it at three in the morning.
+"""The report on a finished batch, for an operator at three in the morning.
 
-`report.md` and `report.html` are the same document; `report.md.j2` says what is in it. It holds
-ids, codes and messages, never prompts or answers.
+`report.md` and `report.html` are the same document; `report.md.j2` is its template. The report
+contains ids, codes and messages, never prompts or answers.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from batch_orchestration.estimates.scoring import Scored
 from batch_orchestration.reports.documents import to_markdown
 from batch_orchestration.reports.gathering import ReportFigures
 
-#: More chunks than these are summed up by the slowest.
+#: Of a batch with more chunks, only the slowest are shown.
 CHUNKS_SHOWN = 20
 
 _NO_FIGURES = ReportFigures()
@@ -31,17 +31,14 @@ def batch_report(
     closing: EarlyEnd | None = None,
     figures: ReportFigures = _NO_FIGURES,
 ) -> str:
-    """Return the report as Markdown; the same figures always give the same one.
+    """Return the report as Markdown. The same arguments always give the same report.
 
     Args:
-        plan: Of the batch.
-        record: Of the batch; only times that a second assembly does not change are read.
-        tally: Of all its requests.
-        chunks: Their reports by number.
-        outbox: Folder of the files, as a person would write it.
-        scored: The estimate made at admission, beside what it took.
-        closing: Why it ended early; None if it did not.
-        figures: Of the batch over time.
+        record: Record of the batch; the report uses no time that a second assembly changes.
+        chunks: Chunk reports by number.
+        outbox: Folder of the delivered files, as a person would write it.
+        scored: The estimate made at admission, with actual figures.
+        closing: The early end of the batch; None if it was completed.
     """
     shown = sorted(chunks.values(), key=lambda chunk: chunk.number)
     if len(shown) > CHUNKS_SHOWN:

@@ -1,4 +1,4 @@
-"""The timeline of a batch: what happened to it, moment by moment, for people."""
+"""The timeline of a batch: its events in words, in order of time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from batch_orchestration.core.lifecycle import BatchEvent
 from batch_orchestration.gpu.samples import RunSample
 from batch_orchestration.reports.figures import RunFigures
 
-#: More moments than these are not read; the first and the last tell most.
+#: Of a longer timeline, only the first and the last moments are shown.
 MOMENTS_SHOWN = 40
-#: Of a run's id, as Dagster's own pages show it.
+#: Characters of a run's id, as shown on Dagster's own pages.
 _ID_LENGTH = 8
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Something that happened to a batch, `at` in POSIX seconds."""
+    """One event of a batch, in words."""
 
     at: float
     what: str
@@ -25,7 +25,7 @@ class Moment:
 def timeline(
     events: Sequence[BatchEvent], runs: Sequence[RunFigures], samples: Sequence[RunSample]
 ) -> list[Moment]:
-    """Return what happened, oldest first; of very many moments the first and the last."""
+    """Return all moments, oldest first; a long timeline is cut in the middle."""
     moments = [*_statuses(events), *_runs(runs, samples), *_restarts(samples)]
     moments.sort(key=lambda moment: moment.at)
     if len(moments) <= MOMENTS_SHOWN:
@@ -69,7 +69,7 @@ def _runs(runs: Sequence[RunFigures], samples: Sequence[RunSample]) -> Iterator[
         if of_run:
             yield Moment(of_run[0].at, f"Run {name} at work")
         if run is None:
-            # Up to its last sample it lived; nobody can tell how it ended.
+            # The run was alive at its last sample; its end is unknown.
             yield Moment(of_run[-1].at, f"Run {name} last seen, without an outcome")
             continue
         yield Moment(run.first_at, f"Run {name}: first submission")
@@ -89,7 +89,7 @@ def _brought(run: RunFigures) -> str:
 
 
 def _restarts(samples: Sequence[RunSample]) -> Iterator[Moment]:
-    """Yield where a run's engine had been started again since its sample before."""
+    """Yield a moment wherever a run's restart count is higher than in its previous sample."""
     counted: dict[str, int] = {}
     for sample in samples:
         before = counted.get(sample.run_id, 0)

@@ -1,1 +1,1 @@
-"""The DuckDB file: results, dead letters, statuses; the only home of its tables."""
+"""The store: a DuckDB file with results, dead letters and statuses, and all access to it."""

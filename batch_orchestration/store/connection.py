@@ -1,8 +1,8 @@
-"""Connections to the DuckDB file: short, one transaction each, and patient with whoever is inside.
+"""Short connections to the DuckDB file: one transaction each, retried while the file is locked.
 
-DuckDB lets one process at a time into a file for writing, and shuts out everybody else meanwhile,
-readers included; a reader shuts out writers. Nobody queues. So our own writers queue at a lock file
-beside it, and everyone retries, with jitter, until a deadline.
+DuckDB allows one writing process at a time and excludes all others meanwhile, readers included;
+a reader excludes writers. DuckDB has no queue for them. Therefore, our own writers queue at a lock
+file beside the DuckDB file, and all processes retry with jitter until a deadline.
 """
 
 import atexit
@@ -34,19 +34,20 @@ from batch_orchestration.files.sharing import made_for_the_group, share, shared_
 logger = logging.getLogger(__name__)
 
 DEADLINE_SECONDS = 600.0
-#: Readers of ours are done within this; a wait that is longer is worth a line in the log.
+#: Our readers finish within this time; longer waits are logged.
 QUIET_SECONDS = 0.5
 REPORT_INTERVAL_SECONDS = 10.0
 _FIRST_PAUSE_SECONDS = 0.01
 _LONGEST_PAUSE_SECONDS = 0.25
-#: The database, its log, temporary files, and what other threads open meanwhile.
+#: Descriptors for the database, its log and temporary files, and for other threads meanwhile.
 _DESCRIPTORS = 16
 
-#: Rows; the least that DuckDB takes. A commit writes the last row group anew, and for that takes
-#: five times the memory of its texts: by default (122,880 rows) more with each of 100 commits.
+#: Rows in a row group, the smallest number that DuckDB accepts. A commit rewrites the last row
+#: group, using five times the memory of its texts. With the default of 122,880 rows, that memory
+#: would grow with each of 100 commits.
 ROW_GROUP = 2048
 
-#: What DuckDB says if another process is inside, and if this process is, in the other mode.
+#: DuckDB's messages if another process has the file open, or this process has in the other mode.
 _LOCKED = (
     "Could not set lock on file",
     "different configuration than existing connections",
@@ -55,7 +56,8 @@ _LOCKED = (
 _HOLDER = re.compile(r"\(PID (\d+)\)")
 _DAMAGED = ("Corrupt", "not a valid DuckDB", "checksum", "deserialize", "enough bytes")
 
-#: Within a process, a file cannot be open for reading and for writing at once: one at a time.
+#: Within a process, one thread at a time has a file open: DuckDB cannot open it for reading and
+#: for writing at once.
 _inside: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
@@ -63,17 +65,17 @@ _inside: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 def writing(
     path: Path, *, deadline_seconds: float = DEADLINE_SECONDS
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open the file for one transaction, committed at the end of a body that does not raise.
+    """Open the file for one transaction, committed if the body does not raise.
 
     Raises:
-        StoreLocked: Others kept it locked past the deadline.
-        Shortage: There is no room, or no descriptor; nothing was committed.
-        StorageError: It cannot be written, is damaged, or DuckDB refused a statement.
+        StoreLocked: The file stayed locked past the deadline.
+        Shortage: No space or no descriptor is left; nothing was committed.
+        StorageError: The file cannot be written or is damaged, or DuckDB rejected a statement.
     """
     wait = _Wait(path, "write", deadline_seconds)
     with (
         _queue(path, wait),
-        # Of a colleague who is killed DuckDB's log stays, and others have to go on with it.
+        # If a process is killed, DuckDB's log stays behind, and other users must be able to use it.
         made_for_the_group(),
         _transaction(path, wait, read_only=False) as connection,
     ):
@@ -84,10 +86,10 @@ def writing(
 def creating(
     path: Path, *, deadline_seconds: float = DEADLINE_SECONDS
 ) -> Iterator[duckdb.DuckDBPyConnection | None]:
-    """Make the file, as `writing` does, unless there is one: then yield None.
+    """Create the file and open it like `writing`; yield None if a non-empty file exists.
 
-    It appears with all that the body puts into it: of a process that is killed right after it
-    created a DuckDB file, nothing remains that DuckDB would open.
+    The file appears only with everything the body has written. A process killed right after
+    creating a DuckDB file would otherwise leave one that DuckDB cannot open.
     """
     wait = _Wait(path, "create", deadline_seconds)
     unfinished = path.with_name(f".{path.name}.new")
@@ -102,7 +104,7 @@ def creating(
         with _transaction(unfinished, wait, read_only=False) as connection:
             yield connection
         if log.exists():
-            # Closing says nothing of what kept it from emptying the log, a full disk as a rule.
+            # Closing does not raise if the log could not be checkpointed, usually for a full disk.
             with _duckdb_errors(path), contextlib.closing(duckdb.connect(unfinished)) as again:
                 again.execute("CHECKPOINT")
         if log.exists():
@@ -115,10 +117,10 @@ def creating(
 
 @contextlib.contextmanager
 def replacing(path: Path, *, deadline_seconds: float = DEADLINE_SECONDS) -> Iterator[None]:
-    """Keep all other writers of ours waiting, while the body puts another file in its place.
+    """Block all our other writers while the body replaces the file.
 
     Raises:
-        StoreLocked: Others were writing past the deadline.
+        StoreLocked: Other writers held the lock past the deadline.
     """
     with _queue(path, _Wait(path, "replace", deadline_seconds)):
         yield
@@ -131,14 +133,13 @@ def reading(
     """Open an existing file read-only for one transaction.
 
     Args:
-        path: Of the file.
-        deadline_seconds: Of waiting for others.
-        alone: Use a DuckDB of its own, whose settings the body may change.
+        deadline_seconds: Longest wait while the file is locked.
+        alone: Use a separate DuckDB instance, whose settings the body may change.
 
     Raises:
-        StoreLocked: Others kept it locked past the deadline.
-        StoreDamaged: It cannot be read.
-        StorageError: It is missing, or DuckDB refused a statement.
+        StoreLocked: The file stayed locked past the deadline.
+        StoreDamaged: The file cannot be read.
+        StorageError: The file is missing, or DuckDB rejected a statement.
     """
     wait = _Wait(path, "read", deadline_seconds)
     with _transaction(path, wait, read_only=True, alone=alone) as connection:
@@ -146,7 +147,7 @@ def reading(
 
 
 class _Wait:
-    """Patience up to a deadline, which says now and then for what."""
+    """Retries until a deadline, logging the holder of the file now and then."""
 
     def __init__(self, path: Path, purpose: str, deadline_seconds: float) -> None:
         self._path = path
@@ -157,7 +158,11 @@ class _Wait:
         self._reported = False
 
     def until(self, enter: Callable[[], str | None]) -> None:
-        """Call `enter` until it returns None; else it returns who is in the way."""
+        """Call `enter` until it returns None; until then, it returns the holder of the lock.
+
+        Raises:
+            StoreLocked: The deadline has passed.
+        """
         pause = _FIRST_PAUSE_SECONDS
         while holder := enter():
             now = time.monotonic()
@@ -188,7 +193,7 @@ class _Wait:
 
 @contextlib.contextmanager
 def _queue(path: Path, wait: _Wait) -> Iterator[None]:
-    """Be the one writer of ours."""
+    """Hold the lock of our writers."""
     queue = shared_lock(path.with_name(f"{path.name}.lock"))
     with disk_errors(path):
         make_folder(path.parent)
@@ -200,7 +205,7 @@ def _queue(path: Path, wait: _Wait) -> Iterator[None]:
 
 
 def _enter_queue(queue: BaseFileLock) -> str | None:
-    """Become the one writer of ours; else return who is."""
+    """Acquire the lock of our writers; if it is held, return its holder."""
     owner = Path(queue.lock_file)
     try:
         queue.acquire(timeout=_LONGEST_PAUSE_SECONDS, poll_interval=_FIRST_PAUSE_SECONDS)
@@ -208,7 +213,7 @@ def _enter_queue(queue: BaseFileLock) -> str | None:
         with contextlib.suppress(OSError, ValueError):
             return _process(int(owner.read_text()))
         return "another writer of ours"
-    # Only for the others' log: a full disk is noticed by what matters.
+    # The pid serves other processes' log lines only, so a full disk does not matter here.
     with contextlib.suppress(OSError):
         owner.write_text(str(os.getpid()))
     return None
@@ -241,8 +246,8 @@ def _transaction(
     with _duckdb_errors(path):
         wait.until(enter)
         try:
-            # Leaving rolls back what was not committed. It is not left to the garbage collector:
-            # an exception that is kept somewhere would keep the file locked.
+            # Leaving the context rolls back an uncommitted transaction. Leaving that to the garbage
+            # collector would keep the file locked as long as an exception refers to the connection.
             with opened[0] as connection:
                 connection.execute("BEGIN TRANSACTION")
                 yield connection
@@ -259,7 +264,7 @@ def _open_alone(path: Path) -> _Opened:
 
 
 def _attach(path: Path, *, read_only: bool) -> _Opened:
-    """Attach the file to the DuckDB of this process until the end of the context."""
+    """Attach the file to this process's DuckDB instance until the end of the context."""
     connection = _duckdb()
     name = f"store_{next(_names)}"
     quoted = str(path).replace("'", "''")
@@ -280,7 +285,7 @@ def _attached(
     try:
         yield connection
     except (duckdb.FatalException, duckdb.InternalException):
-        _forget_duckdb()  # it refuses everything from now on
+        _forget_duckdb()  # after such an error, the instance rejects every statement
         raise
     finally:
         try:
@@ -289,17 +294,18 @@ def _attached(
             connection.execute("USE memory")
             connection.execute(f"DETACH {name}")
         except duckdb.Error:
-            # What was committed is in DuckDB's log. The file is let go with the whole DuckDB.
+            # Committed data is in DuckDB's log. Closing the instance releases the file.
             _forget_duckdb()
         finally:
             connection.close()
 
 
 def _duckdb() -> duckdb.DuckDBPyConnection:
-    """Return a new connection to the DuckDB of this process.
+    """Return a new connection to this process's DuckDB instance.
 
-    Starting one costs 30 ms of a processor, attaching a file to it 2 ms (DuckDB 2.0 on one of our
-    machines, November 2026), and each tick of a sensor reads the store several times.
+    The instance is shared, because starting one takes 30 ms of CPU time and attaching a file 2 ms
+    (DuckDB 2.0 on one of our machines, November 2026). Each sensor tick reads the store several
+    times.
     """
     global _instance
     with _starting:
@@ -309,7 +315,7 @@ def _duckdb() -> duckdb.DuckDBPyConnection:
 
 
 def _forget_duckdb() -> None:
-    """End the DuckDB of this process once the last transaction in it has ended."""
+    """Close this process's DuckDB instance; it ends with its last open transaction."""
     global _instance
     with _starting:
         instance, _instance = _instance, None
@@ -320,15 +326,18 @@ def _forget_duckdb() -> None:
 _instance: duckdb.DuckDBPyConnection | None = None
 _starting = threading.Lock()
 _names = itertools.count(1)
-# Its threads do not live on in a forked child.
+# The instance's threads do not survive a fork.
 os.register_at_fork(before=_forget_duckdb)
 atexit.register(_forget_duckdb)
 
 
 def _require_descriptors(path: Path) -> None:
-    """Make sure that DuckDB can open what it needs.
+    """Check that enough descriptors are left for DuckDB.
 
-    It ends the whole process if it finds no descriptor in the middle of its work.
+    DuckDB ends the whole process if it runs out of descriptors in the middle of its work.
+
+    Raises:
+        TooManyOpenFiles: Too few descriptors are left.
     """
     spare: list[int] = []
     try:
@@ -360,7 +369,7 @@ def _duckdb_errors(path: Path) -> Iterator[None]:
 
 
 def _process(pid: int) -> str:
-    """Return pid and command of a process, for people."""
+    """Return pid and command of a process, for messages."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     except (OSError, UnicodeDecodeError):

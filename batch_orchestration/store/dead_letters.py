@@ -46,12 +46,12 @@ _EVENTS = {
     "engine": "object",
     "settings_hash": "object",
 }
-#: A request that counts as failed: every one but those that were answered later.
+#: Condition for requests that count as failed, that is, that were not answered later.
 UNRESOLVED = "state <> 'resolved'"
 
 
 def new_letter(failed_row: rows.Row) -> rows.Row:
-    """Return the row of a request whose failure has just become final."""
+    """Return the row of `failed_requests` for a failure that has just become final."""
     attempts = rows.decode_attempts(failed_row["failed_attempts"])
     settled_at = failed_row["settled_at"]
     return {
@@ -64,7 +64,7 @@ def new_letter(failed_row: rows.Row) -> rows.Row:
 
 
 def dead_event(letter: rows.Row, operation: int | None = None) -> rows.Row:
-    """Return the event of a failure that has become final."""
+    """Return the event for a failure that has become final."""
     return {
         **{name: letter[name] for name in ("batch_id", "request_index", "code", "settings_hash")},
         "happened_at": letter["settled_at"],
@@ -77,12 +77,12 @@ def dead_event(letter: rows.Row, operation: int | None = None) -> rows.Row:
 
 
 def resolved_by_commit(letter: rows.Row, result: rows.Row) -> rows.Row:
-    """Return a dead letter whose chunk was committed again, now with an answer."""
+    """Return the row of a dead letter that another commit of its chunk has answered."""
     return {**letter, "state": "resolved", "resolved_at": result["settled_at"]}
 
 
 def resolved_event(letter: rows.Row, *, run_id: str) -> rows.Row:
-    """Return the event of a dead letter that `resolved_by_commit` made."""
+    """Return the event for a dead letter from `resolved_by_commit`."""
     reason = "its chunk was committed again, with an answer"
     return dead_event(letter) | {
         "happened_at": letter["resolved_at"],
@@ -98,7 +98,7 @@ def insert_letters(db: duckdb.DuckDBPyConnection, letters: Sequence[rows.Row]) -
 
 
 def insert_events(db: duckdb.DuckDBPyConnection, events: Sequence[rows.Row]) -> None:
-    """Add to the history what it does not have yet."""
+    """Add events to the history; events that it already has are ignored."""
     if events:
         same = " AND ".join(
             f"known.{name} IS NOT DISTINCT FROM incoming.{name}"
@@ -111,7 +111,7 @@ def insert_events(db: duckdb.DuckDBPyConnection, events: Sequence[rows.Row]) -> 
 def select_letters(
     db: duckdb.DuckDBPyConnection, batch_id: str, selection: Selection
 ) -> list[DeadLetter]:
-    """Return the dead letters that are meant, in index order."""
+    """Return the selected dead letters in index order."""
     where, parameters = _condition(batch_id, selection)
     found = rows.select(db, "failed_requests", [*LETTERS], where, parameters)
     return [_letter(row) for row in found]
@@ -120,7 +120,7 @@ def select_letters(
 def select_codes(
     db: duckdb.DuckDBPyConnection, batch_id: str, selection: Selection
 ) -> dict[int, FailureCode]:
-    """Return the failure codes of the dead letters that are meant, by index, in order."""
+    """Return the failure codes of the selected dead letters by index, in index order."""
     where, parameters = _condition(batch_id, selection)
     found = db.execute(f"SELECT request_index, code FROM failed_requests {where}", parameters)
     return {index: FailureCode(code) for index, code in found.fetchall()}
@@ -146,7 +146,7 @@ def _condition(batch_id: str, selection: Selection) -> tuple[str, list[Any]]:
 def events(
     db: duckdb.DuckDBPyConnection, batch_id: str, index: int | None
 ) -> list[DeadLetterEvent]:
-    """Return the history of a batch's dead letters, or of one of them, oldest first."""
+    """Return the history of a batch's dead letters, or of one of them, oldest event first."""
     where = "WHERE batch_id = ? AND request_index = coalesce(?, request_index)"
     rest = f"{where} ORDER BY happened_at, request_index, operation NULLS FIRST"
     found = rows.select(db, "dead_letter_events", [*_EVENTS], rest, [batch_id, index])
@@ -180,7 +180,7 @@ def _letter(row: rows.Row) -> DeadLetter:
     )
 
 
-#: Indices come as one parameter, a list: there may be very many.
+#: Indices are passed as one list parameter, because there may be very many.
 _AMONG = "request_index IN (SELECT unnest(?::BIGINT[]))"
 _ENTRIES_AT_A_TIME = 1000
 #: Reads the outcomes of a replay from its journal.
@@ -193,7 +193,7 @@ def apply(
     outcomes: Outcomes,
     root: Path,
 ) -> set[int]:
-    """Bring the queue of a batch up to date; return the numbers of the chunks that changed."""
+    """Apply operations to a batch's dead letters; return the numbers of the chunks that changed."""
     changed: set[int] = set()
     budget = rows.RowBudget(root)
     for operation in operations:
@@ -210,7 +210,7 @@ def apply(
 
 
 def _slices(entries: Iterable[JournalEntry]) -> Iterator[dict[int, JournalEntry]]:
-    """Yield entries by index, not too many at a time: with each comes the row of its letter."""
+    """Yield entries by index in slices, because each entry adds its dead letter's row in memory."""
     left = iter(entries)
     while some := {entry.index: entry for entry in islice(left, _ENTRIES_AT_A_TIME)}:
         yield some
@@ -219,7 +219,7 @@ def _slices(entries: Iterable[JournalEntry]) -> Iterator[dict[int, JournalEntry]
 def _new_to(
     db: duckdb.DuckDBPyConnection, operation: Operation, state: DeadLetterState
 ) -> list[int]:
-    """Return the dead letters that the operation is about and that do not know of it yet."""
+    """Return the indices of the operation's dead letters to which it has not been applied yet."""
     found = db.execute(
         f"""
         SELECT request_index FROM failed_requests letter
@@ -256,7 +256,7 @@ def _begin(db: duckdb.DuckDBPyConnection, replay: Replay) -> None:
 
 
 def _release(db: duckdb.DuckDBPyConnection, replay: Replay) -> None:
-    """Let go of what a closed replay did not answer."""
+    """Set dead letters without an outcome from a closed replay back to `dead`."""
     if replay.closed_at is None:
         return
     indices = _held(db, replay)
@@ -284,7 +284,7 @@ def _settle(
     arrived: dict[int, JournalEntry],
     budget: rows.RowBudget,
 ) -> set[int]:
-    """Give held dead letters the outcomes that there are; return the chunks they are of."""
+    """Apply outcomes to the dead letters that a replay holds; return the changed chunks."""
     where = f"WHERE batch_id = ? AND replay = ? AND state = 'replaying' AND {_AMONG}"
     key = [replay.batch_id, replay.number, list(arrived)]
     letters = rows.select(db, "failed_requests", [*LETTERS], where, key)

@@ -1,8 +1,8 @@
-"""What was done to the dead letters of a batch, as files: the truth that the store projects.
+"""Dead-letter operations of a batch, stored as files; the store's dead letters follow from them.
 
-They lie beside the journals of the batch, in `dead_letters/`: `00001-replay.json` with
-`00001-replay.journal`, `00002-discard.json`, and so on in their order. A replay that is not over is
-named `00001-replay.open.json`, so that open ones are found without reading all.
+The files lie in `dead_letters/` beside the journals of the batch: `00001-replay.json` with
+`00001-replay.journal`, `00002-discard.json`, and so on in order. The file of an open replay is
+named `00001-replay.open.json`, so that open replays are found without reading every file.
 """
 
 import contextlib
@@ -29,12 +29,7 @@ _NAME = re.compile(r"[0-9]{5,}-(replay(\.open)?|discard)\.json")
 
 
 class Operations:
-    """The operations on the dead letters of one batch.
-
-    Args:
-        folder: The data folder.
-        batch_id: Of the batch.
-    """
+    """The operations on the dead letters of one batch."""
 
     def __init__(self, folder: DataFolder, batch_id: str) -> None:
         self.batch_id = batch_id
@@ -43,20 +38,20 @@ class Operations:
         self._lock_path = folder.plan_path(batch_id).with_name("dead-letters.lock")
 
     def lock(self) -> BaseFileLock:
-        """Return the lock under which operations are added, closed and applied."""
+        """Return the lock to hold while operations are added, closed or applied."""
         return shared_lock(self._lock_path)
 
     def make_folder(self) -> None:
-        """Make the folder of the operations, where everybody in the group may add one."""
+        """Create the folder of the operations, writable for the data folder's group."""
         with disk_errors(self._path):
             make_folder(self._path)
             share(self._path)
 
     def all(self) -> list[Operation]:
-        """Return the operations in their order.
+        """Return the operations in order.
 
         Raises:
-            FileDamaged: One cannot be read.
+            FileDamaged: An operation cannot be read.
         """
         found = {operation.number: operation for operation in map(_read, self._files())}
         return [found[number] for number in sorted(found)]
@@ -65,7 +60,7 @@ class Operations:
         """Return a replay.
 
         Raises:
-            DeadLetterError: There is none of that number.
+            DeadLetterError: The batch has no replay of that number.
         """
         for operation in self.all():
             if operation.number == number and isinstance(operation, Replay):
@@ -73,26 +68,26 @@ class Operations:
         raise DeadLetterError(f"batch {self.batch_id} has no replay {number}")
 
     def apply_to(self, store: Store) -> None:
-        """Bring the dead letters in the store up to date; nothing is opened if nothing was done.
+        """Apply the operations to the store; without operations, the store is not opened.
 
-        Without the lock, an operation that is added meanwhile may wait for the next time.
+        If the lock is not held, an operation added meanwhile may be left for the next call.
         """
         if operations := self.all():
             store.apply_operations(self.batch_id, operations, self.outcomes)
 
     def next_number(self) -> int:
-        """Return the number of the next operation; the lock is held."""
+        """Return the number of the next operation; the caller holds the lock."""
         return max((_number(path) for path in self._files()), default=0) + 1
 
     def add(self, operation: Operation) -> None:
-        """Keep an operation, durably."""
+        """Write an operation durably."""
         if isinstance(operation, Replay):
             self._folder.mark_unfinished(self.batch_id)
         ending = _OPEN if isinstance(operation, Replay) else ".json"
         write_atomically(self._file(operation, ending), msgspec.json.encode(operation))
 
     def close(self, replay: Replay, *, at: float) -> None:
-        """Keep that a replay is over."""
+        """Record durably that a replay is over."""
         closed = msgspec.structs.replace(replay, closed_at=at)
         write_atomically(self._file(replay, ".json"), msgspec.json.encode(closed))
         open_file = self._file(replay, _OPEN)
@@ -100,14 +95,14 @@ class Operations:
             open_file.unlink(missing_ok=True)
 
     def outcomes(self, replay: Replay) -> Iterator[JournalEntry]:
-        """Yield the outcomes that a replay has so far."""
+        """Yield the outcomes of a replay so far."""
         return read_journal(self._file(replay, ".journal"))
 
     def open_journal(self, replay: Replay, *, provenance: Provenance, at: float) -> Journal:
         """Open the journal of a replay for writing.
 
         Raises:
-            JournalInUse: Somebody else is at work on this replay.
+            JournalInUse: This replay is already running.
         """
         return Journal.open(
             self._file(replay, ".journal"),
@@ -118,7 +113,7 @@ class Operations:
         )
 
     def running(self, replay: Replay) -> bool:
-        """Whether somebody is at work on a replay now."""
+        """Whether the replay is running now."""
         if not self._file(replay, ".journal").exists():
             return False
         try:
@@ -132,20 +127,20 @@ class Operations:
         return self._path / f"{operation.number:05d}-{kind}{ending}"
 
     def _files(self) -> list[Path]:
-        # Of a replay that was just closed, the closed one counts.
+        # A replay that was just closed may have both files; the closed one comes last and counts.
         found = (path for path in self._path.glob("*.json") if _NAME.fullmatch(path.name))
         return sorted(found, key=lambda path: not path.name.endswith(_OPEN))
 
 
 def open_replays(folder: DataFolder) -> list[tuple[str, int]]:
-    """Return batch id and number of every replay that is not over, as the index has them."""
+    """Return batch id and number of every open replay of the batches on the index."""
     return [
         (batch_id, number) for batch_id in marked(folder) for number in replays_of(batch_id, folder)
     ]
 
 
 def replays_of(batch_id: str, folder: DataFolder) -> list[int]:
-    """Return the numbers of a batch's replays that are not over."""
+    """Return the numbers of a batch's open replays."""
     return sorted(
         _number(path)
         for path in _open_files(batch_id, folder)
@@ -154,7 +149,7 @@ def replays_of(batch_id: str, folder: DataFolder) -> list[int]:
 
 
 def replay_asked_since(folder: DataFolder, at: float) -> bool:
-    """Whether a replay that is not over was asked for since then, POSIX seconds."""
+    """Whether any open replay was requested at or after the given time."""
     for path in open_files(folder):
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime >= at:
@@ -168,15 +163,15 @@ def open_files(folder: DataFolder) -> Iterator[Path]:
 
 
 def _open_files(batch_id: str, folder: DataFolder) -> Iterator[Path]:
-    """Yield those of a batch; what is only named like one is nobody's."""
+    """Yield the files of a batch's open replays; other names that match the glob are ignored."""
     place = folder.journal_path(batch_id, 0).parent / _FOLDER
     return (path for path in place.glob(f"*-replay{_OPEN}") if _NAME.fullmatch(path.name))
 
 
 def last_operation_at(folder: DataFolder, batch_id: str) -> float:
-    """Return when dead letters of a batch were last replayed or discarded; 0 if never.
+    """Return when the batch's dead-letter operations last changed; 0 if there are none.
 
-    In POSIX seconds, by the clock of the file system.
+    The time is an mtime, by the file system's clock.
     """
     changed = 0.0
     for path in (folder.journal_path(batch_id, 0).parent / _FOLDER).glob("*.json"):
@@ -190,7 +185,7 @@ def _number(path: Path) -> int:
 
 
 def _read(path: Path) -> Operation:
-    # A union is no type to the checker.
+    # mypy does not accept a union as a `type`.
     operation: Operation | None = read_kept(path, Replay | Discard)  # type: ignore[arg-type]
     if operation is None:
         raise FileDamaged(path, "has just gone")

@@ -1,4 +1,4 @@
-"""A person's SQL: one SELECT over the store, which reaches no file, no network and no setting."""
+"""SQL from users: one SELECT over the store, without access to files, network or settings."""
 
 import contextlib
 import re
@@ -13,23 +13,24 @@ import duckdb
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.store.connection import reading
 
-#: In this order: each of the last two forbids what would come after it.
+#: The order matters: each of the last two would block the settings after it.
 _CONFINED = (
     "SET memory_limit = '1GiB'",
     "SET threads = 2",
-    # What does not fit into memory fails; it would go to the disk of the journals.
+    # Queries that do not fit into memory fail instead of spilling to the journals' disk.
     "SET temp_directory = ''",
     "SET autoinstall_known_extensions = false",
     "SET autoload_known_extensions = false",
     "SET allow_community_extensions = false",
-    # Else a name that is no table may be a variable of this program.
+    # Otherwise, DuckDB resolves unknown table names to variables of this program.
     "SET python_enable_replacements = false",
     "SET enable_external_access = false",
     "SET lock_configuration = true",
 )
-#: Beyond what the process has. DuckDB's own limit is for its buffers: one long string is none.
+#: Memory for a query in addition to the memory that the process has allocated. DuckDB's own limit
+#: covers its buffers only, and not, for example, one long string.
 MOST_MEMORY_BYTES = 2 * 2**30
-#: As long as somebody reads, nobody writes: commits of running batches wait meanwhile.
+#: Commits of running batches wait while a query reads the store.
 MOST_SECONDS = 60.0
 MOST_ROWS = 100_000
 MOST_BYTES = 64 * 2**20
@@ -50,15 +51,16 @@ def ask(
     """Return column names and rows of one SELECT.
 
     Args:
-        path: Of the store, which is opened read-only.
-        sql: One statement that is a SELECT, or shows tables and columns.
-        deadline_seconds: Of waiting for a store that somebody writes to.
-        most_seconds: Then the query is interrupted.
-        most_rows: Of the result.
-        most_bytes: Of the result, as text.
+        path: The store's file; opened read-only.
+        sql: One statement: a SELECT, or one that shows tables or columns.
+        deadline_seconds: Longest wait for writers to leave the store.
+        most_seconds: Time after which the query is interrupted.
+        most_rows: Largest number of rows in the result.
+        most_bytes: Largest size of the result as text.
 
     Raises:
-        StorageError: It is no SELECT, DuckDB refuses it, or its result is too large.
+        StorageError: The statement is not a SELECT, DuckDB rejects it, it takes too long, or its
+            result is too large.
     """
     with reading(path, deadline_seconds=deadline_seconds, alone=True) as db, _little_memory():
         for setting in _CONFINED:
@@ -81,7 +83,7 @@ def ask(
 
 @contextlib.contextmanager
 def _little_memory() -> Iterator[None]:
-    """Bound what this process, which does nothing else meanwhile, may allocate."""
+    """Limit the memory that this process can allocate; nothing else may run in it meanwhile."""
     used = re.search(r"^VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert used is not None
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -97,7 +99,7 @@ def _little_memory() -> Iterator[None]:
 def _check_one_select(db: duckdb.DuckDBPyConnection, sql: str) -> None:
     try:
         kinds = [statement.type for statement in db.extract_statements(sql)]
-    except ValueError:  # a kind of statement that this version of the binding has no name for
+    except ValueError:  # a type of statement unknown to this version of the binding
         kinds = []
     if kinds != [duckdb.StatementType.SELECT]:
         raise StorageError("a query is one SELECT statement; the store is only read here")

@@ -1,4 +1,4 @@
-"""Domain values to rows of the store and back; nobody outside of storage knows of DataFrames."""
+"""Conversion between core values and rows of the store; DataFrames are used in `store/` only."""
 
 import os
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ from batch_orchestration.files.journal_records import record_at
 
 Row = dict[str, Any]
 
-#: Bytes of responses and bodies in one transaction, and in one row. DuckDB takes about five times
-#: the memory of both, and of the row group that it rewrites for a commit: 2,048 rows
-#: (`connection.ROW_GROUP`), thus 48 MiB. Measured in `benchmarks/memory.md`.
+#: Limits on the bytes of responses and bodies in one transaction, and in one row. DuckDB uses about
+#: five times the memory of a transaction and of the row group rewritten by its commit. A row group
+#: has 2,048 rows (`connection.ROW_GROUP`), thus 48 MiB. Measured in `benchmarks/memory.md`.
 BUDGET_BYTES = 16 * 2**20
 LARGEST_BYTES = LARGEST_KEPT_BODY
 
-# Types of DataFrame columns, told because a column of nothing but None has none to be guessed.
+# Types of DataFrame columns; explicit, because pandas cannot infer the type of a column of None.
 _TEXT = "object"
 _INTEGER = "int64"
 _INTEGER_OR_NULL = "Int64"
@@ -98,10 +98,10 @@ def insert(
     connection: duckdb.DuckDBPyConnection, table: str, columns: dict[str, str],
     rows: Sequence[Row], rest: str = "",
 ) -> None:  # fmt: skip
-    """Insert rows in bulk, each with every column; `rest` of the statement says which."""
+    """Insert rows in bulk, each with every column; `rest` may end the statement with a filter."""
     if not rows:
         return
-    # Here, because it takes half a second, which commands that only read should not pay.
+    # Imported here, because it takes half a second, needless for commands that only read.
     import pandas as pd
 
     frame = pd.DataFrame(
@@ -131,22 +131,22 @@ def select(
 
 
 def timestamp(at: float) -> datetime:
-    """Return POSIX seconds as the store has them: UTC, without a zone."""
+    """Return POSIX seconds in the store's format: UTC, without a time zone."""
     return datetime.fromtimestamp(at, UTC).replace(tzinfo=None)
 
 
 def posix_seconds(moment: datetime) -> float:
-    """Return what `timestamp` was given, to the microsecond."""
+    """Return a timestamp of the store as POSIX seconds: the inverse of `timestamp`, to 1 µs."""
     return moment.replace(tzinfo=UTC).timestamp()
 
 
 def text(value: bytes | str) -> str:
-    """Return text that the store can hold: what is not Unicode is replaced."""
+    """Return text that the store can hold: anything that is not Unicode is replaced."""
     return unicode_text(value) if isinstance(value, str) else value.decode(errors="replace")
 
 
 def result_row(batch_id: str, number: int, request: SettledRequest, answer: Completion) -> Row:
-    """Return the row of an answered request."""
+    """Return the row of `results` for an answered request."""
     return {
         **_request_columns(batch_id, number, request),
         "http_status": answer.status,
@@ -161,7 +161,7 @@ def result_row(batch_id: str, number: int, request: SettledRequest, answer: Comp
 
 
 def failed_row(batch_id: str, number: int, request: SettledRequest, failure: Failure) -> Row:
-    """Return the row of a failed request."""
+    """Return the row of `failed_requests` for a failed request, without the dead letter's state."""
     return {
         **_request_columns(batch_id, number, request),
         "code": str(failure.code),
@@ -178,12 +178,9 @@ def failed_row(batch_id: str, number: int, request: SettledRequest, failure: Fai
 class RowBudget:
     """Limits the bytes of responses and bodies in the rows of one transaction.
 
-    DuckDB takes several times the memory of the texts in a transaction, and cannot be told not to.
-    A row that exceeds the budget is stored without them: the engine's response stays in the
-    journal, which `response_at` names, and the request's body in the kept input.
-
-    Args:
-        root: Of the data folder.
+    DuckDB uses several times the memory of the texts in a transaction, and no setting prevents it.
+    A row that exceeds the budget is stored without response and body: `response_at` refers to the
+    response in the journal below `root`, and the body remains in the kept input.
     """
 
     def __init__(self, root: Path) -> None:
@@ -192,7 +189,7 @@ class RowBudget:
         self._journals: set[Path] = set()
 
     def fit(self, row: Row, request: SettledRequest) -> Row:
-        """Return the row of a request as it is to be stored, and charge the budget for it."""
+        """Return the row to store for a request, and charge the budget for it."""
         answer = 0 if request.outcome.body is None else len(request.outcome.body)
         size = answer + (len(request.body) if "body" in row else 0)
         if size <= min(self._left, LARGEST_BYTES):
@@ -205,10 +202,10 @@ class RowBudget:
         return {**row, **changes}
 
     def sync(self) -> None:
-        """Flush the journals that rows refer to, so that they outlast a power loss like the rows.
+        """Flush the journals that rows refer to, to make them as durable as the rows.
 
         Raises:
-            Shortage: There is no room or no descriptor; the rows must not be stored.
+            Shortage: No space or no descriptor is left; the rows must not be stored.
             StorageError: A journal cannot be flushed.
         """
         for journal in self._journals:
@@ -221,10 +218,10 @@ class RowBudget:
 
 
 def with_response(row: Row, root: Path) -> Row:
-    """Return a row with the engine's answer, read from the journal if the store does not have it.
+    """Return a row with the engine's response, read from the journal if the store lacks it.
 
     Raises:
-        FileDamaged: The journal does not have it any more.
+        FileDamaged: The response is no longer in the journal.
     """
     if row["response_at"] is None:
         return row
@@ -262,7 +259,7 @@ def _request_columns(batch_id: str, number: int, request: SettledRequest) -> Row
 
 
 def settled_request(row: Row) -> SettledRequest:
-    """Return the request of a row of `results` or `failed_requests`."""
+    """Return the request in a row of `results` or `failed_requests`."""
     return SettledRequest(
         index=row["request_index"],
         line=row["line"],
@@ -278,7 +275,7 @@ def settled_request(row: Row) -> SettledRequest:
 
 
 def as_stored(batch_id: str, number: int, request: SettledRequest) -> SettledRequest:
-    """Return a request as the store will give it back once its chunk is committed."""
+    """Return a request as the store would return it after its chunk's commit."""
     if isinstance(request.outcome, Completion):
         return settled_request(result_row(batch_id, number, request, request.outcome))
     return settled_request(failed_row(batch_id, number, request, request.outcome))
@@ -307,7 +304,7 @@ def _failure(row: Row) -> Failure:
 
 
 def batch_row(plan: BatchPlan, at: float) -> Row:
-    """Return the row of a batch that was just admitted."""
+    """Return the row of `batches` for a batch that was just admitted."""
     return {
         "batch_id": plan.batch_id,
         "identity": plan.identity,
@@ -337,12 +334,12 @@ _BATCH_FIGURES = (
     "prompt_tokens",
     "completion_tokens",
 )
-#: Where the time is kept at which a batch reached a status.
+#: Column with the time at which a batch reached a status.
 STATUS_TIMES = {
     status: "created_at" if status is BatchStatus.VALIDATING else f"{status}_at"
     for status in BatchStatus
 }
-#: Columns of `batches` that a `BatchRecord` is made of.
+#: Columns of `batches` that make up a `BatchRecord`.
 BATCHES = (
     *("batch_id", "file_name", "identity", "status", "requests", "chunks"),
     *(
@@ -357,7 +354,7 @@ BATCHES = (
 
 
 def status_times(row: Row) -> dict[str, float]:
-    """Return when each status was reached, by status word."""
+    """Return the time at which each status was reached, by status word."""
     return {
         str(status): posix_seconds(row[column])
         for status, column in STATUS_TIMES.items()
@@ -366,7 +363,7 @@ def status_times(row: Row) -> dict[str, float]:
 
 
 def batch_record(row: Row) -> BatchRecord:
-    """Return the batch of a row of `batches`."""
+    """Return the batch in a row of `batches`."""
     return BatchRecord(
         batch_id=row["batch_id"],
         file_name=row["file_name"],
@@ -383,7 +380,7 @@ def batch_record(row: Row) -> BatchRecord:
     )
 
 
-#: Columns of `chunks` that a `ChunkReport` is made of.
+#: Columns of `chunks` that make up a `ChunkReport`.
 CHUNK_REPORTS = (
     *("batch_id", "chunk", "requests", "completed", "failed", "prompt_tokens"),
     *("completion_tokens", "attempts", "seconds", "committed_at", "run_id", "failures_by_code"),
@@ -392,7 +389,7 @@ CHUNK_REPORTS = (
 
 
 def chunk_report(row: Row) -> ChunkReport:
-    """Return the figures of a row of `chunks` that is committed."""
+    """Return the figures in a row of `chunks` for a committed chunk."""
     return ChunkReport(
         **{
             **{name: value for name, value in row.items() if name != "chunk"},

@@ -1,4 +1,4 @@
-"""Brings a DuckDB file to the schema that this version reads and writes."""
+"""Migration of a DuckDB file to the current schema."""
 
 from importlib import resources
 from pathlib import Path
@@ -8,17 +8,17 @@ import duckdb
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.store.connection import DEADLINE_SECONDS, creating, reading, writing
 
-#: Files that this process found up to date, with their inode: a new file of that name is another.
+#: Path and inode of files that are up to date; a new file at the same path has another inode.
 _current: set[tuple[Path, int]] = set()
 
 
 def migrate(path: Path, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
-    """Apply the migrations that a file lacks; a missing file is made. Cheap if there are none.
+    """Apply the migrations that a file lacks, or create a missing file; cheap if it is up to date.
 
-    A file that is up to date is only read, so that people without write access can look at it.
+    A file that is up to date is only read, so that users without write access can query it.
 
     Raises:
-        StorageError: It was written by a newer version, or cannot be opened.
+        StorageError: The file was written by a newer version, or cannot be opened.
     """
     if _identity(path) in _current:
         return
@@ -36,7 +36,7 @@ def migrate(path: Path, *, deadline_seconds: float = DEADLINE_SECONDS) -> None:
 
 
 def _identity(path: Path) -> tuple[Path, int] | None:
-    """Return what tells this file from another of its name; None if there is nothing in it."""
+    """Return path and inode of the file; None if it is missing or empty."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -45,7 +45,7 @@ def _identity(path: Path) -> tuple[Path, int] | None:
 
 
 def _migrations() -> dict[int, tuple[str, str]]:
-    """Return name and SQL of each migration by its number, in order."""
+    """Return name and SQL of each migration by number, in order."""
     folder = resources.files("batch_orchestration.store") / "migrations"
     files = sorted(file.name for file in folder.iterdir() if file.name.endswith(".sql"))
     return {int(name.split("_")[0]): (name, (folder / name).read_text()) for name in files}

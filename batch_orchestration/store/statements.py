@@ -1,4 +1,4 @@
-"""Statements of one transaction: what a batch and a chunk are made of in the store."""
+"""SQL for batches, chunks and status changes, run within the caller's transaction."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -17,7 +17,7 @@ from batch_orchestration.store import dead_letters as letters
 from batch_orchestration.store import rows
 
 OF_CHUNK = "WHERE batch_id = ? AND chunk = ?"
-#: Rows of today cannot add up to more than 64 bits; those of earlier versions may.
+#: Sums of today's rows fit 64 bits; sums of rows from earlier versions may not.
 _SUM = "least(coalesce(sum({}), 0), 9223372036854775807)"
 _PROMPT_TOKENS, _COMPLETION_TOKENS = map(_SUM.format, ("prompt_tokens", "completion_tokens"))
 _WITHIN = ", ".join(f"count(*) FILTER (latency_seconds <= {bound})" for bound in LATENCY_BOUNDS)
@@ -27,7 +27,7 @@ _FAILED = f"{OF_CHUNK} AND {letters.UNRESOLVED}"
 
 
 def insert_batch(db: duckdb.DuckDBPyConnection, plan: BatchPlan, at: float) -> None:
-    """Insert a batch in progress, and its chunks as pending."""
+    """Insert a batch as in progress and its chunks as pending."""
     batch = rows.batch_row(plan, at)
     marks = ", ".join("?" * len(batch))
     db.execute(f"INSERT INTO batches ({', '.join(batch)}) VALUES ({marks})", list(batch.values()))
@@ -45,9 +45,11 @@ def insert_batch(db: duckdb.DuckDBPyConnection, plan: BatchPlan, at: float) -> N
 
 
 class ChunkOutcomes:
-    """The rows of one chunk, ready to be written: made before the file is opened.
+    """The rows of one chunk, built before the file is opened and locked.
 
-    The requests are taken one by one. `root` is that of the data folder.
+    Args:
+        settled: The chunk's requests, consumed one by one.
+        root: Root of the data folder.
     """
 
     def __init__(
@@ -68,7 +70,12 @@ class ChunkOutcomes:
         budget.sync()
 
     def check_one_to_one(self, db: duckdb.DuckDBPyConnection) -> None:
-        """Raise unless each request of the planned chunk has exactly one row."""
+        """Check that each request of the planned chunk has exactly one row.
+
+        Raises:
+            OutcomeMismatch: A request is missing, repeated or not of this chunk.
+            BatchNotFound: The store does not have this chunk.
+        """
         key = [self.batch_id, self.number]
         found = rows.select(db, "chunks", ["first_index", "requests"], OF_CHUNK, key)
         if not found:
@@ -85,11 +92,12 @@ class ChunkOutcomes:
             )
 
     def replace(self, db: duckdb.DuckDBPyConnection, *, run_id: str) -> None:
-        """Write the rows in place of those that the chunk may have.
+        """Replace the chunk's rows, if any, with the new ones.
 
-        What people did about a dead letter stands: its rows are left as they are. But if the chunk
-        has an answer to what no replay has answered, that is the answer, whatever becomes of the
-        replay. And no dead letter vanishes: one that has an answer now stays as `resolved`.
+        The rows of a discarded dead letter are left unchanged, and so are those of a replayed one.
+        But if the chunk has an answer and the replay does not, the chunk's answer is written,
+        whatever the replay's later result. Dead letters are never deleted: one that is answered
+        now stays as `resolved`.
         """
         key = [self.batch_id, self.number]
         before = rows.select(db, "failed_requests", [*letters.LETTERS], OF_CHUNK, key)
@@ -120,7 +128,7 @@ class ChunkOutcomes:
 
 
 def _stands(letter: rows.Row, *, answered: bool) -> bool:
-    """Whether a dead letter outlives a commit of its chunk, which may have an answer to it."""
+    """Whether a commit of the chunk, which may have an answer, leaves a dead letter unchanged."""
     if letter["state"] == "discarded":
         return True
     return letter["replay"] is not None and (letter["state"] == "resolved" or not answered)
@@ -136,7 +144,7 @@ def update_chunk(
     seconds: float,
     memory_level: str | None,
 ) -> None:
-    """Note that the chunk is committed, with the figures of its rows."""
+    """Mark the chunk as committed, and set its figures from its rows."""
     db.execute(
         "UPDATE chunks SET status = 'committed', seconds = ?, committed_at = ?, run_id = ?,"
         f" memory_level = ? {OF_CHUNK}",
@@ -147,7 +155,7 @@ def update_chunk(
 
 def count_chunk(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> None:
     """Set the chunk's figures from its rows."""
-    # One statement with a subquery for each figure takes three times as long.
+    # A single statement with a subquery per figure would take three times as long.
     key = [batch_id, number]
     ((completed, prompt_tokens, completion_tokens, attempts),) = db.execute(
         f"""
@@ -181,11 +189,11 @@ def count_chunk(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> No
 def take_back(
     db: duckdb.DuckDBPyConnection, batch_id: str, codes: Iterable[FailureCode]
 ) -> list[int]:
-    """Make the chunks pending again that hold a dead letter of these codes; return their numbers.
+    """Set the chunks with a dead letter of these codes to pending; return their numbers.
 
-    Their answers are removed, for the journals have them; what a replay answered stays. The figures
-    of a chunk stay, too, until its next commit replaces them: only of committed ones do they hold,
-    but sums over all that was ever committed never fall.
+    Their answers are removed, because the journals have them; answers of replays stay. A chunk's
+    figures stay until its next commit, so that sums over all chunks ever committed never fall.
+    Until then, they do not match the chunk's rows.
     """
     found = db.execute(
         """
@@ -230,7 +238,7 @@ def update_batch(db: duckdb.DuckDBPyConnection, batch_id: str) -> None:
 def failure_counts(
     db: duckdb.DuckDBPyConnection, where: str, parameters: Sequence[Any]
 ) -> dict[str, int]:
-    """Return how many failed requests of `where` have each code, the most frequent first."""
+    """Return the number of failed requests matching `where` by code, the most frequent first."""
     return dict(
         db.execute(
             f"SELECT code, count(*) FROM failed_requests {where} AND {letters.UNRESOLVED}"
@@ -244,14 +252,14 @@ def failure_counts(
 def chunk_reports(
     db: duckdb.DuckDBPyConnection, where: str, parameters: Sequence[Any]
 ) -> list[ChunkReport]:
-    """Return the figures of the committed chunks of `where`, in order."""
+    """Return the figures of the committed chunks matching `where`, in order."""
     rest = f"{where} AND status = 'committed' ORDER BY chunk"
     found = rows.select(db, "chunks", rows.CHUNK_REPORTS, rest, parameters)
     return [rows.chunk_report(row) for row in found]
 
 
 def tokens_since(db: duckdb.DuckDBPyConnection, moment: datetime) -> dict[str, int]:
-    """Return the tokens of the chunks committed since then, by batch id."""
+    """Return prompt plus completion tokens of the chunks committed since `moment`, by batch id."""
     return {
         batch_id: int(tokens)
         for batch_id, tokens in db.execute(
@@ -277,7 +285,7 @@ def settled_rows(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> l
 
 
 def journals_with_answers(db: duckdb.DuckDBPyConnection) -> set[str]:
-    """Return the journals that have answers which the store has not, by name."""
+    """Return the journals with responses that the store lacks, as paths below the data folder."""
     found = db.execute(
         """
         SELECT DISTINCT regexp_replace(response_at, ':[0-9+]*$', '') FROM (
@@ -294,7 +302,7 @@ _COLUMNS = ("happened_at", "from_status", "to_status", "actor", "reason")
 def record_admission(
     db: duckdb.DuckDBPyConnection, plan: BatchPlan, *, at: float, actor: str
 ) -> None:
-    """Record the first two events of a batch that was just inserted."""
+    """Insert the first two events of a batch that was just inserted."""
     begin, ready = BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS
     reason = f"file {plan.file_name}"
     _insert(db, plan.batch_id, begin, from_status=None, at=plan.created_at, by=(actor, reason))
@@ -311,11 +319,11 @@ def change_status(
     actor: str,
     reason: str,
 ) -> None:
-    """Bring a batch into a status, with its time and an event; nothing, if it has it already.
+    """Change a batch's status, record time and event; do nothing if it already has the status.
 
     Raises:
-        BatchNotFound: The store does not have it.
-        IllegalTransition: Its status does not allow this one.
+        BatchNotFound: The store does not have the batch.
+        IllegalTransition: The status cannot follow the batch's current one.
     """
     columns = ["status", *rows.STATUS_TIMES.values()]
     found = rows.select(db, "batches", columns, "WHERE batch_id = ?", [batch_id])
@@ -335,7 +343,7 @@ def change_status(
 
 
 def events(db: duckdb.DuckDBPyConnection, batch_id: str) -> list[BatchEvent]:
-    """Return the history of a batch, oldest first."""
+    """Return the status changes of a batch, oldest first."""
     rest = "WHERE batch_id = ? ORDER BY number"
     return [
         BatchEvent(

@@ -1,4 +1,4 @@
-"""The store: every query to the DuckDB file, in words of the domain."""
+"""The store: queries and changes of the DuckDB file, in terms of core values."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -35,19 +35,18 @@ _TABLES = (
 
 
 class Store:
-    """Batches, chunks, results and failed requests in one DuckDB file, made when it is missing.
+    """Batches, chunks, results and failed requests in one DuckDB file, created if missing.
 
-    Each method opens the file, does one transaction and closes it; between them others can come in.
-    While the file is locked, methods wait. Processes and threads may share a store.
+    Each method opens the file, runs one transaction and closes it, so that others can use the file
+    in between. While the file is locked, methods wait. Processes and threads may share a store.
 
     Every method raises `StoreLocked` if the wait is too long, and `StorageError` if the file is
-    damaged or cannot be used.
+    damaged or unusable.
 
     Args:
-        path: Of the file.
-        deadline_seconds: How long a method waits for others to leave the file.
-        root: Of the data folder, whose journals have what is too large for the file; where the file
-            lies, unless it is told.
+        deadline_seconds: Longest wait of a method while the file is locked.
+        root: Root of the data folder, whose journals hold the responses that are too large for the
+            file; defaults to the file's folder.
     """
 
     def __init__(
@@ -63,25 +62,29 @@ class Store:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a file: looking for what it knows need not make one."""
+        """Whether the file exists; a caller that only reads can avoid creating it."""
         return self._path.exists()
 
     def migrate(self) -> None:
-        """Bring the file to the present schema. Every other method does so first: it is cheap."""
+        """Migrate the file to the current schema; every other method does so first. Cheap."""
         schema.migrate(self._path, deadline_seconds=self._deadline_seconds)
 
     def check_writable(self) -> None:
-        """Commit a change that changes nothing.
+        """Check that the file is writable, by a commit that changes no value.
 
         Raises:
-            DiskFull: There is no room.
+            DiskFull: There is no space left.
             StorageError: The file cannot be written.
         """
         with self.writing() as db:
             db.execute("UPDATE schema_migrations SET name = name")
 
     def add_batch(self, plan: BatchPlan, *, at: float, actor: str = "admission") -> None:
-        """Add a batch that was admitted: in progress, all chunks pending. Twice is as once."""
+        """Add an admitted batch: in progress, with all chunks pending. Idempotent.
+
+        Raises:
+            StorageError: Another batch has the same id.
+        """
         with self.writing() as db:
             known = rows.select(db, "batches", ["identity"], "WHERE batch_id = ?", [plan.batch_id])
             if known and known[0]["identity"] != plan.identity:
@@ -102,16 +105,13 @@ class Store:
         seconds: float,
         memory_level: str | None = None,
     ) -> ChunkReport:
-        """Commit the outcomes of a chunk, all or nothing. Committing it again replaces them.
+        """Commit the outcomes of a chunk, all or nothing. Another commit replaces them.
 
-        But what a replay or a discard did to a dead letter is not undone by it.
+        A commit does not undo the effect of a replay or discard on a dead letter.
 
         Args:
-            batch_id: Of the batch.
-            number: Of the chunk.
-            requests: Every request of the chunk, each once; they are taken one by one.
-            run_id: Of the run that commits.
-            at: POSIX seconds.
+            requests: Every request of the chunk exactly once; consumed one by one.
+            run_id: The run that commits.
             seconds: See `ChunkReport`.
             memory_level: See `ChunkReport`.
 
@@ -138,7 +138,7 @@ class Store:
         return {report.number: report for report in reports}
 
     def tokens_since(self, at: float) -> dict[str, int]:
-        """Return the tokens, prompt and answer, of the chunks committed since, by batch id."""
+        """Return prompt plus completion tokens of the chunks committed since `at`, by batch id."""
         with self.reading() as db:
             return commits.tokens_since(db, rows.timestamp(at))
 
@@ -146,7 +146,7 @@ class Store:
         """Return a batch.
 
         Raises:
-            BatchNotFound: The store does not have it.
+            BatchNotFound: The store does not have the batch.
         """
         if found := self._batches("WHERE batch_id = ?", [batch_id]):
             return found[0]
@@ -164,7 +164,7 @@ class Store:
         )
 
     def records(self, batch_ids: Iterable[str]) -> dict[str, BatchRecord]:
-        """Return those of these batches that the store has, by id."""
+        """Return the given batches by id; ids that the store does not have are left out."""
         if not (names := [*batch_ids]):
             return {}
         found = self._batches("WHERE batch_id IN (SELECT unnest(?::VARCHAR[]))", [names])
@@ -173,9 +173,9 @@ class Store:
     def submitted(
         self, *, since: float, requests_per_second: float, now: float
     ) -> list[BatchRecord]:
-        """Return the batches created since a moment, or whose requests at this rate last until now.
+        """Return the batches created since `since`, or large enough to last until `now`.
 
-        Moments are POSIX seconds.
+        The latter have at least `requests_per_second` requests for each second of their age.
         """
         return self._batches(
             "WHERE created_at >= ? OR requests >= ? * epoch(? - created_at)",
@@ -187,30 +187,27 @@ class Store:
         )
 
     def is_empty(self) -> bool:
-        """Whether no batch was ever added, as in a store that was just made."""
+        """Whether no batch was ever added, as in a newly created store."""
         with self.reading() as db:
             return not rows.select(db, "batches", ["batch_id"], "LIMIT 1")
 
     def find_identity(self, identity: str) -> BatchRecord | None:
-        """Return the batch with this content and these options, if there is one."""
+        """Return the batch with this identity (content and options); None if there is none."""
         found = self._batches("WHERE identity = ?", [identity])
         return found[0] if found else None
 
     def set_status(
         self, batch_id: str, status: BatchStatus, *, at: float, actor: str, reason: str
     ) -> None:
-        """Bring a batch into a status; if it has that status already, nothing changes.
+        """Change the status of a batch; if it already has the status, nothing changes.
 
         Args:
-            batch_id: Of the batch.
-            status: The new one.
-            at: POSIX seconds.
-            actor: Run, person or sensor that does it.
-            reason: Why, for people.
+            actor: Run, person or sensor that makes the change.
+            reason: Reason as text for people.
 
         Raises:
-            BatchNotFound: The store does not have it.
-            IllegalTransition: Its status does not allow this one; nothing changed.
+            BatchNotFound: The store does not have the batch.
+            IllegalTransition: The status cannot follow the batch's current one; nothing changed.
         """
         with self.writing() as db:
             statuses.change_status(db, batch_id, status, at=at, actor=actor, reason=reason)
@@ -224,16 +221,16 @@ class Store:
         actor: str,
         reason: str,
     ) -> int:
-        """Bring a batch back into progress, and its chunks with dead letters of these codes, too.
+        """Set a batch back to in progress, and its chunks with dead letters of `codes` to pending.
 
-        The dead letters stay: the next commit of their chunk resolves them.
+        The dead letters stay until the next commit of their chunk resolves them.
 
         Returns:
-            How many chunks are pending again.
+            The number of chunks that are pending again.
 
         Raises:
-            BatchNotFound: The store does not have it.
-            IllegalTransition: Its status does not allow that; nothing changed.
+            BatchNotFound: The store does not have the batch.
+            IllegalTransition: The batch's status does not allow it; nothing changed.
         """
         with self.writing() as db:
             ready = BatchStatus.IN_PROGRESS
@@ -243,31 +240,31 @@ class Store:
         return len(numbers)
 
     def batch_events(self, batch_id: str) -> list[BatchEvent]:
-        """Return every status that a batch was in, oldest first, with who and why."""
+        """Return the status changes of a batch, oldest first."""
         with self.reading() as db:
             return statuses.events(db, batch_id)
 
     def settled(self, batch_id: str) -> Iterator[SettledRequest]:
         """Yield the requests of the committed chunks in index order.
 
-        The rows of one chunk are in memory at a time, and the file is not held between chunks. See
-        `SettledRequest` for bodies.
+        The rows of one chunk are in memory at a time, and the file is not locked between chunks.
+        For the bodies, see `SettledRequest`.
 
         Raises:
-            FileDamaged: A journal does not have an answer that the store left to it.
+            FileDamaged: A response that is only in a journal cannot be read there.
         """
         for number in sorted(self.chunk_reports(batch_id)):
             yield from self.settled_in(batch_id, number)
 
     def settled_in(self, batch_id: str, number: int) -> Iterator[SettledRequest]:
-        """Yield the requests of one committed chunk, as `settled` does; else nothing."""
+        """Yield the requests of one chunk, like `settled`; none if it was never committed."""
         with self.reading() as db:
             found = commits.settled_rows(db, batch_id, number)
         for row in found:
             yield rows.settled_request(rows.with_response(row, self._root))
 
     def journals_with_answers(self) -> set[Path]:
-        """Return the journals that have answers which are too large for the store."""
+        """Return the journals with responses that were not stored for their size."""
         with self.reading() as db:
             return {self._root / name for name in commits.journals_with_answers(db)}
 
@@ -277,20 +274,20 @@ class Store:
         return [letter.request for letter in found]
 
     def dead_letters(self, batch_id: str, selection: Selection) -> list[DeadLetter]:
-        """Return the dead letters that are meant, in index order.
+        """Return the selected dead letters in index order.
 
-        An engine's answer that is in a journal is not read for it: the failure then has no body.
+        Responses that are only in a journal are not read; these failures have no body.
         """
         with self.reading() as db:
             return letters.select_letters(db, batch_id, selection)
 
     def dead_letter_codes(self, batch_id: str, selection: Selection) -> dict[int, FailureCode]:
-        """Return index and code of the dead letters that are meant: there may be very many."""
+        """Return the codes of the selected dead letters by index, for very large selections."""
         with self.reading() as db:
             return letters.select_codes(db, batch_id, selection)
 
     def dead_letter_events(self, batch_id: str, index: int | None = None) -> list[DeadLetterEvent]:
-        """Return the history of a batch's dead letters, or of one of them, oldest first."""
+        """Return the history of a batch's dead letters, or of one of them, oldest event first."""
         with self.reading() as db:
             return letters.events(db, batch_id, index)
 
@@ -300,14 +297,11 @@ class Store:
         operations: Iterable[Operation],
         outcomes: Callable[[Replay], Iterable[JournalEntry]],
     ) -> None:
-        """Bring the dead letters of a batch up to date with what was done to them.
-
-        All or nothing; applying the same operations again changes nothing.
+        """Apply operations to the dead letters of a batch, all or nothing. Idempotent.
 
         Args:
-            batch_id: Of the batch.
-            operations: All of the batch, in their order.
-            outcomes: Reads the outcomes that a replay has so far.
+            operations: All operations of the batch, in order.
+            outcomes: Returns the outcomes of a replay so far.
         """
         with self.writing() as db:
             for number in letter_operations.apply(db, operations, outcomes, self._root):
@@ -315,22 +309,22 @@ class Store:
             commits.update_batch(db, batch_id)
 
     def failure_counts(self, batch_id: str) -> dict[str, int]:
-        """Return how many requests failed with each code, the most frequent first."""
+        """Return the number of failed requests by code, the most frequent code first."""
         with self.reading() as db:
             return commits.failure_counts(db, "WHERE batch_id = ?", [batch_id])
 
     def check_sound(self) -> None:
-        """Read everything, so that damage shows.
+        """Check the file for damage by reading all its tables.
 
         Raises:
-            StoreDamaged: Something cannot be read.
+            StoreDamaged: Part of the file cannot be read.
         """
         with self.reading() as db:
             for table in _TABLES:
                 db.execute(f"SELECT bit_xor(hash(everything)) FROM {table} everything").fetchall()
 
     def query(self, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
-        """Return column names and rows of a person's SQL, which can only read the store.
+        """Return column names and rows of a user's SQL query, which can only read the store.
 
         Raises:
             StorageError: See `questions.ask`.
@@ -344,11 +338,11 @@ class Store:
         return [rows.batch_record(row) for row in found]
 
     def reading(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        """Open the file, at the present schema, for one transaction that only reads."""
+        """Migrate the file and open it for one read-only transaction."""
         self.migrate()
         return connection.reading(self._path, deadline_seconds=self._deadline_seconds)
 
     def writing(self) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
-        """Open the file, at the present schema, for one transaction that may change it."""
+        """Migrate the file and open it for one transaction that may write."""
         self.migrate()
         return connection.writing(self._path, deadline_seconds=self._deadline_seconds)

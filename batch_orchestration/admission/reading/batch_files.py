@@ -1,4 +1,4 @@
-"""Opening a person's batch file, plain or gzip, and telling whether it holds still."""
+"""Opening a user's batch file, plain or gzip, and detecting changes to it."""
 
 import contextlib
 import gzip
@@ -19,32 +19,31 @@ if TYPE_CHECKING:
 _MAX_BYTES_SETTING = "BATCH_MAX_FILE_BYTES"
 _BLOCK_BYTES = 2**17
 
-#: Linux stamps files by a clock that ticks every 1 to 10 ms.
+#: Linux takes file times from a clock that ticks every 1 to 10 ms.
 _TICK_SECONDS = 0.02
 _LOOKS = 5
 
 
 def is_gzip_name(name: str) -> bool:
-    """Whether a name says that the file is compressed."""
+    """Whether the file of this name is compressed."""
     return name.lower().endswith(".gz")
 
 
 def is_batch_file_name(name: str) -> bool:
-    """Whether a name ends as batch files do, in any case."""
+    """Whether a name has the ending of a batch file, in upper or lower case."""
     return name.lower().endswith((".jsonl", ".jsonl.gz"))
 
 
 @contextlib.contextmanager
 def open_batch_file(path: Path, *, max_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """Open a batch file for reading, expanded on the way if its name ends in `.gz`.
+    """Open a batch file for reading, and expand it if its name ends in `.gz`.
 
     Args:
-        path: Of the file.
-        max_bytes: Of its content, expanded; no more is ever read. None for no limit.
+        max_bytes: Limit of the expanded content; no more is ever read. None for no limit.
 
     Raises:
-        FileRefused: It is too large, may not be read, or is no whole gzip file; also raised by
-            reads in the body.
+        FileRefused: The file is too large, not readable, or not a complete gzip file; also raised
+            by reads in the body.
     """
     try:
         with path.open("rb") as file:
@@ -76,7 +75,7 @@ def _limited(expanded: gzip.GzipFile, max_bytes: int | None) -> BinaryIO:
 
 
 class _Limited(io.RawIOBase):
-    """Refuses to expand more than so many bytes: a small file may hold any amount of them."""
+    """Refuses to expand more than `max_bytes`: a small file may expand to any size."""
 
     def __init__(self, expanded: gzip.GzipFile, max_bytes: int) -> None:
         self._expanded = expanded
@@ -108,7 +107,7 @@ class _Limited(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What changes when somebody writes to a file."""
+    """The attributes of a file that change with every write."""
 
     path: Path
     size_bytes: int
@@ -116,16 +115,16 @@ class Fingerprint:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Take the fingerprint of a file; one that has just been written to is given a moment.
+        """Take the fingerprint of a file, after a short wait if it was just written.
 
         Raises:
-            FileStillChanging: Somebody writes to it all the while.
+            FileStillChanging: The file is being written continuously.
         """
         for _ in range(_LOOKS):
             stats = path.lstat()
             if not 0 <= time.time() - max(stats.st_mtime, stats.st_ctime) < _TICK_SECONDS:
                 return cls._of(path, stats)
-            # Whatever is written within the same tick of the clock leaves the same times behind.
+            # Writes within one tick of the clock leave the same times.
             time.sleep(_TICK_SECONDS)
         raise FileStillChanging("it is being written to all the while")
 
@@ -134,10 +133,10 @@ class Fingerprint:
         return cls(path, stats.st_size, (stats.st_mtime_ns, stats.st_ctime_ns, stats.st_ino))
 
     def verify(self) -> None:
-        """Check that the file is as it was.
+        """Check that the file has not changed.
 
         Raises:
-            FileStillChanging: It is not.
+            FileStillChanging: The file has changed.
         """
         now = Fingerprint._of(self.path, self.path.lstat())
         if now.size_bytes != self.size_bytes:

@@ -1,9 +1,9 @@
-"""What an engine will certainly refuse, found before it is asked.
+"""Finds the requests that an engine will certainly refuse, before they are sent.
 
-Only what is certain: every bound errs on the side of asking. vLLM (0.32, `renderers/params.py` and
-`v1/engine/input_processor.py`) refuses a prompt that leaves no room for a token of answer, and a
-`max_tokens` above the context; where both fit by themselves but not together, it shortens the
-answer. So prompt plus `max_tokens` is no reason to refuse.
+Every bound errs on the side of sending. vLLM (0.32, `renderers/params.py` and
+`v1/engine/input_processor.py`) refuses a prompt that leaves no room for one answer token, and a
+`max_tokens` above the context. If each fits by itself but not both together, vLLM shortens the
+answer, so prompt plus `max_tokens` is no reason to refuse.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,26 +23,25 @@ _CHANGES_PROMPT = (
     *("chat_template", "chat_template_kwargs", "documents", "mm_processor_kwargs"),
 )
 
-#: Of a model's name, in a message.
+#: Length of a model's name in a message.
 _QUOTED_CHARACTERS = 80
 Infeasible = tuple[FailureCode, str]
 
 
 class Runner(StrEnum):
-    """What an engine does with a model; vLLM's own words."""
+    """The task of a model in an engine, in vLLM's terms."""
 
     GENERATE = "generate"
     POOLING = "pooling"
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What is certainly known of an engine; None where it is not.
+    """The limits of an engine that are known for certain; None where unknown.
 
     Attributes:
-        served: Names that it answers to.
-        max_model_len: Longest request, prompt and answer together.
-        kv_cache_tokens: What its KV cache holds.
-        runner: What it does with its model.
+        served: Model names that it answers to.
+        max_model_len: Tokens of the longest request, prompt and answer together.
+        kv_cache_tokens: Capacity of its KV cache.
     """
 
     served: tuple[str, ...] | None = None
@@ -52,18 +51,18 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def longest(self) -> int | None:
-        """Tokens that no request may exceed."""
+        """Maximum tokens of any request; None if unknown."""
         known = [limit for limit in (self.max_model_len, self.kv_cache_tokens) if limit]
         return min(known) if known else None
 
 
 def runner_of(config: Mapping[str, Any], args: Mapping[str, Any], *, pools: bool) -> Runner | None:
-    """Return what vLLM does with a model; None where that is not certain.
+    """Return the task that vLLM chooses for a model; None if that is not certain.
 
     Args:
         config: The model's `config.json`.
         args: Flags of the engine.
-        pools: Whether the model's folder says, as Sentence Transformers do, that it pools.
+        pools: Whether the model's folder declares pooling, as Sentence Transformers models do.
     """
     if args.get("runner", "auto") != "auto":
         return Runner(args["runner"]) if args["runner"] in list(Runner) else None
@@ -80,7 +79,7 @@ def runner_of(config: Mapping[str, Any], args: Mapping[str, Any], *, pools: bool
     return None
 
 
-#: `vllm/config/model.py`, `_SUFFIX_TO_DEFAULTS`: of its list only what has no exceptions.
+#: Suffixes without exceptions, from `_SUFFIX_TO_DEFAULTS` in `vllm/config/model.py`.
 _GENERATING = ("ForCausalLM", "LMHeadModel")
 _POOLING = frozenset(
     {"BertModel", "RobertaModel", "XLMRobertaModel", "DistilBertModel", "NomicBertModel"}
@@ -95,15 +94,13 @@ def infeasible(
     overrides: Overrides,
     least_prompt_tokens: Callable[[], int | None],
 ) -> Infeasible | None:
-    """Return why the engine will certainly refuse a request; None if it may not.
+    """Return why the engine will certainly refuse a request; None if it may accept it.
 
     Args:
-        endpoint: Of the request.
-        body: Of the request, as the author wrote it.
-        limits: Of the engine.
-        overrides: What is changed in the body on its way.
-        least_prompt_tokens: Returns a lower bound of the prompt, None without one; asked, at some
-            cost, only if the prompt may be too long.
+        body: As the author wrote it.
+        overrides: Changes to the body before it is sent.
+        least_prompt_tokens: Returns a lower bound of the prompt, None without one. It is expensive
+            and called only if the prompt may be too long.
     """
     return (
         _wrong_endpoint(endpoint, limits)
@@ -162,7 +159,7 @@ def _too_long(
     if any(body.get(name) is not None for name in _CHANGES_PROMPT):
         return None
     prompt = least_prompt_tokens()
-    # A prompt to be answered must leave room for one token; one to be embedded need not.
+    # A prompt must leave room for one answer token, except for embeddings.
     most = longest if endpoint == EMBEDDINGS else longest - 1
     if prompt is None or prompt <= most:
         return None
@@ -174,9 +171,10 @@ def _too_long(
 
 
 def _least_asked(body: Mapping[str, Any], overrides: Overrides) -> tuple[int, str]:
-    """Return the fewest tokens that are asked for, and by which of the limits.
+    """Return the smallest token limit of a request and its name.
 
-    Which of them the engine reads does not matter then.
+    The smallest is safe, whichever limit the engine reads. It is 0 if there is no limit, or if any
+    of them is not an integer.
     """
     given = {name: body.get(name) for name in TOKEN_LIMITS}
     given["BATCH_MAX_TOKENS_CAP"] = overrides.max_tokens_cap
@@ -187,9 +185,9 @@ def _least_asked(body: Mapping[str, Any], overrides: Overrides) -> tuple[int, st
 
 
 def least_tokens(counts: Sequence[int]) -> int:
-    """Return a lower bound of a prompt from its texts' tokens, counted one by one.
+    """Return a lower bound of a prompt's tokens from the separate counts of its texts.
 
-    A template may join two texts' ends into one token, and a newer tokenizer may count a little
-    otherwise: two tokens a text and one in a hundred are given away.
+    The bound is two tokens per text and one percent below their sum: a template may merge the ends
+    of two texts into one token, and a newer tokenizer may count slightly differently.
     """
     return max(0, int(sum(counts) * 0.99) - 2 * len(counts))

@@ -22,18 +22,18 @@ from batch_orchestration.files.input_lines import RawLine, new_digest, read_line
 from batch_orchestration.workers.reporter import report_progress
 
 logger = logging.getLogger(__name__)
-#: What differs between two faults of one kind: places, numbers and quotations.
+#: The differences between two faults of one kind: places, numbers and quotations.
 _PARTICULARS = re.compile(r"\d[\d,.]*|\"[^\"]*\"?|'[^']*'?")
-#: Kinds of faults that are told apart; a file of nothing but noise may have as many as lines.
+#: Kinds of faults that are counted; a file of noise may have a kind per line.
 _MOST_KINDS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingRules:
-    """What a line must keep to, and where the file is cut.
+    """The rules for lines and chunks.
 
     Attributes:
-        model_required: False if something else than the body says which model answers.
+        model_required: False if the model may be set elsewhere than in the body.
     """
 
     requests_per_chunk: int
@@ -44,10 +44,10 @@ class ReadingRules:
 def judge(
     parsed: Request | Fault, examine: Callable[[Request], Request | Fault]
 ) -> Request | Fault:
-    """Return what a line is once a usable request has been examined.
+    """Return the result of examining a usable request; return a fault unchanged.
 
-    Whatever the examination stumbles over is this line's fault, and no other's. Only troubles of
-    disk, memory and store are raised: they are those of the machine.
+    If the examination fails, the line becomes a fault. Only errors of disk, memory and store are
+    raised: these are not caused by the line.
     """
     if isinstance(parsed, Fault):
         return parsed
@@ -62,17 +62,16 @@ def judge(
 
 
 class BatchFileReading:
-    """Reads a batch file once, from its first byte, and keeps its figures.
+    """Reads a batch file once, from its first byte, and counts its lines, requests and faults.
 
-    Of the file it holds one line, and 16 bytes of hash per usable request to find duplicates:
-    about 150 bytes of memory each. Its chunks cover every byte of the file exactly once.
-    The figures are those of what has been read so far.
+    It holds one line of the file, and a hash of 16 bytes per usable request to find duplicates:
+    about 150 bytes of memory each. The chunks cover every byte of the file exactly once. All
+    counts cover the part that has been read so far.
 
     Args:
-        rules: For its lines.
-        examine: Sees each request that is usable so far, and has the last word on it.
-        choose_chunk_size: Given the file before it is read, at its beginning, and leaves it there;
-            in place of the rules' `requests_per_chunk`.
+        examine: Called for each request that is usable so far; its result is final.
+        choose_chunk_size: Called with the file at its beginning, where it must leave the file. Its
+            result replaces `requests_per_chunk` of the rules.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class BatchFileReading:
         self._first_of_kind: dict[str, Fault] = {}
         self.lines = 0
         self.size_bytes = 0
-        #: The first bytes that are not white space: they tell other formats from JSON lines.
+        #: The first bytes that are not white space: they reveal formats other than JSON lines.
         self.beginning = b""
         self._rules = rules
         self._examine = examine
@@ -99,9 +98,9 @@ class BatchFileReading:
         self._first_lines: dict[bytes, int] = {}
 
     def read(self, file: BinaryIO) -> Iterator[Request | Fault]:
-        """Yield what each non-blank line is, in file order.
+        """Yield the request or fault of each non-blank line, in file order.
 
-        Of several usable requests with one `custom_id` the first stands; the others are faults.
+        If usable requests share a `custom_id`, all but the first become faults.
         """
         if self._choose_chunk_size is not None:
             self.requests_per_chunk = self._choose_chunk_size(file)
@@ -121,7 +120,7 @@ class BatchFileReading:
 
     @property
     def faulty(self) -> int:
-        """How many of the requests cannot be used."""
+        """Number of requests that cannot be used."""
         return self.faults_by_code.total()
 
     def commonest_fault(self) -> tuple[int, Fault] | None:
@@ -132,12 +131,12 @@ class BatchFileReading:
 
     @property
     def usable(self) -> int:
-        """How many of the requests an engine can be asked."""
+        """Number of requests that can be sent to an engine."""
         return self.requests - self.faulty
 
     @property
     def sha256(self) -> str:
-        """Of all bytes, hexadecimal."""
+        """Hexadecimal digest of all bytes."""
         return self._sha256.hexdigest()
 
     @property
@@ -173,7 +172,7 @@ class BatchFileReading:
     def _refuse_duplicate(self, parsed: Request | Fault) -> Request | Fault:
         if isinstance(parsed, Fault):
             return parsed
-        # Ids are up to 512 characters; of a hash of 128 bits no two will ever be the same.
+        # Ids have up to 512 characters; collisions of a 128-bit hash are negligible.
         key = hashlib.blake2b(parsed.custom_id.encode(), digest_size=16).digest()
         first_line = self._first_lines.setdefault(key, parsed.line)
         if first_line == parsed.line:
@@ -194,9 +193,9 @@ class _ChunkCutter:
         self._first = RawLine(1, 0, 0, 0, b"", too_long=False, blank=True)
         self._requests = 0
         self._end = 0
-        #: Of the chunk up to the last line added, and with the bytes observed since.
+        #: Digests of the chunk up to the last line added, without and with the bytes since.
         self._digest, self._digest_with_next = new_digest(), new_digest()
-        #: Of a chunk that would begin with the bytes observed since.
+        #: Digest of a chunk that would begin with these bytes.
         self._digest_of_next = new_digest()
 
     def observe(self, data: bytes) -> None:
@@ -237,7 +236,7 @@ class _ChunkCutter:
         )
 
 
-#: Lines that are looked at: as many as this, or up to twice as many.
+#: Lines in a sample of a long file: at least this many, and fewer than twice as many.
 SAMPLE = 200
 
 
@@ -249,14 +248,14 @@ def choose_chunk_size(
     screening: Screening,
     most_chunks: int = MOST_CHUNKS,
 ) -> int:
-    """Return how many requests each chunk of an open file should have, and log why.
+    """Return the number of requests per chunk for an open file, and log the reason.
 
     The file is at its beginning afterwards.
 
     Args:
-        configured: So many at least; None to derive it from the requests.
-        screening: Screens the file's requests later; it sees none of them here.
-        most_chunks: Into which the file is cut, however long it is.
+        configured: Minimum; None to derive it from the requests.
+        screening: Screens the file's requests later; only a fresh copy of it is used here.
+        most_chunks: Maximum number of chunks for a file of any length.
     """
     if configured is None and screening.knows_costs:
         requests, sample = sample_lines(file, max_line_bytes=rules.max_line_bytes)
@@ -284,10 +283,10 @@ def _derive(sample: Sequence[bytes], trial: Screening) -> Derived:
 
 
 def sample_lines(file: BinaryIO, *, max_line_bytes: int) -> tuple[int, list[bytes]]:
-    """Return how many requests a file has, and every nth of their lines.
+    """Return the number of requests in a file, and a sample of every nth line.
 
-    Each has the same chance, wherever it stands and however long it is: files are often sorted.
-    Only those that are too long have none. Of what is not looked at nothing is held.
+    Files are often sorted, so every line has the same chance, whatever its place and length. Lines
+    above `max_line_bytes` are left out. Only sampled lines are held in memory.
     """
     places: list[tuple[int, int]] = []
     stride, requests, fitting = 1, 0, 0

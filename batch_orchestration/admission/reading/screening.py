@@ -1,4 +1,4 @@
-"""What admission learns of a file's requests, beyond what is wrong with their lines."""
+"""Screening: the feasibility and the token profile of a file's usable requests."""
 
 import logging
 from collections.abc import Mapping
@@ -28,15 +28,15 @@ from batch_orchestration.estimates.prompt_counting import PromptCounter
 from batch_orchestration.estimates.tables import EngineInfo
 
 logger = logging.getLogger(__name__)
-#: A remote engine may be started anew with other settings: what it said is believed for so long.
+#: Validity of a remote engine's info: the engine may be restarted with other settings.
 REMOTE_FACTS_SECONDS = 3600.0
-#: After so many prompts that fit, those that are far from not fitting are no longer counted.
+#: After this many counted prompts, prompts far below the limit are no longer counted.
 COUNTED_ALL = 200
-#: How far: this many times the most tokens per byte that were seen.
+#: A prompt is far below the limit if it fits at this many times the most tokens per byte seen.
 RATIO_MARGIN = 1.5
-#: Roles whose text every known template keeps whole; of answers some leave out the reasoning.
+#: Roles whose text every known template keeps whole; some drop the reasoning of answers.
 _KEPT_ROLES = ("user", "system", "developer")
-#: Flags that change what vLLM makes of a prompt, or of its length.
+#: Flags that change how vLLM renders a prompt or treats its length.
 _CHANGES_PROMPT = (
     *("tokenizer", "tokenizer-mode", "chat-template", "chat-template-content-format"),
     *("pooler-config", "override-pooler-config", "default-chat-template-kwargs", "hf-overrides"),
@@ -45,9 +45,9 @@ _CHANGES_PROMPT = (
 
 
 def known_limits(engine: EngineInForce, facts: EngineInfo | None, *, now: float) -> Limits:
-    """Return what is certain of an engine.
+    """Return the limits of an engine that are certain.
 
-    What one with the same flags said of itself counts; of a remote one only what it said of late.
+    The info of an engine with the same flags is used; that of a remote engine only if recent.
     """
     match engine.kind:
         case "vllm":
@@ -67,13 +67,13 @@ def _vllm_limits(engine: EngineInForce, facts: EngineInfo | None) -> Limits:
     told = None if facts is None else facts.max_model_len
     cache = None if facts is None else facts.kv_cache_tokens
     if "max-model-len" in args:
-        # `auto`: as much as there was memory for, which may be more the next time.
+        # `auto` depends on the free memory, which may be more at the next start.
         told = whole_number(args["max-model-len"])
         cache = cache if told is not None else None
     return Limits(
         served=served if engine.checks_names else None,
         max_model_len=told,
-        # vLLM does not start with a cache that does not hold a request of the longest length.
+        # vLLM does not start with a cache too small for a request of maximum length.
         kv_cache_tokens=cache if told is not None and cache is not None and cache >= told else None,
         runner=_runner(engine),
     )
@@ -90,13 +90,12 @@ def _runner(engine: EngineInForce) -> Runner | None:
 
 
 class Feasibility:
-    """Judges one request after the other.
+    """Checks one request after the other against the limits of the engine.
 
     Args:
-        limits: Of the engine.
-        overrides: What is changed in bodies on their way.
-        engine: Whose flags say whether prompts can be counted here at all.
-        counter: Counts as the engine does; None if nothing here can.
+        overrides: Changes to bodies before they are sent.
+        engine: Its flags determine whether prompts can be counted here at all.
+        counter: Counts like the engine; None if that is not possible here.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class Feasibility:
         self._most_per_byte = 0.0
 
     def fault_of(self, request: Request) -> Fault | None:
-        """Return what is wrong with a request for this engine; None if it may be answered."""
+        """Return why this engine will refuse a request; None if it may answer the request."""
         if self._limits == Limits():
             return None
         body = request.fields
@@ -129,17 +128,17 @@ class Feasibility:
         return None if found is None else request.refused(*found)
 
     def _least(self, request: Request) -> int | None:
-        """Return a lower bound of the prompt's tokens; None if it is short enough for certain."""
+        """Return a lower bound of the prompt's tokens; None if it fits or cannot be counted."""
         endpoint, body = request.endpoint, request.fields
         if len(request.body) < (self._limits.longest or 0):
-            # Not even one token a byte would make it too long.
+            # It fits even at one token per byte.
             return None
         if (ids := _token_ids(endpoint, body)) is not None:
             return ids
         longest = self._limits.longest or 0
         texts = _certain_texts(endpoint, body)
         size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
-        # A token stands for a byte or more.
+        # A token covers at least one byte.
         if self._counter is None or size < longest or self._surely_fits(size, longest):
             return None
         counts = [self._counter.text_tokens(text) for text in texts]
@@ -148,7 +147,7 @@ class Feasibility:
         if endpoint != CHAT:
             # Several texts are several prompts; the longest decides.
             return max((least_tokens([count]) for count in counts), default=None)
-        # What the template leaves out or cuts off, the engine does not see.
+        # The engine does not see the text that the template leaves out or cuts off.
         rendered = self._counter.prompt_tokens(endpoint, body)
         least = least_tokens(counts)
         return least if rendered is None else min(least, rendered)
@@ -159,7 +158,7 @@ class Feasibility:
 
 
 def _certain_texts(endpoint: str, body: Mapping[str, Any]) -> list[str]:
-    """Return the texts that the engine's prompt certainly has in it."""
+    """Return the texts that are certainly part of the engine's prompt."""
     if endpoint != CHAT:
         return prompt_texts(endpoint, body)
     messages = body.get("messages")
@@ -172,7 +171,7 @@ def _certain_texts(endpoint: str, body: Mapping[str, Any]) -> list[str]:
 
 
 def _token_ids(endpoint: str, body: Mapping[str, Any]) -> int | None:
-    """Return the length of a prompt that is given as token ids; None of one that is text."""
+    """Return the length of a prompt given as token ids; None if the prompt is text."""
     if endpoint == CHAT:
         return None
     given = body.get("input" if endpoint == EMBEDDINGS else "prompt")
@@ -186,14 +185,7 @@ def _token_ids(endpoint: str, body: Mapping[str, Any]) -> int | None:
 
 
 class Screening:
-    """Looks at each usable request of one file while it is read.
-
-    Args:
-        options: Of the batch that the file will be.
-        settings: Of the deployment.
-        knowledge: What the store has learned of its engine.
-        now: POSIX seconds.
-    """
+    """Screens each usable request of one file while it is read."""
 
     def __init__(
         self,
@@ -218,24 +210,24 @@ class Screening:
 
     @property
     def knows_costs(self) -> bool:
-        """Whether the engine was ever measured."""
+        """Whether the throughput of the engine was ever measured."""
         return self._knowledge.throughput is not None
 
     def fresh_copy(self) -> "Screening":
-        """Return one that knows the same and has seen nothing."""
+        """Return a screening with the same settings and calibration data, but no requests yet."""
         return Screening(
             self._options, settings=self._settings, knowledge=self._knowledge, now=self._now
         )
 
     def examine(self, request: Request) -> Request | Fault:
-        """Take note of a request and return it, or why the engine will certainly refuse it."""
+        """Profile a request and return it; return its fault if the engine will refuse it."""
         if (fault := self._feasibility.fault_of(request)) is not None:
             return fault
         self._profiler.add(request)
         return request
 
     def profile(self) -> TokenProfile:
-        """Return the profile of what was read so far."""
+        """Return the profile of the requests read so far."""
         return self._profiler.profile()
 
     def estimate(
@@ -246,7 +238,7 @@ class Screening:
         at: float,
         seed: str = "",
     ) -> Estimate:
-        """Return what the batch will take, by its profile if that was made before."""
+        """Return the estimate for a profile, by default that of the requests read so far."""
         return estimate_profile(
             profile or self.profile(),
             self._options,
@@ -261,7 +253,7 @@ class Screening:
         """Refuse a batch that cannot meet its completion window, if windows are strict.
 
         Raises:
-            FileRefused: With the numbers.
+            FileRefused: The estimate exceeds the window; the message has the numbers.
         """
         if self._settings.strict_windows and estimate.cannot_meet_window:
             warning = window_warning(estimate)

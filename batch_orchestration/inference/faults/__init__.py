@@ -1,1 +1,1 @@
-"""What goes wrong in a run: poison requests, engines that die, hang, refuse, need less memory."""
+"""Faults during a run: poison requests, and engines that die, hang, refuse or lack memory."""

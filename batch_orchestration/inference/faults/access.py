@@ -1,13 +1,14 @@
-"""Decides whose a refusal is: the request's own, or that of a gate which lets nothing through.
+"""Decides whether a refusal is the request's own or that of the gate, which refuses everything.
 
-Nothing is recorded about a refused request before something that was given to the engine *after*
-the refusal was let in: another request, or a control. One control speaks for all refusals before
-it. If the control is refused too, the run ends, and no request has paid.
+A refusal is recorded only after the engine let in something that it was given *after* the refusal:
+another request, or a control. One control settles all refusals before it. If the control is refused
+too, the run ends, and no request has paid for it.
 
-A control that is let in does not prove that the gate was open when the request was refused: it may
-have opened since. So the request is asked once more, and only a second refusal is its own. Once
-that is known, further refusals like it are only held back until the next proof, and give up their
-place in the window for so long: a thousand refusals by a content filter cost a few controls.
+A control that is let in does not prove that the gate was open when the request was refused, because
+it may have opened since. The request is therefore asked once more, and only a second refusal counts
+as its own. Once a kind of refusal is known to be the requests' own, further refusals of that kind
+are only held until the next proof, and give up their place in the window meanwhile. A thousand
+refusals by a content filter thus cost only a few controls.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ from batch_orchestration.engines.access import (
 )
 from batch_orchestration.inference.faults.retries import RetryPolicy, retry_delay
 
-#: A longer body is never a control: it would be kept, and cost as much again.
+#: Longer bodies never become controls: they would stay in memory and cost as much again.
 LONGEST_BODY = 64 * 2**10
 
 
@@ -44,18 +45,18 @@ _decode = msgspec.json.Decoder(_Named).decode
 
 
 class Controls:
-    """Keeps, of each endpoint and model, the request whose answer cost least."""
+    """Keeps the cheapest answered request of each endpoint and model, for use as a control."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str | None], tuple[int, Control]] = {}
         self._latest: Control | None = None
 
     def note_answer(self, endpoint: str, body: bytes, completion: Completion) -> None:
-        """Take note of a request that was answered."""
+        """Record an answered request, and keep it if it is the cheapest of its kind."""
         if len(body) > LONGEST_BODY:
             return
         control = Control(endpoint=endpoint, body=body, model=_model(body))
-        # Four bytes are about a token; a token that is generated costs more than one that is read.
+        # About four bytes are a token; a generated token costs more than a prompt token.
         cost = 4 * completion.usage.completion_tokens + len(body) // 4
         key = endpoint, control.model
         if key not in self._kept or cost < self._kept[key][0]:
@@ -63,13 +64,13 @@ class Controls:
         self._latest = self._kept[key][1]
 
     def like(self, endpoint: str, body: bytes, *, served: tuple[str, ...]) -> list[Control]:
-        """Return what to ask in place of a request, best first.
+        """Return the controls to ask in place of a request, best first.
 
-        What was answered before, of the same endpoint and model, or else of others; while
-        nothing was, one-token probes of the model that the engine serves.
+        These are the cheapest answered request of the same endpoint and model, or else that of the
+        latest answer. Before the first answer, they are one-token probes of the served model.
 
         Args:
-            served: Models that the engine names.
+            served: Models that the engine lists.
         """
         kept = self._kept.get((endpoint, _model(body)))
         if kept is not None:
@@ -77,49 +78,48 @@ class Controls:
         return self.any(endpoint, served=served)
 
     def any(self, endpoint: str, *, served: tuple[str, ...]) -> list[Control]:
-        """The same, where it does not matter which model is asked."""
+        """Return the controls for an endpoint if any model will do; see `like`."""
         if self._latest is not None:
             return [self._latest]
         return one_token_probes(endpoint, next(iter(served), None))
 
 
 def _model(body: bytes) -> str | None:
-    """Return the model that a body names; bodies were decoded before, so this one can be."""
+    """Return the model that a body names. The body has been decoded before, so it is valid JSON."""
     try:
         return _decode(body).model
-    except (msgspec.DecodeError, RecursionError):  # it names something that is no name
+    except (msgspec.DecodeError, RecursionError):  # the name is not a string
         return None
 
 
 logger = logging.getLogger(__name__)
-#: So long a refusal of a known kind waits for a proof that costs nothing.
+#: How long a refusal of a known kind waits for a proof that costs nothing.
 PATIENCE_SECONDS = 1.0
-#: Beyond so many, or so many bytes, what is held back keeps its place in the window.
+#: Beyond this number of requests or bytes, held requests keep their place in the window.
 MOST_HELD, MOST_HELD_BYTES = 256, 16 * 2**20
-#: Of refusals that are known to be the requests' own.
+#: How many kinds of refusal are remembered as the requests' own.
 MOST_KINDS = 64
 
 
 class Ask(Protocol):
-    """Gives a control to the engine."""
+    """Sends a control to the engine."""
 
     def __call__(self, endpoint: str, body: bytes, *, request_id: str) -> Awaitable[Outcome]:
-        """Return the outcome; raise `EngineDied`."""
+        """Return the outcome, or raise `EngineDied`."""
 
 
 class AccessCheck:
-    """What is known of the gate in one run.
+    """The state of the gate, as far as one run knows it.
 
     Args:
-        ask: Gives a control to the engine.
-        served: Models that the engine names.
-        where: Its address, for messages.
-        retry: How often a control is sent again that meets the engine's own trouble.
-        pause: Waits so many seconds before that.
-        freed: Told when a place in the window is given up.
+        served: Returns the models that the engine lists.
+        where: Address of the engine, for messages.
+        retry: When to send a control again after a retryable failure.
+        pause: Waits the given number of seconds before such a retry.
+        freed: Called when a request gives up its place in the window.
 
     Attributes:
-        held: Refused requests that wait for a proof and take no place in the window.
+        held: Refused requests that wait for a proof outside the window.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class AccessCheck:
         self._freed = freed
         self._controls = Controls()
         self._asking = asyncio.Lock()
-        #: When what was let in had been given to the engine, latest.
+        #: Latest time at which the engine was given something that it let in.
         self._open_at = float("-inf")
         self._proof = asyncio.Event()
         self._own_kinds: set[tuple[int, str]] = set()
@@ -151,22 +151,22 @@ class AccessCheck:
     def note_answer(
         self, endpoint: str, body: bytes, completion: Completion, *, given_at: float
     ) -> None:
-        """Take note of an answer, and when its request was given to the engine."""
+        """Record an answer, and the time at which the engine was given its request."""
         self._controls.note_answer(endpoint, body, completion)
         self._note_open(given_at)
 
     async def is_its_own(
         self, refusal: Failure, endpoint: str, body: bytes, *, asked_again: bool
     ) -> bool:
-        """Return whether a doubtful refusal is the request's own; if not, it is to be asked again.
+        """Return whether a doubtful refusal is the request's own; if not, ask the request again.
 
         Args:
-            asked_again: Whether this refusal is the second one.
+            asked_again: Whether this is the request's second refusal.
 
         Raises:
             EngineRefusesUs: A control was refused, too.
-            EngineSick: No control could be asked.
-            EngineDied: The engine died of whatever it had.
+            EngineSick: No control was answered.
+            EngineDied: The engine died meanwhile.
         """
         since = asyncio.get_running_loop().time()
         kind = kind_of(refusal)
@@ -182,12 +182,12 @@ class AccessCheck:
         return known or asked_again
 
     async def prove_sound(self, endpoint: str) -> None:
-        """Ask a control, to see whether the engine answers anything at all; raises as above."""
+        """Check with a control that the engine answers at all; raises like `is_its_own`."""
         async with self._asking:
             await self._prove(self._controls.any(endpoint, served=self._served()))
 
     async def _hold(self, since: float, size: int) -> None:
-        """Wait a moment for a proof that is younger."""
+        """Wait at most `PATIENCE_SECONDS` for a newer proof."""
         if self.held == MOST_HELD or self._held_bytes + size > MOST_HELD_BYTES:
             return
         self.held += 1
@@ -235,10 +235,10 @@ class AccessCheck:
             await self._pause(delay)
 
     async def _first_that_may(self, controls: Sequence[Control]) -> tuple[Control, Outcome]:
-        """Ask one control after the other, as long as only its endpoint is refused.
+        """Ask one control after the other, as long as only the control's endpoint is refused.
 
         Returns:
-            The one that was answered, or else the first one, with its outcome.
+            The control that was let in, or else the first one, with its outcome.
         """
         asked: list[tuple[Control, Outcome]] = []
         for control in controls:

@@ -1,4 +1,4 @@
-"""Starts the engine of a run, and starts it anew when it died, as long as there is hope in that."""
+"""Starts the engine of a run, and restarts it after a death while a restart may help."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -15,10 +15,10 @@ from batch_orchestration.inference.faults.oom_recovery import OomRecovery
 from batch_orchestration.inference.window.window import Window
 from batch_orchestration.workers.vitals import MARGIN_SECONDS, RunVitals
 
-#: So many deaths without one answer between them, the last one of a control, are no request's;
-#: of an engine that has answered something before, one more: chance may kill it now and then.
+#: After this many deaths without an answer, the last one on a control, no request is to blame. An
+#: engine that has answered before is allowed one more, because it may die by chance now and then.
 HOPELESS_DEATHS = 3
-#: After so many a control is asked before anything else.
+#: After this many deaths a control is asked before anything else.
 DOUBTFUL_DEATHS = 2
 
 
@@ -26,9 +26,9 @@ class DeathCount:
     """Counts deaths between two answers.
 
     Attributes:
-        in_a_row: Deaths since the engine answered anything.
-        proven: Whether the engine has answered anything since it was started: only then the
-            death of it with one request alone says something about that request.
+        in_a_row: Deaths since the latest answer.
+        proven: Whether the engine has answered since its latest start. Only then does a death with
+            a single request count against that request.
     """
 
     def __init__(self) -> None:
@@ -39,34 +39,34 @@ class DeathCount:
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether the engine may die of whatever it is asked."""
+        """Whether the engine may be dying regardless of its requests."""
         return self.in_a_row >= self._patience
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether the engine is to be given up, if it died of a control at last."""
+        """Whether to give the engine up if its latest death was on a control."""
         return self.in_a_row >= HOPELESS_DEATHS + self._has_answered
 
     def note_start(self) -> None:
-        """Take note that the engine was started."""
+        """Record that the engine was started."""
         self.proven = False
 
     def note_answer(self) -> None:
-        """Take note that a request was answered."""
+        """Record that a request was answered."""
         self.in_a_row, self.proven, self._patience = 0, True, DOUBTFUL_DEATHS
         self._has_answered = True
 
     def note_control(self, *, within: int) -> None:
-        """Take note that a control was answered: the search may go on to its end without another.
+        """Record that a control was answered, so that the search may finish without another one.
 
         Args:
-            within: How many deaths that takes at most.
+            within: The most deaths that the search takes.
         """
         self.note_answer()
         self._patience = max(DOUBTFUL_DEATHS, within)
 
     def note_death(self) -> None:
-        """Take note that it died, of something else than want of memory that can be helped."""
+        """Record a death that no lower memory level can prevent."""
         self.in_a_row += 1
 
 
@@ -74,20 +74,20 @@ logger = logging.getLogger(__name__)
 
 
 class EngineLife:
-    """The engine from its start to its death, again and again.
+    """The engine of a run through all of its starts and deaths.
 
-    An engine that dies repeatedly without one answer is asked a control request before anything
-    else; one that dies of controls, too, is given up.
+    An engine that dies repeatedly without an answer is sent a control before anything else. An
+    engine that dies on controls, too, is given up.
 
     Args:
-        begun: Told of each engine that is ready.
-        control: Asks a control; returns the engine's death, if that was the answer.
-        suspects: How many requests are suspect now, for messages.
+        begun: Called with each engine that is ready.
+        control: Asks a control; returns the engine's death if the engine died on it.
+        suspects: Returns how many requests are suspect now, for messages.
 
     Attributes:
-        easing: What is done about an engine that runs out of memory.
-        deaths: Of this run; told of each answer.
-        restarts: Of this run.
+        oom_recovery: Handles engines that run out of memory.
+        deaths: Deaths in this run; the caller records each answer there.
+        restarts: Restarts in this run.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class EngineLife:
         self.restarts = 0
 
     async def start(self) -> None:
-        """Start the engine, on a gentler rung if its memory does not suffice.
+        """Start the engine, at a lower memory level if its memory does not suffice.
 
         Raises:
-            EngineStartFailed: It did not become ready.
-            EngineRefusesUs: It does not let us in.
-            EngineDied: It needed more restarts than it may have.
+            EngineStartFailed: The engine did not become ready.
+            EngineRefusesUs: The engine refuses access.
+            EngineDied: The limit of restarts is exceeded.
         """
         while True:
             self._vitals.enter(
@@ -134,9 +134,9 @@ class EngineLife:
                 return self._begun(identity)
 
     async def ease(self, death: EngineDied) -> bool:
-        """Make things easier for an engine that ran out of memory; return whether that may help.
+        """Reduce the engine's memory use if it ran out of memory; return whether that may help.
 
-        If not, the death counts.
+        If it cannot help, the death is counted.
         """
         if await self.oom_recovery.ease(death):
             return True
@@ -144,14 +144,14 @@ class EngineLife:
         return False
 
     async def restart(self, death: EngineDied) -> bool:
-        """Start it anew; if it has died again and again, see first whether it answers at all.
+        """Restart the engine; after repeated deaths, check first whether it answers at all.
 
         Returns:
-            Whether the engine runs that was started first; not, if that died of a control.
+            Whether the engine started first still runs; False if it died on a control.
 
         Raises:
-            EngineKeepsDying: It dies whatever it is asked.
-            EngineDied: It has died more often than it may be restarted.
+            EngineKeepsDying: The engine dies on controls, too.
+            EngineDied: The limit of restarts is exceeded.
         """
         self._count_restart(death)
         await self.start()
@@ -159,14 +159,14 @@ class EngineLife:
 
     @property
     def may_restart(self) -> bool:
-        """Whether the engine may be started anew once more."""
+        """Whether the limit allows another restart."""
         return self.restarts < self._window.engine_restarts
 
     async def prove_sound(self) -> bool:
-        """Have the engine answer a control, unless it has answered anything yet.
+        """Have the engine answer a control, unless it has answered since its start.
 
         Returns:
-            As `restart`; raises as that does.
+            As `restart`, which also documents the errors.
         """
         if self.deaths.proven:
             return True

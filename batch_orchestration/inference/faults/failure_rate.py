@@ -1,8 +1,8 @@
-"""Whether so many of a batch's requests fail that it pauses: one wrong parameter fails them all.
+"""Decides whether a batch pauses because too many requests fail, as after one wrong parameter.
 
-Judged are outcomes in the order in which they arrive: over the first `FIRST_OUTCOMES` of them, and
-then over the latest `LATEST_OUTCOMES`. Attempts that another one follows are no outcomes, and what
-admission refused never was a request.
+Outcomes are judged in the order of their arrival: all of them once `FIRST_OUTCOMES` have arrived,
+and later only the latest `LATEST_OUTCOMES`. Attempts that are retried are not outcomes, and lines
+rejected at admission were never requests.
 """
 
 from collections import Counter, deque
@@ -11,21 +11,21 @@ from collections.abc import Iterable
 from batch_orchestration.core.lifecycle import FailedRequest, Halt
 from batch_orchestration.core.outcomes import Failure
 
-#: Nothing is judged before: a batch with fewer requests never pauses.
+#: Fewer outcomes are not judged, so a batch with fewer requests never pauses.
 FIRST_OUTCOMES = 20
-#: So many failures in a row, or nearly, show within half as many outcomes, wherever they begin.
+#: A streak of failures exceeds the default rate after about half as many, wherever it begins.
 LATEST_OUTCOMES = 100
 EXAMPLES = 3
-#: What an engine says may be a page.
+#: An engine's message may fill a page.
 _MESSAGE_LENGTH = 300
 
 
 class FailureRate:
-    """The latest outcomes of a batch, against the share of them that may fail.
+    """The latest outcomes of a batch, compared with the share of them that may fail.
 
     Args:
         most: Share of failures, 0 to 1, up to which the batch goes on; 1 never pauses it.
-        earlier: Outcomes before, in order: None for an answer.
+        earlier: Earlier outcomes, in order; None for an answer.
     """
 
     def __init__(self, most: float, earlier: Iterable[FailedRequest | None] = ()) -> None:
@@ -33,17 +33,17 @@ class FailureRate:
         self._latest = deque(earlier, maxlen=LATEST_OUTCOMES)
 
     def record(self, outcome: FailedRequest | None) -> None:
-        """Take in one more outcome; None for an answer."""
+        """Add an outcome; None for an answer."""
         self._latest.append(outcome)
 
     @property
     def is_exceeded(self) -> bool:
-        """Whether more of the latest outcomes are failures than may be."""
+        """Whether the share of failures among the latest outcomes is too high."""
         judged = len(self._latest)
         return judged >= FIRST_OUTCOMES and len(self._failed) > self._most * judged
 
     def halt(self, *, at: float, actor: str) -> Halt:
-        """Return the decision to pause the batch, with the commonest reason and its examples."""
+        """Return the decision to pause the batch, with examples of the most common failure."""
         failed = self._failed
         kinds = Counter(one.kind for one in failed)
         kind, alike = max(kinds.items(), key=lambda item: item[1], default=(("", ""), 0))
@@ -63,7 +63,7 @@ class FailureRate:
 
 
 def failed_request(index: int, custom_id: str | None, failure: Failure) -> FailedRequest:
-    """Return a failed request in words that can be kept: short, on one line, in Unicode."""
+    """Return a failed request with a message that can be stored: short, one line, Unicode."""
     message = " ".join(failure.message.encode("utf-8", "replace").decode().split())
     if len(message) > _MESSAGE_LENGTH:
         message = message[: _MESSAGE_LENGTH - 1] + "…"

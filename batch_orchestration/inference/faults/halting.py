@@ -1,10 +1,10 @@
-"""Pausing a batch of which too many requests fail, until a person has looked.
+"""Pauses a batch when too many of its requests fail, until an operator decides.
 
-The decision is a file beside the plan (`halted.json`) before anything follows from it. The run at
-work then gives the engine none of the batch's requests any more, and settles what the engine has.
-The batch stays `in_progress`; its completion window goes on counting. It asks for no run, takes no
-room from others until a person resumes or cancels it, or its window is over. A resumption that is
-younger than the decision ends it, whether or not the file is gone.
+The decision is written to a file beside the plan (`halted.json`) before it takes effect. The run in
+progress then gives the engine no more of the batch's requests, and settles those that the engine
+has. The batch stays `in_progress`, and its completion window continues. It asks for no run and
+takes no capacity until an operator resumes or cancels it, or its window ends. A resumption newer
+than the decision ends the pause, whether or not the file is gone.
 """
 
 import contextlib
@@ -30,15 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class FailureWatch:
-    """Judges the outcomes of a batch as a run gets them, and pauses it where too many fail.
+    """Judges the outcomes of a batch as a run receives them, and pauses it if too many fail.
 
-    What earlier runs got since the batch was admitted, or last resumed, is read from the journals.
+    Outcomes of earlier runs since admission or the last resumption are read from the journals.
 
     Args:
-        plan: Of the batch.
-        folder: The data folder.
-        run_id: Of the run.
-        default: Share of failures up to which a batch goes on whose author does not say it.
+        default: Share of failures up to which a batch goes on if its author sets none.
     """
 
     def __init__(self, plan: BatchPlan, folder: DataFolder, *, run_id: str, default: float) -> None:
@@ -51,12 +48,10 @@ class FailureWatch:
         self._rate = FailureRate(most, () if most >= 1 else _earlier(plan, folder, since=since))
 
     def note(self, outcome: Outcome, request: Request, *, unasked: int) -> bool:
-        """Take in an outcome that has just become durable; return whether it pauses the batch.
+        """Add an outcome that has just become durable; return whether it pauses the batch.
 
         Args:
-            outcome: Of the request.
-            request: That it is about.
-            unasked: Requests that a pause spares; without any there is nothing to pause.
+            unasked: Requests that a pause would spare; if there are none, the batch does not pause.
         """
         if isinstance(outcome, Completion):
             self._rate.record(None)
@@ -67,19 +62,19 @@ class FailureWatch:
         try:
             return self._decide()
         except StorageError as error:
-            # A full disk pauses a run and does not end it; the next failure decides again.
+            # A full disk does not end a run; the next failure tries again.
             logger.warning("%s cannot be paused now: %s", self._plan.batch_id, error)
             return False
 
     def _decide(self) -> bool:
-        """Keep the decision, unless somebody has decided since; return whether the run lets go."""
+        """Write the decision unless it is outdated; return whether the run leaves the batch."""
         batch_id = self._plan.batch_id
         halt = self._rate.halt(at=time.time(), actor=self._run_id)
         with early_end_lock(self._folder, batch_id):
             if self._folder.read_closing(batch_id) is not None:
                 return False
             if self._folder.read_resumption(batch_id) != self._resumption:
-                # These outcomes are from before; the next run judges those that come after.
+                # These outcomes predate the resumption; the next run judges later ones.
                 return True
             self._folder.write_halt(batch_id, halt)
         crash_point(CrashPoint.AFTER_HALT)
@@ -101,9 +96,9 @@ def _most_failures(plan: BatchPlan, resumption: Resumption | None, default: floa
 
 
 def _earlier(plan: BatchPlan, folder: DataFolder, *, since: float) -> list[FailedRequest | None]:
-    """Return the latest outcomes that came after a moment, by the youngest of the journals."""
+    """Return the latest outcomes after `since`, from the newest journals."""
     found: list[tuple[float, FailedRequest | None]] = []
-    # The journals tell a statistic here; a run that cannot read one of its own says so.
+    # Only a statistic is needed here; a run that cannot read its own journal reports that itself.
     with contextlib.suppress(OSError):
         paths = folder.journal_path(plan.batch_id, 0).parent.glob("*.journal")
         journals = sorted(((path.stat().st_mtime, path) for path in paths), reverse=True)
@@ -113,7 +108,7 @@ def _earlier(plan: BatchPlan, folder: DataFolder, *, since: float) -> list[Faile
             found += (
                 (record.at, _failed(record))
                 for record in read_records(path)
-                # Without an attempt it is a fault that admission found.
+                # An outcome without an attempt is a fault found at admission.
                 if isinstance(record, OutcomeRecord) and record.attempt and record.at > since
             )
     found.sort(key=lambda outcome: outcome[0])

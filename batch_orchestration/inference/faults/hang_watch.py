@@ -1,4 +1,4 @@
-"""Tells an engine that is stuck from one that is slow."""
+"""Distinguishes an engine that is stuck from one that is slow."""
 
 import asyncio
 import logging
@@ -10,28 +10,27 @@ from batch_orchestration.engines.figures import EngineMetrics
 
 logger = logging.getLogger(__name__)
 
-#: How much longer than the longest pause between two signs of progress seen so far.
+#: Multiple of the longest pause seen so far between two signs of progress.
 PATIENCE = 5.0
-#: Until the first token after a start, in `floor_seconds`: kernels are compiled on first use.
+#: Limit until the first token after a start, in `floor_seconds`: kernels are compiled on first use.
 FIRST_TOKEN_FLOORS = 3.0
-#: Looks at an engine per `floor_seconds`, at least.
+#: Polls of an engine per `floor_seconds`, at least.
 LOOKS_PER_LIMIT = 12
-#: Between two looks, at an engine that lets each question run into its time limit. In whatever was
-#: longer this process did not run either: it was frozen, with its engine or for itself.
+#: Longest time between two polls, for an engine whose polls all run into their time limit. If more
+#: time passes, this process was suspended, with its engine or without it.
 LONGEST_STEP_SECONDS = 30.0
 
 
 class HangWatch:
-    """Watches the signs of progress: outcomes, and whatever moves in the engine's own figures.
+    """Watches for signs of progress: outcomes, and any change of the engine's metrics.
 
-    An engine with requests in flight that gives neither for `floor_seconds`, or for `PATIENCE`
-    times its longest pause so far, is stopped and counts as dead. Slow requests alone never
-    trip it: tokens are generated all the while, and while a long prompt is read, whose tokens count
-    when it has been read, the KV cache fills. Of an engine that answers and counts no tokens
-    nothing can be said, and the time limit of each request decides.
+    If an engine with requests in flight shows no sign for longer than `floor_seconds` and for
+    longer than `PATIENCE` times its longest pause so far, it is stopped and counts as dead. Slow
+    requests do not trigger it: generated tokens, or KV-cache growth during prefill, count as
+    progress. Engines that expose no token counters are exempt; the per-request timeout covers them.
 
     Args:
-        moved: Told of each sign of progress.
+        moved: Called at each sign of progress.
     """
 
     def __init__(
@@ -48,12 +47,12 @@ class HangWatch:
 
     @property
     def limit_seconds(self) -> float:
-        """How long a pause may be now."""
+        """The longest pause that is allowed now."""
         floor = self._floor_seconds * (FIRST_TOKEN_FLOORS if self._is_new else 1.0)
         return max(floor, PATIENCE * self._longest_pause)
 
     def note_start(self) -> None:
-        """Take note that the engine was started: it has given nothing yet."""
+        """Record that the engine was started and has produced nothing yet."""
         self._figures, self._is_new = None, True
 
     def begin(self) -> None:
@@ -61,14 +60,14 @@ class HangWatch:
         self._moved_at = self._looked_at = asyncio.get_running_loop().time()
 
     def note_progress(self) -> None:
-        """Take note of an outcome, or of a token."""
+        """Record an outcome or a token."""
         self._move(still_new=False)
 
     async def judge(self, figures: EngineMetrics | None, *, in_flight: int) -> None:
-        """Judge the engine by what it tells; None if it did not answer.
+        """Judge the engine by its metrics; None if it did not answer.
 
         Raises:
-            EngineDied: It is stuck, and was stopped.
+            EngineDied: The engine was stuck and has been stopped.
         """
         if not in_flight:
             self.begin()
@@ -93,13 +92,13 @@ class HangWatch:
 
     def _move(self, *, still_new: bool) -> None:
         now = self._look()
-        if not self._is_new:  # what is only slow once says nothing of later pauses
+        if not self._is_new:  # a slow first token does not predict later pauses
             self._longest_pause = max(self._longest_pause, now - self._moved_at)
         self._moved_at, self._is_new = now, still_new
         self._tell_moved()
 
     def _look(self) -> float:
-        """Return the time, with the time in which nobody could look left out of the pause."""
+        """Return the time; time in which this process was suspended is left out of the pause."""
         now = asyncio.get_running_loop().time()
         self._moved_at += max(0.0, now - self._looked_at - LONGEST_STEP_SECONDS)
         self._looked_at = now

@@ -1,12 +1,11 @@
-"""Finding the requests that kill the engine: suspects are tested in groups, apart from the rest.
+"""Finds the requests that kill the engine: suspects are tested in groups, apart from the rest.
 
-What was in flight when the engine died is suspect. It is split in halves, and each half is tested
-alone; a half that kills the engine is split again, until a request stands alone and kills it. If it
-was there at few deaths so far, it must do so twice: somebody else may have killed the engine.
+The requests in flight when the engine died are suspects. They are split into halves, and each half
+is tested alone. A half that kills the engine is split again, until a single request kills it alone.
+If it was present at few deaths so far, it must do so twice: the cause may lie outside.
 
-With k guilty requests in a window of w, the engine dies once in the window, then at most once per
-guilty request and halving, and once more for each to be sure: the promised
-k·(ceil(log2 w) + 1) + 1 times.
+With k guilty requests in a window of w, the engine dies at most k·(ceil(log2 w) + 1) + 1 times:
+once in the window, at most once per guilty request and halving, and once more for each to confirm.
 """
 
 import math
@@ -17,31 +16,32 @@ from typing import Generic, TypeVar
 Suspect = TypeVar("Suspect", bound=Hashable)
 
 
-#: Between what names a death in a label and the halvings since.
+#: In a label, separates the name of a death from the halvings since.
 LABEL_END = "-"
-#: Nobody from outside kills the engine so often just when the same suspect is tested; and with a
-#: confirmation for each of many deaths far apart the promise would not hold.
+#: From this many halvings on no confirmation is needed: an outside cause does not kill the engine
+#: so often just when the same suspect is tested. If each of many separate deaths needed a
+#: confirmation, the bound above would not hold.
 CERTAIN_HALVINGS = 4
-#: The same where the engine tells of exhausted memory: a kill from outside says no such thing.
+#: The same for deaths by memory exhaustion, which a kill from outside does not report.
 CERTAIN_HALVINGS_OF_MEMORY = 3
-#: Of a suspect, because of deaths without a culprit.
+#: The most extra confirmations of a suspect because of deaths without a culprit.
 MOST_CONFIRMATIONS = 3
-#: In labels of suspects that killed the engine when they stood alone.
+#: Marks labels of suspects that killed the engine alone.
 _CONFIRMATION = "!"
 
 
 def to_confirm(label: str) -> str:
-    """Return the label for the test of a suspect that stood alone under this one."""
+    """Return the label for another test of a suspect that stood alone under this label."""
     return f"{label}{_CONFIRMATION}"
 
 
 def is_confirmation(label: str, *, exhausted: bool = False, unexplained: int = 0) -> bool:
-    """Whether what is tested under this label has killed the engine alone, or often, before.
+    """Whether the suspects under this label have killed the engine alone, or often, before.
 
     Args:
-        exhausted: Whether the engine told of exhausted memory at last.
-        unexplained: How many groups killed the engine and had no culprit: one that dies by chance
-            is believed only if it does so again and again with the same request.
+        exhausted: Whether the engine's latest death was by memory exhaustion.
+        unexplained: How many groups killed the engine and had no culprit. An engine that dies by
+            chance convicts a request only if it dies with the same request again and again.
     """
     halvings = label.partition(LABEL_END)[2].partition(_CONFIRMATION)[0]
     certain = CERTAIN_HALVINGS_OF_MEMORY if exhausted else CERTAIN_HALVINGS
@@ -50,17 +50,17 @@ def is_confirmation(label: str, *, exhausted: bool = False, unexplained: int = 0
 
 
 def most_deaths(window: int) -> int:
-    """Return how often a search in a window makes the engine die, to convict one request."""
+    """Return the most deaths that a search in a window takes to convict one request."""
     return math.ceil(math.log2(max(window, 1))) + 2
 
 
 class Isolation(Generic[Suspect]):
-    """Groups of suspects that wait for their test, each with a label that outlives the process."""
+    """Groups of suspects that await their test, each with a label that outlives the process."""
 
     def __init__(self) -> None:
         self._groups: dict[str, list[Suspect]] = {}
         self._order: deque[str] = deque()
-        #: Groups that killed the engine here; the guilty; and how many groups had none.
+        #: Groups that killed the engine in this process; the culprits; groups without a culprit.
         self._split: set[str] = set()
         self._culprits: list[str] = []
         self._unexplained = 0
@@ -83,26 +83,26 @@ class Isolation(Generic[Suspect]):
         """Take the next group to test, with its label.
 
         Raises:
-            IndexError: None waits.
+            IndexError: No group waits.
         """
         label = self._order.popleft()
         return label, self._groups.pop(label)
 
     def is_certain(self, label: str, *, exhausted: bool = False) -> bool:
-        """Whether the engine's death with a suspect alone under this label is enough.
+        """Whether one more death with a single suspect under this label convicts it.
 
         See `is_confirmation`.
         """
         return is_confirmation(label, exhausted=exhausted, unexplained=self._unexplained)
 
     def note_culprit(self, label: str) -> None:
-        """Take note that the suspect who was tested under this label is guilty."""
+        """Record that the suspect tested under this label is guilty."""
         self._culprits.append(label)
 
     def note_answered(self, label: str) -> None:
-        """Take note that all of a group were answered: both halves of it may be innocent now.
+        """Record that all of a group were answered: both halves of its parent may now be innocent.
 
-        Then it was no request that killed the engine when it had the whole.
+        In that case no request caused the death of the engine that had the parent group.
         """
         whole = label[:-1]
         known = [*self._culprits, *self._groups]
@@ -112,7 +112,7 @@ class Isolation(Generic[Suspect]):
 
     @property
     def may_convict(self) -> bool:
-        """Whether the next test is one whose death convicts: of a suspect alone, to be sure."""
+        """Whether a death in the next test would convict: a suspect alone, and certain."""
         if not self._order:
             return False
         label = self._order[0]
@@ -121,8 +121,8 @@ class Isolation(Generic[Suspect]):
     def split(self, label: str, suspects: Sequence[Suspect]) -> dict[Suspect, str]:
         """Queue the two halves of a group that killed the engine; return each suspect's label.
 
-        The halves come next, before groups that wait: a search once begun is ended. A half may
-        be there already, with members that an earlier process put into it.
+        The halves go before all waiting groups, so that a search is finished once begun. A half may
+        exist already, with members from an earlier process.
         """
         self._split.add(label)
         middle = (len(suspects) + 1) // 2

@@ -1,4 +1,4 @@
-"""Memory ladders that outlive a run, and what the chunks of a run need of them."""
+"""Memory levels that outlive a run, and the memory demand of a run's chunks."""
 
 import asyncio
 import logging
@@ -31,13 +31,13 @@ def remembered_fallback(
     derived: Collection[str] = (),
     clock: Callable[[], float] = time.time,
 ) -> MemoryFallback:
-    """Return a ladder that begins where the last run of the same engine found that it works.
+    """Return a fallback that begins at the memory level that worked for the same engine before.
 
-    After `retry_seconds` there it begins one rung higher: what filled the memory may be gone.
+    After `retry_seconds` there, it begins one level higher: the cause of the shortage may be gone.
 
     Args:
-        derived: Flags that differ from run to run with what is free. What worked is remembered
-            whatever they are, and never raises them.
+        derived: Flags that differ from run to run with the free memory. A remembered level applies
+            whatever their values, and never raises them.
     """
     fixed = {
         name: value
@@ -49,7 +49,7 @@ def remembered_fallback(
     descent = memory.recall(engine)
     levels = () if descent is None else descent.levels
     if descent is not None and clock() - descent.since >= retry_seconds:
-        # If the trial fails, the next one waits for its time again.
+        # If the trial fails, the next one waits another `retry_seconds`.
         memory.note_trial(engine, at=clock())
         levels = levels[:-1]
     levels = tuple(level for level in (_below(each, top) for each in levels) if level != top)
@@ -60,7 +60,7 @@ def remembered_fallback(
 
 
 def _below(level: MemoryLevel, top: MemoryLevel) -> MemoryLevel:
-    """Return a rung with nothing higher than at the top."""
+    """Return the level, with no value higher than at the top level."""
     lower = {
         name: min(value, highest)
         for name, value in msgspec.structs.asdict(level).items()
@@ -70,7 +70,7 @@ def _below(level: MemoryLevel, top: MemoryLevel) -> MemoryLevel:
 
 
 def chunk_needs(refs: Sequence[ChunkRef], *, max_tokens_cap: int | None) -> MemoryDemand:
-    """Read the chunks and return what their requests need."""
+    """Return the memory demand of the chunks' requests, which are read for it."""
     return memory_demand(_requests(refs), max_tokens_cap=max_tokens_cap)
 
 
@@ -89,10 +89,10 @@ def _remember(
 
 
 class OomRecovery:
-    """Goes down an engine's ladder, and back up when the reason is gone.
+    """Steps an engine down its memory levels, and back up when the cause is gone.
 
     Attributes:
-        in_flight: How many requests to give to the engine at a time.
+        in_flight: The most requests to give to the engine at a time.
     """
 
     def __init__(self, fallback: MemoryFallback, *, in_flight: int) -> None:
@@ -102,7 +102,7 @@ class OomRecovery:
         self.in_flight = in_flight
 
     async def ease(self, error: EngineError) -> bool:
-        """Make things easier for the engine; return whether a restart may help now."""
+        """Reduce the engine's memory use; return whether a restart may help now."""
         if error.exhaustion is None:
             return isinstance(error, EngineStartFailed) and self._distrust()
         if await asyncio.to_thread(self._ladder.step_down, error.exhaustion):
@@ -116,7 +116,7 @@ class OomRecovery:
         return isinstance(error, EngineDied) and self._narrow()
 
     def note_culprit(self) -> None:
-        """Take note that a single request exhausts the memory: the others do without the ladder."""
+        """Record that a single request exhausts the memory, and undo the steps down of this run."""
         self._ladder.climb_back()
         self.in_flight = self._configured
 
@@ -129,7 +129,10 @@ class OomRecovery:
         return True
 
     def _distrust(self) -> bool:
-        """Give up a rung that does not even start: it may be of another version's engine. Once."""
+        """Drop, once, a remembered level at which the engine does not even start.
+
+        It may stem from another version of the engine.
+        """
         if not self._trusted or not self._ladder.climb_to_top():
             return False
         self._trusted = False

@@ -1,4 +1,4 @@
-"""When a failed request is sent again, and when it is given up: a pure decision."""
+"""Decides when a failed request is sent again, and when it is given up. Pure."""
 
 import math
 from collections import deque
@@ -15,7 +15,7 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     "full jitter" of AWS's architecture blog, "Exponential Backoff And Jitter".
 
     Attributes:
-        max_retry_after_seconds: What an engine may ask for at most.
+        max_retry_after_seconds: The longest wait that an engine may ask for.
     """
 
     max_attempts: int = 5
@@ -34,18 +34,17 @@ def retry_delay(
 ) -> float | None:
     """Return seconds to wait before the next attempt, or None to give up.
 
-    What the engine asks for counts up to the policy's limit, and up to half of the time that the
-    batch has left: so that the request is asked again before that is over.
+    A wait that the engine asks for is honored up to the policy's limit, and up to half of the
+    batch's remaining time, so that another attempt is made before the deadline.
 
     Args:
-        failure: Of the latest attempt.
-        attempts: How many attempts were made, the failed one included.
+        attempts: Number of attempts made, including the failed one.
         jitter: A random number in [0, 1); passed in to keep the decision pure.
         seconds_left: Until the deadline of the request's batch.
     """
     if not failure.retryable or attempts >= policy.max_attempts:
         return None
-    # Doubled 64 times any delay is beyond its maximum; 1,024 times it is beyond a float.
+    # After 64 doublings any delay exceeds its maximum; after 1,024 it overflows a float.
     doubled = policy.base_delay_seconds * 2.0 ** min(attempts - 1, 64)
     ceiling = min(policy.max_delay_seconds, doubled)
     delay = ceiling * jitter
@@ -54,13 +53,12 @@ def retry_delay(
 
 
 class BreakerPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """When to stop feeding an engine that answers with its own trouble.
+    """When to stop feeding an engine that keeps failing.
 
     Attributes:
-        last: How many attempts are looked at; nothing is concluded from fewer.
-        failure_rate: Share of them that may fail, above which feeding stops.
+        last: Number of latest attempts to judge; fewer are not judged.
+        failure_rate: Share of failed attempts above which feeding stops.
         pause_seconds: Before the first probe; doubled after each failed one.
-        max_pause_seconds: The longest pause.
         probes: Failed probes in a row after which the engine is given up.
     """
 
@@ -74,7 +72,7 @@ class BreakerPolicy(msgspec.Struct, frozen=True, kw_only=True):
 class Breaker:
     """Closed: feeding. Open: pausing until `probe_at`, then one request at a time as a probe.
 
-    Only the engine's trouble counts as failed; a refused request shows an engine that works.
+    Only failures of the engine count as failed; a refused request shows that the engine works.
     Times are of one monotonic clock, passed in.
     """
 
@@ -93,7 +91,7 @@ class Breaker:
 
     @property
     def gave_up(self) -> bool:
-        """Whether so many probes failed that the engine is to be given up."""
+        """Whether enough probes have failed to give the engine up."""
         return self._failed_probes >= self._policy.probes
 
     def may_submit(self, now: float) -> bool:
@@ -106,7 +104,7 @@ class Breaker:
         return True
 
     def record(self, *, failed: bool, now: float) -> None:
-        """Take note of how an attempt ended. Late answers of before the opening count as such."""
+        """Record how an attempt ended; late answers from before the opening count as well."""
         if self.probe_at is not None:
             self._record_while_open(failed=failed, now=now)
             return
@@ -116,7 +114,7 @@ class Breaker:
             self.probe_at = now + self._policy.pause_seconds
 
     def note_let_go(self) -> None:
-        """Take note that an attempt ended without a result: if it was the probe, another may be."""
+        """Record that an attempt ended without a result; a probe may then be sent again."""
         self._probing = False
 
     def _record_while_open(self, *, failed: bool, now: float) -> None:

@@ -1,6 +1,6 @@
-"""Waits for what keeps a run from going on and harms nothing.
+"""Waits out errors that pause a run and do no harm.
 
-A full disk, a lack of descriptors, a journal in use.
+These are a full disk, a lack of file descriptors, and a journal in use.
 """
 
 import asyncio
@@ -12,19 +12,19 @@ from batch_orchestration.inference.chunk_pass import TransientError
 
 logger = logging.getLogger(__name__)
 
-#: Between looks at an obstacle.
+#: Between two attempts after a transient error.
 OBSTACLE_POLL_SECONDS = 1.0
-#: During a delay, between looks whether everything is to end.
+#: During a delay, between checks whether the feed is to end.
 DELAY_POLL_SECONDS = 0.5
 COMPLAINT_SECONDS = 60.0
 
 
 class TransientErrors:
-    """Waits for one obstacle after the other, and says so once a minute.
+    """Waits out one transient error after the other, and logs it at most once a minute.
 
     Args:
-        waited: Told of each look, for a wait with a reason is no standstill.
-        is_over: Whether nothing is worth a wait any more.
+        waited: Called at each attempt or check, because a wait with a known reason is not a stall.
+        is_over: Whether waiting has become pointless.
     """
 
     def __init__(self, *, waited: Callable[[], None], is_over: Callable[[], bool]) -> None:
@@ -33,10 +33,10 @@ class TransientErrors:
         self._complained_at = -COMPLAINT_SECONDS
 
     async def durably(self, record: Callable[[], object]) -> bool:
-        """Do what needs the disk; while there is a shortage, wait for its end and do it again.
+        """Run a step that needs the disk; after a shortage, wait and run it again.
 
         Returns:
-            Whether it is done; not, if everything was over before.
+            Whether the step was done; False if `is_over` held first.
         """
         while True:
             try:
@@ -49,9 +49,9 @@ class TransientErrors:
                 return True
 
     async def delay(self, seconds: float, *, unless: Callable[[], bool] = lambda: False) -> None:
-        """Wait between two attempts: minutes, where the engine asks for it.
+        """Wait between two attempts, which takes minutes if the engine asks for that.
 
-        Not until then if everything is over before, or there is to be no other attempt.
+        The wait ends early if `is_over` or `unless` holds.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
@@ -60,7 +60,7 @@ class TransientErrors:
             await asyncio.sleep(min(left, DELAY_POLL_SECONDS))
 
     async def wait(self, transient: TransientError) -> None:
-        """Wait until it is worth another look."""
+        """Wait until the next attempt."""
         now = asyncio.get_running_loop().time()
         if now - self._complained_at > COMPLAINT_SECONDS:
             self._complained_at = now

@@ -1,1 +1,1 @@
-"""How many requests the engine gets at a time."""
+"""The window: how many requests the engine gets at a time."""

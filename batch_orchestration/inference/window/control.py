@@ -1,9 +1,9 @@
-"""How wide the window should be, by what the engine tells of its work. Pure: clocks passed in.
+"""Adjusts the width of the window to the engine's metrics. Pure: clocks are passed in.
 
-vLLM admits by itself what it can run, and what waits at it costs it nothing. So the window must be
-wide enough that a few requests always wait there, and no wider than that: with each request more,
-a death makes one more suspect. It is too wide only where the engine lets in more than its KV cache
-can hold to the end: then it puts requests back and computes them again.
+vLLM admits as many requests as it can run, and those that wait cost it nothing. The window must
+therefore be wide enough that a few requests always wait at the engine, and no wider: each further
+request is one more suspect if the engine dies. The window is too wide only if the engine admits
+more than its KV cache can hold to the end: then it preempts requests and computes them again.
 """
 
 from dataclasses import dataclass
@@ -12,39 +12,39 @@ from statistics import fmean
 from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.estimates.derivation import MOST_IN_FLIGHT, READING_COST, queued
 
-#: Of the engine's work, what is done again. In sweeps (benchmarks/README.md) the best window of a
-#: tight cache wastes 4 to 7 % so, for a wider batch gains more than that. Up to the first a window
-#: may grow, above the second it narrows, and in between nothing changes: that is the hysteresis.
+#: Share of the engine's work that is done again. In sweeps (benchmarks/README.md) the best window
+#: of a tight cache wastes 4 to 7 %, because a wider batch gains more than that. The window may grow
+#: up to the first value and narrows above the second; between them nothing changes, for hysteresis.
 WASTE_TOLERATED, WASTE_TOO_MUCH = 0.03, 0.10
-#: Of the requests running, so many more at the engine are too many.
+#: More waiting requests than this share of the running ones, plus this number, are too many.
 SURPLUS_SHARE, SURPLUS_LEAST = 0.5, 16
-#: A window that is too narrow grows by so much at a time: fast while most of the cache is free.
+#: Growth of a window that is too narrow, at one decision: fast while most of the cache is free.
 FAST_GROWTH, SLOW_GROWTH = 1.5, 1.06
-#: Of the KV cache; beyond it growth is slow, for sequences that have just begun still grow.
+#: Share of the KV cache above which growth is slow, because young sequences still grow.
 FULL_USAGE = 0.6
-#: What a window that wasted too much is narrowed to, of the requests that the engine had let in.
+#: After too much waste the window narrows to this share of the admitted requests.
 BACK_OFF = 0.94
-#: They are not many more than what runs at a time.
+#: The most admitted requests to assume, as a multiple of the running ones.
 ROOM_FOR_PREEMPTED = 1.2
-#: A width that wasted too much is not tried again for so many decisions ...
+#: A width that wasted too much is not tried again for this many decisions ...
 MEMORY = 20
-#: ... nor what is nearer to it than this.
+#: ... nor is any width above this share of it.
 KEEP_BELOW = 0.96
-#: Weight of the last look at the waste: a few long requests that come together make it jump.
+#: Weight of the latest waste: a few long requests that come together make it jump.
 SMOOTHING = 0.5
-#: Between two decisions: as long as a request takes, within limits. What a change does to the
-#: cache shows only when sequences have grown.
+#: Between two decisions: the duration of a request, within these limits. A change affects the cache
+#: only once sequences have grown.
 LEAST_SECONDS, MOST_SECONDS = 5.0, 60.0
-#: A window is filled if so much of it is taken, but for one; else its width decides nothing.
+#: A window is filled at this share, less one request; below that its width has no effect.
 FILLED = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Between what the window may be, and what tells when it is too wide.
+    """The limits of the window's width, and the cost by which waste is judged.
 
     Attributes:
-        reading_cost: Of a token, in tokens written: what is computed again is only read.
+        reading_cost: Of a prompt token, in generated tokens: work done again only reads tokens.
     """
 
     least: int = 8
@@ -53,10 +53,10 @@ class Bounds:
 
 
 class WindowControl:
-    """Follows the engine's figures with the width of the window.
+    """Adjusts the width of the window to the engine's metrics.
 
     Args:
-        start: Width to begin with.
+        start: Initial width.
         bounds: None if the width is fixed.
     """
 
@@ -65,23 +65,23 @@ class WindowControl:
         self.reason = "as set" if bounds is None else "as derived"
         self._bounds = bounds
         self._epoch: _Epoch | None = None
-        #: A width that wasted too much, and for how many decisions it is remembered.
+        #: A width that wasted too much, and for how many more decisions it is avoided.
         self._too_wide, self._remembered = 0.0, 0
         self._waste = 0.0
 
     def note(
         self, figures: EngineMetrics | None, *, in_flight: int, settled: int, now: float
     ) -> bool:
-        """Take a look at the engine; return whether the width has changed.
+        """Record a poll of the engine; return whether the width has changed.
 
-        Looks that tell nothing change nothing: no figures, a window that is not filled, or one
-        that was narrowed and is still being left.
+        A poll has no effect if there are no metrics, if the window is not filled, or if it was
+        narrowed and still holds too many requests.
 
         Args:
             figures: None if the engine did not answer.
-            in_flight: Requests that it has.
+            in_flight: Requests that the engine has.
             settled: Counter of requests with an outcome.
-            now: Seconds of a monotonic clock.
+            now: Monotonic seconds.
         """
         if self._bounds is None:
             return False
@@ -108,7 +108,7 @@ class WindowControl:
         self._waste = waste
         width = float(self.width)
         if waste > WASTE_TOO_MUCH:
-            # What was put back waits, so that more than what runs was let in.
+            # Preempted requests wait, so more were admitted than run now.
             let_in = min(width, ROOM_FOR_PREEMPTED * running)
             self._too_wide, self._remembered = let_in, MEMORY
             width = BACK_OFF * let_in
@@ -130,7 +130,7 @@ class WindowControl:
 
 @dataclass(frozen=True, kw_only=True)
 class _Look:
-    """One look at an engine that tells all that is needed."""
+    """One poll of an engine that exposes all the metrics needed."""
 
     at: float
     running: int
@@ -172,7 +172,7 @@ class _Look:
 
 
 class _Epoch:
-    """The looks since the last decision."""
+    """The polls since the latest decision."""
 
     def __init__(self, first: _Look) -> None:
         self.first = self._last = first
@@ -186,7 +186,7 @@ class _Epoch:
     def is_long_enough(self) -> bool:
         seconds = self._last.at - self.first.at
         settled = self._last.settled - self.first.settled
-        # By Little's law a request takes in flight / rate.
+        # By Little's law a request takes (requests in flight) / (requests settled per second).
         latency = self._last.in_flight * seconds / settled if settled else MOST_SECONDS
         return seconds >= max(LEAST_SECONDS, min(MOST_SECONDS, latency))
 
@@ -204,7 +204,7 @@ class _Epoch:
 
     @property
     def never_needed(self) -> int:
-        """How many requests waited at every look."""
+        """How many requests waited at every poll."""
         return min(look.waiting for look in self._looks)
 
     @property
@@ -212,7 +212,7 @@ class _Epoch:
         return fmean(look.usage for look in self._looks)
 
     def waste(self, reading_cost: float) -> float:
-        """The share of the work that was done before: what each preempted sequence held."""
+        """Share of work that was done again: for each preemption, the tokens of a mean sequence."""
         held = self.usage * self._last.cache_tokens / max(1.0, self.running)
         again = reading_cost * held * (self._last.preemptions - self.first.preemptions)
         read = reading_cost * (self._last.prompt_tokens - self.first.prompt_tokens)

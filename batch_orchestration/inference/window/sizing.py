@@ -1,4 +1,4 @@
-"""Sizes a run's engine and window by what is known now: devices, model, batch, earlier runs."""
+"""Sizes a run's engine and window from present facts: devices, model, batch, earlier runs."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -36,20 +36,20 @@ from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 
-#: vLLM's flags that leave nothing of the memory to derive.
+#: vLLM's flags that fix its memory; if one of them is set, no share of the memory is derived.
 _MEMORY_FLAGS = frozenset({"gpu-memory-utilization", "kv-cache-memory-bytes"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizing:
-    """What a run is given, as derived.
+    """The derived settings of a run.
 
     Attributes:
-        flags: Of the engine's command; what is set by `BATCH_ENGINE_ARGS` is never among them.
-        derived: How they came about.
-        tokens: Of a request of the run's batches; None if they have no estimate.
-        reading_cost: Of a token, in tokens written.
-        in_flight: As set by `BATCH_IN_FLIGHT`; None if the window is derived, too.
+        flags: Flags of the engine's command; those set by `BATCH_ENGINE_ARGS` are never among them.
+        derived: The derived values, with their derivation.
+        tokens: Tokens of a request of the run's batches; None if they have no estimate.
+        reading_cost: Cost of a prompt token, in generated tokens.
+        in_flight: Value of `BATCH_IN_FLIGHT`; None if the window is derived, too.
     """
 
     flags: Mapping[str, Any] = field(default_factory=dict)
@@ -60,18 +60,18 @@ class Sizing:
 
     @property
     def most_in_flight(self) -> int:
-        """How wide the window may become."""
+        """The greatest width that the window may reach."""
         return self.in_flight or MOST_IN_FLIGHT
 
     @property
     def bounds(self) -> Bounds | None:
-        """Between what the window may follow the engine; None if it was set."""
+        """Limits within which the window follows the engine; None if the window was set."""
         if self.in_flight:
             return None
         return Bounds(most=MOST_IN_FLIGHT, reading_cost=self.reading_cost)
 
     def window(self, figures: Mapping[str, Any]) -> Derived:
-        """Return the window to begin with, by what an engine that was started says of itself."""
+        """Return the initial window, derived from the figures of an engine that was started."""
         if self.in_flight:
             return Derived(name="window", value=self.in_flight, why="as set by BATCH_IN_FLIGHT")
         return derivation.window(
@@ -84,9 +84,9 @@ class Sizing:
 def size_run(
     settings: Settings, *, folder: DataFolder, store: Store, batch_ids: Sequence[str]
 ) -> Sizing:
-    """Derive what a run for these batches is given, and log it; what is not known is left out.
+    """Derive the settings of a run for these batches, and log them; unknown values are left out.
 
-    Reads the devices, if the engine is to run on one of this machine.
+    Reads the devices if the engine is to run on one of this machine's.
     """
     estimates = [read_estimate(folder, batch_id) for batch_id in batch_ids]
     sized = Sizing(tokens=request_tokens(estimates), in_flight=settings.in_flight)
@@ -131,7 +131,10 @@ def _reading_cost(
 
 
 def memory_share_of(verdict: GpuVerdict) -> Derived | None:
-    """Return the share of memory to claim on the devices that the engine will use."""
+    """Return the share of memory to claim on the devices that the engine will use.
+
+    None if the memory of one of them is unknown.
+    """
     devices = verdict.devices[: verdict.need.devices]
     known = [
         (each.memory_free_bytes, each.memory_total_bytes)
@@ -144,7 +147,7 @@ def memory_share_of(verdict: GpuVerdict) -> Derived | None:
 
 
 def _cache_known(settings: Settings, store: Store) -> int | None:
-    """Return what the cache held when the same engine ran the last time."""
+    """Return the KV cache's tokens in the latest run of the same engine; None if unknown."""
     try:
         facts = read_calibration_data(EstimateTables(store), engine_in_force(settings)).facts
     except StorageError as error:
@@ -159,7 +162,7 @@ def _cache_expected(
     verdict: GpuVerdict | None,
     share: Derived | None,
 ) -> int | None:
-    """Return what the cache will hold by the model's shape; None if that is not told."""
+    """Return the KV cache's tokens expected from the model's shape; None if unknown."""
     config = model_config(settings.model)
     if settings.device is Device.CPU:
         cache_bytes = whole_number(engine_in_force(settings).args.get("kv-cache-memory-bytes"))

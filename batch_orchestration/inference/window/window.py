@@ -1,7 +1,7 @@
-"""How many requests may be at the engine at this moment: the least of what several parties allow.
+"""Limits the requests at the engine at this moment: the lowest of several limits holds.
 
-The window may narrow while it is full. Nothing in flight is cancelled for that: it is only not
-replaced until there is room again.
+The window may narrow while it is full. Requests in flight are not cancelled for that; they are only
+not replaced until there is room again.
 """
 
 import asyncio
@@ -20,22 +20,23 @@ from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPol
 from batch_orchestration.inference.window.control import Bounds, WindowControl
 
 logger = logging.getLogger(__name__)
-#: Between looks at a window that is full: the care for the device tells nobody when it changes.
+#: Between checks of a full window, because a change of the throttling raises no event.
 LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """How much is given to the engine, and how often a request or the engine gets another chance.
+    """How many requests the engine gets, and how often requests and engine are tried again.
 
     Attributes:
-        in_flight: Requests given to the engine at a time, at first.
-        bounds: Between what that may become by what the engine tells; None if it is fixed.
-        derive: The same from what an engine that was started says of itself.
-        engine_restarts: How often a dead engine is started anew before the run gives up.
-        hang_seconds: Without any sign of progress the engine counts as dead after this, or after
-            a multiple of the latencies seen, if that is longer.
-        start_timeout_seconds: Until the engine is ready; its own limit, here to know what is late.
+        in_flight: Initial number of requests given to the engine at a time.
+        bounds: Limits within which that number follows the engine's metrics; None if it is fixed.
+        derive: Derives that number from the figures of an engine that was started.
+        engine_restarts: How often a dead engine is restarted before the run gives up.
+        hang_seconds: Time without progress after which the engine counts as dead; a multiple of the
+            longest pause so far replaces it if that is longer.
+        start_timeout_seconds: Until the engine is ready. The engine enforces this limit itself;
+            here it tells when a start is late.
     """
 
     in_flight: int
@@ -49,7 +50,7 @@ class Window:
 
     @property
     def most(self) -> int:
-        """How many requests may be in flight at any time."""
+        """The most requests that may be in flight at any time."""
         return self.in_flight if self.bounds is None else self.bounds.most
 
 
@@ -57,10 +58,10 @@ class RequestWindow:
     """Opens and closes for one request after the other.
 
     Args:
-        window: How wide it is at first, and whether it follows the engine from then on.
-        most: How many requests may be in flight whatever else is said.
-        care: What the care for the device allows now.
-        waited: Told of each look during a pause, for a wait with a reason is no standstill.
+        window: Initial width, and whether it then follows the engine.
+        most: The most requests that may be in flight, regardless of the width.
+        throttle: Returns the present throttling of the devices.
+        waited: Called at each check during a pause: a wait with a known reason is not a stall.
     """
 
     def __init__(
@@ -82,39 +83,39 @@ class RequestWindow:
 
     @property
     def stop(self) -> str | None:
-        """Why nothing more may be given to the engine; None while it may."""
+        """Why the engine may get nothing more; None while it may."""
         return self._care().stop
 
     @property
     def limit(self) -> int:
         """How many requests may be in flight now; 0 is a pause.
 
-        The device's share of what might be in flight else, so that each step back is one for a
-        device that narrow memory holds back already; only a share of 0 allows none at all.
+        Throttling scales the window that is left after the memory limit, so that it has an effect
+        even on a window that memory narrows. Only a share of 0 pauses the run.
         """
         share = self._care().share
         return max(1, math.floor(share * self.unheld)) if share > 0 else 0
 
     @property
     def unheld(self) -> int:
-        """How many might be in flight now if the care for the device held nothing back."""
+        """How many requests might be in flight now without throttling."""
         return min(self._control.width, self._most())
 
     @property
     def is_paused(self) -> bool:
-        """Whether the care for the device allows none at all."""
+        """Whether throttling allows no request at all."""
         return self._care().share == 0
 
     @property
     def is_curbed(self) -> bool:
-        """Whether something else than the width keeps the window narrow."""
+        """Whether something other than the width keeps the window narrow."""
         return self.limit < self._control.width
 
     def begin(self, figures: Mapping[str, Any]) -> str | None:
-        """Set the width for an engine that has just started, by what it tells of itself.
+        """Set the width for an engine that has just started, from its figures.
 
         Returns:
-            How the width came about; None if it was given.
+            The derivation of the width; None if the width was given.
         """
         if self._window.derive is None:
             return None
@@ -124,7 +125,7 @@ class RequestWindow:
         return str(derived)
 
     def hear(self, figures: EngineMetrics | None, *, in_flight: int, now: float) -> None:
-        """Follow what the engine tells of its work, unless something else keeps it narrow."""
+        """Follow the engine's metrics, unless something else keeps the window narrow."""
         told = None if self.is_curbed else figures
         before = self._control.width
         if self._control.note(told, in_flight=in_flight, settled=self._settled, now=now):
@@ -133,11 +134,11 @@ class RequestWindow:
             self.look_again()
 
     def note_settled(self) -> None:
-        """Take note of an outcome: their rate tells how long the engine takes for one."""
+        """Count an outcome; the rate of outcomes shows how long the engine takes for one."""
         self._settled += 1
 
     async def open(self, taken: Callable[[], int]) -> bool:
-        """Wait until there is room for one more; return False if nothing more may be given."""
+        """Wait until there is room for one more; return False if nothing more may be sent."""
         while self.stop is None:
             self._tell()
             if taken() < self.limit:
@@ -149,11 +150,11 @@ class RequestWindow:
         return False
 
     def look_again(self) -> None:
-        """Wake whoever waits: a request has ended, or the window is wider."""
+        """Wake the waiting feeder: a request has ended, or the window is wider."""
         self._changed.set()
 
     def _tell(self) -> None:
-        """Log once that the care for the device pauses the run, and once that it goes on."""
+        """Log once when throttling pauses the run, and once when the run goes on."""
         share = self._care().share
         if share == 0:
             self._waited()
@@ -168,18 +169,17 @@ class RequestWindow:
 
 #: vLLM updates its metrics with every step; the window need not follow faster than this.
 POLL_SECONDS = 1.0
-#: An engine that tells nothing need not be asked more often than that it lives.
+#: An engine without metrics is polled only to see that it is alive.
 BLIND_SECONDS = 10.0
 
 
 class EnginePoll:
-    """Asks while a window is open, and hands on what was answered.
+    """Polls the engine while a window is open, and passes its metrics on.
 
     Args:
-        engine: Asked by its `measure`.
-        heard: Given the figures, or None if the engine did not answer; what it raises ends the
-            window.
-        most_seconds: Between two questions.
+        engine: Polled by `measure`.
+        heard: Called with the metrics, or None without an answer; its exceptions end the window.
+        most_seconds: The longest time between two polls.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class EnginePoll:
 
     @contextlib.asynccontextmanager
     async def polling(self) -> AsyncIterator[None]:
-        """Ask while the body runs; what `heard` raises comes out in a group."""
+        """Poll while the body runs; exceptions of `heard` are raised in a group."""
         async with asyncio.TaskGroup() as group:
             poll = group.create_task(self._poll())
             try:

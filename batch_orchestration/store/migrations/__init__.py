@@ -1,1 +1,1 @@
-"""Numbered SQL files, applied once each in order; an applied one is never edited."""
+"""Numbered SQL files, each applied once, in order; an applied file is never edited."""
