@@ -156,7 +156,7 @@ class Settings(BaseSettings):
     memory_level_retry_seconds: float = Field(
         86_400,
         ge=0,
-        description="Time at a lowered memory level before the next higher one is tried.",
+        description="Seconds on a memory level before the next higher one is tried.",
     )
     breaker_last: int = Field(
         50, ge=1, description="Attempts looked at to tell whether the engine is sick."

@@ -136,7 +136,5 @@ class OomRecovery:
         if not self._trusted or not self._ladder.climb_to_top():
             return False
         self._trusted = False
-        logger.warning(
-            "the engine does not start on its memory level; trying the configured settings"
-        )
+        logger.warning("the engine does not start on its memory level; trying the configured one")
         return True
