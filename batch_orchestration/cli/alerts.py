@@ -1,4 +1,4 @@
-"""`alerts`: which are open, what is still to be sent, and a test of every channel."""
+"""`alerts`: the open alerts, the unsent notifications, and a test of every channel."""
 
 import click
 import msgspec
@@ -26,10 +26,11 @@ _SET_ONE = (
 @click.option("--watch", is_flag=True, help="Until Ctrl-C: tell if Dagster looks for none.")
 @json_option
 def alerts(test: bool, watch: bool, as_json: bool) -> None:
-    """Show the open alerts and what is still to be sent.
+    """Show the open alerts and the notifications that are still to be sent.
 
-    With --test: send one through every channel and say what happened; exit 1 unless all took it.
-    With --watch: tell through every channel if Dagster's daemon is dead, which cannot do so itself.
+    With --test: send a test alert through every channel and print the results; exit 1 unless all
+    accept it. With --watch: send an alert through every channel if Dagster's daemon is dead, which
+    cannot do so itself.
     """
     context = open_context()
     if watch and (test or as_json):
@@ -71,7 +72,7 @@ def _watch(context: Context) -> None:
         try:
             for text in watchdog.look(context.clock()).lines():
                 say(text)
-        except (BatchOrchestrationError, OSError) as error:  # it is no reason to stop watching
+        except (BatchOrchestrationError, OSError) as error:  # a failed check does not end the watch
             say(f"cannot look: {error}", err=True)
         try:
             context.sleep(LOOK_SECONDS)

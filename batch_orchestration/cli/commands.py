@@ -1,4 +1,4 @@
-"""The commands. Each reads its arguments, asks a service, and prints a table or JSON."""
+"""The commands. Each reads its arguments, calls a service, and prints a table or JSON."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ main.add_command(metrics)
 @click.option("--live", is_flag=True, help="Keep showing the board until Ctrl-C.")
 @json_option
 def status(batch_id: str | None, live: bool, as_json: bool) -> None:
-    """Show all batches and what waits in the inbox, or one BATCH in full."""
+    """Show all batches and the files waiting in the inbox, or one BATCH in full."""
     context = open_context()
     if live and (as_json or batch_id is not None):
         raise click.UsageError("--live shows the whole board; for one batch: watch BATCH")
@@ -91,11 +91,11 @@ def status(batch_id: str | None, live: bool, as_json: bool) -> None:
 @click.argument("sql")
 @json_option
 def query(sql: str, as_json: bool) -> None:
-    """Ask the store by SQL, read-only; tables: batches, chunks, results, failed_requests.
+    """Query the store with read-only SQL; tables: batches, chunks, results, failed_requests.
 
-    And their histories: batch_events, dead_letter_events. The view request_outcomes has both
-    answered and failed requests, with their status. Of estimates: estimates, benchmarks,
-    answered_requests, engine_facts.
+    Histories: batch_events, dead_letter_events. The view request_outcomes has all answered and
+    failed requests with their status. Estimates: estimates, benchmarks, answered_requests,
+    engine_facts.
     """
     context = open_context()
     columns, rows = context.store.query(sql)
@@ -108,7 +108,7 @@ def query(sql: str, as_json: bool) -> None:
 @main.command()
 @json_option
 def config(as_json: bool) -> None:
-    """Print every setting, its value, and where that came from."""
+    """Print every setting with its value and its source."""
     context = open_context()
     rows = settings_in_force(context.settings)
     if as_json:

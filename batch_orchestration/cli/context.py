@@ -1,4 +1,4 @@
-"""What every command needs: settings, folder, store, and errors turned into exit codes."""
+"""Shared by all commands: settings, folder, store, and exceptions turned into exit codes."""
 
 import logging
 import os
@@ -21,35 +21,35 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.settings import PREFIX, Settings, load_settings
 from batch_orchestration.store.store import Store
 
-#: A person waits for the answer: say soon that the store is locked, and by whom.
+#: A person waits for the answer, so a locked store is reported soon, with its holder.
 STORE_DEADLINE_SECONDS = 3.0
 
-#: Columns of tables that go into a file or a pipe.
+#: Width of tables written to a file or a pipe.
 PIPED_WIDTH = 200
-#: pydantic-settings names the field in prose, and only there.
+#: pydantic-settings names the field only in the text of the error.
 _UNPARSED_FIELD = re.compile(r'error parsing value for field "(\w+)"')
 
-#: For somebody who is not in the group.
+#: Shown to a user outside the group.
 WHO_MAY = "The data folder is for its owner and its group (docs/operations.md, who may do what)"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SettingsRefused(click.ClickException):
-    """Settings cannot be used: the mistake is in how we were called."""
+    """The settings are invalid: a mistake in how the command was called."""
 
     exit_code = 2
 
 
 class Commands(click.Group):
-    """A group whose commands fail with a sentence and exit code 1, not with a traceback."""
+    """A group whose commands fail with a message and exit code 1 instead of a traceback."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command that was asked for."""
+        """Run the requested command."""
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            vars(error)["message"] = visible(error.message)  # of its own class, with its context
+            vars(error)["message"] = visible(error.message)  # the error keeps its class and context
             raise
         except BatchOrchestrationError as error:
             raise click.ClickException(visible(str(error))) from error
@@ -65,9 +65,8 @@ class Context:
     """The deployment that a command works on.
 
     Attributes:
-        clock: POSIX seconds.
-        monotonic: Seconds of a clock that nobody sets.
-        sleep: Waits so many seconds; watching is made of it.
+        monotonic: Monotonic seconds.
+        sleep: Waits this many seconds; polling commands use it.
     """
 
     settings: Settings
@@ -80,15 +79,15 @@ class Context:
 
 
 def open_context() -> Context:
-    """Return the context that the command was called with, else that of the environment.
+    """Return the context passed to the command, or one built from the environment.
 
     Raises:
-        SettingsRefused: A setting cannot be used.
+        SettingsRefused: A setting is invalid.
     """
     given = click.get_current_context(silent=True)
     if given and isinstance(given.obj, Context):
         return given.obj
-    # Waiting for the store is logged for services; commands say it themselves.
+    # Services log that they wait for the store; commands report it themselves.
     logging.getLogger("batch_orchestration").addHandler(logging.NullHandler())
     settings = settings_or_refusal()
     folder = DataFolder(settings.data_dir)
@@ -98,7 +97,7 @@ def open_context() -> Context:
 
 def _console() -> Console:
     console = VisibleConsole()
-    # rich takes 80 columns where there is no terminal; ids must not be folded there.
+    # Without a terminal, rich assumes 80 columns, which would fold ids.
     return console if console.is_terminal else VisibleConsole(width=max(console.width, PIPED_WIDTH))
 
 
@@ -106,7 +105,7 @@ def settings_or_refusal() -> Settings:
     """Read the settings.
 
     Raises:
-        SettingsRefused: With a line for each that cannot be used.
+        SettingsRefused: Settings are invalid; the message has a line for each of them.
     """
     try:
         return load_settings()
@@ -119,7 +118,7 @@ def settings_or_refusal() -> Settings:
 
 
 def person() -> str:
-    """Return who runs the command, for histories."""
+    """Return the name of the user who runs the command, for histories."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
@@ -132,7 +131,7 @@ def json_option(command: F) -> F:
 
 
 def print_json(value: object, *, lines: bool = False) -> None:
-    """Print a value as JSON, indented for people unless it is one of several `lines`."""
+    """Print a value as JSON: indented, or on one line if it is one of several `lines`."""
     encoded = msgspec.json.encode(value, enc_hook=str)
     if not lines:
         encoded = msgspec.json.format(encoded, indent=2)
@@ -141,7 +140,7 @@ def print_json(value: object, *, lines: bool = False) -> None:
 
 
 def _complaints(error: ValidationError) -> Sequence[str]:
-    # The values are left out: one of them may be a secret.
+    # Values are left out: one of them may be a secret.
     return [
         f"{_variable(detail['loc'])}: {detail['msg'].removeprefix('Value error, ')}"
         for detail in error.errors(include_input=False, include_url=False)

@@ -1,4 +1,4 @@
-"""`failures`, `replay` and `discard`: what people do about failed requests."""
+"""`failures`, `replay` and `discard`: the commands for failed requests."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def selecting(command: F) -> F:
-    """Add what selects failed requests."""
+    """Add the options that select failed requests."""
     for option in (
         click.option(
             "--custom-id", "custom_ids", multiple=True, help="Only this request; repeatable."
@@ -87,8 +87,8 @@ def failures(
 ) -> None:
     """List the failed requests of BATCH in input order, with codes and messages.
 
-    While the batch runs, these are the ones in chunks that are committed already. Those that a
-    replay has answered are listed with --state resolved.
+    While the batch runs, only failures in committed chunks are listed. Failures that a replay has
+    answered are listed with --state resolved.
     """
     context = open_context()
     context.folder.read_plan(batch_id)
@@ -140,10 +140,10 @@ def replay(
 ) -> None:
     """Send failed requests of BATCH to the engine again; answers move to its output file.
 
-    This command only asks for it, and Dagster runs it (`replay_sensor`, job
+    This command only records the replay, and Dagster runs it (`replay_sensor`, job
     `replay_failed_requests`): two engines on one device would take each other's memory, and only
-    Dagster's pool `gpu` knows whether the device is free. The request is kept on disk, so it does
-    not matter whether Dagster runs now.
+    Dagster's pool `gpu` knows whether the device is free. The replay is kept on disk, so Dagster
+    need not be running now.
     """
     context = open_context()
     given = {"max_tokens": max_tokens, "model": model}
@@ -199,7 +199,7 @@ def discard(
     states: tuple[str, ...],
     reason: str,
 ) -> None:
-    """Give up failed requests of BATCH: they stay in its error file, but need nobody any more.
+    """Give up failed requests of BATCH: they stay in its error file and need no further action.
 
     Exit 1 if a replay is at work on some of them.
     """

@@ -1,4 +1,4 @@
-"""`estimates`: how good the estimates of the last batches were."""
+"""`estimates`: how accurate the estimates of the last batches were."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ from batch_orchestration.estimates.tables import EstimateTables
 )
 @json_option
 def estimates(last: int, as_json: bool) -> None:
-    """Show estimates of the last batches beside what they took, and how good they were."""
+    """Show the estimates of the last batches beside the actual values, and their accuracy."""
     context = open_context()
     scores = EstimateTables(context.store).scores(limit=last) if context.store.exists else []
     if as_json:

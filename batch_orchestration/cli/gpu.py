@@ -1,4 +1,4 @@
-"""`gpu`: what the devices report, and whether an engine may be started on them."""
+"""`gpu`: the readings of the devices, and whether an engine may be started on them."""
 
 import click
 import msgspec
@@ -20,10 +20,9 @@ _NONE = "-"
 def gpu(uuid: str | None, as_json: bool) -> None:
     """Show the GPUs, and whether an engine may be started on them; exit 1 if not.
 
-    The verdict is that of the gate before each start of vLLM on BATCH_DEVICE=cuda.
-
-    A device that had a fault is fenced: nothing is started on it until it is seen to have
-    recovered, or until --clear. Who cleared it is kept in the data folder, `fences/cleared`.
+    The verdict is that of the gate before each start of vLLM on BATCH_DEVICE=cuda. A device that
+    had a fault is fenced: no engine is started on it until it has recovered, or until --clear. The
+    data folder keeps the name of the person who cleared it in `fences/cleared`.
     """
     context = open_context()
     if uuid is not None:

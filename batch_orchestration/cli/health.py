@@ -1,4 +1,4 @@
-"""`health`: whether the deployment is well, and if not, why not and what helps."""
+"""`health`: whether the deployment is healthy; if not, the reasons and the next commands."""
 
 import click
 from rich.table import Table
@@ -10,7 +10,7 @@ from batch_orchestration.core.text import duration
 from batch_orchestration.operations.health.examine import examine_health
 from batch_orchestration.operations.health.report import HealthReport, Level
 
-#: 1 is also what commands that fail exit with: whoever cannot look does not say healthy. 2 is wrong
+#: Commands that fail also exit with 1, so a failed examination never counts as healthy. 2 is wrong
 #: usage everywhere.
 EXIT_CODES = {Level.HEALTHY: 0, Level.DEGRADED: 3, Level.UNHEALTHY: 1}
 _STYLES = {Level.HEALTHY: "green", Level.DEGRADED: "yellow", Level.UNHEALTHY: "bold red"}
@@ -19,10 +19,11 @@ _STYLES = {Level.HEALTHY: "green", Level.DEGRADED: "yellow", Level.UNHEALTHY: "b
 @click.command()
 @json_option
 def health(as_json: bool) -> None:
-    """Say whether all is well: exit code 0 healthy, 3 degraded, 1 unhealthy.
+    """Show whether the deployment is healthy: exit code 0 healthy, 3 degraded, 1 unhealthy.
 
-    Looks at Dagster's daemon, the store, the disk, the queue, the runs, the engine and the GPU;
-    needs none of them. What cannot be looked at is not healthy. Each reason has a next command.
+    Examines Dagster's daemon, the store, the disk, the queue, the runs, the engine and the GPU;
+    needs none of them. A part that cannot be examined is not healthy. Each reason has a next
+    command.
     """
     context = open_context()
     report = examine_health(settings=context.settings, folder=context.folder, now=context.clock())

@@ -1,4 +1,4 @@
-"""`housekeeping`: removes what is old, or says what would go."""
+"""`housekeeping`: removes old data, or lists the data that would be removed."""
 
 import subprocess
 import sys
@@ -20,10 +20,10 @@ from batch_orchestration.operations.housekeeping.clean import (
 )
 from batch_orchestration.operations.housekeeping.retention import cleanup_parts
 
-#: Another process, for only the definitions know Dagster.
+#: These run in another process, because only the definitions import Dagster.
 DAGSTER_PARTS = ("partitions", "runs", "ticks")
 _PROGRAM = [sys.executable, "-m", "batch_orchestration.defs.housekeeping"]
-#: Names of one part that a person is shown; `--json` has all.
+#: Removed names that are shown per part; `--json` has all.
 NAMES_SHOWN = 10
 
 
@@ -32,9 +32,9 @@ NAMES_SHOWN = 10
 @click.option("--part", "parts", multiple=True, help="Only this part; may be given again.")
 @json_option
 def housekeeping(dry_run: bool, parts: Sequence[str], as_json: bool) -> None:
-    """Remove what is older than the settings say, as Dagster does each night.
+    """Remove data that is older than the settings allow, as Dagster does each night.
 
-    Never anything of a batch that has not ended. Partitions and runs are Dagster's: for these,
+    Nothing of a batch that has not ended is removed. Partitions and runs are Dagster's: for these,
     run it where dagster.yaml lies, or with DAGSTER_HOME set.
     """
     context = open_context()

@@ -1,4 +1,4 @@
-"""`cancel` and `resume`: ending a batch early, and going on with it, or with the whole queue."""
+"""`cancel` and `resume`: end a batch early, and resume a batch or the whole queue."""
 
 import click
 
@@ -16,10 +16,10 @@ _reason = click.option("--reason", default="", help="Why; kept in the batch's hi
 @_reason
 @json_option
 def cancel_batch(batch_id: str, reason: str, as_json: bool) -> None:
-    """Stop BATCH: what is answered is delivered, the rest fails as `batch_cancelled`.
+    """Stop BATCH: its answers are delivered, the other requests fail as `batch_cancelled`.
 
-    The run at work on it lets go of its requests within seconds; the files follow. Exit 1 if there
-    is nothing left to cancel.
+    The run at work on it drops its requests within seconds; the files follow. Exit 1 if there is
+    nothing left to cancel.
     """
     context = open_context()
     cancellation = cancel(
@@ -73,10 +73,8 @@ def resume_queue_or_batch(
 ) -> None:
     """Go on with BATCH, which is paused, was cancelled or has expired.
 
-    Only what has no answer is asked.
-
-    Its output files are made anew when everything is answered. Without BATCH, a queue
-    that was paused by `pause` goes on.
+    Only requests without an answer are sent. The output files are written again when every request
+    is answered. Without BATCH, a queue that was paused by `pause` goes on.
     """
     context = open_context()
     if batch_id is None:

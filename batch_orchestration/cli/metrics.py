@@ -1,4 +1,4 @@
-"""`metrics`: everything that Prometheus wants to know, from the data folder alone."""
+"""`metrics`: all metrics for Prometheus, from the data folder alone."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from batch_orchestration.operations.metrics.collector import (
 def metrics(serve: bool, host: str, port: int, textfile: Path | None) -> None:
     """Print the metrics of this deployment in Prometheus's text format, or serve them.
 
-    Neither Dagster nor a GPU is needed: only the data folder is read, and nothing in it is changed.
+    Only the data folder is read, and nothing in it is changed; Dagster and a GPU are not needed.
     """
     if serve and textfile is not None:
         raise click.UsageError("--serve and --textfile exclude each other")

@@ -1,4 +1,4 @@
-"""`pause`, and the live board of `status --live`."""
+"""`pause`, and the live overview of `status --live`."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import Pause
 from batch_orchestration.status.overview import Overview
 
-#: Every look at the store shuts out its writers for a moment.
+#: Each read of the store briefly blocks its writers.
 LOOK_SECONDS = 2.0
 
 
@@ -22,9 +22,10 @@ LOOK_SECONDS = 2.0
 @click.option("--reason", default="", help="For those who wonder; shown wherever the queue is.")
 @json_option
 def pause(reason: str, as_json: bool) -> None:
-    """Pause the whole queue: nothing is admitted, no run is started.
+    """Pause the whole queue: no file is admitted and no run is started.
 
-    Running runs end what they have begun; nothing is lost. `resume` lets the queue go on.
+    Runs at work finish the chunks that they have begun; nothing is lost. `resume` lets the queue go
+    on.
     """
     context = open_context()
     context.folder.create()
@@ -37,7 +38,7 @@ def pause(reason: str, as_json: bool) -> None:
 
 
 def show_live(context: Context, picture: Callable[[], RenderableType]) -> None:
-    """Show a picture anew every two seconds until Ctrl-C; once where there is no terminal."""
+    """Redraw a picture every two seconds until Ctrl-C; without a terminal, print it once."""
     if not context.console.is_terminal:
         context.console.print(picture())
         return
@@ -51,7 +52,7 @@ def show_live(context: Context, picture: Callable[[], RenderableType]) -> None:
 
 
 def board_picture(overview: Overview) -> RenderableType:
-    """Return the board in one piece."""
+    """Return the whole overview as one renderable."""
     if overview.empty:
         return Text("Nothing was dropped yet.")
     problem = overview.store_problem

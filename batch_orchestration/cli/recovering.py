@@ -1,4 +1,4 @@
-"""`recover`: a damaged or missing store is made anew."""
+"""`recover`: rebuilds a damaged or missing store."""
 
 import click
 
@@ -11,7 +11,7 @@ from batch_orchestration.operations import recovery
 @click.option("--force", is_flag=True, help="Although the store is sound.")
 @json_option
 def recover(force: bool, as_json: bool) -> None:
-    """Make the store (batch.duckdb) anew from plans and journals.
+    """Rebuild the store (batch.duckdb) from plans and journals.
 
     The old file is renamed to batch.duckdb.damaged-TIME and never deleted. Runs may go on.
     """

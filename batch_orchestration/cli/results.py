@@ -21,7 +21,7 @@ _EARLY = frozenset({BatchStatus.CANCELLED, BatchStatus.EXPIRED})
 
 
 class Format(StrEnum):
-    """How results are written."""
+    """The formats of results."""
 
     JSONL = "jsonl"
     CSV = "csv"
@@ -59,10 +59,10 @@ def results(
     raw_cells: bool,
     as_json: bool,
 ) -> None:
-    """Print what became of each request of BATCH, in input order, failed ones included.
+    """Print the outcome of each request of BATCH in input order, failures included.
 
-    Works while the batch runs, without disturbing it. What is partial says so on stderr, and with
-    --output and --json in the summary that is printed.
+    Works while the batch runs, without disturbing it. Partial results are reported as such on
+    stderr, and with --output and --json in the printed summary.
     """
     kind = Format(format_)
     if as_json and output is None:
@@ -119,7 +119,7 @@ def _write(
 def _write_lines(finished: FinishedSoFar, file: BinaryIO, context: Context) -> None:
     for request in read_finished(finished, folder=context.folder, store=context.store):
         line = output_line(finished.plan.batch_id, request)
-        # A file gets the bytes as they are; a terminal might obey them.
+        # A file gets the bytes as they are; a terminal could take them for commands.
         file.write(escaped(line.decode(errors="replace")).encode() if file.isatty() else line)
     file.flush()
 

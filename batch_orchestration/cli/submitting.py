@@ -1,4 +1,4 @@
-"""`submit` and `validate`: the author's side of the inbox."""
+"""`submit` and `validate`: the commands for authors of batch files."""
 
 import hashlib
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.status.overview import rejections
 from batch_orchestration.status.views import find_identity
 
-#: A running sensor takes a settled file within a few ticks of five seconds, started ones apart.
+#: A running sensor claims a settled file within a few ticks of five seconds, not counting a tick
+#: already started.
 PATIENCE_SECONDS = 30.0
 LOOK_SECONDS = 1.0
 _BLOCK_BYTES = 2**20
@@ -61,7 +62,7 @@ def submit(
 ) -> None:
     """Put a copy of FILE into the inbox.
 
-    What is given here wins over a side-car (NAME.meta.json) beside FILE.
+    Options given here override a side-car (NAME.meta.json) beside FILE.
     """
     context = open_context()
     given = {
@@ -103,7 +104,7 @@ def validate(file: Path, as_json: bool) -> None:
 
 
 def send(file: Path, options: BatchOptions, context: Context) -> "Submission":
-    """Put a copy of a file into the inbox, unless it is a batch already."""
+    """Put a copy of a file into the inbox, unless the same batch was admitted before."""
     key = content_identity(file, options)
     rejected_before = frozenset(r.rejected_path for r in rejections(context.folder))
     inbox_path, known = None, find_identity(key, folder=context.folder)
@@ -115,11 +116,11 @@ def send(file: Path, options: BatchOptions, context: Context) -> "Submission":
 
 @dataclass(frozen=True)
 class Submission:
-    """A file on its way through the inbox.
+    """A submitted file on its way through the inbox.
 
     Attributes:
-        batch_id: Of the batch that the file will be, or is already.
-        inbox_path: Where the copy was put; None if the same batch was admitted before.
+        batch_id: Of the batch that the file becomes, or already is.
+        inbox_path: Path of the copy; None if the same batch was admitted before.
     """
 
     context: Context
@@ -129,10 +130,10 @@ class Submission:
     rejected_before: frozenset[str]
 
     def wait_until_admitted(self) -> str:
-        """Return the id of the batch, once it is one.
+        """Wait until the file is admitted, and return the batch's id.
 
         Raises:
-            FileRefused: The file was rejected; the message says why and what to do.
+            FileRefused: The file was rejected; the message has the reason and the next step.
         """
         started, reminded = self.context.clock(), False
         while (found := find_identity(self.identity, folder=self.context.folder)) is None:
@@ -201,7 +202,7 @@ def _pairs(metadata: tuple[str, ...]) -> dict[str, str] | None:
 
 
 def content_identity(file: Path, options: BatchOptions) -> str:
-    """Return the identity that a file's batch has, or would have."""
+    """Return the identity of the batch made from this file and these options."""
     digest = hashlib.sha256()
     with open_batch_file(file) as content:
         while block := content.read(_BLOCK_BYTES):

@@ -1,4 +1,4 @@
-"""Tables for people: batches, one batch, failures, settings, query results."""
+"""Tables for the terminal: batches, one batch, failures, settings, query results."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -27,7 +27,7 @@ BAR_WIDTH = 12
 
 
 def batches_table(views: Iterable[BatchStatusView]) -> Table:
-    """Return one row per batch."""
+    """Return a table with one row per batch."""
     table = _table(
         "Batch", "Status", "", "Done", "Failed", "Tokens/s", "ETA", "Priority", "Created"
     )
@@ -48,7 +48,7 @@ def batches_table(views: Iterable[BatchStatusView]) -> Table:
 
 
 def _waits(view: BatchStatusView) -> str:
-    """Return for what requests of a batch wait, and for how long still; empty if none does."""
+    """Return the reason why requests of a batch wait, and the time left; empty if none waits."""
     if view.live is None or view.live.waiting is None:
         return ""
     wait = view.live.waiting
@@ -57,7 +57,7 @@ def _waits(view: BatchStatusView) -> str:
 
 
 def board_tables(overview: Overview) -> Iterator[RenderableType]:
-    """Yield a table for each part of the board that is not empty."""
+    """Yield a table for each part of the overview that is not empty."""
     if overview.queue and (paused := pause_line(overview.queue)):
         yield Text(paused, style="bold")
     if overview.batches:
@@ -86,7 +86,7 @@ def board_tables(overview: Overview) -> Iterator[RenderableType]:
 
 
 def queue_table(view: QueueView) -> Table:
-    """Return one row per entry of the queue, in the order of service."""
+    """Return a table with one row per queue entry, in the order of service."""
     table = _table(*COLUMNS)
     for row in queue_rows(view):
         table.add_row(*(Text(cell) for cell in row))
@@ -99,7 +99,7 @@ def batch_details(
     events: Sequence[BatchEvent],
     estimate: Estimate | None = None,
 ) -> RenderableType:
-    """Return all that is known about one batch."""
+    """Return all details of one batch."""
     simulated = view.engine == SIMULATED
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -141,7 +141,7 @@ def batch_details(
 
 
 def events_table(events: Iterable[BatchEvent]) -> Table:
-    """Return one row per status that a batch was in."""
+    """Return a table with one row per status that a batch was in."""
     table = _table("Since", "Status", "By", "Why")
     for event in events:
         table.add_row(
@@ -151,7 +151,7 @@ def events_table(events: Iterable[BatchEvent]) -> Table:
 
 
 def failures_table(failures: Iterable[DeadLetter]) -> Table:
-    """Return one row per failed request."""
+    """Return a table with one row per failed request."""
     table = _table("Line", "custom_id", "Code", "HTTP", "Attempts", "State", "Message")
     for letter in failures:
         request, failure = letter.request, letter.request.outcome
@@ -169,7 +169,7 @@ def failures_table(failures: Iterable[DeadLetter]) -> Table:
 
 
 def print_validation(console: Console, report: ValidationReport) -> None:
-    """Print what admission would say of a file."""
+    """Print the result of validating a file."""
     if report.faults:
         table = _table("Line", "custom_id", "Code", "What is wrong")
         for fault in report.faults:
@@ -191,7 +191,7 @@ def print_validation(console: Console, report: ValidationReport) -> None:
 
 
 def settings_table(settings: Iterable[SettingInForce]) -> Table:
-    """Return one row per setting."""
+    """Return a table with one row per setting."""
     table = _table("Setting", "Value", "From", "What it is")
     table.columns[0].no_wrap = True
     for setting in settings:
@@ -206,7 +206,7 @@ def settings_table(settings: Iterable[SettingInForce]) -> Table:
 
 
 def query_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Return a query's result."""
+    """Return a query's result as a table."""
     table = _table(*columns)
     for row in rows:
         table.add_row(*(Text("" if value is None else str(value)) for value in row))
@@ -214,12 +214,12 @@ def query_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Tab
 
 
 def moment(posix_seconds: float) -> str:
-    """Return a time for people, in their time zone."""
+    """Format a time in the user's time zone."""
     return datetime.fromtimestamp(posix_seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def shortened(text: str) -> str:
-    """Return the text on one line, cut where it becomes too much for a table."""
+    """Return the text on one line, cut at `MESSAGE_LENGTH`."""
     flat = " ".join(text.split())
     return flat if len(flat) <= MESSAGE_LENGTH else flat[: MESSAGE_LENGTH - 1] + "…"
 

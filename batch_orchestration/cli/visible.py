@@ -1,7 +1,7 @@
-"""Text of others on a terminal: what would command it, or turn its lines around, is made visible.
+"""Untrusted text on a terminal: characters that control it or reverse its lines are made visible.
 
-A custom_id, an engine's message or a file's name can hold any character. Nothing reaches the
-terminal but by `say`, by `VisibleConsole` and by `print_json`.
+A custom_id, an engine's message or a file's name can hold any character. Text reaches the terminal
+only through `say`, `VisibleConsole` and `print_json`.
 """
 
 import re
@@ -11,7 +11,7 @@ import click
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-#: Controls (C0 but tab and newline, DEL, C1), marks of direction, halves of pairs, invisible tags.
+#: Controls (C0 but tab and newline, DEL, C1), direction marks, lone surrogates, invisible tags.
 _COMMANDING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -21,27 +21,27 @@ _DEL, _DEL_PICTURE = 0x7F, "\u2421"
 
 
 def visible(text: str) -> str:
-    """Return text whose every character is shown: ESC as its picture, others by their number."""
+    """Return text with every character visible: C0 and DEL as pictures, the others as escapes."""
     return _COMMANDING.sub(_picture, text)
 
 
 def escaped(json: str) -> str:
-    """Return JSON in which the same characters are escapes; what it says is unchanged."""
+    """Return equivalent JSON in which the same characters are escaped."""
     return _COMMANDING.sub(_escape, json)
 
 
 def say(message: str = "", *, err: bool = False, nl: bool = True) -> None:
-    """Print a message."""
+    """Print a message, with every character visible."""
     click.echo(visible(message), err=err, nl=nl)
 
 
 class VisibleConsole(Console):
-    """A console that sends no command but its own."""
+    """A console that sends only its own control sequences."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Yield what is shown; rich's own commands are segments of another kind."""
+        """Yield the segments with visible text; rich's own control segments pass unchanged."""
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment

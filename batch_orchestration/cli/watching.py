@@ -1,4 +1,4 @@
-"""Following a batch: looking at it again and again, and showing what changed."""
+"""Following a batch: polls it and shows the changes."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import Wait
 
 LOOK_SECONDS = 1.0
-#: Every look at the store shuts out its writers for a moment; progress files shut out nobody.
+#: Each read of the store briefly blocks its writers; reading a progress file blocks nothing.
 STORE_SECONDS = 4.0
 #: Between two lines where there is no terminal to draw on.
 LINE_SECONDS = 5.0
@@ -37,13 +37,13 @@ Show = Callable[[BatchStatusView], None]
 def watch_batch(batch_id: str, as_json: bool) -> None:
     """Show the progress of BATCH until it ends; exit 0 if it is completed, else 1.
 
-    Stopping to watch does not stop the batch. With --json, one line of JSON per look.
+    Interrupting this command does not stop the batch. With --json, each poll prints a line of JSON.
     """
     finish(follow_shown(batch_id, open_context(), as_json=as_json), as_json=as_json)
 
 
 def follow_shown(batch_id: str, context: Context, *, as_json: bool = False) -> BatchStatusView:
-    """Follow a batch on the terminal, or as JSON lines; return how it ended."""
+    """Follow a batch on the terminal, or as JSON lines; return its final view."""
 
     def look(show: Show) -> BatchStatusView:
         return follow(
@@ -62,10 +62,10 @@ def follow_shown(batch_id: str, context: Context, *, as_json: bool = False) -> B
 
 
 def finish(view: BatchStatusView, *, as_json: bool) -> None:
-    """Say where the files are, and end the command as the batch ended.
+    """Print the paths of the output files, and end the command with the batch's result.
 
     Raises:
-        ClickException: It is not completed.
+        ClickException: The batch is not completed.
     """
     if view.output_file and not as_json:
         say(f"Output: {view.output_file}\nErrors: {view.error_file}")
@@ -91,7 +91,7 @@ def follow(
     clock: Callable[[], float],
     sleep: Callable[[float], None],
 ) -> BatchStatusView:
-    """Show a batch until nothing more happens to it; return how it ended.
+    """Show a batch until it has ended; return its final view.
 
     Raises:
         BatchNotFound: There is no such batch.
@@ -99,7 +99,7 @@ def follow(
     view = view_batch(batch_id, folder=folder, store=store, now=clock())
     store_asked_at = clock()
     show(view)
-    # Without the store, `final` is a guess.
+    # Without the store, `final` is only a guess.
     while not view.final or view.store_problem:
         sleep(LOOK_SECONDS)
         if clock() - store_asked_at >= STORE_SECONDS:
@@ -113,7 +113,7 @@ def follow(
 
 @contextlib.contextmanager
 def display(console: Console, *, clock: Callable[[], float]) -> Iterator[Show]:
-    """Hand out what shows a view: a live bar on a terminal, else a line every few seconds."""
+    """Yield the function that shows a view: a live bar on a terminal, else periodic lines."""
     if console.is_terminal:
         with Live(console=console, refresh_per_second=4) as live:
             yield lambda view: live.update(live_panel(view))
@@ -122,7 +122,7 @@ def display(console: Console, *, clock: Callable[[], float]) -> Iterator[Show]:
 
 
 def live_panel(view: BatchStatusView) -> RenderableType:
-    """Return the live picture of a batch: what it does, how far it is, how fast."""
+    """Return the live picture of a batch: its activity, its progress and its rates."""
     bar = Table.grid(padding=(0, 1), expand=True)
     bar.add_column(ratio=1)
     bar.add_column(no_wrap=True)
@@ -141,7 +141,7 @@ def live_panel(view: BatchStatusView) -> RenderableType:
 
 
 def halt_lines(view: BatchStatusView) -> list[str]:
-    """Return examples of what fails in a batch that is paused, and what a person may do."""
+    """Return examples of the failures of a paused batch, and the next step."""
     if view.halt is None:
         return []
     examples = [f"{one.custom_id}: {one.code}: {one.message}" for one in view.halt.examples]
@@ -149,7 +149,7 @@ def halt_lines(view: BatchStatusView) -> list[str]:
 
 
 def describe(view: BatchStatusView) -> str:
-    """Return in a few words what happens to a batch now."""
+    """Return the present activity of a batch in a few words."""
     if view.final:
         return str(view.status)
     if view.closing:
@@ -171,13 +171,13 @@ def describe(view: BatchStatusView) -> str:
 
 
 def waiting(wait: Wait) -> str:
-    """Return how many requests wait at the engine's wish, and when the first goes on."""
+    """Return how many requests the engine has asked to wait, and when the first continues."""
     until = datetime.fromtimestamp(wait.until).astimezone()
     return f"{wait.requests:,} wait at the engine's wish, the first until {until:%H:%M:%S}"
 
 
 def figures(view: BatchStatusView) -> list[str]:
-    """Return failures, and of a run that is at work its rates and when it will be done."""
+    """Return the number of failures, and of a run at work its rates and ETA."""
     texts = [f"{view.failed:,} failed"]
     if view.live and (view.live.in_flight or view.live.requests_per_second):
         texts += [
@@ -192,7 +192,7 @@ def figures(view: BatchStatusView) -> list[str]:
 
 
 def eta(view: BatchStatusView) -> str:
-    """Return when the batch will be done, as a duration; `?` while nobody knows."""
+    """Return the time until the batch is done as a duration; `?` if unknown."""
     if view.live is None or view.live.eta_seconds is None:
         return "?"
     seconds = view.live.eta_seconds

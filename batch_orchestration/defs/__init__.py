@@ -4,7 +4,7 @@ import warnings
 
 import dagster as dg
 
-# Backfill policies and partitioned checks are not called stable yet. We know, and each process of
-# a running instance would say so again.
+# Dagster does not call backfill policies and partitioned checks stable yet. Each process of a
+# running instance would repeat the warning.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
 warnings.filterwarnings("ignore", category=dg.PreviewWarning)

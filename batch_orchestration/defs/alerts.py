@@ -15,9 +15,9 @@ INTERVAL_SECONDS = 30
 
 
 class AlertsResource(dg.ConfigurableResource):
-    """Where alerts go, besides the log, which always has them.
+    """The alert channels; the log always receives every alert.
 
-    Shows that a secret is set, never which.
+    The fields show whether a secret is set, never its value.
     """
 
     webhook: bool = Field(description="Whether BATCH_ALERT_WEBHOOK_URL is set.")
@@ -27,7 +27,7 @@ class AlertsResource(dg.ConfigurableResource):
 
     @classmethod
     def of(cls, settings: Settings) -> "AlertsResource":
-        """Return the resource that the settings describe."""
+        """Return the resource for these settings."""
         return cls(
             webhook=bool(settings.alert_webhook_url.get_secret_value()),
             email_to=settings.alert_email_to,
@@ -53,7 +53,7 @@ class AlertsResource(dg.ConfigurableResource):
 def alert_sensor(
     context: dg.SensorEvaluationContext, settings: SettingsResource, alerts: AlertsResource
 ) -> dg.SkipReason:
-    """Observe once, and send what is due; the only writer of `alerts.json`."""
+    """Run one alert cycle; this sensor is the only writer of `alerts.json`."""
     try:
         cycle = run_alert_cycle(
             settings=settings,

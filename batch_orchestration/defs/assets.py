@@ -1,4 +1,4 @@
-"""Assets: what a batch leaves behind, from the admitted file to the delivered answers."""
+"""Assets: the products of a batch, from the admitted file to the delivered answers."""
 
 import contextlib
 import time
@@ -64,8 +64,8 @@ from batch_orchestration.workers.vitals import RunVitals
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
 CHUNKS_PER_BACKFILL_RUN = 200
-#: For lineage only: Dagster would otherwise look for the same key in both sets of partitions, and
-#: refuse backfills because it is not there.
+#: For lineage only: Dagster would otherwise look for the same key in both partition sets and, not
+#: finding it, refuse backfills.
 ACROSS_SETS = dg.AllPartitionMapping()
 
 batch_manifest = dg.AssetSpec(
@@ -84,7 +84,7 @@ batch_manifest = dg.AssetSpec(
 
 
 class ChunkRunConfig(dg.Config):
-    """How the chunks of a run are answered."""
+    """Options for answering the chunks of a run."""
 
     force: bool = Field(
         False,
@@ -102,7 +102,7 @@ class ChunkRunConfig(dg.Config):
     kinds={"vllm", "duckdb"},
     pool="gpu",
     backfill_policy=dg.BackfillPolicy.multi_run(CHUNKS_PER_BACKFILL_RUN),
-    # Each chunk is reported when it is committed; an output would report all of them at the end.
+    # Each chunk is reported at its commit; an output would report all of them at the end.
     output_required=False,
 )
 def chunk_results(
@@ -113,17 +113,17 @@ def chunk_results(
 ) -> Iterator[dg.MaterializeResult[None]]:
     """**Answers and failures of one chunk of requests**, committed to DuckDB.
 
-    A chunk has about a minute's work of them, or 1,000 where the engine was never measured, unless
-    `BATCH_REQUESTS_PER_CHUNK` says otherwise.
+    A chunk holds about a minute's work, or 1,000 requests if the engine was never measured, unless
+    `BATCH_REQUESTS_PER_CHUNK` sets another size.
 
-    A partition is green once every one of its requests has an outcome, failed ones included; it
-    turns green the moment it is committed, not when its run ends. Failed requests are rows of
-    `failed_requests` (`python -m batch_orchestration failures BATCH`), never a failed chunk.
+    A partition is green once each of its requests has an outcome, failures included; it turns green
+    at its commit, not when its run ends. Failed requests are rows of `failed_requests`
+    (`python -m batch_orchestration failures BATCH`), never a failed chunk.
 
-    **If a partition is red or missing**, its run ended before it was done: nothing is lost, every
-    answer so far is in the journal. `dispatch_sensor` starts it again by itself; after three
-    failures it waits for you and its ticks say why. Materializing any selection of partitions is
-    always safe: what has an outcome is not asked again.
+    **If a partition is red or missing**, its run ended before the chunk was done. Nothing is lost:
+    every answer so far is in the journal. `dispatch_sensor` starts it again by itself; after three
+    failures it waits for you, and its ticks give the reason. Materializing any selection of
+    partitions is always safe: requests with an outcome are not sent again.
     """
     force, present = config.force, gpu.in_force(settings)
     selection = _selection(context)
@@ -143,7 +143,7 @@ def chunk_results(
             throttle=sampler.throttle,
         )
         commits = _with_samples(commits, sampler, sample_taker(present))
-        # Closed at once when the run is terminated, so that the journals are flushed.
+        # Closed at once if the run is terminated, so that the journals are flushed.
         with contextlib.closing(commits):
             present_hash = settings_hash(present.answer_settings())
             sizes = partial(_sizes, gpu.sizing, sampler.vitals)
@@ -167,10 +167,10 @@ def _say_paused(
     *,
     by_person: bool,
 ) -> None:
-    """Say which of the batches are paused.
+    """Log which of the batches are paused.
 
-    A person who asked for partitions of such a batch is refused, once the others are done; a run
-    that `dispatch_sensor` asked for before ends well, for nothing failed.
+    If a person launched the run, a batch that was paused before fails it once the other batches are
+    done. A run that `dispatch_sensor` launched before the pause ends well, because nothing failed.
     """
     refused = []
     for batch_id in batch_ids:
@@ -186,7 +186,7 @@ def _say_paused(
 def _with_samples(
     commits: Generator[CommittedChunk, None, None], sampler: RunSampler, taker: SampleTaker
 ) -> Generator[CommittedChunk, None, None]:
-    """Hand on each commit, and take in what the devices did meanwhile: beside the feed."""
+    """Pass on each commit, then store the device samples taken meanwhile, off the feed's path."""
     with contextlib.closing(commits):
         for commit in commits:
             yield commit
@@ -195,15 +195,15 @@ def _with_samples(
 
 
 def _sizes(sizing: Sizing, vitals: RunVitals) -> Metadata:
-    """Return how wide the window is now, and how that and the engine's sizes were derived."""
+    """Return the present window, and the derivations of the window and of the engine's sizes."""
     return sizes_metadata(vitals.window, [*map(str, sizing.derived), vitals.derivation])
 
 
 def _selection(context: dg.AssetExecutionContext) -> dict[str, list[int]]:
     """Return chunk numbers by batch.
 
-    A range is a slice of all keys in the order of insertion; of a run that belongs to a batch only
-    the batch's own keys count.
+    A range is a slice of all keys in insertion order. In a run that belongs to a batch, only the
+    batch's own keys count.
     """
     only = context.run.tags.get(BATCH_TAG)
     selection: dict[str, list[int]] = {}
@@ -222,10 +222,10 @@ def _report(
     *,
     settings: Settings,
 ) -> None:
-    """Tell Dagster of each chunk the moment it is committed.
+    """Report each chunk to Dagster at its commit.
 
-    Also of those that an earlier run committed: Dagster planned them anew and would otherwise call
-    them failed.
+    Chunks that an earlier run committed are reported too: Dagster planned them again and would
+    otherwise call them failed.
     """
     try:
         for commit in commits:
@@ -240,11 +240,12 @@ def _report(
         ask_person(context.instance, context.run.run_id, str(error))
         raise dg.Failure(description=str(error), allow_retries=False) from error
     except GpuUnhealthy as unhealthy:
-        # Not a failure: what was asked is answered. `dispatch_sensor` waits until it is well.
+        # Not a failure: every request sent is answered. `dispatch_sensor` waits for a healthy
+        # device.
         mark_unfit(context.instance, context.run.run_id)
         context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: the batch waits: {unhealthy}")
     except EngineRefusesUs as refused:
-        # Nor is this: no request has paid for it.
+        # Not a failure either: the refusal has cost no request an attempt.
         wait_for_the_gate(context, refused, settings)
     except (EngineError, StorageError) as error:
         raise retry_step(context.op_execution_context) from error
@@ -262,18 +263,18 @@ def batch_output(
 ) -> dg.MaterializeResult[None]:
     """**The delivered files of a batch**: `output.jsonl`, `errors.jsonl` and a report.
 
-    Written to `outbox/<batch>` when every request has an outcome, whole or not at all, in the
-    order of the input. Materializing it again writes the same files.
+    Written to `outbox/<batch>` when every request has an outcome, whole or not at all, in the order
+    of the input. Materializing it again writes the same files.
 
-    Materialized while the batch is not finished, it writes what is there so far to
+    If the batch is unfinished, materializing it writes the outcomes so far to
     `output.partial.jsonl` and `errors.partial.jsonl`, marked by `partial` in the metadata. The
-    batch goes on undisturbed, and its delivery removes them.
+    batch continues undisturbed, and its delivery removes the partial files.
 
-    Of a batch that was cancelled or has expired, requests without an answer are lines of
-    `errors.jsonl`; `resume BATCH` asks them after all, and the files are made anew.
+    If the batch was cancelled or has expired, requests without an answer are lines of
+    `errors.jsonl`; `resume BATCH` sends them after all, and the files are written again.
 
     **If it failed**, nothing is lost: the answers are in DuckDB. Usually the outbox is full or not
-    writable; mend that and materialize this partition.
+    writable; fix that and materialize this partition.
     """
     batch_id = context.partition_key
     report_phase("delivering", batch_id)
@@ -299,9 +300,10 @@ def batch_output(
 
 
 def _report_lost(context: dg.AssetExecutionContext, plan: BatchPlan, store: Store) -> None:
-    """Make green what is committed: whose run was killed in between may have been another batch's.
+    """Report the committed chunks that Dagster does not know.
 
-    The runs of the batch itself report all of their chunks whenever they are started again.
+    Their run may have belonged to another batch and been killed before it could report them. The
+    batch's own runs report all of their chunks whenever they are started again.
     """
     reports = store.chunk_reports(plan.batch_id)
     known = context.instance.get_materialized_partitions(chunk_results.key)

@@ -1,4 +1,4 @@
-"""The job that measures the engine, so that the first batch has an estimate of its time, too."""
+"""The job that measures the engine, so that even the first batch has a time estimate."""
 
 import asyncio
 import time
@@ -17,7 +17,10 @@ from batch_orchestration.workers.vitals import MARGIN_SECONDS, WORK_SECONDS
 
 
 class CalibrationConfig(dg.Config):
-    """How much is measured; the defaults take a GPU less than a minute, two CPU cores a few."""
+    """The extent of the measurement.
+
+    The defaults take less than a minute on a GPU and a few minutes on two CPU cores.
+    """
 
     requests: int = Field(
         32, ge=1, le=1000, description="Of each round that keeps the engine busy."
@@ -34,14 +37,14 @@ def measure_engine(
     gpu: GpuResource,
     settings: SettingsResource,
 ) -> None:
-    """Ask the engine made-up prompts of two lengths and keep what they cost in `benchmarks`."""
+    """Send made-up prompts of two lengths to the engine and keep their cost in `benchmarks`."""
     present = gpu.in_force(settings)
     late = present.engine_start_timeout_seconds + MARGIN_SECONDS
     report_phase("starting engine", patience_seconds=max(late, WORK_SECONDS))
     store, in_force = open_store(present), engine_in_force(present)
     engine = gpu.for_run(context.run.run_id, present)
     try:
-        # It is over in minutes: a fault of the device only keeps the next run from it.
+        # The run ends within minutes, so a device fault only keeps the next run from starting.
         with gpu.sampling(context.run.run_id, present):
             report = asyncio.run(
                 calibrate(
@@ -61,7 +64,7 @@ def measure_engine(
 
 @dg.job
 def benchmark_engine() -> None:
-    """Measure the engine for a few minutes: estimates of time rest on it until batches have run.
+    """Measure the engine for a few minutes: time estimates use the result until batches have run.
 
     Launch it once after an installation, and after a change of model, device or engine flags. It
     waits for the device like any other run.

@@ -1,4 +1,4 @@
-"""Asset checks: what must be true of a delivered batch."""
+"""Asset checks: conditions that a delivered batch must meet."""
 
 from collections.abc import Iterator
 
@@ -18,9 +18,9 @@ def every_request_has_an_outcome(
 ) -> dg.AssetCheckResult:
     """Each request of the batch has exactly one line, in `output.jsonl` or in `errors.jsonl`.
 
-    Counted anew from the files on disk against the plan. Of partial files, only that no request
-    has more than one line. **If it fails**, do not use the files: materialize this partition of
-    `batch_output` again; if it still fails, that is a bug.
+    The files on disk are recounted against the plan. Partial files pass if no request has more than
+    one line. **If it fails**, do not use the files: materialize this partition of `batch_output`
+    again; if it still fails, that is a bug.
     """
     return _accounts(_recount(context.partition_key, settings))
 
@@ -48,7 +48,7 @@ def failure_rate_within_budget(
 ) -> dg.AssetCheckResult:
     """No more requests failed than the setting `BATCH_FAILURE_BUDGET` allows.
 
-    Requests that a cancelled or expired batch left unasked are no failures.
+    Requests that a cancelled or expired batch left unsent do not count as failures.
 
     **If it warns**, look at the failures by code in the batch's report, or run
     `python -m batch_orchestration failures BATCH`.
@@ -57,7 +57,7 @@ def failure_rate_within_budget(
 
 
 def check_again(batch_id: str, settings: Settings) -> Iterator[dg.AssetCheckEvaluation]:
-    """Yield what both checks say now, for a run that changed the files without their asset."""
+    """Yield the present results of both checks, for a run that changed the files itself."""
     counts = _recount(batch_id, settings)
     for check, result in (
         (every_request_has_an_outcome, _accounts(counts)),

@@ -1,4 +1,4 @@
-"""What Dagster is told: the events about batches and chunks, with figures that plot."""
+"""Events about batches and chunks that Dagster receives, with metadata that plots."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ FAILURE_CHECK = "failure_rate_within_budget"
 def manifest_materialization(
     plan: BatchPlan, input_file: Path, estimate: Estimate | None = None
 ) -> dg.AssetMaterialization:
-    """Say that a batch was admitted, with what was found in its file."""
+    """Return the event of a batch's admission, with the figures of its file."""
     metadata: Metadata = {
         "requests": plan.requests,
         "faulty": plan.faulty,
@@ -68,10 +68,10 @@ def _expected(estimate: Estimate) -> Metadata:
 def chunk_materialization(
     key: dg.AssetKey, commit: CommittedChunk, *, settings_hash: str, sizes: Metadata | None = None
 ) -> dg.AssetMaterialization:
-    """Say that a chunk is committed: every one of its requests has an outcome.
+    """Return the event of a committed chunk: each of its requests has an outcome.
 
     Args:
-        sizes: Of the run that tells (`sizes_metadata`).
+        sizes: Of the run that reports it (`sizes_metadata`).
     """
     report = commit.report
     metadata = _chunk_figures(report, settings_hash)
@@ -87,7 +87,7 @@ def chunk_materialization(
 
 
 def sizes_metadata(window: int, derivations: Iterable[str | None]) -> Metadata:
-    """Return how wide a run's window is, which plots, and how its sizes came about."""
+    """Return the width of a run's window, which plots, and the derivations of its sizes."""
     lines = [f"- {line}" for line in derivations if line is not None]
     metadata: Metadata = {"window": window}
     if lines:
@@ -98,7 +98,7 @@ def sizes_metadata(window: int, derivations: Iterable[str | None]) -> Metadata:
 def closed_chunk_materialization(
     key: dg.AssetKey, report: ChunkReport, closing: EarlyEnd, *, plan: BatchPlan
 ) -> dg.AssetMaterialization:
-    """Say that a chunk of a batch that ends early is committed."""
+    """Return the event of a committed chunk whose batch ends early."""
     metadata = _chunk_figures(report, plan.settings_hash)
     metadata |= {"batch_ended": str(closing), "committed_by_run": report.run_id}
     partition = chunk_key(report.batch_id, report.number)
@@ -127,9 +127,9 @@ def _chunk_figures(report: ChunkReport, settings_hash: str) -> Metadata:
 def lost_materializations(
     key: dg.AssetKey, plan: BatchPlan, reports: Iterable[ChunkReport], known: Container[str]
 ) -> Iterator[dg.AssetMaterialization]:
-    """Say of the committed chunks that Dagster does not know of that they are committed.
+    """Yield the events of committed chunks that Dagster does not know.
 
-    They are those that a run served for another batch and was killed before it could tell.
+    Such a chunk was committed by another batch's run that was killed before it could report.
     """
     for report in reports:
         if chunk_key(report.batch_id, report.number) not in known:
@@ -148,7 +148,7 @@ def lost_materializations(
 
 
 def progress_observation(commit: CommittedChunk) -> dg.AssetObservation:
-    """Say how far a batch is: its partition of `batch_manifest` plots it over time."""
+    """Return the progress of a batch, which its partition of `batch_manifest` plots over time."""
     metadata: Metadata = {
         "done": commit.done,
         "total": commit.total,
@@ -167,7 +167,7 @@ def progress_observation(commit: CommittedChunk) -> dg.AssetObservation:
 def halt_events(
     batch_id: str, halt: Halt
 ) -> Iterator[dg.AssetObservation | dg.AssetCheckEvaluation]:
-    """Say that a batch is paused: beside its progress, and in the check of its failures."""
+    """Yield the events of a paused batch: one beside its progress, one in its failure check."""
     examples = [
         dg.TableRecord({"custom_id": one.custom_id or "", "code": one.code, "message": one.message})
         for one in halt.examples
@@ -196,7 +196,7 @@ def halt_events(
 
 
 def output_metadata(report: AssemblyReport) -> Metadata:
-    """Return the figures of a delivered batch."""
+    """Return the metadata of a delivered batch."""
     totals, files = report.totals, report.files
     metadata: Metadata = {
         "partial": False,
@@ -229,7 +229,7 @@ def output_metadata(report: AssemblyReport) -> Metadata:
 
 
 def _kept_figures(kept: Utilization) -> Metadata:
-    """Return what was kept of the engine, and each loss by its name: numbers, which plot."""
+    """Return the utilization of the engine and each loss by name, as numbers, which plot."""
     metadata: Metadata = {
         "utilization": round(kept.fraction, 4),
         "accounted_seconds": round(kept.wall_seconds, 3),
@@ -247,7 +247,7 @@ def _kept_figures(kept: Utilization) -> Metadata:
 
 
 def partial_output_metadata(report: PartialReport) -> Metadata:
-    """Return the figures of what was written of an unfinished batch."""
+    """Return the metadata of the partial files of an unfinished batch."""
     totals, files = report.totals, report.files
     return {
         "partial": True,

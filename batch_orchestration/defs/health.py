@@ -1,4 +1,4 @@
-"""Health in Dagster: a sensor that looks, and an asset check that shows what it found."""
+"""Health in Dagster: a sensor that examines it, and an asset check that shows the findings."""
 
 import time
 
@@ -21,10 +21,10 @@ _CHECK = "deployment_is_healthy"
 def deployment_is_healthy(settings: SettingsResource) -> dg.AssetCheckResult:
     """Daemon, store, disk, queue, runs, engine and GPU are well, and nothing waits for a person.
 
-    `health_sensor` looks every half minute and reports here when that has changed.
+    `health_sensor` looks every half minute and reports changes here.
 
     **If it fails**, each reason comes with the next command; `python -m batch_orchestration health`
-    says the same on a terminal, also while Dagster does not run.
+    prints the same on a terminal, even while Dagster is down.
     """
     report = examine_health(settings=settings, folder=data_folder(settings), now=time.time())
     return dg.AssetCheckResult(
@@ -45,7 +45,7 @@ def deployment_is_healthy(settings: SettingsResource) -> dg.AssetCheckResult:
     ),
 )
 def health_sensor(context: dg.SensorEvaluationContext, settings: SettingsResource) -> dg.SkipReason:
-    """Look, write it down, and tell Dagster if something has changed."""
+    """Examine the health, write the report, and notify Dagster of a change."""
     folder = data_folder(settings)
     report = examine_health(settings=settings, folder=folder, now=time.time())
     try:

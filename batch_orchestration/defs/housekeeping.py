@@ -1,7 +1,7 @@
-"""Housekeeping in Dagster: the job, when it runs, and the same for the command line.
+"""Housekeeping in Dagster: the job, its schedules, and an entry point for the command line.
 
-`python -m batch_orchestration.defs.housekeeping` is what the command `housekeeping` starts for the
-parts that are Dagster's: the command line itself does not know Dagster.
+The command `housekeeping` starts `python -m batch_orchestration.defs.housekeeping` for Dagster's
+parts, because the command line itself does not import Dagster.
 """
 
 import argparse
@@ -30,19 +30,19 @@ from batch_orchestration.operations.housekeeping.retention import cleanup_parts
 from batch_orchestration.settings import Settings, load_settings
 from batch_orchestration.workers.reporter import report_phase
 
-#: Often enough that the key space does not grow over its bound between two looks.
+#: Often enough that the key space does not outgrow its bound between two checks.
 PARTITIONS_CRON = "47 * * * *"
-#: From this share of the bound on, partitions are looked after between two nights.
+#: Above this share of the bound, partitions are cleaned between two nights as well.
 PARTITIONS_HIGH = 0.95
 #: Names in the log of a run; the table has the numbers.
 NAMES_SHOWN = 50
 PARTITIONS = "partitions"
-#: Whoever holds the store longer is at work; each part would wait for that long.
+#: A process that holds the store longer is at work; each part would wait this long.
 STORE_SECONDS = 20.0
 
 
 class HousekeepingConfig(dg.Config):
-    """What to remove."""
+    """The parts to clean."""
 
     parts: list[str] = Field([], description="Names of parts; none: all that are not off.")
     dry_run: bool = Field(False, description="Only say what would go.")
@@ -52,7 +52,7 @@ class HousekeepingConfig(dg.Config):
 def keep_house_once(
     context: dg.OpExecutionContext, config: HousekeepingConfig, settings: SettingsResource
 ) -> None:
-    """Remove what is older than the settings say, and say what that was."""
+    """Remove data that is older than the settings allow, and report it."""
     report_phase("cleaning up")
     house = _house(settings, dry_run=config.dry_run)
     try:
@@ -107,16 +107,16 @@ def _table(results: Iterable[PartResult]) -> dg.MetadataValue:
 
 @dg.job
 def housekeeping() -> None:
-    """Remove what is older than the settings say: journals, samples, logs, runs, partitions.
+    """Remove data older than the settings allow: journals, samples, logs, runs, partitions.
 
-    Never anything of a batch that has not ended. `housekeeping_schedule` launches it each night;
-    with `dry_run` it only says what would go.
+    Nothing of a batch that has not ended is removed. `housekeeping_schedule` launches the job each
+    night; with `dry_run` it only lists the data that it would remove.
     """
     keep_house_once()
 
 
 def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
-    """Return when Dagster cleans up by itself; nothing if the settings say never."""
+    """Return the schedules of housekeeping; none if the settings turn them off."""
     if not settings.housekeeping_cron:
         return []
     nightly = dg.ScheduleDefinition(
@@ -141,7 +141,7 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
 def partition_schedule(
     context: dg.ScheduleEvaluationContext, settings: SettingsResource
 ) -> dg.RunRequest | dg.SkipReason:
-    """Ask for a run only if the key space is nearly full."""
+    """Request a run only if the key space is nearly full."""
     most = settings.max_chunk_partitions
     count = sum(map(len, chunk_partitions(context.instance).values()))
     if not most or count <= most * PARTITIONS_HIGH:
@@ -153,7 +153,7 @@ def partition_schedule(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do Dagster's parts for the command line; print a `CleanupReport` as JSON."""
+    """Run Dagster's parts for the command line; print a `CleanupReport` as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--part", action="append", default=[])
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _instance() -> Iterator[dg.DagsterInstance]:
-    """Open the instance that `dagster dev` here would use."""
+    """Open the instance that `dagster dev` would use in this folder."""
     if is_dagster_home_set():
         with dg.DagsterInstance.get() as instance:
             yield instance

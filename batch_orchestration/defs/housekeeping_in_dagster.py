@@ -1,7 +1,7 @@
-"""Dagster's share of housekeeping: partitions of delivered batches, their runs, logs of ticks.
+"""Dagster's share of housekeeping: partitions of delivered batches, runs, and tick logs.
 
-`dispatch_sensor` decides from the runs of unfinished batches, and makes the partitions of such a
-batch anew if they are missing: so a batch that is resumed later gets its partitions back.
+`dispatch_sensor` decides from the runs of unfinished batches and recreates their missing
+partitions, so a batch that is resumed later gets its partitions back.
 """
 
 import contextlib
@@ -34,13 +34,13 @@ from batch_orchestration.operations.housekeeping.clean import (
 from batch_orchestration.operations.housekeeping.retention import SECONDS_PER_DAY
 from batch_orchestration.settings import Settings
 
-#: Runs of one query: each is some kilobytes.
+#: Runs per query: each takes some kilobytes.
 PAGE = 200
 _BATCHES, _CHUNKS = str(batches.name), str(chunks.name)
 
 
 def dagster_parts(instance: dg.DagsterInstance, settings: Settings) -> list[Part]:
-    """Return the parts of housekeeping that are about an instance of Dagster."""
+    """Return the parts of housekeeping for an instance of Dagster."""
     kept = settings.partition_retention_days * SECONDS_PER_DAY
     most = settings.max_chunk_partitions or None
     return [
@@ -58,7 +58,7 @@ def _with(
 
 
 def chunk_partitions(instance: dg.DagsterInstance) -> dict[str, list[str]]:
-    """Return the keys of `chunks` by batch, each batch's in their order."""
+    """Return the keys of `chunks` by batch, each batch's in order."""
     found: dict[str, list[str]] = {}
     for key in instance.get_dynamic_partitions(_CHUNKS):
         with contextlib.suppress(ValueError):
@@ -85,10 +85,11 @@ def _clean_partitions(
 
 
 def _retire(instance: dg.DagsterInstance, batch_id: str, chunk_keys: Sequence[str]) -> None:
-    """Take a batch's keys out of the key space.
+    """Remove a batch's keys from the key space.
 
-    Its own first, which says that all are there: who stops in between leaves a batch that is made
-    whole if it is needed. The last chunk first, so that the order is kept even then.
+    The batch's own key, which marks the chunk keys as complete, goes first: after an interruption
+    the keys are restored if the batch is needed. The chunk keys go from last to first, so that even
+    then their order is kept.
     """
     instance.delete_dynamic_partition(_BATCHES, batch_id)
     for key in reversed(chunk_keys):
@@ -96,13 +97,13 @@ def _retire(instance: dg.DagsterInstance, batch_id: str, chunk_keys: Sequence[st
 
 
 def _batches_at_work(instance: dg.DagsterInstance) -> set[str]:
-    """Return the batches that runs which have not ended are about."""
+    """Return the batches of all runs that have not ended."""
     live = instance.get_runs(dg.RunsFilter(statuses=LIVE_STATUSES))
     return {name for run in live for name in _names(run)}
 
 
 def _names(run: dg.DagsterRun) -> set[str]:
-    """Return the batches that a run is about."""
+    """Return the batches of a run."""
     names = {*chunks_by_batch(run.tags)}
     if name := run.tags.get(BATCH_TAG) or (run.tags.get(PARTITION_TAG) if not names else None):
         names.add(name)
@@ -112,11 +113,11 @@ def _names(run: dg.DagsterRun) -> set[str]:
 def _clean_runs(
     instance: dg.DagsterInstance, house: Cleanup, keep_seconds: float
 ) -> Iterator[Removal]:
-    """Remove old runs with their events and logs: those of batches at rest, and those of none."""
+    """Remove old runs, with events and logs, of settled batches and of no batch."""
     before = house.now - keep_seconds
     for batch_id in house.ended_before(before):
         yield from _clean_runs_of(instance, house, batch_id, before)
-    # Of batches only those are left that are not to be touched.
+    # Runs of batches that are left now must not be removed.
     for record in _old_runs(instance, before):
         if _is_nobodys(record.dagster_run, house, before):
             yield _removed(instance, record.dagster_run.run_id, house)
@@ -125,7 +126,7 @@ def _clean_runs(
 def _clean_runs_of(
     instance: dg.DagsterInstance, house: Cleanup, batch_id: str, before: float
 ) -> Iterator[Removal]:
-    """Remove all runs of a batch, or none: the newest first."""
+    """Remove all runs of a batch, the newest first, or none."""
     records = instance.get_run_records(dg.RunsFilter(tags={BATCH_TAG: batch_id}))
     if all(_ended_before(record, before) for record in records):
         for record in records:
@@ -147,7 +148,7 @@ def _ended_before(record: dg.RunRecord, before: float) -> bool:
 
 
 def _is_nobodys(run: dg.DagsterRun, house: Cleanup, before: float) -> bool:
-    """Whether a run is about no batch at all, or only about such as have ended before, too."""
+    """Whether a run has no batch, or only batches that ended before `before`, too."""
     if (claim := run.tags.get(CLAIM_TAG)) and (house.folder.claims / claim).exists():
         return False
     if run.tags.get(BATCH_TAG) in house.at_rest:
@@ -160,9 +161,9 @@ def _ended_or_unknown(name: str, house: Cleanup, before: float) -> bool:
         return house.at_rest[name] < before
     try:
         planned = house.folder.plan_path(name).exists()
-    except BatchNotFound:  # it cannot even be one
+    except BatchNotFound:  # not a possible batch id
         return True
-    # Neither the store nor the disk knows it: a name that a person has mistyped.
+    # Neither the store nor the disk knows the name: a person has mistyped it.
     return name not in house.records and not planned
 
 
@@ -172,7 +173,7 @@ def _removed(instance: dg.DagsterInstance, run_id: str, house: Cleanup) -> Remov
     size_bytes = sum(path.stat().st_size for path in [*shard, *logs] if path.exists())
     if not house.dry_run:
         instance.delete_run(run_id)
-        # Some log managers cannot; logs without a run are then theirs to remove.
+        # Some log managers cannot delete; logs without a run are then theirs to remove.
         with contextlib.suppress(NotImplementedError):
             instance.compute_log_manager.delete_logs(prefix=[run_id])
         for path in shard:
@@ -188,7 +189,7 @@ def _logs_of(instance: dg.DagsterInstance, run_id: str) -> list[Path]:
 
 
 def _shard_of(instance: dg.DagsterInstance, run_id: str) -> list[Path]:
-    """Return the files of a run's own event log: Dagster empties them and leaves them there."""
+    """Return the files of a run's own event log, which Dagster empties and never deletes."""
     storage = instance.event_log_storage
     if not isinstance(storage, SqliteEventLogStorage):
         return []
@@ -199,7 +200,7 @@ def _shard_of(instance: dg.DagsterInstance, run_id: str) -> list[Path]:
 def _clean_ticks(
     instance: dg.DagsterInstance, house: Cleanup, keep_seconds: float
 ) -> Iterator[Removal]:
-    """Remove what sensors and schedules wrote into logs of their own; Dagster never does."""
+    """Remove the log files of sensor and schedule ticks, which Dagster never does."""
     manager = instance.compute_log_manager
     if not isinstance(manager, LocalComputeLogManager):
         return

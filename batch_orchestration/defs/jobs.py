@@ -1,4 +1,4 @@
-"""Jobs: admitting a claimed file, submitting one by hand, and the two that dispatch asks for."""
+"""Jobs: admit a claimed file, submit a file by hand, and the two that dispatch launches."""
 
 from pathlib import Path
 
@@ -21,13 +21,13 @@ from batch_orchestration.workers.reporter import report_phase
 
 
 class AdmitConfig(dg.Config):
-    """Which claimed file to admit."""
+    """The claimed file to admit."""
 
     claim_id: str = Field(description="Name of a folder in `claims` of the data folder.")
 
 
 class SubmitConfig(dg.Config):
-    """A batch file, and what its author says about it."""
+    """A batch file and its author's options."""
 
     path: str = Field(description="File on this machine, .jsonl or .jsonl.gz; it is copied.")
     model: str | None = Field(
@@ -63,7 +63,7 @@ def admit_claim(
     if isinstance(result, Admitted | AlreadyAdmitted):
         plan = folder.read_plan(result.batch_id)
         context.instance.add_run_tags(context.run.run_id, name_tags(plan))
-        # First, because the partitions say that all of this is done.
+        # The partitions come last, because their keys mark all of this as done.
         context.log_event(
             manifest_materialization(
                 plan, folder.input_path(plan.batch_id), read_estimate(folder, plan.batch_id)
@@ -76,7 +76,7 @@ def admit_claim(
 def submit_file(
     context: dg.OpExecutionContext, config: SubmitConfig, settings: SettingsResource
 ) -> None:
-    """Copy a file into the inbox, with its side-car; `inbox_sensor` admits it from there."""
+    """Copy a file with its side-car into the inbox; `inbox_sensor` admits it from there."""
     given = config.model_dump(exclude={"path"})
     try:
         options = msgspec.convert(given, BatchOptions)
@@ -89,13 +89,13 @@ def submit_file(
 
 @dg.job
 def admit_batch() -> None:
-    """Make a batch of a claimed file. `inbox_sensor` asks for it; there is no need to launch it."""
+    """Turn a claimed file into a batch. `inbox_sensor` launches it; you need not."""
     admit_claim()
 
 
 @dg.job
 def submit_batch() -> None:
-    """Submit a file by hand: give its path, and perhaps model, priority, metadata and window."""
+    """Submit a file by hand: give its path, and optionally model, priority, metadata and window."""
     submit_file()
 
 

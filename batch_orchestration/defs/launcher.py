@@ -1,10 +1,10 @@
-"""The run launcher: each run is a detached process of this machine, and its health can be checked.
+"""The run launcher: each run is a detached process of this machine with a health check.
 
-Dagster's default launcher hands runs to the code server and knows nothing of them once that is
-gone: after a reboot, or a `kill -9` of everything, its runs stay "started" for ever and keep the
-`gpu` pool. This one records who the worker is on the run itself, so that any later daemon can
-tell whether it still lives. Workers survive a restart of Dagster. One that lives and hangs is
-ended, so that Dagster's run retries start it again: see `workers/watch.py`.
+Dagster's default launcher hands runs to the code server and loses track of them once that is gone:
+after a reboot, or a `kill -9` of everything, its runs stay "started" forever and keep the `gpu`
+pool. This launcher records the worker's identity on the run itself, so that any later daemon can
+check whether the worker still lives. Workers survive a restart of Dagster. A worker that lives but
+hangs is ended, so that Dagster's run retries start it again: see `workers/watch.py`.
 
 The instance imports this module (`dagster.yaml`) before there is any code location, so the package
 must be installed.
@@ -49,14 +49,14 @@ from batch_orchestration.workers.watch import WorkerWatch
 
 logger = logging.getLogger(__name__)
 
-#: How much of a dead worker's log is shown with the run's failure.
+#: Lines of a dead worker's log that are shown with the run's failure.
 SHOWN_LOG_LINES = 20
-#: Fields of an op's config whose names are a person's own; `env` is one like any other there.
+#: Fields of an op's config with keys of the user's choice; `env` is an ordinary key there.
 _FREE_PAIRS = frozenset({("config", "metadata"), ("config", "overrides")})
 
 
 class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass):
-    """Starts each run in a session of its own and finds it again by pid, start time and boot id.
+    """Starts each run in its own session and identifies it by pid, start time and boot id.
 
     Config `log_dir`: folder of the workers' logs; default `<data folder>/logs/runs`.
     """
@@ -64,7 +64,7 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
     def __init__(
         self, log_dir: str | None = None, inst_data: ConfigurableClassData | None = None
     ) -> None:
-        keep_from_others()  # of the daemon, and of every worker that it starts
+        keep_from_others()  # the daemon's files, and those of every worker that it starts
         self._inst_data = inst_data
         self._log_dir = log_dir
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
@@ -73,12 +73,12 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
 
     @property
     def inst_data(self) -> ConfigurableClassData | None:
-        """What Dagster needs to build the same launcher in another process."""
+        """The data from which Dagster builds the same launcher in another process."""
         return self._inst_data
 
     @classmethod
     def config_type(cls) -> dict[str, Any]:
-        """Return the config that `dagster.yaml` may give."""
+        """Return the config schema for `dagster.yaml`."""
         return {"log_dir": dg.Field(dg.StringSource, is_required=False)}
 
     @classmethod
@@ -118,13 +118,13 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
 
     @property
     def supports_check_run_worker_health(self) -> bool:
-        """Yes: this is what the default launcher lacks."""
+        """Whether the launcher has health checks; the default launcher has none."""
         return True
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
-        """Tell whether the very process that was started for the run is there and does its work.
+        """Check whether the run's own worker process exists and does its work.
 
-        One that is there and hangs is ended first; what it leaves is cleared away.
+        A worker that exists but hangs is ended first; the engine that it leaves is cleaned up.
         """
         self._reap()
         settings = _settings_if_valid()
@@ -149,7 +149,10 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
     def _judge(
         self, worker: RecordedWorker, run: dg.DagsterRun, settings: Settings | None
     ) -> WorkerHealth | None:
-        """Judge a worker by its heartbeats; None if nobody can, or it is of a version without."""
+        """Judge a worker by its heartbeats; None if that is impossible.
+
+        The settings may be invalid, or the worker may be of a version without heartbeats.
+        """
         if worker.run_id is None or settings is None:
             return None
         if self._watch is None:
@@ -164,7 +167,7 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
     def get_run_worker_debug_info(
         self, run: dg.DagsterRun, include_container_logs: bool | None = True
     ) -> str | None:
-        """Return the last lines of the worker's log, or None if it said nothing."""
+        """Return the last lines of the worker's log; None if it has none."""
         try:
             with self._log_path(run.run_id).open(errors="replace") as log:
                 tail = "".join(deque(log, maxlen=SHOWN_LOG_LINES))
@@ -194,8 +197,8 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
             instance_ref=self._instance.get_ref(),
             set_exit_code_on_failure=True,
         ).get_command_args()
-        # Whatever starts Dagster there, it is the interpreter that has the code; and by the name
-        # `dagster` it would be looked up in PATH, where another environment may come first.
+        # However Dagster was started there, this interpreter has the code. The name `dagster` would
+        # be looked up in PATH, where another environment may come first.
         dagsters = command[command.index("api") :]
         run = context.dagster_run
         return [
@@ -209,21 +212,21 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         return folder.resolve() / f"{run_id}.log"
 
     def _reap(self) -> None:
-        """Let the kernel forget workers that ended; they stay zombies until somebody asks."""
+        """Reap workers that ended; they stay zombies until then."""
         for run_id, worker in list(self._workers.items()):
             if worker.poll() is not None:
                 del self._workers[run_id]
 
 
 def refuse_names_of_variables(config: object, *, place: tuple[str, ...] = ()) -> None:
-    """Refuse a run whose config has the worker read a variable of its environment.
+    """Refuse a run whose config makes the worker read an environment variable.
 
-    Dagster puts the variable's value in the place of `{"env": NAME}` in every text and number of
-    any config, and each of these can come to be shown: whoever reaches the launchpad could read any
+    Dagster replaces `{"env": NAME}` with the variable's value in every text and number of any
+    config, and each of these may be displayed. Any user of the launchpad could otherwise read every
     secret of the service.
 
     Raises:
-        DagsterLaunchFailedError: With the place, if there is one.
+        DagsterLaunchFailedError: The config names a variable; the message has the place.
     """
     free = place[:1] == ("ops",) and place[2:] in _FREE_PAIRS
     if isinstance(config, Mapping):
@@ -240,10 +243,10 @@ def refuse_names_of_variables(config: object, *, place: tuple[str, ...] = ()) ->
 
 
 def _settings_if_valid() -> Settings | None:
-    """Return the settings; None if they are not valid: who is gone is gone all the same."""
+    """Return the settings; None if they are invalid: a dead worker is noticed without them."""
     try:
         return load_settings()
-    except ValueError as error:  # pydantic's is one, too
+    except ValueError as error:  # pydantic's ValidationError is one, too
         logger.warning("no worker can be judged by its heartbeats: %s", error)
         return None
 

@@ -1,4 +1,4 @@
-"""Ending a batch early, and going on with it: jobs for people, and what each tick looks after."""
+"""Early ends and resumption of batches: jobs for people, and the checks of each tick."""
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -21,14 +21,14 @@ from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.store.store import Store
 
-#: Ours: `cancelled` or `expired`, on the runs of a batch that ended early.
+#: Our tag on the runs of a batch that ended early: `cancelled` or `expired`.
 CLOSING_TAG = "closing"
 SENSOR_ACTOR = "dispatch_sensor"
 CHUNKS_KEY = dg.AssetKey("chunk_results")
 
 
 class CancelConfig(dg.Config):
-    """Which batch to cancel."""
+    """The batch to cancel."""
 
     batch: str = Field(description="Id of the batch.")
     reason: str = Field("", description="Why; kept in the batch's history and in its report.")
@@ -38,7 +38,7 @@ class CancelConfig(dg.Config):
 def cancel_one(
     context: dg.OpExecutionContext, config: CancelConfig, settings: SettingsResource
 ) -> None:
-    """Decide that a batch is cancelled; the run at work on it stops by itself."""
+    """Record the cancellation of a batch; the run at work on it stops by itself."""
     folder = data_folder(settings)
     context.instance.add_run_tags(context.run.run_id, tags_about(config.batch, folder))
     try:
@@ -58,16 +58,16 @@ def cancel_one(
 
 @dg.job
 def cancel_batch() -> None:
-    """Cancel a batch: what is answered is delivered.
+    """Cancel a batch: the answers so far are delivered.
 
-    The rest becomes rows of `errors.jsonl`. Requests in flight are let go within seconds.
-    Terminating a run of the batch does the same.
+    The other requests become rows of `errors.jsonl`. Requests in flight are dropped within seconds.
+    Terminating a run of the batch has the same effect.
     """
     cancel_one()
 
 
 class ResumeConfig(dg.Config):
-    """Which batch to go on with."""
+    """The batch to resume."""
 
     batch: str = Field(description="Id of a batch that is paused, was cancelled or has expired.")
     completion_window: str = Field(
@@ -83,7 +83,7 @@ class ResumeConfig(dg.Config):
 def resume_one(
     context: dg.OpExecutionContext, config: ResumeConfig, settings: SettingsResource
 ) -> None:
-    """Bring a batch that is paused or ended early back into progress; dispatch_sensor goes on."""
+    """Return a paused or early ended batch to progress; `dispatch_sensor` launches its runs."""
     folder = data_folder(settings)
     context.instance.add_run_tags(context.run.run_id, tags_about(config.batch, folder))
     try:
@@ -106,9 +106,8 @@ def resume_one(
 def resume_batch() -> None:
     """Go on with a batch that is paused or ended early.
 
-    Only what has no answer is asked.
-
-    Its output files are made anew when everything is answered.
+    Only requests without an answer are sent. The output files are written again when every request
+    is answered.
     """
     resume_one()
 
@@ -124,12 +123,11 @@ def look_after(
     doubt: str | None = None,
     faults: Faults | None = None,
 ) -> tuple[list[KnownRun], dict[str, EarlyEnd]]:
-    """Close the batches that are due; return the runs as they are then, and all that are closing.
+    """End the batches that are due; return the runs after that, and all early ends.
 
-    Due is a batch whose window is over, and one whose run a person terminated. Runs that wait for
-    the engine to answer such a batch are taken out of the queue. While there is a doubt about the
-    clock, no window is over. Batches about which a decision
-    cannot be read are put into `faults`; nothing is decided about them.
+    A batch is due if its window is over or if a person terminated one of its runs. Queued runs
+    whose batches all end early are canceled. While the clock is in doubt, no window is over. A
+    batch with an unreadable decision is added to `faults` and left as it is.
     """
     faults = faults or Faults()
     since: dict[str, float] = {}
@@ -174,7 +172,7 @@ def _terminated(runs: Iterable[KnownRun], batch_id: str) -> str | None:
 def _taken_out_of_the_queue(
     instance: dg.DagsterInstance, runs: Sequence[KnownRun], closings: Collection[str]
 ) -> set[str]:
-    """Cancel the runs that wait for the engine and are about closing batches alone."""
+    """Cancel the queued chunk runs whose batches all end early."""
     waiting = {run.run_id for run in runs if run.queued and run.chunks is not None}
     waiting -= {run.run_id for run in runs if run.batch_id not in closings}
     if not waiting:
@@ -192,7 +190,7 @@ def _stopped(run: KnownRun) -> KnownRun:
 
 
 def say_early_end(instance: dg.DagsterInstance, run_id: str, closing: EarlyEnd) -> None:
-    """Tag a run with how its batch ends, so that the runs page tells it apart."""
+    """Tag a run with its batch's early end, so that the runs page shows it."""
     instance.add_run_tags(run_id, {CLOSING_TAG: str(closing.status)})
 
 
@@ -204,9 +202,9 @@ def closed_chunks(
     store: Store,
     run_id: str,
 ) -> Iterator[dg.AssetMaterialization]:
-    """Close out a batch that ends early; yield the event of each chunk that this commits.
+    """Fail the unanswered requests of a batch that ends early; yield the event of each such chunk.
 
-    Of a batch that does not end early nothing is touched, and nothing is yielded.
+    A batch that does not end early is left as it is and yields nothing.
     """
     closing = early_end_in_force(folder, store.batch(batch_id))
     if closing is None:

@@ -1,4 +1,4 @@
-"""Partitions: a key per batch and a key per chunk, and the run tags that say which are meant."""
+"""Partitions: a key per batch and a key per chunk, and the run tags that select them."""
 
 from collections.abc import Mapping
 
@@ -16,29 +16,29 @@ RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
 PRIORITY_TAG = "dagster/priority"
 RUN_KEY_TAG = "dagster/run_key"
-#: Ours: the runs page filters by them.
+#: Our own tags; the runs page filters by them.
 BATCH_TAG = "batch"
 MODEL_TAG = "model"
 SOURCE_TAG = "source"
 
 
 def add_partitions(instance: dg.DagsterInstance, plan: BatchPlan) -> None:
-    """Make a batch and its chunks known to Dagster; doing it again does nothing.
+    """Add the keys of a batch and its chunks to Dagster. Idempotent.
 
-    The batch comes last: if its key is there, so are those of its chunks.
+    The batch's key comes last: if it exists, so do those of its chunks.
     """
-    # One call, because ranges are slices in the order of insertion.
+    # One call, because ranges are slices in insertion order.
     instance.add_dynamic_partitions(str(chunks.name), plan.chunk_keys)
     instance.add_dynamic_partitions(str(batches.name), [plan.batch_id])
 
 
 def has_partitions(instance: dg.DagsterInstance, batch_id: str) -> bool:
-    """Whether `add_partitions` was done for the batch."""
+    """Whether `add_partitions` has completed for the batch."""
     return instance.has_dynamic_partition(str(batches.name), batch_id)
 
 
 def batch_tags(batch: BatchRecord, *, priority: int) -> dict[str, str]:
-    """Return the tags of every run about this batch; higher priorities go first."""
+    """Return the tags of every run of this batch; higher priorities go first."""
     model = batch.options.model or batch.model
     return {
         **name_tags(batch),
@@ -48,7 +48,7 @@ def batch_tags(batch: BatchRecord, *, priority: int) -> dict[str, str]:
 
 
 def name_tags(batch: BatchPlan | BatchRecord) -> dict[str, str]:
-    """Return the tags that say which batch this is, and whose."""
+    """Return the tags that name a batch and its source."""
     return {BATCH_TAG: batch.batch_id, SOURCE_TAG: batch.source}
 
 
@@ -61,9 +61,9 @@ def range_tags(batch_id: str, numbers: range) -> dict[str, str]:
 
 
 def chunks_by_batch(tags: Mapping[str, str]) -> dict[str, range]:
-    """Return which chunks a run is about, by its tags; nothing if it is not about chunks.
+    """Return the chunks of a run, by its tags; empty if the run is not about chunks.
 
-    Of a range across batches only the first and the last are told, the first with an open end.
+    A range across batches shows only the first batch, with an open end, and the last one.
     """
     first = tags.get(RANGE_START_TAG) or tags.get(PARTITION_TAG, "")
     last = tags.get(RANGE_END_TAG) or first

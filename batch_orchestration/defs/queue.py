@@ -1,4 +1,4 @@
-"""The queue in Dagster: its overview, what its batches wait for, and the jobs that pause it."""
+"""The queue in Dagster: its overview, the reasons why batches wait, and the pausing jobs."""
 
 import hashlib
 import time
@@ -17,7 +17,7 @@ from batch_orchestration.queue.entries import Pause, QueueEntry, QueueView, Wait
 from batch_orchestration.queue.halts import halt_in_force
 
 QUEUE_KEY = dg.AssetKey("queue_overview")
-#: Each is an event that Dagster keeps.
+#: Dagster keeps each of them as an event.
 OVERVIEW_SECONDS = 60.0
 _DIGEST = "digest"
 
@@ -34,7 +34,7 @@ queue_overview = dg.AssetSpec(
 
 
 class PauseConfig(dg.Config):
-    """Why the queue is paused."""
+    """The reason for the pause."""
 
     reason: str = Field("", description="For those who wonder; shown wherever the queue is.")
 
@@ -43,7 +43,7 @@ class PauseConfig(dg.Config):
 def pause_the_queue(
     context: dg.OpExecutionContext, config: PauseConfig, settings: SettingsResource
 ) -> None:
-    """Admit nothing and start nothing; running runs end what they have begun."""
+    """Stop admission and new runs; runs at work finish the chunks that they have begun."""
     pause = Pause(at=time.time(), actor=f"run {context.run.run_id[:8]}", reason=config.reason)
     queue_files.pause(data_folder(settings), pause)
     context.log.info("the queue is paused; the job resume_queue lets it go on")
@@ -51,7 +51,7 @@ def pause_the_queue(
 
 @dg.op
 def resume_the_queue(context: dg.OpExecutionContext, settings: SettingsResource) -> None:
-    """Let the queue go on."""
+    """Resume the queue."""
     before = queue_files.unpause(data_folder(settings))
     said = "it was not paused" if before is None else f"{before.actor} had paused it"
     context.log.info(f"the queue goes on; {said}")
@@ -59,18 +59,18 @@ def resume_the_queue(context: dg.OpExecutionContext, settings: SettingsResource)
 
 @dg.job
 def pause_queue() -> None:
-    """Pause the whole queue: nothing is admitted, no run is started, until `resume_queue`."""
+    """Pause the whole queue until `resume_queue`: no file is admitted and no run is started."""
     pause_the_queue()
 
 
 @dg.job
 def resume_queue() -> None:
-    """Let the queue go on after `pause_queue`."""
+    """Resume the queue after `pause_queue`."""
     resume_the_queue()
 
 
 def report_queue(context: dg.SensorEvaluationContext, queue: KeptQueue, folder: DataFolder) -> None:
-    """Tell Dagster what has changed in the queue since the tick before."""
+    """Report the changes of the queue since the previous tick to Dagster."""
     for entry in queue.changed:
         context.instance.report_runless_asset_event(_observation(entry))
         for event in _halt_events(entry, folder):
@@ -98,7 +98,7 @@ def _observation(entry: QueueEntry) -> dg.AssetObservation:
 
 
 def _report_overview(instance: dg.DagsterInstance, view: QueueView) -> None:
-    # Of what is the same but for the minutes nothing is told.
+    # A queue that differs only in its times is not reported again.
     told = [(e.id, e.place, e.state, e.reason, e.pending) for e in view.entries]
     digest = hashlib.sha256(repr((told, view.paused)).encode()).hexdigest()[:16]
     latest = instance.get_latest_materialization_event(QUEUE_KEY)

@@ -1,4 +1,4 @@
-"""Recovery: what no run will clear away, because none is to come or its worker is gone."""
+"""Recovery: cleans up after runs that have no successor, or whose worker is gone."""
 
 import time
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ from batch_orchestration.workers.cleanup import (
 )
 
 INTERVAL_SECONDS = 10
-#: Who starts a worker puts it on record at once, and its first heartbeat does so within seconds.
+#: The launcher records a worker at once, and its first heartbeat does so within seconds.
 RECORD_SECONDS = 60.0
-#: A worker ends within seconds of its run, once its engine has given back the device.
+#: A worker ends within seconds of its run, once its engine has released the device.
 END_SECONDS = 60.0
 
 
@@ -37,7 +37,7 @@ END_SECONDS = 60.0
 def recovery_sensor(
     context: dg.SensorEvaluationContext, settings: SettingsResource
 ) -> dg.SkipReason:
-    """Clear away; what cannot be cleared away now is tried again at the next tick."""
+    """Clean up after dead workers; a cleanup that fails is repeated at the next tick."""
     folder, instance = data_folder(settings), context.instance
     did = [
         *_lost_starts(instance, folder),
@@ -51,7 +51,7 @@ def recovery_sensor(
 
 
 def _lost_starts(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[str]:
-    """Fail the runs whose worker died before they began: Dagster's monitoring waits for these."""
+    """Fail runs whose worker died before they began: Dagster's monitoring waits for these."""
     starting = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING])
     for record in instance.get_run_records(starting):
         run = record.dagster_run
@@ -60,7 +60,7 @@ def _lost_starts(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[s
             continue
         if worker is None and time.time() - record.update_timestamp.timestamp() < RECORD_SECONDS:
             continue
-        # Between the two looks it may have begun, and ended.
+        # Since the query the run may have begun, and ended.
         now = instance.get_run_by_id(run.run_id)
         if now is not None and now.status is dg.DagsterRunStatus.STARTING:
             who = "the worker" if worker is None else f"run worker {worker.pid}"
@@ -70,7 +70,7 @@ def _lost_starts(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[s
 
 
 def _outliving(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[str]:
-    """End the workers that are there long after their run has ended: canceled ones that hang."""
+    """End workers that exist long after their run has ended: canceled ones that hang."""
     for run_id, worker in living_workers(folder).items():
         record = instance.get_run_record_by_id(run_id)
         if record is None or not record.dagster_run.is_finished:
@@ -84,7 +84,7 @@ def _outliving(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[str
 def _unreadable(
     instance: dg.DagsterInstance, folder: DataFolder, silent_seconds: float
 ) -> Iterator[str]:
-    """Remove heartbeats that tell nobody whose they are, of runs that are not at work."""
+    """Remove unreadable heartbeats of runs that are not at work."""
     for run_id, at in unreadable_heartbeats(folder).items():
         run = instance.get_run_by_id(run_id)
         if time.time() - at > silent_seconds and (run is None or run.is_finished):

@@ -1,4 +1,4 @@
-"""Replays of dead letters: the job that runs them, and the sensor that asks for it."""
+"""Replays of dead letters: the job that runs them, and the sensor that launches it."""
 
 import time
 from functools import partial
@@ -54,13 +54,13 @@ from batch_orchestration.settings import Settings
 from batch_orchestration.store.operations import open_replays
 
 REPLAY_TAG = "replay"
-#: Before every batch, however long that has waited: a person has asked for it and looks on.
+#: Ahead of every batch, however long that has waited: a person waits for the replay.
 REPLAY_PRIORITY = 1_000_000
 INTERVAL_SECONDS = 5
 
 
 class ReplayConfig(dg.Config):
-    """Which failed requests to send to the engine again, and with what changes."""
+    """The failed requests to send again, and the changes to their bodies."""
 
     batch: str = Field(description="Id of the batch.")
     codes: list[str] = Field([], description="Only failures with these codes; none: any code.")
@@ -76,14 +76,14 @@ class ReplayConfig(dg.Config):
     )
 
     def changes(self) -> dict[str, Any]:
-        """Return all fields of the body that are replaced."""
+        """Return all replaced fields of the body."""
         return self.overrides | ({"max_tokens": self.max_tokens} if self.max_tokens else {})
 
     def selection(self) -> Selection:
-        """Return which dead letters are meant.
+        """Return the selection of dead letters.
 
         Raises:
-            DeadLetterError: There is no such code.
+            DeadLetterError: A code is unknown.
         """
         try:
             codes = tuple(map(FailureCode, self.codes))
@@ -100,9 +100,9 @@ def replay_dead_letters(
     gpu: GpuResource,
     settings: SettingsResource,
 ) -> None:
-    """Send dead letters to the engine again and make the batch's files anew.
+    """Send dead letters to the engine again and rewrite the batch's files.
 
-    Each answer is kept the moment it is there; a run that is started again goes on where it was.
+    Each answer is kept as soon as it arrives; a restarted run continues where it stopped.
     """
     present, batch_id = gpu.in_force(settings), config.batch
     try:
@@ -137,10 +137,10 @@ def replay_dead_letters(
 
 
 def _numbers(context: dg.OpExecutionContext, config: ReplayConfig, settings: Settings) -> list[int]:
-    """Return the numbers of the replays that are meant."""
+    """Return the numbers of the replays to run; request them first if the config names none."""
     if config.replay is not None:
         return [config.replay]
-    # The same for each try of the step and each retry of the run.
+    # The same for each retry of the step and of the run.
     request_key = context.run.root_run_id or context.run.run_id
     asked = request_replay(
         config.batch,
@@ -177,7 +177,7 @@ def _tell(context: dg.OpExecutionContext, report: ReplayReport, settings: Settin
         dg.AssetMaterialization(batch_output.key, partition=replay.batch_id, metadata=metadata)
     )
     for evaluation in check_again(replay.batch_id, settings):
-        # Dagster takes it; only its annotation does not say so.
+        # Dagster accepts it; only its annotation is too narrow.
         context.log_event(evaluation)  # type: ignore[arg-type]
 
 
@@ -185,7 +185,8 @@ def _tell(context: dg.OpExecutionContext, report: ReplayReport, settings: Settin
 def replay_failed_requests() -> None:
     """Replay failed requests of a batch: all, or those with certain codes or custom_ids.
 
-    Answers move from `errors.jsonl` to `output.jsonl`; what fails again stays, with its history.
+    Answers move from `errors.jsonl` to `output.jsonl`; requests that fail again stay, with their
+    history.
     """
     replay_dead_letters()
 
@@ -202,7 +203,7 @@ def replay_failed_requests() -> None:
 def replay_sensor(
     context: dg.SensorEvaluationContext, settings: SettingsResource
 ) -> dg.SensorResult | dg.SkipReason:
-    """Decide from the replays on disk and Dagster's runs, so that it does not matter who died."""
+    """Decide from the replays on disk and Dagster's runs, so that no crash matters."""
     now = time.time()
     requests: list[dg.RunRequest] = []
     reasons: list[str] = []
@@ -231,7 +232,7 @@ def replay_sensor(
 def _request(
     instance: dg.DagsterInstance, batch_id: str, number: int, folder: DataFolder, *, now: float
 ) -> dg.RunRequest | str:
-    """Return the run that a replay needs, or why not now."""
+    """Return the run that a replay needs, or the reason why it waits."""
     tag = _tag(batch_id, number)
     records = instance.get_run_records(dg.RunsFilter(tags={REPLAY_TAG: tag}))
     states = [(state, record) for record in records if (state := run_state(record, now=now))]
@@ -239,7 +240,7 @@ def _request(
     if len(ended) < len(states):
         return "is running, or waits for the engine"
     stopped = any(state is RunState.STOPPED for state, _ in states)
-    # A device that was not fit, or an engine that let nobody in, says nothing about the replay.
+    # An unfit device or an engine that refuses everybody is no failure of the replay.
     innocent = {RunState.UNFIT, RunState.REFUSED}
     failures = sum(state not in innocent for state, _ in states)
     if stopped or failures >= MAX_FAILURES:

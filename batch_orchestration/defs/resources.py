@@ -1,4 +1,4 @@
-"""Resources: what the definitions are given, all of it built from `Settings`."""
+"""Resources of the definitions, all of them built from `Settings`."""
 
 import logging
 import time
@@ -37,40 +37,40 @@ from batch_orchestration.workers.reporter import vitals_of_this_worker
 from batch_orchestration.workers.vitals import RunVitals
 
 logger = logging.getLogger(__name__)
-#: At the end of a run; what the engine said of itself is worth no longer wait for the store.
+#: At the end of a run; the engine's own figures are not worth a longer wait for the store.
 REMEMBER_SECONDS = 10.0
-#: Samples are worth no wait at all: what is not taken in now is taken in later.
+#: Samples are not worth a wait at all: those not stored now are stored later.
 SAMPLES_SECONDS = 1.0
-#: After an engine that was left behind has been ended.
+#: Pause after an engine left by a killed run has been ended.
 SETTLE_SECONDS = 2.0
 
-#: The deployment's settings, as they are; the run's record never shows them.
+#: The deployment's settings, unchanged; the run's record never shows them.
 SettingsResource = dg.ResourceParam[Settings]
 
 
 def data_folder(settings: Settings) -> DataFolder:
-    """Return the data folder, made if it is missing."""
+    """Return the data folder; create it if it is missing."""
     folder = DataFolder(settings.data_dir)
     folder.create()
-    for name in settings.inbox_priorities:  # so that nobody has to know what they may be called
+    for name in settings.inbox_priorities:  # created, so that users see the allowed names
         (folder.inbox / name).mkdir(exist_ok=True)
         share(folder.inbox / name)
     return folder
 
 
 def open_store(settings: Settings, *, deadline_seconds: float = 600.0) -> Store:
-    """Return the store; waiting for a locked file ends after the deadline."""
+    """Return the store; it waits for a locked file until the deadline."""
     return Store(data_folder(settings).duckdb, deadline_seconds=deadline_seconds)
 
 
 def sample_taker(settings: Settings) -> SampleTaker:
-    """Return what takes samples into the store, where nobody waits for it."""
+    """Return a sample taker whose store waits for hardly any lock."""
     store = open_store(settings, deadline_seconds=SAMPLES_SECONDS)
     return SampleTaker(folder=data_folder(settings), store=store)
 
 
 def feeding(settings: Settings, sizing: Sizing) -> RunPolicy:
-    """Return how chunks are fed to the engine."""
+    """Return the policy for feeding chunks to the engine."""
     return RunPolicy(
         in_flight=settings.in_flight or DEFAULT_IN_FLIGHT,
         bounds=sizing.bounds,
@@ -99,9 +99,10 @@ def feeding(settings: Settings, sizing: Sizing) -> RunPolicy:
 
 
 class RunFlags(dg.Config):
-    """Flags of vLLM's server that one run may have otherwise than `BATCH_ENGINE_ARGS` says.
+    """Flags of vLLM's server that one run may set differently from `BATCH_ENGINE_ARGS`.
 
-    An allow-list, and numbers only: whoever reaches the launchpad names no host, key, file or code.
+    An allow-list of numbers and switches: a user of the launchpad can name no host, key, file or
+    code.
     """
 
     max_model_len: int | None = Field(default=None, ge=1, description="Longest request, in tokens.")
@@ -119,7 +120,7 @@ class RunFlags(dg.Config):
     seed: int | None = Field(default=None, ge=0, description="Of the sampling.")
 
     def over(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the deployment's flags with those of this run in their place."""
+        """Return the deployment's flags, overridden by this run's."""
         given = {flag_name(name): value for name, value in self.model_dump().items()}
         given = {flag: value for flag, value in given.items() if value is not None}
         kept = {name: value for name, value in args.items() if flag_name(name) not in given}
@@ -129,11 +130,11 @@ class RunFlags(dg.Config):
 class GpuResource(dg.ConfigurableResource):
     """The engine that answers requests, and the device under it.
 
-    Nothing is started before a chunk has something pending. The engine is kept from one retry of
-    the step to the next and stopped, with its whole process group, when the run ends.
+    The engine starts only when a chunk has pending requests. It is kept from one retry of the step
+    to the next and stopped, with its whole process group, when the run ends.
 
-    Which engine it is, where it runs and with which key only the deployment's settings say: what is
-    a field here can be changed in the launchpad, and is kept with the run.
+    Only the deployment's settings choose the engine, its address and its key: fields of this
+    resource can be changed in the launchpad, and are kept with the run.
     """
 
     flags: RunFlags = Field(
@@ -148,14 +149,14 @@ class GpuResource(dg.ConfigurableResource):
 
     @classmethod
     def of(cls, settings: Settings) -> "GpuResource":
-        """Return the resource that the settings describe."""
+        """Return the resource for these settings."""
         return cls(
             start_timeout_seconds=settings.engine_start_timeout_seconds,
             request_timeout_seconds=settings.request_timeout_seconds,
         )
 
     def in_force(self, settings: Settings) -> Settings:
-        """Return the settings with what the launchpad changed about the engine."""
+        """Return the settings with the launchpad's changes to the engine."""
         return settings.model_copy(
             update={
                 "engine_args": self.flags.over(settings.engine_args),
@@ -166,23 +167,23 @@ class GpuResource(dg.ConfigurableResource):
 
     @property
     def sizing(self) -> Sizing:
-        """What was derived for the run's engine; nothing before there is one."""
+        """The sizes derived for the run's engine; empty before there is one."""
         return self._sizing
 
     def for_run(self, run_id: str, settings: Settings, *, batch_ids: Sequence[str] = ()) -> Engine:
         """Return the run's engine, not started yet; the same one each time.
 
-        Engines that a killed run left behind are ended first: they hold device memory. Whenever
-        it starts vLLM on a GPU, it looks whether that is healthy, and raises `GpuUnhealthy` if not.
+        Engines left by a killed run are ended first, because they hold device memory. The engine
+        checks a GPU before each start of vLLM on it, and raises `GpuUnhealthy` if it is unhealthy.
 
         Args:
-            batch_ids: What the engine is sized for (`inference.window.sizing`).
+            batch_ids: The batches that the engine is sized for (`inference.window.sizing`).
         """
         if self._engine is None:
             logs = data_folder(settings).logs / "engines"
             ended = [end_recorded(record) for record in sorted(logs.glob("*.process.json"))]
             if any(ended) and no_gate(settings) is None:
-                # What is free is measured next, and the driver takes a while to give it back.
+                # The free memory is measured next, and the driver takes a while to release it.
                 time.sleep(SETTLE_SECONDS)
             if (without := no_gate(settings)) is not None:
                 logger.info(without)
@@ -197,7 +198,7 @@ class GpuResource(dg.ConfigurableResource):
         return self._engine
 
     def sampling(self, run_id: str, settings: Settings) -> RunSampler:
-        """Return what samples a run, and takes care of its devices, while it is entered."""
+        """Return a context manager that samples a run and monitors its devices."""
         return RunSampler(
             vitals_of_this_worker() or RunVitals(),
             folder=data_folder(settings),
@@ -208,7 +209,7 @@ class GpuResource(dg.ConfigurableResource):
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["GpuResource"]:
-        """Hand the resource to a run and stop its engine however the run ends."""
+        """Provide the resource to a run, and stop its engine however the run ends."""
         try:
             yield self
         finally:

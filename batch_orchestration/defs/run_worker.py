@@ -1,11 +1,11 @@
-"""What a run worker executes: Dagster's own command for it, with a heart that beats beside it.
+"""The process of a run worker: Dagster's command for the run, and a heartbeat writer beside it.
 
-`python -m batch_orchestration.defs.run_worker RUN JOB api execute_run …`, see `launcher`. The heart
-beats from before Dagster is imported until the process ends, so that there is no time in which a
-worker hangs unnoticed. The signal that asks for stacks makes each thread write where it is.
+`python -m batch_orchestration.defs.run_worker RUN JOB api execute_run …`, see `launcher`. The
+heartbeat writer works from before Dagster is imported until the process ends, so that a worker
+never hangs unnoticed. `STACKS_SIGNAL` makes each thread write its stack.
 
-Dagster's storage may lie on the disk that is full. Then what is only said is not said, and events
-that tell what has happened wait for room; neither ends the run (`patient_events`).
+If Dagster's storage is on a full disk, messages are dropped, and events that determine a state wait
+for space; neither ends the run (`patient_events`).
 """
 
 import contextlib
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 #: Between two attempts to store an event that must not be lost.
 RETRY_SECONDS = 1.0
-#: What SQLite needs beside an event: its log and the index of it grow in pieces.
+#: SQLite needs this much beside an event: its log and the index of the log grow in pieces.
 ROOM_BYTES = 2**20
-#: What SQLite says of a full disk (the first), and of a full disk or of descriptors among others.
+#: SQLite's error codes: the first means a full disk; the others have several causes, among them a
+#: full disk or a lack of descriptors.
 _FULL, _AMBIGUOUS = sqlite3.SQLITE_FULL, (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     keep_from_others()
     run_id, job, *command = sys.argv[1:]
     raise_open_file_limit()
-    # Of its own: while a step runs, Dagster has the standard one go elsewhere.
+    # A descriptor of its own, because Dagster redirects the standard one while a step runs.
     faulthandler.register(STACKS_SIGNAL, file=os.dup(sys.stderr.fileno()), all_threads=True)
     with _heart(run_id, job), patient_events():
         from dagster._cli import cli
@@ -51,11 +52,12 @@ def main() -> None:
 
 @contextlib.contextmanager
 def patient_events() -> Iterator[None]:
-    """Let no event that cannot be stored just now end the run; of this process, during the body.
+    """Keep this process's run going, during the body, when an event cannot be stored.
 
-    Log lines, observations and engine events are left out, however storing them fails: a run must
-    not end by what it says. All others wait while the disk is full or no file can be opened; they
-    are what a run's and a chunk's state is told by. Waiting is no standstill to those who watch.
+    Log lines, observations and engine events are dropped whatever the error: a run must not end
+    because of a message. All other events determine the state of a run or a chunk, so they wait
+    while the disk is full or no file can be opened. Waiting counts as progress for the worker's
+    observers.
     """
     from dagster import DagsterInstance
 
@@ -66,7 +68,7 @@ def patient_events() -> Iterator[None]:
         while True:
             try:
                 store(instance, event, **how)
-            except Exception as error:  # whatever a storage raises; it is looked at
+            except Exception as error:  # any exception of a storage; examined below
                 if _is_only_said(event):
                     return left_out.note(error)
                 if not _is_short(instance, event, error):
@@ -84,7 +86,7 @@ def patient_events() -> Iterator[None]:
 
 
 class _LeftOut:
-    """Counts what was left out, and says so where the worker's own log can be written again."""
+    """Counts dropped events, and reports them once the worker's own log can be written again."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -98,7 +100,7 @@ class _LeftOut:
         if not self._count:
             return
         count, self._count = self._count, 0
-        with contextlib.suppress(OSError, ValueError):  # full as well, or closed
+        with contextlib.suppress(OSError, ValueError):  # its disk is full too, or it is closed
             print(f"Dagster did not store {count} log lines: {self._error}", file=sys.__stderr__)
 
 
@@ -112,7 +114,7 @@ def _is_only_said(event: "EventLogEntry") -> bool:
 
 
 def _is_short(instance: "DagsterInstance", event: "EventLogEntry", error: Exception) -> bool:
-    """Whether it is for want of room or descriptors that an event cannot be stored."""
+    """Whether an event cannot be stored for lack of space or descriptors."""
     cause = getattr(error, "orig", error)  # SQLAlchemy's errors carry SQLite's
     if not isinstance(cause, sqlite3.Error):
         return False
@@ -144,8 +146,8 @@ def _no_descriptor() -> bool:
 def _heart(run_id: str, job: str) -> Iterator[None]:
     try:
         settings = load_settings()
-    except ValueError as error:  # pydantic's is one, too
-        # The definitions cannot be loaded either, which the run will say better.
+    except ValueError as error:  # pydantic's ValidationError is one, too
+        # The definitions cannot be loaded either; the run reports that better.
         print(f"no heartbeat: {error}", file=sys.stderr)
         yield
         return

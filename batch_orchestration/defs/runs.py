@@ -1,4 +1,4 @@
-"""Dagster's runs as dispatch sees them: which are live, and how the others ended."""
+"""Dagster's runs as dispatch sees them: the live ones, and the results of the others."""
 
 import contextlib
 import itertools
@@ -23,23 +23,26 @@ from batch_orchestration.settings import Settings
 
 WILL_RETRY_TAG = "dagster/will_retry"
 RETRIED_BY_TAG = "dagster/auto_retry_run_id"
-#: Run tag: why it makes no sense to try again. Begins with the run's id, for a re-execution
-#: inherits the tags of its parent.
+#: Run tag: the reason not to try again. Begins with the run's id, because a re-execution inherits
+#: the tags of its parent.
 ASKS_PERSON_TAG = "batch_orchestration/asks_person"
-#: Run tag: a run of `batch_output` that wrote partial files. Begins with the run's id, as above.
+#: Run tag: a run of `batch_output` that wrote partial files. Its value is the run's id, for the
+#: same reason.
 PARTIAL_TAG = "batch_orchestration/partial"
-#: Run tag: a run that started no engine, for its device was not fit. As above.
+#: Run tag: a run that started no engine because its device was unfit. The run's id, as above.
 UNFIT_TAG = "batch_orchestration/gpu_unhealthy"
-#: Run tag: a run that the engine did not let in. As above.
+#: Run tag: a run that the engine refused. The run's id, as above.
 REFUSED_TAG = "batch_orchestration/engine_refuses_us"
-#: Dagster's own retry shows within seconds; after this long nobody is coming.
+#: Dagster's own retry appears within seconds; after this long none will come.
 RETRY_SHOWS_SECONDS = 300.0
 _REASON_LENGTH = 200
-#: Within one run, where the engine stays loaded if it can. What has an outcome is not asked again.
+#: Within one run, where the engine stays loaded if it can. Requests with an outcome are not sent
+#: again.
 STEP_RETRIES = 2
 STEP_RETRY_SECONDS = 5.0
 
-#: Not `NOT_STARTED`: such a run was created but never queued, and asking for it again queues it.
+#: Without `NOT_STARTED`: such a run was created but never queued, and requesting it again queues
+#: it.
 LIVE_STATUSES = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.STARTING,
@@ -56,7 +59,7 @@ ENDED_STATUSES = [
 def known_runs(
     instance: dg.DagsterInstance, batch_ids: Sequence[str], *, now: float
 ) -> list[KnownRun]:
-    """Return the runs of these batches: all live ones, and the ended ones that carry their tag."""
+    """Return all live runs, and the ended runs that carry the tag of one of these batches."""
     if not batch_ids:
         return []
     live = instance.get_run_records(dg.RunsFilter(statuses=LIVE_STATUSES))
@@ -67,7 +70,7 @@ def known_runs(
 
 
 def run_state(record: dg.RunRecord, *, now: float) -> RunState | None:
-    """Return what became of a run; None if Dagster's retry of it has taken its place."""
+    """Return the state of a run; None if Dagster's retry has taken its place."""
     run = record.dagster_run
     if run.status in LIVE_STATUSES:
         return RunState.LIVE
@@ -87,14 +90,13 @@ def run_state(record: dg.RunRecord, *, now: float) -> RunState | None:
 
 
 def free_run_key(instance: dg.DagsterInstance, wanted: str) -> str:
-    """Return the key to ask for a run with: the wanted one, or the next one that is free.
+    """Return the key to request a run with: the wanted one, or the next free one.
 
-    Dagster skips a request whose key any run has, but for a run that was created and never queued:
-    that one is then launched. How many runs have ended does not tell, for people delete runs, and
-    retries and re-executions inherit the key.
+    Dagster skips a request if any run has its key. The exception is a run that was created but
+    never queued: it is then launched. The number of ended runs does not determine the key, because
+    people delete runs, and retries and re-executions inherit it.
 
     Args:
-        instance: Of Dagster.
         wanted: Ends with `#` and the number of the attempt.
     """
     work, _, number = wanted.rpartition("#")
@@ -108,13 +110,13 @@ def _is_taken(instance: dg.DagsterInstance, key: str) -> bool:
 
 
 def ask_person(instance: dg.DagsterInstance, run_id: str, reason: str) -> None:
-    """Keep dispatch from trying again what this run failed at, until a person has looked."""
+    """Keep dispatch from retrying the work of a failed run until a person has looked at it."""
     text = f"{run_id}: {reason.splitlines()[0][:_REASON_LENGTH]}"
     instance.add_run_tags(run_id, {ASKS_PERSON_TAG: text})
 
 
 def retry_step(context: dg.OpExecutionContext) -> dg.RetryRequested:
-    """Return what to raise so that Dagster tries the step again, after a growing pause.
+    """Return the exception that makes Dagster retry the step after a growing pause.
 
     Not a `RetryPolicy`: Dagster honours that even after a person terminated the run.
     """
@@ -124,12 +126,12 @@ def retry_step(context: dg.OpExecutionContext) -> dg.RetryRequested:
 
 
 def mark_partial(instance: dg.DagsterInstance, run_id: str) -> None:
-    """Tell dispatch that this run does not deliver its batch, however it ends."""
+    """Mark a run that does not deliver its batch, however it ends."""
     instance.add_run_tags(run_id, {PARTIAL_TAG: run_id})
 
 
 def mark_unfit(instance: dg.DagsterInstance, run_id: str) -> None:
-    """Tell dispatch that this run ended because its device was not fit for an engine."""
+    """Mark a run that ended because its device was unfit for an engine."""
     instance.add_run_tags(run_id, {UNFIT_TAG: run_id})
 
 
@@ -138,10 +140,10 @@ def wait_for_the_gate(
     refused: EngineRefusesUs,
     settings: Settings,
 ) -> None:
-    """End a run that the engine did not let in as well: everybody waits until it does again.
+    """Let a run that the engine refused end well, and all runs wait until the refusal is over.
 
     Raises:
-        StorageError: That cannot be kept.
+        StorageError: The refusal cannot be written.
     """
     folder, now = DataFolder(settings.data_dir), time.time()
     refusal = note_refusal(
@@ -154,14 +156,14 @@ def wait_for_the_gate(
 def claim_batch(
     instance: dg.DagsterInstance, run: dg.DagsterRun, batch_ids: Sequence[str], folder: DataFolder
 ) -> None:
-    """Tag a run that a person launched with its batch, as those of `dispatch_sensor` are."""
+    """Tag a run launched by a person with its batch, as `dispatch_sensor` tags its own runs."""
     if BATCH_TAG not in run.tags and len(batch_ids) == 1:
         instance.add_run_tags(run.run_id, tags_about(batch_ids[0], folder))
 
 
 def tags_about(name: str, folder: DataFolder) -> dict[str, str]:
-    """Return the tags that name a batch, and its source."""
-    # Of what is unknown or damaged the run itself tells.
+    """Return the tags that name a batch and its source."""
+    # The run itself reports an unknown or damaged batch.
     with contextlib.suppress(BatchOrchestrationError):
         return name_tags(folder.read_plan(name))
     return {BATCH_TAG: name}

@@ -56,7 +56,7 @@ from batch_orchestration.settings import Settings
 CLAIM_TAG = "claim"
 #: The shortest interval that Dagster's sensor loop can keep.
 INTERVAL_SECONDS = 5
-#: A tick has 60 s in all; who holds the store longer is told of in the tick.
+#: A tick has 60 s in all; the tick reports a store that is locked longer.
 STORE_DEADLINE_SECONDS = 5.0
 #: More would not be read.
 SHOWN_REASONS = 20
@@ -74,7 +74,7 @@ SHOWN_REASONS = 20
 def inbox_sensor(
     context: dg.SensorEvaluationContext, settings: SettingsResource
 ) -> dg.SensorResult | dg.SkipReason:
-    """Claim what is complete and ask for its admission; only look and rename, read nothing."""
+    """Claim complete files and request their admission; only stat and rename, never read."""
     folder = data_folder(settings)
     inbox, now, faults = open_inbox(settings, folder), time.time(), Faults()
     reasons = _claim(settings, inbox, now=now)
@@ -92,7 +92,7 @@ def inbox_sensor(
 
 
 def _claim(settings: Settings, inbox: Inbox, *, now: float) -> list[str]:
-    """Claim the files for which there is room; return why the others wait."""
+    """Claim the files for which there is capacity; return the reasons why the others wait."""
     try:
         waiting = claim_admissible(
             folder=data_folder(settings),
@@ -107,10 +107,10 @@ def _claim(settings: Settings, inbox: Inbox, *, now: float) -> list[str]:
 
 
 def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.RunRequest | str:
-    """Return the run that admits a claim, or why not now.
+    """Return the run that admits a claim, or the reason why it waits.
 
-    Asked for until the claim is gone, always with the key of the present attempt: so that a file
-    is neither lost nor admitted twice, whatever is killed in between.
+    The run is requested until the claim is gone, always with the key of the present attempt. The
+    file is therefore neither lost nor admitted twice, whatever is killed in between.
     """
     states = _admissions(instance, claim, now=now)
     ended = [record.end_time or 0.0 for state, record in states if state is not RunState.LIVE]
@@ -129,7 +129,7 @@ def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.
 def _admissions(
     instance: dg.DagsterInstance, claim: Claim, *, now: float
 ) -> list[tuple[RunState, dg.RunRecord]]:
-    """Return the runs that were to admit a claim, and what became of each."""
+    """Return the admission runs of a claim, each with its state."""
     records = instance.get_run_records(dg.RunsFilter(tags={CLAIM_TAG: claim.claim_id}))
     return [(state, record) for record in records if (state := run_state(record, now=now))]
 
@@ -137,8 +137,8 @@ def _admissions(
 def _failing_admissions(
     instance: dg.DagsterInstance, inbox: Inbox, *, now: float
 ) -> Iterator[NeedsAttention]:
-    """Yield the files whose admission fails again and again. It is tried on, ever more rarely."""
-    faults = Faults()  # `find_damage` tells of the same
+    """Yield the files whose admission fails repeatedly. It is retried at growing intervals."""
+    faults = Faults()  # `find_damage` reports the same
     for claim in inbox.claims(faults):
         with faults.of(claim.claim_id):
             states = _admissions(instance, claim, now=now)
@@ -169,7 +169,7 @@ def _failing_admissions(
 def dispatch_sensor(
     context: dg.SensorEvaluationContext, settings: SettingsResource
 ) -> dg.SensorResult | dg.SkipReason:
-    """Decide from the store and from Dagster's runs, so that it does not matter what was killed."""
+    """Decide from the store and from Dagster's runs, so that no crash matters."""
     now = time.time()
     store = open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS)
     folder, faults = data_folder(settings), Faults()
@@ -188,7 +188,7 @@ def dispatch_sensor(
             doubt=clock_doubt(folder, most_seconds=EXPIRY_SECONDS),
             faults=faults,
         )
-        # The others go on; these do by themselves as soon as their files are mended.
+        # The other batches go on; these do by themselves as soon as their files are mended.
         batches = [batch for batch in batches if batch.batch_id not in faults]
         no_engine = _no_engine(settings, queue) if batches else None
         verdict = dispatch(
@@ -208,7 +208,7 @@ def dispatch_sensor(
         return dg.SkipReason(f"the store cannot be read now: {error}")
     except StorageError as error:
         return dg.SkipReason(f"no run is asked for now: {error}")
-    with contextlib.suppress(StorageError):  # only what looks at it goes without
+    with contextlib.suppress(StorageError):  # only readers of the file go without it
         admissions = _failing_admissions(context.instance, open_inbox(settings, folder), now=now)
         write_needs_attention(folder, [*verdict.needs, *map(_mend, faults), *admissions])
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
@@ -218,7 +218,7 @@ def dispatch_sensor(
 
 
 def _mend(fault: MemberFault) -> NeedsAttention:
-    """Say what a batch waits for of which a file cannot be read."""
+    """Return the need for attention of a batch with an unreadable file."""
     return NeedsAttention(
         batch_id=fault.member,
         run_id="",
@@ -229,9 +229,9 @@ def _mend(fault: MemberFault) -> NeedsAttention:
 def _keep_queue(
     context: dg.SensorEvaluationContext, settings: Settings, *, now: float, faults: Faults
 ) -> tuple[QueueView, list[str]]:
-    """Return the queue, and what is wrong with it.
+    """Return the queue and its problems.
 
-    Whatever that is, batches are to end in time and to be delivered: their order is by name then.
+    Batches must end in time and be delivered whatever the problem; their order is then by name.
     """
     folder = data_folder(settings)
     try:
@@ -253,12 +253,12 @@ def _keep_queue(
 
 
 def _is_refusal(no_engine: str | None) -> bool:
-    """Whether the engine itself keeps everybody waiting: a person may have to act."""
+    """Whether the engine itself refuses all runs, so that a person may have to act."""
     return no_engine is not None and no_engine.startswith(WaitReason.ENGINE_REFUSES_US)
 
 
 def _no_engine(settings: Settings, queue: QueueView) -> str | None:
-    """Return why no engine can be started now; None if one can."""
+    """Return the reason why no engine can be started now; None if one can."""
     gate = closed_gate(
         queue.paused, partial(gpu_problem, settings), partial(refusal_in_words, settings)
     )
@@ -271,9 +271,9 @@ def _known_to_dagster(
     folder: DataFolder,
     faults: Faults,
 ) -> list[BatchRecord]:
-    """Return the batches that have their partitions, after making those that got lost.
+    """Return the batches that have their partitions, after recreating lost ones.
 
-    They are missing when an admission was killed between store and partitions, or when Dagster's
+    Partitions are missing if an admission was killed between store and partitions, or if Dagster's
     own storage was wiped.
     """
     known: list[BatchRecord] = []
@@ -281,7 +281,7 @@ def _known_to_dagster(
     for batch in batches:
         (known if has_partitions(instance, batch.batch_id) else unknown).append(batch)
     live = dg.RunsFilter(job_name=admit_batch.name, statuses=LIVE_STATUSES)
-    # The run that admits a file makes its partitions itself.
+    # The run that admits a file adds its partitions itself.
     if not unknown or instance.get_runs(live, limit=1):
         return known
     for batch in unknown:
@@ -311,7 +311,7 @@ def _result(
     *,
     idle: str,
 ) -> dg.SensorResult | dg.SkipReason:
-    """Return the requests, or the reasons why there are none; in either case the log has both."""
+    """Return the run requests and log them with the reasons; without requests, skip with these."""
     shown = [*reasons[:SHOWN_REASONS]]
     if len(reasons) > SHOWN_REASONS:
         shown.append(f"and {len(reasons) - SHOWN_REASONS} more")

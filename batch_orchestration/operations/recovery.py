@@ -1,10 +1,10 @@
-"""Recovery: makes the store anew from plans, journals and what people did since.
+"""Recovery: rebuilds the store from plans, journals and people's decisions.
 
-Of a batch that ended early it reads the kept input, too: only that has the lines of what was not
-answered. All of these are kept for as long as their batch is, so nothing that was committed is lost
-with the DuckDB file. Only the store knew when and by whom chunks were committed (now: their last
-outcome), on which rung of the engine (now: unknown), and when the batch reached its status (its
-files).
+For a batch that ended early, it also reads the kept input, the only source of the unanswered lines.
+All of these are kept for as long as their batch, so no commit is lost with the DuckDB file. Three
+facts are in the store alone: when and by which run chunks were committed (rebuilt as their last
+outcome), the memory level of the engine (rebuilt as unknown), and when the batch reached its status
+(rebuilt from its files).
 """
 
 import contextlib
@@ -42,10 +42,10 @@ def remake(
     at: float,
     deadline_seconds: float = DEADLINE_SECONDS,
 ) -> Path | None:
-    """Make a store, let `fill` fill it, and put it in its place; return where the old file is.
+    """Create a store, let `fill` fill it, and put it in place; return the old file's new path.
 
-    The old one, if there is one, is renamed and never deleted. All writers of ours wait meanwhile.
-    If `fill` raises, everything is as before.
+    An old file is renamed and never deleted. All our writers wait meanwhile. If `fill` raises,
+    nothing is changed.
 
     Raises:
         StoreLocked: Others were writing past the deadline.
@@ -71,7 +71,7 @@ def remake(
 
 
 def _set_aside(path: Path, at: float) -> Path | None:
-    """Rename the file and its log, so that DuckDB could still open them together."""
+    """Rename the file and its log, so that DuckDB can still open them together."""
     if not path.exists():
         return None
     moment = datetime.fromtimestamp(at, UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -83,19 +83,19 @@ def _set_aside(path: Path, at: float) -> Path | None:
 
 
 logger = logging.getLogger(__name__)
-#: Stands in a batch's history where otherwise a run's id does.
+#: Takes the place of a run's id in a batch's history.
 ACTOR = "recovery"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveredBatch:
-    """What was rebuilt of a batch.
+    """The rebuilt parts of a batch.
 
     Attributes:
-        chunks: Those that are committed again, of `of_chunks`.
+        chunks: Number of chunks committed again, of `of_chunks`.
         unfinished: Outcomes in the journals of the other chunks; their runs go on with them.
         operations: Replays and discards that were applied again.
-        problems: What could not be rebuilt, one line each.
+        problems: The parts that could not be rebuilt, one line each.
     """
 
     batch_id: str
@@ -111,7 +111,7 @@ class RecoveredBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """What was wrong, where the old file is now, and what was rebuilt."""
+    """The result of a recovery: the problem, the old file's new path, and the rebuilt batches."""
 
     problem: str
     set_aside: Path | None
@@ -119,15 +119,15 @@ class Recovery:
 
     @property
     def complete(self) -> bool:
-        """Whether there is nothing that could not be rebuilt."""
+        """Whether everything could be rebuilt."""
         return not any(batch.problems for batch in self.batches)
 
 
 def find_problem(*, folder: DataFolder, store: Store) -> str | None:
-    """Return what is wrong with the store; None if it can be read and knows every batch.
+    """Return the store's problem; None if it can be read and knows every batch.
 
     Raises:
-        StoreLocked: It cannot be asked now.
+        StoreLocked: The store cannot be read now.
     """
     planned = folder.batch_ids()
     if not folder.duckdb.exists():
@@ -145,7 +145,7 @@ def find_problem(*, folder: DataFolder, store: Store) -> str | None:
 
 
 def _is_to_be_known(batch_id: str, folder: DataFolder) -> bool:
-    """Whether the store lacks a batch: not one that is pruned, nor one whose plan is damaged."""
+    """Whether the store should know a batch: not if it is pruned or its plan is damaged."""
     if folder.pruned_path(batch_id).exists():
         return False
     try:
@@ -158,19 +158,17 @@ def _is_to_be_known(batch_id: str, folder: DataFolder) -> bool:
 def recover(
     *, folder: DataFolder, problem: str, clock: Callable[[], float], deadline_seconds: float = 600.0
 ) -> Recovery:
-    """Make the store anew, whatever is left of it; the old file is set aside, never deleted.
+    """Rebuild the store, whatever is left of it; the old file is renamed, never deleted.
 
-    Runs may go on meanwhile: their commits wait. Batches that were delivered are assembled again.
+    Runs may go on meanwhile: their commits wait. Delivered batches are assembled again.
 
     Args:
-        folder: The data folder.
-        problem: Why; see `find_problem`.
-        clock: POSIX seconds.
-        deadline_seconds: How long to wait for those who write to the store now.
+        problem: The reason; see `find_problem`.
+        deadline_seconds: Longest wait for present writers of the store.
 
     Raises:
         StoreLocked: Others kept writing.
-        StorageError: Nothing can be written; the old file is as it was.
+        StorageError: Nothing can be written; the old file is unchanged.
     """
     rebuilt: list[_Rebuilding] = []
 
@@ -181,7 +179,7 @@ def recover(
             rebuilt.append(rebuilding)
 
     folder.create()
-    # No batch comes into being meanwhile: it would be missing from the new file.
+    # No batch may be admitted meanwhile: the new file would lack it.
     with admission_lock(folder):
         set_aside = remake(folder.duckdb, fill, at=clock(), deadline_seconds=deadline_seconds)
     store = Store(folder.duckdb, deadline_seconds=deadline_seconds)
@@ -190,7 +188,7 @@ def recover(
 
 
 class _Rebuilding:
-    """Rebuilds one batch; what goes wrong with it does not keep the others from theirs."""
+    """Rebuilds one batch; its problems do not affect the other batches."""
 
     def __init__(self, batch_id: str, folder: DataFolder, store: Store) -> None:
         self._batch_id = batch_id
@@ -201,7 +199,7 @@ class _Rebuilding:
         self._problems: list[str] = []
 
     def run(self) -> None:
-        """Rebuild its rows."""
+        """Rebuild the batch's rows."""
         if self._folder.pruned_path(self._batch_id).exists():
             self._problems.append(
                 "its journals were removed after BATCH_JOURNAL_RETENTION_DAYS; its answers are in"
@@ -228,7 +226,7 @@ class _Rebuilding:
 
     @contextlib.contextmanager
     def _problem(self, prefix: str = "") -> Iterator[None]:
-        """Note what keeps one piece from being rebuilt; the next piece is tried all the same."""
+        """Note the problem of one part, and let the next part be tried."""
         faults = Faults()
         with faults.of(self._batch_id):
             yield
@@ -242,7 +240,7 @@ class _Rebuilding:
                 commit_ended(ref, self._closing, store=self._store, run_id=ACTOR, at=at)
                 self._chunks += 1
                 return
-            # Of a chunk that was committed, this is the loss of a journal.
+            # If the chunk was committed before, a part of its journal is lost.
             self._unfinished += len(entries)
             return
         last = max(entries.values(), key=lambda entry: entry.settled_at)
@@ -257,7 +255,7 @@ class _Rebuilding:
         self._chunks += 1
 
     def _cancel_again(self) -> None:
-        """Bring a batch that was being cancelled into that status; its next run delivers it."""
+        """Restore the status of a batch that was being cancelled; its next run delivers it."""
         closing = self._closing
         if closing is not None and closing.status is BatchStatus.CANCELLED:
             self._store.set_status(
@@ -269,7 +267,7 @@ class _Rebuilding:
             )
 
     def deliver_again(self, store: Store) -> RecoveredBatch:
-        """Write the files of a batch that was delivered; return what came of it all."""
+        """Write the files of a delivered batch again; return the result for the batch."""
         output = OutboxFiles(self._folder.outbox_path(self._batch_id)).output
         missing = self._of_chunks - self._chunks
         with self._problem("samples: "):

@@ -1,4 +1,4 @@
-"""A batch as OpenAI's API writes one: what `--json` prints."""
+"""A batch in the format of OpenAI's API, as `--json` prints it."""
 
 import itertools
 from pathlib import Path
@@ -30,8 +30,8 @@ _TIMES = (
 def batch_object(view: BatchStatusView, *, folder: DataFolder) -> dict[str, Any]:
     """Return OpenAI's Batch object, with paths in place of file ids.
 
-    Times are whole POSIX seconds. Three fields are ours: `progress` is null unless a run is at
-    work, `closing` unless the batch ends, or has ended, early, `paused` unless it is paused.
+    Times are whole POSIX seconds. Some fields are ours: `progress` is null unless a run is at work,
+    `closing` unless the batch ends or ended early, `paused` unless it is paused.
     """
     batch_id = view.batch_id
     return {
@@ -96,7 +96,7 @@ def _waiting(wait: Wait | None) -> dict[str, Any] | None:
 
 
 def _endpoint(input_path: Path) -> str | None:
-    """Return the endpoint of the first usable request: one batch seldom has two."""
+    """Return the endpoint of the first usable request; a batch rarely has two."""
     try:
         with input_path.open("rb") as file:
             for line in itertools.islice(read_lines(file, _LINE_BYTES), _LINES_READ):

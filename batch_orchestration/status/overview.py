@@ -1,4 +1,4 @@
-"""The board: everything that lies between the inbox and the outbox, at one moment."""
+"""The overview: the files and batches between inbox and outbox, at one moment."""
 
 import contextlib
 import itertools
@@ -20,22 +20,22 @@ from batch_orchestration.queue.entries import QueueEntry, QueueView, WaitReason
 from batch_orchestration.status.views import BatchStatusView, view_batches
 from batch_orchestration.store.store import Store
 
-#: Older ones are found in the folder.
+#: Older ones are still in the folder.
 REJECTED_SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
-    """What there is.
+    """The present state of a data folder.
 
     Attributes:
         batches: Newest first.
         waiting: Dropped files that are not claimed yet, each with a reason.
         claims: Files that are being read.
-        rejected: The last few files that were refused and are still there, newest first.
-        queue: As `dispatch_sensor` last saw it; None if it never looked.
-        unread: Whether files wait, and no daemon has ever looked at this data folder.
-        damaged: Files that cannot be read, each with what to do.
+        rejected: The last few rejected files that still exist, newest first.
+        queue: As `dispatch_sensor` last wrote it; None if it never ran.
+        unread: Whether files wait, and no daemon has ever used this data folder.
+        damaged: Unreadable files, each with the next step.
     """
 
     batches: tuple[BatchStatusView, ...]
@@ -48,23 +48,21 @@ class Overview:
 
     @property
     def store_problem(self) -> str | None:
-        """Why the store could not be asked; None if it could."""
+        """Why the store could not be read; None if it could."""
         return next((view.store_problem for view in self.batches if view.store_problem), None)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was ever dropped."""
+        """Whether no file was ever dropped."""
         return not (self.batches or self.waiting or self.claims or self.rejected or self.damaged)
 
 
 def read_overview(*, folder: DataFolder, store: Store, inbox: Inbox, now: float) -> Overview:
-    """Return the board; a folder that does not exist yet is an empty one.
+    """Return the overview; a missing folder is an empty one.
 
     Args:
         folder: The data folder; nothing in it is changed.
-        store: If it is locked, files tell what they can.
-        inbox: Of this folder.
-        now: POSIX seconds.
+        store: If it is locked, the batches' files are used instead.
     """
     waiting, claims, queue = [], [], _read_queue(folder)
     known = {entry.id: entry for entry in queue.entries} if queue else {}
@@ -104,7 +102,7 @@ def _ready(entry: QueueEntry | None, *, unread: bool) -> str:
 
 
 def _read_queue(folder: DataFolder) -> QueueView | None:
-    """Return the queue, with the pause of this moment: that may be younger than the last tick."""
+    """Return the queue with the present pause, which may be newer than the last tick."""
     with contextlib.suppress(StorageError):
         view, paused = queue_files.read_queue(folder), queue_files.read_pause(folder)
         if view is None and paused is None:
@@ -115,13 +113,13 @@ def _read_queue(folder: DataFolder) -> QueueView | None:
 
 
 def rejections(folder: DataFolder) -> Iterator[Rejected]:
-    """Yield what was refused and has not been taken away since, newest first."""
+    """Yield the rejected files that still exist, newest first."""
     verdicts = sorted(
         (folder.claims / ".settled").glob("*.json"),
         key=_changed_at,
         reverse=True,
     )
-    faults = Faults()  # `find_damage` tells of the same
+    faults = Faults()  # `find_damage` reports the same
     for path in verdicts:
         with faults.of(path.name):
             verdict = read_result(path)

@@ -1,4 +1,4 @@
-"""How batches are: what the store knows, joined with what their runs tell meanwhile."""
+"""Views of batches: the records of the store, joined with the progress of their runs."""
 
 import contextlib
 from dataclasses import dataclass, replace
@@ -21,15 +21,15 @@ class BatchStatusView:
     """One batch at one moment.
 
     Attributes:
-        status: Only a guess, from files, where `store_problem` is set.
-        completed: With an outcome, committed or not; so is `failed`.
-        times: POSIX seconds at which a status was reached, by status word.
-        progress: The run's own words, if it left any; the batch may be further since.
-        progress_age: Seconds since then.
-        closing: Why it ends, or has ended, early; None if it does not.
+        status: If `store_problem` is set, only a guess from files.
+        completed: Answered requests, committed or not; `failed` likewise.
+        times: When a status was reached, by status word.
+        progress: The last progress file of its run; the batch may be further since.
+        progress_age: Age of `progress` in seconds.
+        closing: Why it ends, or ended, early; None if it does not.
         halt: Why it is paused; None if it is not.
-        deadline: When its completion window ends, POSIX seconds.
-        store_problem: Why the store could not be asked; None if it could.
+        deadline: When its completion window ends.
+        store_problem: Why the store could not be read; None if it could.
     """
 
     plan: BatchPlan
@@ -51,44 +51,44 @@ class BatchStatusView:
 
     @property
     def batch_id(self) -> str:
-        """Its id."""
+        """The batch's id."""
         return self.plan.batch_id
 
     @property
     def options(self) -> BatchOptions:
-        """What its author said about it."""
+        """The options given by its author."""
         return self.plan.options
 
     @property
     def engine(self) -> str:
-        """Kind of engine that its plan asks for."""
+        """The kind of engine in its plan."""
         return str(self.plan.settings.get("engine", ""))
 
     @property
     def total(self) -> int:
-        """Requests of the batch."""
+        """Number of requests."""
         return self.plan.requests
 
     @property
     def done(self) -> int:
-        """Requests with an outcome."""
+        """Number of requests with an outcome."""
         return self.completed + self.failed
 
     @property
     def final(self) -> bool:
-        """Whether nothing more happens to it."""
+        """Whether the batch has ended."""
         return self.status in FINAL
 
     @property
     def live(self) -> Progress | None:
-        """What a run tells that is still at work; None if there is none or it fell silent."""
+        """The progress of a run at work; None if there is none or the run is silent."""
         if self.final or self.progress is None or self.progress.resting:
             return None
         return None if self.silent_seconds else self.progress
 
     @property
     def silent_seconds(self) -> float | None:
-        """How long a run that never said it stopped has been silent; None if it has not."""
+        """How long a run that reported no end has been silent; None if it is not silent."""
         if self.final or self.progress is None or self.progress.resting:
             return None
         age = self.progress_age or 0.0
@@ -96,10 +96,10 @@ class BatchStatusView:
 
 
 def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -> BatchStatusView:
-    """Return how a batch is; if the store is locked, what its files tell.
+    """Return the view of a batch; if the store is locked, from its files alone.
 
     Raises:
-        BatchNotFound: There is neither plan nor record.
+        BatchNotFound: The batch has no plan.
     """
     plan = folder.read_plan(batch_id)
     try:
@@ -115,7 +115,7 @@ def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -
 def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchStatusView]:
     """Return all batches, newest first.
 
-    Those whose plan cannot be read are left out: `operations.health.damage` tells of them.
+    Batches with an unreadable plan are left out; `operations.health.damage` reports them.
     """
     plans, faults = {}, Faults()
     for batch_id in folder.batch_ids():
@@ -123,7 +123,7 @@ def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchS
             plans[batch_id] = folder.read_plan(batch_id)
     problem = None
     try:
-        # A folder without batches needs no store, and looking at it must not make one.
+        # A folder without batches needs no store, and reading it must not create one.
         records = {record.batch_id: record for record in store.batches()} if plans else {}
     except StoreLocked as locked:
         records, problem = {}, str(locked)
@@ -138,7 +138,7 @@ def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchS
 
 
 def with_progress(view: BatchStatusView, *, folder: DataFolder, now: float) -> BatchStatusView:
-    """Return the view brought up to date by the progress file alone: the store is not touched."""
+    """Return the view updated from the progress file alone; the store is not read."""
     if view.final and not view.store_problem:
         return view
     progress = read_progress(folder.progress_path(view.batch_id))
@@ -146,7 +146,7 @@ def with_progress(view: BatchStatusView, *, folder: DataFolder, now: float) -> B
         return view
     age = max(0.0, now - progress.updated_at)
     view = replace(view, progress=progress, progress_age=age)
-    # A run counts what is in journals too; the store may be ahead of a run that is gone.
+    # A run also counts outcomes in journals; the store may be ahead of a run that is gone.
     if progress.completed + progress.failed <= view.done:
         return view
     return replace(view, completed=progress.completed, failed=progress.failed)
@@ -191,7 +191,7 @@ def _from_plan(
 
 
 def _halt(batch_id: str, folder: DataFolder) -> Halt | None:
-    with contextlib.suppress(FileDamaged):  # told by `operations.health.damage`, too
+    with contextlib.suppress(FileDamaged):  # `operations.health.damage` reports it
         return halt_in_force(folder, batch_id)
     return None
 
@@ -207,7 +207,7 @@ def _decisions(batch_id: str, folder: DataFolder) -> tuple[EarlyEnd | None, Resu
 
 
 def _guess(batch_id: str, closing: EarlyEnd | None, folder: DataFolder) -> BatchStatus:
-    """Return the status that a batch's files tell of."""
+    """Return the status that follows from a batch's files."""
     with contextlib.suppress(FileDamaged):
         if delivered(folder, batch_id):
             return closing.status if closing else BatchStatus.COMPLETED
@@ -221,8 +221,8 @@ def _if_there(path: Path) -> Path | None:
 
 
 def find_identity(identity: str, *, folder: DataFolder) -> str | None:
-    """Return the id of the batch with this identity, from files alone; None if none has."""
-    faults = Faults()  # `operations.health.damage` tells of the same
+    """Return the id of the batch with this identity, from files alone; None if there is none."""
+    faults = Faults()  # `operations.health.damage` reports the same
     for name in folder.batch_ids():
         if identity[:ID_HASH_DIGITS] in name:
             with faults.of(name):

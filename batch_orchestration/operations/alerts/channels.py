@@ -1,4 +1,4 @@
-"""Channels: how an alert leaves this machine. Each is bounded in time and tells no secret."""
+"""Channels: how an alert leaves this machine. Each is bounded in time and leaks no secret."""
 
 import contextlib
 import html
@@ -33,29 +33,29 @@ from batch_orchestration.settings import Settings, SmtpSecurity
 
 logger = logging.getLogger(__name__)
 
-#: Sends a notification; raises `AlertNotSent`, whose words may be shown to anybody.
+#: Sends a notification; raises `AlertNotSent`, whose message is safe to show to anybody.
 Send = Callable[[Notification], None]
 
-#: Until a mail server is ready to take a mail.
+#: Until a mail server is ready for a mail.
 WAIT_SECONDS = 5.0
-#: Until the other side says that it has taken a post. It may take its time, and who gives up sends
-#: again what had arrived (RFC 5321, 4.5.3.2.6 asks for ten minutes).
+#: Until the receiver confirms a notification. It may take its time, and giving up early resends a
+#: mail that had arrived (RFC 5321, 4.5.3.2.6 asks for ten minutes).
 ANSWER_SECONDS = 300.0
-#: That a tick waits for its posts, whatever the other sides do; it has 60 s in all.
+#: How long a tick waits for its notifications, whatever the receivers do; it has 60 s in all.
 POST_SECONDS = 20.0
 #: Discord refuses longer texts. https://discord.com/developers/docs/resources/webhook
 DISCORD_CHARACTERS = 2000
-#: With room for what has to be escaped.
+#: Leaves room for escaping.
 WEBHOOK_CHARACTERS = 1800
 MAIL_CHARACTERS = 50_000
-#: They are about the post. Others (401, 404 …) are about the address, which a person mends.
+#: Codes about the notification. Others (401, 404 …) are about the address, which a person mends.
 _REFUSE_THE_POST = (400, 413, 414, 422)
-#: Of what a command says when it fails.
+#: Bytes of a failed command's stderr that are shown.
 _SHOWN = 300
 
 
 def alert_channels(settings: Settings) -> dict[str, Send]:
-    """Return the channels that are set, by name. The log is none of them: it always has all."""
+    """Return the configured channels by name. The log is none of them: it has every alert."""
     channels: dict[str, Send] = {}
     if settings.alert_webhook_url.get_secret_value():
         channels["webhook"] = partial(send_to_webhook, settings)
@@ -70,10 +70,10 @@ _opener = urllib.request.build_opener(NoRedirects)
 
 
 def send_to_webhook(settings: Settings, notification: Notification) -> None:
-    """Post JSON as Slack, Mattermost and Discord (`…/slack`) take it.
+    """Post JSON in the format of Slack, Mattermost and Discord (`…/slack`).
 
     Raises:
-        AlertNotSent: It was not taken. The address is a secret and not told.
+        AlertNotSent: The webhook did not accept it. The message omits the address, a secret.
     """
     # https://api.slack.com/reference/surfaces/formatting#escaping
     text = html.escape(notification.text_within(WEBHOOK_CHARACTERS), quote=False)[
@@ -98,21 +98,21 @@ def send_to_webhook(settings: Settings, notification: Notification) -> None:
         raise AlertNotSent(f"the webhook cannot be reached: {_reason(error.reason)}") from None
     except (OSError, HTTPException) as error:
         raise AlertNotSent(f"the webhook did not answer: {_reason(error)}") from None
-    except ValueError:  # its words are those of the address
+    except ValueError:  # its message would contain the address
         raise AlertNotSent("BATCH_ALERT_WEBHOOK_URL is not an address") from None
 
 
 def send_mail(settings: Settings, notification: Notification) -> None:
-    """Send a mail to everybody who is to have it.
+    """Send a mail to all recipients.
 
     Raises:
-        AlertNotSent: The server did not take it for all of them.
+        AlertNotSent: The server did not accept it for all of them.
     """
     message = _mail(settings, notification)
     try:
         with contextlib.closing(_connect(settings)) as server:
             refused = server.send_message(message)
-            with contextlib.suppress(OSError):  # it has the mail, however it parts
+            with contextlib.suppress(OSError):  # the mail is accepted, however the session ends
                 server.quit()
     except smtplib.SMTPDataError as error:
         raise AlertNotSent(
@@ -129,10 +129,10 @@ def send_mail(settings: Settings, notification: Notification) -> None:
 
 
 def run_command(settings: Settings, notification: Notification) -> None:
-    """Run the command, without a shell, and give it the notification as JSON on stdin.
+    """Run the command, without a shell, with the notification as JSON on stdin.
 
     Raises:
-        AlertNotSent: It cannot be run, failed, or had to be ended.
+        AlertNotSent: The command cannot be run, failed, or had to be ended.
     """
     with tempfile.TemporaryFile() as said:
         try:
@@ -177,7 +177,7 @@ def _as_json(notification: Notification) -> dict[str, Any]:
 
 
 class _Delivery(threading.Thread):
-    """One notification on its way, in a thread of its own: the other side may drip for ever."""
+    """Sends one notification in its own thread, because the receiver may never finish."""
 
     def __init__(self, name: str, send: Send, notification: Notification) -> None:
         super().__init__(name=f"alert:{name}", daemon=True)
@@ -190,11 +190,11 @@ class _Delivery(threading.Thread):
             self._send(self._notification)
         except AlertNotSent as error:
             self._problem, self._partly, self._refused = str(error), error.partly, error.refused
-        except Exception as error:  # noqa: BLE001 - its words may hold a secret
+        except Exception as error:  # noqa: BLE001 - its message may hold a secret
             self._problem = f"it failed with {type(error).__name__}"
 
     def attempt(self, *, strict: bool = False) -> Attempt:
-        """Return how it went, once it has ended."""
+        """Return the result, once the thread has ended."""
         problem = self._problem
         if self._partly and not strict:
             logger.warning("%s reached only some: %s", self.name, problem)
@@ -202,7 +202,7 @@ class _Delivery(threading.Thread):
         return Attempt(notification=self._notification, problem=problem, refused=self._refused)
 
 
-#: On their way, or ended too late for whoever began them.
+#: Deliveries that are in progress, or that ended after `deliver` stopped waiting.
 _deliveries: dict[tuple[Path, str], _Delivery] = {}
 
 
@@ -214,17 +214,17 @@ def deliver(
     seconds: float = POST_SECONDS,
     strict: bool = False,
 ) -> dict[str, Attempt]:
-    """Send each channel's notification, side by side; return by channel how it went.
+    """Send the channels' notifications in parallel; return the result by channel.
 
-    What has not ended in time is left on its way: nothing else is sent through that channel before
-    it has ended, and `delivered_late` then tells how. To send it anew meanwhile would be to send it
-    without end where the other side only takes its time.
+    A delivery that misses the deadline stays in progress. Its channel sends nothing else until it
+    has ended, and `delivered_late` then returns its result. Resending meanwhile would never end if
+    the receiver is merely slow.
 
     Args:
-        root: The data folder, whose channels these are.
+        root: The data folder that the channels belong to.
         seconds: For all of them together.
-        strict: Whether what has reached only some counts as not sent. To send it again would be a
-            flood for those whom it has reached, so it is only logged otherwise.
+        strict: Whether a partial delivery counts as not sent. Otherwise it is only logged, because
+            sending it again would flood the recipients already reached.
     """
     attempts: dict[str, Attempt] = {}
     begun: dict[str, _Delivery] = {}
@@ -249,7 +249,7 @@ def deliver(
 
 
 def delivered_late(root: Path) -> dict[str, Attempt]:
-    """Return how those have gone that had not ended when `deliver` did, and now have."""
+    """Return the results of deliveries that had not ended when `deliver` did, and now have."""
     ended = [key for key, late in _deliveries.items() if key[0] == root and not late.is_alive()]
     return {key[1]: _deliveries.pop(key).attempt() for key in ended}
 
@@ -275,25 +275,25 @@ def _connect(settings: Settings) -> smtplib.SMTP:
 
 def _mail(settings: Settings, notification: Notification) -> EmailMessage:
     message = EmailMessage()
-    # Names of files are in it, and those may hold anything.
+    # The subject contains file names, which may hold anything.
     message["Subject"] = " ".join(notification.subject.split())
     message["From"] = settings.smtp_from or f"batch@{socket.gethostname()}"
     message["To"] = settings.alert_email_to
     message["Date"] = formatdate(localtime=True)
     message["Message-ID"] = make_msgid()
-    message["Auto-Submitted"] = "auto-generated"  # RFC 3834: nobody's holiday notice answers it
+    message["Auto-Submitted"] = "auto-generated"  # RFC 3834: no automatic reply
     message.set_content(notification.text_within(MAIL_CHARACTERS) + "\n")
     return message
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
-        # It leads a session of its own and is not reaped yet: its pid is nobody else's.
+        # The process leads its own session and is not reaped yet, so its pid is still its own.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def _reason(error: object) -> str:
-    """Return why the system refused, without what the libraries add of addresses."""
+    """Return the system's reason, without the addresses that libraries add."""
     told = getattr(error, "strerror", None)
     return told if isinstance(told, str) and told else type(error).__name__

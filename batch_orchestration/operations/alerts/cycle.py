@@ -1,4 +1,4 @@
-"""The alert cycle: observe, decide what is told, keep that durably, and only then send it."""
+"""The alert cycle: observe, decide on transitions, save them durably, and only then send them."""
 
 import logging
 import time
@@ -41,12 +41,12 @@ _LOG_LEVELS = {
     Level.DEGRADED: logging.WARNING,
     Level.HEALTHY: logging.INFO,
 }
-#: States that a full disk did not take, by path: without them each tick would tell all again.
+#: States that a full disk could not take, by path: without them each tick would repeat all alerts.
 _unsaved: dict[Path, AlertState] = {}
 
 
 class Cycle(NamedTuple):
-    """What one cycle did: the state after it, what was to be told, and how sending it went."""
+    """The result of one cycle: the new state, its transitions, and the attempts to send them."""
 
     state: AlertState
     transitions: tuple[Transition, ...]
@@ -63,14 +63,14 @@ class Cycle(NamedTuple):
         return "; ".join([*parts, *titles])
 
     def lines(self) -> list[str]:
-        """Return the transitions, and what became of each notification, for people."""
+        """Return the transitions and the result of each notification as text."""
         texts = [transition.text for transition in self.transitions]
         sent_to = [f"{name}: {tried.problem or 'sent'}" for name, tried in self.attempts.items()]
         return [*texts, *sent_to]
 
 
 def alert_rules(settings: Settings) -> AlertRules:
-    """Return how often somebody is told."""
+    """Return the rules of the alert state from the settings."""
     return AlertRules(
         repeat_seconds=settings.alert_repeat_seconds,
         posts_per_hour=settings.alert_posts_per_hour,
@@ -86,21 +86,18 @@ def run_alert_cycle(
     observe: Callable[..., Observation] = observe,
     path: Path | None = None,
 ) -> Cycle:
-    """Observe once, and send what is due. One at a time: whoever is at it owns the state.
+    """Observe once, and send the notifications that are due.
 
-    Transitions are kept before they are sent. A process that dies in between sends them again:
-    nothing is lost, and little is told twice.
+    Only one cycle runs at a time; it owns the state. Transitions are saved before they are sent, so
+    a process that dies in between sends them again: none is lost, and few are repeated.
 
     Args:
-        settings: In force.
-        folder: The data folder.
         channels: By name.
-        now: POSIX seconds.
-        observe: What there is to be told.
+        observe: Returns the present observation.
         path: Of the state; default: that of `alert_sensor`.
 
     Raises:
-        StorageError: Somebody else is at it.
+        StorageError: Another cycle is running.
     """
     path, rules = path or folder.alerts, alert_rules(settings)
     with alert_cycle(path):
@@ -142,9 +139,9 @@ def _noted(
 def send_test(
     channels: Mapping[str, Send], *, folder: DataFolder, now: float
 ) -> dict[str, str | None]:
-    """Send a test alert through all channels; return by channel why it could not, None if it did.
+    """Send a test alert through all channels; return each channel's problem, None if it was sent.
 
-    The alert state knows nothing of it.
+    The alert state does not change.
     """
     finding = Finding(
         check=str(AlertKind.TEST),
@@ -162,14 +159,14 @@ def send_test(
 
 
 def _read_or_begin(path: Path, now: float) -> tuple[AlertState, Finding | None]:
-    """Return the state, and an alert if it had to begin again though there was one."""
+    """Return the state, and an alert if a damaged state had to be replaced."""
     if (unsaved := _unsaved.get(path)) is not None:
         return unsaved, None
     try:
         return read_alert_state(path) or AlertState(began=now, cursor=now), None
     except StorageError as error:
         _set_aside(path)
-        # It began before the alert, which would be history else.
+        # The state begins before the alert, which would otherwise be history.
         return AlertState(began=now - 1, cursor=now), Finding(
             check=f"{AlertKind.ALERTS_LOST}:{now:.0f}",
             level=Level.DEGRADED,
@@ -193,28 +190,26 @@ def _save(path: Path, state: AlertState) -> None:
         write_alert_state(path, state)
         _unsaved.pop(path, None)
     except StorageError as error:
-        # That the disk is full is what somebody has to be told.
+        # The full disk is the very thing that the alert is about.
         _unsaved[path] = state
         touch_alert_state(path)
         logger.warning("the alert state is kept in memory: %s", error)
 
 
-#: `alert_sensor` looks every 30 s; so long without it no restart explains.
+#: `alert_sensor` runs every 30 s; no restart explains a longer silence.
 SILENT_SECONDS = 300.0
 LOOK_SECONDS = 30.0
-#: What counts between two looks at most; a look itself waits for its posts.
+#: Longest time counted between two checks; a check itself waits for its notifications.
 LONGEST_STEP_SECONDS = 60.0
 
 
 class Watchdog:
-    """Looks whether alerts are looked for.
+    """Checks that alert cycles still run.
 
     Args:
-        settings: In force.
-        folder: The data folder.
         channels: By name.
-        clock: Monotonic seconds. What is counted is for how long the state has not changed while we
-            looked: a clock that is set, or a machine that slept or was off, tells nothing.
+        clock: Monotonic seconds. The watchdog counts the time that it watched an unchanged state,
+            so a clock change, sleep or shutdown does not count.
     """
 
     def __init__(
@@ -231,10 +226,10 @@ class Watchdog:
         self._state = Unchanged()
 
     def look(self, now: float) -> Cycle:
-        """Look once, and send what is due.
+        """Check once, and send the notifications that are due.
 
         Raises:
-            OSError: The data folder cannot be looked at.
+            OSError: The data folder cannot be read.
         """
         looked_at, self._looked_at = self._looked_at, self._clock()
         step = min(self._looked_at - looked_at, LONGEST_STEP_SECONDS)

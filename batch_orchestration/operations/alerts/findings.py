@@ -1,4 +1,4 @@
-"""Which findings of the health are alerts, from which level on, and after how long."""
+"""The rules for alerts from health findings: from which level on, and after how long."""
 
 import contextlib
 import math
@@ -16,13 +16,13 @@ from batch_orchestration.operations.health.report_file import read_health
 from batch_orchestration.settings import Settings
 from batch_orchestration.workers.heartbeat_files import read_last_heartbeat
 
-#: `health_sensor` looks every 30 s, and a tick may take a minute.
+#: `health_sensor` runs every 30 s, and a tick may take a minute.
 HEALTH_STALE_SECONDS = 150.0
-#: A report that is further in the future was written before the clock was set back.
+#: A report further in the future was written before the clock was set back.
 CLOCK_SECONDS = 60.0
 
-#: By the check's name, up to a colon: the alert's kind and title, from which level on, and for how
-#: many seconds it must have been ill. What mends itself within that is none.
+#: By the check's name, up to a colon: the alert's kind and title, the lowest level that raises it,
+#: and the seconds for which it must last. A problem that mends itself sooner raises no alert.
 _RULES = {
     # A deployment that was just started has not ticked yet.
     "dagster": (
@@ -30,11 +30,11 @@ _RULES = {
         "No batch is served: dispatch_sensor does not tick",
         *(Level.UNHEALTHY, 60.0),
     ),
-    # One slow look is no accident; to a damaged one a minute does nothing.
+    # One slow read is no incident; a damaged store can wait a minute.
     "store": (AlertKind.STORE_UNUSABLE, "The store cannot be used", Level.UNHEALTHY, 60.0),
     "disk": (AlertKind.DISK_LOW, "The disk is nearly full", Level.DEGRADED, 0.0),
     "queue": (AlertKind.QUEUE_STALLED, "The queue does not move", Level.UNHEALTHY, 0.0),
-    # By then it was to be ended and started again.
+    # By then the worker should have been ended and started again.
     "worker": (AlertKind.BATCH_STUCK, "A run is stuck", Level.UNHEALTHY, 120.0),
     "engine": (AlertKind.ENGINE_SILENT, "The engine does not answer", Level.UNHEALTHY, 60.0),
     "gpu": (AlertKind.GPU_UNHEALTHY, "The GPU is unhealthy", Level.UNHEALTHY, 0.0),
@@ -45,16 +45,16 @@ _RESTARTS = (
     "The engine is started again and again",
     *(Level.DEGRADED, 0.0),
 )
-#: Of a check that is not among them.
+#: For a check that is not listed.
 _OTHER = (AlertKind.HEALTH_UNKNOWN, "A part of the health is not known", Level.UNHEALTHY, 0.0)
-#: What is not known while there is no report.
+#: The kinds that are unknown without a report.
 FROM_HEALTH = frozenset(kind for kind, *_ in (*_RULES.values(), _RESTARTS, _OTHER))
 
 
 def from_health(
     settings: Settings, folder: DataFolder, state: AlertState, now: float
 ) -> Observation:
-    """Return what the last health report tells; that there is none of late is an alert, too."""
+    """Return the findings of the last health report; a missing or stale report is an alert, too."""
     report, problem = None, "health_sensor has written none yet"
     try:
         report = read_health(folder)
@@ -96,7 +96,7 @@ def _of_report(report: HealthReport, settings: Settings, folder: DataFolder) -> 
             link = finding.next_command or link
         yield replace(
             finding,
-            # The next run of the batch goes on with it: that is neither its end nor another.
+            # The batch's next run continues the alert: neither a recovery nor a new alert.
             check=f"{kind}:{about if rule is _RESTARTS else finding.check}",
             kind=kind,
             title=f"{title}: {about}" if about else title,
@@ -106,7 +106,7 @@ def _of_report(report: HealthReport, settings: Settings, folder: DataFolder) -> 
 
 
 def _batch_of(run_id: str, folder: DataFolder) -> str | None:
-    """Return the batch that a run has in hand, as far as its heartbeat tells."""
+    """Return the batch that a run works on, according to its heartbeat."""
     with contextlib.suppress(OSError):
         last_heartbeat = read_last_heartbeat(folder.heartbeat_path(run_id))
         if last_heartbeat is not None and last_heartbeat.heartbeat is not None:

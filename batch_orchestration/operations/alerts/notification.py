@@ -1,4 +1,4 @@
-"""What people are told of alerts without having asked, and in which words."""
+"""Notifications: the alert transitions that are sent to people, and their text."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,23 +8,23 @@ import msgspec
 
 from batch_orchestration.operations.health.report import Finding, Level
 
-#: More transitions than these wait for no channel in full; older ones are counted.
+#: Most transitions that are pending in full for a channel; older ones are counted.
 MOST_PENDING = 100
-#: Characters of a reason in a digest: with a hundred of them it stays within what Slack takes.
+#: Characters of a reason in a digest: a hundred of them stay within Slack's limit.
 _PARAGRAPH = 240
 
 
 class Change(StrEnum):
-    """What has become of an alert."""
+    """The kind of a transition."""
 
     RAISED = "alert"
-    #: It lasts.
+    #: The alert persists.
     REMINDER = "still"
     RECOVERED = "recovered"
 
 
 class Transition(msgspec.Struct, frozen=True, kw_only=True):
-    """A change of an alert that people are told; `at` is when it was noticed, POSIX seconds."""
+    """A change of an alert that is sent to people; `at` is the time at which it was noticed."""
 
     change: Change
     finding: Finding
@@ -32,17 +32,17 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def level(self) -> Level:
-        """Of the change: that something is over is nothing bad."""
+        """The level of the change: a recovery is healthy."""
         return Level.HEALTHY if self.change is Change.RECOVERED else self.finding.level
 
     @property
     def subject(self) -> str:
-        """It in one line."""
+        """The transition in one line."""
         return f"[{self.change}] {self.finding.title}"
 
     @property
     def text(self) -> str:
-        """It in full: reason, counts by code, link, next command."""
+        """The transition in full: reason, counts by code, link, next command."""
         found = self.finding
         if self.change is Change.RECOVERED:
             return f"{self.subject}\nIt was: {found.reason}"
@@ -55,17 +55,17 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def paragraph(self) -> str:
-        """It as one of many: its reason may be cut, and links are left to those who look."""
+        """The transition as part of a digest: its reason may be cut, and it has no links."""
         reason = " ".join(self.finding.reason.split())
         cut = reason if len(reason) <= _PARAGRAPH else reason[: _PARAGRAPH - 1] + "…"
         return f"{self.subject}\n{cut}"
 
 
 class Notification(msgspec.Struct, frozen=True, kw_only=True):
-    """What a channel has to send: one transition, or all that had to wait, oldest first.
+    """One notification: a single transition, or all that had to wait, oldest first.
 
     Attributes:
-        left_out: How many older transitions are only counted, by kind.
+        left_out: Number of older transitions that are only counted, by kind.
     """
 
     transitions: tuple[Transition, ...] = ()
@@ -73,24 +73,24 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def count(self) -> int:
-        """How many transitions it tells of."""
+        """Number of its transitions, those only counted included."""
         return len(self.transitions) + sum(self.left_out.values())
 
     @property
     def level(self) -> Level:
-        """The worst of its transitions."""
+        """The worst level of its transitions."""
         return max((t.level for t in self.transitions), default=Level.DEGRADED)
 
     @property
     def subject(self) -> str:
-        """It in one line."""
+        """The notification in one line."""
         if len(self.transitions) == self.count == 1:
             return self.transitions[0].subject
         return f"[digest] {self.count} alerts and recoveries that had to wait"
 
     @property
     def text(self) -> str:
-        """All of it; of a digest one paragraph per transition."""
+        """The full text; a digest has one paragraph per transition."""
         if len(self.transitions) == self.count == 1:
             return self.transitions[0].text
         lines = [self.subject]
@@ -100,7 +100,7 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True):
         return "\n\n".join([*lines, *(transition.paragraph for transition in self.transitions)])
 
     def text_within(self, characters: int) -> str:
-        """Return it with as many of its newest transitions as find room; others are counted."""
+        """Return the text with as many of the newest transitions as fit; the others are counted."""
         text = self.text
         for most in range(len(self.transitions) - 1, 0, -1):
             if len(text) <= characters:
@@ -109,23 +109,23 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True):
         return text if len(text) <= characters else f"{text[: characters - 1]}…"
 
     def newest(self, most: int) -> "Notification":
-        """Return it with at most so many transitions in full; the older ones are counted."""
+        """Return a copy with at most `most` transitions in full; the older ones are counted."""
         first = max(0, len(self.transitions) - most)
         counted = Counter(self.left_out)
         counted.update(str(transition.finding.kind) for transition in self.transitions[:first])
         return Notification(transitions=self.transitions[first:], left_out=dict(counted))
 
     def oldest(self, most: int) -> "Notification":
-        """Return it without those that have to wait for another one."""
+        """Return a copy without the transitions that have to wait for another notification."""
         return Notification(transitions=self.transitions[:most], left_out=self.left_out)
 
     def plus(self, transitions: Sequence[Transition]) -> "Notification":
-        """Return it with what came since; more than `MOST_PENDING` are counted."""
+        """Return a copy with the new transitions added; more than `MOST_PENDING` are counted."""
         every = Notification(transitions=(*self.transitions, *transitions), left_out=self.left_out)
         return every.newest(MOST_PENDING)
 
     def minus(self, sent: "Notification") -> "Notification":
-        """Return what is left after another one was sent; others may have come since."""
+        """Return the rest after another notification was sent; it may have new transitions."""
         return Notification(
             transitions=tuple(t for t in self.transitions if t not in sent.transitions),
             left_out=dict(Counter(self.left_out) - Counter(sent.left_out)),

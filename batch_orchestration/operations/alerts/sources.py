@@ -1,7 +1,7 @@
-"""What there is to be told: read from what is durable, so that a daemon that was dead misses none.
+"""Alert sources: observations from durable data, so that a dead daemon misses no alert.
 
-The store's events, the health report, estimates and the rejected files are looked at anew at each
-tick; what of it is told is decided by `operations/alerts/state.py`.
+The store's events, the health report, estimates and rejected files are read again at each tick;
+`operations/alerts/state.py` decides which of them are sent.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from batch_orchestration.settings import Settings
 from batch_orchestration.store import connection, rows, schema
 from batch_orchestration.store.store import Store
 
-#: What an early end left unasked failed at nothing.
+#: Codes of requests that an early end left unsent; they are not failures.
 _UNASKED = [str(FailureCode.BATCH_CANCELLED), str(FailureCode.BATCH_EXPIRED)]
 _COUNTS = dict[str, dict[str, int]]
 
@@ -47,9 +47,8 @@ class Ending:
 
     Attributes:
         number: Of the event in the batch's history.
-        at: POSIX seconds.
-        failures: By code, the most frequent first; what was left unasked is not counted.
-        unasked: How many requests that is.
+        failures: By code, the most frequent first; unsent requests are not counted.
+        unasked: Number of requests that an early end left unsent.
     """
 
     batch: BatchRecord
@@ -64,10 +63,10 @@ class Ending:
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """What one look has found.
+    """The result of one read of the store.
 
     Attributes:
-        endings: Since the time that was asked for, oldest first.
+        endings: Since the requested time, oldest first.
         unfinished: All batches that have not ended.
         dead_letters: Unresolved, by batch and code.
     """
@@ -78,13 +77,13 @@ class Watched:
 
 
 def watch(path: Path, *, since: float, began: float, deadline_seconds: float) -> Watched:
-    """Look at the store once, in one transaction.
+    """Read the store once, in one transaction.
 
     Args:
-        path: Of its file; if there is none, nothing has happened.
-        since: Endings later than that, POSIX seconds.
-        began: Dead letters later than that.
-        deadline_seconds: How long to wait for others to leave the file.
+        path: Of its file; a missing file gives an empty result.
+        since: Endings later than this.
+        began: Dead letters later than this.
+        deadline_seconds: Longest wait for other processes to release the file.
 
     Raises:
         StorageError: It cannot be read now.
@@ -159,11 +158,11 @@ def _words(statuses: frozenset[BatchStatus]) -> list[str]:
 
 
 logger = logging.getLogger(__name__)
-#: Events are looked at again so long behind the cursor: they carry the time at which they were
-#: decided, and who writes them may wait ten minutes for the store before they can be seen.
+#: Events are read again this far behind the cursor: they carry the time of the decision, and their
+#: writer may wait ten minutes for the store before they become visible.
 LOOK_BACK_SECONDS = 3600.0
 STORE_SECONDS = 5.0
-#: Starts of runs and engines take minutes, which means nothing for a batch of seconds.
+#: Starts of runs and engines take minutes, which would make every short batch late.
 SLACK_SECONDS = 600.0
 _FROM_STORE = frozenset(
     {
@@ -177,10 +176,10 @@ _FROM_FILES = frozenset({AlertKind.FILE_REJECTED})
 def observe(
     *, settings: Settings, folder: DataFolder, state: AlertState, now: float
 ) -> Observation:
-    """Return what is the case now, and what has happened since the state's cursor.
+    """Return the present conditions, and the events since the state's cursor.
 
-    What cannot be looked at is unknown: nothing of it is taken to be over, and no event is passed
-    over. A source that fails keeps no other from being looked at.
+    The kinds of a source that cannot be read are unknown: none of their conditions counts as over,
+    and no event is skipped. A source that fails does not affect the others.
     """
     since = max(state.began, state.cursor - LOOK_BACK_SECONDS)
     parts = [
@@ -199,7 +198,7 @@ def _guarded(
 ) -> Observation:
     try:
         return look()
-    except StorageError:  # that it cannot be read is a finding of the health
+    except StorageError:  # health reports the unreadable file
         return Observation(unknown=kinds)
     except Exception as error:
         logger.exception("looking for alerts in the %s failed", name)
@@ -367,10 +366,10 @@ def _late(
 
 
 def _rejected(settings: Settings, folder: DataFolder, since: float) -> Observation:
-    """Look at the files of which nothing could be used, by what lies beside them."""
+    """Return a finding for each rejected file, from the reasons beside it."""
     events = []
     for path in sorted(folder.rejected.glob("*.errors.json")):
-        with contextlib.suppress(OSError):  # gone, or a link in a circle: the others are told
+        with contextlib.suppress(OSError):  # gone, or a circular link: the others are reported
             if (at := path.stat().st_mtime) > since:
                 events.append(_of_rejected(path, settings, at))
     return Observation(findings=events)

@@ -1,6 +1,6 @@
-"""The alert state: which are open, what is still to be sent through which channel, and when.
+"""The alert state: the open alerts, the pending notifications by channel, and their times.
 
-All of it is decided here, from what is passed in; the caller observes, sends and writes.
+All decisions are made here, from arguments alone; the caller observes, sends and writes.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,23 +17,23 @@ from batch_orchestration.operations.alerts.notification import (
 )
 from batch_orchestration.operations.health.report import AlertKind, Finding
 
-#: Wait after the first failed attempt of a channel, doubled by each further one, up to the longest:
-#: an outage of an hour costs nine attempts, and is over for us within 15 minutes of its end.
+#: Pause after a channel's first failed attempt, doubled by each further one up to the longest: an
+#: outage of an hour costs nine attempts, and sending resumes within 15 minutes of its end.
 BACKOFF_SECONDS = 30.0
 LONGEST_BACKOFF_SECONDS = 900.0
-#: So many posts may go out at once before the rate counts.
+#: Notifications that may be sent at once before the rate applies.
 BURST = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlertRules:
-    """The settings that the alert state depends on.
+    """The settings of the alert state.
 
     Attributes:
-        repeat_seconds: An open alert is told again so often; 0 for never.
-        settle_seconds: What is gone for so long has recovered; what comes back before has not, so
-            that what flaps is one alert and spends no post.
-        posts_per_hour: Of one channel. What has to wait goes out together, as one post.
+        repeat_seconds: Interval at which an open alert is repeated; 0 for never.
+        settle_seconds: A condition that is gone this long has recovered. One that returns sooner
+            has not, so a flapping condition is one alert and causes no further notification.
+        posts_per_hour: Of one channel. Transitions that have to wait are sent together.
     """
 
     repeat_seconds: float = 14_400.0
@@ -42,14 +42,14 @@ class AlertRules:
 
 
 class Channel(msgspec.Struct, frozen=True, kw_only=True):
-    """What one channel still has to send.
+    """The unsent transitions of one channel.
 
     Attributes:
-        failures: Attempts that failed in a row.
-        next_at: Not before that, POSIX seconds.
-        posts: That may still go out at once, as of `counted_at`.
-        problem: Why the last attempt failed; None if it did not.
-        at_most: Transitions of one post; fewer and fewer until it is found which one is refused.
+        failures: Failed attempts in a row.
+        next_at: Earliest time of the next attempt.
+        posts: Notifications that may be sent at once, as of `counted_at`.
+        problem: Why the last attempt failed; None if it succeeded.
+        at_most: Transitions of one notification; halved until the refused one is found.
     """
 
     pending: Notification = Notification()
@@ -62,15 +62,15 @@ class Channel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AlertState(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything about alerts that outlives a process.
+    """All data about alerts that outlives a process.
 
     Attributes:
-        began: What happened before is history that nobody is told of, POSIX seconds.
-        cursor: Up to when all events were observed.
-        open: The last transition that was told of each condition, by check. Its finding is the
-            latest, at the worst level that it had.
-        gone: Since when the condition of an open alert is gone, by check.
-        events: Checks of the events that were told, with the time at which they happened.
+        began: Events before this time are history and never sent.
+        cursor: Time up to which all events were observed.
+        open: The last transition of each condition, by check. Its finding is the latest, at the
+            worst level so far.
+        gone: Time since when the condition of an open alert is gone, by check.
+        events: Time of each event that has an alert, by check.
         channels: By name.
     """
 
@@ -84,12 +84,11 @@ class AlertState(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What there is to be told at a moment.
+    """The conditions and events seen at one moment.
 
     Attributes:
-        findings: What is the case, and what has happened. Each has a kind.
-        unknown: Kinds of which it could not be found out whether they are the case, or have
-            happened.
+        findings: Present conditions and past events, each with a kind.
+        unknown: Kinds that could not be determined.
     """
 
     findings: Sequence[Finding] = ()
@@ -102,7 +101,7 @@ class Attempt:
 
     Attributes:
         problem: Why it could not be sent; None if it was.
-        refused: That it is the notification that is not taken, and never will be.
+        refused: Whether the receiver will never accept this notification.
     """
 
     notification: Notification
@@ -111,7 +110,7 @@ class Attempt:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether a single transition was refused: it would keep back all others for ever."""
+        """Whether a single transition was refused, which would block all others forever."""
         return self.refused and len(self.notification.transitions) <= 1
 
 
@@ -124,16 +123,16 @@ def advance(
     now: float,
     remember_seconds: float,
 ) -> tuple[AlertState, tuple[Transition, ...]]:
-    """Return the state after an observation, and the transitions that it brought.
+    """Return the state after an observation, and the resulting transitions.
 
-    They are pending in every channel then. Save the state before anything is sent, so that a
-    process that dies in between loses none.
+    The transitions are then pending in every channel. Save the state before sending anything, so
+    that a process that dies in between loses none.
 
     Args:
-        channels: Names of those that are set now; what others had to send is forgotten.
-        remember_seconds: Events are observed again so long behind the cursor.
+        channels: Names of the configured channels; pending transitions of others are dropped.
+        remember_seconds: Events are observed again this far behind the cursor.
     """
-    # Of a clock that was in the future: nothing would be news before that time.
+    # If the clock was in the future, all events before that time would be history.
     began = min(state.began, now)
     missed = any(kind.is_event for kind in observed.unknown)
     cursor = min(state.cursor, now) if missed else now
@@ -159,7 +158,7 @@ def advance(
 
 
 def due(state: AlertState, *, rules: AlertRules, now: float) -> dict[str, Notification]:
-    """Return what each channel is to send now: all that it has, as one post if it can be one."""
+    """Return the notification that each channel sends now, with all its transitions if possible."""
     return {
         name: channel.pending.oldest(channel.at_most)
         for name, channel in state.channels.items()
@@ -170,7 +169,7 @@ def due(state: AlertState, *, rules: AlertRules, now: float) -> dict[str, Notifi
 def sent(
     state: AlertState, attempts: Mapping[str, Attempt], *, rules: AlertRules, now: float
 ) -> AlertState:
-    """Return the state after attempts by channel; their notifications may be of any tick before."""
+    """Return the state after attempts by channel; their notifications may be from earlier ticks."""
     channels = dict(state.channels)
     for name, attempt in attempts.items():
         channel = channels.get(name)
@@ -194,7 +193,7 @@ def sent(
 def _conditions(
     state: AlertState, observed: Observation, *, rules: AlertRules, now: float
 ) -> tuple[dict[str, Transition], dict[str, float], list[Transition]]:
-    """Return which are open, which of them are gone, and what is to be told."""
+    """Return the open conditions, the time since when each is gone, and the transitions."""
     current = {f.check: f for f in observed.findings if not (f.kind and f.kind.is_event)}
     is_open: dict[str, Transition] = {}
     gone: dict[str, float] = {}
@@ -243,7 +242,7 @@ def _with(channel: Channel, transitions: Sequence[Transition], now: float) -> Ch
 
 
 def _may_try(channel: Channel, now: float) -> bool:
-    # Where the clock was set back, the pause is over, too.
+    # A clock that was set back ends the pause, too.
     return now >= channel.next_at or channel.next_at - now > LONGEST_BACKOFF_SECONDS
 
 
@@ -253,6 +252,6 @@ def _posts(channel: Channel, rules: AlertRules, now: float) -> float:
 
 
 def _after_failure(channel: Channel, problem: str, now: float) -> Channel:
-    # Not more doublings than it takes: the power has no end.
+    # The exponent is capped, because the power would overflow.
     delay = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(channel.failures, 10))
     return replace(channel, failures=channel.failures + 1, next_at=now + delay, problem=problem)

@@ -1,4 +1,4 @@
-"""Alert states as files: that of `alert_sensor`, and that of the watchdog beside it."""
+"""Alert state files: that of `alert_sensor`, and that of the watchdog beside it."""
 
 import contextlib
 import os
@@ -15,11 +15,11 @@ from batch_orchestration.operations.alerts.state import AlertState
 
 
 def write_alert_state(path: Path, state: AlertState) -> None:
-    """Replace the state, durably.
+    """Replace the state durably.
 
     Raises:
-        Shortage: There is no room; the old one stands.
-        StorageError: It cannot be written; the old one stands.
+        Shortage: Space or descriptors have run out; the old state stays.
+        StorageError: The state cannot be written; the old one stays.
     """
     write_atomically(path, msgspec.json.encode(state))
 
@@ -28,17 +28,17 @@ def read_alert_state(path: Path) -> AlertState | None:
     """Return the state; None if there is none yet.
 
     Raises:
-        StorageError: It is damaged.
+        StorageError: The state is damaged.
     """
     return read_kept(path, AlertState)
 
 
 @contextlib.contextmanager
 def alert_cycle(path: Path) -> Iterator[None]:
-    """Keep others from running a cycle on the state.
+    """Hold the state's lock during one cycle.
 
     Raises:
-        StorageError: Somebody else runs one, for example a tick that a person asked for in the UI.
+        StorageError: Another cycle is running, for example a tick requested in the UI.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     with disk_errors(path):
@@ -53,20 +53,23 @@ def alert_cycle(path: Path) -> Iterator[None]:
 
 
 def set_alert_state_aside(path: Path) -> None:
-    """Put a damaged state out of the way, for people."""
+    """Rename a damaged state, so that a person can look at it."""
     aside = path.with_name(f"{path.stem}.damaged-{int(time.time())}.json")
     with contextlib.suppress(FileNotFoundError), disk_errors(aside):
         path.replace(aside)
 
 
 def touch_alert_state(path: Path) -> None:
-    """Show the watchdog that a cycle has run though its state cannot be written; needs no room."""
+    """Show the watchdog that a cycle has run although its state cannot be written.
+
+    Works on a full disk.
+    """
     with contextlib.suppress(OSError):
         os.utime(path)
 
 
 def last_cycle_at(path: Path) -> float | None:
-    """Return the file's time, which each cycle changes; None if there is no file."""
+    """Return the file's modification time, which each cycle changes; None if there is no file."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

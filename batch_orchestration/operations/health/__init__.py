@@ -1,1 +1,1 @@
-"""Is all well, and if not, why and what helps."""
+"""The deployment's health: its problems, their reasons and the next commands."""

@@ -1,4 +1,4 @@
-"""The checks of a deployment's health: each a function that says what it found, healthy or not."""
+"""The checks of a deployment's health: each is a function that yields findings, healthy or not."""
 
 import contextlib
 import os
@@ -32,15 +32,15 @@ from batch_orchestration.queue.files import read_needs_attention, read_pause, re
 from batch_orchestration.settings import ENV_FILE
 from batch_orchestration.workers.heartbeat_files import read_last_heartbeats
 
-#: Two of the longest ticks without one that came to its end.
+#: Two of the longest ticks: if none has ended for this long, Dagster is dead.
 DEAD_SECONDS = 150.0
-#: `health_sensor` looks every 30 s.
+#: `health_sensor` runs every 30 s.
 HEALTH_STALE_SECONDS = 90.0
-#: Clocks are set by so much without anybody having meant to.
+#: Ordinary clock corrections stay below this.
 CLOCK_SECONDS = 60.0
-#: Locked for so long it is no commit any more, whoever holds it.
+#: A lock held this long is no commit any more, whichever process holds it.
 LOCKED_SECONDS = 300.0
-#: Below this share of the reserve even what was admitted may not find room.
+#: Below this share of the reserve, even admitted batches may run out of space.
 DISK_SHARE = 0.25
 #: Whatever the reserve: SQLite, DuckDB and logs all need some.
 LEAST_BYTES = 64 * 2**20
@@ -49,7 +49,7 @@ _GIB = 2**30
 
 
 def dagster(look: CheckContext) -> Iterator[Finding]:
-    """Judge whether daemon and code location are alive: by the age of what they write each tick."""
+    """Check that daemon and code location are alive, by the age of the file of their ticks."""
     queue = read_queue(look.folder)
     sensor = sensor_link(look.settings, "dispatch_sensor")
     if queue is None:
@@ -90,7 +90,7 @@ def dagster(look: CheckContext) -> Iterator[Finding]:
 
 
 def disk(look: CheckContext) -> Iterator[Finding]:
-    """Judge the room on the disk of the data folder."""
+    """Check the free space on the data folder's disk."""
     stats = os.statvfs(look.folder.root)
     free, reserve = stats.f_bavail * stats.f_frsize, look.settings.disk_reserve_bytes
     told = f"{free / _GIB:.1f} GiB are free, {reserve / _GIB:.1f} GiB stay reserved"
@@ -106,7 +106,7 @@ def disk(look: CheckContext) -> Iterator[Finding]:
 
 
 def store(look: CheckContext) -> Iterator[Finding]:
-    """Judge folder and store by doing it: a file is made and removed, a commit changes nothing."""
+    """Check folder and store by use: create and remove a file, and commit without a change."""
     probe = look.folder.root / f".health.{secrets.token_hex(6)}.tmp"
     try:
         with disk_errors(probe):
@@ -138,7 +138,7 @@ def store(look: CheckContext) -> Iterator[Finding]:
 
 
 def queue(look: CheckContext) -> Iterator[Finding]:
-    """Judge whether what could go on does."""
+    """Check that the queue moves, if it can."""
     view = read_queue(look.folder)
     if view is None or abs(look.now - view.at) > DEAD_SECONDS:
         yield degraded("queue", "is not known: nobody keeps queue.json up to date", STATUS)
@@ -172,7 +172,7 @@ def queue(look: CheckContext) -> Iterator[Finding]:
 
 
 def _oldest_claim(look: CheckContext) -> str | None:
-    """Return the file that was claimed too long ago; the admission of any takes minutes at most."""
+    """Return the file that was claimed too long ago; an admission takes minutes at most."""
     for claim in open_inbox(look.settings, look.folder).claims():
         with contextlib.suppress(FileNotFoundError):
             since = claim.path.with_name("claim.json").stat().st_mtime  # written once, first
@@ -182,10 +182,10 @@ def _oldest_claim(look: CheckContext) -> str | None:
 
 
 def standstill(look: CheckContext) -> Standstill | None:
-    """Return what could be worked at, and since when nothing is; None if something is.
+    """Return the entry that could be served while nothing is at work, and since when; else None.
 
     Raises:
-        StorageError: A file about the queue is damaged.
+        StorageError: A file of the queue is damaged.
         OSError: A heartbeat cannot be read.
     """
     view = read_queue(look.folder)
@@ -211,7 +211,7 @@ def _since(entry: QueueEntry, look: CheckContext) -> Standstill:
 
 
 def gpu(look: CheckContext) -> Iterator[Finding]:
-    """Judge the devices as the gate before each start of an engine does."""
+    """Check the devices as the gate does before each start of an engine."""
     verdict = gpu_health.examine(look.settings)
     if verdict.no_gate is not None:
         yield healthy("gpu", verdict.no_gate)
@@ -223,7 +223,7 @@ def gpu(look: CheckContext) -> Iterator[Finding]:
 
 
 def persons(look: CheckContext) -> Iterator[Finding]:
-    """Name the batches that go on only after a person has done something."""
+    """Report the batches that wait for a person."""
     needs = read_needs_attention(look.folder)
     if needs is None:
         yield degraded("persons", "is not known before dispatch_sensor has looked", RESTART)
@@ -236,11 +236,11 @@ def persons(look: CheckContext) -> Iterator[Finding]:
 
 
 def files(look: CheckContext) -> Iterator[Finding]:
-    """Name the files of ours that cannot be read, of the deployment and of unfinished batches."""
+    """Report our own unreadable files, of the deployment and of unfinished batches."""
     try:
         records = look.store.unfinished() if look.folder.duckdb.exists() else []
         unfinished = {record.batch_id for record in records}
-    except StorageError:  # the check of the store says why
+    except StorageError:  # the store check reports the reason
         unfinished = set(look.folder.batch_ids())
     damaged = find_damage(look.folder, unfinished)
     for damage in damaged:
@@ -251,9 +251,9 @@ def files(look: CheckContext) -> Iterator[Finding]:
 
 
 def permissions(look: CheckContext) -> Iterator[Finding]:
-    """Judge whether others of this machine can look at prompts, answers or keys.
+    """Check that other users of this machine cannot read prompts, answers or keys.
 
-    What lies in a folder that they cannot enter is out of their reach, whatever its mode.
+    Files in a folder that others cannot enter are out of their reach, whatever the mode.
     """
     open_to_others = [
         (path, command)

@@ -1,4 +1,4 @@
-"""What the checks of the health look at, and the words in which they say what they found."""
+"""The context of the health checks, and functions that build their findings."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,11 +19,10 @@ STATUS = "python -m batch_orchestration status"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckContext:
-    """What a check may look at.
+    """The inputs of a check.
 
     Attributes:
-        now: POSIX seconds.
-        previous: The report before this one; None if there is none of late.
+        previous: The report before this one; None if there is no recent one.
     """
 
     settings: Settings
@@ -33,7 +32,7 @@ class CheckContext:
     previous: HealthReport | None = None
 
     def before(self, check: str) -> Finding | None:
-        """Return what the check found last time."""
+        """Return the previous finding of a check."""
         found = self.previous.findings if self.previous else ()
         return next((finding for finding in found if finding.check == check), None)
 
@@ -42,7 +41,7 @@ Check = Callable[[CheckContext], Iterable[Finding]]
 
 
 def is_alive(last_heartbeat: LastHeartbeat, look: CheckContext) -> bool:
-    """Whether a run shows heartbeats, however its work goes on."""
+    """Whether a run shows heartbeats, whatever its progress."""
     silent = look.now - last_heartbeat.at > look.settings.silent_seconds
     return not silent and (
         last_heartbeat.heartbeat is None or is_running(worker_of(last_heartbeat.heartbeat))
@@ -50,20 +49,20 @@ def is_alive(last_heartbeat: LastHeartbeat, look: CheckContext) -> bool:
 
 
 def running_in(view: QueueView) -> int:
-    """Return how many entries of the queue are at work."""
+    """Return the number of queue entries at work."""
     return sum(entry.state is EntryState.RUNNING for entry in view.entries)
 
 
 def healthy(check: str, reason: str) -> Finding:
-    """Return what a check finds that has nothing to say against it."""
+    """Return a finding without a problem."""
     return Finding(check=check, level=Level.HEALTHY, reason=reason)
 
 
 def degraded(check: str, reason: str, next_command: str) -> Finding:
-    """Return what somebody should look at by day."""
+    """Return a finding that a person should look at by day."""
     return Finding(check=check, level=Level.DEGRADED, reason=reason, next_command=next_command)
 
 
 def unhealthy(check: str, reason: str, next_command: str) -> Finding:
-    """Return what stands still, or is about to, or could not be looked at."""
+    """Return a finding about work that stands still or is about to, or about a failed check."""
     return Finding(check=check, level=Level.UNHEALTHY, reason=reason, next_command=next_command)

@@ -1,7 +1,7 @@
-"""Damage: files of ours that cannot be read, each with its path, the reason and what to do.
+"""Damage: our own unreadable files, each with its path, the reason and the next step.
 
-Whoever comes across such a file goes on with the others (`core.members`). Here they are looked
-for, so that `status` and `health` name them, also while nothing else comes across them.
+Code that meets such a file goes on with the others (`core.members`). This module searches for them,
+so that `status` and `health` report them even if nothing else reads them.
 """
 
 import os
@@ -38,12 +38,11 @@ _CLI = "python -m batch_orchestration"
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """A file that cannot be read.
+    """An unreadable file.
 
     Attributes:
-        path: Of the file.
-        reason: What is wrong with it, beginning with the path.
-        next_command: What a person does about it.
+        reason: The problem, beginning with the path.
+        next_command: The next step for a person.
         member: Batch or claim that waits because of it; None if none does.
     """
 
@@ -56,12 +55,12 @@ class Damage:
 def find_damage(
     folder: DataFolder, unfinished: Collection[str], *, thorough: bool = False
 ) -> list[Damage]:
-    """Return the files that cannot be read, of the deployment and of what is not finished.
+    """Return the unreadable files of the deployment and of unfinished work.
 
     Args:
         folder: The data folder; nothing in it is changed.
-        unfinished: Ids of the batches to look at.
-        thorough: Whether to look for foreign things beside all batches, too; the time for that
+        unfinished: Ids of the batches to examine.
+        thorough: Whether to look for foreign folders beside all batches, too; the time for that
             grows with their number.
     """
     found = [*_of_deployment(folder), *_of_index(folder), *_of_claims(folder)]
@@ -158,7 +157,7 @@ def _check_input(plan: BatchPlan, folder: DataFolder) -> None:
 
 
 def _foreign(folder: DataFolder) -> Iterator[Damage]:
-    """Yield what lies beside batches and is none: copies, and what people have put there."""
+    """Yield folders beside the batches that are none: copies, and folders added by people."""
     for path in _folders(folder.batches):
         reason = None
         if not can_be_id(path.name):
@@ -199,7 +198,7 @@ def _look(path: Path, read: Any, next_command: str, member: str | None = None) -
 
 
 def _replaced(path: Path) -> str:
-    """Return what to do about a file that is written anew by itself."""
+    """Return the command for a damaged file that is rewritten by itself."""
     return f"mv {quote(str(path))} {quote(str(path))}.damaged"
 
 

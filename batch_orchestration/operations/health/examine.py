@@ -1,7 +1,7 @@
-"""Health: how a deployment is, found out from its data folder, its settings and its store alone.
+"""Health: the state of a deployment, from its data folder, its settings and its store alone.
 
-Fails closed. A check that raises, that does not answer in time or that finds nothing to say is an
-unhealthy finding with its name; what cannot be looked at is never taken for healthy.
+Fails closed. A check that raises, misses the deadline or yields nothing becomes an unhealthy
+finding with its name; a part that cannot be examined never counts as healthy.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from batch_orchestration.store.store import Store
 
 logger = logging.getLogger(__name__)
 
-#: For all checks together, which run side by side. A tick of a sensor has 60 s.
+#: For all checks together, which run in parallel. A tick of a sensor has 60 s.
 LOOK_SECONDS = 10.0
-#: A check waits for the store no longer than that. Commits of ours hold it for less than a second.
+#: Longest wait of a check for the store. Our own commits hold it for less than a second.
 STORE_SECONDS = 3.0
-#: What an older report says of "since when" is not known to hold until now.
+#: The `since` of an older report may not have held until now.
 PREVIOUS_SECONDS = 600.0
 
 
@@ -44,13 +44,11 @@ def examine_health(
     checks: Mapping[str, Check] = CHECKS,
     seconds: float = LOOK_SECONDS,
 ) -> HealthReport:
-    """Return how the deployment is at this moment; takes little longer than `seconds`.
+    """Return the deployment's present health; takes little longer than `seconds`.
 
     Args:
-        settings: In force.
-        folder: The data folder; nothing in it is changed, but for a file that comes and goes and
-            a commit to the store that changes nothing.
-        now: POSIX seconds.
+        folder: The data folder; unchanged, but for a temporary file and a commit to the store
+            without a change.
         checks: By name.
         seconds: For all of them together.
     """
@@ -75,7 +73,7 @@ def examine_health(
 
 
 class _CheckThread(threading.Thread):
-    """One check in a thread of its own: a driver, a disk or a lock may never answer."""
+    """Runs one check in its own thread: a driver, a disk or a lock may never answer."""
 
     def __init__(self, name: str, check: Check, look: CheckContext) -> None:
         super().__init__(name=f"health:{name}", daemon=True)
@@ -91,7 +89,7 @@ class _CheckThread(threading.Thread):
             self._found = (self._unhealthy(f"the check itself failed: {error!r}"),)
 
     def findings(self) -> Iterable[Finding]:
-        """Return what was found so far; that it hangs is a finding, too."""
+        """Return the findings so far; a check that hangs is a finding, too."""
         if self.is_alive():
             waited = time.monotonic() - self._began
             return (self._unhealthy(f"the check has not answered for {waited:.0f} s"),)
@@ -106,13 +104,13 @@ class _CheckThread(threading.Thread):
         )
 
 
-#: Those that were begun last, by data folder and check.
+#: The latest thread of each check, by data folder and check.
 _inquiries: dict[tuple[Path, str], _CheckThread] = {}
 _inquiring = threading.Lock()
 
 
 def _inquire(name: str, check: Check, look: CheckContext) -> _CheckThread:
-    """Begin a check. If the same one still hangs, nobody else is sent after it."""
+    """Start a check; if its previous thread still hangs, return that one instead."""
     with _inquiring:
         before = _inquiries.get((look.folder.root, name))
         if before is not None and before.is_alive():
@@ -123,7 +121,7 @@ def _inquire(name: str, check: Check, look: CheckContext) -> _CheckThread:
 
 
 def _previous(folder: DataFolder, now: float) -> HealthReport | None:
-    with contextlib.suppress(StorageError):  # it is replaced
+    with contextlib.suppress(StorageError):  # a damaged report is replaced
         previous = read_health(folder)
         if previous is not None and 0 <= now - previous.at <= PREVIOUS_SECONDS:
             return previous
@@ -133,5 +131,5 @@ def _previous(folder: DataFolder, now: float) -> HealthReport | None:
 def _standstill(look: CheckContext) -> Standstill | None:
     try:
         return standstill(look)
-    except (StorageError, OSError):  # the checks say so
+    except (StorageError, OSError):  # the checks report it
         return None

@@ -1,6 +1,6 @@
-"""Findings: what is wrong with a deployment, how badly, and what helps.
+"""Findings: the problems of a deployment, their severity, and the next step.
 
-Checks of the health find them, and so do the sources of alerts: an alert is a finding with a kind.
+Health checks and alert sources both produce them: an alert is a finding with a kind.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ import msgspec
 
 
 class Level(IntEnum):
-    """How well something is; the worst of its findings decides."""
+    """The health of a component; the worst finding decides."""
 
     HEALTHY = 0
     DEGRADED = 1
@@ -18,25 +18,25 @@ class Level(IntEnum):
 
     @property
     def word(self) -> str:
-        """It as a word: `healthy`, `degraded`, `unhealthy`."""
+        """The level as a word: `healthy`, `degraded`, `unhealthy`."""
         return self.name.lower()
 
     @property
     def severity(self) -> str:
-        """How soon somebody should look, as an alert says it: at once, by day, never."""
+        """The urgency as alerts show it: `error` at once, `warning` by day, `info` never."""
         return ("info", "warning", "error")[self]
 
 
 class AlertKind(StrEnum):
-    """What an alert is about. `docs/alerts.md` says of each what to do; a test compares the two."""
+    """The subject of an alert. `docs/alerts.md` has the next steps; a test compares the two."""
 
-    # Of one batch, told once.
+    # Events of one batch or file, sent once.
     FILE_REJECTED = "file_rejected"
     BATCH_FAILED = "batch_failed"
     BATCH_OVER_BUDGET = "batch_over_budget"
     BATCH_EXPIRED = "batch_expired"
     ESTIMATE_MISSED = "estimate_missed"
-    # Conditions: told when they begin, now and then while they last, and when they are over.
+    # Conditions: sent when they begin, repeatedly while they last, and when they are over.
     BATCH_STUCK = "batch_stuck"
     NEEDS_PERSON = "needs_person"
     BATCH_LATE = "batch_late"
@@ -49,14 +49,14 @@ class AlertKind(StrEnum):
     STORE_UNUSABLE = "store_unusable"
     DISPATCH_STOPPED = "dispatch_stopped"
     HEALTH_UNKNOWN = "health_unknown"
-    # About alerts themselves.
+    # About the alerts themselves.
     ALERTS_SILENT = "alerts_silent"
     ALERTS_LOST = "alerts_lost"
     TEST = "test"
 
     @property
     def is_event(self) -> bool:
-        """Whether it happens once; what does not begins, lasts and ends."""
+        """Whether it happens once; a condition begins, lasts and ends."""
         return self in _EVENTS
 
 
@@ -69,18 +69,18 @@ _EVENTS = frozenset(
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """What one check found, or what people are alerted to.
+    """The result of one check, or the subject of an alert.
 
     Attributes:
-        check: Its name, for example `disk`; of one run or device `worker:<run id>`, `gpu:0`. Of the
-            alerts with one name there is one.
+        check: Its name, for example `disk`; for one run or device `worker:<run id>`, `gpu:0`.
+            Alerts with the same name are one alert.
         reason: A sentence with figures.
-        next_command: What a person runs next; None if there is nothing to do.
-        since: When this check began not to be healthy, or when the event happened, POSIX seconds;
-            None while it is healthy, or where nobody looked before.
+        next_command: The next command for a person; None if there is nothing to do.
+        since: When the check became unhealthy, or the event happened; None while it is healthy, or
+            without an earlier check.
         kind: Of an alert.
         title: Of an alert: a short line, without figures that change.
-        counts: Of failed requests, by code.
+        counts: Failed requests by code.
         link: A page of Dagster; None if none helps.
     """
 
@@ -96,11 +96,11 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Standstill(msgspec.Struct, frozen=True, kw_only=True):
-    """Something could be worked at and nothing is.
+    """An entry of the queue could be served and nothing is at work.
 
     Attributes:
-        since: POSIX seconds of the look at which it was first seen so.
-        entry: Of the queue: what is to be served next.
+        since: Time of the first check that found it so.
+        entry: Id of the queue entry that is to be served next.
         pending: Its requests without an outcome.
     """
 
@@ -110,11 +110,10 @@ class Standstill(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All findings of one look, the healthy ones included.
+    """All findings of one examination, the healthy ones included.
 
     Attributes:
-        at: POSIX seconds.
-        standstill: None while the queue moves, or nothing in it could.
+        standstill: None while the queue moves, or no entry could be served.
     """
 
     at: float
@@ -123,7 +122,7 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def level(self) -> Level:
-        """The worst level found; nothing found at all is not healthy."""
+        """The worst level; without any finding, unhealthy."""
         return max((finding.level for finding in self.findings), default=Level.UNHEALTHY)
 
     @property
@@ -134,21 +133,21 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def verdict(self) -> str:
-        """All of it in one line, for people."""
+        """The whole report in one line."""
         if not self.findings:
             return "unhealthy: nothing could be looked at"
         reasons = "; ".join(f"{finding.check}: {finding.reason}" for finding in self.problems)
         return f"{self.level.word}: {reasons}" if reasons else self.level.word
 
     def told_of(self) -> frozenset[tuple[str, Level]]:
-        """Return what of it is news when it changes: how bad which checks are, no figures."""
+        """Return the part whose change is news: each unhealthy check and its level."""
         return frozenset((finding.check, finding.level) for finding in self.problems)
 
 
 def dated(
     findings: Iterable[Finding], *, previous: HealthReport | None, now: float
 ) -> tuple[Finding, ...]:
-    """Return the findings with the time since when each check is not healthy."""
+    """Return the findings with the time since when each check is unhealthy."""
     before = {finding.check: finding for finding in (previous.findings if previous else ())}
     return tuple(_dated(finding, before.get(finding.check), now) for finding in findings)
 

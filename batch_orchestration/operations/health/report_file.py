@@ -1,4 +1,4 @@
-"""The last report of a deployment's health, as a file that everyone reads."""
+"""The last health report, as a file."""
 
 import msgspec
 
@@ -8,14 +8,14 @@ from batch_orchestration.operations.health.report import HealthReport
 
 
 def write_health(folder: DataFolder, report: HealthReport) -> None:
-    """Keep the report that everyone reads."""
+    """Write the report."""
     write_atomically(folder.health, msgspec.json.encode(report))
 
 
 def read_health(folder: DataFolder) -> HealthReport | None:
-    """Return the report as it was last written; None if it never was.
+    """Return the last report; None if there is none.
 
     Raises:
-        StorageError: It is damaged.
+        StorageError: The report is damaged.
     """
     return read_kept(folder.health, HealthReport)

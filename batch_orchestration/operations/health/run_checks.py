@@ -1,4 +1,4 @@
-"""Checks of the health about runs and the engines under them."""
+"""Health checks of runs and their engines."""
 
 import urllib.error
 import urllib.request
@@ -34,16 +34,16 @@ from batch_orchestration.workers.utilization_files import read_accounts
 #: Dagster's run monitoring notices a dead worker within half a minute and then starts another.
 NOTICED_SECONDS = 60.0
 REMOTE_SECONDS = 5.0
-#: Restarts of runs that ended so long ago are forgotten.
+#: Restarts of runs that ended longer ago do not count.
 RESTARTS_SECONDS = 3600.0
-#: The engine's own client takes no proxy either.
+#: Without a proxy, like the engine's own client.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirects)
 #: Not every server has a page `/health`.
 _NO_SUCH_PAGE = (404, 405)
 
 
 def workers(look: CheckContext) -> Iterator[Finding]:
-    """Judge each run by its heartbeat: gone, silent, stuck, or only slow."""
+    """Check each run by its heartbeat: gone, silent, stuck, or only slow."""
     pulses = read_last_heartbeats(look.folder)
     for run_id, last_heartbeat in pulses.items():
         yield _judged(run_id, last_heartbeat, look)
@@ -56,7 +56,7 @@ def workers(look: CheckContext) -> Iterator[Finding]:
 
 
 def _batch_at_work(look: CheckContext) -> str | None:
-    """Return a batch of which a run tells at this moment; a run's heartbeat outlives that."""
+    """Return a batch with fresh progress of a live run; the run's heartbeat outlives that."""
     view = read_queue(look.folder)
     for entry in view.entries if view else ():
         if entry.batch_id is not None:
@@ -97,7 +97,7 @@ def _quiet(last_heartbeat: LastHeartbeat, now: float) -> IdleTimes:
 
 
 def engine(look: CheckContext) -> Iterator[Finding]:
-    """Judge whether engines answer: our own by what their runs say, a remote one by asking it."""
+    """Check that engines answer: our own by their runs' heartbeats, a remote one by a request."""
     if look.settings.engine is EngineKind.REMOTE:
         yield _remote(look.settings)
     pulses = read_last_heartbeats(look.folder).values()
@@ -131,7 +131,7 @@ def engine(look: CheckContext) -> Iterator[Finding]:
 
 
 def _restarts(beat: Heartbeat, look: CheckContext) -> int:
-    """Count those of the run and of its batch's runs of late: each may have had only a few."""
+    """Count recent restarts of the run and of its batch's runs: each may have had only a few."""
     accounts = read_accounts(look.folder, beat.batch_id) if beat.batch_id else ()
     before = sum(
         account.engine_restarts
@@ -161,7 +161,7 @@ def _remote(settings: Settings) -> Finding:
             status = _status(settings, address)
     except (OSError, HTTPException) as error:
         return unhealthy("engine", f"{address} does not answer: {error}", f"curl -i {address}")
-    except ValueError:  # its words may be those of the key
+    except ValueError:  # its message may contain the key
         return unhealthy("engine", f"{address}, or its key, cannot be used", f"curl -i {address}")
     said = f"{address} answers {status}"
     if status in (401, 403):

@@ -1,1 +1,1 @@
-"""What is removed by its age."""
+"""Removal of old data."""

@@ -1,7 +1,7 @@
-"""Housekeeping: removes what is old, part by part; one that fails does not stop the next.
+"""Housekeeping: removes old data, part by part; a part that fails does not stop the next.
 
-A part is a generator. It yields each thing right after it has removed it, or, in a dry run, without
-removing it; so whoever iterates can stop at any time, and what is left goes the next time.
+A part is a generator. It yields each thing right after removing it, or, in a dry run, without
+removing it. The caller can therefore stop at any time; the rest is removed the next time.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from batch_orchestration.workers.reporter import report_progress
 
 
 class Removal(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was removed, or would be: a batch's journals, a file, a run.
+    """One removed thing, or one that would be removed: a batch's journals, a file, a run.
 
     Attributes:
         subject: Its name, for people.
-        size_bytes: On the disk; 0 where nobody can tell.
+        size_bytes: On the disk; 0 if unknown.
     """
 
     subject: str
@@ -37,16 +37,15 @@ class Removal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What one part of housekeeping came to, the last time.
+    """The last result of one part of housekeeping.
 
     Attributes:
-        part: Its name.
-        at: When it ended, POSIX seconds.
-        seconds: That it took.
-        removed: Things that it removed.
-        size_bytes: Of these.
-        off: Whether its setting says that it does nothing.
-        more: Whether its time was over before it was through; it goes on the next time.
+        at: When it ended.
+        seconds: Its duration.
+        removed: Number of removed things.
+        size_bytes: Of the removed things.
+        off: Whether the settings turn it off.
+        more: Whether its time ran out before it was done; it goes on the next time.
         problem: Why it ended early; None if it did not.
     """
 
@@ -61,7 +60,7 @@ class PartResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def note(self) -> str:
-        """What is to be said beside the numbers; usually nothing."""
+        """A remark beside the numbers; usually empty."""
         if self.off:
             return "off"
         return self.problem or ("goes on the next time" if self.more else "")
@@ -74,14 +73,14 @@ def batches_to_retire(
     before: float | None,
     most: int | None,
 ) -> list[str]:
-    """Return the batches whose keys go from Dagster's key space, the longest ended first.
+    """Return the batches whose keys leave Dagster's key space, the longest ended first.
 
     Args:
-        keys: How many keys each batch has there.
-        ended: Since when those that may go at all have ended, POSIX seconds.
-        before: Those that ended before that go in any case; None: none does.
-        most: With more keys than that in all, further ones go until a tenth of it is free again,
-            whatever their age; None: no bound.
+        keys: Number of keys of each batch.
+        ended: When each batch that may go at all ended.
+        before: Batches that ended earlier go in any case; None: none does.
+        most: If there are more keys in all, further batches go, whatever their age, until a tenth
+            of this number is free again; None: no bound.
     """
     total = sum(keys.values())
     aim = total if most is None or total <= most else most - most // 10
@@ -95,7 +94,7 @@ def batches_to_retire(
 
 
 class CleanupReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What housekeeping came to, part by part, with the names of what went, or would.
+    """The results of housekeeping part by part, with the names of the removed things.
 
     Attributes:
         removals: By part.
@@ -106,21 +105,21 @@ class CleanupReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 logger = logging.getLogger(__name__)
-#: Of one part at a time; a tick is not to hold up a daemon's slot for ever.
+#: Limit of each part; a tick must not occupy a daemon's slot forever.
 PART_SECONDS = 60.0
-#: However old something may be kept at most: what ended within it, somebody may be looking at.
+#: Batches that ended more recently are left alone, whatever the settings: somebody may be looking
+#: at them.
 LEAST_REST_SECONDS = 3600.0
 _BUSY = "housekeeping is at work already; look again in a few minutes"
 
 
 @dataclass(frozen=True)
 class Cleanup:
-    """What housekeeping works on, as it was when it began.
+    """The inputs of housekeeping, as of its beginning.
 
     Attributes:
-        now: POSIX seconds.
-        dry_run: Only tell what would go.
-        doubt: Why the clock is not to be believed, and nothing goes; None if it is.
+        dry_run: Only list the removals.
+        doubt: Why the clock is in doubt, so that nothing is removed; None if it is trusted.
     """
 
     folder: DataFolder
@@ -131,42 +130,42 @@ class Cleanup:
 
     @cached_property
     def records(self) -> dict[str, BatchRecord]:
-        """All batches that the store knows, by id."""
+        """All batches of the store, by id."""
         return {record.batch_id: record for record in self.store.batches()}
 
     @cached_property
     def journals_with_answers(self) -> set[Path]:
-        """The journals that have answers which the store has not."""
+        """The journals with answers that are not in the store."""
         return self.store.journals_with_answers()
 
     @cached_property
     def at_rest(self) -> dict[str, float]:
-        """The batches that may be touched at all, and since when they are at rest."""
+        """The settled batches that may be cleaned, and the time since when each is settled."""
         latest = self.now - LEAST_REST_SECONDS
         resting = settled_batches(self.records.values(), self.folder)
         return {batch_id: since for batch_id, since in resting.items() if since <= latest}
 
     def ended_before(self, moment: float) -> list[str]:
-        """Return the batches at rest since before a moment, the longest first."""
+        """Return the batches settled before a moment, the longest first."""
         found = [(since, name) for name, since in self.at_rest.items() if since < moment]
         return [name for _, name in sorted(found)]
 
     def completed_before(self, moment: float) -> list[str]:
-        """Return those of them that cannot be resumed."""
+        """Return the batches completed before a moment, which cannot be resumed."""
         completed = BatchStatus.COMPLETED
         return [n for n in self.ended_before(moment) if self.records[n].status is completed]
 
 
-#: Given the house, and how old things may become (seconds).
+#: Takes the cleanup and the greatest age in seconds.
 Cleaner = Callable[[Cleanup, float], Iterator[Removal]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of thing that is removed by age.
+    """One kind of data that is removed by age.
 
     Attributes:
-        keep_seconds: How old it may become; 0 for ever.
+        keep_seconds: The greatest age; 0 keeps the data forever.
     """
 
     name: str
@@ -182,17 +181,15 @@ def run_cleanup(
     seconds: float = PART_SECONDS,
     tell: Callable[[str, Removal], None] = lambda part, removal: None,
 ) -> list[PartResult]:
-    """Run the parts one after the other, and keep what they came to unless it is a dry run.
+    """Run the parts one after the other, and save their results unless it is a dry run.
 
     Args:
-        parts: In their order.
-        house: What they work on.
         clock: Monotonic seconds.
-        seconds: That each part may take.
-        tell: Called with the name of the part for each thing that went, or would.
+        seconds: Limit of each part.
+        tell: Called with the part's name and each removal, dry or not.
 
     Raises:
-        HousekeepingBusy: Somebody else does it at this moment.
+        HousekeepingBusy: Housekeeping is already at work.
     """
     with _alone(house.folder):
         results = [_run(part, house, clock=clock, seconds=seconds, tell=tell) for part in parts]
@@ -208,7 +205,7 @@ def run_cleanup_and_report(
     clock: Callable[[], float],
     seconds: float = PART_SECONDS,
 ) -> CleanupReport:
-    """Run the parts as `run_cleanup` does, and return the names of what went, too."""
+    """Run the parts as `run_cleanup` does, and return the names of the removed things, too."""
     removals: dict[str, list[Removal]] = {}
 
     def tell(part: str, removal: Removal) -> None:
@@ -219,15 +216,15 @@ def run_cleanup_and_report(
 
 
 def results_path(folder: DataFolder) -> Path:
-    """Where it is kept what each part came to, the last time."""
+    """Return the path of the file with the last result of each part."""
     return folder.root / "housekeeping.json"
 
 
 def read_results(folder: DataFolder) -> dict[str, PartResult]:
-    """Return what each part came to the last time, by its name.
+    """Return the last result of each part, by name.
 
     Raises:
-        StorageError: That is damaged.
+        StorageError: The file is damaged.
     """
     return read_kept(results_path(folder), dict[str, PartResult]) or {}
 
@@ -254,7 +251,7 @@ def _run(
             report_progress()
             if more := clock() - began > seconds:
                 break
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other parts are not to suffer
+    except Exception as error:  # noqa: BLE001 - no failure of a part stops the other parts
         problem = f"{type(error).__name__}: {error}"
         logger.warning("housekeeping of %s: %s", part.name, problem)
     took = clock() - began
@@ -290,7 +287,7 @@ def _alone(folder: DataFolder) -> Iterator[None]:
 def _keep(results: Sequence[PartResult], folder: DataFolder) -> None:
     try:
         known = read_results(folder)
-    except BatchOrchestrationError:  # what the last time came to is not worth failing this time
+    except BatchOrchestrationError:  # old results are not worth a failure
         known = {}
     known |= {result.part: result for result in results}
     write_atomically(results_path(folder), msgspec.json.encode(known))

@@ -1,10 +1,11 @@
-"""Retention of what belongs to batches: their journals, and their kept inputs.
+"""Retention of the data of batches: their journals, and their kept inputs.
 
-Once a batch's journals are gone each answer is in the store and in the output, and no longer in a
-journal: `recover` cannot make the batch's rows anew, and leaves the batch out. `pruned.json` in the
-batch's folder says so; it is there before the first journal goes, so that no run takes a missing
-journal for missing answers. Journals that have answers which are too large for the store stay, for
-the store names them. Only then may the input go, too; `input-removed.json` says that.
+Once a batch's journals are gone, its answers are only in the store and in the output: `recover`
+cannot rebuild the batch's rows, and leaves the batch out. `pruned.json` in the batch's folder
+records that. It is written before the first journal is removed, so that no run takes a missing
+journal for missing answers. Journals with answers that are too large for the store stay, because
+the store refers to them. The input may be removed only after the journals; `input-removed.json`
+records that.
 """
 
 import logging
@@ -41,16 +42,16 @@ logger = logging.getLogger(__name__)
 
 
 class Pruned(msgspec.Struct, frozen=True, kw_only=True):
-    """That the journals of a batch were removed, and when (POSIX seconds)."""
+    """Records that the journals of a batch were removed, and when."""
 
     at: float
 
 
 class InputRemoved(msgspec.Struct, frozen=True, kw_only=True):
-    """That a kept input was removed, when (POSIX seconds), and which it was.
+    """Records that a kept input was removed, and when, and identifies it.
 
     Attributes:
-        sha256: Of the file, uncompressed: whoever has a copy can tell that it is the same.
+        sha256: Of the uncompressed file; it identifies other copies.
     """
 
     at: float
@@ -60,10 +61,10 @@ class InputRemoved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def clean_journals(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
-    """Remove the journals of batches that were completed so long ago.
+    """Remove the journals of batches that were completed longer ago than that.
 
-    Only if the files in the outbox, counted anew, have every request once. Journals of replays
-    stay, and those that the store names.
+    A recount of the files in the outbox must find every request once. Journals of replays stay, and
+    so do journals that the store refers to.
     """
     folder, faults = house.folder, Faults()
     for batch_id in house.completed_before(house.now - keep_seconds):
@@ -94,7 +95,7 @@ def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: floa
 
 
 def clean_inputs(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
-    """Remove kept inputs of batches that were completed so long ago and have no journals left."""
+    """Remove kept inputs of batches that were completed that long ago and have no journals left."""
     before = house.now - keep_seconds
     faults = Faults()
     for batch_id in house.completed_before(before):
@@ -111,8 +112,8 @@ def clean_inputs(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
 
 
 def _needless(batch_id: str, folder: DataFolder) -> bool:
-    """Whether nothing can read the input any more, but a replay that is not asked for yet."""
-    # Somebody may have asked since housekeeping began.
+    """Whether nothing can read the input any more, except a replay that is not requested yet."""
+    # A replay may have been requested since housekeeping began.
     return not replays_of(batch_id, folder) and folder.pruned_path(batch_id).exists()
 
 
@@ -144,15 +145,15 @@ def _size(files: list[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-#: What `files.atomic.atomic_writer` writes to; a user's file is hardly called so.
+#: Temporary names of `files.atomic.atomic_writer`; a user's file hardly has such a name.
 _TEMPORARY = re.compile(r"\..{1,40}\.[0-9a-f]{12}\.tmp")
-#: The verdict on a claim is repeated to a run of its admission that is started again; by then
-#: Dagster's own retries are over many times.
+#: A restarted admission run reads the claim's admission result again; by this age Dagster's own
+#: retries are long over.
 SETTLED_SECONDS = 30 * 86_400.0
 
 
 def clean_samples(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
-    """Remove old samples of batches at rest: rows of `gpu_samples`, and files."""
+    """Remove old samples of settled batches: rows of `gpu_samples`, and files."""
     pruned = prune_samples(
         *(house.folder, house.store, house.now, keep_seconds),
         ended=house.at_rest,
@@ -165,7 +166,7 @@ def clean_samples(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
 
 
 def clean_logs(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
-    """Remove logs of engines and run workers, but those of runs of batches that are not at rest."""
+    """Remove old logs of engines and run workers, except of runs whose batch is not settled."""
     spared = _runs_not_at_rest(house)
     old = _older(house.folder.logs.rglob("*.log*"), house.now - keep_seconds)
     yield from _removed(
@@ -174,7 +175,7 @@ def clean_logs(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
 
 
 def _runs_not_at_rest(house: Cleanup) -> set[str]:
-    """Return the runs that have worked on such batches, by the files that each run writes."""
+    """Return the runs that have worked on unsettled batches, by the files that each run writes."""
     return {
         path.stem
         for batch_id in house.folder.batch_ids()
@@ -185,14 +186,14 @@ def _runs_not_at_rest(house: Cleanup) -> set[str]:
 
 
 def clean_rejected(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
-    """Remove files that were refused, and the reasons beside them."""
+    """Remove rejected files, and the reasons beside them."""
     old = _older(house.folder.rejected.rglob("*"), house.now - keep_seconds)
     yield from _removed(old, house)
 
 
 def clean_stale_files(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
-    """Remove what crashes left: temporary files, heartbeats of runs that are gone, old verdicts."""
-    # A write that goes on, or a run that lives, has changed its file within the hour.
+    """Remove temporary files, heartbeats of dead runs, and old admission results."""
+    # A write in progress and a live run have changed their file within the hour.
     folder, before = house.folder, house.now - max(keep_seconds, LEAST_REST_SECONDS)
     temporary = (path for path in _ours(house) if _TEMPORARY.fullmatch(path.name))
     yield from _removed(_older(temporary, before), house)
@@ -203,7 +204,7 @@ def clean_stale_files(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
 
 
 def _ours(house: Cleanup) -> Iterator[Path]:
-    """Yield what lies where temporary files of ours may: not in the inbox, nor below a claim."""
+    """Yield our possible temporary files: none in the inbox, none below a claim."""
     folder = house.folder
     yield from folder.root.glob(".*.tmp")
     for own in ("heartbeats", "scans", "claims/.settled"):
@@ -223,14 +224,14 @@ def _older(paths: Iterable[Path], before: float) -> Iterator[Path]:
             found = path.lstat()
         except FileNotFoundError:
             continue
-        # A move leaves the time of the last change as it is, and changes the other.
+        # A move keeps the modification time and changes the other.
         changed_at = max(found.st_mtime, found.st_ctime)
         if stat.S_ISREG(found.st_mode) and changed_at < before:
             yield path
 
 
 def _removed(paths: Iterable[Path], house: Cleanup) -> Iterator[Removal]:
-    """Remove files; one that cannot be removed does not keep the others, and is told at the end."""
+    """Remove files; a failure does not stop the others, and is raised at the end."""
     problem: StorageError | None = None
     for path in list(paths):
         size_bytes = path.lstat().st_size if path.exists() else 0
@@ -254,7 +255,7 @@ SECONDS_PER_DAY = 86_400.0
 
 
 def cleanup_parts(settings: Settings) -> list[Part]:
-    """Return what housekeeping removes from the data folder, in the order in which it does."""
+    """Return the parts of housekeeping for the data folder, in their order."""
     days: list[tuple[str, float, Cleaner]] = [
         ("journals", settings.journal_retention_days, clean_journals),
         ("samples", settings.sample_retention_days, clean_samples),

@@ -1,4 +1,4 @@
-"""Batches at rest: those that nothing more happens to, unless a person wants it."""
+"""Settled batches: batches that do not change any more, unless a person acts."""
 
 from collections.abc import Iterable
 
@@ -10,10 +10,10 @@ from batch_orchestration.store.operations import last_operation_at, replays_of
 
 
 def settled_batches(records: Iterable[BatchRecord], folder: DataFolder) -> dict[str, float]:
-    """Return the batches at rest, and since when they are, in POSIX seconds.
+    """Return the settled batches, each with the time since when it is settled.
 
-    Such a batch was delivered, has no replay that is not over, and nobody has decided to go on with
-    it. What the store does not know, or what cannot be told from the disk, is not at rest.
+    A settled batch was delivered, has no open replay, and was not resumed since. A batch that the
+    store does not know, or whose files cannot be read, is not settled.
     """
     faults = Faults()
     found: dict[str, float] = {}

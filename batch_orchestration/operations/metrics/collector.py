@@ -1,4 +1,4 @@
-"""Gathers all metrics from the data folder alone: no Dagster, no NVML, no run is asked."""
+"""Collects all metrics from the data folder alone, without Dagster, NVML or a run."""
 
 import contextlib
 import logging
@@ -37,11 +37,11 @@ from batch_orchestration.workers.heartbeat_files import read_last_heartbeats
 from batch_orchestration.workers.progress import read_progress
 from batch_orchestration.workers.utilization import TimeBreakdown, kept
 
-#: Batches and runs with series of their own, whatever happens.
+#: Most batches and runs with their own series.
 MOST_NAMED = 25
-#: What a run said of itself longer ago is history, but for the time at which it said it.
+#: Only the times of an older heartbeat are exported.
 FRESH_SECONDS = 60.0
-#: What a second of a run can have gone into, by the names of the parts of an account.
+#: The parts of a run's wall time, with their fields in `TimeBreakdown`.
 PARTS = {
     "start_up": "start_up_seconds",
     "busy": "busy_seconds",
@@ -54,14 +54,13 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsCollector(Collector):
-    """Gathers a page at each scrape; several at a time take turns.
+    """Collects a page at each scrape; simultaneous scrapes take turns.
 
-    Whatever is missing or damaged has no series, and costs no other its own; nothing raises, and
+    Missing or damaged data has no series and does not affect other series. Nothing is raised, and
     nothing is written.
 
     Args:
-        folder: The data folder; it may not exist yet, or any more.
-        clock: POSIX seconds.
+        folder: The data folder, which need not exist.
     """
 
     def __init__(self, folder: DataFolder, *, clock: Callable[[], float] = time.time) -> None:
@@ -70,7 +69,7 @@ class MetricsCollector(Collector):
         self._store = StoreSource(folder.duckdb)
         self._accounts = AccountsSource(folder)
         self._turn = threading.Lock()
-        #: By the section of the page that each of them makes, in this order.
+        #: By the section of the page that each writes, in this order.
         self._sections: dict[str, Callable[[MetricPage], None]] = {
             "accounts": self._put_accounts,
             "store": self._put_store,
@@ -136,7 +135,7 @@ class MetricsCollector(Collector):
 
 
 def _last_beat(last_heartbeat: LastHeartbeat) -> Heartbeat | None:
-    """Return what a worker said last; of one that is only heard nobody knows how far it is."""
+    """Return a worker's last heartbeat; of an outdated one, the progress is unknown."""
     beat = last_heartbeat.heartbeat
     if beat is None:
         return None
@@ -145,7 +144,7 @@ def _last_beat(last_heartbeat: LastHeartbeat) -> Heartbeat | None:
 
 
 def put_store(page: MetricPage, figures: StoreFigures) -> None:
-    """Put what the store has of all batches together."""
+    """Add the totals over all batches in the store."""
     page.put("requests_total", figures.completed, state="completed")
     page.put("requests_total", sum(figures.failures_by_code.values()), state="failed")
     for code, count in figures.failures_by_code.items():
@@ -166,7 +165,7 @@ def put_store(page: MetricPage, figures: StoreFigures) -> None:
 def put_batches(
     page: MetricPage, figures: StoreFigures, accounts: AccountsSource, folder: DataFolder
 ) -> None:
-    """Put the batches that have series of their own, and what is pending in all of them."""
+    """Add the batches with their own series, and the pending requests of all batches."""
     pending = 0
     for place, batch in enumerate((*figures.unfinished, *figures.finished)):
         completed, failed = _outcomes(batch, folder)
@@ -181,7 +180,7 @@ def put_batches(
 
 
 def _outcomes(batch: BatchFigures, folder: DataFolder) -> tuple[int, int]:
-    """Return what is committed, or what the batch's run says if it is further."""
+    """Return the committed counts, or those of the batch's run if they are further."""
     if not batch.is_final:
         progress = read_progress(folder.progress_path(batch.batch_id))
         if progress is not None and progress.completed + progress.failed > (
@@ -192,7 +191,7 @@ def _outcomes(batch: BatchFigures, folder: DataFolder) -> tuple[int, int]:
 
 
 def put_accounts(page: MetricPage, accounts: Iterable[TimeBreakdown]) -> None:
-    """Put where the wall time of all runs went."""
+    """Add the time breakdown of all runs together."""
     every = list(accounts)
     for part, field in PARTS.items():
         spent = fsum(getattr(account, field) for account in every)
@@ -201,7 +200,7 @@ def put_accounts(page: MetricPage, accounts: Iterable[TimeBreakdown]) -> None:
 
 
 def put_queue(page: MetricPage, folder: DataFolder, figures: StoreFigures | None) -> None:
-    """Put how long the queue is, and since when it waits, by state and reason."""
+    """Add the length of the queue and the arrival of its oldest entry, by state and reason."""
     page.put("queue_paused", int(read_pause(folder) is not None))
     if (view := read_queue(folder)) is None:
         return
@@ -219,7 +218,7 @@ def put_queue(page: MetricPage, folder: DataFolder, figures: StoreFigures | None
 
 
 def _since(entry: QueueEntry, folder: DataFolder, created_at: dict[str, float]) -> float | None:
-    """Return since when an entry is here; None if nothing tells."""
+    """Return the time at which an entry arrived; None if unknown."""
     if entry.batch_id is not None:
         return created_at.get(entry.batch_id)
     with contextlib.suppress(OSError):
@@ -228,7 +227,7 @@ def _since(entry: QueueEntry, folder: DataFolder, created_at: dict[str, float]) 
 
 
 def put_workers(page: MetricPage, beats: Iterable[Heartbeat], now: float) -> None:
-    """Put what runs say of themselves, of their engines and devices; the freshest come first."""
+    """Add the runs with their engines and devices, from heartbeats, the newest first."""
     fresh = []
     for beat in beats:
         run = {"run_id": beat.run_id, "dagster_job": beat.job}
@@ -280,7 +279,7 @@ def _put_device(page: MetricPage, device: GpuFacts) -> None:
 
 
 def put_health(page: MetricPage, report: HealthReport) -> None:
-    """Put the last verdict on the deployment; a check of each run, or each device, is one check."""
+    """Add the last health report; the checks of all runs, or of all devices, count as one."""
     page.put("health_timestamp_seconds", report.at)
     page.put("health_level", report.level)
     levels: dict[str, int] = {}
@@ -301,10 +300,10 @@ def metrics_text(folder: DataFolder) -> bytes:
 
 
 def write_textfile(folder: DataFolder, path: Path) -> None:
-    """Write a page for node exporter's textfile collector; readers see the old one or the new one.
+    """Write a page for node exporter's textfile collector, atomically.
 
     Raises:
-        StorageError: It cannot be written; a page that was there stays.
+        StorageError: The page cannot be written; an existing one stays.
     """
     page = metrics_text(folder)
     with atomic_writer(path) as file:
@@ -315,7 +314,7 @@ def write_textfile(folder: DataFolder, path: Path) -> None:
 def serve_metrics(
     folder: DataFolder, *, host: str, port: int
 ) -> tuple[WSGIServer, threading.Thread]:
-    """Begin to answer scrapes, each with the state of that moment; return server and thread.
+    """Start to answer scrapes, each with the present state; return server and thread.
 
     Raises:
         OSError: The address is taken or not ours.

@@ -1,4 +1,4 @@
-"""Every metric: name, type, labels and meaning, as in `docs/metrics.md`; and a page of values."""
+"""Every metric as in `docs/metrics.md`: name, type, labels and meaning; and a page of values."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class MetricName:
     Attributes:
         name: Without `PREFIX`.
         kind: The library's class for its type.
-        help: One sentence, which Prometheus shows.
-        labels: In every series of it.
+        help: One sentence, shown by Prometheus.
+        labels: Of every series.
     """
 
     name: str
@@ -33,11 +33,11 @@ class MetricName:
 
     @property
     def full_name(self) -> str:
-        """As it is exported; a histogram's series have suffixes."""
+        """The exported name; a histogram's series have suffixes."""
         return PREFIX + self.name
 
     def new_family(self) -> Family:
-        """Return it without a series."""
+        """Return a family without series."""
         return self.kind(self.full_name, self.help, labels=self.labels)
 
 
@@ -144,7 +144,7 @@ class MetricPage:
         self._series: set[tuple[str, ...]] = set()
 
     def put(self, name: str, value: float | None, /, **labels: str) -> None:
-        """Set a value, each series once; None is nothing. Labels are those of the metric, all.
+        """Set the value of a series, which needs all labels; None and second values are ignored.
 
         Raises:
             KeyError: There is no such metric, or it has other labels.
@@ -153,7 +153,7 @@ class MetricPage:
         if set(labels) != set(metric.labels) or isinstance(family, HistogramMetricFamily):
             raise KeyError(f"{name} has the labels {metric.labels}, not {sorted(labels)}")
         values = [labels[label] for label in metric.labels]
-        # Prometheus refuses a page that has a series twice.
+        # Prometheus rejects a page with a duplicate series.
         if value is not None and (series := (name, *values)) not in self._series:
             self._series.add(series)
             family.add_metric(values, value)
@@ -161,7 +161,7 @@ class MetricPage:
     def put_histogram(
         self, name: str, bounds: Iterable[float], counts: Iterable[int], total: float
     ) -> None:
-        """Set a histogram: how many are at most each bound, then all of them; and their sum."""
+        """Set a histogram: the cumulative count of each bound, the count of all, and the sum."""
         family = self._families[name]
         assert isinstance(family, HistogramMetricFamily)
         edges = [*(str(float(bound)) for bound in bounds), "+Inf"]

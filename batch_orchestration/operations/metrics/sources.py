@@ -1,4 +1,4 @@
-"""What metrics are made of, read from the data folder: cheaply, and in nobody's way."""
+"""Sources of the metrics in the data folder, read cheaply and without blocking others."""
 
 import contextlib
 import logging
@@ -21,11 +21,7 @@ from batch_orchestration.workers.utilization_files import accounts_path, read_ac
 
 
 class BatchFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """What the store has of one batch; outcomes are those of committed chunks.
-
-    Attributes:
-        created_at: POSIX seconds.
-    """
+    """The store's figures of one batch; outcomes are those of committed chunks."""
 
     batch_id: str
     status: BatchStatus
@@ -36,26 +32,25 @@ class BatchFigures(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing more happens to it."""
+        """Whether the batch has ended."""
         return self.status in FINAL
 
 
 class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """The store at one moment. What is marked so never falls, whatever is resumed or replayed.
+    """The store at one moment. Monotonic figures never fall, whatever is resumed or replayed.
 
     Attributes:
-        batches_by_status: How many batches are in each.
+        batches_by_status: Number of batches.
         unfinished: Batches that are not final, oldest first.
-        finished: The last few that are, newest first.
-        committed_chunks: Chunks that ever were committed; never falls.
-        completed: Answers that ever were committed, each request once; never falls.
+        finished: The last few final batches, newest first.
+        committed_chunks: Chunks that were ever committed; monotonic.
+        completed: Answers that were ever committed, each request once; monotonic.
         attempts: Submissions of requests in those chunks.
-        prompt_tokens: Of the answers, as `completion_tokens`; neither falls.
-        failures_by_code: Every failure that was final when it was committed; never falls.
-        dead_letters: By code and state, now.
-        latency_counts: Answers that took at most so long, by `LATENCY_BOUNDS`, then all of them;
-            never fall.
-        latency_seconds: Their sum; never falls.
+        prompt_tokens: Of the answers, as `completion_tokens`; both monotonic.
+        failures_by_code: Failures that were final at their commit; monotonic.
+        dead_letters: Present number by code and state.
+        latency_counts: Answers up to each of `LATENCY_BOUNDS`, then all of them; monotonic.
+        latency_seconds: Sum of the latencies; monotonic.
     """
 
     batches_by_status: dict[str, int]
@@ -74,11 +69,11 @@ class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 _BATCH = ("batch_id", "status", "created_at", "requests", "completed", "failed")
 _IS_FINAL = f"status IN ({', '.join(repr(str(status)) for status in sorted(FINAL))})"
-#: When a batch came to its end.
+#: The time at which a batch ended.
 _ENDED = "coalesce(completed_at, cancelled_at, expired_at, failed_at, created_at)"
 _BUCKETS = len(LATENCY_BOUNDS) + 1
-#: What a commit that was taken back had counted stays in its row until the next one replaces it, so
-#: that these sums never fall.
+#: The counts of a reverted commit stay in its row until the next commit replaces them, so these
+#: sums never fall.
 _CHUNKS = f"""
 SELECT count(committed_at), coalesce(sum(completed), 0), coalesce(sum(attempts), 0),
     coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0),
@@ -86,7 +81,7 @@ SELECT count(committed_at), coalesce(sum(completed), 0), coalesce(sum(attempts),
     {", ".join(f"coalesce(sum(latency_counts[{n}]), 0)::BIGINT" for n in range(1, _BUCKETS + 1))}
 FROM chunks
 """
-#: Rows are only added to this table. A replay that was closed has no code: that is no new failure.
+#: Rows are only added to this table. A closed replay has no code: it is no new failure.
 _FAILURES = """
 SELECT code, count(*) FROM dead_letter_events WHERE state = 'dead' AND code IS NOT NULL
 GROUP BY code ORDER BY code
@@ -94,16 +89,16 @@ GROUP BY code ORDER BY code
 
 
 def read_figures(path: Path, *, finished: int, deadline_seconds: float) -> StoreFigures:
-    """Return the figures of a store; its cost grows with chunks, not with requests.
+    """Return the figures of a store; the cost grows with chunks, not with requests.
 
     Args:
-        path: Of the file.
-        finished: How many finished batches are named.
-        deadline_seconds: How long others may keep it locked.
+        path: Of the store's file.
+        finished: Number of finished batches to return.
+        deadline_seconds: Longest wait for a locked store.
 
     Raises:
-        StoreLocked: They did longer.
-        StorageError: It cannot be read, or has another schema.
+        StoreLocked: The store was locked past the deadline.
+        StorageError: The store cannot be read, or has another schema.
     """
     with reading(path, deadline_seconds=deadline_seconds) as db:
         ((chunks, completed, attempts, prompt, completion, seconds, *latencies),) = db.execute(
@@ -150,25 +145,25 @@ def _batches(db: duckdb.DuckDBPyConnection, rest: str) -> tuple[BatchFigures, ..
 
 
 logger = logging.getLogger(__name__)
-#: While the store is read, commits wait: not more often than this, however often one scrapes.
+#: Reading the store blocks commits: it is read at most this often, however often one scrapes.
 STORE_SECONDS = 5.0
-#: How long to wait for others to leave the store; Prometheus gives up after ten seconds.
+#: Longest wait for a locked store; Prometheus gives up after ten seconds.
 LOCK_SECONDS = 1.0
-#: Finished batches that have series of their own.
+#: Finished batches with their own series.
 FINISHED_SHOWN = 5
 
 
 class StoreSource:
-    """The figures of the store, kept until the file changes.
+    """The figures of the store, cached until the file changes.
 
     Args:
-        path: Of the store; it is neither made nor changed.
-        clock: Seconds that never go back.
+        path: Of the store; it is neither created nor changed.
+        clock: Monotonic seconds.
 
     Attributes:
-        figures: The last ones known; None before there were any.
-        is_up: Whether they are those of now.
-        read_at: POSIX seconds of the last reading.
+        figures: The last known ones; None before the first read.
+        is_up: Whether they are current.
+        read_at: Time of the last read.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -181,7 +176,7 @@ class StoreSource:
         self.read_at: float | None = None
 
     def refresh(self) -> None:
-        """Read the store if it has changed; what is known stays if it cannot be read."""
+        """Read the store if it has changed; if that fails, the known figures stay."""
         seen = self._state()
         if seen is None:
             self.is_up = False
@@ -204,22 +199,22 @@ class StoreSource:
             self.is_up, self.read_at, self._seen = True, time.time(), seen
 
     def _state(self) -> object:
-        """Return what changes with each commit; None if there is no file."""
+        """Return a value that changes with each commit; None if there is no file."""
         try:
             states = [self._path.stat()]
         except OSError:
             return None
         with contextlib.suppress(OSError):
-            # What a writer that was killed has left; DuckDB reads it with the file.
+            # The log that a killed writer has left; DuckDB reads it with the file.
             states.append(self._path.with_name(f"{self._path.name}.wal").stat())
         return [(state.st_ino, state.st_mtime_ns, state.st_size) for state in states]
 
 
 class AccountsSource:
-    """The accounts of all runs, by batch; of a folder that has not changed nothing is read anew.
+    """The time breakdowns of all runs, by batch; an unchanged folder is not read again.
 
-    An account that was seen is not forgotten: what a run did is not undone when its batch's folder
-    goes.
+    A breakdown that was read is never dropped: its run's work is not undone when the batch's folder
+    is removed.
     """
 
     def __init__(self, folder: DataFolder) -> None:
@@ -228,7 +223,7 @@ class AccountsSource:
         self._accounts: dict[str, dict[str, TimeBreakdown]] = {}
 
     def refresh(self) -> None:
-        """Read the accounts that have changed."""
+        """Read the breakdowns that have changed."""
         for batch_id, changed_at in self._folders():
             if self._changed_at.get(batch_id) != changed_at:
                 self._changed_at[batch_id] = changed_at
@@ -236,11 +231,11 @@ class AccountsSource:
                 known.update((a.run_id, a) for a in read_accounts(self._folder, batch_id))
 
     def of(self, batch_id: str) -> list[TimeBreakdown]:
-        """Return the accounts of a batch."""
+        """Return the breakdowns of a batch."""
         return list(self._accounts.get(batch_id, {}).values())
 
     def all(self) -> Iterator[TimeBreakdown]:
-        """Yield every account."""
+        """Yield every breakdown."""
         for accounts in self._accounts.values():
             yield from accounts.values()
 
@@ -251,5 +246,5 @@ class AccountsSource:
             return
         for batch_id in batch_ids:
             with contextlib.suppress(OSError, BatchNotFound):
-                # An account is written by a rename, which changes its folder.
+                # A breakdown is written by a rename, which changes its folder.
                 yield batch_id, accounts_path(self._folder, batch_id).stat().st_mtime_ns
