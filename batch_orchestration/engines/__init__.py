@@ -1,1 +1,1 @@
-"""Engines: whatever answers requests, behind one small protocol."""
+"""Inference engines behind one small protocol."""

@@ -1,9 +1,9 @@
-"""The gate: whoever stands before the model, and may let nobody through whatever is asked.
+"""Refusals by the access control in front of a model (the gate), rather than by the model.
 
-A key that was revoked, a quota that is used up, a proxy that has lost its route: these refuse
-everything, and say nothing about the request that happened to meet them. A status alone does not
-tell whose refusal it is; `is_doubtful` says when it has to be found out by a control request, one
-that is known to be harmless, and `lets_in` what the answer to that means.
+A revoked key, an exhausted quota or a proxy without a route refuses every request alike, so the
+refusal is not about the request that met it. The status alone does not distinguish the two cases.
+`is_doubtful` decides when a control request, known to be harmless, has to find out; `lets_in`
+interprets the control's outcome.
 """
 
 import re
@@ -12,16 +12,16 @@ import msgspec
 
 from batch_orchestration.core.outcomes import Failure, Outcome
 
-#: These are about what was asked, whoever says them.
+#: Always about the request, whichever component answers.
 OWN_STATUSES = frozenset({400, 413, 422})
-#: These are about who asks, and about no request.
+#: About the client's access, never about a request.
 _KEEPERS_STATUSES = frozenset({401, 402, 407})
-#: The server has no such endpoint, or its model has not; another one of it may be answered.
+#: The server lacks the endpoint, or its model does; a control at another endpoint may succeed.
 _OTHER_ENDPOINT = frozenset({404, 405, 501})
 LINE_LENGTH = 200
-#: What an engine that is started is asked first.
+#: The first request to an engine that is being started.
 MODELS_PAGE = "/v1/models"
-#: Whatever differs from one refusal to the next of the same kind: ids, times, counts.
+#: Parts that differ between refusals of the same kind: ids, times, counts.
 _NUMBERED = re.compile(r"\S*\d\S*")
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -33,10 +33,10 @@ _ONE_TOKEN: dict[str, dict[str, object]] = {
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that nothing speaks against.
+    """A request that only the gate has a reason to refuse.
 
     Attributes:
-        model: Named in the body; None if none is.
+        model: The model named in the body; None if the body names none.
     """
 
     endpoint: str
@@ -45,20 +45,20 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_doubtful(failure: Failure) -> bool:
-    """Whether the refusal may be the gate's.
+    """Return whether the gate may have refused, rather than the model.
 
-    Not if the status is always the request's own, nor if the failure is sent again anyway: an
-    engine that fails nearly everything is `inference.faults.retries`'s. Of any other refusal only a
-    request that is let in afterwards shows that not everything is refused alike.
+    False if the status is always about the request, or if the failure is retried anyway:
+    `inference.faults.retries` handles an engine that fails nearly everything. Any other refusal
+    stays doubtful until a later request is let in.
     """
     return not failure.retryable and failure.status not in {None, *OWN_STATUSES}
 
 
 def kind_of(refusal: Failure) -> tuple[int, str] | None:
-    """Return what refusals of the same reason have in common.
+    """Return the part that refusals with the same reason share.
 
-    None for those that say who may ask at all: of these each is found out by itself, however many
-    like it were the requests' own.
+    None for refusals of the client's access. Each of those is examined on its own, even if many
+    similar ones turned out to be about their requests.
     """
     status = refusal.status or 0
     if status in _KEEPERS_STATUSES or 300 <= status < 400:
@@ -67,12 +67,12 @@ def kind_of(refusal: Failure) -> tuple[int, str] | None:
 
 
 def lets_in(outcome: Outcome) -> bool:
-    """Whether the outcome of a control shows that requests get through to the engine."""
+    """Return whether the outcome of a control shows that requests reach the engine."""
     return not isinstance(outcome, Failure) or outcome.status in OWN_STATUSES
 
 
 def is_of_the_endpoint(failure: Failure) -> bool:
-    """Whether a control at another endpoint may fare better."""
+    """Return whether a control at another endpoint may succeed."""
     return failure.status in _OTHER_ENDPOINT
 
 
@@ -84,13 +84,13 @@ def one_token_probe(endpoint: str, model: str | None) -> Control:
 
 
 def one_token_probes(endpoint: str, model: str | None) -> list[Control]:
-    """Return probes of all endpoints, that which is asked for first."""
+    """Return probes of all endpoints, the given endpoint first."""
     others = [other for other in _ONE_TOKEN if other != endpoint]
     return [one_token_probe(each, model) for each in (endpoint, *others)]
 
 
 def first_line(text: str) -> str:
-    """Return the first line that says something, cut and fit to be shown to a person."""
+    """Return the first non-blank line, truncated and with only printable characters."""
     lines = (" ".join(line.split()) for line in text.splitlines())
     line = next(filter(None, lines), "")
     shown = "".join(char if char.isprintable() else "?" for char in line)
@@ -98,19 +98,19 @@ def first_line(text: str) -> str:
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
-    """That the engine does not let us in, as long as nobody has seen that it does again.
+    """A refusal by the gate, in force until a check is let in.
 
     Attributes:
-        engine: Its address; empty for an engine that each run starts by itself.
-        page: What was refused: the endpoint of a control, or the page that lists the models.
-        model: Named in that control; None for the page.
-        status: HTTP status, latest; None if the latest look met no answer.
-        line: First line of what was said with it.
-        since: POSIX seconds of the first refusal.
-        run_id: Of the run that met it.
-        looked_at: POSIX seconds of the latest look, or of the run's.
-        looks: How many in a row were refused.
-        let_in_at: POSIX seconds at which a look was let in; None while none was.
+        engine: The engine's address; empty for an engine that each run starts itself.
+        page: The refused path: the endpoint of a control, or the page that lists the models.
+        model: The model named in that control; None for the page.
+        status: Latest HTTP status; None if the latest check got no answer.
+        line: First line of the refusal's message.
+        since: Time of the first refusal.
+        run_id: The run that met it.
+        looked_at: Time of the latest check; at first, of the run's refusal.
+        looks: Number of consecutive refused checks.
+        let_in_at: Time of the check that was let in; None until then.
     """
 
     engine: str
@@ -126,17 +126,17 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def words(self) -> str:
-        """What the gate says: `HTTP 401: invalid key`."""
+        """Status and message, for example `HTTP 401: invalid key`."""
         status = "no answer" if self.status is None else f"HTTP {self.status}"
         return f"{status}: {self.line}" if self.line else status
 
     @property
     def next_look_at(self) -> float:
-        """When it is worth another look, POSIX seconds."""
+        """Time of the next check."""
         return self.looked_at + min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(self.looks, 16))
 
 
-#: Between looks at a gate that is closed, in seconds: doubled after each, up to the longest.
+#: Seconds between checks of a closed gate: doubled after each check, up to the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0
-#: A gate that closes again so soon after it was seen open is looked at as if it had not been.
+#: If the gate closes again this soon after a check was let in, the pauses continue to grow.
 RELAPSE_SECONDS = 600.0

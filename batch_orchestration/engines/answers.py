@@ -1,7 +1,7 @@
-"""What an HTTP answer of an OpenAI-compatible server means: a completion or a failure.
+"""Reads the HTTP response of an OpenAI-compatible server as a completion or a failure.
 
-An answer is as untrusted as a request: whatever its status, headers and bytes are, it means exactly
-one outcome, and that outcome can be stored.
+Responses are as untrusted as requests: any status, headers and bytes map to exactly one outcome,
+and that outcome can be stored.
 """
 
 import codecs
@@ -22,7 +22,7 @@ from batch_orchestration.core.outcomes import (
     Usage,
 )
 
-#: A page of HTML from a proxy need not fill the error file.
+#: Keeps an HTML page of a proxy from filling the error file.
 MESSAGE_MAX_LENGTH = 2000
 
 #: vLLM ("This model's maximum context length is …", "… longer than the maximum model length of
@@ -32,12 +32,12 @@ _CONTEXT_LENGTH = re.compile(
     r"|model's context length|exceeds? (the )?(available |model's )?context (size|length|window)",
     re.IGNORECASE,
 )
-#: How vLLM's engine, when it is told to end, finishes all that it has: status 200 and half a text.
+#: Finish reason of all requests that vLLM ends when it terminates: status 200 and a partial text.
 ABORTED = "abort"
 _MODEL_NOT_FOUND = re.compile(
     r"model_not_found|\bmodel\b.*(does not exist|not found)|no such model", re.IGNORECASE
 )
-#: Where the answers are, by endpoint; of another endpoint in any of these places.
+#: Fields that hold the answers, by endpoint; another endpoint may use any of them.
 _ANSWERS = {
     "/v1/chat/completions": ("choices",),
     "/v1/completions": ("choices",),
@@ -52,12 +52,12 @@ _SECONDS = re.compile(r"\d+(\.\d+)?", re.ASCII)
 _INTEGER = re.compile(rb"-?\d+")
 _DIGITS_OF_COUNTS = len(str(LARGEST_COUNT))
 _FILLED_LIST = re.compile(rb"\s*\[\s*\{")
-#: An answer may be nothing but empty objects, each of which takes ten times its bytes when decoded.
+#: An answer may consist of empty objects, each of which takes ten times its bytes when decoded.
 _MOST_OBJECTS = 2**20
-#: A longer error is not decoded: whatever it names itself stands in few words.
+#: A longer error is not decoded: the code of an error is short.
 _LONGEST_ERROR = 2**16
 _ERROR_STATUS = re.compile(r"[45]\d\d(\.0)?", re.ASCII)
-#: What gateways say in place of a status, in `code`, `type` or `status` of an error.
+#: Words that gateways use instead of a status, in `code`, `type` or `status` of an error.
 _STATUS_OF_WORDS = {
     429: re.compile(r"rate.?limit|too.?many|quota|throttl|exhausted", re.IGNORECASE),
     503: re.compile(r"overload|unavailable|capacity|busy", re.IGNORECASE),
@@ -71,14 +71,14 @@ _STATUS_OF_WORDS = {
     404: re.compile(r"not.?found", re.IGNORECASE),
     500: re.compile(r"server.?error|internal|api.?error", re.IGNORECASE),
 }
-#: UTF-8 is checked piece by piece: as a text, one emoji makes each letter four bytes.
+#: UTF-8 is checked in pieces: in a decoded text, one emoji makes every character four bytes long.
 _PIECE_BYTES = 2**20
 
 _NULL = msgspec.Raw(b"null")
 
 
 class _Head(msgspec.Struct):
-    """The fields of an answer that are read, each by itself; the rest is passed on unread."""
+    """The fields of an answer that are read, decoded separately; the rest is passed on unread."""
 
     id: msgspec.Raw = _NULL
     choices: msgspec.Raw = _NULL
@@ -112,13 +112,12 @@ _decode_usage = msgspec.json.Decoder(_Usage).decode
 def read_answer(
     endpoint: str, status: int, headers: Mapping[str, str], body: bytes, latency_seconds: float
 ) -> Outcome:
-    """Return the outcome that an HTTP answer stands for. Nothing is raised, whatever it is.
+    """Return the outcome of an HTTP response. Never raises.
 
     Args:
-        endpoint: What was asked: it decides what an answer must have.
-        status: HTTP status.
-        headers: Of the answer; the mapping ignores case, as aiohttp's does.
-        body: The answer, decompressed.
+        endpoint: Determines the fields that an answer must have.
+        headers: The response's headers; the mapping ignores case, as aiohttp's does.
+        body: The decompressed response.
         latency_seconds: From submission to the last byte.
     """
     try:
@@ -164,12 +163,12 @@ def _read_head(body: bytes) -> _Head:
     """Read the fields of an answer.
 
     Raises:
-        BadJson: It is no JSON object that could be stored.
+        BadJson: The body is not a JSON object that can be stored.
     """
     check_depth(body)
     check_digits(body)
     try:
-        # msgspec skips over strings that nobody asked for without a look at their bytes.
+        # msgspec skips strings of undeclared fields without checking their bytes.
         _check_utf8(body)
         return _decode_head(body)
     except msgspec.ValidationError as error:
@@ -190,7 +189,7 @@ def _check_utf8(body: bytes) -> None:
 
 
 def _lack(endpoint: str, head: _Head) -> str | None:
-    """Return why a JSON object with status 2xx is no answer; None if it is one."""
+    """Return why a JSON object with status 2xx is not an answer; None if it is one."""
     if _value(head.error):
         return "with an error"
     places = _ANSWERS.get(endpoint, _ANYWHERE)
@@ -211,7 +210,7 @@ def _usage(raw: msgspec.Raw) -> Usage:
 
 
 def whole_number(raw: msgspec.Raw) -> int | None:
-    """Return a JSON integer, brought into 0 … `LARGEST_COUNT`; None for anything else."""
+    """Return a JSON integer, clamped to 0 … `LARGEST_COUNT`; None for anything else."""
     text = bytes(raw).strip()
     if not _INTEGER.fullmatch(text):
         return None
@@ -221,14 +220,14 @@ def whole_number(raw: msgspec.Raw) -> int | None:
 
 
 def _error_of_a_choice(choices: msgspec.Raw) -> msgspec.Raw:
-    """Return the first error that a gateway has put into a choice; then no choice is an answer."""
+    """Return the first error that a gateway put into a choice; it invalidates all choices."""
     if b'"error"' not in bytes(choices):
         return _NULL
     return next((choice.error for choice in _choices(choices) if _value(choice.error)), _NULL)
 
 
 def _choices(raw: msgspec.Raw) -> list[_Choice]:
-    """Return the choices; none where they are no list of objects, or of too many."""
+    """Return the choices; none if they are not a list of objects, or if there are too many."""
     if bytes(raw).count(b"{") > _MOST_OBJECTS:
         return []
     try:
@@ -238,14 +237,14 @@ def _choices(raw: msgspec.Raw) -> list[_Choice]:
 
 
 def _finish_reason(choices: msgspec.Raw) -> str | None:
-    """Return the first choice's, or `ABORTED` if any choice was: then the answer is not whole."""
+    """Return the first choice's reason; `ABORTED` if any was aborted, since a part is missing."""
     reasons = [_value(choice.finish_reason) for choice in _choices(choices)]
     first = ABORTED if ABORTED in reasons else next(iter(reasons), None)
     return first if isinstance(first, str) else None
 
 
 def _inner_status(head: _Head) -> int | None:
-    """Return the HTTP status that an error itself names, by number or in a word."""
+    """Return the HTTP status that an error itself contains, as a number or as a word."""
     error = _value(head.error)
     inner = error if isinstance(error, dict) else {"code": error}
     said = [inner.get(name) for name in ("code", "status", "status_code", "type")]
@@ -265,7 +264,7 @@ def _inner_status(head: _Head) -> int | None:
 
 
 def _value(raw: msgspec.Raw) -> Any:
-    """Return a small value; one that is large or out of range as the beginning of its text."""
+    """Return a small value decoded; a large or invalid one as the beginning of its text."""
     if len(raw) <= _LONGEST_ERROR:
         try:
             return decode(raw)
@@ -281,7 +280,7 @@ def _failure_code(status: int, head: _Head | None, message: str) -> FailureCode:
         case 408 | 504:
             return FailureCode.TIMEOUT
         case 501:
-            # vLLM's word for an endpoint that is not its model's: asking again changes nothing.
+            # vLLM's status for an endpoint that its model lacks: a retry changes nothing.
             return FailureCode.UNSUPPORTED_ENDPOINT
         case _ if status >= 500:
             return FailureCode.ENGINE_ERROR
@@ -294,14 +293,14 @@ def _failure_code(status: int, head: _Head | None, message: str) -> FailureCode:
 
 
 def _error_word(head: _Head | None) -> str:
-    """Return OpenAI's `error.code`, where that is a word."""
+    """Return OpenAI's `error.code` if it is a string."""
     error = None if head is None else _value(head.error)
     code = error.get("code") if isinstance(error, dict) else None
     return code if isinstance(code, str) else ""
 
 
 def _message(head: _Head | None, body: bytes) -> str:
-    """Return what the server says for people: OpenAI's, older vLLM's, or FastAPI's shape."""
+    """Return the server's error message, in OpenAI's, older vLLM's or FastAPI's shape."""
     if head is None:
         return _excerpt(body)
     error = _value(head.error)
@@ -318,13 +317,13 @@ def _excerpt(body: bytes) -> str:
 
 
 def _request_id(headers: Mapping[str, str], head: _Head | None) -> str | None:
-    """Return the header's, or the body's; only that of an answer."""
+    """Return the request id of the response, from its headers or else from its body."""
     of_body = None if head is None else _value(head.id)
     return headers.get("x-request-id") or (of_body if isinstance(of_body, str) else None)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return `Retry-After` in seconds; a date counts from the server's own clock, in `Date`."""
+    """Return `Retry-After` in seconds; a date is relative to the server's own clock, `Date`."""
     value = headers.get("retry-after", "").strip()
     if _SECONDS.fullmatch(value):
         return min(float(value), LARGEST_COUNT)

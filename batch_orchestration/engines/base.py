@@ -1,4 +1,4 @@
-"""The engine protocol: all that the services know of whatever answers requests."""
+"""The engine protocol, through which all other code uses an engine."""
 
 from typing import Any, Protocol
 
@@ -10,12 +10,12 @@ from batch_orchestration.engines.memory_ladder import MemoryFallback
 
 
 class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """What answers came from; stored with every result.
+    """The source of answers; stored with every result.
 
     Attributes:
         kind: `vllm`, `remote` or `simulated`.
-        version: Of the software, for example `vllm 0.32.0`; `unknown` where it does not tell.
-        models: Names that the engine answers to; the first is the default.
+        version: Software version, for example `vllm 0.32.0`; `unknown` if it is not reported.
+        models: Names of the served models; the first is the default.
     """
 
     kind: str
@@ -24,29 +24,29 @@ class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(Protocol):
-    """Whatever answers requests, many at a time.
+    """An inference engine that answers many requests at a time.
 
-    `start` and `stop` are called from any thread, `answer` within one event loop at a time.
+    `start` and `stop` may be called from any thread, `answer` within one event loop at a time.
 
     Attributes:
-        ladder: Where the engine stands on its memory ladder; `start` starts it on that rung, and
-            starts it anew if the rung's context is too short for the requests expected.
+        fallback: Determines the memory level at which `start` starts the engine. If that level's
+            context is too short for the expected requests, `start` restarts the engine.
     """
 
     fallback: MemoryFallback
 
     async def start(self) -> EngineIdentity:
-        """Make the engine ready; return who it is. Starting a started engine does nothing.
+        """Make the engine ready and return its identity. Idempotent.
 
-        After `EngineDied` it starts anew, whatever was left of the old one being ended first.
+        After `EngineDied`, remains of the dead engine are ended and the engine is started again.
 
         Raises:
             EngineStartFailed: It did not become ready; the message has its last log lines.
-            EngineRefusesUs: It is there, and does not let us in.
+            EngineRefusesUs: The engine is reachable, but refuses access.
         """
 
     async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
-        """Submit one request and wait for what becomes of it.
+        """Submit one request and wait for its outcome.
 
         A request that goes wrong is a `Failure`, retryable or not; nothing is retried here.
         Cancelling the call lets the engine drop the request.
@@ -56,16 +56,16 @@ class Engine(Protocol):
         """
 
     async def measure(self) -> EngineMetrics | None:
-        """Return what the engine tells of its work now; None if it does not answer.
+        """Return the engine's current metrics; None if it does not answer.
 
-        What it does not tell is None. It is asked every second or so, and never raises.
+        Metrics that the engine does not report are None. Called about once a second; never raises.
         """
 
     async def disconnect(self) -> None:
-        """Give back what belongs to the running event loop; the engine itself stays ready."""
+        """Release the resources of the running event loop; the engine itself stays ready."""
 
     def stop(self) -> None:
-        """End the engine and free its device memory. Stopping twice does nothing."""
+        """End the engine and free its device memory. Idempotent."""
 
     def figures(self) -> dict[str, Any]:
-        """Return what is worth recording about the engine: pid, start-up seconds, log."""
+        """Return facts worth recording about the engine: pid, start-up seconds, log."""

@@ -1,4 +1,4 @@
-"""The engine that is a server of our own: started, watched and ended by this process."""
+"""An engine whose server is a child process: started, monitored and ended by this process."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 
 logger = logging.getLogger(__name__)
 
-#: A server that takes long is asked less often.
+#: A server that takes long to start is polled less often.
 POLL_SECONDS, POLL_MAX_SECONDS = 0.05, 0.5
 PROGRESS_SECONDS = 10.0
 LOG_LINES_IN_ERROR = 30
@@ -34,21 +34,20 @@ Launch = Callable[[Path], tuple[Sequence[str], Mapping[str, str | None]]]
 
 
 class ChildServerEngine(Engine):
-    """A server as a child process, and the engine behind it.
+    """An engine whose server is a child process.
 
     Args:
-        kind: For `EngineIdentity`.
-        launch: Says how to start the server; may raise `EngineStartFailed`.
-        ladder: Whose rung `launch` reads.
-        log_path: Where the server's output goes; appended to.
-        record_path: Where its processes are recorded; beside the log if not given. Two engines at
-            a time need two records.
-        before_start: Called in a thread before each start, when nothing of an earlier server is
-            left; what it raises is what `start` raises, and no server is started.
-        timeout_seconds: Of one attempt of one request.
+        kind: See `EngineIdentity`.
+        launch: Returns how to start the server; may raise `EngineStartFailed`.
+        fallback: Provides the memory level that `launch` reads.
+        log_path: File to which the server's output is appended.
+        record_path: File in which its processes are recorded; beside the log by default. Two
+            engines at a time need two records.
+        before_start: Called in a thread before each start, after remains of an earlier server have
+            been ended. If it raises, no server is started and `start` raises the same.
+        timeout_seconds: For one attempt of one request.
         start_timeout_seconds: Until the server must be ready.
-        connections: To the server at a time.
-        limits: How much memory answers may take.
+        connections: Maximum number of connections to the server.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class ChildServerEngine(Engine):
         self._server: OpenAIServerEngine | None = None
         self._stopped = False
         self._life = exhaustion.SignsOfLife(exhaustion.Survived())
-        #: The server that died, and how its memory was exhausted: one finding for all in flight.
+        #: The dead server and its exhaustion: one finding for all requests in flight.
         self._examined: tuple[OpenAIServerEngine, Exhaustion | None] | None = None
         self._figures: dict[str, Any] = {}
 
@@ -89,7 +88,7 @@ class ChildServerEngine(Engine):
         """Start the server, unless it runs, and wait until it is ready. See `Engine.start`."""
         server = self._server
         fits = await asyncio.to_thread(self.fallback.fit)
-        # Asked, not remembered: it may have died with nothing in flight that would have noticed.
+        # Checked, not remembered: it may have died while no request was in flight to notice it.
         if fits and server and await server.is_well():
             return await server.start()
         self._stopped = False
@@ -131,7 +130,7 @@ class ChildServerEngine(Engine):
         return outcome
 
     async def measure(self) -> EngineMetrics | None:
-        """Return what the server tells of its work. See `Engine.measure`."""
+        """Return the server's metrics. See `Engine.measure`."""
         return None if self._server is None else await self._server.measure()
 
     async def disconnect(self) -> None:
@@ -140,7 +139,7 @@ class ChildServerEngine(Engine):
             await self._server.disconnect()
 
     def stop(self) -> None:
-        """End the server with everything that it started. Stopping twice does nothing.
+        """End the server and every process that it started. Idempotent.
 
         Raises:
             EngineError: A process outlived SIGKILL.
@@ -153,7 +152,7 @@ class ChildServerEngine(Engine):
         return dict(self._figures)
 
     def last_log_lines(self, count: int) -> list[str]:
-        """Return what the server wrote last, also after it has died."""
+        """Return the last lines of the server's log, even after its death."""
         return self._process.last_log_lines(count)
 
     async def _start_server(self) -> OpenAIServerEngine:
@@ -216,7 +215,7 @@ class ChildServerEngine(Engine):
         logger.info("still starting %s, %.0f s: %s", self._process.name, seconds, line)
 
     def _fail(self, what: str, cause: BaseException | None) -> NoReturn:
-        """End the server and say why it is of no use, in its own words."""
+        """End the server and raise an error with the causes found in its log."""
         lines, exhausted = self.last_log_lines(1000), self._recognise_exhaustion()
         self._process.stop()
         said = "".join(f"\n  {line}" for line in logs.causes(lines)[:CAUSES])

@@ -1,4 +1,4 @@
-"""Recognises, from how an engine ended and what it wrote last, that it ran out of memory."""
+"""Recognises from an engine's exit and its log that it ran out of memory."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -10,18 +10,18 @@ import msgspec
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
 from batch_orchestration.engines.processes import logs
 
-#: vLLM writes tracebacks of all its processes and of each request in flight after the root cause.
+#: After the root cause, vLLM logs tracebacks of all its processes and of each request in flight.
 TAIL_BYTES = 16 * 2**20
 EVIDENCE_LENGTH = 300
 
 
 class Sign(NamedTuple):
-    """Words that tell of exhausted memory.
+    """A pattern in the log that indicates exhausted memory.
 
     Attributes:
         pattern: Searched for in each line; the group `length` is the context in force.
-        source: Where the words come from.
-        sample: A line as it was seen or as the source formats it.
+        source: Where the message comes from.
+        sample: A line as observed, or as the source formats it.
     """
 
     shortage: MemoryShortage
@@ -34,7 +34,7 @@ def _sign(shortage: MemoryShortage, pattern: str, source: str, sample: str) -> S
     return Sign(shortage, re.compile(pattern), source, sample)
 
 
-#: The most telling first: a cause is often wrapped into another one of them.
+#: Most specific first: a cause is often wrapped in another of them.
 SIGNS = (
     _sign(
         MemoryShortage.WEIGHTS,
@@ -119,23 +119,23 @@ SIGNS = (
     ),
 )
 
-#: A line that only informs; vLLM's request log is at this level, with the prompts.
+#: Informational lines; vLLM logs requests at this level, prompts included.
 _HARMLESS = re.compile(r"^(\([^)]*pid=\d+\) )?(INFO|DEBUG)\b")
-#: Before a sign it says that somebody is quoted: a prompt, or the value of a field. An apostrophe
-#: stands behind a letter.
+#: A quote before a sign marks quoted text: a prompt, or the value of a field. An apostrophe
+#: follows a letter.
 _QUOTE = re.compile(r"(?<![A-Za-z])[\"']")
-#: How much older than the latest answer a line must be, for the engine to have survived it.
+#: Minimum age of a line, relative to the latest answer, for the engine to have survived it.
 SURVIVED_SECONDS = 5.0
-#: In any line that one of the patterns fits; a quarter of the time for a log of megabytes.
+#: Matches every line that a pattern matches; cuts the time for megabytes of log to a quarter.
 _HINT = re.compile(r"[Mm]emory|max seq len|ALLOC_FAILED|died ")
 
-#: vLLM's words for a child that a signal ended: vllm/v1/executor/multiproc_executor.py,
+#: vLLM's messages about a child ended by a signal: vllm/v1/executor/multiproc_executor.py,
 #: monitor_workers, and vllm/v1/utils.py, wait_for_completion_or_failure.
 _CHILD_KILLED = re.compile(r"died (unexpectedly \(exit code: -9\)|with exit code -9)")
 
 
 class KernelKills(msgspec.Struct, frozen=True):
-    """How many processes the kernel has killed for want of memory; 0 where it does not tell.
+    """Processes that the kernel killed for lack of memory; 0 if the kernel does not report it.
 
     Attributes:
         ours: In our control group.
@@ -150,11 +150,11 @@ NO_KILLS = KernelKills()
 
 
 class Survived(NamedTuple):
-    """What an engine has survived: whatever is older than this, it did not die of.
+    """A moment that an engine survived: nothing older caused its death.
 
     Attributes:
-        log_size: Of its log at that time, in bytes.
-        kills: The kernel's counts at that time.
+        log_size: Size of its log at that moment, in bytes.
+        kills: The kernel's counts at that moment.
     """
 
     log_size: int = 0
@@ -162,10 +162,10 @@ class Survived(NamedTuple):
 
 
 class SignsOfLife:
-    """Remembers what was in the log when the engine was still answering.
+    """Remembers the latest moment that an engine certainly survived.
 
-    An answer may arrive a moment after the words of the death that follows: so what counts is a
-    time at least `SURVIVED_SECONDS` before the latest answer.
+    An answer may arrive just after the log lines of the death that follows. Therefore the moment
+    lies at least `SURVIVED_SECONDS` before the latest answer.
     """
 
     def __init__(self, begun: Survived) -> None:
@@ -173,20 +173,20 @@ class SignsOfLife:
         self._since = float("-inf")
 
     def note_answer(self, now: float, look: Callable[[], Survived]) -> None:
-        """Take note of an answer; looks at log and kernel now and then."""
+        """Record an answer; calls `look` at most once in `SURVIVED_SECONDS`."""
         if now - self._since >= SURVIVED_SECONDS:
             self._survived, self._candidate, self._since = self._candidate, look(), now
 
     @property
     def survived(self) -> Survived:
-        """What it has survived for certain."""
+        """The latest moment that the engine certainly survived."""
         return self._survived
 
 
 def count_kernel_kills(
     *, proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
 ) -> KernelKills:
-    """Read the kernel's counters."""
+    """Read the kernel's counters of processes killed for lack of memory."""
     groups = [line.split(":", 2) for line in _lines(proc / "self/cgroup") if line.count(":") >= 2]
     folders = [cgroups / name.lstrip("/") for _, controllers, name in groups if not controllers]
     folders += [
@@ -194,7 +194,7 @@ def count_kernel_kills(
         for _, controllers, name in groups
         if "memory" in controllers.split(",")
     ]
-    # Within a container the group's path may be the host's, while its files are at the root.
+    # In a container, the group's path may be the host's while its files are at the root.
     folders += [cgroups, cgroups / "memory"]
     files = (
         folder / name for folder in folders for name in ("memory.events", "memory.oom_control")
@@ -209,17 +209,17 @@ def recognise(
     before: KernelKills = NO_KILLS,
     now: KernelKills = NO_KILLS,
 ) -> Exhaustion | None:
-    """Return how an engine ran out of memory; None if nothing says that it did.
+    """Return how an engine ran out of memory; None if there is no evidence that it did.
 
-    An end by SIGKILL is no proof: a person can send it. It is the kernel's doing if the kernel's
-    own count of such kills has grown since the engine started: that of our control group by
-    itself, that of the whole machine together with a SIGKILL that hit the engine.
+    SIGKILL is no proof, since a person can send it. It counts as the kernel's if the kernel's own
+    count of such kills has grown since `before`. Growth in our control group suffices by itself;
+    growth on the whole machine counts only together with a SIGKILL of the engine.
 
     Args:
-        lines: What the engine wrote since it was started, and last gave an answer.
-        exit_reason: See `EngineProcess.exit_reason`; None if it runs.
-        before: The kernel's counts when it was started.
-        now: The kernel's counts after it ended.
+        lines: The engine's log since the latest moment that it survived.
+        exit_reason: See `EngineProcess.exit_reason`; None while it runs.
+        before: The kernel's counts at that moment.
+        now: The kernel's counts after its end.
     """
     found: tuple[int, Exhaustion] | None = None
     killed = exit_reason is not None and "SIGKILL" in exit_reason

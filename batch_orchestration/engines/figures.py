@@ -1,4 +1,4 @@
-"""What an engine tells of its own work at one moment. None is what it does not tell."""
+"""Metrics that an engine reports about its work. None means not reported."""
 
 import re
 from collections import defaultdict
@@ -7,20 +7,20 @@ import msgspec
 
 
 class EngineMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """One look at an engine's metrics; of vLLM these are the series `vllm:*` of `/metrics`.
+    """One reading of an engine's metrics; for vLLM, of the series `vllm:*` of `/metrics`.
 
-    Counters grow from the engine's start, and begin anew with a new engine.
+    Counters grow from the engine's start; a new engine starts again from 0.
 
     Attributes:
-        running: Requests that are being computed.
-        waiting: Requests that it has taken and does not compute yet.
+        running: Requests being computed.
+        waiting: Requests accepted but not yet computed.
         kv_usage: Share of the KV cache in use, 0 to 1.
-        kv_cache_tokens: What the KV cache holds in all.
-        preemptions: Counter of requests that were put back for want of KV cache.
-        prompt_tokens: Counter of tokens read.
-        generation_tokens: Counter of tokens written.
+        kv_cache_tokens: Capacity of the KV cache.
+        preemptions: Counter of requests preempted for lack of KV cache.
+        prompt_tokens: Counter of prompt tokens processed.
+        generation_tokens: Counter of tokens generated.
         prefix_queries: Counter of tokens looked up in the prefix cache.
-        prefix_hits: Counter of those that were found there.
+        prefix_hits: Counter of tokens found there.
     """
 
     running: int | None = None
@@ -35,7 +35,7 @@ class EngineMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tokens(self) -> int | None:
-        """Counter of all tokens: it moves with every step; None if the engine tells of none."""
+        """Counter of all tokens, which grows with every step; None if none is reported."""
         if self.prompt_tokens is None and self.generation_tokens is None:
             return None
         return (self.prompt_tokens or 0) + (self.generation_tokens or 0)
@@ -43,7 +43,7 @@ class EngineMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 #: vLLM's gauge whose labels are the settings of its KV cache.
 _CACHE_INFO = "vllm:cache_config_info"
-#: Series of vLLM 0.32 (vllm/v1/metrics/loggers.py), by what we call them.
+#: Series of vLLM 0.32 (vllm/v1/metrics/loggers.py) and the fields that they fill.
 _COUNTS = {
     "vllm:num_requests_running": "running",
     "vllm:num_requests_waiting": "waiting",
@@ -55,16 +55,17 @@ _COUNTS = {
 }
 _KV_USAGE = "vllm:kv_cache_usage_perc"
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-#: A larger number is none of these; whole numbers up to here are exact.
+#: Larger values are ignored; whole numbers up to here are exact.
 _MOST = 2**53
 _DIGITS_OF_MOST = 15
 
 
 def read_figures(page: str) -> EngineMetrics:
-    """Return what the page tells; of a server that has none of vLLM's series, nothing but None.
+    """Return the metrics on a page; all None if it has none of vLLM's series.
 
-    A server of several engines has a series of each: they are added up, and the share of the KV
-    cache in use is their mean, as in vLLM's own log (`AggregatedLoggingStatLogger`).
+    A server of several engines has a series for each. Their values are added up; only for the
+    share of the KV cache in use, the mean is taken, as in vLLM's own log
+    (`AggregatedLoggingStatLogger`).
     """
     found: dict[str, list[float]] = defaultdict(list)
     cache_tokens: list[int] = []
@@ -89,7 +90,7 @@ def read_figures(page: str) -> EngineMetrics:
 
 
 def _value(line: str) -> list[float]:
-    """Return the sample's value; nothing if that is no number, or none of anything."""
+    """Return the sample's value; nothing if it is not a number or out of range."""
     try:
         value = float(line.rpartition(" ")[2])
     except ValueError:
@@ -98,7 +99,7 @@ def _value(line: str) -> list[float]:
 
 
 def _cache_tokens(line: str) -> list[int]:
-    """Return what an engine's KV cache holds: its blocks times their size."""
+    """Return the capacity of an engine's KV cache: number of blocks times block size."""
     labels = dict(_LABEL.findall(line))
     blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
     if not all(text.isdecimal() and len(text) <= _DIGITS_OF_MOST for text in (blocks, size)):

@@ -1,4 +1,4 @@
-"""What a batch needs of an engine's memory: the longest of its requests, estimated from above."""
+"""A batch's memory demand on an engine: an upper bound of its longest request."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,25 +7,25 @@ import msgspec
 
 from batch_orchestration.core.requests import Request
 
-#: What a chat template may add to the author's words: control tokens, a default system prompt.
-#: The longest one known to us takes about 600 tokens.
+#: Tokens that a chat template may add to the messages: control tokens, a default system prompt.
+#: The longest known template takes about 600.
 TEMPLATE_TOKENS = 1024
-#: What the API puts for `max_tokens` of `/v1/completions` where the body says nothing.
+#: The API's default for `max_tokens` of `/v1/completions`.
 COMPLETION_TOKENS = 16
-#: Fields that can put more into a prompt than the body shows.
+#: Fields that can add more to a prompt than the body shows.
 PROMPT_MAKERS = frozenset(
     {"tools", "functions", "documents", "chat_template", "chat_template_kwargs", "prompt_embeds"}
 )
 
 
 class MemoryDemand(msgspec.Struct, frozen=True, kw_only=True):
-    """What requests need. By default nothing is known of them.
+    """The demand of some requests. The defaults stand for unknown requests.
 
     Attributes:
-        longest_tokens: No request is longer than this, prompt and answer together; None if one
-            of them may be of any length.
-        prompts_can_be_cut: Every request generates text from text, so that vLLM reads its prompt
-            in pieces and `max_num_batched_tokens` may be below its length.
+        longest_tokens: Upper bound of prompt and answer together, for every request; None if a
+            request may be of any length.
+        prompts_can_be_cut: Every request generates text from text. vLLM then processes a prompt in
+            pieces, and `max_num_batched_tokens` may be below its length.
     """
 
     longest_tokens: int | None = None
@@ -33,7 +33,7 @@ class MemoryDemand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def memory_demand(requests: Iterable[Request], *, max_tokens_cap: int | None) -> MemoryDemand:
-    """Return what the requests need together."""
+    """Return the combined demand of the requests."""
     longest: int | None = 0
     can_be_cut = True
     for request in requests:
@@ -47,10 +47,10 @@ def memory_demand(requests: Iterable[Request], *, max_tokens_cap: int | None) ->
 
 
 def _longest(request: Request, cap: int | None) -> int | None:
-    """Return an upper bound of prompt and answer, in tokens; None if there is none.
+    """Return an upper bound of prompt and answer in tokens; None if there is none.
 
-    A token stands for a byte or more, and JSON only makes text longer: the body's size bounds the
-    author's words. English has three to four bytes a token; the estimate errs on the safe side.
+    A token stands for a byte or more, and JSON only lengthens text, so the body's size bounds the
+    prompt. English has three to four bytes a token; the estimate errs on the safe side.
     """
     limit = 0 if request.endpoint == "/v1/embeddings" else _answer_tokens(request, cap)
     return None if limit is None else len(request.body) + TEMPLATE_TOKENS + limit
@@ -70,7 +70,7 @@ def _answer_tokens(request: Request, cap: int | None) -> int | None:
 
 
 def _is_text(fields: Mapping[str, Any]) -> bool:
-    """Whether the prompt is made of nothing but the text that the body shows."""
+    """Return whether the prompt consists only of text that the body shows."""
     if any(fields.get(name) for name in PROMPT_MAKERS):
         return False
     messages = fields.get("messages") or ()

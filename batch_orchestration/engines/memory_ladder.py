@@ -1,8 +1,8 @@
-"""The memory ladder: ever gentler settings for an engine that runs out of memory.
+"""The memory fallback: ever lower memory levels for an engine that runs out of memory.
 
-A rung is the part of an engine's settings that memory depends on. Which of them is lowered next
-depends on what memory was short of; none is ever raised on the way down, and the context never
-goes below what the batch needs.
+A memory level is the part of an engine's settings that memory depends on. The kind of shortage
+determines which of them is lowered next. Stepping down never raises a setting, and never cuts the
+context below the batch's demand.
 """
 
 import functools
@@ -14,12 +14,12 @@ import msgspec
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
 from batch_orchestration.engines.memory_demand import MemoryDemand
 
-#: With fewer sequences at a time no GPU is busy; if even these exhaust it, one of them does.
+#: Fewer sequences at a time keep no GPU busy; if even these exhaust it, a single one does.
 FEWEST_SEQUENCES = 8
-#: vLLM's own smallest default; below it reading prompts takes most of the time.
+#: vLLM's own smallest default; below it, reading prompts takes most of the time.
 FEWEST_BATCHED_TOKENS = 512
-#: Of the device. From vLLM's default it is as many steps away as 8 sequences are from 256; what
-#: lacks more than that is taken by somebody else.
+#: Share of the device. It is as many steps below vLLM's default as 8 sequences are below 256;
+#: a larger shortage is caused by other processes.
 SMALLEST_FRACTION = 0.55
 FRACTION_STEP = 0.9
 #: A thousand tokens of a small model.
@@ -27,10 +27,10 @@ SMALLEST_KV_CACHE_BYTES = 64 * 2**20
 
 
 class MemoryLevel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Settings that memory depends on, named as vLLM's flags; None is not ours to lower.
+    """Settings that memory depends on, named as vLLM's flags; None marks one not to be lowered.
 
-    `gpu_memory_utilization` is None where `kv_cache_memory_bytes` is given, as it is without
-    effect there.
+    `gpu_memory_utilization` is None if `kv_cache_memory_bytes` is given, which makes it
+    ineffective.
     """
 
     max_num_seqs: int | None = None
@@ -40,7 +40,7 @@ class MemoryLevel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     kv_cache_memory_bytes: int | None = None
 
     def flags(self, top: "MemoryLevel") -> dict[str, Any]:
-        """Return what differs from the configured settings, as engine arguments."""
+        """Return the settings that differ from the configured ones, as engine arguments."""
         return {
             name.replace("_", "-"): value
             for name, value in msgspec.structs.asdict(self).items()
@@ -51,14 +51,14 @@ class MemoryLevel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 def reduced_levels(
     level: MemoryLevel, exhaustion: Exhaustion, needs: MemoryDemand
 ) -> MemoryLevel | None:
-    """Return the next rung down; None at the bottom."""
+    """Return the next memory level down; None at the bottom."""
     match exhaustion.shortage:
         case MemoryShortage.WORK:
             easier = _less_memory(_less_work(level, needs))
         case MemoryShortage.CACHE:
             easier = _shorter(level, exhaustion.max_model_len, needs)
             if easier == level and level.kv_cache_memory_bytes is None:
-                # What the work does not take is the cache's.
+                # Memory that the work does not take is left to the cache.
                 easier = _less_work(level, needs)
         case MemoryShortage.CLAIM:
             easier = _less_memory(level)
@@ -68,7 +68,7 @@ def reduced_levels(
 
 
 def _less_work(level: MemoryLevel, needs: MemoryDemand) -> MemoryLevel:
-    """Halve what is computed at a time: sequences, and tokens where prompts can be cut."""
+    """Halve the work at a time: sequences, and tokens if prompts can be cut."""
     tokens = level.max_num_batched_tokens
     return msgspec.structs.replace(
         level,
@@ -91,7 +91,7 @@ def _less_memory(level: MemoryLevel) -> MemoryLevel:
 
 
 def _shorter(level: MemoryLevel, in_force: int | None, needs: MemoryDemand) -> MemoryLevel:
-    """Cut the context to what the batch needs; unless both are known it stays as it is."""
+    """Cut the context to the batch's demand; leave it as it is unless both are known."""
     present = level.max_model_len or in_force
     if present is None or needs.longest_tokens is None or needs.longest_tokens >= present:
         return level
@@ -103,13 +103,13 @@ def _halved(value: int | None, floor: int) -> int | None:
 
 
 class MemoryFallback:
-    """Where an engine stands on its ladder; the engine reads it whenever it starts.
+    """The current memory level of an engine, read at each of its starts.
 
     Args:
-        top: The settings as configured; all None for an engine whose memory is not ours to set.
-        descent: The rungs below the top that an earlier run went down, the last one in force.
-        worked: Told the whole descent when its last rung has answered something; again when
-            another one has.
+        top: The configured settings; all None for an engine whose memory is not ours to set.
+        descent: Levels below the top to which an earlier run stepped down; the last is in force.
+        worked: Called with the whole descent once its last level has answered a request, and again
+            once another level has.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class MemoryFallback:
     ) -> None:
         self._top = top
         self._descent = tuple(descent)
-        #: How far down it was before anything was short in this run.
+        #: Depth at which this run began, before any shortage in it.
         self._began = len(self._descent)
         self._worked = worked
         self._told: tuple[MemoryLevel, ...] | None = None
@@ -129,32 +129,32 @@ class MemoryFallback:
 
     @property
     def level(self) -> MemoryLevel:
-        """The rung in force."""
+        """The memory level in force."""
         return self._descent[-1] if self._descent else self._top
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The engine arguments by which the rung differs from what was configured."""
+        """The engine arguments by which the level differs from the configured settings."""
         return self.level.flags(self._top)
 
     @property
     def description(self) -> str | None:
-        """The rung in force, for people; None if memory is not ours to set."""
+        """The level in force, for display; None if memory is not ours to set."""
         if self._top == MemoryLevel():
             return None
         return ", ".join(f"{name} {value}" for name, value in self.flags.items()) or "as configured"
 
     @property
     def context_is_cut(self) -> bool:
-        """Whether the context was cut to what the requests expected need: others may not fit."""
+        """Whether the context was cut to the expected requests: others may not fit."""
         return self.level.max_model_len != self._top.max_model_len
 
     def expect(self, needs: Callable[[], MemoryDemand]) -> None:
-        """Say what the next requests need; asked, at some cost, only when that matters."""
+        """Set the demand of the next requests; `needs` is costly and called only if it matters."""
         self._needs = functools.cache(needs)
 
     def fit(self) -> bool:
-        """Make the context long enough for the requests expected; return whether it was."""
+        """Make the context long enough for the expected requests; return whether it already was."""
         present = self.level.max_model_len
         if present == self._top.max_model_len or present is None:
             return True
@@ -165,25 +165,25 @@ class MemoryFallback:
         return False
 
     def step_down(self, exhaustion: Exhaustion) -> MemoryLevel | None:
-        """Go one rung down and return it; None, and nothing changes, at the bottom."""
+        """Step down one level and return it; at the bottom, change nothing and return None."""
         easier = reduced_levels(self.level, exhaustion, self._needs())
         if easier is not None:
             self._descent = (*self._descent, easier)
         return easier
 
     def climb_back(self) -> None:
-        """Go back to where this run began: what brought it down is explained and gone."""
+        """Return to the level at which this run began: the cause of its descent is gone."""
         self._descent = self._descent[: self._began]
         self.note_answer()
 
     def climb_to_top(self) -> bool:
-        """Go back to what is configured; return whether that is a change."""
+        """Return to the configured settings; return whether that is a change."""
         changed = bool(self._descent)
         self._descent, self._began = (), 0
         return changed
 
     def note_answer(self) -> None:
-        """Take note that the rung in force works."""
+        """Record that the level in force works."""
         if self._descent != self._told:
             self._told = self._descent
             self._worked(self._descent)

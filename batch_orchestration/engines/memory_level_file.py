@@ -1,4 +1,4 @@
-"""Remembers which memory settings worked, from run to run: one small file in the data folder."""
+"""Remembers working memory levels from run to run, in one small file in the data folder."""
 
 import logging
 from pathlib import Path
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class Descent(msgspec.Struct, frozen=True, kw_only=True):
-    """How far down its ladder an engine had to go.
+    """The levels that an engine had to step down.
 
     Attributes:
-        rungs: All below the configured settings, the one that worked last.
-        since: POSIX seconds at which that one worked first, or a higher one was last tried.
+        levels: All levels below the configured settings; the last is the one that worked.
+        since: When that level first worked, or when a higher one was last tried.
     """
 
     levels: tuple[MemoryLevel, ...]
@@ -26,22 +26,22 @@ class Descent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryLevelFile:
-    """Descents by engine. It is a hint, not a truth: without it an engine finds its rung again.
+    """Descents by engine. Only a hint: without it, an engine finds its memory level again.
 
-    Of two processes that write at once, one may forget what the other learnt.
+    If two processes write at once, the record of one may be lost.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def recall(self, engine: str) -> Descent | None:
-        """Return the descent of an engine; None if it works as configured, for all we know."""
+        """Return an engine's descent; None if it is not known to need one."""
         return self._read().get(engine)
 
     def remember(self, engine: str, levels: tuple[MemoryLevel, ...], *, at: float) -> None:
-        """Note that an engine works on the last of the rungs, or as configured if there is none.
+        """Record that an engine works at the last of the levels, or as configured without any.
 
-        If that is known already, the time stands at which it was found.
+        If that is already recorded, its time is kept.
         """
         descents = self._read()
         known = descents.pop(engine, None)
@@ -52,7 +52,7 @@ class MemoryLevelFile:
         self._write(descents)
 
     def note_trial(self, engine: str, *, at: float) -> None:
-        """Note that one rung higher is about to be tried."""
+        """Record that the next higher level is about to be tried."""
         descents = self._read()
         if known := descents.get(engine):
             self._write(descents | {engine: Descent(levels=known.levels, since=at)})

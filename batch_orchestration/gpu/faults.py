@@ -1,7 +1,7 @@
-"""Faults of a GPU that end its work, and the fence around it until somebody has seen to it.
+"""Faults of a GPU that end its work, and the fence that keeps it out of use afterwards.
 
-Heat passes; a fault does not. What was computed next on a device with broken memory may be wrong
-without a word, so the device is left alone until it was reset, and until that is known.
+Heat passes; a fault does not. Results from broken memory may be wrong without any error, so the
+device stays out of use until a reset is observed.
 """
 
 from collections.abc import Iterator
@@ -11,21 +11,20 @@ import msgspec
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.gate import nonsense, standing_faults
 
-#: Xids that say nothing against the device: errors of the program that used it, which NVIDIA's own
-#: health check of devices leaves out, too (k8s-device-plugin, `ignoredXids`); and 154, which tells
-#: that the recovery action has changed: that is read itself.
+#: Xids that do not indicate a broken device. Most are errors of the program that used it, which
+#: NVIDIA's own health check of devices ignores, too (k8s-device-plugin, `ignoredXids`). 154 reports
+#: that the recovery action has changed, which is read directly.
 HARMLESS_XIDS = frozenset({13, 31, 43, 45, 68, 109, 154})
 
 
 class Fence(msgspec.Struct, frozen=True, kw_only=True):
-    """That a device is not to be used, and why.
+    """A device that must not be used, and the reason.
 
     Attributes:
-        uuid: Of the device; of an instance (MIG) that of the whole device.
-        at: POSIX seconds.
-        by: The run that put it up.
-        boot_id: Of the boot in which that was; None if the file of the fence cannot be read.
-        facts: Of the device when it was put up; None if it was lost, or as above.
+        uuid: UUID of the device; for a MIG instance, that of the whole device.
+        by: The run that put up the fence.
+        boot_id: The boot in which that happened; None if the file of the fence is unreadable.
+        facts: The device at that time; None if it was lost, or if the file is unreadable.
     """
 
     uuid: str
@@ -40,7 +39,6 @@ class ClearedFence(msgspec.Struct, frozen=True, kw_only=True):
     """A fence that is no longer in force.
 
     Attributes:
-        at: POSIX seconds.
         by: A person, or the recovery check.
     """
 
@@ -50,9 +48,9 @@ class ClearedFence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def new_faults(before: GpuFacts, now: GpuFacts) -> Iterator[str]:
-    """Yield the faults that a device has got since it was first looked at.
+    """Yield the faults that a device has developed since its first check.
 
-    Everything that `standing_faults` tells and was not there before, and Xids.
+    These are Xids, and the faults from `standing_faults` that did not exist before.
     """
     for xid in now.xids:
         if xid not in HARMLESS_XIDS:
@@ -67,7 +65,7 @@ def new_faults(before: GpuFacts, now: GpuFacts) -> Iterator[str]:
 
 
 def recounted(before: GpuFacts, now: GpuFacts) -> GpuFacts:
-    """Return what to compare with next: as before, but for a count of errors that began anew."""
+    """Return the next baseline: `before`, with the count of errors lowered if it restarted."""
     count, counted = now.ecc_uncorrectable_errors, before.ecc_uncorrectable_errors
     if count is None or counted is None or count >= counted:
         return before
@@ -75,14 +73,13 @@ def recounted(before: GpuFacts, now: GpuFacts) -> GpuFacts:
 
 
 def holds_because(fence: Fence, device: GpuFacts, *, boot_id: str) -> str | None:
-    """Return why a fence has to stay; None if the device can be seen to have recovered.
+    """Return why a fence has to stay; None if the device has visibly recovered.
 
-    Two things must be seen. First, no fault is left. Second, the device was reset after the fence
-    was put up, for a fault that merely no longer shows is no recovery: the machine has booted since
-    (another boot id), or the count of memory errors has begun anew, which it only does when the
-    device is reset or the driver loaded again ("volatile counts are reset each time the driver
-    loads", NVML API reference, `nvmlEccCounterType_t`). Whatever else a person knows, they say by
-    clearing the fence.
+    Recovery needs two observations. First, no fault is left. Second, the device was reset after the
+    fence was put up, since a fault that merely no longer shows is no recovery. A reset shows in
+    another boot id, or in a lower count of memory errors. That count restarts only when the device
+    is reset or the driver loaded again ("volatile counts are reset each time the driver loads",
+    NVML API reference, `nvmlEccCounterType_t`). A person with other evidence clears the fence.
     """
     if wrong := [*nonsense(device), *standing_faults(device)]:
         return "; ".join(wrong)

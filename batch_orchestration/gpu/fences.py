@@ -1,4 +1,4 @@
-"""Fences: a file per device that is not to be used, there until a person or a check removes it."""
+"""Fences: one file per device that must not be used, until a person or a check removes it."""
 
 import logging
 import time
@@ -17,12 +17,12 @@ from batch_orchestration.gpu.faults import ClearedFence, Fence, holds_because
 
 
 def fence_path(folder: DataFolder, uuid: str) -> Path:
-    """Where the fence of a device is kept; that it exists is the decision."""
+    """Return the path of a device's fence; the existence of the file is the decision."""
     return folder.fences / f"{uuid.replace('/', '_')}.json"
 
 
 def put_up_fence(folder: DataFolder, fence: Fence) -> bool:
-    """Keep a fence, durably, and return True; one that stands already is left as it is.
+    """Store a fence durably and return True; an existing fence is left as it is.
 
     Raises:
         StorageError: It cannot be written.
@@ -35,10 +35,10 @@ def put_up_fence(folder: DataFolder, fence: Fence) -> bool:
 
 
 def read_fences(folder: DataFolder) -> dict[str, Fence]:
-    """Return the fences by the uuid of the device. One that cannot be read is a fence all the same.
+    """Return the fences by the UUID of the device. An unreadable fence still counts.
 
     Raises:
-        StorageError: Nobody can tell whether there are any.
+        StorageError: The folder is unreadable, so the fences are unknown.
     """
     try:
         paths = [path for path in folder.fences.iterdir() if path.suffix == ".json"]
@@ -50,10 +50,10 @@ def read_fences(folder: DataFolder) -> dict[str, Fence]:
 
 
 def clear_fence(folder: DataFolder, uuid: str, *, at: float, by: str) -> Fence | None:
-    """Remove the fence of a device, and keep who did it; None if there is none.
+    """Remove the fence of a device and record who removed it; None if there is none.
 
     Raises:
-        StorageError: It cannot be done; the fence stands.
+        StorageError: It cannot be removed, and stays in force.
     """
     path = fence_path(folder, uuid)
     fence = _read(path)
@@ -69,7 +69,7 @@ def clear_fence(folder: DataFolder, uuid: str, *, at: float, by: str) -> Fence |
 
 
 def cleared_fences(folder: DataFolder) -> list[ClearedFence]:
-    """Return the fences that were cleared, oldest first; what cannot be read is left out."""
+    """Return the cleared fences, oldest first; unreadable records are left out."""
     found = []
     for path in (folder.fences / "cleared").glob("*.json"):
         try:
@@ -89,19 +89,16 @@ def _read(path: Path) -> Fence | None:
 
 
 logger = logging.getLogger(__name__)
-#: Who clears a fence where it was no person.
+#: Stands in `ClearedFence.by` if no person cleared the fence.
 RECOVERY_CHECK = "recovery check"
 
 
 def fence_off(folder: DataFolder, device: GpuFacts, reason: str, lost: bool, *, by: str) -> bool:
-    """Keep a device from work until it is known to be well; return whether that is durable.
+    """Fence a device until it is known to be well; return whether the fence is durable.
 
     Args:
-        folder: The data folder.
-        device: As it was seen last.
-        reason: The fault.
-        lost: Whether it cannot be seen any more; then only a restart or a person lifts the fence.
-        by: The run.
+        device: As it was last seen.
+        lost: Whether it is no longer visible; then only a reboot or a person lifts the fence.
     """
     fence = Fence(
         uuid=device.hardware_uuid,
@@ -121,12 +118,12 @@ def fence_off(folder: DataFolder, device: GpuFacts, reason: str, lost: bool, *, 
 
 
 def standing_fences(folder: DataFolder, devices: Sequence[GpuFacts]) -> dict[str, str]:
-    """Return why devices are fenced, by uuid, after the recovery check of those that can be seen.
+    """Return why devices are fenced, by UUID, after a recovery check of the visible ones.
 
-    A fence comes down by itself as soon as `holds_because` finds nothing against that. Whoever
-    looks at the gate makes the check, so that no process is needed for it.
+    A fence comes down as soon as `holds_because` finds no reason to keep it. The check is part of
+    every look at the gate, so it needs no process of its own.
 
-    Fails closed: if nobody can tell whether there are fences, every device is fenced.
+    Fails closed: if the fences are unreadable, every device is fenced.
     """
     try:
         fences = read_fences(folder)

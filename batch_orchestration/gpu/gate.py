@@ -1,7 +1,7 @@
-"""The gate before work on a GPU: what speaks against starting an engine. It fails closed.
+"""The gate before work on a GPU: reasons against starting an engine. It fails closed.
 
-What a device says it does not have is not held against it, but for its memory: without that nobody
-can tell whether the model fits. Whatever cannot be read, or cannot be true, is.
+A value that a device does not support is not held against it, except for its memory: without that
+it is unknown whether the model fits. Unreadable and impossible values are held against it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,18 +11,18 @@ import msgspec
 from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.gpu.facts import GpuFacts, GpuProcess
 
-#: Below the temperature at which the device slows itself down.
+#: Margin below the temperature at which the device slows itself down.
 SLOWDOWN_MARGIN_CELSIUS = 5
-#: For devices that do not tell that temperature: most slow down at 87 to 95.
+#: For devices that do not report that temperature: most slow down at 87 to 95.
 DEFAULT_MAX_CELSIUS = 85
 #: A process that computes holds several times as much for its CUDA context alone; the MPS server
-#: and agents that only look hold less.
+#: and monitoring agents hold less.
 TOLERATED_BYTES = 64 * 2**20
 _CELSIUS = (-50, 150)
 _BYTES = (0, 2**50)
 _MHZ = (0, 10_000)
 _WATTS = (0, 10_000)
-#: What cannot be, however new the device: mostly numbers that overflowed, or stand for an error.
+#: Values outside are impossible on any device: mostly overflows, or codes for an error.
 _POSSIBLE = {
     "memory_total_bytes": (1, _BYTES[1]),
     "memory_used_bytes": _BYTES,
@@ -42,22 +42,21 @@ _GIB = 2**30
 
 
 class GpuLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device may be at most.
+    """Upper limits of a device.
 
     Attributes:
-        max_celsius: None for 5 below its own slowdown threshold, or 85 if it tells none.
+        max_celsius: None for 5 below its own slowdown threshold, or 85 if it reports none.
     """
 
     max_celsius: float | None = None
 
 
 class GpuNeed(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine needs.
+    """Resources that an engine needs.
 
     Attributes:
-        devices: How many.
-        memory_bytes: Free on each of them; None if that is not known, and not judged.
-        why: How the number came about.
+        memory_bytes: Free memory on each of the devices; None if unknown, and then not judged.
+        why: Derivation of that number.
     """
 
     devices: int = 1
@@ -73,14 +72,12 @@ def unhealthy_reasons(
     own: frozenset[int] = frozenset(),
     fences: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Return what speaks against starting an engine now; empty if the devices are healthy.
+    """Return the reasons against starting an engine now; empty if the devices are healthy.
 
     Args:
-        readings: The devices that CUDA will show, in its order, or why they could not be read.
-        limits: Upper bounds.
-        need: Of the engine.
-        own: Pids of our own engines: no strangers, and they will give back what they hold.
-        fences: Why a device is not to be used, by the uuid of the whole device.
+        readings: The devices that CUDA will show, in its order, or why they are unreadable.
+        own: Pids of our own engines: they are no strangers, and their memory counts as free.
+        fences: Why a device is fenced, by the UUID of the whole device.
     """
     if isinstance(readings, GpuUnreadable):
         return [str(readings)]
@@ -111,7 +108,7 @@ def _reasons(
     impossible = list(nonsense(device))
     yield from impossible
     if impossible:
-        # What follows would be concluded from it.
+        # All other reasons would be based on these values.
         return
     yield from _heat(device, limits)
     yield from standing_faults(device)
@@ -124,10 +121,10 @@ def _reasons(
 
 
 def nonsense(device: GpuFacts) -> Iterator[str]:
-    """Yield what cannot be true of what a device reports."""
+    """Yield the reported values that cannot be true."""
     for name, possible in _POSSIBLE.items():
         value = getattr(device, name)
-        # Written so that what is no number (NaN) is not within anything.
+        # Written so that NaN is outside any range.
         if value is not None and not possible[0] <= value <= possible[1]:
             yield f"it reports nonsense: {name} is {value}"
     total = device.memory_total_bytes
@@ -141,7 +138,7 @@ def nonsense(device: GpuFacts) -> Iterator[str]:
 
 
 def max_celsius(device: GpuFacts, limits: GpuLimits) -> float:
-    """Return the temperature above which nothing is started on a device."""
+    """Return the temperature above which no engine is started on a device."""
     if limits.max_celsius is not None:
         return limits.max_celsius
     if device.slowdown_celsius is None:
@@ -156,7 +153,7 @@ def _heat(device: GpuFacts, limits: GpuLimits) -> Iterator[str]:
 
 
 def standing_faults(device: GpuFacts) -> Iterator[str]:
-    """Yield the faults that a device has; they do not pass by themselves."""
+    """Yield the faults of a device that do not pass by themselves."""
     if device.ecc_uncorrectable_errors:
         count = device.ecc_uncorrectable_errors
         yield f"{count} uncorrectable memory errors (ECC) since the driver was loaded; reset it"

@@ -1,4 +1,4 @@
-"""GPU health: may an engine be started on this machine's device now, and if not, why not."""
+"""GPU health: whether an engine may be started on this machine's device now, and why not."""
 
 import logging
 import math
@@ -24,12 +24,12 @@ from batch_orchestration.gpu.nvml import ListeningReader, read_gpus
 from batch_orchestration.gpu.thermal import ThermalPolicy
 from batch_orchestration.settings import Device, EngineKind, Settings
 
-#: Tokens for which the gate wants room in the KV cache: with less, vLLM does not start even on the
-#: gentlest rung of the memory ladder.
+#: Tokens for which the gate requires room in the KV cache: with less, vLLM does not start even at
+#: the lowest memory level.
 LEAST_TOKENS = 2048
-#: Of the CUDA context, the engine's workspace and the activations of the smallest step.
+#: For the CUDA context, the engine's workspace and the activations of the smallest step.
 MARGIN_BYTES = 2**30
-#: Of the weights, for what is padded and copied while they are loaded.
+#: Share of the weights, for padding and copies while they are loaded.
 MARGIN_SHARE = 0.05
 DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "fp8": 1}
 
@@ -37,23 +37,23 @@ DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2,
 def needed_bytes(
     weight_bytes: float, config: Mapping[str, Any], *, kv_dtype_bytes: int, devices: int
 ) -> int:
-    """Return what must be free on each device for a model to be served at all.
+    """Return the memory that must be free on each device for a model to be served at all.
 
         weights / devices x 1.05 + 1 GiB + tokens x KV bytes per token,
         KV bytes per token = 2 x layers x KV heads / devices x head size x bytes per number
 
-    The second is what vLLM allocates: a key and a value per layer, head and token
-    (vllm/v1/kv_cache_interface.py, `AttentionSpec.page_size_bytes`); tensor parallelism gives each
+    The second formula is vLLM's allocation: a key and a value per layer, head and token
+    (vllm/v1/kv_cache_interface.py, `AttentionSpec.page_size_bytes`). Tensor parallelism gives each
     device its share of heads, at least one. Models with latent attention keep one compressed vector
     per layer and token instead of keys and values (ibid., `MLAAttentionSpec`: `kv_lora_rank` +
-    `qk_rope_head_dim` numbers, on every device). Tokens are `LEAST_TOKENS`: the least, not the
-    comfortable; the more is free above it, the more requests run at a time.
+    `qk_rope_head_dim` numbers, on every device). Tokens are `LEAST_TOKENS`, a minimum: the more
+    memory is free beyond it, the more requests run at a time.
 
     Args:
-        weight_bytes: Of all weights, as they will be on the devices.
-        config: The model's `config.json`; where it does not tell the shape, the KV cache counts 0.
+        weight_bytes: Size of all weights as they will be on the devices.
+        config: The model's `config.json`; if it lacks the shape, the KV cache counts as 0.
         kv_dtype_bytes: Bytes per number in the KV cache.
-        devices: Over which the model is spread.
+        devices: Number of devices over which the model is spread.
     """
     per_token = kv_bytes_per_token(config, dtype_bytes=kv_dtype_bytes, devices=devices)
     weights = weight_bytes / devices * (1 + MARGIN_SHARE)
@@ -61,8 +61,8 @@ def needed_bytes(
 
 
 def kv_bytes_per_token(config: Mapping[str, Any], *, dtype_bytes: int, devices: int) -> int:
-    """Return what one token takes in the KV cache of each device; 0 if the shape is not told."""
-    # Models that also see or hear keep the shape of their language part apart.
+    """Return the bytes of one token in the KV cache of each device; 0 if the shape is unknown."""
+    # Multimodal models keep the shape of their language part separately.
     shape = config.get("text_config") or config
     layers = _whole(shape, "num_hidden_layers", "n_layer")
     heads = _whole(shape, "num_attention_heads", "n_head")
@@ -80,17 +80,17 @@ def _whole(shape: Mapping[str, Any], *names: str) -> int:
 
 
 logger = logging.getLogger(__name__)
-#: NVML takes milliseconds for a device, and a second where the driver first has to wake it up.
+#: NVML takes milliseconds for a device, and a second if the driver must first wake it up.
 READ_SECONDS = 5.0
-#: After an engine ended the driver gives its memory back within a second or two; so long a run
-#: looks again before it believes that the device is not fit.
+#: After an engine's end, the driver releases its memory within a second or two. A run repeats its
+#: check for this long before it considers the device unfit.
 PATIENCE_SECONDS = 6.0
 _LOOK_SECONDS = 1.0
-#: Of every run.
+#: Used by every run.
 THERMAL_POLICY = ThermalPolicy()
 #: vLLM's flags that spread a model over devices.
 _SPREADING = ("tensor-parallel-size", "pipeline-parallel-size")
-#: Flags with which the weights on the device are not those of the files.
+#: Flags that make the weights on the device differ from those in the files.
 _CHANGES_WEIGHTS = ("quantization", "cpu-offload-gb", "load-format", "hf-overrides")
 _GIB = 2**30
 Readings = Sequence[GpuFacts] | GpuUnreadable
@@ -98,16 +98,16 @@ Readings = Sequence[GpuFacts] | GpuUnreadable
 
 @dataclass(frozen=True, kw_only=True)
 class GpuVerdict:
-    """What the gate says, and from what.
+    """The result of the gate, and its inputs.
 
     Attributes:
-        no_gate: Why there is nothing to judge; None if there is.
-        devices: Those that CUDA shows; empty if they could not be read.
+        no_gate: Why no gate applies; None if one does.
+        devices: The devices that CUDA shows; empty if they could not be read.
         unreadable: Why they could not be read; None if they could.
-        reasons: What speaks against starting an engine; empty if nothing does.
-        cared_for: Whether there are reasons and all of them are heat under an engine of ours, whose
-            run gives it less to do (`gpu.thermal`).
-        fences: Why devices are fenced, by uuid; also of such as CUDA does not show.
+        reasons: Reasons against starting an engine; empty if there are none.
+        cared_for: Whether heat under one of our own engines is the only reason: its run throttles
+            it (`gpu.thermal`).
+        fences: Why devices are fenced, by UUID, including devices that CUDA does not show.
     """
 
     no_gate: str | None
@@ -125,14 +125,14 @@ class GpuVerdict:
 
     @property
     def problem(self) -> str | None:
-        """All reasons in one line; None if there is none."""
+        """All reasons in one line; None if there are none."""
         return "; ".join(self.reasons) or None
 
 
 class GpuReader:
-    """Asks NVML in a thread of its own, because a broken driver may never answer.
+    """Reads NVML in a thread of its own, because a broken driver may never answer.
 
-    A thread that hangs is left alone, and nobody else is sent after it.
+    A thread that hangs is left alone, and no second one is started.
     """
 
     def __init__(self, read: Callable[[], Sequence[GpuFacts]]) -> None:
@@ -143,7 +143,7 @@ class GpuReader:
         self._answer: Readings = ()
 
     def readings(self, *, seconds: float) -> Readings:
-        """Return the devices, or why they could not be read within the time."""
+        """Return the devices, or why they could not be read within `seconds`."""
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 self._since = time.monotonic()
@@ -171,7 +171,7 @@ _reader = GpuReader(lambda: read_gpus())
 def gpu_problem(settings: Settings, *, seconds: float = READ_SECONDS) -> str | None:
     """Return why no engine may be started now, in one line; None if it may, or no GPU is used.
 
-    Fails closed: what cannot be read within `seconds` is a problem. Starts no process.
+    Fails closed: a device that cannot be read within `seconds` is a problem. Starts no process.
     """
     if no_gate(settings) is not None:
         return None
@@ -179,7 +179,7 @@ def gpu_problem(settings: Settings, *, seconds: float = READ_SECONDS) -> str | N
 
 
 def require_healthy_gpu(settings: Settings, *, seconds: float = READ_SECONDS) -> None:
-    """Return if an engine may be started now, after a little patience if need be.
+    """Return once an engine may be started, waiting at most `PATIENCE_SECONDS`.
 
     Raises:
         GpuUnhealthy: It may not.
@@ -192,9 +192,9 @@ def require_healthy_gpu(settings: Settings, *, seconds: float = READ_SECONDS) ->
 
 
 def no_gate(settings: Settings) -> str | None:
-    """Return why the GPU is not looked at; None if it is.
+    """Return why no gate applies; None if the GPU is to be checked.
 
-    Only the settings decide that, never what NVML says.
+    Only the settings decide that, never NVML.
     """
     if settings.engine is not EngineKind.VLLM:
         return f"no GPU gate applies: BATCH_ENGINE={settings.engine} uses no device of this machine"
@@ -204,9 +204,9 @@ def no_gate(settings: Settings) -> str | None:
 
 
 def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
-    """Read the devices and judge them, if the settings ask for one.
+    """Read the devices, and judge them if the settings use any.
 
-    Fences of devices that are seen to have recovered come down (see `gpu.fences`).
+    Fences of devices that have visibly recovered come down (see `gpu.fences`).
     """
     readings = _reader.readings(seconds=seconds)
     unreadable = isinstance(readings, GpuUnreadable)
@@ -217,7 +217,7 @@ def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
     if without is None:
         own = own_pids(DataFolder(settings.data_dir))
         need = engine_need(settings)
-        # It was judged before that engine was started, which now has what it needs.
+        # The running engine was judged before its start; it already has its memory.
         judged = msgspec.structs.replace(need, memory_bytes=None) if own else need
         seen = () if isinstance(readings, GpuUnreadable) else readings
         fences = standing_fences(DataFolder(settings.data_dir), seen)
@@ -236,7 +236,7 @@ def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
 
 
 def device_monitor(settings: Settings, *, run_id: str) -> DeviceMonitor | None:
-    """Return the watch over the devices that a run uses; None if it uses none."""
+    """Return the monitor of the devices that a run uses; None if it uses none."""
     if no_gate(settings) is not None:
         return None
     folder = DataFolder(settings.data_dir)
@@ -251,7 +251,7 @@ def device_monitor(settings: Settings, *, run_id: str) -> DeviceMonitor | None:
 
 
 def own_pids(folder: DataFolder) -> frozenset[int]:
-    """Return the pids of all running engines that a run of this data folder started."""
+    """Return the pids of all running engines that runs of this data folder started."""
     pids: set[int] = set()
     for path in (folder.logs / "engines").glob("*.process.json"):
         record = read_record(path)
@@ -261,7 +261,7 @@ def own_pids(folder: DataFolder) -> frozenset[int]:
 
 
 def engine_need(settings: Settings) -> GpuNeed:
-    """Return what vLLM will need of the devices with these settings."""
+    """Return the resources that vLLM will need with these settings."""
     args = {name.lstrip("-").replace("_", "-"): v for name, v in settings.engine_args.items()}
     devices = 1
     for flag in _SPREADING:
@@ -285,7 +285,7 @@ def engine_need(settings: Settings) -> GpuNeed:
 
 
 def kv_dtype_bytes(args: Mapping[str, Any]) -> int:
-    """Return the bytes of a number in the KV cache on a GPU; vLLM's `auto` is the model's 16 bits.
+    """Return the bytes per number in the KV cache on a GPU; vLLM's `auto` is the model's 16 bits.
 
     Args:
         args: Flags of vLLM, without dashes.
@@ -303,9 +303,9 @@ def model_config(model: str) -> Mapping[str, Any]:
 
 
 def weight_bytes(folder: Path) -> int | None:
-    """Return the size of a model's weights as its files have them; None if there are none.
+    """Return the size of a model's weights in its files; None if there are none.
 
-    Of several formats in one folder vLLM loads safetensors, by their index if there is one.
+    If a folder has several formats, vLLM loads safetensors, by their index if there is one.
     """
     index = folder / "model.safetensors.index.json"
     try:
@@ -341,9 +341,10 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _cast(config: Mapping[str, Any], dtype: str) -> float:
-    """Return by how much weights shrink or grow when they are loaded.
+    """Return the factor by which loading changes the size of the weights.
 
-    vLLM's `auto` loads float32 as 16 bits. What is quantized in the files stays as it is.
+    vLLM's `auto` loads float32 as 16 bits. Weights that are quantized in the files stay as they
+    are.
     """
     shape = config.get("text_config") or config
     stored = shape.get("torch_dtype") or shape.get("dtype") or config.get("torch_dtype")

@@ -1,7 +1,6 @@
-"""The watch over the devices of a run: what it may ask of them now, and when it has to let go.
+"""Monitors the devices of a run: how much work they may get now, and when the run must end.
 
-Fails closed: devices that were not seen well for a while get no work, and those that stay unseen
-end the run.
+Fails closed: without a recent good reading, the devices get no work; if that lasts, the run ends.
 """
 
 import logging
@@ -23,26 +22,25 @@ from batch_orchestration.gpu.thermal import (
 
 logger = logging.getLogger(__name__)
 
-#: After so long without a look at the devices nothing more is asked of them: three looks at the
-#: default interval. One that fails is nothing: NVML forgets a device for a moment after a reset.
+#: After this long without a reading, the devices get no more work: three checks at the default
+#: interval. One failed check is harmless: NVML loses a device for a moment after a reset.
 PAUSE_SECONDS = 15.0
-#: After so long the run ends, and the gate waits for the devices instead. Loading a driver anew
-#: takes less; and an engine that was paused for so long has lost more than its start takes.
+#: After this long the run ends, and the gate waits for the devices instead. Reloading a driver
+#: takes less, and a pause this long costs the engine more than a restart.
 STOP_SECONDS = 120.0
 
-#: Keeps a device from work; returns whether that is durable. Last, whether it is lost.
+#: Fences a device, given its fault and whether it is lost; returns whether the fence is durable.
 FenceOff = Callable[[GpuFacts, str, bool], bool]
 
 
 class DeviceMonitor:
-    """Looks at the devices that a run uses; one thread looks, any may ask for the care.
+    """Checks the devices that a run uses: one thread calls `look`, any may call `throttle`.
 
     Args:
         read: Returns the devices that CUDA shows, in its order, or why they cannot be read.
-        devices: How many of them the engine uses, from the first.
-        limits: What they may be at most.
+        devices: Number of them that the engine uses, from the first.
         fence_off: Called with a device that has a fault, until it returns True.
-        policy: How fast work is taken away from hot devices.
+        policy: How fast hot devices are throttled.
         clock: Monotonic seconds.
     """
 
@@ -62,23 +60,23 @@ class DeviceMonitor:
         self._fence_off = fence_off
         self._policy = policy or ThermalPolicy()
         self._clock = clock
-        #: As they were at the first look that made sense, in CUDA's order.
+        #: The devices at the first plausible reading, in CUDA's order.
         self._first: tuple[GpuFacts, ...] = ()
         self._faulty: set[str] = set()
         self._to_fence: list[tuple[GpuFacts, str, bool]] = []
         self._thermal = ThermalState()
         self._seen_at = clock()
-        #: When somebody who asks for the care first found that nobody looks.
+        #: When a caller of `throttle` first found the reading too old.
         self._missed_at: float | None = None
         self._stop: str | None = None
         self._said = Throttle()
 
     def throttle(self) -> Throttle:
-        """Return what a run may do now.
+        """Return how much work the run may do now.
 
-        Who looks may hang, at a disk or at the driver: then whoever asks here ends the run. That
-        time counts from the first who asked in vain, so that a process that was itself stopped for
-        an hour ends nothing.
+        If the checking thread hangs at a disk or at the driver, the caller stops the run after
+        `STOP_SECONDS`. The timer starts at the first call that finds the reading too old, so a
+        process resumed after a suspension is not stopped at once.
         """
         now = self._clock()
         unseen = now - self._seen_at > PAUSE_SECONDS
@@ -92,7 +90,7 @@ class DeviceMonitor:
         return Throttle(share=share, stop=self._stop)
 
     def look(self) -> tuple[GpuFacts, ...]:
-        """Look at the devices, and return what they report; empty if they cannot be read."""
+        """Check the devices and return their facts; empty if they cannot be read."""
         seen = self._judge(self._read())
         self._to_fence = [fault for fault in self._to_fence if not self._fence_off(*fault)]
         self._say(seen)
@@ -134,14 +132,14 @@ class DeviceMonitor:
     def _fault(self, device: GpuFacts, fault: str, *, lost: bool = False) -> None:
         if device.hardware_uuid not in self._faulty:
             self._faulty.add(device.hardware_uuid)
-            # Before the run learns of it: nobody shall take up a device that it has let go.
+            # Fenced before the run stops: no other run may start on the device that it frees.
             if not self._fence_off(device, fault, lost):
                 self._to_fence.append((device, fault, lost))
         if self._stop is None:
             self._stop = f"GPU {device.index} ({device.name}) is fenced: {fault}"
 
     def _say(self, seen: Sequence[GpuFacts]) -> None:
-        """Say in the log when what a run may do has changed."""
+        """Log a change of the throttle."""
         before, now = self._said, self.throttle()
         if now == before:
             return

@@ -1,7 +1,7 @@
-"""What the NVIDIA driver tells of its GPUs, through NVML. The only module that knows `pynvml`.
+"""Reads GPUs from the NVIDIA driver through NVML. The only module that imports `pynvml`.
 
-Xids come from NVML only as events, to who listens when they happen (`gpu_events`); what the driver
-concludes from them stays readable as the recovery action.
+NVML reports Xids only as events, to processes that listen when they happen (`ListeningReader`). The
+driver's conclusion from them stays readable as the recovery action.
 """
 
 import logging
@@ -18,7 +18,7 @@ from batch_orchestration.gpu.facts import GpuFacts, GpuProcess
 
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 T = TypeVar("T")
-#: NVML's bits, in `nvmlClocksEventReasons…`.
+#: Bits of `nvmlClocksEventReasons…`.
 _THROTTLE_REASONS = {
     0x1: "gpu_idle",
     0x2: "applications_clocks_setting",
@@ -30,7 +30,7 @@ _THROTTLE_REASONS = {
     0x80: "hw_power_brake_slowdown",
     0x100: "display_clock_setting",
 }
-#: NVML's numbers, in `nvmlDeviceGpuRecoveryAction_t`.
+#: Values of `nvmlDeviceGpuRecoveryAction_t`.
 _RECOVERY_ACTIONS = {
     0: "none",
     1: "gpu_reset",
@@ -47,12 +47,12 @@ _MILLIWATTS = 1000
 def read_gpus() -> tuple[GpuFacts, ...]:
     """Return the facts of the GPUs that CUDA shows to our processes, in its order.
 
-    `CUDA_VISIBLE_DEVICES` counts as CUDA reads it: indices, UUIDs or their beginnings, MIG UUIDs;
-    the list ends before the first that does not exist. Indices are those of the PCI bus, which the
-    engine is told to use as well.
+    `CUDA_VISIBLE_DEVICES` is read as CUDA reads it: indices, UUIDs or their beginnings, MIG UUIDs;
+    the list ends before the first that does not exist. Indices are in the order of the PCI bus,
+    which the engine is configured to use as well.
 
     Raises:
-        GpuUnreadable: NVML is missing or raised, be it for one device.
+        GpuUnreadable: NVML is missing or raised an error, even if for only one device.
     """
     with _nvml() as nvml:
         handles = _visible(nvml, os.environ)
@@ -60,7 +60,7 @@ def read_gpus() -> tuple[GpuFacts, ...]:
 
 
 def import_nvml() -> Any:
-    """Return the module `pynvml`, which importing ours does not load.
+    """Import `pynvml`, which importing this module does not load.
 
     Raises:
         GpuUnreadable: It is not installed.
@@ -101,7 +101,7 @@ def _visible(nvml: Any, environ: Any) -> list[Any]:
                 break
             uuid = text_of(nvml.nvmlDeviceGetUUID(handle))
         if uuid in uuids:
-            # CUDA then shows no device at all.
+            # CUDA shows no device at all if one is listed twice.
             return []
         uuids.append(uuid)
         handles.append(handle)
@@ -109,7 +109,7 @@ def _visible(nvml: Any, environ: Any) -> list[Any]:
 
 
 def _handle(nvml: Any, word: str, count: int) -> Any | None:
-    """Return the device that is named by a word of the variable; None if there is none."""
+    """Return the device that an entry of the variable names; None if there is none."""
     if word.isdigit():
         return nvml.nvmlDeviceGetHandleByIndex(int(word)) if int(word) < count else None
     if word.startswith("MIG-"):
@@ -127,7 +127,7 @@ def _handle(nvml: Any, word: str, count: int) -> Any | None:
             if text_of(nvml.nvmlDeviceGetUUID(handle)).startswith(word):
                 found.append(handle)
         except nvml.NVMLError_GpuIsLost as error:
-            # It is the one that is meant only if no other is.
+            # The lost device is the named one only if no other device matches.
             lost = error
     if not found and lost is not None:
         raise lost
@@ -156,7 +156,7 @@ def _readable(nvml: Any, place: int) -> Iterator[None]:
 
 def _facts(nvml: Any, handle: Any) -> GpuFacts:
     instance = bool(_reported(nvml, lambda: nvml.nvmlDeviceIsMigDeviceHandle(handle)))
-    # Of an instance NVML tells the memory; heat, power and faults are those of the whole device.
+    # For an instance, NVML reports its memory; heat, power and faults are the whole device's.
     device = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if instance else handle
     memory = _reported(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
     rates = _reported(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(device))
@@ -205,7 +205,7 @@ def _facts(nvml: Any, handle: Any) -> GpuFacts:
 
 
 def _reported(nvml: Any, ask: Callable[[], T]) -> T | None:
-    """Return what a device reports; None if it, or its driver, does not report this at all."""
+    """Return a reported value; None if the device or its driver does not support it."""
     try:
         return ask()
     except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
@@ -222,9 +222,9 @@ def _threshold(nvml: Any, device: Any, kind: int) -> int | None:
 
 
 def _slowdown(nvml: Any, device: Any, celsius: int | None) -> int | None:
-    """Return from which temperature on the device slows down.
+    """Return the temperature from which on the device slows down.
 
-    From Hopper on, devices tell no threshold, but how many degrees are left to it.
+    From Hopper on, devices report no threshold, but the degrees left to it.
     """
     told = _threshold(nvml, device, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
     if told is not None or celsius is None:
@@ -236,7 +236,7 @@ def _slowdown(nvml: Any, device: Any, celsius: int | None) -> int | None:
 def _throttle_reasons(nvml: Any, device: Any) -> tuple[str, ...] | None:
     bits = _reported(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(device))
     if bits is None:
-        # The older driver's name of the same.
+        # The same in older drivers.
         bits = _reported(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(device))
     if bits is None:
         return None
@@ -248,7 +248,7 @@ def _throttle_reasons(nvml: Any, device: Any) -> tuple[str, ...] | None:
 def _recovery_action(nvml: Any, device: Any) -> str | None:
     asked = [nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]
     values = _reported(nvml, lambda: nvml.nvmlDeviceGetFieldValues(device, asked))
-    # A driver that is older than the field calls it an invalid argument.
+    # A driver older than the field reports an invalid argument.
     known = (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_INVALID_ARGUMENT)
     if values is None or values[0].nvmlReturn in known:
         return None
@@ -275,16 +275,16 @@ def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...] | None:
 
 
 def _process_name(nvml: Any, pid: int) -> str | None:
-    """Return the program of a process; the driver sees those of other containers too, or not."""
+    """Return the program of a process; None if it is hidden, as it may be across containers."""
     try:
         return text_of(nvml.nvmlSystemGetProcessName(pid)) or None
     except nvml.NVMLError:
-        # It ended meanwhile, or is hidden from us: it is reported by its pid all the same.
+        # The process has ended or is hidden from us; its pid is reported all the same.
         return None
 
 
 def text_of(value: str | bytes) -> str:
-    """Return text of NVML's, which older bindings give as bytes."""
+    """Return a text of NVML's, which older bindings give as bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
@@ -292,11 +292,11 @@ logger = logging.getLogger(__name__)
 
 
 class ListeningReader:
-    """Reads the GPUs, and has heard every Xid of them since it first did.
+    """Reads the GPUs together with every Xid since its first reading.
 
-    NVML keeps events for who has registered until they are fetched, so that none is missed between
-    two looks. Where it cannot be listened to, that is said once; what a device reports is read all
-    the same. Once it listens, it does until the process ends.
+    NVML keeps events for a registered listener until they are fetched, so none is missed between
+    two readings. If listening is impossible, that is logged once and the facts are read all the
+    same. Once started, listening goes on until the process ends.
     """
 
     def __init__(self) -> None:
@@ -309,7 +309,7 @@ class ListeningReader:
         """Return the facts of the GPUs as `read_gpus` does, with their Xids.
 
         Raises:
-            GpuUnreadable: As there.
+            GpuUnreadable: See `read_gpus`.
         """
         if self._events is None:
             self._listen()
@@ -324,7 +324,7 @@ class ListeningReader:
         try:
             nvml.nvmlInit()
         except nvml.NVMLError:
-            # Reading says what is wrong with NVML itself.
+            # A fault of NVML itself is reported by reading.
             return
         try:
             events = nvml.nvmlEventSetCreate()
@@ -343,7 +343,7 @@ class ListeningReader:
             if nvml.nvmlDeviceGetSupportedEventTypes(device) & wanted:
                 nvml.nvmlDeviceRegisterEvents(device, wanted, events)
         except nvml.NVMLError as error:
-            # Another device may well be the one that is used.
+            # The run may use another device.
             self._complain(f"GPU {index}", error)
 
     def _complain(self, which: str, error: Exception) -> None:
@@ -357,7 +357,7 @@ class ListeningReader:
                 event = self._nvml.nvmlEventSetWait_v2(self._events, 0)
                 heard = self._heard[text_of(self._nvml.nvmlDeviceGetUUID(event.device))]
             except self._nvml.NVMLError:
-                # None is left (`NVMLError_Timeout`), or the device is lost, which reading tells.
+                # No event is left (`NVMLError_Timeout`), or the device is lost: reading reports it.
                 return
             if event.eventType & self._nvml.nvmlEventTypeXidCriticalError:
                 heard.append(int(event.eventData))

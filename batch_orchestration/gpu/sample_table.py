@@ -1,4 +1,4 @@
-"""The table `gpu_samples`: what the samples files say of GPUs, kept for queries."""
+"""The table `gpu_samples`: facts of GPUs from the samples files, for queries."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from batch_orchestration.gpu.samples import RunSample, decode_samples, sample_fi
 from batch_orchestration.store import rows
 from batch_orchestration.store.store import Store
 
-#: Taken from a file at a time: so long others are kept out of the store.
+#: Read from a file at a time, which bounds how long the store is locked for others.
 MOST_BYTES = 4 * 2**20
 _COLUMNS = {
     "run_id": "object",
@@ -48,26 +48,26 @@ _OF_FILE = "WHERE batch_id = ? AND run_id = ?"
 
 
 class GpuSampleTable:
-    """The part of the store that is about GPUs. Methods raise as those of `Store` do."""
+    """The part of the store about GPUs. Methods raise the same errors as those of `Store`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
     def take_in(self, batch_id: str, files: Sequence[Path]) -> bool:
-        """Add what is new in samples files of a batch; return whether there is more.
+        """Add the new lines of a batch's samples files; return whether more are left.
 
-        The table remembers how far it has read each file, in the same transaction: whoever calls
-        this, and however often, each (run, moment, device) is in it once.
+        The same transaction stores how far each file was read. However often and by however many
+        processes this is called, the table has each (run, moment, device) once.
         """
         with self._store.writing() as db:
             more = [_take_in(db, batch_id, path) for path in files]
         return any(more)
 
     def prune(self, before: float, *, spare: Sequence[str], dry_run: bool = False) -> int:
-        """Remove what is from before a moment (POSIX seconds), but for the batches to be spared.
+        """Remove rows from before a time, except for the batches to be spared.
 
         Returns:
-            How many rows that are, also of a dry run.
+            The number of such rows, also of a dry run.
         """
         where = "WHERE sampled_at < ? AND NOT list_contains(?, batch_id)"
         values = [rows.timestamp(before), list(spare)]
@@ -87,9 +87,9 @@ def _take_in(db: duckdb.DuckDBPyConnection, batch_id: str, path: Path) -> bool:
     samples = [sample for sample in decode_samples(data.splitlines()) if sample.gpus]
     found = [row for sample in samples for row in _rows(batch_id, sample)]
     if found:
-        # What is there of these moments was taken from the same lines, before the file was replaced
-        # or the store forgot how far it had read it.
-        # Exactly these: a clock that was set back tells the same times anew.
+        # Rows of these moments come from the same lines, read before the file was replaced or the
+        # store lost its offset. Only exact moments are deleted, not a range: a clock that is set
+        # back repeats times.
         moments = list({row["sampled_at"] for row in found})
         db.execute(
             f"DELETE FROM gpu_samples {_OF_FILE} AND sampled_at IN (SELECT unnest(?::TIMESTAMP[]))",
@@ -102,7 +102,7 @@ def _take_in(db: duckdb.DuckDBPyConnection, batch_id: str, path: Path) -> bool:
 
 
 def _whole_lines(path: Path, offset: int) -> tuple[bytes, int, bool]:
-    """Return whole lines from an offset on, the offset behind them, and whether more may follow."""
+    """Return whole lines from an offset, the offset behind them, and whether more may follow."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < offset:
             offset = 0
@@ -111,7 +111,7 @@ def _whole_lines(path: Path, offset: int) -> tuple[bytes, int, bool]:
     more = len(data) == MOST_BYTES
     whole = data[: data.rfind(b"\n") + 1]
     if more and not whole:
-        whole = data  # No line is that long: it is damaged, and skipped.
+        whole = data  # No valid line is that long: it is damaged, and skipped.
     return whole, offset + len(whole), more
 
 
@@ -133,13 +133,13 @@ def _rows(batch_id: str, sample: RunSample) -> Iterator[rows.Row]:
 
 
 logger = logging.getLogger(__name__)
-#: So seldom a run opens the store for its samples: a chart may be a minute late.
+#: Between a run's accesses to the store for its samples: a chart may be a minute late.
 TAKE_IN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedSamples:
-    """What was removed, or would be: rows of `gpu_samples`, and samples files with their bytes."""
+    """Samples removed, or to be removed: rows of `gpu_samples`, and files with their bytes."""
 
     rows: int
     files: int
@@ -147,10 +147,9 @@ class PrunedSamples:
 
 
 class SampleTaker:
-    """Takes samples into the store, now and then, and never raises.
+    """Copies samples into the store now and then. Never raises.
 
     Args:
-        folder: The data folder.
         store: With a short deadline: a locked store is tried again a minute later.
         clock: Monotonic seconds.
     """
@@ -165,13 +164,13 @@ class SampleTaker:
         self._complained = False
 
     def after_commit(self, batch_id: str) -> None:
-        """Take in what is new of a batch, unless that was tried a moment ago."""
+        """Add the new samples of a batch, at most once in `TAKE_IN_SECONDS`."""
         if self._clock() - self._tried_at >= TAKE_IN_SECONDS:
             self._tried_at = self._clock()
             self.take_in(batch_id)
 
     def take_in(self, batch_id: str) -> None:
-        """Take in what is new of a batch."""
+        """Add the new samples of a batch."""
         try:
             if files := sample_files(self._folder, batch_id):
                 while GpuSampleTable(self._store).take_in(batch_id, files):
@@ -191,16 +190,12 @@ def prune_samples(
     ended: Collection[str] | None = None,
     dry_run: bool = False,
 ) -> PrunedSamples:
-    """Remove samples older than that, of batches that have ended: rows of the store, and files.
+    """Remove samples older than `keep_seconds` of batches that have ended: rows and files.
 
-    Those of any other batch stay whole, for its report is still to be drawn from them.
+    Samples of other batches stay complete, since their reports are still to be drawn.
 
     Args:
-        folder: The data folder.
-        store: The store.
-        now: POSIX seconds.
-        keep_seconds: How old samples may become.
-        ended: The batches that are meant; default: all that have ended.
+        ended: The batches to consider; by default all that have ended.
         dry_run: Only count.
 
     Raises:

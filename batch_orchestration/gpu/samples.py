@@ -1,4 +1,4 @@
-"""A sample: what a run, its engine and its GPUs did at one moment."""
+"""A sample: the state of a run, its engine and its GPUs at one moment."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 
-#: A moment that a calendar has: what lies outside is no sample, and no page could show it.
+#: A time within the calendar; a sample with any other is invalid, and no page could show it.
 Moment = Annotated[float, msgspec.Meta(ge=0, lt=253_402_300_800)]
 
 
@@ -20,13 +20,13 @@ class RunSample(msgspec.Struct, frozen=True, kw_only=True):
     """One moment of a run.
 
     Attributes:
-        at: POSIX seconds, before the year 10000.
-        batch_id: The run's own batch; None before it has begun with one.
-        in_flight: Requests that the engine has, those of guests included.
-        window: How many it may have now.
-        restarts: Of the engine so far, in this run.
-        engine: None if it was not asked or did not answer.
-        gpus: Empty where no GPU is used or none could be read.
+        at: Before the year 10000.
+        batch_id: The run's primary batch; None before the run has begun one.
+        in_flight: Requests at the engine, including those of co-scheduled batches.
+        window: Current limit of `in_flight`.
+        restarts: Number of engine restarts so far, in this run.
+        engine: None if it was not queried or did not answer.
+        gpus: Empty if no GPU is used or none could be read.
     """
 
     at: Moment
@@ -42,20 +42,20 @@ class RunSample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 logger = logging.getLogger(__name__)
-#: Samples that are read of a batch, however long it took; eight for each point of a plot.
+#: Maximum of samples read of a batch, however long it took; eight for each point of a plot.
 MOST_READ = 1_000
 _decode = msgspec.json.Decoder(RunSample).decode
 
 
 def samples_folder(folder: DataFolder, batch_id: str) -> Path:
-    """Where the samples of a batch are kept, a file per run."""
+    """Return the folder of a batch's samples, one file per run."""
     return folder.plan_path(batch_id).parent / "samples"
 
 
 def append_sample(folder: DataFolder, batch_id: str, sample: RunSample) -> None:
-    """Add a sample to its run's file.
+    """Append a sample to its run's file.
 
-    Not fsynced: what a power loss takes is a few seconds of a plot.
+    Not fsynced: a power loss costs a few seconds of a plot.
 
     Raises:
         OSError: It cannot be written.
@@ -69,17 +69,15 @@ def append_sample(folder: DataFolder, batch_id: str, sample: RunSample) -> None:
 def read_samples(
     folder: DataFolder, batch_id: str, *, until: float = math.inf, most: int = MOST_READ
 ) -> list[RunSample]:
-    """Return the samples of all runs of a batch in the order of time; empty if there are none.
+    """Return the samples of all runs of a batch, ordered by time; empty if there are none.
 
-    Of more than `most` only every n-th: a week takes no more memory than an hour. Always there are
-    the first and the last of each run, and the first after each restart of its engine. A line that
-    is torn or damaged is left out, and so is a file that cannot be read.
+    If there are more than `most`, only every n-th is returned: a week takes no more memory than an
+    hour. The first and last sample of each run and the first after each restart of its engine are
+    always returned. Torn or damaged lines and unreadable files are skipped.
 
     Args:
-        folder: The data folder.
-        batch_id: Of the batch.
-        until: Later samples are left out.
-        most: How many there are at most, beside those that are always there.
+        until: Later samples are skipped.
+        most: Maximum number of samples beside those that are always returned.
     """
     telling, others = list[RunSample](), _EveryNth(most)
     for path in sample_files(folder, batch_id):
@@ -98,7 +96,7 @@ def read_samples(
 
 
 class _EveryNth:
-    """Keeps every n-th of what is added; n doubles whenever these become too many."""
+    """Keeps every n-th added sample; n doubles whenever too many are kept."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -115,12 +113,12 @@ class _EveryNth:
 
 
 def sample_files(folder: DataFolder, batch_id: str) -> list[Path]:
-    """Return the samples files of a batch; the name of each is that of its run."""
+    """Return the samples files of a batch, each named after its run."""
     return sorted(samples_folder(folder, batch_id).glob("*.jsonl"))
 
 
 def decode_samples(lines: Iterable[bytes]) -> Iterator[RunSample]:
-    """Yield the samples of these lines; what is no sample is left out."""
+    """Yield the samples in these lines; invalid lines are skipped."""
     for line in lines:
         try:
             yield _decode(line)

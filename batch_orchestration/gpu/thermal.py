@@ -1,7 +1,7 @@
-"""The thermal governor: how much of its window a run may use, by the heat of its devices.
+"""Thermal throttling: the share of its window that a run may use, by the heat of its devices.
 
-Hot devices get less work, step by step, until they get none; cool ones get it back more slowly than
-they lost it. Pure: the caller reads the devices and the clock.
+Hot devices get less work, step by step, down to none; cool ones get it back more slowly than they
+lost it. Pure: the caller reads the devices and the clock.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ import msgspec
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.gate import GpuLimits, max_celsius
 
-#: Of the window, from whole to paused. A half sheds load fast, and below an eighth most of what a
-#: device draws is what it draws for running at all: then only a pause helps.
+#: Shares of the window, from whole to paused. Halving sheds load fast. Below an eighth, most of the
+#: power that a device draws is its base load, and only a pause helps.
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0)
-#: Reasons that are about heat, or a power supply that fails, in NVML's words (API reference,
+#: Reasons about heat or a failing power supply, in NVML's words (API reference,
 #: `nvmlClocksEventReasons`): HW thermal slowdown reduces the core clocks by a factor of 2 or more,
 #: SW thermal slowdown means a GPU or memory above its maximal operating temperature, HW power brake
-#: slowdown an external power brake. Not `hw_slowdown`, which sums up the first and the last, and by
-#: the same text is also reported while clocks merely change.
+#: slowdown an external power brake. `hw_slowdown` is left out: it combines the first and the last,
+#: and by the same reference is also reported while clocks merely change.
 THERMAL_REASONS = frozenset(
     {"hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown"}
 )
 
 
 class Heat(IntEnum):
-    """How hot devices are, compared with what they may be."""
+    """How hot devices are, relative to their limit."""
 
     COOL = 0
     BETWEEN = 1
@@ -34,15 +34,15 @@ class Heat(IntEnum):
 
 
 class ThermalPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """How fast work is taken away, and given back.
+    """How fast devices are throttled and released.
 
     Attributes:
-        shrink_seconds: A device that stays hot loses the next step after so long. A die follows its
-            load within seconds, a heat sink within tens of seconds.
-        calm_seconds: It must have been cool for so long before each step back: three times as long,
-            so that it climbs slower than it fell.
+        shrink_seconds: After each such interval, a device that stays hot loses the next step. A die
+            follows its load within seconds, a heat sink within tens of seconds.
+        calm_seconds: Time to be cool before each step back: three times as long, so that the share
+            rises more slowly than it fell.
         margin_celsius: Cool is below the limit by more than this. Between, nothing changes.
-        gap_seconds: Two readings further apart than this say nothing about the time between.
+        gap_seconds: Readings further apart than this prove nothing about the time between.
     """
 
     shrink_seconds: float = 10.0
@@ -52,13 +52,13 @@ class ThermalPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ThermalState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the governor remembers. Times are of any clock that only goes forward.
+    """The state of the throttling. Times are of any clock that only goes forward.
 
     Attributes:
-        depth: Steps taken away: an index of `SHARES`.
-        shrunk_at: When the last one was.
-        calm_since: Cool ever since, and since the last step back; None if not cool.
-        read_at: When the devices were last read.
+        depth: Number of steps taken away: an index of `SHARES`.
+        shrunk_at: Time of the last of them.
+        calm_since: Start of the cool time since the latest step back; None if not cool.
+        read_at: Time of the latest reading.
     """
 
     depth: int = 0
@@ -68,12 +68,12 @@ class ThermalState(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def share(self) -> float:
-        """Of the window, 0 to 1."""
+        """Share of the window, 0 to 1."""
         return SHARES[self.depth]
 
 
 def heat_of(devices: Sequence[GpuFacts], limits: GpuLimits, policy: ThermalPolicy) -> Heat:
-    """Return how hot the hottest device is: what one of them cannot take, the engine cannot."""
+    """Return the heat of the hottest device, which limits the engine as a whole."""
     return max((_heat(device, limits, policy) for device in devices), default=Heat.COOL)
 
 
@@ -89,11 +89,11 @@ def _heat(device: GpuFacts, limits: GpuLimits, policy: ThermalPolicy) -> Heat:
 def next_state(
     state: ThermalState, heat: Heat, *, now: float, policy: ThermalPolicy
 ) -> ThermalState:
-    """Return the state after one look at the devices.
+    """Return the state after one reading of the devices.
 
-    The hotter the looks, the smaller the share: two governors that are asked at the same moments
-    never disagree about that. A step is given back only after `calm_seconds` without a look that is
-    not cool, so within such a time the share cannot fall, rise and fall again.
+    Of two states with readings at the same moments, the one with hotter readings never has the
+    larger share. A step back needs `calm_seconds` of cool readings only, so within that time the
+    share cannot fall, rise and fall again.
     """
     calm_since = state.calm_since if now - state.read_at <= policy.gap_seconds else None
     if heat is not Heat.COOL:
@@ -110,17 +110,17 @@ def next_state(
 
 
 def unknown_heat(state: ThermalState) -> ThermalState:
-    """Return the state after a look at devices that could not be read: they are not known cool."""
+    """Return the state after a failed reading: the devices are not known to be cool."""
     return msgspec.structs.replace(state, calm_since=None)
 
 
 class Throttle(msgspec.Struct, frozen=True, kw_only=True):
-    """How much of its window a run may use now, and whether it has to end.
+    """The share of its window that a run may use now, and whether the run must end.
 
     Attributes:
-        share: Of the window, 0 to 1. 0 is a pause: what is in flight is kept, nothing is added.
-        stop: Why the run has to end: what is in flight is answered, nothing is added, and then the
-            feeder raises `GpuUnhealthy` with these words. None while it may go on.
+        share: 0 to 1. 0 is a pause: requests in flight are kept, none are added.
+        stop: Why the run must end; None while it may go on. Requests in flight are answered, none
+            are added, and then the feeder raises `GpuUnhealthy` with this text.
     """
 
     share: float = 1.0

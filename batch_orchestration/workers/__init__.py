@@ -1,1 +1,1 @@
-"""Run workers: heartbeats, the watch over them, progress and utilization."""
+"""Run workers: heartbeats, their monitoring, progress and utilization."""

@@ -1,8 +1,8 @@
-"""Ending run workers, and clearing away what dead ones left: heartbeats, and engines with memory.
+"""Ends run workers, and cleans up after dead ones: heartbeats, and engines that hold memory.
 
-Only by what was recorded when they were started. A worker is killed, never asked: asked to end, it
-would have its run canceled, which means that a person wants its batch to end. All that it knows is
-in the journals.
+Processes are found only by what was recorded at their start. A worker is killed, never asked to
+end: it would then have its run canceled, which means that a person wants its batch to end. No
+result is lost, since the journals have them all.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ from batch_orchestration.workers.heartbeat_files import (
 
 logger = logging.getLogger(__name__)
 
-#: Upon this a worker writes the stack of each of its threads into its log.
+#: On this signal, a worker writes the stack of each of its threads into its log.
 STACKS_SIGNAL = signal.SIGUSR1
 STACKS_SECONDS = 0.5
-#: A process that is busy in the kernel ends later; it runs no instruction of its own any more.
+#: A process that is busy in the kernel ends later, but runs no instruction of its own any more.
 KILL_SECONDS = 10.0
-#: Of an engine whose worker is gone; usually the kernel has ended it already.
+#: For an engine whose worker is gone; usually the kernel has already ended it.
 ENGINE_GRACE_SECONDS = 2.0
 POLL_SECONDS = 0.05
-#: Run tag with `RecordedWorker`, as JSON. Dagster's UI hides this prefix.
+#: Run tag that holds a `RecordedWorker` as JSON. Dagster's UI hides this prefix.
 WORKER_TAG = ".dagster/batch_orchestration/worker"
 
 
 class RecordedWorker(msgspec.Struct, frozen=True):
-    """Who the worker of a run is.
+    """The identity of a run's worker.
 
     Attributes:
-        pid: With `started` and `boot_id` as in `ProcessIdentity`.
-        run_id: Of its run: a retry inherits the tags of its parent, and has no worker yet. Of
-            workers that were started before there were heartbeats, none.
+        pid: With `started` and `boot_id`, as in `ProcessIdentity`.
+        run_id: The worker's run: a retry inherits the tags of its parent before it has a worker.
+            None for workers that were started before there were heartbeats.
     """
 
     pid: int
@@ -55,16 +55,16 @@ class RecordedWorker(msgspec.Struct, frozen=True):
 
     @property
     def process(self) -> ProcessIdentity:
-        """What to find it by."""
+        """The process by which the worker is found."""
         return ProcessIdentity(self.pid, self.started, self.boot_id)
 
 
 def recorded_worker(
     run_id: str, tags: Mapping[str, str], folder: DataFolder | None = None
 ) -> RecordedWorker | None:
-    """Return the worker that a run's tags name, or else its heartbeat; None if it has none yet.
+    """Return the worker in a run's tags, or else in its heartbeat; None if it has none yet.
 
-    A launcher that died between the two has started a worker and not put it on record.
+    A launcher that dies after starting a worker and before recording it leaves only the heartbeat.
     """
     text = tags.get(WORKER_TAG)
     record = msgspec.json.decode(text, type=RecordedWorker) if text else None
@@ -80,9 +80,9 @@ def recorded_worker(
 
 
 def end_worker(worker: ProcessIdentity) -> None:
-    """Kill exactly this worker, after having it write its stacks; one that is gone is left alone.
+    """Kill exactly this worker, after it has written its stacks; do nothing if it is gone.
 
-    Also one that is stopped (SIGSTOP): SIGKILL needs no cooperation.
+    A stopped worker (SIGSTOP) is killed as well: SIGKILL needs no cooperation.
     """
     _signal(worker, STACKS_SIGNAL)
     _wait_for_end(worker, STACKS_SECONDS)
@@ -91,9 +91,10 @@ def end_worker(worker: ProcessIdentity) -> None:
 
 
 def clear_after(run_id: str, folder: DataFolder) -> bool:
-    """Clear away what the dead worker of a run left; return whether that was an engine.
+    """Clean up after the dead worker of a run; return whether an engine was ended.
 
-    What cannot be cleared away now is said in the log, and left to the next who comes.
+    Remains that cannot be removed now are left for the next cleanup; for an engine, a warning is
+    logged.
     """
     with contextlib.suppress(OSError):
         remove_heartbeat(folder.heartbeat_path(run_id))
@@ -101,7 +102,7 @@ def clear_after(run_id: str, folder: DataFolder) -> bool:
 
 
 def living_workers(folder: DataFolder) -> dict[str, ProcessIdentity]:
-    """Return the workers that have shown a heartbeat and whose process is there, by run id."""
+    """Return the workers that have written a heartbeat and whose process exists, by run id."""
     living = {}
     for path in heartbeat_paths(folder):
         with contextlib.suppress(OSError):
@@ -114,9 +115,9 @@ def living_workers(folder: DataFolder) -> dict[str, ProcessIdentity]:
 
 
 def clear_after_crashes(folder: DataFolder) -> list[str]:
-    """Clear away what dead workers left, also before the machine was restarted; say what it was.
+    """Clean up after dead workers, including those from before a reboot; return descriptions.
 
-    An engine whose worker still runs is nobody's leftover and is not touched.
+    An engine whose worker still runs is not touched.
     """
     cleared = []
     for record in sorted((folder.logs / "engines").glob("*.process.json")):
@@ -138,7 +139,7 @@ def clear_after_crashes(folder: DataFolder) -> list[str]:
 
 
 def unreadable_heartbeats(folder: DataFolder) -> dict[str, float]:
-    """Return when those were written that nobody can read, by run id; POSIX seconds."""
+    """Return the times of the heartbeats that are unreadable, by run id."""
     found = {}
     for path in heartbeat_paths(folder):
         with contextlib.suppress(OSError):
@@ -149,7 +150,7 @@ def unreadable_heartbeats(folder: DataFolder) -> dict[str, float]:
 
 
 def worker_of(heartbeat: Heartbeat) -> ProcessIdentity:
-    """Return who wrote a heartbeat."""
+    """Return the process that wrote a heartbeat."""
     return ProcessIdentity(heartbeat.pid, heartbeat.started, heartbeat.boot_id)
 
 

@@ -1,4 +1,4 @@
-"""Heartbeats: what a run worker says of itself every few seconds, and what follows from it."""
+"""Heartbeats: the state that a run worker reports every few seconds, and its assessment."""
 
 from enum import StrEnum
 
@@ -9,23 +9,23 @@ from batch_orchestration.gpu.facts import GpuFacts
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """A run worker at one moment. All times are POSIX seconds.
+    """A run worker at one moment.
 
     Attributes:
         job: Dagster's name of the job.
-        pid: Of the worker; with `started` (clock ticks from boot) and `boot_id` it is unique.
+        pid: Unique with `started` (clock ticks from boot) and `boot_id`.
         at: When this was written: a thread of the worker was alive then.
-        phase: What the worker does: `starting engine`, `feeding`, `committing`, …
-        batch_id: The batch in hand; None before the first.
-        chunk: The chunk that was begun last.
-        progress_at: Last sign that the work itself goes on: an outcome, a token, a commit, a phase.
-        patience_seconds: So long without such a sign is slow and not yet stuck, by what the worker
-            has seen of its engine so far.
-        loop_at: When its event loop last came round; None while none is to.
-        every_seconds: Between two heartbeats, by the settings that the worker was started with.
-        in_flight: Requests that the engine has.
-        window: How many it may have now.
-        restarts: Of the engine, in this run.
+        phase: Current activity: `starting engine`, `feeding`, `committing`, …
+        batch_id: The current batch; None before the first.
+        chunk: The chunk begun last.
+        progress_at: Last sign of progress: an outcome, a token, a commit, a new phase.
+        patience_seconds: This long without progress is slow but not yet stuck, given the engine's
+            behavior so far.
+        loop_at: When the event loop last came round; None while none is expected to.
+        every_seconds: Between two heartbeats, by the settings with which the worker was started.
+        in_flight: Requests at the engine.
+        window: Current limit of `in_flight`.
+        restarts: Number of engine restarts in this run.
     """
 
     run_id: str
@@ -51,12 +51,12 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LastHeartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """What lies there of a worker's heartbeats.
+    """The latest heartbeat of a worker, as found on disk.
 
     Attributes:
-        at: When the latest was given, POSIX seconds.
-        heartbeat: What the latest that could be written says; None if nothing can be read.
-        outdated: The worker lives and could not write more: nobody knows how far its work is.
+        at: Time of the latest heartbeat, even of one that could not be written.
+        heartbeat: The latest one that could be written; None if it is unreadable.
+        outdated: The worker lives and could not write a newer one: its progress is unknown.
     """
 
     at: float
@@ -65,17 +65,17 @@ class LastHeartbeat(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def told(self) -> Heartbeat | None:
-        """What the latest heartbeat says; None if it could only be heard."""
+        """The heartbeat if it is the latest; None if the latest could not be written."""
         return None if self.outdated else self.heartbeat
 
 
 class IdleTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """For how many seconds nothing has changed; by which clock is the observer's business.
+    """Seconds without any change, by a clock that the observer chooses.
 
     Attributes:
-        heartbeat: Since the last heartbeat, or since there has been none to be seen.
-        progress: Since its last sign of progress.
-        loop: Since its event loop last came round.
+        heartbeat: Since the last heartbeat, or since none was found.
+        progress: Since the last sign of progress.
+        loop: Since the event loop last came round.
     """
 
     heartbeat: float
@@ -84,43 +84,43 @@ class IdleTimes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerState(StrEnum):
-    """What becomes of a worker whose process is there."""
+    """The state of a worker whose process exists."""
 
     ALIVE = "alive"
-    #: The process lives and says nothing: it is stopped, or blocked as a whole.
+    #: The process exists but writes no heartbeat: it is stopped, or blocked as a whole.
     SILENT = "silent"
-    #: It says that it lives, and its work does not go on. Slow work is not stuck.
+    #: Heartbeats arrive, but the work does not advance. Slow work is not stuck.
     STUCK = "stuck"
 
 
 class WorkerHealth(msgspec.Struct, frozen=True):
-    """What a worker's heartbeats mean, and by which figures."""
+    """A worker's state, and the figures behind it."""
 
     condition: WorkerState
     reason: str
 
 
-#: So many in a row is no accident either, should the worker have other settings than the observer.
+#: If this many in a row are missed, that is no accident, whatever settings the worker has.
 MISSED_HEARTBEATS = 3
-#: A worker that has no heartbeat to be seen is starting, or about to end: loading all the code took
-#: 30 s on two busy cores. So much later it is neither.
+#: A worker without a heartbeat is starting or about to end: loading all the code took 30 s on two
+#: busy cores. After this long, it is neither.
 FIRST_HEARTBEAT_SECONDS = 300.0
 
 
 def judge_worker(
     last_heartbeat: LastHeartbeat | None, quiet: IdleTimes, *, silent_seconds: float
 ) -> WorkerHealth:
-    """Tell a worker that is alive, however slow, from one that is silent or stuck.
+    """Distinguish a worker that is alive, however slow, from one that is silent or stuck.
 
-    Slow is whatever goes on: each outcome, token and commit counts, and each look at a reason to
-    wait. How long the pause between two of them may be, the worker says itself in each heartbeat,
-    from what it has seen of its engine and from the limits of what it waits for.
+    Work that advances is slow at most: each outcome, token and commit counts, and each check of a
+    known reason to wait. Each heartbeat contains the longest acceptable pause between two of them,
+    derived from the engine's behavior so far and from the limits of the worker's waits.
 
     Args:
-        pulse: As last seen; None if there is none.
-        quiet: For how long that has not changed.
-        silent_seconds: So long without a heartbeat is no accident; nor is it of the event loop,
-            which comes round every second.
+        last_heartbeat: None if there is none.
+        quiet: How long it has not changed.
+        silent_seconds: This long without a heartbeat is no accident. The same holds for the event
+            loop, which comes round every second.
     """
     if last_heartbeat is None:
         if quiet.heartbeat > FIRST_HEARTBEAT_SECONDS:

@@ -1,6 +1,6 @@
-"""Heartbeats as files: one per run, replaced every few seconds, gone when its worker ended well.
+"""Heartbeat files: one per run, replaced every few seconds, removed at the normal end of a worker.
 
-Never synced: they tell of this moment, and must not wait for the disk behind a commit.
+Never fsynced: they describe the present, and must not wait for the disk behind a commit.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import read_regular
 from batch_orchestration.workers.heartbeat import Heartbeat, LastHeartbeat
 
-#: Files are padded to whole blocks of this, so that one can be overwritten where no more is free.
+#: Files are padded to multiples of this, so that they can be overwritten on a full disk.
 BLOCK_BYTES = 4096
 
 
 def write_heartbeat(path: Path, heartbeat: Heartbeat) -> None:
-    """Replace a run's heartbeat; on a full disk overwrite the one that is there.
+    """Replace a run's heartbeat; on a full disk, overwrite the existing one.
 
     Raises:
-        OSError: Neither can be done.
+        OSError: Neither is possible.
     """
     data = msgspec.json.encode(heartbeat)
     data = data.ljust(-(-len(data) // BLOCK_BYTES) * BLOCK_BYTES)
@@ -39,19 +39,19 @@ def write_heartbeat(path: Path, heartbeat: Heartbeat) -> None:
 
 
 def touch_heartbeat(path: Path) -> None:
-    """Let a heartbeat be heard, at least, that cannot be written.
+    """Record that a worker lives although its heartbeat cannot be written.
 
     Raises:
-        OSError: Not even that can be done.
+        OSError: Not even that is possible.
     """
-    # Takes no room where the files exist, and hardly any where they do not.
+    # Takes no space if the files exist, and hardly any if they do not.
     path.touch()
     _mark(path).touch()
     os.utime(_mark(path), (time.time(), time.time()))
 
 
 def read_last_heartbeat(path: Path) -> LastHeartbeat | None:
-    """Return what lies there of a run's heartbeats; None if nothing.
+    """Return the latest heartbeat of a run; None if there is none.
 
     Raises:
         OSError: It cannot be read.
@@ -63,7 +63,7 @@ def read_last_heartbeat(path: Path) -> LastHeartbeat | None:
     heartbeat: Heartbeat | None = None
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
         heartbeat = msgspec.json.decode(data, type=Heartbeat)
-        # Not the file's: a server in between may have another clock.
+        # Not the time of the file: a file server may have another clock.
         at = heartbeat.at
     try:
         return LastHeartbeat(at=_mark(path).stat().st_mtime, heartbeat=heartbeat, outdated=True)
@@ -72,12 +72,12 @@ def read_last_heartbeat(path: Path) -> LastHeartbeat | None:
 
 
 def read_last_heartbeats(folder: DataFolder) -> dict[str, LastHeartbeat]:
-    """Return what lies there of the heartbeats of all runs, by run id; unreadable ones are not.
+    """Return the latest heartbeats of all runs by run id; unreadable ones are left out.
 
     Raises:
         OSError: This process can read no file at all now.
     """
-    found, faults = {}, Faults()  # `operations.health.damage` tells of the same
+    found, faults = {}, Faults()  # `operations.health.damage` reports them
     for path in heartbeat_paths(folder):
         with faults.of(path.stem):
             if (last_heartbeat := read_last_heartbeat(path)) is not None:
@@ -86,17 +86,17 @@ def read_last_heartbeats(folder: DataFolder) -> dict[str, LastHeartbeat]:
 
 
 def remove_heartbeat(path: Path) -> None:
-    """Remove a run's heartbeat, with what a killed writer may have left beside it."""
+    """Remove a run's heartbeat, and the remains of a killed writer beside it."""
     path.unlink(missing_ok=True)
     path.with_name(f".{path.name}.part").unlink(missing_ok=True)
     _mark(path).unlink(missing_ok=True)
 
 
 def heartbeat_paths(folder: DataFolder) -> list[Path]:
-    """Return the heartbeats of all runs, those of dead ones included, by run id."""
+    """Return the heartbeat files of all runs, including dead ones, by run id."""
     return sorted(folder.heartbeats.glob("*.json"))
 
 
 def _mark(path: Path) -> Path:
-    """Return the file that says: the heartbeat here is an earlier one, and its worker lives."""
+    """Return the marker file: if it exists, the heartbeat is outdated and its worker lives."""
     return path.with_suffix(".heard")

@@ -1,4 +1,4 @@
-"""The progress file: what a run tells every second, beside and never through the store."""
+"""The progress file: the state of a run, every second, beside the store and never through it."""
 
 from collections import deque
 from pathlib import Path
@@ -7,18 +7,18 @@ import msgspec
 
 from batch_orchestration.files.regular import read_regular
 
-#: A run writes its progress each second; after this many without a word it is not to be trusted.
+#: A run writes its progress each second; a file older than this is not to be trusted.
 STALE_SECONDS = 10.0
 _RESTING_PHASES = frozenset({"done", "stopped"})
 
 
 class Wait(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine asked to wait for before it is asked again.
+    """A wait before the next attempt that the engine asked for.
 
     Attributes:
-        requests: So many wait.
-        until: When the first of them is sent again, POSIX seconds.
-        reason: For people.
+        requests: Number of requests that wait.
+        until: When the first of them is sent again.
+        reason: For display.
     """
 
     requests: int
@@ -27,15 +27,15 @@ class Wait(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a batch is, as the run that works on it sees it.
+    """The progress of a batch, as seen by the run that works on it.
 
     Attributes:
         pid: Of the run worker.
-        updated_at: POSIX seconds; an old one means that nobody is working.
+        updated_at: If it is old, no run is working.
         phase: `starting engine`, `feeding`, `committing`, `done` or `stopped`.
         total: Requests of the batch; `completed` and `failed` have an outcome.
-        eta_seconds: Until the last outcome at the present rate; None while there is no rate.
-        waiting: None if no request waits because the engine asked for it.
+        eta_seconds: Until the last outcome at the current rate; None while there is no rate.
+        waiting: None if the engine has asked no request to wait.
     """
 
     batch_id: str
@@ -56,18 +56,18 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def resting(self) -> bool:
-        """Whether the run has said that it does nothing more for the batch."""
+        """Whether the run has finished its work for the batch."""
         return self.phase in _RESTING_PHASES
 
     def is_of_a_live_run(self, now: float) -> bool:
-        """Whether a run is at work on the batch, as far as the file can tell."""
+        """Return whether a run is at work on the batch, as far as the file shows."""
         return not self.resting and now - self.updated_at <= STALE_SECONDS
 
 
 def write_progress(path: Path, progress: Progress) -> None:
-    """Replace the progress file; readers see the old one or the new one, whole.
+    """Replace the progress file atomically.
 
-    Not fsynced: after a power loss the next run writes it anew.
+    Not fsynced: after a power loss, the next run writes it again.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(msgspec.json.encode(progress))
@@ -75,7 +75,7 @@ def write_progress(path: Path, progress: Progress) -> None:
 
 
 def read_progress(path: Path) -> Progress | None:
-    """Return the last progress written, or None if there is none that can be read."""
+    """Return the last progress written; None if there is none that can be read."""
     try:
         return msgspec.json.decode(read_regular(path), type=Progress)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
@@ -87,9 +87,9 @@ WINDOW_SECONDS = 30.0
 
 
 class Meter:
-    """Counts outcomes and tokens and tells their rates over the last `WINDOW_SECONDS`.
+    """Counts outcomes and tokens, and computes their rates over the last `WINDOW_SECONDS`.
 
-    Times are POSIX or monotonic seconds, as long as they are always the same clock's.
+    Times are POSIX or monotonic seconds, as long as they are always of the same clock.
     """
 
     def __init__(self) -> None:
@@ -105,11 +105,11 @@ class Meter:
         return self.completed + self.failed
 
     def forget_rates(self) -> None:
-        """Begin the rates anew: what went before, such as the engine's start, was no work."""
+        """Restart the rates: the time before, such as the engine's start, was not work."""
         self._samples.clear()
 
     def sample(self, now: float) -> None:
-        """Remember the counts of this moment; call about once a second."""
+        """Record the current counts; call about once a second."""
         self._samples.append((now, self.outcomes, self.completion_tokens))
         while len(self._samples) > 2 and now - self._samples[0][0] > WINDOW_SECONDS:
             self._samples.popleft()

@@ -1,4 +1,4 @@
-"""The heart of a run worker: a thread that says every few seconds what the run does."""
+"""The heartbeat writer of a run worker: a thread that reports the run status every few seconds."""
 
 import contextlib
 import logging
@@ -22,37 +22,37 @@ from batch_orchestration.workers.vitals import WORK_SECONDS, RunVitals
 
 logger = logging.getLogger(__name__)
 
-#: Between two looks at a lock that somebody else has.
+#: Between two attempts to acquire a lock.
 LOCK_SECONDS = 5.0
-#: Of whoever may wait for ever, which JSON has no number for.
+#: Stands for unlimited patience, since JSON has no infinity.
 LONGEST_PATIENCE_SECONDS = 1e9
 
 _of_this_process: RunVitals | None = None
 
 
 def vitals_of_this_worker() -> RunVitals | None:
-    """Return what the heart of this process beats for; None if it has none."""
+    """Return the run status that this process reports; None if it has no heartbeat writer."""
     return _of_this_process
 
 
 def report_phase(
     phase: str, batch_id: str | None = None, *, patience_seconds: float = WORK_SECONDS
 ) -> None:
-    """Report the phase of this worker, and within what time it reports progress again."""
+    """Report the phase of this worker, and the time within which it reports progress again."""
     if _of_this_process is not None:
         _of_this_process.batch_id = batch_id
         _of_this_process.enter(phase, patience_seconds=patience_seconds)
 
 
 def report_progress() -> None:
-    """Take note that the work of this worker goes on: a line, a row, an answer."""
+    """Report that the work of this worker advances: a line, a row, an answer."""
     if _of_this_process is not None:
         _of_this_process.note_progress()
 
 
 @contextlib.contextmanager
 def holding(lock: BaseFileLock) -> Iterator[None]:
-    """Hold a lock; waiting for it is no standstill, for whoever has it is watched, too."""
+    """Hold a lock. Waiting for it counts as progress, since its holder is watched as well."""
     while True:
         try:
             lock.acquire(timeout=LOCK_SECONDS)
@@ -70,7 +70,7 @@ def holding(lock: BaseFileLock) -> Iterator[None]:
 def heartbeats_written(
     *, folder: DataFolder, run_id: str, job: str, every_seconds: float
 ) -> Iterator[RunVitals]:
-    """Let the heart of this process beat during the body, which is all that the worker does.
+    """Write heartbeats of this process during the body, which is all that the worker does.
 
     The heartbeat is removed however the body ends; only a kill leaves it behind.
     """
@@ -87,7 +87,7 @@ def heartbeats_written(
         yield vitals
     finally:
         over.set()
-        # A disk that hangs must not keep the worker from its end.
+        # A disk that hangs must not keep the worker from ending.
         thread.join(every_seconds)
         _of_this_process = None
         with contextlib.suppress(OSError):
@@ -157,5 +157,5 @@ class _HeartbeatWriter:
 
 
 def _finite(number: float, *, otherwise: float = 0.0) -> float:
-    """Return a number that JSON can tell."""
+    """Return a number that JSON can represent."""
     return number if math.isfinite(number) else otherwise

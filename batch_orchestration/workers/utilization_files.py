@@ -1,4 +1,4 @@
-"""Accounts of runs on disk: `accounts/<run id>.json` in the folder of each batch."""
+"""Files of accounts of runs: `accounts/<run id>.json` in the folder of each batch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +13,19 @@ from batch_orchestration.workers.utilization import TimeBreakdown, Utilization, 
 
 
 def accounts_path(folder: DataFolder, batch_id: str) -> Path:
-    """Where the accounts of all runs of a batch lie."""
+    """Return the folder with the accounts of all runs of a batch."""
     return folder.plan_path(batch_id).with_name("accounts")
 
 
 def account_path(folder: DataFolder, batch_id: str, run_id: str) -> Path:
-    """Where a run keeps its account of a batch."""
+    """Return the path of a run's account of a batch."""
     return accounts_path(folder, batch_id) / f"{quote(run_id, safe='')}.json"
 
 
 def write_account(folder: DataFolder, account: TimeBreakdown) -> None:
-    """Replace an account; readers see the old one or the new one, whole.
+    """Replace an account atomically.
 
-    Not fsynced, as the progress file: a power loss costs some seconds of a statistic.
+    Not fsynced, like the progress file: a power loss costs some seconds of a statistic.
 
     Raises:
         OSError: It cannot be written.
@@ -53,12 +53,12 @@ def read_accounts(folder: DataFolder, batch_id: str) -> Iterator[TimeBreakdown]:
 
 
 def utilization_of(folder: DataFolder, batch_id: str) -> Utilization | None:
-    """Return where the wall time of a batch went; None if no run has kept an account of it.
+    """Return where the wall time of a batch went; None if there is no account of it.
 
-    Runs are added up; the time between them, such as a wait for a device, is no run's. A run that
+    Runs are added up. Time between runs, such as a wait for a device, is not included. A run that
     was killed has lost at most its last second. Replays are not counted.
 
     Raises:
-        BatchNotFound: That is no batch id.
+        BatchNotFound: `batch_id` is not valid.
     """
     return kept(read_accounts(folder, batch_id))

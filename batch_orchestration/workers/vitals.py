@@ -1,4 +1,4 @@
-"""The vitals of a run: one place that the parts of a run write to, and the heartbeat reads."""
+"""The run status: one object that the parts of a run write to, and the heartbeat writer reads."""
 
 import asyncio
 import contextlib
@@ -8,33 +8,33 @@ from collections.abc import AsyncIterator
 from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
 
-#: What a run waits for has limits of its own; so much later than these it is stuck.
+#: A run's waits have limits of their own; if they are exceeded by this much, the run is stuck.
 MARGIN_SECONDS = 60.0
-#: A commit waits so long for a locked store before it says so and tries again (`open_store`).
+#: A commit waits this long for a locked store before it reports that and retries (`open_store`).
 COMMIT_SECONDS = 600.0
-#: Of work other than answering: each line, row and removal is a sign; it may wait for the store.
+#: For work other than answering: each line, row and removal counts, and may wait for the store.
 WORK_SECONDS = COMMIT_SECONDS + MARGIN_SECONDS
 LOOP_SECONDS = 1.0
 
 
 class RunVitals:
-    """What is known of a run at this moment. Written by several threads, each its own attributes.
+    """The current state of a run. Written by several threads, each its own attributes.
 
     Attributes:
-        phase: What the run does; set by `enter`.
-        own_batch_id: The batch that the run is about; set by `begin_batch`.
-        batch_id: The batch in hand: its own, or a guest of it.
-        chunk: The chunk that was begun last.
-        progress_at: POSIX seconds of the last sign that the work goes on.
-        patience_seconds: So long without such a sign is slow, not stuck.
-        loop_at: When the event loop last came round; None while none is to.
-        in_flight: Requests that the engine has.
-        window: How many it may have now.
-        derivation: How the window that the run began with came about; None if it was given.
-        unheld_window: How many it might have if the care for the device held nothing back.
-        restarts: Of the engine, in this run.
-        engine: Its figures, as last seen.
-        gpus: The devices, as last seen.
+        phase: Current activity; set by `enter`.
+        own_batch_id: The run's primary batch; set by `begin_batch`.
+        batch_id: The current batch: primary or co-scheduled.
+        chunk: The chunk begun last.
+        progress_at: Time of the last sign of progress.
+        patience_seconds: This long without progress is slow, not stuck.
+        loop_at: When the event loop last came round; None while none is expected to.
+        in_flight: Requests at the engine.
+        window: Current limit of `in_flight`.
+        derivation: How the first window of the run was derived; None if it was given.
+        unheld_window: The limit without throttling.
+        restarts: Number of engine restarts in this run.
+        engine: Its metrics, as last read.
+        gpus: The devices, as last read.
     """
 
     def __init__(self, *, patience_seconds: float = WORK_SECONDS) -> None:
@@ -56,31 +56,31 @@ class RunVitals:
         self.gpus: tuple[GpuFacts, ...] = ()
 
     def note_progress(self) -> None:
-        """Take note of a sign that the work goes on: an outcome, a token, a commit.
+        """Record a sign of progress: an outcome, a token, a commit.
 
-        Waiting for a reason that is known (a full disk, a pause of the breaker, a device that
-        cools) is such a sign, too: call this at each look at the reason.
+        Waiting for a known reason (a full disk, a pause of the breaker, a device that cools) counts
+        as progress, too: call this at each check of the reason.
         """
         self.progress_at = time.time()
 
     def enter(self, phase: str, *, patience_seconds: float) -> None:
-        """Begin a phase, in which so long without progress is not yet stuck."""
+        """Begin a phase, in which this long without progress does not count as stuck."""
         self.phase = phase
         self.patience_seconds = patience_seconds
         self.note_progress()
 
     def begin_batch(self, batch_id: str) -> None:
-        """Take note of the batch that the run is about now."""
+        """Record the run's primary batch."""
         self.own_batch_id = self.batch_id = batch_id
 
     def begin_chunk(self, batch_id: str, number: int) -> None:
-        """Take note of the chunk that is begun now."""
+        """Record the chunk that begins now."""
         self.batch_id = batch_id
         self.chunk = number
 
     @contextlib.asynccontextmanager
     async def of_the_loop(self) -> AsyncIterator[None]:
-        """Keep `loop_at` current during the body: a loop that is blocked does not come round."""
+        """Keep `loop_at` current during the body; a blocked event loop does not come round."""
         rounds = asyncio.create_task(self._come_round())
         try:
             yield

@@ -1,11 +1,11 @@
-"""Watches the workers of runs: how long each has been quiet, by the observer's own clock.
+"""Monitors run workers: how long each has been quiet, by the observer's own clock.
 
-No clock of the worker is compared with one of ours: what counts is for how long its heartbeat, its
-progress and its event loop have not changed while we looked. Between two looks at most
-`LONGEST_STEP_SECONDS` count, so that nobody is judged by time in which the observer did not look
-either: a machine that was suspended, a container that was frozen, a clock that was set. A worker
-that was suspended along with us speaks up within seconds, long before it counts as silent. For the
-same reason an observer that was started anew begins to count from nothing.
+Quiet times are measured on the observer's monotonic clock only, so the clocks of workers never
+matter: they are the times for which the heartbeat, the progress and the event loop of a worker have
+not changed from check to check. Each check adds at most `LONGEST_STEP_SECONDS`. Time in which the
+observer itself did not check is thus ignored: a suspended machine, a frozen container, a clock that
+was set. A worker that was suspended along with its observer writes a heartbeat within seconds, long
+before it counts as silent. For the same reason, a restarted observer counts from 0.
 """
 
 import time
@@ -18,16 +18,16 @@ from batch_orchestration.workers.heartbeat import (
     judge_worker,
 )
 
-#: Dagster's monitoring looks every 5 s, and somewhat later where there are many runs.
+#: Dagster's monitoring checks every 5 s, and somewhat less often if there are many runs.
 LONGEST_STEP_SECONDS = 15.0
 FORGET_SECONDS = 3600.0
 
 
 class WorkerWatch:
-    """Judges workers by what it has seen of them from look to look.
+    """Judges workers by their changes from check to check.
 
     Args:
-        silent_seconds: Without a heartbeat for so long, a worker is silent.
+        silent_seconds: A worker without a heartbeat for this long is silent.
         clock: Monotonic seconds.
     """
 
@@ -39,11 +39,11 @@ class WorkerWatch:
         self._seen: dict[str, _Seen] = {}
 
     def look(self, run_id: str, last_heartbeat: LastHeartbeat | None) -> WorkerHealth:
-        """Look at a worker's pulse and judge it."""
+        """Judge a worker by its last heartbeat."""
         now = self._clock()
         seen = self._seen.setdefault(run_id, _Seen(now))
         seen.take_in(last_heartbeat, now)
-        # Of runs that have ended nobody asks any more.
+        # Runs that have ended are no longer checked.
         self._seen = {
             asked: seen
             for asked, seen in self._seen.items()
@@ -64,8 +64,8 @@ class _Seen:
         self.looked_at = now
         self._heartbeat.take_in(None if last_heartbeat is None else last_heartbeat.at, step)
         told = None if last_heartbeat is None else last_heartbeat.told
-        if told is not None:  # else there is no news of these, good or bad
-            # A phase that begins counts as progress, and its patience counts from then.
+        if told is not None:  # else their state is unknown
+            # A new phase counts as progress, and its patience starts with it.
             self._progress.take_in((told.progress_at, told.phase), step)
             self._loop.take_in(told.loop_at, step)
 
@@ -79,13 +79,13 @@ class _Seen:
 
 
 class Unchanged:
-    """For how long something has not changed, by the steps between the looks at it."""
+    """Time for which a value has not changed, summed over the steps between checks."""
 
     def __init__(self) -> None:
         self._last: object = None
         self.seconds = 0.0
 
     def take_in(self, value: object, step: float) -> None:
-        """Look at it, so many seconds after the last look."""
+        """Compare the value with the last one, `step` seconds earlier."""
         self.seconds = self.seconds + step if value == self._last else 0.0
         self._last = value

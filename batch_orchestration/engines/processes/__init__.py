@@ -1,1 +1,1 @@
-"""Processes of our own engines: start, record, log, end."""
+"""Processes of child servers: start, record, log, end."""

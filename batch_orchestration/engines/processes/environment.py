@@ -1,38 +1,38 @@
-"""Which of our variables the server of an engine gets: what it needs, and none of our secrets.
+"""Selects the environment of an engine's server: the variables it needs, none of our secrets.
 
-Models bring code, and a server under attack tells what it knows.
+Models bring their own code, and a compromised server reveals its environment.
 """
 
 import os
 import re
 from collections.abc import Mapping
 
-#: The same for every program: where things are, how to write, how to reach the world.
+#: Common to all programs: paths, locale and terminal, proxies and certificates.
 _NAMES = frozenset({
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "TMPDIR", "TZ", "LANG", "LANGUAGE",
     "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_PREFIX", "GLIBC_TUNABLES",
     "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
 })  # fmt: skip
-#: Of Python, of vLLM and the libraries below it.
+#: Of Python, vLLM and the libraries below it.
 _PREFIXES = (
     "PYTHON", "LC_", "XDG_", "MALLOC_", "VLLM_", "HF_", "TRANSFORMERS_", "TOKENIZERS_",
     "TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_",
     "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "NUMBA_",
     "HIP_", "HSA_", "ROCR_",
 )  # fmt: skip
-#: In whatever library's name: a hub's token is passed on only where a model comes from a hub.
+#: Under any library's prefix; a hub's token is passed on only if the model comes from a hub.
 _SECRET = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(_|$)")
 
 
 def child_environment(
     given: Mapping[str, str | None], *, ours: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Return the whole environment of a server.
+    """Return the complete environment of a server.
 
     Args:
-        given: Added to what every server gets; None passes our own value on, if there is one.
-        ours: Our environment, if it is not that of this process.
+        given: Added to the environment of every server; None passes on our own value, if any.
+        ours: Our environment; by default that of this process.
     """
     ours = os.environ if ours is None else ours
     environment = {name: value for name, value in ours.items() if _is_for_servers(name)}
@@ -43,5 +43,5 @@ def child_environment(
 
 
 def _is_for_servers(name: str) -> bool:
-    # Proxies are also written in small letters.
+    # Proxy variables also exist in lower case.
     return name.upper() in _NAMES or (name.startswith(_PREFIXES) and not _SECRET.search(name))

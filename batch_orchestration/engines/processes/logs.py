@@ -1,4 +1,4 @@
-"""Reads the log of a server: its last lines, and those that say what went wrong."""
+"""Reads a server's log: its last lines, and the causes of a failure among them."""
 
 import re
 from pathlib import Path
@@ -7,16 +7,16 @@ from pathlib import Path
 TAIL_BYTES = 256 * 1024
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-#: `ValueError: …`, `MemoryError`, and the second line of pydantic's.
+#: `ValueError: …`, `MemoryError`, and the second line of pydantic's errors.
 _CAUSE = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Exit)(?:: .+)?|Value error, .+")
-#: vLLM's `(EngineCore pid=7) ERROR 11-23 19:30:00 [core.py:100] `.
+#: vLLM's prefix, `(EngineCore pid=7) ERROR 11-23 19:30:00 [core.py:100] `.
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?([A-Z]+ \d\d-\d\d \d\d:\d\d:\d\d )?(\[[^\]]*\] )?")
 
 
 def last_lines(
     path: Path, count: int, *, start: int = 0, tail_bytes: int = TAIL_BYTES
 ) -> list[str]:
-    """Return the last non-blank lines after byte `start`; of a progress bar its latest state."""
+    """Return the last non-blank lines after byte `start`; a progress bar's latest state only."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -29,12 +29,12 @@ def last_lines(
 
 
 def message_of(line: str) -> str:
-    """Return a line without what vLLM's logger puts before each."""
+    """Return a line without the prefix of vLLM's logger."""
     return _PREFIX.sub("", line).strip()
 
 
 def causes(lines: list[str]) -> list[str]:
-    """Return the exceptions that the lines tell of, each once, in order.
+    """Return the exceptions named in the lines, each once, in order.
 
     The root cause of a failed start is often dozens of lines above the end of the log.
     """

@@ -1,8 +1,8 @@
-"""A vLLM plugin: ends vLLM's own child processes when the process above them is gone.
+"""A vLLM plugin that ends vLLM's child processes when their parent is gone.
 
 vLLM loads it (entry point group `vllm.general_plugins`) in the API server and in every process that
-starts below it. When their parent is killed, EngineCore and Worker would live on for ever and hold
-the device's memory.
+starts below it. Without it, EngineCore and Worker would outlive a killed parent and hold the
+device's memory.
 """
 
 import multiprocessing
@@ -10,20 +10,20 @@ import os
 import threading
 import time
 
-#: Set by `EngineProcess` for everything below it. Not `BATCH_…`: those are all settings.
+#: Set by `EngineProcess` for all its descendants. Not `BATCH_…`, the prefix of settings.
 GUARD_VARIABLE = "ENGINE_PARENT_GUARD"
 EXIT_STATUS = 70
 POLL_SECONDS = 0.5
 
-#: Pid of the process that is watching; a forked child inherits the value but not the thread.
+#: Pid of the watching process; a forked child inherits the value but not the thread.
 _watching_pid = 0
 
 
 def register() -> None:
-    """Begin to watch the parent, once per process.
+    """Start watching the parent, once per process.
 
-    Does nothing in processes that we did not start, nor in the server itself: that one is ended by
-    the kernel (`guarded_exec`).
+    Does nothing in processes that were not started by this package, nor in the server itself, which
+    the kernel ends (`guarded_exec`).
     """
     global _watching_pid
     if GUARD_VARIABLE not in os.environ or _watching_pid == os.getpid():
@@ -38,8 +38,8 @@ def register() -> None:
 
 def _end_with_parent(parent_pid: int) -> None:
     parent = multiprocessing.parent_process()
-    # Two questions, as each has a blind spot: after a fork, siblings keep the pipe behind
-    # `is_alive` open; a parent that died before `register` ran has left its pid already.
+    # Two checks, since each has a blind spot. After a fork, siblings keep the pipe behind
+    # `is_alive` open. If the parent died before `register` ran, `parent_pid` is its successor's.
     while os.getppid() == parent_pid and (parent is None or parent.is_alive()):
         time.sleep(POLL_SECONDS)
     os._exit(EXIT_STATUS)

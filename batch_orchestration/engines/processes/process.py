@@ -1,4 +1,4 @@
-"""One server as a child process: started with its whole process group, and ended with it."""
+"""One server as a child process, started and ended with its whole process group."""
 
 import atexit
 import logging
@@ -27,7 +27,10 @@ _Call = tuple["Future[subprocess.Popen[bytes]]", Sequence[str], Mapping[str, str
 
 
 class _Spawner:
-    """The thread and the calls that wait for it."""
+    """The one thread that starts processes, and the calls that wait for it.
+
+    The kernel kills a guarded process when the thread that started it ends (prctl(2)).
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -74,10 +77,10 @@ _spawner = _Spawner()
 def spawn_guarded(
     command: Sequence[str], *, env: Mapping[str, str], output: BinaryIO
 ) -> "subprocess.Popen[bytes]":
-    """Start a command as leader of a session of its own; it dies when this process dies.
+    """Start a command as the leader of its own session; it dies when this process dies.
 
     Raises:
-        OSError: It cannot be started.
+        OSError: The command cannot be started.
     """
     return _spawner.spawn(command, env, output)
 
@@ -93,16 +96,16 @@ os.register_at_fork(after_in_child=_forget_thread)
 
 logger = logging.getLogger(__name__)
 STOP_GRACE_SECONDS = 15.0
-#: Without its API server vLLM's EngineCore does not act on SIGTERM; there is nothing to wait for.
+#: Without its API server, vLLM's EngineCore does not act on SIGTERM: waiting is pointless.
 ORPHAN_GRACE_SECONDS = 1.0
 
 
 class EngineProcess:
-    """A server's process group, from `spawn` to `stop`; may be spawned again afterwards.
+    """A server's process group, from `spawn` to `stop`; it may be spawned again afterwards.
 
     Every method may be called from any thread. The group ends with this object's `stop`, at the
-    interpreter's exit, or by the kernel when this process is killed; what is left over after all
-    that is ended by the next `spawn` with the same record path, in whatever process that is.
+    interpreter's exit, or by the kernel when this process is killed. Processes that survive all of
+    these are ended by the next `spawn` with the same record path, in any process.
     """
 
     def __init__(self, *, name: str, log_path: Path, record_path: Path) -> None:
@@ -129,14 +132,12 @@ class EngineProcess:
         *,
         socket: Path | None = None,
     ) -> None:
-        """Start the server, after ending whatever is left of an earlier one.
+        """Start the server, after ending the remains of an earlier one.
 
         Args:
-            command: Program and arguments.
-            env: Added to `child_environment`, the part of ours that it gets; with None for its
-                value a variable is passed on as we have it.
-            socket: At which it was told to listen (`sockets.choose_socket`); its folder is made
-                now, and removed when the server is ended.
+            env: Added to `child_environment`; None passes on our own value of a variable.
+            socket: Path at which the server will listen (`sockets.choose_socket`). Its folder is
+                created now, and removed when the server is ended.
 
         Raises:
             EngineStartFailed: It cannot be started, or its record belongs to a living process.
@@ -173,11 +174,11 @@ class EngineProcess:
                 process_records.write_record(self._record_path, self._record)
 
     def exit_reason(self) -> str | None:
-        """Return how the server ended, in words; None while it runs or was never spawned."""
+        """Return how the server ended; None while it runs or if it was never spawned."""
         with self._lock:
             if self._child is None:
                 return self._exit
-            # WNOWAIT: as long as the leader is not reaped, nobody else can get the group's id.
+            # WNOWAIT: until the leader is reaped, the group's id cannot be reused.
             ended = os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:
                 return None
@@ -186,7 +187,7 @@ class EngineProcess:
             return f"was killed by {signal.Signals(ended.si_status).name}"
 
     def stop(self, *, grace_seconds: float = STOP_GRACE_SECONDS) -> None:
-        """End the whole process group and wait until it is gone. Stopping twice does nothing.
+        """End the whole process group and wait until it is gone. Idempotent.
 
         Raises:
             EngineError: A process outlived SIGKILL; device memory may still be held.
@@ -210,20 +211,20 @@ class EngineProcess:
     def last_log_lines(
         self, count: int, *, since: int = 0, tail_bytes: int = logs.TAIL_BYTES
     ) -> list[str]:
-        """Return the last lines that the server wrote since it was spawned, and after a size."""
+        """Return the server's last log lines since it was spawned, and after byte `since`."""
         start = max(self._log_start, since)
         return logs.last_lines(self.log_path, count, start=start, tail_bytes=tail_bytes)
 
     @property
     def log_size(self) -> int:
-        """How long the log is now, in bytes."""
+        """Current size of the log in bytes."""
         try:
             return self.log_path.stat().st_size
         except OSError:
             return 0
 
     def _stop_at_exit(self, owner_pid: int) -> None:
-        # A forked child inherits the wish, but not the server.
+        # A forked child inherits the exit handler, but not the server.
         if os.getpid() == owner_pid:
             self.stop()
 
@@ -250,7 +251,7 @@ class EngineProcess:
         leader = process_records.identify(pid)
         owner = process_records.identify(os.getpid())
         if leader is None or owner is None:
-            return  # It has ended already; its parent will hear of it by `exit_reason`.
+            return  # It has already ended; `exit_reason` reports that.
         self._record = ProcessRecord(
             leader=leader,
             owner=owner,

@@ -1,4 +1,4 @@
-"""Who a process is, beyond its pid: found again, and ended, only by what was recorded of it.
+"""Identifies processes beyond their pid: only recorded processes are found again and ended.
 
 Linux only, as is vLLM.
 """
@@ -17,7 +17,7 @@ from batch_orchestration.files.regular import NO_DESCRIPTOR, read_regular
 
 PROC = Path("/proc")
 POLL_SECONDS = 0.05
-#: A process killed by SIGKILL can still be busy in the kernel, giving back device memory.
+#: A process killed by SIGKILL can still be busy in the kernel, freeing device memory.
 KILL_SECONDS = 30.0
 
 
@@ -26,7 +26,7 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
 
     Attributes:
         started: Clock ticks from boot to its start (field 22 of proc(5), `/proc/<pid>/stat`).
-        boot_id: Of the boot that `started` counts from.
+        boot_id: The boot from which `started` counts.
     """
 
     pid: int
@@ -35,14 +35,14 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
 
 
 class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What was written down about a server and its process group.
+    """The record of a server and its process group.
 
     Attributes:
         leader: The server; its pid is the id of the process group.
         owner: The process that started it.
-        members: The other processes of the group, as far as they were seen.
-        command: For people; never used to find anything.
-        socket: At which the server listens, if it does; removed with what is left over.
+        members: The other processes of the group, as far as they were observed.
+        command: For display; never used to find a process.
+        socket: Path at which the server listens, if any; removed with the server's remains.
     """
 
     leader: ProcessIdentity
@@ -58,13 +58,13 @@ def boot_id() -> str:
 
 
 def identify(pid: int) -> ProcessIdentity | None:
-    """Return who has this pid at present; None if nobody, or only a zombie."""
+    """Return the process that has this pid now; None if there is none, or only a zombie."""
     stat = _stat(pid)
     return None if stat is None else ProcessIdentity(pid, stat.started, boot_id())
 
 
 def is_running(process: ProcessIdentity) -> bool:
-    """Whether exactly this process still runs."""
+    """Return whether exactly this process still runs."""
     return identify(process.pid) == process
 
 
@@ -81,15 +81,15 @@ def group_members(group: int) -> list[ProcessIdentity]:
 
 
 def end_group(group: int, *, grace_seconds: float) -> None:
-    """End a process group and wait until it is gone: SIGTERM, and SIGKILL after the grace.
+    """End a process group and wait until it is gone: SIGTERM, and SIGKILL after the grace period.
 
-    The caller has made sure that the group is the one that is meant.
+    The caller has verified that the group is the intended one.
 
     Raises:
         EngineError: A member outlived SIGKILL for half a minute.
     """
     _signal_group(group, signal.SIGTERM)
-    # A process that is stopped acts on it only when it goes on; systemd does the same.
+    # A stopped process acts on SIGTERM only once it is continued; systemd does the same.
     _signal_group(group, signal.SIGCONT)
     if _wait_for_group(group, grace_seconds):
         return
@@ -99,7 +99,11 @@ def end_group(group: int, *, grace_seconds: float) -> None:
 
 
 def read_record(path: Path) -> ProcessRecord | None:
-    """Return what was recorded; None if nothing was, or nothing that can be read."""
+    """Return the record at a path; None if there is none, or none that can be read.
+
+    Raises:
+        OSError: This process has no free file descriptor.
+    """
     try:
         return msgspec.json.decode(read_regular(path), type=ProcessRecord)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -111,7 +115,7 @@ def read_record(path: Path) -> ProcessRecord | None:
 
 
 def write_record(path: Path, record: ProcessRecord) -> None:
-    """Write the record in one piece, replacing an older one."""
+    """Write the record atomically, replacing an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(msgspec.json.format(msgspec.json.encode(record)))
@@ -119,14 +123,14 @@ def write_record(path: Path, record: ProcessRecord) -> None:
 
 
 def end_recorded(path: Path, *, grace_seconds: float = 10.0) -> bool:
-    """End the process group that a record describes, if it is left over; remove the record.
+    """End the process group of a record if it is a leftover, and remove the record.
 
-    Pid, start time and boot must all agree, for the leader or for another recorded member: then the
-    group has never been empty and its id cannot have gone to anybody else. A group whose owner
-    still runs is not left over and is not touched.
+    Pid, start time and boot must all agree, for the leader or for another recorded member. Then the
+    group has never been empty, so its id cannot have been reused. A group whose owner still runs is
+    no leftover and is not touched.
 
     Returns:
-        Whether there was something to end.
+        Whether there was a process to end.
 
     Raises:
         EngineError: See `end_group`.
@@ -153,11 +157,11 @@ def _stat(pid: int) -> _Stat | None:
     try:
         text = (PROC / str(pid) / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        # A process that may not be looked at (`hidepid`) is not ours.
+        # A process hidden from us (`hidepid`) is not ours.
         return None
     # The second field is the program's name in parentheses; it may contain anything.
     fields = text.rpartition(")")[2].split()
-    # An orphan's zombie may stay for ever where pid 1 reaps nobody; it holds no memory.
+    # If pid 1 reaps no orphans, a zombie may stay indefinitely; it holds no memory.
     if fields[0] in "ZX":
         return None
     return _Stat(group=int(fields[2]), started=int(fields[19]))
@@ -169,9 +173,9 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 
 
 def _wait_for_group(group: int, seconds: float) -> bool:
-    """Wait until nobody of the group runs; say whether that is so."""
+    """Wait until no process of the group runs; return whether that is so."""
     deadline = time.monotonic() + seconds
-    # A look at all processes of the machine takes much longer than one at those that are known.
+    # Scanning all processes of the machine takes much longer than checking the known ones.
     left = group_members(group)
     while left:
         if time.monotonic() > deadline:

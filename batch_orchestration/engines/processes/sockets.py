@@ -1,6 +1,6 @@
-"""Where a server of ours listens: a Unix socket in a folder that nobody else may enter.
+"""The Unix socket of a child server, in a folder that only this user may enter.
 
-vLLM answers much of what it is asked without looking at a key, so nobody else may ask.
+vLLM serves many of its paths without checking a key, so no other user may connect.
 """
 
 import contextlib
@@ -10,17 +10,17 @@ import tempfile
 from pathlib import Path
 
 PREFIX = "batch-engine-"
-#: `sun_path` of unix(7), without its final zero.
+#: `sun_path` of unix(7), without its terminating zero.
 LONGEST_PATH = 107
-#: What uvicorn asks for, which is vLLM's server.
+#: The backlog requested by uvicorn, which is vLLM's server.
 BACKLOG = 2048
 BACKLOG_LIMIT = Path("/proc/sys/net/core/somaxconn")
 
 
 def choose_socket() -> Path:
-    """Return a path that nobody has used, in a folder of its own that is yet to be made.
+    """Return an unused path in a folder of its own, which does not exist yet.
 
-    It lies beside other temporary files, and in `/tmp` if its path were too long there.
+    The folder is placed with other temporary files, or in `/tmp` if its path is too long there.
     """
     name = Path(f"{PREFIX}{secrets.token_hex(8)}") / "socket"
     path = tempfile.gettempdir() / name
@@ -28,19 +28,19 @@ def choose_socket() -> Path:
 
 
 def make_private_folder(socket: Path) -> None:
-    """Make the folder of a socket.
+    """Create the folder of a socket.
 
     Raises:
-        OSError: It cannot be made, or is there already, whoever made it.
+        OSError: It cannot be created, or it exists already, even if this user created it.
     """
     socket.parent.mkdir(mode=0o700)
 
 
 def remove_socket(socket: Path) -> None:
-    """Remove a socket that nobody listens at any more, with its folder; nothing else."""
+    """Remove a socket that is no longer in use, with its folder and nothing else."""
     if not socket.parent.name.startswith(PREFIX):
         return
-    # What cannot be removed is a folder among temporary files.
+    # If it cannot be removed, only a folder among temporary files remains.
     with contextlib.suppress(OSError):
         if socket.is_socket():
             socket.unlink()
@@ -50,7 +50,7 @@ def remove_socket(socket: Path) -> None:
 def most_connections() -> int:
     """Return how many connections may wait until a server accepts them.
 
-    On Linux one more than the backlog seems to succeed, and is reset at its first byte.
+    On Linux, one connection beyond the backlog seems to succeed, and is reset at its first byte.
     """
     try:
         return min(BACKLOG, int(BACKLOG_LIMIT.read_text()))

@@ -1,1 +1,1 @@
-"""A simulated engine: an HTTP server with answers by rule, for tests and benchmarks."""
+"""A simulated engine for tests and benchmarks: an HTTP server whose answers follow rules."""

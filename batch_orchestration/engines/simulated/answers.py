@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-#: In every answer, so that no simulated one can be taken for a real one.
+#: In every answer, so that no simulated one can be mistaken for a real one.
 FINGERPRINT = "simulated"
-#: Name that it answers to if none is given.
+#: Name of the served model if none is given.
 DEFAULT_MODEL = "simulated-model"
-#: Longer requests are refused, unless it is told otherwise.
+#: Default context length; longer requests are refused.
 CONTEXT_TOKENS = 8192
 EMBEDDING_SIZE = 16
 DEFAULT_MAX_TOKENS = 16
@@ -18,21 +18,21 @@ WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron",
 
 
 class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the engine is asked to do wrong: the object `simulate` of a request's body.
+    """Faults that the object `simulate` of a request's body asks for.
 
     Attributes:
-        latency_seconds: Wait so long before answering.
-        fail_first: The faults below befall only so many attempts; the next one succeeds.
+        latency_seconds: Delay before the answer.
+        fail_first: Number of attempts that the faults below affect; the next one succeeds.
         status: Answer this HTTP status with an error body.
         error: That body; OpenAI's shape with a made-up message if not given.
         retry_after: The `Retry-After` header of that answer.
         drop: Close the connection without an answer.
         garbage: Answer 200 with something that is not JSON.
-        strange: Give an answer of this kind, one of `simulated_strange.KINDS`.
+        strange: Give an answer of this kind, one of `simulated.strange.KINDS`.
         hang: Never answer.
-        abort: Answer by half, as vLLM does with all that it has when it is told to end.
+        abort: Answer partially, as a terminating vLLM answers all its requests.
         die: End the whole server at once.
-        exhaust_memory: End it as one that runs out of memory.
+        exhaust_memory: End the server as if it had run out of memory.
     """
 
     latency_seconds: Annotated[float, msgspec.Meta(ge=0)] | None = None
@@ -50,7 +50,7 @@ class Faults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Refused(Exception):
-    """The body is not one that can be answered."""
+    """The body cannot be answered."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class Refused(Exception):
 
 
 def error_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """Return an error as OpenAI and vLLM word it."""
+    """Return an error in the shape of OpenAI and vLLM."""
     kind = "NotFoundError" if status == 404 else "BadRequestError" if status < 500 else "Error"
     return {
         "error": {"message": message, "type": kind, "param": None, "code": code or status},
@@ -68,13 +68,13 @@ def error_body(status: int, message: str, code: str | None = None) -> dict[str, 
 
 
 def digest(body: dict[str, Any]) -> str:
-    """Return the hash that an answer is made of: of the body without its faults."""
+    """Return the hash from which an answer is made: that of the body without its faults."""
     rest = {name: value for name, value in body.items() if name != "simulate"}
     return hashlib.sha256(msgspec.json.encode(rest, order="sorted")).hexdigest()
 
 
 def read_faults(body: dict[str, Any]) -> Faults:
-    """Return what the request asks to go wrong."""
+    """Return the faults that the request asks for."""
     try:
         return msgspec.convert(body.get("simulate", {}), Faults)
     except msgspec.ValidationError as error:
@@ -168,7 +168,7 @@ def _chat_tokens(body: dict[str, Any]) -> int:
 
 
 def _content_tokens(content: object) -> int:
-    """Count words, whatever shape the content has."""
+    """Count the words of content of any shape."""
     text = content if isinstance(content, str) else msgspec.json.encode(content).decode()
     return len(text.split()) + 3
 

@@ -1,6 +1,6 @@
 """The simulated engine: an OpenAI-compatible server that computes nothing and fails on request.
 
-`python -m batch_orchestration.engines.simulated --port 8000` serves it by itself.
+`python -m batch_orchestration.engines.simulated --port 8000` serves it on its own.
 """
 
 import argparse
@@ -21,20 +21,20 @@ MAX_NUM_SEQS = 256
 
 
 class SimulatedEngine(ChildServerEngine):
-    """A child process that answers like vLLM, at once and always the same.
+    """A child process that answers like vLLM, immediately and always the same.
 
-    What it does wrong is said by the object `simulate` of a request's body (`Faults`) and by the
-    control file (`Conditions`).
+    The object `simulate` of a request's body (`Faults`) and the control file (`Conditions`)
+    determine its faults.
 
     Args:
-        log_path: See `ChildServerEngine`, as for everything that is not listed here.
-        models: Names that it answers to.
+        log_path: See `ChildServerEngine`, as for the arguments not listed here.
+        models: Names of the served models.
         context_tokens: Longer requests are refused.
-        max_num_seqs: How many requests run at a time; the others wait.
-        control_path: See `Conditions`; need not exist.
-        startup_seconds: How long it takes to become ready.
-        startup_error: Say this and exit, instead of becoming ready.
-        make_ladder: Given the top of a ladder whose rungs lower `max_num_seqs`.
+        max_num_seqs: Maximum number of running requests; the others wait.
+        control_path: See `Conditions`; the file need not exist.
+        startup_seconds: Delay before the server is ready.
+        startup_error: If given, exit with this message instead of becoming ready.
+        make_ladder: Called with the top memory level; lower levels reduce `max_num_seqs`.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class SimulatedEngine(ChildServerEngine):
 
 
 def main() -> None:
-    """Serve until a signal says otherwise."""
+    """Serve until a signal ends the process."""
     arguments = _parser().parse_args()
     if arguments.startup_error:
         sys.exit(f"RuntimeError: {arguments.startup_error}")
     time.sleep(arguments.startup_seconds)
-    # Only the server needs them, and starting this module should not wait for them.
+    # Only the server needs these imports; importing this module should not wait for them.
     from aiohttp import web
 
     from batch_orchestration.engines.simulated.server import SimulatedServer
@@ -107,7 +107,7 @@ def main() -> None:
         path=arguments.socket,
         backlog=BACKLOG,
         access_log=None,
-        # A request that hangs must not keep the server from ending, nor outlive its client.
+        # A request that hangs must neither delay the server's end nor outlive its client.
         shutdown_timeout=0.1,
         handler_cancellation=True,
     )

@@ -1,6 +1,6 @@
 """A model of an engine with a KV cache, by vLLM's rules of admission and preemption. No clock.
 
-The simulated engine runs on it in real time; benchmarks and tests run it on a clock of their own.
+The simulated engine runs it in real time; benchmarks and tests run it on a clock of their own.
 """
 
 import asyncio
@@ -14,25 +14,25 @@ import msgspec
 
 from batch_orchestration.engines.figures import EngineMetrics
 
-#: So many equal steps are taken at once at most: a request that arrives meanwhile waits for them.
+#: Maximum number of equal steps at once: a request that arrives meanwhile waits for all of them.
 MOST_STEPS = 16
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class KvMachine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much an engine holds and how long its steps take.
+    """An engine's capacity and the duration of its steps.
 
-    A step writes one token for each running sequence and reads the prompts that were let in:
+    A step writes one token for each running sequence and reads the prompts just admitted:
 
         seconds = step + sequence x running + prompt_token x prompt tokens read
 
     Throughput saturates with the batch: reading the weights (`step`) is shared by all sequences.
 
     Attributes:
-        cache_tokens: What the KV cache holds.
-        max_num_seqs: How many sequences run at a time.
-        max_num_batched_tokens: Prompt tokens that one step reads, but for the first prompt's.
+        cache_tokens: Capacity of the KV cache.
+        max_num_seqs: Maximum number of running sequences.
+        max_num_batched_tokens: Maximum of prompt tokens per step; its first prompt may exceed it.
     """
 
     cache_tokens: Positive
@@ -44,32 +44,32 @@ class KvMachine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class _Sequence:
-    """A request that the engine has."""
+    """A request at the engine."""
 
     def __init__(self, key: Hashable, prompt_tokens: int, completion_tokens: int) -> None:
         self.key = key
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = max(1, completion_tokens)
-        #: Written before it was put back; they are read again like a prompt.
+        #: Tokens written before it was preempted; they are read again like a prompt.
         self.written = 0
         self.counted = False
-        #: By the count of steps: when it was let in, and when its last token is written.
+        #: Step counts: when it was admitted, and when its last token is written.
         self.began = self.ends = 0
 
 
 class KvModel:
-    """Sequences that run, wait, grow, and are put back when the cache is full.
+    """Sequences that run, wait, grow, and are preempted when the cache is full.
 
-    As in vLLM (v1/core/sched/scheduler.py): first come, first served; a sequence is let in when a
-    slot is free and the cache has room for what it is to read; when the running ones find no room
-    for their next tokens, the one let in last is put back to the head of the queue, loses what was
-    computed of it, and reads it anew later. Room is counted in tokens, not in blocks.
+    As in vLLM (v1/core/sched/scheduler.py): first come, first served. A sequence is admitted when a
+    slot is free and the cache has room for its tokens to read. When the running sequences lack room
+    for their next tokens, the one admitted last returns to the head of the queue, loses its
+    computed state, and is read again later. Room is counted in tokens, not in blocks.
     """
 
     def __init__(self, machine: KvMachine) -> None:
         self.machine = machine
         self._waiting: deque[_Sequence] = deque()
-        #: In the order in which they were let in.
+        #: In order of admission.
         self._running: dict[int, _Sequence] = {}
         self._ends: list[tuple[int, int]] = []
         self._of_key: dict[Hashable, _Sequence] = {}
@@ -83,10 +83,10 @@ class KvModel:
         self._generation_tokens = 0
 
     def submit(self, key: Hashable, *, prompt_tokens: int, completion_tokens: int) -> None:
-        """Take a request.
+        """Add a request.
 
         Raises:
-            ValueError: The cache can never hold it.
+            ValueError: It exceeds the capacity of the cache.
         """
         if prompt_tokens + completion_tokens > self.machine.cache_tokens:
             raise ValueError("longer than the KV cache")
@@ -94,7 +94,7 @@ class KvModel:
         self._waiting.append(sequence)
 
     def drop(self, key: Hashable) -> None:
-        """Forget a request that nobody waits for any more."""
+        """Remove a request whose answer is no longer wanted."""
         sequence = self._of_key.pop(key, None)
         if sequence is None:
             return
@@ -111,7 +111,7 @@ class KvModel:
 
     @property
     def figures(self) -> EngineMetrics:
-        """What an engine tells of its work."""
+        """The metrics, as an engine reports them."""
         return EngineMetrics(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -123,7 +123,7 @@ class KvModel:
         )
 
     def begin_steps(self) -> float:
-        """Put back, let in, and return the seconds that the next steps will take."""
+        """Preempt and admit sequences; return the seconds that the next steps will take."""
         self._make_room()
         self._let_in()
         running = len(self._running)
@@ -140,7 +140,7 @@ class KvModel:
         return seconds
 
     def end_steps(self) -> list[Hashable]:
-        """Count the tokens of the steps that were begun; return who has got its last one."""
+        """Count the tokens of the steps begun; return the keys of requests that are complete."""
         self._steps += self._planned
         self._used += self._planned * len(self._running)
         self._generation_tokens += self._planned * len(self._running)
@@ -166,7 +166,7 @@ class KvModel:
         while self._waiting and len(self._running) < self.machine.max_num_seqs:
             sequence = self._waiting[0]
             to_read = sequence.prompt_tokens + sequence.written
-            # Each running one, and the new one, needs room for its next token.
+            # Each running sequence and the new one need room for their next token.
             after = self._used + to_read + len(self._running) + 1
             if self._running and after > self.machine.cache_tokens:
                 return
@@ -199,7 +199,7 @@ class KvModel:
 
 
 class KvPace:
-    """Computes requests as slowly as the machine would; used within one event loop."""
+    """Computes requests at the speed of the machine; used within one event loop."""
 
     def __init__(self, machine: KvMachine) -> None:
         self._model = KvModel(machine)
@@ -208,14 +208,14 @@ class KvPace:
 
     @property
     def figures(self) -> EngineMetrics:
-        """What the machine tells of its work."""
+        """The metrics of the machine."""
         return self._model.figures
 
     async def compute(self, *, prompt_tokens: int, completion_tokens: int) -> None:
-        """Return when the last token of the answer would be written.
+        """Wait until the last token of the answer would be written.
 
         Raises:
-            ValueError: The cache can never hold the request.
+            ValueError: The request exceeds the capacity of the cache.
         """
         key = object()
         self._model.submit(key, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
@@ -232,7 +232,7 @@ class KvPace:
         loop = asyncio.get_running_loop()
         at = loop.time()
         while not self._model.idle:
-            # By the steps' own time, or else what each sleep is late would add up.
+            # By the steps' own time; otherwise the lateness of the sleeps would add up.
             at += self._model.begin_steps()
             await asyncio.sleep(max(0.0, at - loop.time()))
             for key in self._model.end_steps():

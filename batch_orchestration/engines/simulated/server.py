@@ -32,31 +32,31 @@ from batch_orchestration.engines.simulated.answers import (
 from batch_orchestration.engines.simulated.kv_cache import KvMachine, KvPace
 from batch_orchestration.engines.simulated.strange import KINDS, strange_answer
 
-#: Torch's words, so that it is recognised like the real thing.
+#: Torch's message, so that it is recognised like a real one.
 OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate it all ({} running)"
-#: Bigger than any line that admission lets pass by default.
+#: Larger than any line that admission accepts by default.
 MAX_BODY_BYTES = 64 * 2**20
-#: What it says that its KV cache holds: more than anybody asks of it, in blocks as vLLM's.
+#: Reported capacity of the KV cache: more than requests use, in blocks as vLLM's.
 KV_CACHE_TOKENS, KV_BLOCK_TOKENS = 2**24, 16
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What holds for all requests: the control file, read again whenever it changes.
+    """Conditions of all requests: the control file, read again whenever it changes.
 
     Attributes:
-        latency_seconds: Median of the time that an answer takes.
-        latency_sigma: Of its logarithm: 0 means always the same, 1 a long tail.
+        latency_seconds: Median time to an answer.
+        latency_sigma: Standard deviation of its logarithm: 0 is constant, 1 has a long tail.
         statuses: HTTP status to share of the attempts that are answered with it.
         drops: Share of the attempts whose connection is dropped.
-        strange: Kind of strange answer (`simulated_strange.KINDS`) to share of the attempts that
-            are answered so.
+        strange: Kind of strange answer (`simulated.strange.KINDS`) to share of the attempts that
+            are answered with it.
         overloaded_above: With more requests at a time, the surplus is answered 429.
-        dies_above: With more requests running at a time (those beyond `max_num_seqs` wait) the
-            server runs out of memory and dies.
+        dies_above: With more running requests, the server runs out of memory and dies. Requests
+            beyond `max_num_seqs` wait and do not count.
         unhealthy: `/health` answers 503.
-        machine: Answers take as long as an engine with this KV cache takes for their tokens, on top
-            of `latency_seconds`; the first one that is given stays.
+        machine: Answers take as long as on an engine with this KV cache, in addition to
+            `latency_seconds`; the first machine given stays.
     """
 
     latency_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
@@ -71,15 +71,16 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class SimulatedServer:
-    """One server: its models, its conditions, and what it is working on.
+    """One server: its models, its conditions, and its requests in progress.
 
     Args:
-        models: Names that it answers to.
+        models: Names of the served models.
         context_tokens: Longer requests are refused.
-        max_num_seqs: How many requests run at a time; the others wait.
-        api_key: Asked for by everything below `/v1`, if there is one.
-        control_path: See `Conditions`. Attempts at requests with `fail_first` are noted beside it
-            (`<name>.attempts`), so that a request may kill the server once and not for ever.
+        max_num_seqs: Maximum number of running requests; the others wait.
+        api_key: Required below `/v1`, unless empty.
+        control_path: See `Conditions`. Attempts at requests with `fail_first` are counted in a file
+            beside it (`<name>.attempts`), so that a request that kills the server can succeed after
+            a restart.
     """
 
     def __init__(
@@ -239,7 +240,7 @@ class SimulatedServer:
 
 
 class _ControlFile:
-    """The conditions, as last read; an unreadable file leaves them as they were."""
+    """The conditions as last read; an unreadable file leaves them unchanged."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -263,7 +264,7 @@ class _ControlFile:
 
 
 class _Attempts:
-    """How often each body came; noted on disk where that must survive the server."""
+    """Number of attempts by body; stored on disk if the count must survive the server."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -274,7 +275,7 @@ class _Attempts:
         key = hashlib.sha256(content).hexdigest()[:32]
         self._counts[key] += 1
         if durably and self._path is not None:
-            # On a full disk it is known until the server ends.
+            # On a full disk, the count lasts until the server ends.
             with contextlib.suppress(OSError), self._path.open("a") as file:
                 file.write(f"{key}\n")
         return self._counts[key]
@@ -287,7 +288,7 @@ def _latency(dice: random.Random, faults: Faults, conditions: Conditions) -> flo
 
 
 def _chance(dice: random.Random, conditions: Conditions) -> Faults | None:
-    """Throw the dice for one attempt; the shares of all faults share one throw."""
+    """Draw the fault of one attempt; the shares of all faults apply to one draw."""
     throw = dice.random() - conditions.drops
     if throw < 0:
         return Faults(drop=True)
@@ -303,7 +304,7 @@ def _chance(dice: random.Random, conditions: Conditions) -> Faults | None:
 
 
 async def _spoil(request: web.Request, faults: Faults) -> web.StreamResponse | None:
-    """Do what the faults say; return what is answered instead of the answer, if anything."""
+    """Apply the faults; return the response that replaces the answer, if any."""
     if faults.die:
         _end_at_once("asked to die")
     if faults.hang:
@@ -328,7 +329,7 @@ async def _spoil(request: web.Request, faults: Faults) -> web.StreamResponse | N
 
 
 def _end_at_once(reason: str) -> NoReturn:
-    """Die as a process that the kernel kills dies: without a word to the clients."""
+    """Die like a process that the kernel kills: without an answer to the clients."""
     sys.stderr.write(f"simulated death: {reason}\n")
     sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGKILL)

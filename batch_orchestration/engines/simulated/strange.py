@@ -1,4 +1,4 @@
-"""Answers that no engine should give, by name: what the simulated one says when it is asked to."""
+"""Invalid and unusual answers by name, which the simulated engine gives on request."""
 
 import functools
 import gzip
@@ -10,7 +10,7 @@ from aiohttp import web
 
 _CHOICE = b'{"finish_reason": "stop", "message": {"role": "assistant", "content": "[simulated]"}}'
 _DEPTH = 5_000
-#: Beyond the default of `BATCH_MAX_ANSWER_BYTES`.
+#: Above the default of `BATCH_MAX_ANSWER_BYTES`.
 _BOMB_BYTES = 80 * 2**20
 
 
@@ -24,7 +24,7 @@ def _usage(tokens: int) -> dict[str, Any]:
     return {"prompt_tokens": number, "completion_tokens": number}
 
 
-#: Bodies with status 200. The first three are answers, whose counts cannot be right.
+#: Bodies with status 200. The first three are answers with impossible counts.
 _BODIES: Mapping[str, bytes] = {
     "huge_usage": _answer(usage=_usage(10**30)),
     "negative_usage": _answer(usage=_usage(-7)),
@@ -42,7 +42,7 @@ _BODIES: Mapping[str, bytes] = {
     "half_emoji": _answer(b'{"text": "\\ud83d"}'),
 }
 _OTHERS = frozenset({"bomb", "broken_gzip", "unasked_encoding", "redirect", "retry_after"})
-#: What it can be asked for.
+#: All kinds that can be requested.
 KINDS = frozenset(_BODIES) | _OTHERS
 
 
