@@ -26,10 +26,10 @@ from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
 from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force
 from batch_orchestration.estimates.estimate import Estimate, seconds_band, tokens_band
-from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.estimates.scores import Score, calibration
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.delivery.finished_so_far import finished_so_far, read_finished
 from batch_orchestration.delivery.lines import output_line
-from batch_orchestration.delivery.partial import finished_so_far, read_finished
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.operations.recovery import recover

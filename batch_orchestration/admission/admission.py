@@ -33,6 +33,7 @@ from batch_orchestration.admission.registration import (
     register_missing,
     write_fault_journals,
 )
+from batch_orchestration.admission.rejection import next_step, write_errors_file
 from batch_orchestration.admission.results import (
     Admission,
     AdmissionResult,
@@ -41,8 +42,6 @@ from batch_orchestration.admission.results import (
     Queued,
     Rejected,
     Returned,
-    next_step,
-    write_errors_file,
 )
 from batch_orchestration.admission.settings import AdmissionSettings
 from batch_orchestration.admission.sidecars import read_options, sidecar_beside
@@ -53,9 +52,9 @@ from batch_orchestration.core.errors import (
     FileStillChanging,
     StorageError,
 )
-from batch_orchestration.core.members import concerns_everyone
+from batch_orchestration.core.fault_isolation import concerns_everyone
 from batch_orchestration.core.requests import Fault
-from batch_orchestration.estimates.estimating import (
+from batch_orchestration.estimates.batch_estimates import (
     expected_ahead,
     read_calibration_data,
     record_estimate,

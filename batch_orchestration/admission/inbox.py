@@ -35,10 +35,10 @@ from batch_orchestration.admission.sidecars import (
     options_said,
 )
 from batch_orchestration.admission.taking import NotTaken, take
-from batch_orchestration.admission.untaken import Untaken, UntakenFiles, reason_of
+from batch_orchestration.admission.unclaimable import Untaken, UntakenFiles, reason_of
 from batch_orchestration.core.batches import REJECTED, BatchOptions, Origin, origin_in, slug
 from batch_orchestration.core.errors import ClaimNotFound
-from batch_orchestration.core.members import Faults
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.files.atomic import sync_folder
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import readable_name

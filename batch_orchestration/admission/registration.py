@@ -13,7 +13,7 @@ import filelock
 
 from batch_orchestration.core.batches import ID_HASH_DIGITS, BatchPlan, batch_id
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.core.members import Faults
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.files.atomic import sync_folder

@@ -12,7 +12,7 @@ from batch_orchestration.admission.reading.lines import (
     choose_chunk_size,
 )
 from batch_orchestration.admission.reading.screening import Screening
-from batch_orchestration.admission.results import refusal
+from batch_orchestration.admission.rejection import refusal
 from batch_orchestration.core.batches import (
     MAX_FILE_BYTES,
     MAX_REQUESTS_PER_BATCH,

@@ -16,8 +16,8 @@ from batch_orchestration.admission.sidecars import own_sidecar, read_options
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused, StorageError
 from batch_orchestration.core.requests import Fault
+from batch_orchestration.estimates.batch_estimates import CalibrationData, read_calibration_data
 from batch_orchestration.estimates.estimate import Estimate
-from batch_orchestration.estimates.estimating import CalibrationData, read_calibration_data
 from batch_orchestration.estimates.tables import EstimateTables
 
 #: Faults that a report lists; the others are only counted.

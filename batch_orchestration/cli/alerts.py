@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
-from batch_orchestration.cli.visible import say
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.text import duration
 from batch_orchestration.operations.alerts.channels import alert_channels

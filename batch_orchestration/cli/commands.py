@@ -10,6 +10,7 @@ from batch_orchestration.cli import tables
 from batch_orchestration.cli.alerts import alerts
 from batch_orchestration.cli.context import Commands, Context, json_option, open_context, print_json
 from batch_orchestration.cli.dead_letters import discard, failures, replay
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.cli.estimates import estimates
 from batch_orchestration.cli.gpu import gpu
 from batch_orchestration.cli.health import health
@@ -20,9 +21,8 @@ from batch_orchestration.cli.queue import board_picture, pause, show_live
 from batch_orchestration.cli.recovering import recover
 from batch_orchestration.cli.results import results
 from batch_orchestration.cli.submitting import submit, validate
-from batch_orchestration.cli.visible import say
 from batch_orchestration.cli.watching import watch_batch
-from batch_orchestration.estimates.estimating import read_estimate
+from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.files.sharing import keep_from_others
 from batch_orchestration.settings import settings_in_force
 from batch_orchestration.status.objects import batch_object

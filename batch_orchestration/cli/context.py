@@ -15,7 +15,7 @@ import msgspec
 from pydantic import ValidationError
 from rich.console import Console
 
-from batch_orchestration.cli.visible import VisibleConsole, escaped, visible
+from batch_orchestration.cli.escaping import VisibleConsole, escaped, visible
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.settings import PREFIX, Settings, load_settings

@@ -11,7 +11,7 @@ import msgspec
 from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
-from batch_orchestration.cli.visible import say
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.core import foreign_json
 from batch_orchestration.core.dead_letters import (
     UNRESOLVED,

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_orchestration.cli.context import json_option, open_context, print_json
-from batch_orchestration.cli.visible import say
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.core.text import duration
 from batch_orchestration.estimates.estimate import seconds_band, tokens_band
 from batch_orchestration.estimates.scores import Calibration, Score, calibration

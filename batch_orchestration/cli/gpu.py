@@ -5,7 +5,7 @@ import msgspec
 from rich.table import Table
 
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
-from batch_orchestration.cli.visible import say
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import clear_fence, read_fences
 from batch_orchestration.gpu.health import GpuVerdict, examine

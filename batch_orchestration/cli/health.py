@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_orchestration.cli.context import json_option, open_context, print_json
-from batch_orchestration.cli.visible import say
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.core.text import duration
 from batch_orchestration.operations.health.examine import examine_health
 from batch_orchestration.operations.health.report import HealthReport, Level

@@ -10,7 +10,7 @@ import msgspec
 from rich.table import Table
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
-from batch_orchestration.cli.visible import say
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.lifecycle.clock import DELETION_SECONDS, clock_doubt
 from batch_orchestration.operations.housekeeping.clean import (
     Cleanup,

@@ -3,7 +3,7 @@
 import click
 
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
-from batch_orchestration.cli.visible import say
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.queue import files as queue_files

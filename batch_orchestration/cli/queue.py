@@ -9,7 +9,7 @@ from rich.text import Text
 
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
-from batch_orchestration.cli.visible import say
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import Pause
 from batch_orchestration.status.overview import Overview

@@ -3,7 +3,7 @@
 import click
 
 from batch_orchestration.cli.context import json_option, open_context, print_json
-from batch_orchestration.cli.visible import say
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.operations import recovery
 
 

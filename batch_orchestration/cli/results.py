@@ -10,11 +10,15 @@ from typing import BinaryIO
 import click
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
-from batch_orchestration.cli.visible import escaped, say
+from batch_orchestration.cli.escaping import escaped, say
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.delivery.exports import TableFormat, write_table
+from batch_orchestration.delivery.finished_so_far import (
+    FinishedSoFar,
+    finished_so_far,
+    read_finished,
+)
 from batch_orchestration.delivery.lines import flat_outcome, output_line
-from batch_orchestration.delivery.partial import FinishedSoFar, finished_so_far, read_finished
 from batch_orchestration.files.atomic import atomic_writer
 
 _EARLY = frozenset({BatchStatus.CANCELLED, BatchStatus.EXPIRED})

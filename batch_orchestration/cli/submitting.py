@@ -15,7 +15,7 @@ from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.admission.sidecars import named_problem, own_sidecar, read_options
 from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
-from batch_orchestration.cli.visible import say
+from batch_orchestration.cli.escaping import say
 from batch_orchestration.cli.watching import finish, follow_shown
 from batch_orchestration.core.batches import BatchOptions, batch_id, identity
 from batch_orchestration.core.errors import FileRefused

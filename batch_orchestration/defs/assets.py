@@ -20,7 +20,7 @@ from batch_orchestration.core.errors import (
     PlanMismatch,
     StorageError,
 )
-from batch_orchestration.core.members import Faults
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.defs.events import (
     MANIFEST_KEY,
     Metadata,
@@ -49,7 +49,7 @@ from batch_orchestration.defs.runs import (
     retry_step,
     wait_for_the_gate,
 )
-from batch_orchestration.delivery.partial import PartialReport, deliver_what_is_there
+from batch_orchestration.delivery.partial_files import PartialReport, deliver_what_is_there
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.inference.run import CommittedChunk, run_chunks

@@ -9,7 +9,7 @@ from batch_orchestration.core.batches import BatchPlan, chunk_key
 from batch_orchestration.core.lifecycle import EarlyEnd, Halt
 from batch_orchestration.core.results import ChunkReport
 from batch_orchestration.delivery.assembly import AssemblyReport
-from batch_orchestration.delivery.partial import PartialReport
+from batch_orchestration.delivery.partial_files import PartialReport
 from batch_orchestration.estimates.estimate import Estimate, estimate_rows, window_warning
 from batch_orchestration.inference.run import CommittedChunk
 from batch_orchestration.queue.halts import what_helps

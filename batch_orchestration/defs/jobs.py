@@ -16,7 +16,7 @@ from batch_orchestration.defs.assets import batch_output, chunk_results
 from batch_orchestration.defs.events import manifest_materialization
 from batch_orchestration.defs.partitions import add_partitions, name_tags
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
-from batch_orchestration.estimates.estimating import read_estimate
+from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.workers.reporter import report_phase
 
 

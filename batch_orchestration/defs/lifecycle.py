@@ -8,13 +8,13 @@ import dagster as dg
 from pydantic import Field
 
 from batch_orchestration.core.errors import BatchOrchestrationError
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import EarlyEnd
-from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.defs.events import closed_chunk_materialization
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import tags_about
-from batch_orchestration.dispatch.dispatch import KnownRun, RunState
+from batch_orchestration.dispatch.run_planning import KnownRun, RunState
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.lifecycle.cancellation import cancel, early_end_in_force, end_overdue
 from batch_orchestration.lifecycle.close_out import fail_unanswered

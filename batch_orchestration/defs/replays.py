@@ -18,7 +18,7 @@ from batch_orchestration.core.errors import (
     PlanMismatch,
     StorageError,
 )
-from batch_orchestration.core.members import Faults
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import ANY_MODEL
 from batch_orchestration.dead_letters.actions import request_replay
@@ -43,7 +43,7 @@ from batch_orchestration.defs.runs import (
     tags_about,
     wait_for_the_gate,
 )
-from batch_orchestration.dispatch.dispatch import MAX_FAILURES, RunState, backoff_left
+from batch_orchestration.dispatch.run_planning import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.queue.entries import WaitReason

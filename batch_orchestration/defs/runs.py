@@ -15,7 +15,7 @@ from batch_orchestration.defs.partitions import (
     chunks_by_batch,
     name_tags,
 )
-from batch_orchestration.dispatch.dispatch import KnownRun, RunState
+from batch_orchestration.dispatch.run_planning import KnownRun, RunState
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue.entries import WaitReason
 from batch_orchestration.queue.refused_engine import describe, note_refusal

@@ -11,7 +11,7 @@ from batch_orchestration.admission.claims import Claim
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.settings import open_inbox
 from batch_orchestration.core.errors import StorageError, StoreDamaged, StoreLocked
-from batch_orchestration.core.members import Faults, MemberFault
+from batch_orchestration.core.fault_isolation import Faults, MemberFault
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.defs.events import manifest_materialization
 from batch_orchestration.defs.jobs import (
@@ -31,16 +31,20 @@ from batch_orchestration.defs.partitions import (
 from batch_orchestration.defs.queue import report_queue
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import LIVE_STATUSES, free_run_key, known_runs, run_state
-from batch_orchestration.dispatch.dispatch import (
+from batch_orchestration.dispatch.queue_building import (
+    claim_admissible,
+    in_order_of_service,
+    run_priorities,
+)
+from batch_orchestration.dispatch.refresh import keep_queue
+from batch_orchestration.dispatch.run_planning import (
     MAX_FAILURES,
     NeededRun,
     RunState,
     backoff_left,
     dispatch,
 )
-from batch_orchestration.dispatch.queue import claim_admissible, in_order_of_service, run_priorities
-from batch_orchestration.dispatch.refresh import keep_queue
-from batch_orchestration.estimates.estimating import read_estimate
+from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.lifecycle.clock import EXPIRY_SECONDS, clock_doubt

@@ -26,7 +26,7 @@ from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.lifecycle.completion import begin_ending, finish_ending
 from batch_orchestration.reports.figures import Latencies
 from batch_orchestration.reports.gathering import gather_figures
-from batch_orchestration.reports.report import batch_report
+from batch_orchestration.reports.rendering import batch_report
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding

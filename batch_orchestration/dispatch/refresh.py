@@ -9,9 +9,9 @@ import msgspec
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.registration import register_lost
 from batch_orchestration.core.errors import BatchOrchestrationError, StorageError
-from batch_orchestration.core.members import Faults
-from batch_orchestration.dispatch.queue import read_queue
-from batch_orchestration.estimates.estimating import expected_seconds
+from batch_orchestration.core.fault_isolation import Faults
+from batch_orchestration.dispatch.queue_building import read_queue
+from batch_orchestration.estimates.batch_estimates import expected_seconds
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import (

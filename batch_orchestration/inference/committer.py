@@ -10,7 +10,7 @@ from functools import partial
 
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import Shortage, StoreLocked
-from batch_orchestration.core.members import concerns_everyone
+from batch_orchestration.core.fault_isolation import concerns_everyone
 from batch_orchestration.core.results import ChunkReport
 from batch_orchestration.files.journal import JournalEntry, read_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled_requests

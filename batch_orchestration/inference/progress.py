@@ -12,7 +12,7 @@ from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.core.requests import Request
 from batch_orchestration.core.results import ChunkReport
 from batch_orchestration.engines.base import EngineIdentity
-from batch_orchestration.estimates.estimating import read_estimate
+from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.estimates.profile import shape_of_request
 from batch_orchestration.estimates.remaining import RemainingWork
 from batch_orchestration.files.data_folder import DataFolder

@@ -26,8 +26,8 @@ from batch_orchestration.core.errors import (
     Shortage,
     StoreLocked,
 )
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import EarlyEnd, Resumption, deadline
-from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.atomic import disk_errors, shortages
 from batch_orchestration.files.data_folder import DataFolder

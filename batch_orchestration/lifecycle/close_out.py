@@ -12,8 +12,8 @@ from functools import partial
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import FileDamaged, JournalInUse, PlanMismatch, StorageError
+from batch_orchestration.core.fault_isolation import Faults, concerns_everyone
 from batch_orchestration.core.lifecycle import EarlyEnd
-from batch_orchestration.core.members import Faults, concerns_everyone
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.core.requests import parse_line
 from batch_orchestration.core.results import ChunkReport, Provenance, SettledRequest

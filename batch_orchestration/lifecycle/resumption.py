@@ -11,6 +11,7 @@ import logging
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import IllegalTransition
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import (
     RESUMABLE,
     UNASKED_CODES,
@@ -18,7 +19,6 @@ from batch_orchestration.core.lifecycle import (
     deadline,
     window_seconds,
 )
-from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.unfinished import marked

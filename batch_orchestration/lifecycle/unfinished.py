@@ -5,7 +5,7 @@ folders placed by hand are found.
 """
 
 from batch_orchestration.admission.registration import is_planned
-from batch_orchestration.core.members import Faults
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.unfinished import all_ids, marked, note_search, searched_at, unmark

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from batch_orchestration.admission.registration import admission_lock, register_batch
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import FileDamaged, StorageError, StoreLocked
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import EarlyEnd
-from batch_orchestration.core.members import Faults
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.delivery.outbox import OutboxFiles
 from batch_orchestration.files.atomic import disk_errors, make_folder, sync_folder

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from batch_orchestration.core.batches import BatchPlan
-from batch_orchestration.core.members import Faults
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.estimates.estimating import read_estimate_in
+from batch_orchestration.estimates.batch_estimates import read_estimate_in
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.queue.capacity import (

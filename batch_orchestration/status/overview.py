@@ -12,7 +12,7 @@ from batch_orchestration.admission.claims import Claim, read_result
 from batch_orchestration.admission.inbox import Inbox, Waiting
 from batch_orchestration.admission.results import Rejected
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.core.members import Faults
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.operations.health.damage import Damage, find_damage
 from batch_orchestration.queue import files as queue_files

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from batch_orchestration.core.batches import ID_HASH_DIGITS, BatchOptions, BatchPlan, BatchStatus
 from batch_orchestration.core.errors import BatchNotFound, FileDamaged, StoreLocked
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import FINAL, EarlyEnd, Halt, Resumption, deadline
-from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.lifecycle.cancellation import delivered

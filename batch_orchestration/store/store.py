@@ -26,7 +26,7 @@ from batch_orchestration.store import dead_letters as letter_operations
 from batch_orchestration.store import dead_letters as letters
 from batch_orchestration.store import statements as commits
 from batch_orchestration.store import statements as statuses
-from batch_orchestration.store.questions import ask
+from batch_orchestration.store.user_queries import ask
 
 _TABLES = (
     *("batches", "chunks", "results", "failed_requests"),

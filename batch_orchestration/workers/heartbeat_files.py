@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.core.members import Faults
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import read_regular
 from batch_orchestration.workers.heartbeat import Heartbeat, LastHeartbeat

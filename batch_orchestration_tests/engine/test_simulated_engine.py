@@ -18,8 +18,8 @@ from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, 
 from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration.engines.processes import sockets
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
+from batch_orchestration.engines.simulated.malformed_answers import KINDS
 from batch_orchestration.engines.simulated.server import SimulatedServer
-from batch_orchestration.engines.simulated.strange import KINDS
 from batch_orchestration.files.journal_records import OutcomeRecord, encode_record
 from batch_orchestration_tests.support.engine_contract import (
     CHAT,

@@ -10,7 +10,7 @@ from batch_orchestration.delivery.recount import recount
 from batch_orchestration.engines.processes.records import is_running, read_record
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
-from batch_orchestration.engines.simulated.strange import KINDS
+from batch_orchestration.engines.simulated.malformed_answers import KINDS
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.journal_records import OutcomeRecord, read_records

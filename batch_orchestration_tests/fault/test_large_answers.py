@@ -11,9 +11,9 @@ from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import FileDamaged
 from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.delivery.assembly import assemble
+from batch_orchestration.delivery.finished_so_far import finished_so_far, read_finished
 from batch_orchestration.delivery.lines import output_line
 from batch_orchestration.delivery.outbox import OutboxFiles
-from batch_orchestration.delivery.partial import finished_so_far, read_finished
 from batch_orchestration.files import journal_reading as replay
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.lifecycle.close_out import commit_ended

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.admission.claims import ClaimFolder
-from batch_orchestration.dispatch.queue import claim_admissible
+from batch_orchestration.dispatch.queue_building import claim_admissible
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.load import QueueRules
 from batch_orchestration_tests.support.builders import make_input, make_line

@@ -8,7 +8,7 @@ import msgspec
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import Halt
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
-from batch_orchestration.dispatch.dispatch import Dispatch, KnownRun, dispatch
+from batch_orchestration.dispatch.run_planning import Dispatch, KnownRun, dispatch
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.inference.run import CommittedChunk
 from batch_orchestration.lifecycle.resumption import resume

@@ -8,7 +8,7 @@ from typing import Any
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.delivery.assembly import AssemblyReport, assemble
-from batch_orchestration.dispatch.dispatch import NeededRun, dispatch
+from batch_orchestration.dispatch.run_planning import NeededRun, dispatch
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.inference.run import CommittedChunk, run_chunks
 from batch_orchestration_tests.support.builders import NOW, make_line

@@ -20,9 +20,9 @@ from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.core.requests import Fault, Overrides, Request
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS
 from batch_orchestration.engines.vllm import whole_number
+from batch_orchestration.estimates.batch_estimates import CalibrationData, estimate_profile
 from batch_orchestration.estimates.engine import EngineInForce, EstimateSettings
 from batch_orchestration.estimates.estimate import Estimate, window_warning
-from batch_orchestration.estimates.estimating import CalibrationData, estimate_profile
 from batch_orchestration.estimates.profile import TokenProfile, prompt_texts
 from batch_orchestration.estimates.prompt_counting import PromptCounter
 from batch_orchestration.estimates.tables import EngineInfo

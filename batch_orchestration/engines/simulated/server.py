@@ -30,7 +30,7 @@ from batch_orchestration.engines.simulated.answers import (
     read_faults,
 )
 from batch_orchestration.engines.simulated.kv_cache import KvMachine, KvPace
-from batch_orchestration.engines.simulated.strange import KINDS, strange_answer
+from batch_orchestration.engines.simulated.malformed_answers import KINDS, strange_answer
 
 #: Torch's message, so that it is recognised like a real one.
 OUT_OF_MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate it all ({} running)"

@@ -8,6 +8,7 @@ from typing import Any
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.engines.vllm import flag_name, whole_number
 from batch_orchestration.estimates import derivation
+from batch_orchestration.estimates.batch_estimates import read_calibration_data, read_estimate
 from batch_orchestration.estimates.derivation import (
     MOST_IN_FLIGHT,
     READING_COST,
@@ -17,7 +18,6 @@ from batch_orchestration.estimates.derivation import (
 )
 from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.estimate import Estimate
-from batch_orchestration.estimates.estimating import read_calibration_data, read_estimate
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import (

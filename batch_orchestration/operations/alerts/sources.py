@@ -22,8 +22,8 @@ from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.core.text import duration
+from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.estimates.estimate import Band, seconds_band
-from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.estimates.scores import Score
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder

@@ -1,7 +1,7 @@
 """Damage: our own unreadable files, each with its path, the reason and the next step.
 
-Code that meets such a file goes on with the others (`core.members`). This module searches for them,
-so that `status` and `health` report them even if nothing else reads them.
+Code that meets such a file goes on with the others (`core.fault_isolation`). This module searches
+for them, so that `status` and `health` report them even if nothing else reads them.
 """
 
 import os

@@ -18,7 +18,7 @@ import msgspec
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.core.members import Faults
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.delivery.assembly import assembly_lock_path
 from batch_orchestration.delivery.outbox import OutboxFiles
 from batch_orchestration.delivery.recount import recount

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from batch_orchestration.defs import recovery
-from batch_orchestration.dispatch.dispatch import MAX_FAILURES
+from batch_orchestration.dispatch.run_planning import MAX_FAILURES
 from batch_orchestration.engines.processes.records import (
     ProcessIdentity,
     ProcessRecord,

@@ -22,8 +22,8 @@ STARTED = dg.DagsterRunStatus.STARTED
 
 @pytest.fixture
 def deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
-    monkeypatch.setattr("batch_orchestration.dispatch.dispatch.BACKOFF_SECONDS", 0.0)
-    monkeypatch.setattr("batch_orchestration.dispatch.dispatch.MAX_FAILURES", 100)
+    monkeypatch.setattr("batch_orchestration.dispatch.run_planning.BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr("batch_orchestration.dispatch.run_planning.MAX_FAILURES", 100)
     monkeypatch.setattr(replays, "MAX_FAILURES", 100)
     monkeypatch.setattr(sensors, "MAX_FAILURES", 100)
     with closing(Deployment(tmp_path)) as deployment:

@@ -35,7 +35,7 @@ def deployment(deploy):
 
 @pytest.fixture
 def without_pauses(monkeypatch):
-    monkeypatch.setattr("batch_orchestration.dispatch.dispatch.BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr("batch_orchestration.dispatch.run_planning.BACKOFF_SECONDS", 0.0)
 
 
 @contextmanager

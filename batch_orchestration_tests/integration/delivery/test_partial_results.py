@@ -15,13 +15,9 @@ from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.delivery.assembly import OutboxFiles, assemble
+from batch_orchestration.delivery.finished_so_far import finished_so_far, read_finished
 from batch_orchestration.delivery.lines import output_line
-from batch_orchestration.delivery.partial import (
-    PartialReport,
-    deliver_what_is_there,
-    finished_so_far,
-    read_finished,
-)
+from batch_orchestration.delivery.partial_files import PartialReport, deliver_what_is_there
 from batch_orchestration.delivery.recount import recount
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.files.data_folder import DataFolder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.batches import BatchOptions
-from batch_orchestration.dispatch.queue import (
+from batch_orchestration.dispatch.queue_building import (
     SHARE_SECONDS,
     in_order_of_service,
     run_priorities,

@@ -6,8 +6,8 @@ import dagster as dg
 import pytest
 
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
+from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.estimates.estimate import Basis
-from batch_orchestration.estimates.estimating import read_estimate
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration_tests.support.builders import make_body, make_line
 from batch_orchestration_tests.support.deployment import Deployment

@@ -90,7 +90,7 @@ def deployment(tmp_path, monkeypatch, gpu):
 
     monkeypatch.setattr(GpuResource, "_build", build)
     monkeypatch.setattr(gpu_health, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr("batch_orchestration.dispatch.dispatch.UNFIT_SECONDS", 0.0)
+    monkeypatch.setattr("batch_orchestration.dispatch.run_planning.UNFIT_SECONDS", 0.0)
     monkeypatch.setattr("batch_orchestration.inference.window.window.LOOK_SECONDS", 0.02)
     fast = ThermalPolicy(shrink_seconds=0.15, calm_seconds=0.3)
     monkeypatch.setattr(gpu_health, "THERMAL_POLICY", fast)

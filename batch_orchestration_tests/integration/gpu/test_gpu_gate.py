@@ -95,7 +95,7 @@ def test_a_batch_waits_for_a_gpu_that_is_not_there_and_spends_no_request(deploym
 
 
 def test_it_goes_on_by_itself_when_the_device_is_well_again(deployment, install, monkeypatch):
-    monkeypatch.setattr("batch_orchestration.dispatch.dispatch.UNFIT_SECONDS", 0.0)
+    monkeypatch.setattr("batch_orchestration.dispatch.run_planning.UNFIT_SECONDS", 0.0)
     device = FakeGpu(processes={4711: 30 * GIB})
     install(device)
     batch_id = admitted(deployment, "a.jsonl", make_input(12))

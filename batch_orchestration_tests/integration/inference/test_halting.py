@@ -9,7 +9,7 @@ import pytest
 from batch_orchestration.core.errors import DiskFull, EngineDied, IllegalTransition
 from batch_orchestration.core.lifecycle import Halt, Resumption
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
-from batch_orchestration.dispatch.dispatch import KnownRun, RunState
+from batch_orchestration.dispatch.run_planning import KnownRun, RunState
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.failure_rate import FIRST_OUTCOMES
 from batch_orchestration.inference.faults.retries import RetryPolicy

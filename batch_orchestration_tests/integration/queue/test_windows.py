@@ -4,7 +4,7 @@ from collections import Counter
 from contextlib import closing
 from itertools import groupby
 
-from batch_orchestration.dispatch.queue import claim_admissible
+from batch_orchestration.dispatch.queue_building import claim_admissible
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.load import QueueRules
 from batch_orchestration_tests.support.builders import make_input

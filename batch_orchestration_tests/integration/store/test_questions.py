@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.store.questions import ask
+from batch_orchestration.store.user_queries import ask
 from batch_orchestration_tests.support.workbench import Workbench
 
 SECRET = "the-secret-of-another"

@@ -12,9 +12,9 @@ from batch_orchestration.admission.reading.lines import (
 )
 from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.core.batches import BatchOptions
+from batch_orchestration.estimates.batch_estimates import CalibrationData
 from batch_orchestration.estimates.costs import Costs, Throughput
 from batch_orchestration.estimates.engine import EstimateSettings
-from batch_orchestration.estimates.estimating import CalibrationData
 from batch_orchestration_tests.support.builders import NOW, make_body, make_input, make_line
 
 RULES = ReadingRules(requests_per_chunk=1000, max_line_bytes=10_000)

@@ -11,7 +11,7 @@ from batch_orchestration.admission.admission import MAX_ADMISSION_FAILURES
 from batch_orchestration.admission.claims import ClaimFolder
 from batch_orchestration.admission.results import Admitted, Rejected
 from batch_orchestration.core.errors import StorageError, StoreLocked
-from batch_orchestration.dispatch.queue import claim_admissible
+from batch_orchestration.dispatch.queue_building import claim_admissible
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.load import QueueRules
 from batch_orchestration.status.overview import rejections

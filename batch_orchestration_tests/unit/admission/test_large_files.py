@@ -21,8 +21,8 @@ from batch_orchestration.admission.results import Admitted, Rejected
 from batch_orchestration.admission.validation import validate
 from batch_orchestration.core.batches import BatchOptions, OnOversize
 from batch_orchestration.core.errors import FileRefused
+from batch_orchestration.estimates.batch_estimates import CalibrationData
 from batch_orchestration.estimates.engine import EstimateSettings
-from batch_orchestration.estimates.estimating import CalibrationData
 from batch_orchestration_tests.support.builders import NOW, make_input, make_line
 from batch_orchestration_tests.support.window_bench import WindowBench
 

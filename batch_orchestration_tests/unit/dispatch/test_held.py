@@ -8,7 +8,7 @@ import pytest
 from batch_orchestration.admission.claims import FileScans
 from batch_orchestration.admission.results import Admitted, Queued, Rejected
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.dispatch.queue import claim_admissible, read_queue
+from batch_orchestration.dispatch.queue_building import claim_admissible, read_queue
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.entries import Pause, WaitReason

@@ -9,16 +9,16 @@ from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.core.requests import Request, parse_line
-from batch_orchestration.estimates.costs import Costs, Throughput
-from batch_orchestration.estimates.engine import EstimateSettings
-from batch_orchestration.estimates.estimate import Band, Basis, Estimate, window_warning
-from batch_orchestration.estimates.estimating import (
+from batch_orchestration.estimates.batch_estimates import (
     CalibrationData,
     expected_seconds,
     read_estimate,
     read_profile,
     write_estimate,
 )
+from batch_orchestration.estimates.costs import Costs, Throughput
+from batch_orchestration.estimates.engine import EstimateSettings
+from batch_orchestration.estimates.estimate import Band, Basis, Estimate, window_warning
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration_tests.support.builders import NOW, make_batch, make_line
 

@@ -14,7 +14,7 @@ from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.totals import BatchTotals
 from batch_orchestration.reports.documents import CELL_LENGTH, Picture, to_html
 from batch_orchestration.reports.gathering import ReportFigures
-from batch_orchestration.reports.report import batch_report
+from batch_orchestration.reports.rendering import batch_report
 from batch_orchestration.reports.timeline import Moment
 from batch_orchestration_tests.support.builders import (
     NOW,
@@ -24,7 +24,7 @@ from batch_orchestration_tests.support.builders import (
     make_provenance,
     make_settled,
 )
-from batch_orchestration_tests.unit.reports.test_report import make_record
+from batch_orchestration_tests.unit.reports.test_rendering import make_record
 
 #: What somebody may put into an id or provoke in a message.
 HOSTILE = (

@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from batch_orchestration.cli import visible as visible_module
+from batch_orchestration.cli import escaping as visible_module
 from batch_orchestration.cli.context import Commands, print_json
-from batch_orchestration.cli.visible import VisibleConsole, escaped, say, visible
+from batch_orchestration.cli.escaping import VisibleConsole, escaped, say, visible
 from batch_orchestration.core.errors import BatchOrchestrationError
 
 HOSTILE = [

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from batch_orchestration.core.lifecycle import EarlyEnd, Halt
 from batch_orchestration.core.results import BatchRecord, ChunkReport
+from batch_orchestration.dispatch.batch_window import open_chunks
 from batch_orchestration.queue.entries import NeedsAttention
 from batch_orchestration.queue.halts import what_helps
 
@@ -227,19 +228,6 @@ def backoff_left(failures: int, ended_at: float, *, now: float) -> float:
     return min(ended_at, now) + delay - now
 
 
-def _open_chunks(
-    batch: BatchRecord, committed: Collection[int], most_requests: int
-) -> Sequence[int]:
-    """Return the unfinished chunks that may be answered now, in file order; none if all are done.
-
-    They belong to one window, which moves on once all of it is committed. A batch that is more
-    urgent by then goes first, and no run covers only a chunk or two.
-    """
-    missing = sorted(set(range(batch.chunks)).difference(committed))
-    width = max(1, most_requests // batch.requests_per_chunk)
-    return [number for number in missing if number // width == missing[0] // width]
-
-
 def _remaining(
     batch: BatchRecord,
     committed: Collection[int],
@@ -251,10 +239,10 @@ def _remaining(
     """Yield the runs that no live run covers: those over open chunks, or that for the output."""
     live = [run for run in known if run.state is RunState.LIVE]
     attempt = len(known) - len(live)
-    open_chunks = _open_chunks(batch, committed, most_requests)
-    if not open_chunks and all(run.chunks is not None for run in live):
+    opened = open_chunks(batch, committed, most_requests)
+    if not opened and all(run.chunks is not None for run in live):
         yield NeededRun(batch=batch, chunks=None, attempt=attempt, priority=priority)
-    left = [n for n in open_chunks if all(n not in (run.chunks or ()) for run in live)]
+    left = [n for n in opened if all(n not in (run.chunks or ()) for run in live)]
     for chunks in _consecutive(left, chunks_per_run):
         yield NeededRun(batch=batch, chunks=chunks, attempt=attempt, priority=priority)
 

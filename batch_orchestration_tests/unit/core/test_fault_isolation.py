@@ -12,7 +12,7 @@ from batch_orchestration.core.errors import (
     StoreDamaged,
     StoreLocked,
 )
-from batch_orchestration.core.members import Faults
+from batch_orchestration.core.fault_isolation import Faults
 
 
 def visited(error, faults):

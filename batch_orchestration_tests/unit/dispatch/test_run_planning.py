@@ -6,7 +6,7 @@ import pytest
 
 from batch_orchestration.core.batches import BatchOptions, BatchStatus
 from batch_orchestration.core.results import BatchRecord, ChunkReport
-from batch_orchestration.dispatch.dispatch import (
+from batch_orchestration.dispatch.run_planning import (
     BACKOFF_SECONDS,
     LONGEST_BACKOFF_SECONDS,
     MAX_FAILURES,

@@ -18,10 +18,10 @@ from batch_orchestration.admission.inbox import DroppedFile, Inbox
 from batch_orchestration.admission.reading.batch_files import is_gzip_name
 from batch_orchestration.admission.sidecars import options_said
 from batch_orchestration.core.batches import BatchOptions, BatchPlan
+from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import Halt, deadline, window_seconds
-from batch_orchestration.core.members import Faults
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.estimates.estimating import expected_seconds
+from batch_orchestration.estimates.batch_estimates import expected_seconds
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue.capacity import Demand
 from batch_orchestration.queue.decision import Decision, Rules, Standing, decide

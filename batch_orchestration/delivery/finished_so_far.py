@@ -4,25 +4,18 @@ Committed chunks come from the store, the others from their journals, which need
 progress is not affected.
 """
 
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from batch_orchestration.core.batches import BatchPlan, BatchStatus, Chunk
-from batch_orchestration.core.errors import BatchNotFound, Shortage
+from batch_orchestration.core.errors import BatchNotFound
 from batch_orchestration.core.results import SettledRequest
-from batch_orchestration.core.totals import BatchTotals
-from batch_orchestration.delivery.assembly import AssemblyReport, assemble, assembly_lock_path
-from batch_orchestration.delivery.outbox import OutboxFiles, make_writable, unwritable, write_lines
-from batch_orchestration.files.atomic import atomic_writer
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal, replay_journal
 from batch_orchestration.files.kept_input import ChunkRef
-from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.store.rows import as_stored
 from batch_orchestration.store.store import Store
-from batch_orchestration.workers.reporter import holding
 
 #: Pause between two reads of the store, so that a waiting commit gets its turn: our writers retry
 #: at least every quarter of a second.
@@ -128,76 +121,3 @@ def _size(ref: ChunkRef) -> int:
         return ref.journal_path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartialReport:
-    """The result of delivering an unfinished batch.
-
-    Attributes:
-        status: Status of the batch, which the delivery does not change.
-        totals: Requests that were written.
-        total: Requests of the batch.
-    """
-
-    batch_id: str
-    files: OutboxFiles
-    status: BatchStatus
-    totals: BatchTotals
-    total: int
-
-
-def deliver_what_is_there(
-    batch_id: str,
-    *,
-    folder: DataFolder,
-    store: Store,
-    clock: Callable[[], float],
-    actor: str,
-    on_partial: Callable[[], None] = lambda: None,
-) -> AssemblyReport | PartialReport:
-    """Assemble a batch if every chunk is committed; otherwise write partial files.
-
-    The partial files are `output.partial.jsonl` and `errors.partial.jsonl`. They affect neither the
-    batch's status nor a run in progress. `assemble` removes them, and waits while they are written.
-
-    Args:
-        actor: Run or person that delivers.
-        on_partial: Called before the first partial file is written.
-
-    Raises:
-        BatchNotFound: There is no such batch.
-        OutboxUnwritable: No room or no permission.
-        AccountingError: See `assemble`.
-    """
-    with holding(shared_lock(assembly_lock_path(batch_id, folder))):
-        finished = finished_so_far(batch_id, folder=folder, store=store)
-        if not finished.all_committed:
-            on_partial()
-            return _write_partial(finished, folder, store)
-    return assemble(batch_id, folder=folder, store=store, clock=clock, actor=actor)
-
-
-def _write_partial(finished: FinishedSoFar, folder: DataFolder, store: Store) -> PartialReport:
-    batch_id, totals = finished.plan.batch_id, BatchTotals()
-    files = OutboxFiles(folder.outbox_path(batch_id))
-    make_writable(files)
-    try:
-        with (
-            atomic_writer(files.partial_output) as output,
-            atomic_writer(files.partial_errors) as errors,
-        ):
-            settled = read_finished(finished, folder=folder, store=store)
-            write_lines(batch_id, settled, output, errors, totals)
-    except Shortage as error:
-        raise unwritable(files, str(error)) from error
-    logger.info(
-        "%s: partial, %d of %d requests, in %s",
-        *(batch_id, totals.total, finished.total, files.folder),
-    )
-    return PartialReport(
-        batch_id=batch_id, files=files, status=finished.status, totals=totals, total=finished.total
-    )
