@@ -129,4 +129,4 @@ def test_no_command_prints_by_another_way() -> None:
         if re.search(r"click\.s?echo\(|\bConsole\(|(?<!\.)\bprint\(", path.read_text())
     ]
 
-    assert sorted(others) == ["metrics.py", "visible.py"]
+    assert sorted(others) == ["escaping.py", "metrics.py"]
