@@ -40,7 +40,7 @@ READ_THE_ENVIRONMENT = {
     "batch_orchestration/settings.py": "the deployment's settings",
     "batch_orchestration/core/crash_points.py": "for tests only, and no setting on purpose",
     "batch_orchestration/engines/processes/environment.py": "passes on what an engine needs of it",
-    "batch_orchestration/engines/vllm.py": "adds to a variable of vLLM's",
+    "batch_orchestration/engines/vllm/flags.py": "adds to a variable of vLLM's",
     "batch_orchestration/engines/processes/parent_guard.py": "runs within the engine's processes",
     "batch_orchestration/engines/simulated/engine.py": "is the engine's process",
     "batch_orchestration/gpu/nvml.py": "CUDA's own variable says which devices are meant",

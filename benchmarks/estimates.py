@@ -25,7 +25,7 @@ from batch_orchestration.admission.settings import admission_settings, open_inbo
 from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.delivery.assembly import assemble
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
 from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force

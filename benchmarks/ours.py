@@ -16,7 +16,7 @@ from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import MAX_LINE_BYTES
 from batch_orchestration.core.requests import ANY_MODEL
 from batch_orchestration.delivery.assembly import assemble
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.inference.run import RunPolicy, run_chunks

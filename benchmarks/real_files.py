@@ -19,7 +19,7 @@ from batch_orchestration.admission.results import Admitted
 from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.delivery.assembly import AssemblyReport, assemble
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.store.store import Store

@@ -19,7 +19,8 @@ from batch_orchestration.engines.processes.records import end_recorded
 from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
-from batch_orchestration.engines.vllm import VllmEngine, flag_name
+from batch_orchestration.engines.vllm.engine import VllmEngine
+from batch_orchestration.engines.vllm.flags import flag_name
 from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT
 from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force
 from batch_orchestration.files.data_folder import DataFolder

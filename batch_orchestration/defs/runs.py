@@ -66,7 +66,13 @@ def known_runs(
     ended = instance.get_run_records(
         dg.RunsFilter(statuses=ENDED_STATUSES, tags={BATCH_TAG: list(batch_ids)})
     )
-    return [known for record in (*live, *ended) for known in _known(record, now)]
+    states = [(record, run_state(record, now=now)) for record in (*live, *ended)]
+    # Dagster may create a retry after the first read and mark its parent before the second.
+    retries = {record.dagster_run.tags.get(RETRIED_BY_TAG) for record in ended} - {None}
+    if unseen := retries - {record.dagster_run.run_id for record in (*live, *ended)}:
+        late = instance.get_run_records(dg.RunsFilter(run_ids=sorted(filter(None, unseen))))
+        states += [(record, RunState.LIVE) for record in late]
+    return [known for record, state in states for known in _known(record, state)]
 
 
 def run_state(record: dg.RunRecord, *, now: float) -> RunState | None:
@@ -169,8 +175,8 @@ def tags_about(name: str, folder: DataFolder) -> dict[str, str]:
     return {BATCH_TAG: name}
 
 
-def _known(record: dg.RunRecord, now: float) -> Iterator[KnownRun]:
-    run, state = record.dagster_run, run_state(record, now=now)
+def _known(record: dg.RunRecord, state: RunState | None) -> Iterator[KnownRun]:
+    run = record.dagster_run
     if state is None or run.tags.get(PARTIAL_TAG) == run.run_id:
         return
     work: Mapping[str, range | None] = chunks_by_batch(run.tags)

@@ -14,7 +14,12 @@ from batch_orchestration.core.errors import EngineStartFailed, StorageError
 from batch_orchestration.core.requests import Overrides
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
-from batch_orchestration.engines.vllm import CPU_ARGS, model_folder, names_are_checked, top_level
+from batch_orchestration.engines.vllm.flags import (
+    CPU_ARGS,
+    model_folder,
+    names_are_checked,
+    top_level,
+)
 from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT, MOST_IN_FLIGHT
 from batch_orchestration.estimates.profile import Profiler
 from batch_orchestration.estimates.prompt_counting import PromptCounter, prompt_counter

@@ -14,7 +14,7 @@ import msgspec
 
 from batch_orchestration.core.errors import EngineStartFailed, GpuUnhealthy, GpuUnreadable
 from batch_orchestration.engines.processes.records import group_members, is_running, read_record
-from batch_orchestration.engines.vllm import model_folder
+from batch_orchestration.engines.vllm.flags import model_folder
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import fence_off, standing_fences

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration_tests.support.engine_contract import CONTEXT_TOKENS
 from batch_orchestration_tests.support.tiny_model import make_tiny_model
 

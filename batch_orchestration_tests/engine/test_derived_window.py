@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.inference.window import window as engine_poll
 from batch_orchestration.inference.window.sizing import Sizing, size_run

@@ -9,7 +9,7 @@ import pytest
 from batch_orchestration.admission.reading.screening import Feasibility, known_limits
 from batch_orchestration.core.outcomes import Completion, FailureCode, Outcome
 from batch_orchestration.core.requests import Overrides, Request
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.estimates.engine import EngineInForce
 from batch_orchestration.estimates.prompt_counting import prompt_counter
 

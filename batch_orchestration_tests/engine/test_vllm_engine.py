@@ -15,7 +15,7 @@ import pytest
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.processes.records import read_record
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration_tests.support.engine_contract import EngineContract, ask, chat, parse
 from batch_orchestration_tests.support.engine_processes import (
     LOOPBACK,

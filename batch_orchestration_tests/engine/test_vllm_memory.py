@@ -6,7 +6,7 @@ import pytest
 
 from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.engines.memory_ladder import MemoryFallback
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration_tests.support.workbench import Workbench
 
 pytestmark = pytest.mark.engine

@@ -14,7 +14,7 @@ import pytest
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.delivery.assembly import assemble
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration_tests.support.builders import NOW, make_line
 from batch_orchestration_tests.support.engine_processes import engine_core_pid

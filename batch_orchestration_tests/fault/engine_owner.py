@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration_tests.support.tiny_model import make_tiny_model
 
 

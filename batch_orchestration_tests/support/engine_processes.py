@@ -8,7 +8,7 @@ from pathlib import Path
 import aiohttp
 
 from batch_orchestration.engines.processes.records import PROC, read_record
-from batch_orchestration.engines.vllm import VllmEngine
+from batch_orchestration.engines.vllm.engine import VllmEngine
 
 #: State of a socket in the tables of proc(5), `/proc/net/tcp`.
 TCP_LISTEN = "0A"

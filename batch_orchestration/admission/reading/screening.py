@@ -19,7 +19,7 @@ from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.core.requests import Fault, Overrides, Request
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS
-from batch_orchestration.engines.vllm import whole_number
+from batch_orchestration.engines.vllm.flags import whole_number
 from batch_orchestration.estimates.batch_estimates import CalibrationData, estimate_profile
 from batch_orchestration.estimates.engine import EngineInForce, EstimateSettings
 from batch_orchestration.estimates.estimate import Estimate, window_warning

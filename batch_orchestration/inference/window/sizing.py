@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.engines.vllm import flag_name, whole_number
+from batch_orchestration.engines.vllm.flags import flag_name, whole_number
 from batch_orchestration.estimates import derivation
 from batch_orchestration.estimates.batch_estimates import read_calibration_data, read_estimate
 from batch_orchestration.estimates.derivation import (

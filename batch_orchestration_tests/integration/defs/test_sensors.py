@@ -71,6 +71,7 @@ def pretend(deployment, request, status, **tags):
         instance.report_run_failed(run)
     elif status is CANCELED:
         instance.report_run_canceled(run)
+    return run
 
 
 def test_a_complete_file_is_claimed_and_its_admission_asked_for(deployment):
@@ -181,6 +182,30 @@ def test_a_run_whose_retry_exists_is_not_counted(deployment):
     pretend(deployment, request, FAILURE, **{WILL_RETRY_TAG: "true", RETRIED_BY_TAG: "other"})
 
     assert deployment.requests("dispatch_sensor")[0].run_key == request.run_key
+
+
+def test_a_retry_that_appears_between_two_reads_of_the_runs_is_seen(deployment, monkeypatch):
+    deployment.admit("a.jsonl", make_input(12))
+    (request,) = deployment.requests("dispatch_sensor")
+    instance, read = deployment.instance, dg.DagsterInstance.get_run_records
+
+    def read_and_retry(self, filters, *args, **kwargs):
+        found = read(self, filters, *args, **kwargs)
+        if filters.statuses and STARTED in filters.statuses and not retries:
+            retries.append(pretend(deployment, request, STARTED))
+            pretend(
+                deployment,
+                request,
+                FAILURE,
+                **{WILL_RETRY_TAG: "true", RETRIED_BY_TAG: retries[0].run_id},
+            )
+        return found
+
+    retries: list[dg.DagsterRun] = []
+    monkeypatch.setattr(dg.DagsterInstance, "get_run_records", read_and_retry)
+
+    assert deployment.reason("dispatch_sensor") == "batches at work: 1"
+    assert len(instance.get_runs()) == 3  # with that of the admission
 
 
 def test_a_failed_run_is_followed_by_a_later_attempt(deployment, without_pauses):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from batch_orchestration.engines.processes.environment import child_environment
-from batch_orchestration.engines.vllm import server_env
+from batch_orchestration.engines.vllm.flags import server_env
 from batch_orchestration.settings import Settings, settings_in_force
 
 NEEDED = {

