@@ -157,9 +157,10 @@ def count_chunk(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> No
     """Set the chunk's figures from its rows."""
     # A single statement with a subquery per figure would take three times as long.
     key = [batch_id, number]
-    ((completed, prompt_tokens, completion_tokens, attempts),) = db.execute(
+    ((completed, attempts, *figures),) = db.execute(
         f"""
-        SELECT count(*), {_PROMPT_TOKENS}, {_COMPLETION_TOKENS}, coalesce(sum(attempts), 0)
+        SELECT count(*), coalesce(sum(attempts), 0), {_PROMPT_TOKENS}, {_COMPLETION_TOKENS},
+            {_LATENCY_COUNTS}, {_LATENCY_MICROS}
         FROM results {OF_CHUNK}
         """,
         key,
@@ -175,11 +176,12 @@ def count_chunk(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> No
     attempts += sum(of_code for _, _, of_code in failed)
     db.execute(
         f"""
-        UPDATE chunks SET completed = ?, failed = ?, prompt_tokens = ?, completion_tokens = ?,
-            attempts = ?, failures_by_code = ? {OF_CHUNK}
+        UPDATE chunks SET completed = ?, failed = ?, attempts = ?, prompt_tokens = ?,
+            completion_tokens = ?, latency_counts = ?, latency_micros = ?, failures_by_code = ?
+        {OF_CHUNK}
         """,
         [
-            *(completed, sum(codes.values()), prompt_tokens, completion_tokens, attempts),
+            *(completed, sum(codes.values()), attempts, *figures),
             msgspec.json.encode(codes).decode(),
             *key,
         ],

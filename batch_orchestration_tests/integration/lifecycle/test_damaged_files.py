@@ -56,7 +56,7 @@ OF_THE_DEPLOYMENT: dict[str, Callable[[DataFolder], Path]] = {
     "health": lambda folder: folder.health,
     "alerts": lambda folder: folder.alerts,
     "refusal": lambda folder: folder.refusal,
-    "rungs": lambda folder: folder.memory_levels,
+    "memory_levels": lambda folder: folder.memory_levels,
     "heartbeat_path": lambda folder: folder.heartbeat_path("run-9"),
     "engine_record_path": lambda folder: folder.engine_record_path("run-9"),
     "a fence": lambda folder: folder.fences / "GPU-9.json",
