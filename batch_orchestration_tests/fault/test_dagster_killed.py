@@ -90,9 +90,9 @@ def test_a_killed_run_worker_costs_no_answer_and_needs_nobody(dagster):
     dagster.wait_for_status(batch_id, "completed")
     assert 5 <= len(after_first) < len(after_second) < REQUESTS
     assert_undisturbed(dagster, batch_id, REQUESTS, {**after_second, **after_first})
+    # By Dagster's retries. A daemon that has just started may not see the first failure; then
+    # dispatch takes over after five minutes.
     assert run_statuses(dagster, batch_id) == ["SUCCESS", "FAILURE", "FAILURE"]
-    newest, *_ = dagster.runs("answer_chunks", batch=batch_id)
-    assert newest.tags["dagster/retry_number"] == "2"
     chunks = dagster.partitions("chunk_results")
     assert len([key for key in chunks["materialized"] if key.startswith(batch_id)]) == CHUNKS
     assert not chunks["failed"]
