@@ -8,37 +8,24 @@ from typing import Annotated
 
 import msgspec
 
-from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.run_load import RunLoad
 
 #: A time within the calendar; a sample with any other is invalid, and no page could show it.
 Moment = Annotated[float, msgspec.Meta(ge=0, lt=253_402_300_800)]
 
 
-class RunSample(msgspec.Struct, frozen=True, kw_only=True):
-    """One moment of a run.
+class RunSample(RunLoad, frozen=True, kw_only=True):
+    """The load of a run, as kept for its report.
 
     Attributes:
         at: Before the year 10000.
         batch_id: The run's primary batch; None before the run has begun one.
-        in_flight: Requests at the engine, including those of co-scheduled batches.
-        window: Current limit of `in_flight`.
-        restarts: Number of engine restarts so far, in this run.
-        engine: None if it was not queried or did not answer.
-        gpus: Empty if no GPU is used or none could be read.
     """
 
     at: Moment
     run_id: str
     batch_id: str | None = None
-    in_flight: int = 0
-    window: int = 0
-    restarts: int = 0
-    requests_per_second: float = 0.0
-    output_tokens_per_second: float = 0.0
-    engine: EngineMetrics | None = None
-    gpus: tuple[GpuFacts, ...] = ()
 
 
 logger = logging.getLogger(__name__)

@@ -90,12 +90,6 @@ class RunSampler:
             at=time.time(),
             run_id=self._run_id,
             batch_id=vitals.own_batch_id,
-            in_flight=vitals.in_flight,
-            window=vitals.window,
-            restarts=vitals.restarts,
-            requests_per_second=vitals.requests_per_second,
-            output_tokens_per_second=vitals.output_tokens_per_second,
-            engine=vitals.engine,
-            gpus=vitals.gpus,
+            **vitals.load(),
         )
         append_sample(self._folder, vitals.own_batch_id, sample)

@@ -4,12 +4,11 @@ from enum import StrEnum
 
 import msgspec
 
-from batch_orchestration.engines.figures import EngineMetrics
-from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.run_load import RunLoad
 
 
-class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """A run worker at one moment.
+class Heartbeat(RunLoad, frozen=True, kw_only=True):
+    """A run worker and its load at one moment.
 
     Attributes:
         job: Dagster's name of the job.
@@ -23,9 +22,6 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
             behavior so far.
         loop_at: When the event loop last came round; None while none is expected to.
         every_seconds: Between two heartbeats, by the settings with which the worker was started.
-        in_flight: Requests at the engine.
-        window: Current limit of `in_flight`.
-        restarts: Number of engine restarts in this run.
     """
 
     run_id: str
@@ -41,13 +37,6 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     patience_seconds: float
     loop_at: float | None = None
     every_seconds: float = 5.0
-    in_flight: int = 0
-    window: int = 0
-    restarts: int = 0
-    requests_per_second: float = 0.0
-    output_tokens_per_second: float = 0.0
-    engine: EngineMetrics | None = None
-    gpus: tuple[GpuFacts, ...] = ()
 
 
 class LastHeartbeat(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import threading
 import time
@@ -18,7 +17,7 @@ from batch_orchestration.workers.heartbeat_files import (
     touch_heartbeat,
     write_heartbeat,
 )
-from batch_orchestration.workers.vitals import WORK_SECONDS, RunVitals
+from batch_orchestration.workers.vitals import WORK_SECONDS, RunVitals, finite
 
 logger = logging.getLogger(__name__)
 
@@ -143,19 +142,8 @@ class _HeartbeatWriter:
             batch_id=vitals.batch_id,
             chunk=vitals.chunk,
             progress_at=vitals.progress_at,
-            patience_seconds=_finite(vitals.patience_seconds, otherwise=LONGEST_PATIENCE_SECONDS),
+            patience_seconds=finite(vitals.patience_seconds, otherwise=LONGEST_PATIENCE_SECONDS),
             loop_at=vitals.loop_at,
             every_seconds=self._every_seconds,
-            in_flight=vitals.in_flight,
-            window=vitals.window,
-            restarts=vitals.restarts,
-            requests_per_second=_finite(vitals.requests_per_second),
-            output_tokens_per_second=_finite(vitals.output_tokens_per_second),
-            engine=vitals.engine,
-            gpus=vitals.gpus,
+            **vitals.load(),
         )
-
-
-def _finite(number: float, *, otherwise: float = 0.0) -> float:
-    """Return a number that JSON can represent."""
-    return number if math.isfinite(number) else otherwise

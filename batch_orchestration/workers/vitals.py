@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from batch_orchestration.engines.figures import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.run_load import RunLoad
 
 #: A run's waits have limits of their own; if they are exceeded by this much, the run is stuck.
 MARGIN_SECONDS = 60.0
@@ -15,6 +18,7 @@ COMMIT_SECONDS = 600.0
 #: For work other than answering: each line, row and removal counts, and may wait for the store.
 WORK_SECONDS = COMMIT_SECONDS + MARGIN_SECONDS
 LOOP_SECONDS = 1.0
+_RATES = ("requests_per_second", "output_tokens_per_second")
 
 
 class RunVitals:
@@ -78,6 +82,11 @@ class RunVitals:
         self.batch_id = batch_id
         self.chunk = number
 
+    def load(self) -> dict[str, Any]:
+        """Return the fields of a `RunLoad`, as they are now."""
+        fields = {name: getattr(self, name) for name in RunLoad.__struct_fields__}
+        return fields | {name: finite(fields[name]) for name in _RATES}
+
     @contextlib.asynccontextmanager
     async def of_the_loop(self) -> AsyncIterator[None]:
         """Keep `loop_at` current during the body; a blocked event loop does not come round."""
@@ -92,3 +101,8 @@ class RunVitals:
         while True:
             self.loop_at = time.time()
             await asyncio.sleep(LOOP_SECONDS)
+
+
+def finite(number: float, *, otherwise: float = 0.0) -> float:
+    """Return a number that JSON can represent."""
+    return number if math.isfinite(number) else otherwise

@@ -1,7 +1,5 @@
 """Xids are heard by who listens, and missed by nobody who does."""
 
-import sys
-
 import pytest
 
 from batch_orchestration.core.errors import GpuUnreadable
@@ -11,20 +9,7 @@ from batch_orchestration_tests.support.fake_nvml import (
     NO_LIBRARY,
     NOT_SUPPORTED,
     FakeGpu,
-    FakeNvml,
 )
-
-
-@pytest.fixture
-def install(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def put(*devices, **fields):
-        nvml = FakeNvml(*devices, **fields)
-        monkeypatch.setitem(sys.modules, "pynvml", nvml)
-        return nvml
-
-    return put
 
 
 def xids(reader):

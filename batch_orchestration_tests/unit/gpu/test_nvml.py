@@ -16,20 +16,7 @@ from batch_orchestration_tests.support.fake_nvml import (
     NOT_SUPPORTED,
     UNKNOWN,
     FakeGpu,
-    FakeNvml,
 )
-
-
-@pytest.fixture
-def install(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def put(*devices, **fields):
-        nvml = FakeNvml(*devices, **fields)
-        monkeypatch.setitem(sys.modules, "pynvml", nvml)
-        return nvml
-
-    return put
 
 
 def three():
