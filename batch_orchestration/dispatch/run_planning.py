@@ -4,15 +4,14 @@ Dagster's runs are passed in as plain `KnownRun`s; no state is kept between call
 keeps failing gets no further run until a person steps in.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import groupby
 from typing import NamedTuple
 
 from batch_orchestration.core.lifecycle import EarlyEnd, Halt
 from batch_orchestration.core.results import BatchRecord, ChunkReport
-from batch_orchestration.dispatch.batch_window import open_chunks
+from batch_orchestration.dispatch.batch_window import chunks_by_window, consecutive
 from batch_orchestration.queue.entries import NeedsAttention
 from batch_orchestration.queue.halts import what_helps
 
@@ -167,13 +166,14 @@ def dispatch(
                 _wait_whole(batch.batch_id, last, waiting, needs)
             continue
         committed = reports(batch.batch_id)
-        last_commit_at = max((report.committed_at for report in committed.values()), default=0.0)
         if len(committed) < batch.chunks and (halt := (halts or {}).get(batch.batch_id)):
             _wait_whole(batch.batch_id, _paused(batch.batch_id, halt), waiting, needs)
             continue
         queued += sum(run.queued and run.chunks is not None for run in known)
-        for run in _remaining(batch, committed, known, chunks_per_run, most_requests, priority):
-            wait = _reason_to_wait(run, known, last_commit_at=last_commit_at, now=now)
+        windows = chunks_by_window(
+            batch, committed, most_requests=most_requests, chunks_per_run=chunks_per_run
+        )
+        for run, wait in _remaining(batch, windows, committed, known, priority, now):
             _take_note(needs, batch.batch_id, wait)
             if run.chunks is not None and no_engine is not None:
                 wait = _Wait(no_engine, asks=refused_run)
@@ -230,21 +230,42 @@ def backoff_left(failures: int, ended_at: float, *, now: float) -> float:
 
 def _remaining(
     batch: BatchRecord,
-    committed: Collection[int],
+    windows: Iterable[Sequence[range]],
+    committed: Mapping[int, ChunkReport],
     known: Sequence[KnownRun],
-    chunks_per_run: int,
-    most_requests: int,
     priority: int,
-) -> Iterator[NeededRun]:
-    """Yield the runs that no live run covers: those over open chunks, or that for the output."""
+    now: float,
+) -> Iterator[tuple[NeededRun, _Wait | None]]:
+    """Yield the runs that no live run covers, each with the reason why it is not started now.
+
+    They are those of the first window that goes on by itself. A window of which all the rest waits
+    for a person does not hold back the windows after it.
+    """
     live = [run for run in known if run.state is RunState.LIVE]
     attempt = len(known) - len(live)
-    opened = open_chunks(batch, committed, most_requests)
-    if not opened and all(run.chunks is not None for run in live):
-        yield NeededRun(batch=batch, chunks=None, attempt=attempt, priority=priority)
-    left = [n for n in opened if all(n not in (run.chunks or ()) for run in live)]
-    for chunks in _consecutive(left, chunks_per_run):
-        yield NeededRun(batch=batch, chunks=chunks, attempt=attempt, priority=priority)
+    last_commit_at = max((report.committed_at for report in committed.values()), default=0.0)
+
+    def needed(chunks: range | None) -> tuple[NeededRun, _Wait | None]:
+        run = NeededRun(batch=batch, chunks=chunks, attempt=attempt, priority=priority)
+        return run, _reason_to_wait(run, known, last_commit_at=last_commit_at, now=now)
+
+    done = True
+    for window in windows:
+        done = False
+        left = [chunks for run in window for chunks in _without(run, live)]
+        runs = [needed(chunks) for chunks in left]
+        yield from runs
+        is_at_work = left != list(window)
+        if is_at_work or any(wait is None or wait.asks is None for _, wait in runs):
+            return
+    if done and all(run.chunks is not None for run in live):
+        yield needed(None)
+
+
+def _without(chunks: range, live: Iterable[KnownRun]) -> Iterator[range]:
+    """Yield the parts of a range that no live run covers."""
+    covered = {number for run in live for number in run.chunks or ()}
+    yield from consecutive([n for n in chunks if n not in covered], chunks.stop)
 
 
 def _last_run(
@@ -258,16 +279,6 @@ def _last_run(
         return _Wait(f"{closing}; run {live[0].run_id[:8]} is about to end")
     wait = _reason_to_wait(needed, known, last_commit_at=0.0, now=now)
     return needed if wait is None else wait
-
-
-def _consecutive(numbers: Sequence[int], longest: int) -> Iterator[range]:
-    """Cut ascending numbers into ranges without gaps, none across a multiple of `longest`.
-
-    The fixed grid keeps a later attempt on the range of the first one.
-    """
-    for _, places in groupby(enumerate(numbers), key=lambda p: (p[1] - p[0], p[1] // longest)):
-        members = [number for _, number in places]
-        yield range(members[0], members[-1] + 1)
 
 
 def _reason_to_wait(

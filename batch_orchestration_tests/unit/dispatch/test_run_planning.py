@@ -293,6 +293,31 @@ def test_stopping_one_run_leaves_the_others_of_its_batch_alone():
     assert ranges(decide([stopped], chunks=4, per_run=2)) == [(2, 4)]
 
 
+def test_a_window_whose_rest_waits_for_a_person_does_not_hold_back_the_next_ones():
+    record = make_record(chunks=6)
+    stopped = make_run((0, 2), RunState.STOPPED, reason="was terminated")
+
+    def decided(*runs, committed=()):
+        reports = make_reports(committed)
+        return dispatch(
+            [record],
+            runs,
+            reports=lambda _: reports,
+            chunks_per_run=2,
+            most_requests=2,
+            now=NOW,
+        )
+
+    verdict = decided(stopped)
+    assert ranges(verdict) == [(2, 4)]
+    assert [need.run_id for need in verdict.needs] == [stopped.run_id]
+    assert ranges(decided(stopped, make_run((2, 4), RunState.LIVE))) == []
+    assert ranges(decided(stopped, committed=(1, 2, 3))) == [(4, 6)]
+    verdict = decided(stopped, committed=(1, 2, 3, 4, 5))
+    assert ranges(verdict) == [], "nothing is delivered while a chunk waits for a person"
+    assert len(verdict.needs) == 1
+
+
 def test_a_stopped_run_that_was_executed_again_no_longer_counts():
     stopped = make_run((0, 5), RunState.STOPPED, ended_at=NOW - 10)
     failed_since = replace(stopped, state=RunState.FAILED, ended_at=NOW)
