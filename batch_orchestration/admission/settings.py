@@ -64,7 +64,11 @@ class AdmissionSettings:
         """Return the reading of a file with these options, which screens its requests."""
         rules = self.rules(options)
         choose = partial(
-            choose_chunk_size, configured=self.requests_per_chunk, rules=rules, screening=screening
+            choose_chunk_size,
+            configured=self.requests_per_chunk,
+            most_requests=self.max_requests_per_batch,
+            rules=rules,
+            screening=screening,
         )
         return BatchFileReading(rules, examine=screening.examine, choose_chunk_size=choose)
 

@@ -244,6 +244,7 @@ def choose_chunk_size(
     file: BinaryIO,
     *,
     configured: int | None,
+    most_requests: int,
     rules: ReadingRules,
     screening: Screening,
     most_chunks: int = MOST_CHUNKS,
@@ -254,6 +255,7 @@ def choose_chunk_size(
 
     Args:
         configured: Minimum; None to derive it from the requests.
+        most_requests: Maximum, because a chunk is open as a whole. `most_chunks` overrides it.
         screening: Screens the file's requests later; only a fresh copy of it is used here.
         most_chunks: Maximum number of chunks for a file of any length.
     """
@@ -266,6 +268,9 @@ def choose_chunk_size(
         if configured is not None:
             derived = Derived(name="chunk", value=configured, why="as it is configured")
     file.seek(0)
+    if derived.value > most_requests:
+        why = f"at most {most_requests:,} requests are open at a time; else {derived}"
+        derived = msgspec.structs.replace(derived, value=most_requests, why=why)
     least = math.ceil(requests / most_chunks)
     if derived.value < least:
         why = f"at most {most_chunks:,} chunks a batch; else {derived}"

@@ -34,7 +34,7 @@ def choose(
         file,
         rules=rules,
         screening=screening,
-        **{"configured": None, **limits},  # type: ignore[arg-type]
+        **{"configured": None, "most_requests": 50_000, **limits},  # type: ignore[arg-type]
     )
 
 

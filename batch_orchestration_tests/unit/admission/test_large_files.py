@@ -36,18 +36,20 @@ INTAKE = Screening(
         st.sampled_from([b"{}\n", b"x\r\n", b"\n", b" \r\n", b"{}\r\n", b"x" * 200 + b"\n"])
     ),
     at_least=st.integers(1, 7),
+    most_requests=st.integers(1, 9),
     most_chunks=st.integers(1, 9),
     mark=st.sampled_from([b"", b"\xef\xbb\xbf"]),
     last=st.sampled_from([b"", b"{}", b"   "]),
 )
 def test_however_long_a_file_is_its_chunks_are_few_and_cover_it_once_in_order(
-    lines, at_least, most_chunks, mark, last
+    lines, at_least, most_requests, most_chunks, mark, last
 ):
     content = mark + b"".join(lines) + last
     rules = ReadingRules(requests_per_chunk=1000, max_line_bytes=100)
     choose = partial(
         choose_chunk_size,
         configured=at_least,
+        most_requests=most_requests,
         rules=rules,
         screening=INTAKE,
         most_chunks=most_chunks,
@@ -63,8 +65,9 @@ def test_however_long_a_file_is_its_chunks_are_few_and_cover_it_once_in_order(
     # Every chunk but the last has the size of the first: places are found by it.
     assert set(sizes[:-1]) <= {*sizes[:1]}
     assert all(size <= sizes[0] for size in sizes[-1:])
-    # They are no larger than asked for, but where there would be too many of them.
-    assert all(size in (at_least, -(-reading.requests // most_chunks)) for size in sizes[:-1])
+    # They are no larger than asked for and than may be open, but where there were too many of them.
+    wanted = min(at_least, most_requests)
+    assert all(size in (wanted, -(-reading.requests // most_chunks)) for size in sizes[:-1])
     assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
     assert [chunk.first_index for chunk in chunks] == [sum(sizes[:n]) for n in range(len(sizes))]
     ends = [0, *(chunk.end for chunk in chunks)]

@@ -82,7 +82,11 @@ def test_no_line_stops_a_step_and_all_steps_agree(tmp_path: Path, line: bytes) -
     reading = admission.reading(BatchOptions(), make_intake())
     read = list(reading.read(io.BytesIO(content)))
     choose_chunk_size(
-        io.BytesIO(content), configured=None, rules=RULES, screening=make_intake(request=0.1)
+        io.BytesIO(content),
+        configured=None,
+        most_requests=50_000,
+        rules=RULES,
+        screening=make_intake(request=0.1),
     )
 
     assert (report.refusal, report.requests) == (None, len(read))
@@ -128,7 +132,12 @@ def test_what_the_examination_of_a_line_stumbles_over_is_that_lines_fault(
     # Nor does the choice of the chunk's size stumble.
     file = io.BytesIO(b"".join(map(make_line, range(5))))
     screening = make_intake(request=0.1)
-    assert choose_chunk_size(file, configured=None, rules=RULES, screening=screening) == 600
+    assert (
+        choose_chunk_size(
+            file, configured=None, most_requests=50_000, rules=RULES, screening=screening
+        )
+        == 600
+    )
 
 
 @pytest.mark.parametrize("trouble", [OSError("disk"), MemoryError()])
