@@ -71,7 +71,7 @@ def known_runs(
     retries = {record.dagster_run.tags.get(RETRIED_BY_TAG) for record in ended} - {None}
     if unseen := retries - {record.dagster_run.run_id for record in (*live, *ended)}:
         late = instance.get_run_records(dg.RunsFilter(run_ids=sorted(filter(None, unseen))))
-        states += [(record, RunState.LIVE) for record in late]
+        states += [(record, _state_of_retry(record, now=now)) for record in late]
     return [known for record, state in states for known in _known(record, state)]
 
 
@@ -93,6 +93,17 @@ def run_state(record: dg.RunRecord, *, now: float) -> RunState | None:
         if now - (record.end_time or 0.0) < RETRY_SHOWS_SECONDS:
             return RunState.LIVE
     return RunState.FAILED
+
+
+def _state_of_retry(record: dg.RunRecord, *, now: float) -> RunState | None:
+    """Return the state of a retry that has just been created, and may not be queued yet.
+
+    None if Dagster failed to queue it: then nobody will, and the work is requested again.
+    """
+    if record.dagster_run.status is not dg.DagsterRunStatus.NOT_STARTED:
+        return run_state(record, now=now)
+    is_new = now - record.create_timestamp.timestamp() < RETRY_SHOWS_SECONDS
+    return RunState.LIVE if is_new else None
 
 
 def free_run_key(instance: dg.DagsterInstance, wanted: str) -> str:

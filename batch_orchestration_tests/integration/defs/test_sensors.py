@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, closing, contextmanager
 
 import dagster as dg
@@ -10,7 +11,8 @@ import pytest
 from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.defs import sensors
 from batch_orchestration.defs.partitions import chunks_by_batch, range_tags
-from batch_orchestration.defs.runs import RETRIED_BY_TAG, WILL_RETRY_TAG
+from batch_orchestration.defs.runs import RETRIED_BY_TAG, WILL_RETRY_TAG, known_runs
+from batch_orchestration.dispatch.run_planning import RunState
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.load import queue_rules
 from batch_orchestration.queue.rate_limits import Rate, RateLimits
@@ -18,7 +20,7 @@ from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import make_input
 from batch_orchestration_tests.support.deployment import Deployment
 
-STARTED = dg.DagsterRunStatus.STARTED
+NOT_STARTED, STARTED = dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTED
 FAILURE, CANCELED = dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED
 
 
@@ -206,6 +208,22 @@ def test_a_retry_that_appears_between_two_reads_of_the_runs_is_seen(deployment, 
 
     assert deployment.reason("dispatch_sensor") == "batches at work: 1"
     assert len(instance.get_runs()) == 3  # with that of the admission
+
+
+def test_a_retry_that_dagster_made_and_could_not_queue_does_not_hold_up_the_batch(deployment):
+    deployment.admit("a.jsonl", make_input(12))
+    (request,) = deployment.requests("dispatch_sensor")
+    instance, job = deployment.instance, deployment.repository.get_job(request.job_name)
+    parent = pretend(deployment, request, FAILURE)
+    retry = instance.create_run_for_job(job, status=NOT_STARTED, tags=parent.tags)
+    instance.add_run_tags(parent.run_id, {RETRIED_BY_TAG: retry.run_id, WILL_RETRY_TAG: "false"})
+    names = [path.name for path in deployment.folder.batches.iterdir()]
+
+    soon = known_runs(instance, names, now=time.time())
+    later = known_runs(instance, names, now=time.time() + 86_400)
+
+    assert {run.state for run in soon} == {RunState.FAILED, RunState.LIVE}
+    assert {run.state for run in later} == {RunState.FAILED}
 
 
 def test_a_failed_run_is_followed_by_a_later_attempt(deployment, without_pauses):
