@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.errors import Shortage, StorageError
 from batch_orchestration.core.text import duration
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.operations.alerts.channels import Send, deliver, delivered_late
@@ -164,10 +164,13 @@ def _read_or_begin(path: Path, now: float) -> tuple[AlertState, Finding | None]:
         return unsaved, None
     try:
         return read_alert_state(path) or AlertState(began=now, cursor=now), None
+    except Shortage:
+        raise  # the state may be sound: the next cycle reads it
     except StorageError as error:
+        # It begins where the last cycle ended, so that nothing since then is history.
+        began = min(now - 1, last_cycle_at(path) or now)
         _set_aside(path)
-        # The state begins before the alert, which would otherwise be history.
-        return AlertState(began=now - 1, cursor=now), Finding(
+        return AlertState(began=began, cursor=began), Finding(
             check=f"{AlertKind.ALERTS_LOST}:{now:.0f}",
             level=Level.DEGRADED,
             reason=f"{error}; what was not sent yet is lost, what lasts is told again",

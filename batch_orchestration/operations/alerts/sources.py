@@ -27,6 +27,7 @@ from batch_orchestration.estimates.estimate import Band, seconds_band
 from batch_orchestration.estimates.scores import Score
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.moving import readable_name
 from batch_orchestration.operations.alerts.findings import FROM_HEALTH, from_health
 from batch_orchestration.operations.alerts.state import AlertState, Observation
 from batch_orchestration.operations.health.links import batch_link, sensor_link
@@ -376,14 +377,14 @@ def _rejected(settings: Settings, folder: DataFolder, since: float) -> Observati
 
 
 def _of_rejected(path: Path, settings: Settings, at: float) -> Finding:
-    name = path.name.removesuffix(".errors.json")
+    name = readable_name(path.name)
     return Finding(
-        check=f"rejected:{path.name}:{at:.3f}",
+        check=f"rejected:{name}:{at:.3f}",
         since=at,
         kind=AlertKind.FILE_REJECTED,
         level=Level.DEGRADED,
-        title=f"The file {name} was rejected",
+        title=f"The file {name.removesuffix('.errors.json')} was rejected",
         reason="nothing of it can be used; the file beside it lists every fault",
         link=sensor_link(settings, "inbox_sensor"),
-        next_command=f"head -c 2000 {shlex.quote(str(path))}",
+        next_command=f"head -c 2000 {shlex.quote(str(path.with_name(name)))}",
     )
