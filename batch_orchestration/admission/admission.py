@@ -45,7 +45,7 @@ from batch_orchestration.admission.results import (
 )
 from batch_orchestration.admission.settings import AdmissionSettings
 from batch_orchestration.admission.sidecars import read_options, sidecar_beside
-from batch_orchestration.core.batches import BatchOptions, BatchPlan, identity
+from batch_orchestration.core.batches import BatchOptions, BatchPlan, LinePolicy, identity
 from batch_orchestration.core.errors import (
     ClaimNotFound,
     FileRefused,
@@ -218,6 +218,8 @@ class _Admission:
     def _read(self, user_file: Path, reading: BatchFileReading) -> None:
         path = self._expand(user_file) if is_gzip_name(user_file.name) else user_file
         encode = msgspec.json.encode
+        # A strict file with a fault is rejected, and the list of its faults shows no bodies.
+        is_strict = self._settings.line_policy is LinePolicy.STRICT
         with (
             open_batch_file(path, max_bytes=self._settings.max_file_bytes) as file,
             shortages(self._spool),
@@ -225,7 +227,7 @@ class _Admission:
         ):
             for parsed in reading.read(file):
                 if isinstance(parsed, Fault):
-                    spool.write(encode(parsed) + b"\n")
+                    spool.write(encode(parsed.lean() if is_strict else parsed) + b"\n")
 
     def _expand(self, user_file: Path) -> Path:
         target = self._place.work / "input.jsonl"

@@ -33,6 +33,7 @@ The failure of a single request is not an exception but a value (`core.outcomes.
         │   └── UnstorableRecord the record could not be read back
         ├── OutcomeMismatch      a chunk's outcomes are not one-to-one with its requests
         ├── StoreLocked          the DuckDB file stayed locked past the deadline
+        ├── StoreOfOtherVersion  the DuckDB file is sound, and of another version's schema
         └── StoreDamaged         the DuckDB file cannot be read; `recover` rebuilds it
 """
 
@@ -247,6 +248,10 @@ class OutboxUnwritable(StorageError):
 
 class StoreLocked(StorageError):
     """Another process kept the DuckDB file locked past the deadline."""
+
+
+class StoreOfOtherVersion(StorageError):
+    """The DuckDB file is sound, and has the schema of another version of this package."""
 
 
 class StoreDamaged(StorageError):

@@ -1,5 +1,6 @@
 """Reading a journal: the state of its chunk, and its outcomes."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,8 +192,10 @@ def read_journal(path: Path, *, end: int | None = None) -> Iterator[JournalEntry
         elif isinstance(record, FailedAttemptRecord):
             failed.setdefault(record.index, []).append(record)
         elif isinstance(record, OutcomeRecord) and record.index not in outcomes:
-            held = record if place.size_bytes <= room else None
-            room -= place.size_bytes if held else 0
+            # A text takes up to four times its bytes in the file.
+            size = place.size_bytes + sys.getsizeof(record.body or "")
+            held = record if size <= room else None
+            room -= size if held else 0
             outcomes[record.index] = _Settled(record.ordinal, record.at, held, place)
         attempts.apply(record)
     for index in sorted(outcomes):

@@ -9,6 +9,7 @@ outcome), the memory level of the engine (rebuilt as unknown), and when the batc
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,14 +18,22 @@ from tempfile import TemporaryDirectory
 
 from batch_orchestration.admission.registration import admission_lock, register_batch
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.core.errors import FileDamaged, StorageError, StoreLocked
+from batch_orchestration.core.errors import (
+    FileDamaged,
+    PlanMismatch,
+    StorageError,
+    StoreLocked,
+    StoreOfOtherVersion,
+)
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.delivery.outbox import OutboxFiles
+from batch_orchestration.delivery.recount import recount
 from batch_orchestration.files.atomic import disk_errors, make_folder, sync_folder
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
+from batch_orchestration.files.journal_reading import replay_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled_requests
 from batch_orchestration.files.moving import move_into
 from batch_orchestration.gpu.sample_table import SampleTaker
@@ -128,6 +137,7 @@ def find_problem(*, folder: DataFolder, store: Store) -> str | None:
 
     Raises:
         StoreLocked: The store cannot be read now.
+        StoreOfOtherVersion: It needs another version, and no recovery.
     """
     planned = folder.batch_ids()
     if not folder.duckdb.exists():
@@ -135,7 +145,7 @@ def find_problem(*, folder: DataFolder, store: Store) -> str | None:
     try:
         store.check_sound()
         known = {record.batch_id for record in store.batches()}
-    except StoreLocked:
+    except (StoreLocked, StoreOfOtherVersion):
         raise
     except StorageError as error:
         return str(error).splitlines()[0]
@@ -196,6 +206,7 @@ class _Rebuilding:
         self._store = store
         self._chunks = self._of_chunks = self._unfinished = self._operations = 0
         self._closing: EarlyEnd | None = None
+        self._lost_lines = False
         self._problems: list[str] = []
 
     def run(self) -> None:
@@ -233,10 +244,13 @@ class _Rebuilding:
         self._problems += [f"{prefix}{fault.reason}" for fault in faults]
 
     def _commit(self, ref: ChunkRef) -> None:
+        # Raises if the journal is that of another chunk.
+        replay_journal(ref.journal_path, self._batch_id, ref.chunk.number)
         entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
         if not set(ref.indices) <= entries.keys():
             if self._closing and delivered(self._folder, self._batch_id):
                 at = self._closing.at
+                self._lost_lines = self._lost_lines or not _has_lines(ref)
                 commit_ended(ref, self._closing, store=self._store, run_id=ACTOR, at=at)
                 self._chunks += 1
                 return
@@ -285,6 +299,8 @@ class _Rebuilding:
         elif not self._problems:
             delivered_at = output.stat().st_mtime
             with self._problem():
+                self._keep_what_only_the_files_have(store)
+                # Also after that: the batch is delivered, with what is left.
                 assemble(
                     self._batch_id,
                     folder=self._folder,
@@ -293,6 +309,29 @@ class _Rebuilding:
                     actor=ACTOR,
                 )
         return self._result(store)
+
+    def _keep_what_only_the_files_have(self, store: Store) -> None:
+        """Move the delivered files aside if the rebuilt rows have less than they.
+
+        Only a batch that ended early can lose something here: its other requests get the failure of
+        the early end, also those whose answers were in a journal that is lost.
+        """
+        files = OutboxFiles(self._folder.outbox_path(self._batch_id))
+        if self._closing is None or not files.errors.exists():
+            return
+        answered = recount(self._folder.read_plan(self._batch_id), files).completed
+        rebuilt = store.batch(self._batch_id).completed
+        if answered <= rebuilt and not self._lost_lines:
+            return
+        kept = [
+            move_into(path, files.folder, f"{path.stem}.before-recovery.jsonl")
+            for path in (files.output, files.errors)
+        ]
+        self._problems.append(
+            f"the delivered files had {answered:,} answers, its journals have {rebuilt:,}, and its"
+            f" kept input {'lacks' if self._lost_lines else 'has'} the other lines: the files"
+            f" are kept as {kept[0]} and {kept[1]}"
+        )
 
     def _result(self, store: Store) -> RecoveredBatch:
         if not self._of_chunks:
@@ -309,3 +348,12 @@ class _Rebuilding:
             operations=self._operations,
             problems=tuple(self._problems),
         )
+
+
+def _has_lines(ref: ChunkRef) -> bool:
+    """Whether the chunk's part of the kept input is there and unchanged."""
+    try:
+        deque(ref.lines(), maxlen=0)
+    except (PlanMismatch, FileDamaged, OSError):
+        return False
+    return True

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import duckdb
 
-from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.errors import StoreOfOtherVersion
 from batch_orchestration.store.connection import DEADLINE_SECONDS, creating, reading, writing
 
 #: Path and inode of files that are up to date; a new file at the same path has another inode.
@@ -67,10 +67,10 @@ def _applied(connection: duckdb.DuckDBPyConnection, path: Path) -> set[int]:
         written = f"{path} was written by {{}} version of batch_orchestration"
         if max(unknown) > max(known):
             newer = written.format("a newer")
-            raise StorageError(
+            raise StoreOfOtherVersion(
                 f"{newer} (schema {max(unknown)}): upgrade, or use another data folder"
             )
-        raise StorageError(
+        raise StoreOfOtherVersion(
             f"{written.format('an earlier')} (schema {max(unknown)}), which this one does not read:"
             " finish or export its batches with that version, then start with a new data folder"
             " (BATCH_DATA_DIR)"

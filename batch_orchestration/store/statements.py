@@ -17,8 +17,7 @@ from batch_orchestration.store import dead_letters as letters
 from batch_orchestration.store import rows
 
 OF_CHUNK = "WHERE batch_id = ? AND chunk = ?"
-#: Sums of today's rows fit 64 bits; sums of rows from earlier versions may not.
-_SUM = "least(coalesce(sum({}), 0), 9223372036854775807)"
+_SUM = "coalesce(sum({}), 0)"
 _PROMPT_TOKENS, _COMPLETION_TOKENS = map(_SUM.format, ("prompt_tokens", "completion_tokens"))
 _WITHIN = ", ".join(f"count(*) FILTER (latency_seconds <= {bound})" for bound in LATENCY_BOUNDS)
 _LATENCY_COUNTS = f"[{_WITHIN}, count(*)]"

@@ -153,7 +153,7 @@ class BatchFileReading:
         kind = _PARTICULARS.sub("", fault.message)
         if kind in self._kinds or len(self._kinds) < _MOST_KINDS:
             self._kinds[kind] += 1
-            self._first_of_kind.setdefault(kind, fault)
+            self._first_of_kind.setdefault(kind, fault.lean())
 
     def _parse(self, line: RawLine) -> Request | Fault:
         if line.too_long:

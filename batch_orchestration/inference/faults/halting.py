@@ -99,7 +99,7 @@ def _earlier(plan: BatchPlan, folder: DataFolder, *, since: float) -> list[Faile
     """Return the latest outcomes after `since`, from the newest journals."""
     found: list[tuple[float, FailedRequest | None]] = []
     # Only a statistic is needed here; a run that cannot read its own journal reports that itself.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StorageError):
         paths = folder.journal_path(plan.batch_id, 0).parent.glob("*.journal")
         journals = sorted(((path.stat().st_mtime, path) for path in paths), reverse=True)
         for written_at, path in journals:

@@ -371,6 +371,49 @@ def test_a_lost_store_is_made_anew_with_batches_that_ended_early(
     assert bench.store.failures(plan.batch_id) == letters
 
 
+@pytest.mark.parametrize("lost", ["journal", "input"])
+def test_delivered_files_that_have_more_than_the_journals_are_kept_by_a_recovery(
+    bench: ClosingBench, lost: str
+) -> None:
+    plan = bench.admit_now(30)
+    bench.run_until_stuck(plan, StickingEngine(answers=12), lambda: bench.cancel(plan))
+    bench.deliver(plan)
+    names = ("output.jsonl", "errors.jsonl")
+    delivered = {name: bench.lines(plan, name) for name in names}
+    bench.folder.duckdb.unlink()
+    if lost == "journal":
+        bench.folder.journal_path(plan.batch_id, 0).unlink()
+    else:
+        bench.folder.input_path(plan.batch_id).unlink()
+
+    recovery = recover(folder=bench.folder, problem="lost", clock=time.time)
+
+    assert not recovery.complete
+    (problem,) = recovery.batches[0].problems
+    for name in names:
+        kept = name.replace(".jsonl", ".before-recovery.jsonl")
+        assert kept in problem
+        assert bench.lines(plan, kept) == delivered[name]
+    assert bench.status(plan) == "cancelled"
+    assert_all_accounted(bench, plan)
+
+
+def test_the_journal_of_another_batch_is_not_committed_by_a_recovery(bench: ClosingBench) -> None:
+    plan, other = bench.admit_now(10), bench.admit_now(11)
+    bench.run(plan, ScriptedEngine())
+    bench.run(other, ScriptedEngine(), run_id="run-2")
+    journals = [bench.folder.journal_path(each.batch_id, 0) for each in (plan, other)]
+    journals[0].write_bytes(journals[1].read_bytes())
+    bench.folder.duckdb.unlink()
+
+    recovery = recover(folder=bench.folder, problem="lost", clock=time.time)
+
+    problems = {batch.batch_id: batch.problems for batch in recovery.batches}
+    assert "is the journal of" in problems[plan.batch_id][0]
+    assert bench.store.batch(plan.batch_id).chunks_committed == 0
+    assert not problems[other.batch_id]
+
+
 def test_a_batch_lost_while_it_was_being_cancelled_goes_on_being_cancelled(
     bench: ClosingBench,
 ) -> None:

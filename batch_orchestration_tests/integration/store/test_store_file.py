@@ -8,8 +8,10 @@ import duckdb
 import pytest
 
 from batch_orchestration.core.batches import BatchPlan, BatchStatus
-from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.errors import StorageError, StoreOfOtherVersion
 from batch_orchestration.core.results import SettledRequest
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.recovery import find_problem
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import (
     NOW,
@@ -148,8 +150,10 @@ def test_a_file_of_an_earlier_version_is_left_alone_and_the_error_says_what_to_d
         older.execute("INSERT INTO schema_migrations VALUES (10, '0010_chunk_latencies.sql')")
     before = path.read_bytes()
 
-    with pytest.raises(StorageError, match=r"earlier version.*start with a new data folder"):
+    with pytest.raises(StoreOfOtherVersion, match=r"earlier version.*start with a new data folder"):
         Store(path).batches()
+    with pytest.raises(StoreOfOtherVersion):  # it needs no recovery, which would set it aside
+        find_problem(folder=DataFolder(tmp_path), store=Store(path))
     assert path.read_bytes() == before
 
 

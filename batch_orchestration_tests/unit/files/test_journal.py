@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import msgspec
@@ -7,6 +8,7 @@ from batch_orchestration.core.errors import FileDamaged, JournalError, JournalIn
 from batch_orchestration.core.outcomes import Completion, FailureCode, Outcome
 from batch_orchestration.core.requests import LARGEST_KEPT_BODY, Fault
 from batch_orchestration.core.results import Provenance
+from batch_orchestration.files import journal_reading
 from batch_orchestration.files.journal import (
     Journal,
     JournalEntry,
@@ -277,3 +279,27 @@ def test_the_size_at_one_moment_is_a_picture_of_that_moment(path: Path) -> None:
     assert [entry.index for entry in read_journal(path, end=end + 40)] == [0]
     assert list(read_journal(path, end=0)) == []
     assert len(replay_journal(path, "b", 7, end=end).settled) == 1
+
+
+def test_outcomes_in_memory_are_bounded_by_what_they_take_there(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body that is not ASCII takes four bytes a character, and one or two in the file."""
+    body = "é" * 4_000 + "🙂"
+    monkeypatch.setattr(journal_reading, "HELD_BYTES", 100_000)
+    with open_journal(path) as journal:
+        for index in range(50):
+            fault = Fault(
+                index=index,
+                line=index + 1,
+                custom_id=None,
+                code=FailureCode.INVALID_JSON,
+                message="no JSON",
+                body=body.encode(),
+            )
+            journal.record_outcome(fault, UNREADABLE, 0, NOW)
+
+    held = [entry.held for entry in read_journal(path)]
+
+    assert sum(sys.getsizeof(record.body) for record in held if record) <= 100_000
+    assert [entry.settled().body for entry in list_entries(path)] == [body.encode()] * 50
