@@ -58,6 +58,7 @@ class AdmissionSettings:
             requests_per_chunk=self.requests_per_chunk or DEFAULT_CHUNK,
             max_line_bytes=self.max_line_bytes,
             model_required=self.model_required and options.model is None,
+            max_tokens_cap=self.answer_settings.get("max_tokens_cap"),
         )
 
     def reading(self, options: BatchOptions, screening: Screening) -> BatchFileReading:

@@ -59,6 +59,20 @@ MOST_CHUNKS = 2000
 _CHUNK_KEY = re.compile(r"(?P<batch_id>[A-Za-z0-9_-][A-Za-z0-9._-]*)/(?P<number>[0-9]{5})")
 
 
+class MemoryDemand(msgspec.Struct, frozen=True, kw_only=True):
+    """The memory that some requests need in an engine. The defaults stand for unknown requests.
+
+    Attributes:
+        longest_tokens: Upper bound of prompt and answer together, for every request; None if a
+            request may be of any length.
+        prompts_can_be_cut: Every request generates text from text. vLLM then processes a prompt in
+            pieces, and `max_num_batched_tokens` may be below its length.
+    """
+
+    longest_tokens: int | None = None
+    prompts_can_be_cut: bool = False
+
+
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """Up to `requests_per_chunk` consecutive requests: the unit of commit and of a partition.
 
@@ -70,6 +84,7 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
         end: Offset after the last byte.
         digest: BLAKE2b-128 of the bytes from `start` to `end`, hexadecimal; detects a changed
             input.
+        memory: Demand of the requests that are sent, under the `max_tokens_cap` of the plan.
     """
 
     number: int
@@ -79,6 +94,7 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     start: int
     end: int
     digest: str
+    memory: MemoryDemand = MemoryDemand()
 
 
 def chunk_key(batch_id: str, number: int) -> str:

@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import msgspec
-
+from batch_orchestration.core.batches import MemoryDemand
 from batch_orchestration.core.requests import Request
 
 #: Tokens that a chat template may add to the messages: control tokens, a default system prompt.
@@ -18,32 +17,35 @@ PROMPT_MAKERS = frozenset(
 )
 
 
-class MemoryDemand(msgspec.Struct, frozen=True, kw_only=True):
-    """The demand of some requests. The defaults stand for unknown requests.
-
-    Attributes:
-        longest_tokens: Upper bound of prompt and answer together, for every request; None if a
-            request may be of any length.
-        prompts_can_be_cut: Every request generates text from text. vLLM then processes a prompt in
-            pieces, and `max_num_batched_tokens` may be below its length.
-    """
-
-    longest_tokens: int | None = None
-    prompts_can_be_cut: bool = False
+#: The demand of no request at all.
+NO_DEMAND = MemoryDemand(longest_tokens=0, prompts_can_be_cut=True)
 
 
 def memory_demand(requests: Iterable[Request], *, max_tokens_cap: int | None) -> MemoryDemand:
     """Return the combined demand of the requests."""
-    longest: int | None = 0
-    can_be_cut = True
-    for request in requests:
-        text = _is_text(request.fields)
-        can_be_cut = can_be_cut and text and request.endpoint != "/v1/embeddings"
-        tokens = _longest(request, max_tokens_cap) if text else None
+    return combined(request_demand(request, max_tokens_cap) for request in requests)
+
+
+def combined(demands: Iterable[MemoryDemand]) -> MemoryDemand:
+    """Return a demand that covers all of these."""
+    longest, can_be_cut = NO_DEMAND.longest_tokens, NO_DEMAND.prompts_can_be_cut
+    for demand in demands:
+        can_be_cut = can_be_cut and demand.prompts_can_be_cut
+        tokens = demand.longest_tokens
         longest = None if longest is None or tokens is None else max(longest, tokens)
         if longest is None and not can_be_cut:
             break
     return MemoryDemand(longest_tokens=longest, prompts_can_be_cut=can_be_cut)
+
+
+def request_demand(request: Request, max_tokens_cap: int | None) -> MemoryDemand:
+    """Return the demand of one request."""
+    if not _is_text(request.fields):
+        return MemoryDemand()
+    return MemoryDemand(
+        longest_tokens=_longest(request, max_tokens_cap),
+        prompts_can_be_cut=request.endpoint != "/v1/embeddings",
+    )
 
 
 def _longest(request: Request, cap: int | None) -> int | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.core.batches import MemoryDemand
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.engines.memory_demand import MemoryDemand
 
 #: Fewer sequences at a time keep no GPU busy; if even these exhaust it, a single one does.
 FEWEST_SEQUENCES = 8

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -10,9 +11,10 @@ import msgspec
 from batch_orchestration.core.batches import BatchOptions, BatchPlan, Chunk, batch_id, identity
 from batch_orchestration.core.foreign_json import decode
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome, Usage
-from batch_orchestration.core.requests import Request
+from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.core.results import Attempt, Provenance, SettledRequest
-from batch_orchestration.files.data_folder import DataFolder, new_digest, read_lines
+from batch_orchestration.engines.memory_demand import memory_demand
+from batch_orchestration.files.data_folder import DataFolder, RawLine, new_digest, read_lines
 from batch_orchestration.lifecycle.clock import read_clocks
 
 ENDPOINT = "/v1/chat/completions"
@@ -109,9 +111,18 @@ def make_chunks(content: bytes, *, requests_per_chunk: int = 10) -> tuple[Chunk,
             start=start,
             end=end,
             digest=digest.hexdigest(),
+            memory=memory_demand(_usable(lines, start, end), max_tokens_cap=None),
         )
         chunks.append(chunk)
     return tuple(chunks)
+
+
+def _usable(lines: Iterable[RawLine], start: int, end: int) -> Iterator[Request]:
+    for line in lines:
+        if start <= line.start < end and not line.blank:
+            parsed = parse_line(line.data, index=line.index, line=line.line, model_required=False)
+            if isinstance(parsed, Request):
+                yield parsed
 
 
 def believe_the_clock(folder: DataFolder) -> None:

@@ -12,10 +12,11 @@ from typing import BinaryIO
 import msgspec
 
 from batch_orchestration.admission.reading.screening import Screening
-from batch_orchestration.core.batches import MOST_CHUNKS, Chunk
+from batch_orchestration.core.batches import MOST_CHUNKS, Chunk, MemoryDemand
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import UTF8_BOM, Fault, Request, parse_line, too_long_fault
+from batch_orchestration.engines.memory_demand import NO_DEMAND, combined, request_demand
 from batch_orchestration.estimates import derivation
 from batch_orchestration.estimates.derivation import Derived, request_tokens
 from batch_orchestration.files.input_lines import RawLine, new_digest, read_lines
@@ -34,11 +35,13 @@ class ReadingRules:
 
     Attributes:
         model_required: False if the model may be set elsewhere than in the body.
+        max_tokens_cap: Upper bound of a request's token limit; None if there is none.
     """
 
     requests_per_chunk: int
     max_line_bytes: int
     model_required: bool = True
+    max_tokens_cap: int | None = None
 
 
 def judge(
@@ -116,6 +119,8 @@ class BatchFileReading:
             parsed = judge(self._refuse_duplicate(self._parse(line)), self._examine)
             if isinstance(parsed, Fault):
                 self._count_fault(parsed)
+            else:
+                self._chunks.include(request_demand(parsed, self._rules.max_tokens_cap))
             yield parsed
 
     @property
@@ -193,6 +198,7 @@ class _ChunkCutter:
         self._first = RawLine(1, 0, 0, 0, b"", too_long=False, blank=True)
         self._requests = 0
         self._end = 0
+        self._memory = NO_DEMAND
         #: Digests of the chunk up to the last line added, without and with the bytes since.
         self._digest, self._digest_with_next = new_digest(), new_digest()
         #: Digest of a chunk that would begin with these bytes.
@@ -206,13 +212,17 @@ class _ChunkCutter:
     def add(self, line: RawLine) -> None:
         if self._full and not line.blank:
             self._done.append(self._cut())
-            self._first, self._requests = line, 0
+            self._first, self._requests, self._memory = line, 0, NO_DEMAND
             self._digest_with_next = self._digest_of_next
         self._requests += not line.blank
         self._end = line.end
         if self._full:
             self._digest = self._digest_with_next.copy()
             self._digest_of_next = new_digest()
+
+    def include(self, demand: MemoryDemand) -> None:
+        """Add the demand of the line added last."""
+        self._memory = combined((self._memory, demand))
 
     def all(self) -> tuple[Chunk, ...]:
         if not self._requests:
@@ -233,6 +243,7 @@ class _ChunkCutter:
             start=self._first.start,
             end=self._end,
             digest=self._digest.hexdigest(),
+            memory=self._memory,
         )
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from batch_orchestration.core.batches import settings_hash
+from batch_orchestration.core.batches import MemoryDemand, settings_hash
 from batch_orchestration.core.errors import EngineDied, EngineError, EngineStartFailed
 from batch_orchestration.core.requests import Request, parse_line
-from batch_orchestration.engines.memory_demand import MemoryDemand, memory_demand
+from batch_orchestration.engines.memory_demand import memory_demand
 from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.files.kept_input import ChunkRef

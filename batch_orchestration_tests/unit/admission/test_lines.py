@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_orchestration.admission.reading.lines import BatchFileReading, ReadingRules
+from batch_orchestration.core.batches import MemoryDemand
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import UTF8_BOM, Fault, Request
+from batch_orchestration.engines.memory_demand import request_demand
 from batch_orchestration.files.input_lines import read_chunk
 from batch_orchestration_tests.support.builders import make_body, make_chunks, make_input, make_line
 
@@ -156,7 +158,24 @@ def test_every_line_is_accounted_for_and_chunks_tile_the_file(lines, bom, cut, p
         assert chunks[-1].end == len(content)
         assert all(c.requests == per_chunk for c in chunks[:-1])
     assert sum(c.requests for c in chunks) == reading.requests
-    assert chunks == make_chunks(content, requests_per_chunk=per_chunk)
+    expected = make_chunks(content, requests_per_chunk=per_chunk)
+    # The builder knows no duplicates, which are not sent.
+    assert [(c.start, c.end, c.digest) for c in chunks] == [
+        (c.start, c.end, c.digest) for c in expected
+    ]
+
+
+def test_each_chunk_has_the_memory_demand_of_its_requests():
+    bodies = [make_body("a" * size, max_tokens=5) for size in (100, 300, 200)]
+    lines = [make_line(number, body=body) for number, body in enumerate(bodies)]
+    unlimited, unusable = make_line(3, body=make_body()), b"nope\n"
+
+    reading, parsed = read(b"".join([*lines, unusable, unlimited]), requests_per_chunk=2)
+
+    demands = [request_demand(p, None) for p in parsed if isinstance(p, Request)]
+    assert [chunk.memory for chunk in reading.chunks] == [demands[1], demands[2], demands[3]]
+    assert demands[1].longest_tokens is not None
+    assert demands[3] == MemoryDemand(prompts_can_be_cut=True)
 
 
 def test_the_runner_reads_back_every_chunk_as_it_was_planned(tmp_path):

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from batch_orchestration.core.batches import MemoryDemand
 from batch_orchestration.core.requests import Request
-from batch_orchestration.engines.memory_demand import TEMPLATE_TOKENS, MemoryDemand, memory_demand
+from batch_orchestration.engines.memory_demand import TEMPLATE_TOKENS, memory_demand
 from batch_orchestration_tests.support.builders import make_request
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"

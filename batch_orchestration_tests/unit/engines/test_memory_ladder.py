@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batch_orchestration.core.batches import MemoryDemand
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.engines.memory_demand import MemoryDemand
 from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel, reduced_levels
 
 MIB = 2**20
