@@ -9,8 +9,7 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import AccountingError, Shortage
 from batch_orchestration.core.lifecycle import EarlyEnd
-from batch_orchestration.core.results import BatchRecord, SettledRequest
-from batch_orchestration.core.totals import BatchTotals
+from batch_orchestration.core.results import BatchRecord, BatchTotals, SettledRequest
 from batch_orchestration.delivery.outbox import (
     OutboxFiles,
     each_once,

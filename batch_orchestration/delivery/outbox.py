@@ -10,8 +10,7 @@ from typing import BinaryIO
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import AccountingError, OutboxUnwritable
 from batch_orchestration.core.outcomes import Completion
-from batch_orchestration.core.results import SettledRequest
-from batch_orchestration.core.totals import BatchTotals
+from batch_orchestration.core.results import BatchTotals, SettledRequest
 from batch_orchestration.delivery.lines import output_line
 from batch_orchestration.files.atomic import make_folder, write_atomically
 from batch_orchestration.reports.documents import to_html

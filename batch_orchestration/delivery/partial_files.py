@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import Shortage
-from batch_orchestration.core.totals import BatchTotals
+from batch_orchestration.core.results import BatchTotals
 from batch_orchestration.delivery.assembly import AssemblyReport, assemble, assembly_lock_path
 from batch_orchestration.delivery.finished_so_far import (
     FinishedSoFar,

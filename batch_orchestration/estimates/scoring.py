@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.outcomes import FailureCode
-from batch_orchestration.core.totals import BatchTotals
+from batch_orchestration.core.results import BatchTotals
 from batch_orchestration.estimates.batch_estimates import read_estimate, read_profile
 from batch_orchestration.estimates.estimate import AnsweredRequest
 from batch_orchestration.estimates.profile import TokenProfile

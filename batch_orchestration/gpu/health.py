@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.errors import EngineStartFailed, GpuUnhealthy, GpuUnreadable
+from batch_orchestration.core.waiting import BackgroundCall
 from batch_orchestration.engines.processes.records import group_members, is_running, read_record
 from batch_orchestration.engines.vllm.flags import model_folder
 from batch_orchestration.files.data_folder import DataFolder
@@ -130,39 +131,29 @@ class GpuVerdict:
 
 
 class GpuReader:
-    """Reads NVML in a thread of its own, because a broken driver may never answer.
-
-    A thread that hangs is left alone, and no second one is started.
-    """
+    """Reads NVML with a time limit: a broken driver may never answer, and is asked only once."""
 
     def __init__(self, read: Callable[[], Sequence[GpuFacts]]) -> None:
         self._read = read
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._since = 0.0
-        self._answer: Readings = ()
+        self._call: BackgroundCall[Sequence[GpuFacts]] | None = None
 
     def readings(self, *, seconds: float) -> Readings:
         """Return the devices, or why they could not be read within `seconds`."""
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._since = time.monotonic()
-                self._thread = threading.Thread(target=self._ask, name="nvml", daemon=True)
-                self._thread.start()
-            thread, since = self._thread, self._since
-        thread.join(seconds)
-        if thread.is_alive():
-            waited = time.monotonic() - since
-            return GpuUnreadable(f"NVML has not answered for {waited:.0f} s; the driver may hang")
-        return self._answer
-
-    def _ask(self) -> None:
+            if self._call is None or self._call.returned():
+                self._call = BackgroundCall("nvml", self._read)
+            call = self._call
+        if not call.returned(within=seconds):
+            return GpuUnreadable(
+                f"NVML has not answered for {call.seconds:.0f} s; the driver may hang"
+            )
         try:
-            self._answer = self._read()
+            return call.result()
         except GpuUnreadable as error:
-            self._answer = error
+            return error
         except Exception as error:  # noqa: BLE001 - whatever it is, the device was not seen healthy
-            self._answer = GpuUnreadable(f"NVML's answer makes no sense: {error!r}")
+            return GpuUnreadable(f"NVML's answer makes no sense: {error!r}")
 
 
 _reader = GpuReader(lambda: read_gpus())

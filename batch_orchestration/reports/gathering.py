@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import FINAL, BatchEvent
-from batch_orchestration.core.totals import BatchTotals
+from batch_orchestration.core.results import BatchTotals
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.samples import RunSample, read_samples
 from batch_orchestration.reports.documents import Picture

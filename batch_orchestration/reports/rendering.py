@@ -8,8 +8,7 @@ from collections.abc import Mapping
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import EarlyEnd
-from batch_orchestration.core.results import BatchRecord, ChunkReport
-from batch_orchestration.core.totals import BatchTotals
+from batch_orchestration.core.results import BatchRecord, BatchTotals, ChunkReport
 from batch_orchestration.estimates.scoring import Scored
 from batch_orchestration.reports.documents import to_markdown
 from batch_orchestration.reports.gathering import ReportFigures

@@ -1,16 +1,16 @@
 """Monitors run workers: how long each has been quiet, by the observer's own clock.
 
-Quiet times are measured on the observer's monotonic clock only, so the clocks of workers never
-matter: they are the times for which the heartbeat, the progress and the event loop of a worker have
-not changed from check to check. Each check adds at most `LONGEST_STEP_SECONDS`. Time in which the
-observer itself did not check is thus ignored: a suspended machine, a frozen container, a clock that
-was set. A worker that was suspended along with its observer writes a heartbeat within seconds, long
-before it counts as silent. For the same reason, a restarted observer counts from 0.
+Quiet times are measured on the observer's monotonic clock only (`core.waiting.IdleClock`), so the
+clocks of workers never matter: they are the times for which the heartbeat, the progress and the
+event loop of a worker have not changed from check to check. A worker that was suspended along with
+its observer writes a heartbeat within seconds, long before it counts as silent. For that reason, a
+restarted observer counts from 0.
 """
 
 import time
 from collections.abc import Callable
 
+from batch_orchestration.core.waiting import IdleClock
 from batch_orchestration.workers.heartbeat import (
     IdleTimes,
     LastHeartbeat,
@@ -55,19 +55,18 @@ class WorkerWatch:
 class _Seen:
     def __init__(self, now: float) -> None:
         self.looked_at = now
-        self._heartbeat = Unchanged()
-        self._progress = Unchanged()
-        self._loop = Unchanged()
+        self._heartbeat, self._progress, self._loop = (
+            IdleClock(longest_step=LONGEST_STEP_SECONDS, now=now) for _ in range(3)
+        )
 
     def take_in(self, last_heartbeat: LastHeartbeat | None, now: float) -> None:
-        step = min(now - self.looked_at, LONGEST_STEP_SECONDS)
         self.looked_at = now
-        self._heartbeat.take_in(None if last_heartbeat is None else last_heartbeat.at, step)
+        self._heartbeat.observe(None if last_heartbeat is None else last_heartbeat.at, now)
         told = None if last_heartbeat is None else last_heartbeat.told
         if told is not None:  # else their state is unknown
             # A new phase counts as progress, and its patience starts with it.
-            self._progress.take_in((told.progress_at, told.phase), step)
-            self._loop.take_in(told.loop_at, step)
+            self._progress.observe((told.progress_at, told.phase), now)
+            self._loop.observe(told.loop_at, now)
 
     @property
     def quiet(self) -> IdleTimes:
@@ -76,16 +75,3 @@ class _Seen:
             progress=self._progress.seconds,
             loop=self._loop.seconds,
         )
-
-
-class Unchanged:
-    """Time for which a value has not changed, summed over the steps between checks."""
-
-    def __init__(self) -> None:
-        self._last: object = None
-        self.seconds = 0.0
-
-    def take_in(self, value: object, step: float) -> None:
-        """Compare the value with the last one, `step` seconds earlier."""
-        self.seconds = self.seconds + step if value == self._last else 0.0
-        self._last = value

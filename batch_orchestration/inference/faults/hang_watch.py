@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 from batch_orchestration.core.errors import EngineDied
+from batch_orchestration.core.waiting import IdleClock
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.figures import EngineMetrics
 
@@ -39,8 +40,7 @@ class HangWatch:
         self._engine = engine
         self._tell_moved = moved
         self._floor_seconds = floor_seconds
-        self._moved_at = 0.0
-        self._looked_at = 0.0
+        self._idle = IdleClock(longest_step=LONGEST_STEP_SECONDS, now=0.0)
         self._longest_pause = 0.0
         self._figures: EngineMetrics | None = None
         self._is_new = True
@@ -57,7 +57,7 @@ class HangWatch:
 
     def begin(self) -> None:
         """Begin to watch: pauses count from now on."""
-        self._moved_at = self._looked_at = asyncio.get_running_loop().time()
+        self._idle.restart(_now())
 
     def note_progress(self) -> None:
         """Record an outcome or a token."""
@@ -74,7 +74,7 @@ class HangWatch:
             return
         if figures is not None:
             self._compare(figures)
-        pause = self._look() - self._moved_at
+        pause = self._idle.check(_now())
         if pause > self.limit_seconds:
             logger.error("the engine is stuck; ending it")
             await asyncio.to_thread(self._engine.stop)
@@ -91,15 +91,13 @@ class HangWatch:
             self._move(still_new=self._is_new)
 
     def _move(self, *, still_new: bool) -> None:
-        now = self._look()
+        pause = self._idle.check(_now())
         if not self._is_new:  # a slow first token does not predict later pauses
-            self._longest_pause = max(self._longest_pause, now - self._moved_at)
-        self._moved_at, self._is_new = now, still_new
+            self._longest_pause = max(self._longest_pause, pause)
+        self._idle.restart(_now())
+        self._is_new = still_new
         self._tell_moved()
 
-    def _look(self) -> float:
-        """Return the time; time in which this process was suspended is left out of the pause."""
-        now = asyncio.get_running_loop().time()
-        self._moved_at += max(0.0, now - self._looked_at - LONGEST_STEP_SECONDS)
-        self._looked_at = now
-        return now
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -11,7 +11,6 @@ import socket
 import ssl
 import subprocess
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +25,7 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.errors import AlertNotSent
+from batch_orchestration.core.waiting import BackgroundCall
 from batch_orchestration.operations.alerts.notification import Notification
 from batch_orchestration.operations.alerts.state import Attempt
 from batch_orchestration.operations.health.links import NoRedirects
@@ -176,34 +176,8 @@ def _as_json(notification: Notification) -> dict[str, Any]:
     }
 
 
-class _Delivery(threading.Thread):
-    """Sends one notification in its own thread, because the receiver may never finish."""
-
-    def __init__(self, name: str, send: Send, notification: Notification) -> None:
-        super().__init__(name=f"alert:{name}", daemon=True)
-        self._send, self._notification = send, notification
-        self._problem: str | None = None
-        self._partly = self._refused = False
-
-    def run(self) -> None:
-        try:
-            self._send(self._notification)
-        except AlertNotSent as error:
-            self._problem, self._partly, self._refused = str(error), error.partly, error.refused
-        except Exception as error:  # noqa: BLE001 - its message may hold a secret
-            self._problem = f"it failed with {type(error).__name__}"
-
-    def attempt(self, *, strict: bool = False) -> Attempt:
-        """Return the result, once the thread has ended."""
-        problem = self._problem
-        if self._partly and not strict:
-            logger.warning("%s reached only some: %s", self.name, problem)
-            problem = None
-        return Attempt(notification=self._notification, problem=problem, refused=self._refused)
-
-
 #: Deliveries that are in progress, or that ended after `deliver` stopped waiting.
-_deliveries: dict[tuple[Path, str], _Delivery] = {}
+_deliveries: dict[tuple[Path, str], tuple[Notification, BackgroundCall[None]]] = {}
 
 
 def deliver(
@@ -227,31 +201,46 @@ def deliver(
             sending it again would flood the recipients already reached.
     """
     attempts: dict[str, Attempt] = {}
-    begun: dict[str, _Delivery] = {}
+    begun: dict[str, tuple[Notification, BackgroundCall[None]]] = {}
     for name, notification in notifications.items():
         if (root, name) in _deliveries:
-            attempts[name] = Attempt(
-                notification=notification, problem="an earlier alert is still on its way"
-            )
-            continue
-        begun[name] = _deliveries[root, name] = _Delivery(name, channels[name], notification)
-        begun[name].start()
-    until = time.monotonic() + seconds
-    for name, delivery in begun.items():
-        delivery.join(max(0.0, until - time.monotonic()))
-        if delivery.is_alive():
-            attempts[name] = Attempt(
-                notification=notifications[name], problem=f"not done within {seconds:.0f} s"
-            )
+            problem = "an earlier alert is still on its way"
+            attempts[name] = Attempt(notification=notification, problem=problem)
         else:
-            attempts[name] = _deliveries.pop((root, name)).attempt(strict=strict)
+            call = BackgroundCall(f"alert:{name}", partial(channels[name], notification))
+            begun[name] = _deliveries[root, name] = notification, call
+    until = time.monotonic() + seconds
+    for name, (notification, call) in begun.items():
+        if call.returned(within=until - time.monotonic()):
+            attempts[name] = _attempt(name, *_deliveries.pop((root, name)), strict=strict)
+        else:
+            problem = f"not done within {seconds:.0f} s"
+            attempts[name] = Attempt(notification=notification, problem=problem)
     return attempts
 
 
 def delivered_late(root: Path) -> dict[str, Attempt]:
     """Return the results of deliveries that had not ended when `deliver` did, and now have."""
-    ended = [key for key, late in _deliveries.items() if key[0] == root and not late.is_alive()]
-    return {key[1]: _deliveries.pop(key).attempt() for key in ended}
+    ended = [
+        name for (of, name), (_, call) in _deliveries.items() if of == root and call.returned()
+    ]
+    return {name: _attempt(name, *_deliveries.pop((root, name))) for name in ended}
+
+
+def _attempt(
+    name: str, notification: Notification, call: BackgroundCall[None], *, strict: bool = False
+) -> Attempt:
+    """Return the result of a delivery that has ended."""
+    try:
+        call.result()
+    except AlertNotSent as error:
+        if not error.partly or strict:
+            return Attempt(notification=notification, problem=str(error), refused=error.refused)
+        logger.warning("%s: the alert reached only some recipients: %s", name, error)
+    except Exception as error:  # noqa: BLE001 - its message may hold a secret
+        problem = f"it failed with {type(error).__name__}"
+        return Attempt(notification=notification, problem=problem)
+    return Attempt(notification=notification)
 
 
 def _connect(settings: Settings) -> smtplib.SMTP:

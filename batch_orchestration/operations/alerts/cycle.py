@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from batch_orchestration.core.errors import Shortage, StorageError
 from batch_orchestration.core.text import duration
+from batch_orchestration.core.waiting import IdleClock
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.operations.alerts.channels import Send, deliver, delivered_late
 from batch_orchestration.operations.alerts.notification import Change, Notification, Transition
@@ -33,7 +34,6 @@ from batch_orchestration.operations.alerts.state_file import (
 from batch_orchestration.operations.health.links import RESTART, sensor_link
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration.settings import Settings
-from batch_orchestration.workers.watch import Unchanged
 
 logger = logging.getLogger(__name__)
 _LOG_LEVELS = {
@@ -225,8 +225,7 @@ class Watchdog:
     ) -> None:
         self._settings, self._folder, self._channels = settings, folder, channels
         self._clock = clock
-        self._looked_at = clock()
-        self._state = Unchanged()
+        self._idle = IdleClock(longest_step=LONGEST_STEP_SECONDS, now=clock())
 
     def look(self, now: float) -> Cycle:
         """Check once, and send the notifications that are due.
@@ -234,10 +233,7 @@ class Watchdog:
         Raises:
             OSError: The data folder cannot be read.
         """
-        looked_at, self._looked_at = self._looked_at, self._clock()
-        step = min(self._looked_at - looked_at, LONGEST_STEP_SECONDS)
-        self._state.take_in(last_cycle_at(self._folder.alerts), step)
-        silent = self._state.seconds
+        silent = self._idle.observe(last_cycle_at(self._folder.alerts), self._clock())
         findings = [self._alert(silent)] if silent > SILENT_SECONDS else []
         return run_alert_cycle(
             settings=self._settings,

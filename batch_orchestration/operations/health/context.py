@@ -15,6 +15,7 @@ from batch_orchestration.workers.heartbeat import LastHeartbeat
 #: `dispatch_sensor` writes `queue.json` every 5 s, and a tick may take a minute.
 SLOW_SECONDS = 60.0
 STATUS = "python -m batch_orchestration status"
+HEALTH = "python -m batch_orchestration health"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,17 +8,17 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.waiting import BackgroundCall
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.operations.health.checks import CHECKS, standstill
-from batch_orchestration.operations.health.context import Check, CheckContext
+from batch_orchestration.operations.health.context import HEALTH, Check, CheckContext, unhealthy
 from batch_orchestration.operations.health.report import (
     Finding,
     HealthReport,
-    Level,
     Standstill,
     dated,
 )
@@ -59,12 +59,12 @@ def examine_health(
         now=now,
         previous=_previous(folder, now),
     )
-    inquiries = [_inquire(name, check, look) for name, check in checks.items()]
+    calls = {name: _call(name, check, look) for name, check in checks.items()}
     until = time.monotonic() + seconds
     findings: list[Finding] = []
-    for inquiry in inquiries:
-        inquiry.join(max(0.0, until - time.monotonic()))
-        findings += inquiry.findings()
+    for name, call in calls.items():
+        call.returned(within=until - time.monotonic())
+        findings += _findings(name, call)
     return HealthReport(
         at=now,
         findings=dated(findings, previous=look.previous, now=now),
@@ -72,52 +72,30 @@ def examine_health(
     )
 
 
-class _CheckThread(threading.Thread):
-    """Runs one check in its own thread: a driver, a disk or a lock may never answer."""
-
-    def __init__(self, name: str, check: Check, look: CheckContext) -> None:
-        super().__init__(name=f"health:{name}", daemon=True)
-        self._check_name, self._check, self._look = name, check, look
-        self._began = time.monotonic()
-        self._found: Iterable[Finding] = ()
-
-    def run(self) -> None:
-        try:
-            self._found = tuple(self._check(self._look))
-        except Exception as error:
-            logger.exception("the health check %r failed", self._check_name)
-            self._found = (self._unhealthy(f"the check itself failed: {error!r}"),)
-
-    def findings(self) -> Iterable[Finding]:
-        """Return the findings so far; a check that hangs is a finding, too."""
-        if self.is_alive():
-            waited = time.monotonic() - self._began
-            return (self._unhealthy(f"the check has not answered for {waited:.0f} s"),)
-        return self._found or (self._unhealthy("the check found nothing to say"),)
-
-    def _unhealthy(self, reason: str) -> Finding:
-        return Finding(
-            check=self._check_name,
-            level=Level.UNHEALTHY,
-            reason=reason,
-            next_command="python -m batch_orchestration health",
-        )
+_Call = BackgroundCall[tuple[Finding, ...]]
+#: The latest call of each check, by data folder and check.
+_calls: dict[tuple[Path, str], _Call] = {}
+_calling = threading.Lock()
 
 
-#: The latest thread of each check, by data folder and check.
-_inquiries: dict[tuple[Path, str], _CheckThread] = {}
-_inquiring = threading.Lock()
+def _call(name: str, check: Check, look: CheckContext) -> _Call:
+    """Start a check; if its previous call still hangs, return that one instead."""
+    key = (look.folder.root, name)
+    with _calling:
+        if key not in _calls or _calls[key].returned():
+            _calls[key] = BackgroundCall(f"health:{name}", lambda: tuple(check(look)))
+        return _calls[key]
 
 
-def _inquire(name: str, check: Check, look: CheckContext) -> _CheckThread:
-    """Start a check; if its previous thread still hangs, return that one instead."""
-    with _inquiring:
-        before = _inquiries.get((look.folder.root, name))
-        if before is not None and before.is_alive():
-            return before
-        inquiry = _inquiries[look.folder.root, name] = _CheckThread(name, check, look)
-        inquiry.start()
-        return inquiry
+def _findings(name: str, call: _Call) -> tuple[Finding, ...]:
+    if not call.returned():
+        reason = f"the check has not answered for {call.seconds:.0f} s"
+        return (unhealthy(name, reason, HEALTH),)
+    try:
+        return call.result() or (unhealthy(name, "the check found nothing", HEALTH),)
+    except Exception as error:
+        logger.exception("the health check %r failed", name)
+        return (unhealthy(name, f"the check itself failed: {error!r}", HEALTH),)
 
 
 def _previous(folder: DataFolder, now: float) -> HealthReport | None:

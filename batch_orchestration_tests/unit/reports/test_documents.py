@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from batch_orchestration.core.batches import BatchOptions, BatchStatus
 from batch_orchestration.core.lifecycle import EarlyEnd
-from batch_orchestration.core.totals import BatchTotals
+from batch_orchestration.core.results import BatchTotals
 from batch_orchestration.reports.documents import CELL_LENGTH, Picture, to_html
 from batch_orchestration.reports.gathering import ReportFigures
 from batch_orchestration.reports.rendering import batch_report

@@ -3,9 +3,8 @@
 import pytest
 
 from batch_orchestration.core.batches import BatchOptions, BatchStatus
-from batch_orchestration.core.results import BatchRecord, ChunkReport
+from batch_orchestration.core.results import BatchRecord, BatchTotals, ChunkReport
 from batch_orchestration.core.text import duration
-from batch_orchestration.core.totals import BatchTotals
 from batch_orchestration.reports.rendering import CHUNKS_SHOWN, batch_report
 from batch_orchestration_tests.support.builders import (
     NOW,

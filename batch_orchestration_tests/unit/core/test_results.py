@@ -3,7 +3,7 @@
 import pytest
 
 from batch_orchestration.core.outcomes import FailureCode, Usage
-from batch_orchestration.core.totals import EXAMPLES_PER_CODE, BatchTotals
+from batch_orchestration.core.results import EXAMPLES_PER_CODE, BatchTotals
 from batch_orchestration_tests.support.builders import (
     NOW,
     make_attempt,
