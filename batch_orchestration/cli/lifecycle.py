@@ -34,15 +34,15 @@ def cancel_batch(batch_id: str, reason: str, as_json: bool) -> None:
         print_json(
             {
                 "batch_id": batch_id,
-                "closing": cancellation.closing,
+                "early_end": cancellation.early_end,
                 "earlier": cancellation.earlier,
                 "over": cancellation.over,
             }
         )
     elif cancellation.over:
-        say(f"{batch_id} is {cancellation.closing} already.")
+        say(f"{batch_id} is {cancellation.early_end} already.")
     elif cancellation.earlier:
-        say(f"{batch_id} is being cancelled already: {cancellation.closing}")
+        say(f"{batch_id} is being cancelled already: {cancellation.early_end}")
     else:
         say(
             f"{batch_id} is being cancelled. What is answered is delivered as soon as its run has\n"

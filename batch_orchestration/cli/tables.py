@@ -107,7 +107,7 @@ def batch_details(
     rows = [
         ("Batch", view.batch_id),
         ("Status", describe(view)),
-        ("Ended early", str(view.closing or "")),
+        ("Ended early", str(view.early_end or "")),
         ("Paused", "\n".join(halt_lines(view))),
         ("File", view.plan.file_name),
         ("Requests", f"{view.total:,}: {view.completed:,} answered, {view.failed:,} failed, "

@@ -74,10 +74,10 @@ def finish(view: BatchStatusView, *, as_json: bool) -> None:
 
 
 def _how_it_ended(view: BatchStatusView) -> str:
-    if view.closing is None:
+    if view.early_end is None:
         return f"batch {view.batch_id} ended as {view.status}"
     return (
-        f"batch {view.batch_id} ended as {view.closing}. {view.completed:,} of {view.total:,}"
+        f"batch {view.batch_id} ended as {view.early_end}. {view.completed:,} of {view.total:,}"
         f" requests are answered; `resume {view.batch_id}` asks the rest"
     )
 
@@ -126,7 +126,7 @@ def live_panel(view: BatchStatusView) -> RenderableType:
     bar = Table.grid(padding=(0, 1), expand=True)
     bar.add_column(ratio=1)
     bar.add_column(no_wrap=True)
-    amiss = view.closing or view.halt or view.status is BatchStatus.FAILED
+    amiss = view.early_end or view.halt or view.status is BatchStatus.FAILED
     colour = "red" if amiss else "green"
     bar.add_row(
         ProgressBar(total=max(view.total, 1), completed=view.done, complete_style=colour),
@@ -152,8 +152,8 @@ def describe(view: BatchStatusView) -> str:
     """Return the present activity of a batch in a few words."""
     if view.final:
         return str(view.status)
-    if view.closing:
-        return f"{view.status}: {view.closing}; what is answered is being delivered"
+    if view.early_end:
+        return f"{view.status}: {view.early_end}; what is answered is being delivered"
     if view.halt:
         return f"{view.status}: {view.halt}"
     if view.live:

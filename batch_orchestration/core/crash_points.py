@@ -39,7 +39,7 @@ class CrashPoint(StrEnum):
     #: The run has recorded the commit; Dagster has no event for it.
     BEFORE_EVENT = "before_event"
     #: The early end of the batch is on disk but not in the store.
-    AFTER_CLOSING = "after_closing"
+    AFTER_EARLY_END = "after_early_end"
     #: The early end is in the store; only some of the uncommitted chunks have been committed.
     BEFORE_CLOSE_OUT = "before_close_out"
     #: The batch is paused on disk; the run does not act on it yet.

@@ -150,7 +150,7 @@ class _ReplayRun:
         self._run_id = run_id
         self._feeding = feeding
         # An ended batch may be replayed; an early end decided during the replay stops it, too.
-        self._closing = EarlyEndWatch(plan, folder, run_id=run_id, only_new=True)
+        self._early_end = EarlyEndWatch(plan, folder, run_id=run_id, only_new=True)
         self._identity: EngineIdentity | None = None
         self._journal: Journal | None = None
 
@@ -184,7 +184,7 @@ class _ReplayRun:
         try:
             async with self._vitals.of_the_loop(), asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._sync())
-                await self._closing.unless_closed(feeder.feed())
+                await self._early_end.until_early_end(feeder.feed())
                 ticker.cancel()
             if self._journal is not None:
                 self._journal.sync()

@@ -31,7 +31,7 @@ from batch_orchestration.defs.events import (
     progress_observation,
     sizes_metadata,
 )
-from batch_orchestration.defs.lifecycle import closed_chunks, say_early_end
+from batch_orchestration.defs.lifecycle import closed_chunks, tag_early_end
 from batch_orchestration.defs.partitions import BATCH_TAG, batches, chunks
 from batch_orchestration.defs.resources import (
     GpuResource,
@@ -151,8 +151,8 @@ def chunk_results(
     faults = Faults()
     for batch_id in selection:
         with faults.of(batch_id):
-            if ended := data_folder(present).read_closing(batch_id):
-                say_early_end(context.instance, context.run.run_id, ended)
+            if ended := data_folder(present).read_early_end(batch_id):
+                tag_early_end(context.instance, context.run.run_id, ended)
                 context.log.warning(f"{batch_id}: {ended}. To go on: resume {batch_id}")
     for fault in faults:
         context.log.warning(str(fault))

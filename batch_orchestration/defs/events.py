@@ -96,11 +96,11 @@ def sizes_metadata(window: int, derivations: Iterable[str | None]) -> Metadata:
 
 
 def closed_chunk_materialization(
-    key: dg.AssetKey, report: ChunkReport, closing: EarlyEnd, *, plan: BatchPlan
+    key: dg.AssetKey, report: ChunkReport, early_end: EarlyEnd, *, plan: BatchPlan
 ) -> dg.AssetMaterialization:
     """Return the event of a committed chunk whose batch ends early."""
     metadata = _chunk_figures(report, plan.settings_hash)
-    metadata |= {"batch_ended": str(closing), "committed_by_run": report.run_id}
+    metadata |= {"batch_ended": str(early_end), "committed_by_run": report.run_id}
     partition = chunk_key(report.batch_id, report.number)
     return dg.AssetMaterialization(key, partition=partition, metadata=metadata)
 
@@ -216,8 +216,8 @@ def output_metadata(report: AssemblyReport) -> Metadata:
     }
     if totals.failures_by_code:
         metadata["failures_by_code"] = _counts_table(totals.failures_by_code)
-    if report.closing is not None:
-        metadata["batch_ended"] = str(report.closing)
+    if report.early_end is not None:
+        metadata["batch_ended"] = str(report.early_end)
     if report.kept is not None:
         metadata |= _kept_figures(report.kept)
     if (found := report.latencies) is not None:

@@ -22,7 +22,7 @@ from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.store.store import Store
 
 #: Our tag on the runs of a batch that ended early: `cancelled` or `expired`.
-CLOSING_TAG = "closing"
+EARLY_END_TAG = "early_end"
 SENSOR_ACTOR = "dispatch_sensor"
 CHUNKS_KEY = dg.AssetKey("chunk_results")
 
@@ -53,7 +53,7 @@ def cancel_one(
     except BatchOrchestrationError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
     before = "it was before: " if cancellation.earlier else ""
-    context.log.info(f"{config.batch}: {before}{cancellation.closing}")
+    context.log.info(f"{config.batch}: {before}{cancellation.early_end}")
 
 
 @dg.job
@@ -138,7 +138,7 @@ def look_after(
                 since[batch.batch_id] = found.at
             readable.append(batch)
     known = [_superseded(run, since.get(run.batch_id, 0.0)) for run in runs]
-    closings = end_overdue(
+    early_ends = end_overdue(
         readable,
         folder=folder,
         store=store,
@@ -148,8 +148,8 @@ def look_after(
         doubt=doubt,
         faults=faults,
     )
-    taken = _taken_out_of_the_queue(instance, known, closings)
-    return [_stopped(run) if run.run_id in taken else run for run in known], closings
+    taken = _taken_out_of_the_queue(instance, known, early_ends)
+    return [_stopped(run) if run.run_id in taken else run for run in known], early_ends
 
 
 def _superseded(run: KnownRun, resumed_at: float) -> KnownRun:
@@ -170,11 +170,11 @@ def _terminated(runs: Iterable[KnownRun], batch_id: str) -> str | None:
 
 
 def _taken_out_of_the_queue(
-    instance: dg.DagsterInstance, runs: Sequence[KnownRun], closings: Collection[str]
+    instance: dg.DagsterInstance, runs: Sequence[KnownRun], early_ends: Collection[str]
 ) -> set[str]:
     """Cancel the queued chunk runs whose batches all end early."""
     waiting = {run.run_id for run in runs if run.queued and run.chunks is not None}
-    waiting -= {run.run_id for run in runs if run.batch_id not in closings}
+    waiting -= {run.run_id for run in runs if run.batch_id not in early_ends}
     if not waiting:
         return set()
     queued = dg.RunsFilter(run_ids=[*waiting], statuses=[dg.DagsterRunStatus.QUEUED])
@@ -189,9 +189,9 @@ def _stopped(run: KnownRun) -> KnownRun:
     return replace(run, state=RunState.STOPPED, queued=False)
 
 
-def say_early_end(instance: dg.DagsterInstance, run_id: str, closing: EarlyEnd) -> None:
+def tag_early_end(instance: dg.DagsterInstance, run_id: str, early_end: EarlyEnd) -> None:
     """Tag a run with its batch's early end, so that the runs page shows it."""
-    instance.add_run_tags(run_id, {CLOSING_TAG: str(closing.status)})
+    instance.add_run_tags(run_id, {EARLY_END_TAG: str(early_end.status)})
 
 
 def closed_chunks(
@@ -206,12 +206,12 @@ def closed_chunks(
 
     A batch that does not end early is left as it is and yields nothing.
     """
-    closing = early_end_in_force(folder, store.batch(batch_id))
-    if closing is None:
+    early_end = early_end_in_force(folder, store.batch(batch_id))
+    if early_end is None:
         return
-    say_early_end(instance, run_id, closing)
+    tag_early_end(instance, run_id, early_end)
     plan = folder.read_plan(batch_id)
     for report in fail_unanswered(
         batch_id, folder=folder, store=store, run_id=run_id, clock=time.time
     ):
-        yield closed_chunk_materialization(CHUNKS_KEY, report, closing, plan=plan)
+        yield closed_chunk_materialization(CHUNKS_KEY, report, early_end, plan=plan)

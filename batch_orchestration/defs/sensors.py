@@ -184,7 +184,7 @@ def dispatch_sensor(
         queue, problems = _keep_queue(context, settings, now=now, faults=faults)
         batches = _known_to_dagster(context.instance, store.unfinished(), folder, faults)
         runs = known_runs(context.instance, [batch.batch_id for batch in batches], now=now)
-        runs, closings = look_after(
+        runs, early_ends = look_after(
             *(context.instance, batches, runs),
             folder=folder,
             store=store,
@@ -205,7 +205,7 @@ def dispatch_sensor(
             priorities=run_priorities(queue),
             no_engine=no_engine,
             refused_run=refusal.run_id if refusal and _is_refusal(no_engine) else None,
-            closings=closings,
+            early_ends=early_ends,
             halts=halts_in_force(folder, batches),
         )
     except (StoreLocked, StoreDamaged) as error:

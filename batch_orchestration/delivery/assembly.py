@@ -40,7 +40,7 @@ class AssemblyReport:
 
     Attributes:
         text: Content of `report.md`.
-        closing: The batch's early end; None if it had none.
+        early_end: The batch's early end; None if it had none.
         kept: Utilization of the batch's wall time; None if no run recorded a time breakdown.
         latencies: Of the batch's answers; None if it has none.
     """
@@ -49,7 +49,7 @@ class AssemblyReport:
     files: OutboxFiles
     totals: BatchTotals
     text: str
-    closing: EarlyEnd | None = None
+    early_end: EarlyEnd | None = None
     kept: Utilization | None = None
     latencies: Latencies | None = None
 
@@ -96,7 +96,7 @@ def assemble(
                 *(plan, record, totals, store.chunk_reports(batch_id)),
                 outbox=str(files.folder),
                 scored=scored,
-                closing=ending.closing,
+                early_end=ending.early_end,
                 figures=figures,
             )
             crash_point(CrashPoint.BEFORE_REPORT_RENAME)
@@ -113,7 +113,7 @@ def assemble(
         files=files,
         totals=totals,
         text=text,
-        closing=ending.closing,
+        early_end=ending.early_end,
         kept=figures.kept,
         latencies=figures.latencies,
     )

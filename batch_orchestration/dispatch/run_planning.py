@@ -129,7 +129,7 @@ def dispatch(
     priorities: Mapping[str, int] | None = None,
     no_engine: str | None = None,
     refused_run: str | None = None,
-    closings: Mapping[str, EarlyEnd] | None = None,
+    early_ends: Mapping[str, EarlyEnd] | None = None,
     halts: Mapping[str, Halt] | None = None,
 ) -> Dispatch:
     """Decide which runs are needed, at most `MAX_NEW_RUNS` of them.
@@ -146,7 +146,7 @@ def dispatch(
         no_engine: Why no engine can be started now; only outputs are made then.
         refused_run: The run to which the engine refused access, if that is the reason of
             `no_engine`; the batches then need attention.
-        closings: Early ends of batches, which are delivered once no run works on them.
+        early_ends: Early ends of batches, which are delivered once no run works on them.
         halts: Of paused batches, which get no engine until a person has decided.
 
     Raises:
@@ -158,8 +158,8 @@ def dispatch(
     queued = 0
     for batch, known in _with_runs(batches, runs):
         priority = (priorities or {}).get(batch.batch_id, batch.options.priority)
-        if closing := (closings or {}).get(batch.batch_id):
-            last = _last_run(batch, known, closing, priority=priority, now=now)
+        if early_end := (early_ends or {}).get(batch.batch_id):
+            last = _last_run(batch, known, early_end, priority=priority, now=now)
             if isinstance(last, NeededRun):
                 needed.append(last)
             else:
@@ -269,14 +269,14 @@ def _without(chunks: range, live: Iterable[KnownRun]) -> Iterator[range]:
 
 
 def _last_run(
-    batch: BatchRecord, known: Sequence[KnownRun], closing: EarlyEnd, *, priority: int, now: float
+    batch: BatchRecord, known: Sequence[KnownRun], early_end: EarlyEnd, *, priority: int, now: float
 ) -> NeededRun | _Wait:
     """Return the run that delivers a batch after its early end, or why it must wait."""
     live = [run for run in known if run.state is RunState.LIVE]
     attempt = len(known) - len(live)
     needed = NeededRun(batch=batch, chunks=None, attempt=attempt, priority=priority)
     if live:
-        return _Wait(f"{closing}; run {live[0].run_id[:8]} is about to end")
+        return _Wait(f"{early_end}; run {live[0].run_id[:8]} is about to end")
     wait = _reason_to_wait(needed, known, last_commit_at=0.0, now=now)
     return needed if wait is None else wait
 

@@ -211,11 +211,11 @@ class DataFolder:
             raise BatchNotFound(f"no batch {batch_id!r} in {self.batches}")
         return found
 
-    def write_closing(self, batch_id: str, closing: EarlyEnd) -> None:
+    def write_early_end(self, batch_id: str, early_end: EarlyEnd) -> None:
         """Write the decision to end a batch early, durably."""
-        write_atomically(self.early_end_path(batch_id), msgspec.json.encode(closing) + b"\n")
+        write_atomically(self.early_end_path(batch_id), msgspec.json.encode(early_end) + b"\n")
 
-    def read_closing(self, batch_id: str) -> EarlyEnd | None:
+    def read_early_end(self, batch_id: str) -> EarlyEnd | None:
         """Return the decision to end a batch early; None if there is none.
 
         Raises:
@@ -223,7 +223,7 @@ class DataFolder:
         """
         return read_kept(self.early_end_path(batch_id), EarlyEnd)
 
-    def remove_closing(self, batch_id: str) -> None:
+    def remove_early_end(self, batch_id: str) -> None:
         """Withdraw the decision to end a batch early, durably."""
         _remove(self.early_end_path(batch_id))
 

@@ -170,7 +170,7 @@ class BatchWork:
         self._takeable = ()
         self._drawing = None
 
-    def is_closing(self) -> bool:
+    def ends_early(self) -> bool:
         """Whether an early end of the batch has been decided."""
         return self._folder.early_end_path(self.plan.batch_id).exists()
 

@@ -197,7 +197,7 @@ class _BatchRun:
         )
         self._ended = 0
         self._feeder: Feeder | None = None
-        self._closing = EarlyEndWatch(plan, folder, run_id=run_id)
+        self._early_end = EarlyEndWatch(plan, folder, run_id=run_id)
         self._accounts = TimeBreakdowns(
             self._own, self._turns.guests, folder=folder, run_id=run_id, vitals=vitals
         )
@@ -228,7 +228,7 @@ class _BatchRun:
             try:
                 result = self._results.get(timeout=WAIT_SECONDS)
             except queue.Empty:
-                if self._closing.impatient:
+                if self._early_end.impatient:
                     return None
                 if not self._thread.is_alive():
                     self._accounts.tick()
@@ -296,7 +296,7 @@ class _BatchRun:
                 asyncio.TaskGroup() as group,
             ):
                 ticker = group.create_task(self._tick())
-                await self._closing.unless_closed(self._answer_pending())
+                await self._early_end.until_early_end(self._answer_pending())
                 ticker.cancel()
         finally:
             await self._engine.disconnect()
@@ -384,7 +384,7 @@ class _BatchRun:
     def _deadline(self, pending: PendingRequest) -> float:
         """Return when our own batch's window ends; a guest's run enforces the guest's deadline."""
         own = pending.chunk.batch_id == self._own.plan.batch_id
-        return self._closing.deadline if own else math.inf
+        return self._early_end.deadline if own else math.inf
 
     def _settled(self, pending: PendingRequest, outcome: Outcome) -> None:
         work = self._works[pending.chunk.batch_id]

@@ -199,7 +199,7 @@ class Turns:
             if batch_id in self._unwelcome:
                 continue
             try:
-                over = work.is_closing() or work.committer.gave_up
+                over = work.ends_early() or work.committer.gave_up
             except Exception as error:  # noqa: BLE001 - see `_draw`
                 self._dismiss(batch_id, error)
                 continue

@@ -47,14 +47,14 @@ class Cancellation:
         over: Whether the batch already has the status `cancelled`.
     """
 
-    closing: EarlyEnd
+    early_end: EarlyEnd
     earlier: bool
     over: bool
 
 
 def early_end_lock(folder: DataFolder, batch_id: str) -> BaseFileLock:
     """Return the lock for decisions about the end of a batch; it is never held for long."""
-    return shared_lock(folder.early_end_path(batch_id).with_name("closing.lock"))
+    return shared_lock(folder.early_end_path(batch_id).with_name("early-end.lock"))
 
 
 def early_end_in_force(folder: DataFolder, record: BatchRecord) -> EarlyEnd | None:
@@ -62,11 +62,11 @@ def early_end_in_force(folder: DataFolder, record: BatchRecord) -> EarlyEnd | No
 
     A cancellation made after delivery began is ignored.
     """
-    closing = folder.read_closing(record.batch_id)
-    if closing is None or record.status is BatchStatus.COMPLETED:
+    early_end = folder.read_early_end(record.batch_id)
+    if early_end is None or record.status is BatchStatus.COMPLETED:
         return None
-    late = record.status is BatchStatus.FINALIZING and closing.status is BatchStatus.CANCELLED
-    return None if late else closing
+    late = record.status is BatchStatus.FINALIZING and early_end.status is BatchStatus.CANCELLED
+    return None if late else early_end
 
 
 def cancel(
@@ -88,18 +88,20 @@ def cancel(
     require_batch(batch_id, folder)
     with early_end_lock(folder, batch_id):
         set_damaged_decisions_aside(batch_id, folder, at=at)
-        known = folder.read_closing(batch_id)
+        known = folder.read_early_end(batch_id)
         record = _record(batch_id, folder, store)
         if record and (obstacle := _nothing_to_cancel(record, known)) is not None:
             raise IllegalTransition(f"there is nothing to cancel: batch {batch_id} {obstacle}")
-        closing = known or EarlyEnd(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
+        early_end = known or EarlyEnd(
+            status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason
+        )
         if known is None:
-            folder.write_closing(batch_id, closing)
-            crash_point(CrashPoint.AFTER_CLOSING)
+            folder.write_early_end(batch_id, early_end)
+            crash_point(CrashPoint.AFTER_EARLY_END)
         if record:
-            _tell_store(record, closing, store)
+            _tell_store(record, early_end, store)
     over = record is not None and record.status is BatchStatus.CANCELLED
-    return Cancellation(closing=closing, earlier=known is not None, over=over)
+    return Cancellation(early_end=early_end, earlier=known is not None, over=over)
 
 
 def require_batch(batch_id: str, folder: DataFolder) -> None:
@@ -118,7 +120,7 @@ def set_damaged_decisions_aside(batch_id: str, folder: DataFolder, *, at: float)
         StorageError: A decision cannot be renamed.
     """
     try:
-        folder.read_closing(batch_id)
+        folder.read_early_end(batch_id)
     except FileDamaged as damaged:
         _set_aside(damaged.path, at)
     try:
@@ -148,17 +150,17 @@ def expire(
     """
     batch_id = batch.batch_id
     with early_end_lock(folder, batch_id):
-        known = folder.read_closing(batch_id)
+        known = folder.read_early_end(batch_id)
         ends_at = deadline(batch, folder.read_resumption(batch_id))
         if known is not None or now < ends_at or delivered(folder, batch_id):
             return known
         reason = f"its completion window of {batch.options.completion_window} is over"
         if ends_at > deadline(batch):
             reason = "the completion window that it was resumed with is over"
-        closing = EarlyEnd(status=BatchStatus.EXPIRED, at=now, actor=actor, reason=reason)
-        folder.write_closing(batch_id, closing)
-        crash_point(CrashPoint.AFTER_CLOSING)
-    return closing
+        early_end = EarlyEnd(status=BatchStatus.EXPIRED, at=now, actor=actor, reason=reason)
+        folder.write_early_end(batch_id, early_end)
+        crash_point(CrashPoint.AFTER_EARLY_END)
+    return early_end
 
 
 def end_overdue(
@@ -184,31 +186,31 @@ def end_overdue(
         doubt: Why the clock is not trusted, in which case no batch expires; None if it is.
         faults: Collects batches whose decision cannot be read or made.
     """
-    closings: dict[str, EarlyEnd] = {}
+    early_ends: dict[str, EarlyEnd] = {}
     faults = faults or Faults()
     for batch in batches:
         batch_id = batch.batch_id
         with faults.of(batch_id):
-            closing = early_end_in_force(folder, batch)
-            if closing is None and batch.status is BatchStatus.CANCELLING:
-                closing = _decide_again(batch_id, folder=folder, store=store, actor=actor, at=now)
-            elif closing is None and _can_end_early(batch):
+            early_end = early_end_in_force(folder, batch)
+            if early_end is None and batch.status is BatchStatus.CANCELLING:
+                early_end = _decide_again(batch_id, folder=folder, store=store, actor=actor, at=now)
+            elif early_end is None and _can_end_early(batch):
                 if (run_id := terminated(batch_id)) is not None:
                     reason = "a person terminated this run"
-                    closing = cancel(
+                    early_end = cancel(
                         batch_id, folder=folder, store=store, actor=run_id, reason=reason, at=now
-                    ).closing
+                    ).early_end
                 elif now < deadline(batch, folder.read_resumption(batch_id)):
                     continue
                 elif doubt is not None:
                     logger.warning("%s seems to be overdue and goes on: %s", batch_id, doubt)
                 else:
-                    closing = expire(batch, folder=folder, actor=actor, now=now)
-            if closing is not None:
+                    early_end = expire(batch, folder=folder, actor=actor, now=now)
+            if early_end is not None:
                 with early_end_lock(folder, batch_id):
-                    _tell_store(store.batch(batch_id), closing, store)
-                closings[batch_id] = closing
-    return closings
+                    _tell_store(store.batch(batch_id), early_end, store)
+                early_ends[batch_id] = early_end
+    return early_ends
 
 
 def _decide_again(
@@ -216,13 +218,13 @@ def _decide_again(
 ) -> EarlyEnd | None:
     """Renew a decision whose file was removed; None if the batch is not being cancelled now."""
     with early_end_lock(folder, batch_id):
-        known = folder.read_closing(batch_id)
+        known = folder.read_early_end(batch_id)
         if known is not None or store.batch(batch_id).status is not BatchStatus.CANCELLING:
             return known
         reason = "being cancelled; the reason was in early-end.json, which is gone"
-        closing = EarlyEnd(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
-        folder.write_closing(batch_id, closing)
-    return closing
+        early_end = EarlyEnd(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
+        folder.write_early_end(batch_id, early_end)
+    return early_end
 
 
 def delivered(folder: DataFolder, batch_id: str) -> bool:
@@ -271,18 +273,21 @@ def _nothing_to_cancel(record: BatchRecord, known: EarlyEnd | None) -> str | Non
     return None
 
 
-def _tell_store(record: BatchRecord, closing: EarlyEnd, store: Store) -> None:
+def _tell_store(record: BatchRecord, early_end: EarlyEnd, store: Store) -> None:
     """Set the status for a cancellation; the status of an expired batch changes at its end."""
-    if closing.status is not BatchStatus.CANCELLED or record.status is not BatchStatus.IN_PROGRESS:
+    if (
+        early_end.status is not BatchStatus.CANCELLED
+        or record.status is not BatchStatus.IN_PROGRESS
+    ):
         return
     # If the store is locked, the next tick of the sensor sets the status, and so does close-out.
     with contextlib.suppress(StoreLocked):
         store.set_status(
             record.batch_id,
             BatchStatus.CANCELLING,
-            at=closing.at,
-            actor=closing.actor,
-            reason=closing.reason,
+            at=early_end.at,
+            actor=early_end.actor,
+            reason=early_end.reason,
         )
 
 
@@ -312,7 +317,7 @@ class EarlyEndWatch:
         self._plan = plan
         self._folder = folder
         self._run_id = run_id
-        self._known = folder.read_closing(plan.batch_id) if only_new else None
+        self._known = folder.read_early_end(plan.batch_id) if only_new else None
         resumption = folder.read_resumption(plan.batch_id)
         self.deadline = float("inf") if only_new else deadline(plan, resumption)
         self.seen: EarlyEnd | None = None
@@ -350,14 +355,14 @@ class EarlyEndWatch:
     def _read(self) -> EarlyEnd | None:
         """Return the decision; if it cannot be read, this run goes on but no other is started."""
         try:
-            return self._folder.read_closing(self._plan.batch_id)
+            return self._folder.read_early_end(self._plan.batch_id)
         except FileDamaged as damaged:
             if not self._told_of_damage:
                 logger.warning("%s; this run goes on", damaged)
             self._told_of_damage = True
             return self._known
 
-    async def unless_closed(self, work: Coroutine[Any, Any, None]) -> None:
+    async def until_early_end(self, work: Coroutine[Any, Any, None]) -> None:
         """Await the work; as soon as the batch ends early, abort it and return.
 
         Exceptions of the work itself are raised.

@@ -27,7 +27,7 @@ from batch_orchestration.workers.reporter import report_progress
 logger = logging.getLogger(__name__)
 
 #: Run id of these failures; it is constant, so that closing out again writes the same rows.
-CLOSING_RUN_ID = "closing"
+EARLY_END_RUN_ID = "early-end"
 #: A run notices an early end within a second; a request that is stuck may take a few more.
 PATIENCE_SECONDS = 15.0
 POLL_SECONDS = 0.25
@@ -61,8 +61,8 @@ def fail_unanswered(
         JournalInUse: A run still works on the batch after `patience_seconds`.
         StorageError: Some chunks cannot be committed; every other one is.
     """
-    closing = early_end_in_force(folder, store.batch(batch_id))
-    if closing is None:
+    early_end = early_end_in_force(folder, store.batch(batch_id))
+    if early_end is None:
         return
     plan = folder.read_plan(batch_id)
     missing = sorted(set(range(len(plan.chunks))) - store.chunk_reports(batch_id).keys())
@@ -73,8 +73,8 @@ def fail_unanswered(
         crash_point(CrashPoint.BEFORE_CLOSE_OUT)
         report_progress()
         with faults.of(ref.key):
-            yield commit_ended(ref, closing, store=store, run_id=run_id, at=clock())
-    logger.info("%s: %d chunks closed out, %s", batch_id, len(refs), closing)
+            yield commit_ended(ref, early_end, store=store, run_id=run_id, at=clock())
+    logger.info("%s: %d chunks closed out, %s", batch_id, len(refs), early_end)
     if left := list(faults):
         raise StorageError(
             f"{len(left)} of {len(refs)} chunks cannot be closed out, the others are: {left[0]}"
@@ -82,7 +82,7 @@ def fail_unanswered(
 
 
 def commit_ended(
-    ref: ChunkRef, closing: EarlyEnd, *, store: Store, run_id: str, at: float
+    ref: ChunkRef, early_end: EarlyEnd, *, store: Store, run_id: str, at: float
 ) -> ChunkReport:
     """Commit a chunk with the outcomes of its journal and a failure for every other request.
 
@@ -98,16 +98,19 @@ def commit_ended(
         seconds=busy_seconds(entries.values()),
     )
     try:
-        return commit(requests=_closed(ref, entries, closing, ref.lines()))
+        return commit(requests=_closed(ref, entries, early_end, ref.lines()))
     except (PlanMismatch, FileDamaged, OSError) as error:
         if concerns_everyone(error):
             raise
         logger.warning("%s is closed out without its input: %s", ref.key, error)
-    return commit(requests=_closed(ref, entries, closing, iter(())))
+    return commit(requests=_closed(ref, entries, early_end, iter(())))
 
 
 def _closed(
-    ref: ChunkRef, entries: Mapping[int, JournalEntry], closing: EarlyEnd, lines: Iterator[RawLine]
+    ref: ChunkRef,
+    entries: Mapping[int, JournalEntry],
+    early_end: EarlyEnd,
+    lines: Iterator[RawLine],
 ) -> Iterator[SettledRequest]:
     """Yield each request of a chunk, in file order; only lines without an outcome are parsed.
 
@@ -122,11 +125,11 @@ def _closed(
             yield entry.settled()
         else:
             attempts = state.attempts.get(index, 0)
-            yield _unasked(ref, index, next(unasked, None), closing, attempts)
+            yield _unasked(ref, index, next(unasked, None), early_end, attempts)
 
 
 def _unasked(
-    ref: ChunkRef, index: int, raw: RawLine | None, closing: EarlyEnd, attempts: int
+    ref: ChunkRef, index: int, raw: RawLine | None, early_end: EarlyEnd, attempts: int
 ) -> SettledRequest:
     """Return a request with the failure that it was not answered in time.
 
@@ -141,16 +144,16 @@ def _unasked(
         custom_id=request.custom_id if request else None,
         endpoint=request.endpoint if request else "",
         body=bytes(request.body) if request else b"",
-        outcome=Failure(code=closing.code, message=f"{_MESSAGES[closing.code]}{lost}"),
+        outcome=Failure(code=early_end.code, message=f"{_MESSAGES[early_end.code]}{lost}"),
         attempts=attempts,
         failed_attempts=(),
-        settled_at=closing.at,
+        settled_at=early_end.at,
         provenance=_provenance(ref.plan),
     )
 
 
 def _provenance(plan: BatchPlan) -> Provenance:
-    return Provenance(run_id=CLOSING_RUN_ID, settings_hash=plan.settings_hash)
+    return Provenance(run_id=EARLY_END_RUN_ID, settings_hash=plan.settings_hash)
 
 
 def _wait_for_writers(refs: Sequence[ChunkRef], patience_seconds: float) -> None:

@@ -19,13 +19,13 @@ class Ending:
     Attributes:
         status: The final status.
         reached: Whether the batch has this status already: its files are then written once more.
-        closing: None if the batch does not end early.
+        early_end: None if the batch does not end early.
     """
 
     batch_id: str
     status: BatchStatus
     reached: bool
-    closing: EarlyEnd | None
+    early_end: EarlyEnd | None
 
 
 def begin_ending(
@@ -41,13 +41,17 @@ def begin_ending(
     """
     with early_end_lock(folder, batch_id):
         record = store.batch(batch_id)
-        closing = early_end_in_force(folder, record)
+        early_end = early_end_in_force(folder, record)
         if record.status in FINAL:
-            return Ending(batch_id=batch_id, status=record.status, reached=True, closing=closing)
-        step, by, reason = _first_step(closing, actor)
-        store.set_status(batch_id, step, at=closing.at if closing else at, actor=by, reason=reason)
-        status = closing.status if closing else BatchStatus.COMPLETED
-        return Ending(batch_id=batch_id, status=status, reached=False, closing=closing)
+            return Ending(
+                batch_id=batch_id, status=record.status, reached=True, early_end=early_end
+            )
+        step, by, reason = _first_step(early_end, actor)
+        store.set_status(
+            batch_id, step, at=early_end.at if early_end else at, actor=by, reason=reason
+        )
+        status = early_end.status if early_end else BatchStatus.COMPLETED
+        return Ending(batch_id=batch_id, status=status, reached=False, early_end=early_end)
 
 
 def finish_ending(
@@ -58,15 +62,15 @@ def finish_ending(
         return
     with early_end_lock(folder, ending.batch_id):
         store.set_status(ending.batch_id, ending.status, at=at, actor=actor, reason=reason)
-        if ending.closing is None and (late := folder.read_closing(ending.batch_id)):
+        if ending.early_end is None and (late := folder.read_early_end(ending.batch_id)):
             logger.warning("%s is completed; too late: %s", ending.batch_id, late)
-            folder.remove_closing(ending.batch_id)
+            folder.remove_early_end(ending.batch_id)
 
 
-def _first_step(closing: EarlyEnd | None, actor: str) -> tuple[BatchStatus, str, str]:
+def _first_step(early_end: EarlyEnd | None, actor: str) -> tuple[BatchStatus, str, str]:
     """Return the status before the final one, its actor and its reason."""
-    if closing is None:
+    if early_end is None:
         return BatchStatus.FINALIZING, actor, "every request has an outcome"
-    if closing.status is BatchStatus.CANCELLED:
-        return BatchStatus.CANCELLING, closing.actor, closing.reason
-    return BatchStatus.FINALIZING, closing.actor, closing.reason
+    if early_end.status is BatchStatus.CANCELLED:
+        return BatchStatus.CANCELLING, early_end.actor, early_end.reason
+    return BatchStatus.FINALIZING, early_end.actor, early_end.reason

@@ -135,7 +135,7 @@ def _carry_out(
     if record.status not in RESUMABLE:
         logger.info("%s goes on, it was paused", record.batch_id)
         return
-    folder.remove_closing(record.batch_id)
+    folder.remove_early_end(record.batch_id)
     crash_point(CrashPoint.AFTER_REOPENING)
     chunks = store.reopen_batch(
         record.batch_id,

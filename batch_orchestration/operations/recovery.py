@@ -205,7 +205,7 @@ class _Rebuilding:
         self._folder = folder
         self._store = store
         self._chunks = self._of_chunks = self._unfinished = self._operations = 0
-        self._closing: EarlyEnd | None = None
+        self._early_end: EarlyEnd | None = None
         self._lost_lines = False
         self._problems: list[str] = []
 
@@ -224,7 +224,7 @@ class _Rebuilding:
         if not self._of_chunks:
             return
         with self._problem():
-            self._closing = self._folder.read_closing(self._batch_id)
+            self._early_end = self._folder.read_early_end(self._batch_id)
         for number in range(len(plan.chunks)):
             with self._problem(f"chunk {number}: "):
                 self._commit(ChunkRef.of(plan, number, self._folder))
@@ -248,10 +248,10 @@ class _Rebuilding:
         replay_journal(ref.journal_path, self._batch_id, ref.chunk.number)
         entries = {entry.index: entry for entry in read_journal(ref.journal_path)}
         if not set(ref.indices) <= entries.keys():
-            if self._closing and delivered(self._folder, self._batch_id):
-                at = self._closing.at
+            if self._early_end and delivered(self._folder, self._batch_id):
+                at = self._early_end.at
                 self._lost_lines = self._lost_lines or not _has_lines(ref)
-                commit_ended(ref, self._closing, store=self._store, run_id=ACTOR, at=at)
+                commit_ended(ref, self._early_end, store=self._store, run_id=ACTOR, at=at)
                 self._chunks += 1
                 return
             # If the chunk was committed before, a part of its journal is lost.
@@ -270,14 +270,14 @@ class _Rebuilding:
 
     def _cancel_again(self) -> None:
         """Restore the status of a batch that was being cancelled; its next run delivers it."""
-        closing = self._closing
-        if closing is not None and closing.status is BatchStatus.CANCELLED:
+        early_end = self._early_end
+        if early_end is not None and early_end.status is BatchStatus.CANCELLED:
             self._store.set_status(
                 self._batch_id,
                 BatchStatus.CANCELLING,
-                at=closing.at,
-                actor=closing.actor,
-                reason=closing.reason,
+                at=early_end.at,
+                actor=early_end.actor,
+                reason=early_end.reason,
             )
 
     def deliver_again(self, store: Store) -> RecoveredBatch:
@@ -317,7 +317,7 @@ class _Rebuilding:
         the early end, also those whose answers were in a journal that is lost.
         """
         files = OutboxFiles(self._folder.outbox_path(self._batch_id))
-        if self._closing is None or not files.errors.exists():
+        if self._early_end is None or not files.errors.exists():
             return
         answered = recount(self._folder.read_plan(self._batch_id), files).completed
         rebuilt = store.batch(self._batch_id).completed

@@ -22,7 +22,7 @@ def halt_in_force(folder: DataFolder, batch_id: str) -> Halt | None:
         halt = folder.read_halt(batch_id)
     except StorageError as error:
         halt = _damaged(folder.halt_path(batch_id), error)
-    if halt is None or folder.read_closing(batch_id) is not None:
+    if halt is None or folder.read_early_end(batch_id) is not None:
         return None
     resumption = folder.read_resumption(batch_id)
     return None if resumption is not None and resumption.at >= halt.at else halt

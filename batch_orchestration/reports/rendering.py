@@ -27,7 +27,7 @@ def batch_report(
     *,
     outbox: str,
     scored: Scored | None = None,
-    closing: EarlyEnd | None = None,
+    early_end: EarlyEnd | None = None,
     figures: ReportFigures = _NO_FIGURES,
 ) -> str:
     """Return the report as Markdown. The same arguments always give the same report.
@@ -37,7 +37,7 @@ def batch_report(
         chunks: Chunk reports by number.
         outbox: Folder of the delivered files, as a person would write it.
         scored: The estimate made at admission, with actual figures.
-        closing: The early end of the batch; None if it was completed.
+        early_end: The early end of the batch; None if it was completed.
     """
     shown = sorted(chunks.values(), key=lambda chunk: chunk.number)
     if len(shown) > CHUNKS_SHOWN:
@@ -51,6 +51,6 @@ def batch_report(
         shown=shown,
         outbox=outbox,
         scored=scored,
-        closing=closing,
+        early_end=early_end,
         figures=figures,
     )

@@ -31,7 +31,7 @@ def batch_object(view: BatchStatusView, *, folder: DataFolder) -> dict[str, Any]
     """Return OpenAI's Batch object, with paths in place of file ids.
 
     Times are whole POSIX seconds. Some fields are ours: `progress` is null unless a run is at work,
-    `closing` unless the batch ends or ended early, `paused` unless it is paused.
+    `early_end` unless the batch ends or ended early, `paused` unless it is paused.
     """
     batch_id = view.batch_id
     return {
@@ -64,7 +64,7 @@ def batch_object(view: BatchStatusView, *, folder: DataFolder) -> dict[str, Any]
         "priority": view.options.priority,
         "estimate": read_estimate(folder, batch_id),
         "progress": _progress(view.live),
-        "closing": view.closing,
+        "early_end": view.early_end,
         "paused": _halt(view.halt),
         "store_problem": view.store_problem,
     }

@@ -26,7 +26,7 @@ class BatchStatusView:
         times: When a status was reached, by status word.
         progress: The last progress file of its run; the batch may be further since.
         progress_age: Age of `progress` in seconds.
-        closing: Why it ends, or ended, early; None if it does not.
+        early_end: Why it ends, or ended, early; None if it does not.
         halt: Why it is paused; None if it is not.
         deadline: When its completion window ends.
         store_problem: Why the store could not be read; None if it could.
@@ -45,7 +45,7 @@ class BatchStatusView:
     progress: Progress | None
     progress_age: float | None
     store_problem: str | None
-    closing: EarlyEnd | None = None
+    early_end: EarlyEnd | None = None
     halt: Halt | None = None
     deadline: float = 0.0
 
@@ -169,10 +169,10 @@ def _from_plan(
 ) -> BatchStatusView:
     outbox = folder.outbox_path(plan.batch_id)
     output_file = _if_there(outbox / "output.jsonl")
-    closing, resumption = _decisions(plan.batch_id, folder)
+    early_end, resumption = _decisions(plan.batch_id, folder)
     return BatchStatusView(
         plan=plan,
-        status=status or _guess(plan.batch_id, closing, folder),
+        status=status or _guess(plan.batch_id, early_end, folder),
         completed=0,
         failed=0,
         prompt_tokens=0,
@@ -184,7 +184,7 @@ def _from_plan(
         progress=None,
         progress_age=None,
         store_problem=problem,
-        closing=closing if status is not BatchStatus.COMPLETED else None,
+        early_end=early_end if status is not BatchStatus.COMPLETED else None,
         halt=None if status in FINAL else _halt(plan.batch_id, folder),
         deadline=deadline(plan, resumption),
     )
@@ -198,20 +198,20 @@ def _halt(batch_id: str, folder: DataFolder) -> Halt | None:
 
 def _decisions(batch_id: str, folder: DataFolder) -> tuple[EarlyEnd | None, Resumption | None]:
     """Return the decisions about a batch; `operations.health.damage` reports unreadable ones."""
-    closing, resumption = None, None
+    early_end, resumption = None, None
     with contextlib.suppress(FileDamaged):
-        closing = folder.read_closing(batch_id)
+        early_end = folder.read_early_end(batch_id)
     with contextlib.suppress(FileDamaged):
         resumption = folder.read_resumption(batch_id)
-    return closing, resumption
+    return early_end, resumption
 
 
-def _guess(batch_id: str, closing: EarlyEnd | None, folder: DataFolder) -> BatchStatus:
+def _guess(batch_id: str, early_end: EarlyEnd | None, folder: DataFolder) -> BatchStatus:
     """Return the status that follows from a batch's files."""
     with contextlib.suppress(FileDamaged):
         if delivered(folder, batch_id):
-            return closing.status if closing else BatchStatus.COMPLETED
-    if closing is not None and closing.status is BatchStatus.CANCELLED:
+            return early_end.status if early_end else BatchStatus.COMPLETED
+    if early_end is not None and early_end.status is BatchStatus.CANCELLED:
         return BatchStatus.CANCELLING
     return BatchStatus.IN_PROGRESS
 

@@ -56,9 +56,9 @@ WITH_AN_ENGINE = IN_A_RUN[:-4]
 IN_DAGSTER = CrashPoint.BEFORE_EVENT
 IN_A_SEARCH = CrashPoint.AFTER_SUSPECT
 AROUND_A_CONTROL = [CrashPoint.BEFORE_CONTROL, CrashPoint.AFTER_CONTROL]
-#: Tried in `test_closing_killed`.
+#: Tried in `test_early_end_killed`.
 IN_AN_EARLY_END = {
-    CrashPoint.AFTER_CLOSING,
+    CrashPoint.AFTER_EARLY_END,
     CrashPoint.BEFORE_CLOSE_OUT,
     CrashPoint.AFTER_RESUMPTION,
     CrashPoint.AFTER_REOPENING,

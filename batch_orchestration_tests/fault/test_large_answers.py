@@ -225,10 +225,10 @@ def test_large_requests_that_a_cancelled_batch_leaves_unasked_are_not_copied_int
     bench.folder.write_plan(plan)
     bench.folder.input_path(plan.batch_id).write_bytes(content)
     bench.store.add_batch(plan, at=NOW)
-    closing = EarlyEnd(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason="")
+    early_end = EarlyEnd(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason="")
 
     ref = ChunkRef.of(plan, 0, bench.folder)
-    commit_ended(ref, closing, store=bench.store, run_id="r", at=NOW)
+    commit_ended(ref, early_end, store=bench.store, run_id="r", at=NOW)
 
     letters = bench.store.dead_letters(plan.batch_id, Selection())
     assert [len(letter.request.body) > 15_000 for letter in letters] == [True] * 3 + [False] * 5

@@ -24,7 +24,7 @@ _context.set_forkserver_preload(
         "pytest",
         "pandas",
         "batch_orchestration_tests.fault.crashing_asset",
-        "batch_orchestration_tests.fault.crashing_closing",
+        "batch_orchestration_tests.fault.crashing_early_end",
         "batch_orchestration_tests.fault.crashing_halt",
     ]
 )

@@ -26,7 +26,7 @@ def make_history(folder: DataFolder, store: Store, *, completed: int, cancelled:
     """Add finished batches: plan, decision, dead letters, outbox and rows, as months leave them."""
     plan = make_plan(make_input(3), requests_per_chunk=3)
     store.add_batch(plan, at=time.time() - AGE_SECONDS)
-    closing = EarlyEnd(
+    early_end = EarlyEnd(
         status=BatchStatus.CANCELLED, at=time.time() - AGE_SECONDS, actor="a", reason=""
     )
     for number in range(completed + cancelled):
@@ -38,7 +38,7 @@ def make_history(folder: DataFolder, store: Store, *, completed: int, cancelled:
         (folder.journals / name / "dead_letters").mkdir(parents=True)
         _put(folder.outbox / name / "output.jsonl")
         if number >= completed:
-            (home / "early-end.json").write_bytes(msgspec.json.encode(closing))
+            (home / "early-end.json").write_bytes(msgspec.json.encode(early_end))
     _add_rows(store, plan.batch_id, completed=completed, cancelled=cancelled)
 
 

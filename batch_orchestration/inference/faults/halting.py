@@ -71,7 +71,7 @@ class FailureWatch:
         batch_id = self._plan.batch_id
         halt = self._rate.halt(at=time.time(), actor=self._run_id)
         with early_end_lock(self._folder, batch_id):
-            if self._folder.read_closing(batch_id) is not None:
+            if self._folder.read_early_end(batch_id) is not None:
                 return False
             if self._folder.read_resumption(batch_id) != self._resumption:
                 # These outcomes predate the resumption; the next run judges later ones.

@@ -37,7 +37,7 @@ def test_cancel_says_what_happens_and_says_so_again(cli, tmp_path):
     assert f"watch {batch_id}" in first
     assert "wrong file" in second
     assert (told["earlier"], told["over"]) == (True, False)
-    assert told["closing"]["reason"] == "wrong file"
+    assert told["early_end"]["reason"] == "wrong file"
 
 
 def test_cancel_of_a_batch_that_is_over_says_so(cli, tmp_path):
@@ -69,7 +69,7 @@ def test_watch_and_status_say_who_cancelled_and_how_to_go_on(cli, tmp_path):
     assert f"resume {plan.batch_id}" in watched.stderr
     assert "output.jsonl" in watched.stdout
     assert "wrong file" in shown
-    assert told["status"] == told["closing"]["status"] == "cancelled"
+    assert told["status"] == told["early_end"]["status"] == "cancelled"
     assert [event["to_status"] for event in told["events"]][-2:] == ["cancelling", "cancelled"]
     assert told["expires_at"] == told["created_at"] + 86400
 
@@ -88,7 +88,7 @@ def test_resume_brings_a_batch_back_and_refuses_what_it_cannot(cli, tmp_path):
 
     assert "goes on" in said
     told = cli.json("status", plan.batch_id)
-    assert (told["status"], told["closing"]) == ("in_progress", None)
+    assert (told["status"], told["early_end"]) == ("in_progress", None)
     assert told["request_counts"] == {"total": 3, "completed": 0, "failed": 0}
     assert abs(told["expires_at"] - time.time() - 5400) < 60
     assert json.dumps(told)

@@ -191,7 +191,7 @@ def assert_delivered_as_cancelled(dagster, batch_id, requests):
         lambda: keys <= dagster.partitions("chunk_results")["materialized"], 30, "all are green"
     )
     delivering = dagster.runs("deliver_batch", batch=batch_id)
-    assert [run.tags["closing"] for run in delivering] == ["cancelled"]
+    assert [run.tags["early_end"] for run in delivering] == ["cancelled"]
 
 
 def test_a_batch_cancelled_on_the_command_line_lets_go_within_seconds(dagster):

@@ -330,8 +330,8 @@ def test_a_guest_that_is_cancelled_while_it_probes_a_sick_engine_does_not_stop_t
     """All of the window is the guest's, so that nothing is drawn; and its probe never ends."""
     own, guest = bench.batch("own", 200), bench.batch("guest", 40)
     bench.queue(entry(guest, effective=5), entry(own))
-    engine, closing = SickForGuests(), bench.folder.early_end_path(guest.batch_id)
-    engine.on_probe = lambda: closing.write_bytes(
+    engine, early_end = SickForGuests(), bench.folder.early_end_path(guest.batch_id)
+    engine.on_probe = lambda: early_end.write_bytes(
         msgspec.json.encode(EarlyEnd(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason=""))
     )
 
@@ -362,10 +362,10 @@ class SickForGuests(PacedEngine):
 def test_a_guest_that_ends_early_is_let_go_and_its_journal_is_free(bench: TurnBench) -> None:
     own, guest = bench.batch("own", 400), bench.batch("guest", 100, requests_per_chunk=50)
     bench.queue(entry(guest, effective=5), entry(own))
-    closing = bench.folder.plan_path(guest.batch_id).with_name("early-end.json")
+    early_end = bench.folder.plan_path(guest.batch_id).with_name("early-end.json")
     journal = bench.folder.journal_path(guest.batch_id, 0)
     free = []
-    engine = PacedEngine(when_asked("guest 20.", closing.touch), seconds=0.05)
+    engine = PacedEngine(when_asked("guest 20.", early_end.touch), seconds=0.05)
     probing = when_asked("own 390.", lambda: free.append(Journal.probe(journal)))
     engine.also(probing)
 

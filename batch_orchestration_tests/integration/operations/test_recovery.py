@@ -221,8 +221,8 @@ def test_recover_rebuilds_all_but_what_is_damaged_and_names_that(tmp_path: Path)
     journal = bench.folder.journal_path(torn.batch_id, 1)
     journal.unlink()
     journal.mkdir()
-    closing = bench.folder.early_end_path(undecided.batch_id)
-    closing.write_bytes(b"")
+    early_end = bench.folder.early_end_path(undecided.batch_id)
+    early_end.write_bytes(b"")
     operation = next((bench.folder.journals / bench.batch_id).glob("dead_letters/*-discard.json"))
     operation.write_bytes(b"{")
 
@@ -230,7 +230,7 @@ def test_recover_rebuilds_all_but_what_is_damaged_and_names_that(tmp_path: Path)
 
     assert not recovery.complete
     problems = {batch.batch_id: batch.problems for batch in recovery.batches}
-    named = {torn.batch_id: journal, undecided.batch_id: closing, bench.batch_id: operation}
+    named = {torn.batch_id: journal, undecided.batch_id: early_end, bench.batch_id: operation}
     for batch_id, path in named.items():
         assert any(str(path) in problem for problem in problems[batch_id]), batch_id
     chunks = {batch.batch_id: batch.chunks for batch in recovery.batches}

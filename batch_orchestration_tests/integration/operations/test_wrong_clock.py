@@ -26,16 +26,16 @@ def test_a_look_that_doubts_the_clock_expires_nothing_and_a_later_one_does(
     bench.let_expire(plan)
 
     assert bench.look(doubt="the clock jumped") == {}
-    assert bench.folder.read_closing(plan.batch_id) is None
+    assert bench.folder.read_early_end(plan.batch_id) is None
     assert plan.batch_id in bench.look()
 
 
 def test_a_doubtful_clock_does_not_keep_a_person_from_cancelling(bench: ClosingBench) -> None:
     plan = bench.admit_now(10)
 
-    closings = bench.look(terminated="run-1", doubt="the clock jumped")
+    early_ends = bench.look(terminated="run-1", doubt="the clock jumped")
 
-    assert closings[plan.batch_id].actor == "run-1"
+    assert early_ends[plan.batch_id].actor == "run-1"
 
 
 def test_a_run_whose_clock_has_jumped_answers_everything(bench: ClosingBench) -> None:
@@ -46,7 +46,7 @@ def test_a_run_whose_clock_has_jumped_answers_everything(bench: ClosingBench) ->
 
     bench.run(plan, ScriptedEngine())
 
-    assert bench.folder.read_closing(plan.batch_id) is None
+    assert bench.folder.read_early_end(plan.batch_id) is None
     assert bench.indices(plan) == list(range(20))
 
 

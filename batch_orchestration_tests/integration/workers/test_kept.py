@@ -173,11 +173,11 @@ def test_a_step_that_is_tried_again_goes_on_with_the_account_of_its_run(bench: T
 def test_a_guest_that_ends_early_is_charged_no_longer(bench: TurnBench) -> None:
     own, guest = bench.batch("own", 60), bench.batch("guest", 30)
     bench.queue(entry(guest, effective=10), entry(own))
-    closing = bench.folder.early_end_path(guest.batch_id)
+    early_end = bench.folder.early_end_path(guest.batch_id)
 
     def closes(body: bytes, submitted: int) -> None:
         if b"guest 4." in body:
-            closing.touch()
+            early_end.touch()
 
     bench.run(own, KnownEngine(closes, each=0.2), in_flight=4)
 

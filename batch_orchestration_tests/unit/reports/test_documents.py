@@ -71,7 +71,7 @@ def report(text: str, *, examples: int = 2) -> str:
     for index in range(examples):
         settled = make_settled(index, make_failure(message=text), provenance=provenance)
         totals.count(replace(settled, custom_id=text))
-    closing = EarlyEnd(
+    early_end = EarlyEnd(
         status=BatchStatus.CANCELLED,
         at=NOW,
         actor=text,
@@ -80,7 +80,7 @@ def report(text: str, *, examples: int = 2) -> str:
     return batch_report(
         *(plan, make_record(plan), totals, {}),
         outbox=text,
-        closing=closing,
+        early_end=early_end,
         figures=ReportFigures(timeline=[Moment(NOW, text)], pictures=[PICTURE]),
     )
 

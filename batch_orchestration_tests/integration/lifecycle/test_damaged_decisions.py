@@ -138,7 +138,7 @@ def test_a_batch_without_a_readable_plan_is_cancelled_and_expires_by_what_the_st
     bench.cancel(cancelled)
     late = deadline(bench.store.batch(expired.batch_id)) + 1
 
-    closings = end_overdue(
+    early_ends = end_overdue(
         bench.store.batches(),
         folder=bench.folder,
         store=bench.store,
@@ -147,7 +147,7 @@ def test_a_batch_without_a_readable_plan_is_cancelled_and_expires_by_what_the_st
         now=late,
     )
 
-    assert {name: str(c.status) for name, c in closings.items()} == {
+    assert {name: str(c.status) for name, c in early_ends.items()} == {
         cancelled.batch_id: "cancelled",
         expired.batch_id: "expired",
     }
@@ -164,12 +164,12 @@ def test_a_chunk_that_cannot_be_closed_out_keeps_no_other_from_it(bench):
     journal = bench.folder.journal_path(plan.batch_id, 1)
     journal.mkdir(parents=True)
     bench.cancel(plan)
-    closing = fail_unanswered(
+    reports = fail_unanswered(
         plan.batch_id, folder=bench.folder, store=bench.store, run_id="r", clock=time.time
     )
-    assert [next(closing).number, next(closing).number] == [0, 2]
+    assert [next(reports).number, next(reports).number] == [0, 2]
     with pytest.raises(StorageError, match=str(journal)):
-        next(closing)
+        next(reports)
 
     assert sorted(bench.store.chunk_reports(plan.batch_id)) == [0, 2]
     journal.rmdir()

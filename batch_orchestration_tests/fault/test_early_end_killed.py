@@ -8,14 +8,14 @@ import pytest
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.crash_points import CrashPoint
 from batch_orchestration.lifecycle.resumption import finish_resumptions
-from batch_orchestration_tests.fault.crashing_closing import take_step
+from batch_orchestration_tests.fault.crashing_early_end import take_step
 from batch_orchestration_tests.support.closing_bench import ClosingBench
 from batch_orchestration_tests.support.forks import run_forked
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 
 #: The step, where it is killed, and the status that the store has then.
 STEPS = [
-    ("cancel", CrashPoint.AFTER_CLOSING, 1, "in_progress"),
+    ("cancel", CrashPoint.AFTER_EARLY_END, 1, "in_progress"),
     ("deliver", CrashPoint.BEFORE_CLOSE_OUT, 1, "cancelling"),
     ("deliver", CrashPoint.BEFORE_CLOSE_OUT, 2, "cancelling"),
     ("deliver", CrashPoint.BEFORE_OUTPUT_RENAME, 1, "cancelling"),
@@ -57,13 +57,13 @@ def test_a_cancellation_killed_anywhere_is_carried_through(
 
     assert died == -signal.SIGKILL
     assert status_at_death == status
-    assert bench.folder.read_closing(plan.batch_id).actor == "tester"
+    assert bench.folder.read_early_end(plan.batch_id).actor == "tester"
     assert_delivered(bench, plan, "cancelled")
 
 
 @pytest.mark.parametrize(
     ("step", "point"),
-    [("look", CrashPoint.AFTER_CLOSING), ("deliver", CrashPoint.BEFORE_CLOSE_OUT)],
+    [("look", CrashPoint.AFTER_EARLY_END), ("deliver", CrashPoint.BEFORE_CLOSE_OUT)],
 )
 def test_an_expiry_killed_anywhere_is_carried_through(
     tmp_path: Path, step: str, point: CrashPoint

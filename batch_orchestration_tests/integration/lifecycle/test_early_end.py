@@ -123,7 +123,7 @@ def test_cancelling_twice_keeps_the_first_decision(bench: ClosingBench) -> None:
     third = bench.cancel(plan, reason="third")
 
     assert (first.earlier, second.earlier, third.earlier) == (False, True, True)
-    assert first.closing == second.closing == third.closing
+    assert first.early_end == second.early_end == third.early_end
     assert (second.over, third.over) == (False, True)
     assert bench.history(plan) == [("cancelling", "tester"), ("cancelled", "deliver-1")]
 
@@ -143,7 +143,7 @@ def test_a_batch_with_an_outcome_for_every_request_cannot_be_cancelled(bench: Cl
         bench.cancel(plan)
 
     assert bench.status(plan) == "completed"
-    assert bench.folder.read_closing(plan.batch_id) is None
+    assert bench.folder.read_early_end(plan.batch_id) is None
 
 
 def test_an_expired_batch_cannot_be_cancelled(bench: ClosingBench) -> None:
@@ -166,10 +166,10 @@ def test_a_batch_that_the_store_does_not_know_yet_is_cancelled_when_it_does(
 
     bench.cancel(plan)
     bench.store.add_batch(plan, at=time.time())
-    closings = bench.look()
+    early_ends = bench.look()
     bench.deliver(plan)
 
-    assert closings.keys() == {plan.batch_id}
+    assert early_ends.keys() == {plan.batch_id}
     assert bench.status(plan) == "cancelled"
 
 
@@ -194,7 +194,7 @@ def test_a_locked_store_delays_the_status_but_not_the_decision(bench: ClosingBen
             reason="",
             at=time.time(),
         )
-        assert bench.folder.read_closing(plan.batch_id) is not None
+        assert bench.folder.read_early_end(plan.batch_id) is not None
 
     assert bench.status(plan) == "in_progress"
     bench.look()
@@ -216,7 +216,7 @@ def test_a_decision_that_came_while_the_files_were_written_is_void(bench: Closin
     bench.deliver(plan)
 
     assert bench.status(plan) == "completed"
-    assert bench.folder.read_closing(batch_id) is None
+    assert bench.folder.read_early_end(batch_id) is None
 
 
 # --- how a batch is closed out --------------------------------------------------------------------
@@ -276,10 +276,10 @@ def test_a_batch_whose_window_is_over_is_expired_by_the_next_look(bench: Closing
     plan = bench.admit_now(25, window="1h", at=time.time() - 3601)
     in_time = bench.admit_now(24, window="1h", at=time.time() - 3000)
 
-    closings = bench.look()
+    early_ends = bench.look()
     bench.deliver(plan)
 
-    assert closings.keys() == {plan.batch_id}
+    assert early_ends.keys() == {plan.batch_id}
     assert bench.status(in_time) == "in_progress"
     assert bench.status(plan) == "expired"
     assert bench.history(plan) == [("finalizing", "sensor"), ("expired", "deliver-1")]
@@ -298,8 +298,8 @@ def test_a_run_notices_by_itself_that_the_window_is_over(bench: ClosingBench) ->
 
     assert seconds < 60
     assert [commit.report.number for commit in commits] == [0, 1]
-    closing = bench.folder.read_closing(plan.batch_id)
-    assert (closing.status, closing.actor) == ("expired", "run-1")
+    early_end = bench.folder.read_early_end(plan.batch_id)
+    assert (early_end.status, early_end.actor) == ("expired", "run-1")
     bench.deliver(plan)
     assert bench.status(plan) == "expired"
     assert len(bench.lines(plan, "output.jsonl")) == 23
@@ -329,7 +329,7 @@ def test_materializing_a_delivered_batch_again_later_does_not_expire_it(
 
     bench.run(plan, ScriptedEngine(), run_id="run-2")
 
-    assert bench.folder.read_closing(plan.batch_id) is None
+    assert bench.folder.read_early_end(plan.batch_id) is None
     assert bench.status(plan) == "completed"
 
 
@@ -339,7 +339,7 @@ def test_the_run_that_a_person_terminated_cancels_its_batch(bench: ClosingBench)
     bench.look(terminated="run-7")
 
     assert bench.history(plan) == [("cancelling", "run-7")]
-    assert "terminated" in bench.folder.read_closing(plan.batch_id).reason
+    assert "terminated" in bench.folder.read_early_end(plan.batch_id).reason
 
 
 # --- recovery -------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_a_terminated_run_cancels_its_batch_which_then_is_delivered(deployment):
     ]
     assert deployment.statuses("chunk_results") == {f"{batch_id}/0000{n}" for n in range(3)}
     assert deployment.statuses("batch_output") == {batch_id}
-    assert deployment.instance.get_run_by_id(result.run_id).tags["closing"] == "cancelled"
+    assert deployment.instance.get_run_by_id(result.run_id).tags["early_end"] == "cancelled"
     checks = result.get_asset_check_evaluations()
     assert [check.passed for check in checks] == [True, True]
     assert any("12 are not counted" in (check.description or "") for check in checks)
@@ -144,7 +144,7 @@ def test_a_run_over_a_batch_that_ended_does_nothing_and_says_how_to_go_on(deploy
     result = deployment.run(answering)
 
     assert result.success
-    assert deployment.instance.get_run_by_id(result.run_id).tags["closing"] == "cancelled"
+    assert deployment.instance.get_run_by_id(result.run_id).tags["early_end"] == "cancelled"
     assert deployment.store.chunk_reports(batch_id) == {}
 
 
