@@ -8,7 +8,7 @@ from batch_orchestration.cli.context import Context, json_option, open_context, 
 from batch_orchestration.cli.escaping import say
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import clear_fence, read_fences
-from batch_orchestration.gpu.health import GpuVerdict, examine
+from batch_orchestration.gpu.health import GpuCheck, check_gpu
 
 _GIB = 2**30
 _NONE = "-"
@@ -20,21 +20,21 @@ _NONE = "-"
 def gpu(uuid: str | None, as_json: bool) -> None:
     """Show the GPUs, and whether an engine may be started on them; exit 1 if not.
 
-    The verdict is that of the gate before each start of vLLM on BATCH_DEVICE=cuda. A device that
+    The check is that of the gate before each start of vLLM on BATCH_DEVICE=cuda. A device that
     had a fault is fenced: no engine is started on it until it has recovered, or until --clear. The
     data folder keeps the name of the person who cleared it in `fences/cleared`.
     """
     context = open_context()
     if uuid is not None:
         _clear(context, uuid)
-    verdict = examine(context.settings)
+    check = check_gpu(context.settings)
     if as_json:
-        print_json(_object(verdict))
+        print_json(_object(check))
     else:
-        for device in verdict.devices:
+        for device in check.devices:
             context.console.print(_table(device))
-        _say(verdict)
-    if not verdict.healthy:
+        _say(check)
+    if not check.healthy:
         click.get_current_context().exit(1)
 
 
@@ -46,36 +46,36 @@ def _clear(context: Context, uuid: str) -> None:
     say(f"{uuid} is no longer fenced. It was: {fence.reason}", err=True)
 
 
-def _say(verdict: GpuVerdict) -> None:
-    if verdict.unreadable:
-        say(f"No device can be shown: {verdict.unreadable}", err=True)
-    elif not verdict.devices:
+def _say(check: GpuCheck) -> None:
+    if check.unreadable:
+        say(f"No device can be shown: {check.unreadable}", err=True)
+    elif not check.devices:
         say("There is no GPU, or CUDA_VISIBLE_DEVICES shows none.")
-    if verdict.no_gate:
-        say(verdict.no_gate)
+    if check.no_gate:
+        say(check.no_gate)
         return
-    needed = verdict.need.memory_bytes
+    needed = check.need.memory_bytes
     amount = "Memory needed" if needed is None else f"{needed / _GIB:.1f} GiB are needed"
-    say(f"{amount}: {verdict.need.why}")
-    for reason in verdict.reasons:
+    say(f"{amount}: {check.need.why}")
+    for reason in check.reasons:
         say(f"unhealthy: {reason}")
-    shown = {device.hardware_uuid for device in verdict.devices}
-    for uuid, why in verdict.fences.items():
+    shown = {device.hardware_uuid for device in check.devices}
+    for uuid, why in check.fences.items():
         if uuid not in shown:
             say(f"not shown: {uuid}: {why}")
-    if verdict.healthy:
+    if check.healthy:
         say("healthy: an engine may be started")
 
 
-def _object(verdict: GpuVerdict) -> dict[str, object]:
+def _object(check: GpuCheck) -> dict[str, object]:
     return {
-        "healthy": verdict.healthy,
-        "reasons": verdict.reasons,
-        "no_gate": verdict.no_gate,
-        "unreadable": verdict.unreadable,
-        "fences": verdict.fences,
-        "need": msgspec.to_builtins(verdict.need),
-        "devices": [msgspec.to_builtins(device) for device in verdict.devices],
+        "healthy": check.healthy,
+        "reasons": check.reasons,
+        "no_gate": check.no_gate,
+        "unreadable": check.unreadable,
+        "fences": check.fences,
+        "need": msgspec.to_builtins(check.need),
+        "devices": [msgspec.to_builtins(device) for device in check.devices],
     }
 
 

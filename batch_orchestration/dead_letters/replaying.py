@@ -19,7 +19,7 @@ from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.requests import Fault, Request
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.delivery.assembly import AssemblyReport, assemble
-from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.engines.base import Engine, EngineInfo
 from batch_orchestration.engines.memory_demand import memory_demand
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
@@ -151,7 +151,7 @@ class _ReplayRun:
         self._feeding = feeding
         # An ended batch may be replayed; an early end decided during the replay stops it, too.
         self._early_end = EarlyEndWatch(plan, folder, run_id=run_id, only_new=True)
-        self._identity: EngineIdentity | None = None
+        self._identity: EngineInfo | None = None
         self._journal: Journal | None = None
 
     def feed(self) -> None:
@@ -193,7 +193,7 @@ class _ReplayRun:
                 self._journal.close()
             await self._engine.disconnect()
 
-    def _started(self, identity: EngineIdentity) -> None:
+    def _started(self, identity: EngineInfo) -> None:
         self._identity = identity
 
     def _requests(self) -> Iterator[Request]:

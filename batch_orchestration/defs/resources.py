@@ -12,7 +12,7 @@ import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration.engines.processes.records import end_recorded
@@ -237,7 +237,7 @@ class GpuResource(dg.ConfigurableResource):
                     device=str(settings.device),
                     args={**self._sizing.flags, **settings.engine_args},
                     env=settings.engine_environment(),
-                    make_ladder=partial(self._ladder, settings),
+                    make_fallback=partial(self._fallback, settings),
                     before_start=partial(require_healthy_gpu, settings),
                     timeout_seconds=settings.request_timeout_seconds,
                     start_timeout_seconds=settings.engine_start_timeout_seconds,
@@ -258,14 +258,14 @@ class GpuResource(dg.ConfigurableResource):
                     log_path=log_path,
                     models=[settings.served_model_name or DEFAULT_MODEL],
                     control_path=data_folder(settings).root / "simulated.json",
-                    make_ladder=partial(self._ladder, settings),
+                    make_fallback=partial(self._fallback, settings),
                     timeout_seconds=settings.request_timeout_seconds,
                     start_timeout_seconds=settings.engine_start_timeout_seconds,
                     connections=most,
                     limits=limits,
                 )
 
-    def _ladder(self, settings: Settings, top: MemoryLevel) -> MemoryFallback:
+    def _fallback(self, settings: Settings, top: MemoryLevel) -> MemoryFallback:
         return remembered_fallback(
             top,
             memory=MemoryLevelFile(data_folder(settings).memory_levels),

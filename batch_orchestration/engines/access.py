@@ -13,9 +13,9 @@ import msgspec
 from batch_orchestration.core.outcomes import Failure, Outcome
 
 #: Always about the request, whichever component answers.
-OWN_STATUSES = frozenset({400, 413, 422})
+REQUEST_STATUSES = frozenset({400, 413, 422})
 #: About the client's access, never about a request.
-_KEEPERS_STATUSES = frozenset({401, 402, 407})
+_ACCESS_STATUSES = frozenset({401, 402, 407})
 #: The server lacks the endpoint, or its model does; a control at another endpoint may succeed.
 _OTHER_ENDPOINT = frozenset({404, 405, 501})
 LINE_LENGTH = 200
@@ -51,7 +51,7 @@ def is_doubtful(failure: Failure) -> bool:
     `inference.faults.retries` handles an engine that fails nearly everything. Any other refusal
     stays doubtful until a later request is let in.
     """
-    return not failure.retryable and failure.status not in {None, *OWN_STATUSES}
+    return not failure.retryable and failure.status not in {None, *REQUEST_STATUSES}
 
 
 def kind_of(refusal: Failure) -> tuple[int, str] | None:
@@ -61,14 +61,14 @@ def kind_of(refusal: Failure) -> tuple[int, str] | None:
     similar ones turned out to be about their requests.
     """
     status = refusal.status or 0
-    if status in _KEEPERS_STATUSES or 300 <= status < 400:
+    if status in _ACCESS_STATUSES or 300 <= status < 400:
         return None
     return status, _NUMBERED.sub("#", first_line(refusal.message))
 
 
 def lets_in(outcome: Outcome) -> bool:
     """Return whether the outcome of a control shows that requests reach the engine."""
-    return not isinstance(outcome, Failure) or outcome.status in OWN_STATUSES
+    return not isinstance(outcome, Failure) or outcome.status in REQUEST_STATUSES
 
 
 def is_of_the_endpoint(failure: Failure) -> bool:

@@ -5,11 +5,11 @@ from typing import Any, Protocol
 import msgspec
 
 from batch_orchestration.core.outcomes import Outcome
-from batch_orchestration.engines.figures import EngineMetrics
-from batch_orchestration.engines.memory_ladder import MemoryFallback
+from batch_orchestration.engines.memory_fallback import MemoryFallback
+from batch_orchestration.engines.metrics import EngineMetrics
 
 
-class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True):
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The source of answers; stored with every result.
 
     Attributes:
@@ -35,7 +35,7 @@ class Engine(Protocol):
 
     fallback: MemoryFallback
 
-    async def start(self) -> EngineIdentity:
+    async def start(self) -> EngineInfo:
         """Make the engine ready and return its identity. Idempotent.
 
         After `EngineDied`, remains of the dead engine are ended and the engine is started again.

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed, Exhaustion
 from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.engines import exhaustion
-from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.engines.figures import EngineMetrics
-from batch_orchestration.engines.memory_ladder import MemoryFallback
+from batch_orchestration.engines.base import Engine, EngineInfo
+from batch_orchestration.engines.memory_fallback import MemoryFallback
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration.engines.processes import logs
 from batch_orchestration.engines.processes.process import EngineProcess
@@ -37,7 +37,7 @@ class ChildServerEngine(Engine):
     """An engine whose server is a child process.
 
     Args:
-        kind: See `EngineIdentity`.
+        kind: See `EngineInfo`.
         launch: Returns how to start the server; may raise `EngineStartFailed`.
         fallback: Provides the memory level that `launch` reads.
         log_path: File to which the server's output is appended.
@@ -84,7 +84,7 @@ class ChildServerEngine(Engine):
         self._examined: tuple[OpenAIServerEngine, Exhaustion | None] | None = None
         self._figures: dict[str, Any] = {}
 
-    async def start(self) -> EngineIdentity:
+    async def start(self) -> EngineInfo:
         """Start the server, unless it runs, and wait until it is ready. See `Engine.start`."""
         server = self._server
         fits = await asyncio.to_thread(self.fallback.fit)

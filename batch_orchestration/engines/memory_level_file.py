@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.engines.memory_ladder import MemoryLevel
+from batch_orchestration.engines.memory_fallback import MemoryLevel
 from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.regular import read_regular
 

@@ -16,9 +16,9 @@ from batch_orchestration.core.foreign_json import check_depth
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.engines.access import MODELS_PAGE, first_line, is_doubtful
 from batch_orchestration.engines.answers import ABORTED, read_answer, whole_number
-from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.engines.figures import EngineMetrics, read_figures
-from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.base import Engine, EngineInfo
+from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.metrics import EngineMetrics, parse_metrics
 from batch_orchestration.engines.processes.sockets import most_connections
 from batch_orchestration.engines.reading import (
     ACCEPT_ENCODING,
@@ -96,7 +96,7 @@ class OpenAIServerEngine(Engine):
     Args:
         base_url: With or without a trailing `/v1`.
         socket: Unix socket at which the server listens; overrides the host in `base_url`.
-        kind: See `EngineIdentity`.
+        kind: See `EngineInfo`.
         timeout_seconds: For one attempt of one request, including the wait for a connection.
         connections: Maximum number of connections; further requests wait for one.
         start_timeout_seconds: How long `start` waits for the server.
@@ -133,7 +133,7 @@ class OpenAIServerEngine(Engine):
         self._gone = gone
         self._limits = limits
         self._connection: _Connection | None = None
-        self._identity: EngineIdentity | None = None
+        self._identity: EngineInfo | None = None
         self._start_seconds = 0.0
         #: Reported by the server: names of models, longest request, size of the KV cache.
         self.facts: dict[str, Any] = {}
@@ -143,7 +143,7 @@ class OpenAIServerEngine(Engine):
         #: Why the server counts as dead; None if it does not.
         self.died: str | None = None
 
-    async def start(self) -> EngineIdentity:
+    async def start(self) -> EngineInfo:
         """Wait until the server answers; return its identity. See `Engine.start`."""
         if self._identity is None or not await self.is_well():
             began = time.monotonic()
@@ -349,7 +349,7 @@ class OpenAIServerEngine(Engine):
                 logger.info("waiting for %s, which does not answer yet", self._address)
             await asyncio.sleep(HEALTH_POLL_SECONDS)
 
-    async def _identify(self, session: aiohttp.ClientSession) -> EngineIdentity:
+    async def _identify(self, session: aiohttp.ClientSession) -> EngineInfo:
         models = await self._ask(session, MODELS_PAGE, _Models)
         if not models.data:
             raise EngineStartFailed(f"{self._address} serves no model")
@@ -365,7 +365,7 @@ class OpenAIServerEngine(Engine):
             "max_model_len": whole_number(models.data[0].max_model_len) or None,
             "kv_cache_tokens": None if figures is None else figures.kv_cache_tokens,
         }
-        return EngineIdentity(kind=self._kind, version=version, models=names)
+        return EngineInfo(kind=self._kind, version=version, models=names)
 
     async def _measure(self, session: aiohttp.ClientSession) -> EngineMetrics | None:
         try:
@@ -380,7 +380,7 @@ class OpenAIServerEngine(Engine):
             return None
         except Unreadable:
             return EngineMetrics()
-        return read_figures(page.decode(errors="replace"))
+        return parse_metrics(page.decode(errors="replace"))
 
     async def _ask(self, session: aiohttp.ClientSession, page: str, kind: type[_T]) -> _T:
         """Read one of the server's pages about itself.

@@ -17,7 +17,7 @@ from batch_orchestration.estimates.costs import Throughput, throughput
 from batch_orchestration.estimates.engine import EngineInForce, EstimateSettings
 from batch_orchestration.estimates.estimate import Band, Estimate, TokenHistory, estimate
 from batch_orchestration.estimates.profile import TokenProfile
-from batch_orchestration.estimates.tables import EngineInfo, EstimateTables
+from batch_orchestration.estimates.tables import CachedEngineInfo, EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import read_regular
 from batch_orchestration.store.store import Store
@@ -34,7 +34,7 @@ class CalibrationData:
 
     history: TokenHistory = field(default_factory=TokenHistory)
     throughput: Throughput | None = None
-    facts: EngineInfo | None = None
+    facts: CachedEngineInfo | None = None
 
 
 def read_calibration_data(tables: EstimateTables, engine: EngineInForce) -> CalibrationData:

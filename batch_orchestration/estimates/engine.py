@@ -23,7 +23,7 @@ from batch_orchestration.engines.vllm.flags import (
 from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT, MOST_IN_FLIGHT
 from batch_orchestration.estimates.profile import Profiler
 from batch_orchestration.estimates.prompt_counting import PromptCounter, prompt_counter
-from batch_orchestration.estimates.tables import EngineInfo, EstimateTables
+from batch_orchestration.estimates.tables import CachedEngineInfo, EstimateTables
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.store import Store
 
@@ -114,7 +114,7 @@ def cache_engine_info(engine: Engine, in_force: EngineInForce, store: Store, *, 
     if "models" not in figures:
         return
     shortened = "max-model-len" in engine.fallback.flags
-    facts = EngineInfo(
+    facts = CachedEngineInfo(
         models=tuple(figures["models"]),
         max_model_len=None if shortened else figures.get("max_model_len"),
         kv_cache_tokens=None if shortened else figures.get("kv_cache_tokens"),

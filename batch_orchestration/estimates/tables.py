@@ -42,7 +42,7 @@ class EngineRun(msgspec.Struct, frozen=True, kw_only=True):
     """Work of an engine in one run of a batch, or in one round of a calibration.
 
     Attributes:
-        rung: Memory level in force, in words; empty if memory is not ours to set.
+        memory_level: Level in force, in words; empty if memory is not ours to set.
         longest: Tokens of the longest answer.
         at_a_time: Most requests that the engine had at a time.
         seconds: Time during which the engine had at least one request.
@@ -78,7 +78,7 @@ class EngineRun(msgspec.Struct, frozen=True, kw_only=True):
         return Measurement(work=work, seconds=self.seconds, source=self.source)
 
 
-class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+class CachedEngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts that an engine reported after its start.
 
     Attributes:
@@ -266,7 +266,7 @@ class EstimateTables:
         ]
 
     def put_facts(
-        self, facts: EngineInfo, *, engine: str, model: str, device: str, args_hash: str
+        self, facts: CachedEngineInfo, *, engine: str, model: str, device: str, args_hash: str
     ) -> None:
         """Replace the facts that an engine reported before."""
         key = {"engine": engine, "model": model, "device": device, "args_hash": args_hash}
@@ -283,13 +283,15 @@ class EstimateTables:
                 },
             )
 
-    def facts(self, *, engine: str, model: str, device: str, args_hash: str) -> EngineInfo | None:
+    def facts(
+        self, *, engine: str, model: str, device: str, args_hash: str
+    ) -> CachedEngineInfo | None:
         """Return the facts that an engine with these flags reported last; None without any."""
         with self._store.reading() as db:
             found = rows.select(
                 db,
                 "engine_facts",
-                EngineInfo.__struct_fields__,
+                CachedEngineInfo.__struct_fields__,
                 _WHERE_ENGINE,
                 [engine, model, device, args_hash],
             )
@@ -298,7 +300,7 @@ class EstimateTables:
         row = found[0]
         row["models"] = msgspec.json.decode(row["models"], type=tuple[str, ...])
         row["seen_at"] = rows.posix_seconds(row["seen_at"])
-        return EngineInfo(**row)
+        return CachedEngineInfo(**row)
 
 
 _WHERE_ENGINE = "WHERE engine = ? AND model = ? AND device = ? AND args_hash = ?"

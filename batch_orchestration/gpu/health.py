@@ -98,7 +98,7 @@ Readings = Sequence[GpuFacts] | GpuUnreadable
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuVerdict:
+class GpuCheck:
     """The result of the gate, and its inputs.
 
     Attributes:
@@ -106,7 +106,7 @@ class GpuVerdict:
         devices: The devices that CUDA shows; empty if they could not be read.
         unreadable: Why they could not be read; None if they could.
         reasons: Reasons against starting an engine; empty if there are none.
-        cared_for: Whether heat under one of our own engines is the only reason: its run throttles
+        throttled: Whether heat under one of our own engines is the only reason: its run throttles
             it (`gpu.thermal`).
         fences: Why devices are fenced, by UUID, including devices that CUDA does not show.
     """
@@ -116,7 +116,7 @@ class GpuVerdict:
     unreadable: str | None
     need: GpuNeed
     reasons: tuple[str, ...]
-    cared_for: bool
+    throttled: bool
     fences: Mapping[str, str]
 
     @property
@@ -166,7 +166,7 @@ def gpu_problem(settings: Settings, *, seconds: float = READ_SECONDS) -> str | N
     """
     if no_gate(settings) is not None:
         return None
-    return examine(settings, seconds=seconds).problem
+    return check_gpu(settings, seconds=seconds).problem
 
 
 def require_healthy_gpu(settings: Settings, *, seconds: float = READ_SECONDS) -> None:
@@ -194,7 +194,7 @@ def no_gate(settings: Settings) -> str | None:
     return None
 
 
-def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
+def check_gpu(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuCheck:
     """Read the devices, and judge them if the settings use any.
 
     Fences of devices that have visibly recovered come down (see `gpu.fences`).
@@ -203,7 +203,7 @@ def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
     unreadable = isinstance(readings, GpuUnreadable)
     without = no_gate(settings)
     need, reasons = GpuNeed(), list[str]()
-    cared_for = False
+    throttled = False
     fences: Mapping[str, str] = {}
     if without is None:
         own = own_pids(DataFolder(settings.data_dir))
@@ -214,14 +214,14 @@ def examine(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuVerdict:
         fences = standing_fences(DataFolder(settings.data_dir), seen)
         verdict = partial(unhealthy_reasons, readings, need=judged, own=own, fences=fences)
         reasons = verdict(limits=GpuLimits(max_celsius=settings.gpu_max_temperature))
-        cared_for = bool(own and reasons) and not verdict(limits=GpuLimits(max_celsius=math.inf))
-    return GpuVerdict(
+        throttled = bool(own and reasons) and not verdict(limits=GpuLimits(max_celsius=math.inf))
+    return GpuCheck(
         no_gate=without,
         devices=() if isinstance(readings, GpuUnreadable) else tuple(readings),
         unreadable=str(readings) if unreadable else None,
         need=need,
         reasons=tuple(reasons),
-        cared_for=cared_for,
+        throttled=throttled,
         fences=fences,
     )
 

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
 
 

@@ -15,8 +15,8 @@ from batch_orchestration.core.errors import EngineDied, EngineSick, GpuUnhealthy
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.core.requests import Overrides, prepare_body
 from batch_orchestration.engines.access import CHAT, is_doubtful
-from batch_orchestration.engines.base import Engine, EngineIdentity
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.base import Engine, EngineInfo
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.chunk_pass import PendingRequest, TransientError
 from batch_orchestration.inference.faults.access import AccessCheck
@@ -68,7 +68,7 @@ class Feeder:
         window: Window,
         overrides: Callable[[PendingRequest], Overrides],
         settled: Callable[[PendingRequest, Outcome], None],
-        started: Callable[[EngineIdentity], None] = lambda identity: None,
+        started: Callable[[EngineInfo], None] = lambda identity: None,
         vitals: RunVitals | None = None,
         throttle: Callable[[], Throttle] = Throttle,
         deadline: Callable[[PendingRequest], float] = lambda pending: math.inf,
@@ -305,7 +305,7 @@ class Feeder:
         assert death is None or isinstance(death, EngineDied)
         return death
 
-    def _begun(self, identity: EngineIdentity) -> None:
+    def _begun(self, identity: EngineInfo) -> None:
         """Begin with an engine that has just been started."""
         self._served = identity.models
         self._vitals.derivation = self._room.begin(self._engine.figures())

@@ -11,7 +11,7 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.outcomes import Completion, Outcome
 from batch_orchestration.core.requests import Request
 from batch_orchestration.core.results import ChunkReport
-from batch_orchestration.engines.base import EngineIdentity
+from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.estimates.profile import shape_of_request
 from batch_orchestration.estimates.remaining import RemainingWork
@@ -37,7 +37,7 @@ class CommittedChunk:
 
     report: ChunkReport
     reused: bool
-    engine: EngineIdentity | None
+    engine: EngineInfo | None
     done: int
     total: int
     completed: int

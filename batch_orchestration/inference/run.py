@@ -19,7 +19,7 @@ from batch_orchestration.core.errors import IllegalTransition
 from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.core.requests import Overrides
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.engines.base import Engine, EngineInfo
 from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef
@@ -183,7 +183,7 @@ class _BatchRun:
         self._feeding = feeding
         self._run_id = run_id
         self._settings_hash = settings_hash(dict(feeding.answer_settings))
-        self._identity: EngineIdentity | None = None
+        self._identity: EngineInfo | None = None
         self._results: Results = queue.SimpleQueue()
         self._own = self._work_on(plan, refs)
         self._works = {plan.batch_id: self._own}
@@ -333,7 +333,7 @@ class _BatchRun:
         guests = sum(guest.unanswered for guest in self._turns.guests.values())
         return max(0, self._feeder.in_flight - guests)
 
-    def _started(self, identity: EngineIdentity) -> None:
+    def _started(self, identity: EngineInfo) -> None:
         if self._identity is None:
             self._own.progress.begin_feeding()
         self._identity = identity

@@ -18,7 +18,7 @@ from enum import StrEnum
 
 import msgspec
 
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 
 
 class Utilization(msgspec.Struct, frozen=True, kw_only=True):

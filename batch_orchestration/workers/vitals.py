@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.run_load import RunLoad
 

@@ -13,7 +13,7 @@ import pytest
 from batch_orchestration.core.errors import EngineDied, EngineRefusesUs, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.engines.access import is_doubtful
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.engines.openai_server import OpenAIServerEngine
 from batch_orchestration_tests.support.engine_contract import (
     CHAT,

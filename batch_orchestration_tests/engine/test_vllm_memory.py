@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.outcomes import Completion
-from batch_orchestration.engines.memory_ladder import MemoryFallback
+from batch_orchestration.engines.memory_fallback import MemoryFallback
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration_tests.support.workbench import Workbench
 
@@ -25,7 +25,7 @@ def test_a_cache_too_small_for_the_context_is_enough_for_what_the_batch_needs(
         str(tiny_model),
         device="cpu",
         args={"kv-cache-memory-bytes": SMALL_CACHE_BYTES},
-        make_ladder=lambda top: MemoryFallback(top, worked=told.append),
+        make_fallback=lambda top: MemoryFallback(top, worked=told.append),
         log_path=tmp_path / "engine.log",
     )
 

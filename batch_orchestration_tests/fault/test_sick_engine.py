@@ -143,7 +143,7 @@ def test_a_killer_that_is_all_there_is_to_ask_is_found_with_the_help_of_a_probe(
     assert engine.starts <= 3
 
 
-def test_want_of_memory_on_the_lowest_rung_is_confirmed_before_it_convicts(tmp_path: Path) -> None:
+def test_want_of_memory_on_the_lowest_level_is_confirmed_before_it_convicts(tmp_path: Path) -> None:
     """A log that tells of exhausted memory, perhaps of another time, is not believed at once."""
     bench = Workbench(tmp_path)
     plan = bench.admitted(40)

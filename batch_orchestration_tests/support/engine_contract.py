@@ -7,7 +7,7 @@ import msgspec
 
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 
 CHAT = "/v1/chat/completions"
 #: The engines under test are started with a context of this many tokens.

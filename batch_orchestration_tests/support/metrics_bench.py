@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.gpu.fences import put_up_fence

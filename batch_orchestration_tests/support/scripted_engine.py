@@ -10,9 +10,9 @@ import msgspec
 
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Outcome, Usage
-from batch_orchestration.engines.base import EngineIdentity
-from batch_orchestration.engines.figures import EngineMetrics
-from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.base import EngineInfo
+from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.metrics import EngineMetrics
 
 #: Given body and how often it was submitted before: an outcome, an exception, or None for "yes".
 Script = Callable[[bytes, int], Outcome | BaseException | None]
@@ -53,14 +53,14 @@ class ScriptedEngine:
         self.in_flight = 0
         self.most_in_flight = 0
 
-    async def start(self) -> EngineIdentity:
+    async def start(self) -> EngineInfo:
         if not self.alive:
             self.starts += 1
             if self.starts <= self._starts_fail:
                 raise EngineStartFailed("scripted: does not become ready")
             self.alive = True
             self._life += 1
-        return EngineIdentity(kind="scripted", version="1", models=("tiny",))
+        return EngineInfo(kind="scripted", version="1", models=("tiny",))
 
     async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
         life = self._life

@@ -25,7 +25,7 @@ from batch_orchestration.estimates.engine import EngineInForce, EstimateSettings
 from batch_orchestration.estimates.estimate import Estimate, window_warning
 from batch_orchestration.estimates.profile import TokenProfile, prompt_texts
 from batch_orchestration.estimates.prompt_counting import PromptCounter
-from batch_orchestration.estimates.tables import EngineInfo
+from batch_orchestration.estimates.tables import CachedEngineInfo
 
 logger = logging.getLogger(__name__)
 #: Validity of a remote engine's info: the engine may be restarted with other settings.
@@ -44,7 +44,7 @@ _CHANGES_PROMPT = (
 )
 
 
-def known_limits(engine: EngineInForce, facts: EngineInfo | None, *, now: float) -> Limits:
+def known_limits(engine: EngineInForce, facts: CachedEngineInfo | None, *, now: float) -> Limits:
     """Return the limits of an engine that are certain.
 
     The info of an engine with the same flags is used; that of a remote engine only if recent.
@@ -59,7 +59,7 @@ def known_limits(engine: EngineInForce, facts: EngineInfo | None, *, now: float)
     return Limits()
 
 
-def _vllm_limits(engine: EngineInForce, facts: EngineInfo | None) -> Limits:
+def _vllm_limits(engine: EngineInForce, facts: CachedEngineInfo | None) -> Limits:
     args = engine.args
     served = engine.served
     if served is None and facts is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from batch_orchestration.engines.child_server import ChildServerEngine
-from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.processes.sockets import BACKLOG
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS, DEFAULT_MODEL
@@ -34,7 +34,7 @@ class SimulatedEngine(ChildServerEngine):
         control_path: See `Conditions`; the file need not exist.
         startup_seconds: Delay before the server is ready.
         startup_error: If given, exit with this message instead of becoming ready.
-        make_ladder: Called with the top memory level; lower levels reduce `max_num_seqs`.
+        make_fallback: Called with the top memory level; lower levels reduce `max_num_seqs`.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class SimulatedEngine(ChildServerEngine):
         control_path: Path | None = None,
         startup_seconds: float = 0.0,
         startup_error: str = "",
-        make_ladder: Callable[[MemoryLevel], MemoryFallback] = MemoryFallback,
+        make_fallback: Callable[[MemoryLevel], MemoryFallback] = MemoryFallback,
         before_start: Callable[[], None] = lambda: None,
         timeout_seconds: float = 1800.0,
         start_timeout_seconds: float = 60.0,
         connections: int = 1024,
         limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
-        fallback = make_ladder(MemoryLevel(max_num_seqs=min(max_num_seqs, connections)))
+        fallback = make_fallback(MemoryLevel(max_num_seqs=min(max_num_seqs, connections)))
         arguments = ["--context-tokens", str(context_tokens)]
         arguments += [part for model in models for part in ("--model", model)]
         arguments += ["--startup-seconds", str(startup_seconds), "--startup-error", startup_error]

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 
 #: Maximum number of equal steps at once: a request that arrives meanwhile waits for all of them.
 MOST_STEPS = 16

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from batch_orchestration import __version__
 from batch_orchestration.engines.answers import ABORTED
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.engines.simulated.answers import (
     FINGERPRINT,
     Faults,

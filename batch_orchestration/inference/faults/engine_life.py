@@ -9,7 +9,7 @@ from batch_orchestration.core.errors import (
     EngineKeepsDying,
     EngineStartFailed,
 )
-from batch_orchestration.engines.base import Engine, EngineIdentity
+from batch_orchestration.engines.base import Engine, EngineInfo
 from batch_orchestration.inference.faults.isolation import most_deaths
 from batch_orchestration.inference.faults.oom_recovery import OomRecovery
 from batch_orchestration.inference.window.window import Window
@@ -96,7 +96,7 @@ class EngineLife:
         *,
         window: Window,
         vitals: RunVitals,
-        begun: Callable[[EngineIdentity], None],
+        begun: Callable[[EngineInfo], None],
         control: Callable[[], Awaitable[EngineDied | None]],
         suspects: Callable[[], int],
     ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.core.waiting import IdleClock
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from batch_orchestration.core.batches import MemoryDemand, settings_hash
 from batch_orchestration.core.errors import EngineDied, EngineError, EngineStartFailed
 from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.engines.memory_demand import memory_demand
-from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.files.kept_input import ChunkRef
 
@@ -96,7 +96,7 @@ class OomRecovery:
     """
 
     def __init__(self, fallback: MemoryFallback, *, in_flight: int) -> None:
-        self._ladder = fallback
+        self._fallback = fallback
         self._configured = in_flight
         self._trusted = True
         self.in_flight = in_flight
@@ -105,11 +105,11 @@ class OomRecovery:
         """Reduce the engine's memory use; return whether a restart may help now."""
         if error.exhaustion is None:
             return isinstance(error, EngineStartFailed) and self._distrust()
-        if await asyncio.to_thread(self._ladder.step_down, error.exhaustion):
+        if await asyncio.to_thread(self._fallback.step_down, error.exhaustion):
             logger.warning(
                 "the engine ran out of memory (%s); one memory level lower: %s",
                 error.exhaustion.evidence,
-                self._ladder.description,
+                self._fallback.description,
             )
             return True
         logger.warning("the engine ran out of memory on its lowest memory level")
@@ -117,11 +117,11 @@ class OomRecovery:
 
     def note_culprit(self) -> None:
         """Record that a single request exhausts the memory, and undo the steps down of this run."""
-        self._ladder.climb_back()
+        self._fallback.step_back_up()
         self.in_flight = self._configured
 
     def _narrow(self) -> bool:
-        sequences = self._ladder.level.max_num_seqs
+        sequences = self._fallback.level.max_num_seqs
         if sequences is None or sequences >= self.in_flight:
             return False
         logger.warning("from now on %d requests in flight", sequences)
@@ -133,7 +133,7 @@ class OomRecovery:
 
         It may stem from another version of the engine.
         """
-        if not self._trusted or not self._ladder.climb_to_top():
+        if not self._trusted or not self._fallback.step_to_top():
             return False
         self._trusted = False
         logger.warning("the engine does not start on its memory level; trying the configured one")

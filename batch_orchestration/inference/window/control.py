@@ -9,7 +9,7 @@ more than its KV cache can hold to the end: then it preempts requests and comput
 from dataclasses import dataclass
 from statistics import fmean
 
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.estimates.derivation import MOST_IN_FLIGHT, READING_COST, queued
 
 #: Share of the engine's work that is done again. In sweeps (benchmarks/README.md) the best window

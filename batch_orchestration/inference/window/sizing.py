@@ -23,8 +23,8 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import (
     DTYPE_BYTES,
     LEAST_TOKENS,
-    GpuVerdict,
-    examine,
+    GpuCheck,
+    check_gpu,
     kv_bytes_per_token,
     kv_dtype_bytes,
     model_config,
@@ -93,11 +93,11 @@ def size_run(
     cache = _cache_known(settings, store)
     if settings.engine is EngineKind.VLLM:
         args = {flag_name(name): value for name, value in settings.engine_args.items()}
-        verdict = None if no_gate(settings) is not None else examine(settings)
+        gpu = None if no_gate(settings) is not None else check_gpu(settings)
         share = None
-        if verdict is not None and not _MEMORY_FLAGS & args.keys():
-            share = memory_share_of(verdict)
-        cache = cache or _cache_expected(settings, args, verdict, share)
+        if gpu is not None and not _MEMORY_FLAGS & args.keys():
+            share = memory_share_of(gpu)
+        cache = cache or _cache_expected(settings, args, gpu, share)
         slots = None if "max-num-seqs" in args else _slots(settings, cache, sized)
         sized = _with(sized, [each for each in (share, slots) if each is not None])
     return replace(sized, reading_cost=_reading_cost(estimates, cache, sized.tokens))
@@ -130,20 +130,20 @@ def _reading_cost(
     return derivation.reading_cost(measured.costs, at_a_time=at_a_time)
 
 
-def memory_share_of(verdict: GpuVerdict) -> Derived | None:
+def memory_share_of(gpu: GpuCheck) -> Derived | None:
     """Return the share of memory to claim on the devices that the engine will use.
 
     None if the memory of one of them is unknown.
     """
-    devices = verdict.devices[: verdict.need.devices]
+    devices = gpu.devices[: gpu.need.devices]
     known = [
         (each.memory_free_bytes, each.memory_total_bytes)
         for each in devices
         if each.memory_free_bytes is not None and each.memory_total_bytes
     ]
-    if len(known) < verdict.need.devices:
+    if len(known) < gpu.need.devices:
         return None
-    return derivation.memory_share(known, needed_bytes=verdict.need.memory_bytes)
+    return derivation.memory_share(known, needed_bytes=gpu.need.memory_bytes)
 
 
 def _cache_known(settings: Settings, store: Store) -> int | None:
@@ -159,7 +159,7 @@ def _cache_known(settings: Settings, store: Store) -> int | None:
 def _cache_expected(
     settings: Settings,
     args: Mapping[str, Any],
-    verdict: GpuVerdict | None,
+    gpu: GpuCheck | None,
     share: Derived | None,
 ) -> int | None:
     """Return the KV cache's tokens expected from the model's shape; None if unknown."""
@@ -169,14 +169,14 @@ def _cache_expected(
         dtype = str(engine_in_force(settings).args.get("dtype"))
         per_token = kv_bytes_per_token(config, dtype_bytes=DTYPE_BYTES.get(dtype, 4), devices=1)
         return cache_bytes // per_token if cache_bytes and per_token else None
-    if verdict is None or share is None or verdict.need.memory_bytes is None:
+    if gpu is None or share is None or gpu.need.memory_bytes is None:
         return None
-    total = min(each.memory_total_bytes or 0 for each in verdict.devices[: verdict.need.devices])
+    total = min(each.memory_total_bytes or 0 for each in gpu.devices[: gpu.need.devices])
     return derivation.cache_tokens(
         claimed_bytes=share.value * total,
-        needed_bytes=verdict.need.memory_bytes,
+        needed_bytes=gpu.need.memory_bytes,
         least_tokens=LEAST_TOKENS,
         bytes_per_token=kv_bytes_per_token(
-            config, dtype_bytes=kv_dtype_bytes(args), devices=verdict.need.devices
+            config, dtype_bytes=kv_dtype_bytes(args), devices=gpu.need.devices
         ),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy

@@ -212,14 +212,14 @@ def _since(entry: QueueEntry, look: CheckContext) -> Standstill:
 
 def gpu(look: CheckContext) -> Iterator[Finding]:
     """Check the devices as the gate does before each start of an engine."""
-    verdict = gpu_health.examine(look.settings)
-    if verdict.no_gate is not None:
-        yield healthy("gpu", verdict.no_gate)
-    elif verdict.problem is not None:
-        found = degraded if verdict.cared_for else unhealthy
-        yield found("gpu", verdict.problem, "python -m batch_orchestration gpu")
+    check = gpu_health.check_gpu(look.settings)
+    if check.no_gate is not None:
+        yield healthy("gpu", check.no_gate)
+    elif check.problem is not None:
+        found = degraded if check.throttled else unhealthy
+        yield found("gpu", check.problem, "python -m batch_orchestration gpu")
     else:
-        yield healthy("gpu", ", ".join(f"GPU {d.index}: {d.name}" for d in verdict.devices))
+        yield healthy("gpu", ", ".join(f"GPU {d.index}: {d.name}" for d in check.devices))
 
 
 def persons(look: CheckContext) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from batch_orchestration.core.outcomes import Usage
 from batch_orchestration.estimates.costs import Source
 from batch_orchestration.estimates.estimate import AnsweredRequest, Band, Basis, Estimate
 from batch_orchestration.estimates.scores import Score
-from batch_orchestration.estimates.tables import EngineInfo, EngineRun, EstimateTables
+from batch_orchestration.estimates.tables import CachedEngineInfo, EngineRun, EstimateTables
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import (
     NOW,
@@ -203,7 +203,7 @@ def test_measurements_are_those_of_the_memory_settings_used_last(store: Store) -
 
 
 def test_what_an_engine_says_replaces_what_it_said_before(store: Store) -> None:
-    facts = EngineInfo(
+    facts = CachedEngineInfo(
         models=("a", "b"), max_model_len=2048, kv_cache_tokens=None, start_seconds=41.5, seen_at=NOW
     )
     older = msgspec.structs.replace(facts, max_model_len=1024)

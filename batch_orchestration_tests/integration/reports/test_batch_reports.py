@@ -9,7 +9,7 @@ import pytest
 from batch_orchestration.core.batches import BatchPlan, BatchStatus
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.delivery.assembly import assemble
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.samples import RunSample, append_sample

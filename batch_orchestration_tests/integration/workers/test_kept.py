@@ -15,7 +15,7 @@ from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.core.outcomes import FailureCode, Outcome
 from batch_orchestration.defs.events import output_metadata
 from batch_orchestration.delivery.assembly import assemble
-from batch_orchestration.engines.base import EngineIdentity
+from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.store.connection import writing
@@ -43,7 +43,7 @@ class KnownEngine(ScriptedEngine):
         super().__init__(*arguments)
         self._start, self._each, self._slow = start, each, slow or {}
 
-    async def start(self) -> EngineIdentity:
+    async def start(self) -> EngineInfo:
         if not self.alive:
             await asyncio.sleep(self._start)
         return await super().start()

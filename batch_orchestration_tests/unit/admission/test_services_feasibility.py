@@ -16,7 +16,7 @@ from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import Fault, Overrides, Request
 from batch_orchestration.estimates.engine import EngineInForce
 from batch_orchestration.estimates.prompt_counting import PromptCounter, prompt_counter
-from batch_orchestration.estimates.tables import EngineInfo
+from batch_orchestration.estimates.tables import CachedEngineInfo
 from batch_orchestration_tests.support.builders import NOW, make_request
 
 pytest.importorskip("tokenizers")
@@ -43,7 +43,7 @@ def make_engine(model: Path | None = None, **fields: Any) -> EngineInForce:
     return EngineInForce(**{**values, **fields})
 
 
-def make_facts(**fields: Any) -> EngineInfo:
+def make_facts(**fields: Any) -> CachedEngineInfo:
     values = {
         "models": ("tiny",),
         "max_model_len": 2048,
@@ -51,7 +51,7 @@ def make_facts(**fields: Any) -> EngineInfo:
         "start_seconds": 40.0,
         "seen_at": NOW,
     }
-    return EngineInfo(**{**values, **fields})
+    return CachedEngineInfo(**{**values, **fields})
 
 
 def chat(*messages: tuple[str, Any], **fields: Any) -> Request:

@@ -15,7 +15,7 @@ from batch_orchestration.gpu.fences import (
     read_fences,
     standing_fences,
 )
-from batch_orchestration.gpu.health import examine, gpu_problem
+from batch_orchestration.gpu.health import check_gpu, gpu_problem
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.fake_nvml import FakeGpu, FakeNvml
 
@@ -159,9 +159,9 @@ def test_only_the_fenced_device_is_kept_from_work(folder, boot, settings, instal
     install(FakeGpu(uuid="GPU-1"), FakeGpu(uuid="GPU-2"))
     fence_off(folder, WELL, "it fell", True, by="run-1")
 
-    first = examine(settings).healthy
+    first = check_gpu(settings).healthy
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
 
     assert not first
-    assert examine(settings).healthy
+    assert check_gpu(settings).healthy
     assert list(read_fences(folder)) == ["GPU-1"]

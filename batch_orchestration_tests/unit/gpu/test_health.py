@@ -17,9 +17,9 @@ from batch_orchestration.gpu import monitor as device_watch_module
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.health import (
     GpuReader,
+    check_gpu,
     device_monitor,
     engine_need,
-    examine,
     gpu_problem,
     no_gate,
     own_pids,
@@ -138,7 +138,7 @@ def test_without_a_gpu_in_the_settings_nobody_looks(install, make_settings, valu
 
     assert gpu_problem(settings) is None
     assert no_gate(settings).startswith("no GPU gate applies: BATCH_")
-    assert examine(settings).healthy
+    assert check_gpu(settings).healthy
 
 
 def test_an_error_of_nvml_never_makes_a_cpu_of_a_gpu(make_settings, install):

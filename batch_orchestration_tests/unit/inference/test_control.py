@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.inference.window.control import Bounds, WindowControl
 
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from batch_orchestration.core.errors import EngineDied
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.inference.faults.hang_watch import HangWatch
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 

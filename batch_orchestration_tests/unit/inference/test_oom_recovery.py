@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.inference.faults.oom_recovery import remembered_fallback
 
@@ -52,13 +52,13 @@ def test_an_engine_that_works_as_configured_leaves_no_file(runs: Runs) -> None:
     assert not runs.path.exists()
 
 
-def test_the_next_run_begins_on_the_rung_that_worked(runs: Runs) -> None:
+def test_the_next_run_begins_on_the_level_that_worked(runs: Runs) -> None:
     runs.run(deaths=2)
 
     assert runs.run() == 16
 
 
-def test_a_rung_that_answered_nothing_is_not_remembered(runs: Runs) -> None:
+def test_a_level_that_answered_nothing_is_not_remembered(runs: Runs) -> None:
     runs.fallback().step_down(OUT_OF_MEMORY)
 
     assert runs.run() == 64
@@ -74,7 +74,7 @@ def test_another_engine_begins_as_configured(runs: Runs, other) -> None:
     assert runs.run(**other) == (65 if "top" in other else 64)
 
 
-def test_a_rung_is_remembered_whatever_the_derived_flags_are_today(runs: Runs) -> None:
+def test_a_level_is_remembered_whatever_the_derived_flags_are_today(runs: Runs) -> None:
     derived = ("max-num-seqs",)
     runs.run(deaths=2, derived=derived)
 
@@ -82,7 +82,7 @@ def test_a_rung_is_remembered_whatever_the_derived_flags_are_today(runs: Runs) -
     assert runs.run(top=MemoryLevel(max_num_seqs=96)) == 96  # As set: another engine.
 
 
-def test_a_remembered_rung_never_raises_what_was_derived(runs: Runs) -> None:
+def test_a_remembered_level_never_raises_what_was_derived(runs: Runs) -> None:
     """A neighbour may have taken memory meanwhile: more than what is free does not start."""
     derived = ("gpu-memory-utilization",)
     free = MemoryLevel(max_num_seqs=64, gpu_memory_utilization=0.9)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.gate import GpuLimits

@@ -11,7 +11,7 @@ from batch_orchestration.estimates.costs import Costs
 from batch_orchestration.estimates.derivation import request_tokens
 from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.estimate import Band, Basis, Estimate
-from batch_orchestration.estimates.tables import EngineInfo, EstimateTables
+from batch_orchestration.estimates.tables import CachedEngineInfo, EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.window.sizing import Sizing, size_run
 from batch_orchestration.settings import Settings
@@ -34,8 +34,8 @@ def make_estimate(requests: int = 100, prompt: float = 400, completion: float = 
     )
 
 
-def make_facts(kv_cache_tokens: int) -> EngineInfo:
-    return EngineInfo(
+def make_facts(kv_cache_tokens: int) -> CachedEngineInfo:
+    return CachedEngineInfo(
         models=("tiny",),
         max_model_len=2048,
         kv_cache_tokens=kv_cache_tokens,
@@ -179,7 +179,7 @@ def test_what_reading_costs_is_that_of_the_batchs_estimate_at_the_sequences_that
     costs = Costs(request=0.0, prompt_token=0.25, completion_token=0.5, step=216 * 0.5)
     site.estimate(msgspec.structs.replace(make_estimate(), costs=costs, at_a_time=1000))
     in_force = engine_in_force(site.settings(device="cpu"))
-    facts = EngineInfo(
+    facts = CachedEngineInfo(
         models=("tiny",),
         max_model_len=None,
         kv_cache_tokens=113_684,

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from batch_orchestration.engines.figures import EngineMetrics
+from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.samples import RunSample
 from batch_orchestration.reports.figures import Interval, Throughput, interval_width

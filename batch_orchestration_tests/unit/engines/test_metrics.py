@@ -2,7 +2,7 @@
 
 import pytest
 
-from batch_orchestration.engines.figures import EngineMetrics, read_figures
+from batch_orchestration.engines.metrics import EngineMetrics, parse_metrics
 
 LABELS = 'engine="0",model_name="tiny"'
 PAGE = f"""\
@@ -27,7 +27,7 @@ python_gc_objects_collected_total{{generation="0"}} 8.0
 
 
 def test_every_series_that_we_go_by_is_read() -> None:
-    assert read_figures(PAGE) == EngineMetrics(
+    assert parse_metrics(PAGE) == EngineMetrics(
         running=7,
         waiting=3,
         kv_usage=0.625,
@@ -43,7 +43,7 @@ def test_every_series_that_we_go_by_is_read() -> None:
 def test_several_engines_of_one_server_are_added_up_and_their_caches_usage_is_the_mean() -> None:
     second = PAGE.replace('engine="0"', 'engine="1"').replace(" 0.625", " 0.125")
 
-    both = read_figures(PAGE + second)
+    both = parse_metrics(PAGE + second)
 
     assert (both.running, both.waiting, both.preemptions) == (14, 6, 4)
     assert both.kv_usage == 0.375
@@ -63,7 +63,7 @@ def test_several_engines_of_one_server_are_added_up_and_their_caches_usage_is_th
     ],
 )
 def test_a_page_without_our_series_tells_nothing(page: str) -> None:
-    assert read_figures(page) == EngineMetrics()
+    assert parse_metrics(page) == EngineMetrics()
 
 
 def test_tokens_are_known_as_soon_as_one_kind_is_counted() -> None:
@@ -81,20 +81,20 @@ def test_a_figure_that_is_no_count_is_not_told(value: str) -> None:
         for name in ("num_requests_running", "kv_cache_usage_perc", "generation_tokens_total")
     )
 
-    assert read_figures(page) == EngineMetrics()
+    assert parse_metrics(page) == EngineMetrics()
 
 
 @pytest.mark.parametrize("blocks", ["-5", "9" * 5000, "x", "", "1e9", "٣" * 5000])
 def test_a_cache_of_no_size_is_not_told(blocks: str) -> None:
     page = f'vllm:cache_config_info{{block_size="16",num_gpu_blocks="{blocks}"}} 1.0\n'
 
-    assert read_figures(page).kv_cache_tokens is None
+    assert parse_metrics(page).kv_cache_tokens is None
 
 
 def test_figures_that_are_large_fit_the_store() -> None:
     caches = f'vllm:cache_config_info{{block_size="{10**14}",num_gpu_blocks="{10**14}"}} 1.0\n'
     counters = f"vllm:generation_tokens_total {2**53}\n"
 
-    figures = read_figures(caches * 3 + counters * 1_000 + "vllm:kv_cache_usage_perc 7\n")
+    figures = parse_metrics(caches * 3 + counters * 1_000 + "vllm:kv_cache_usage_perc 7\n")
 
     assert figures == EngineMetrics(kv_usage=1.0, kv_cache_tokens=2**53, generation_tokens=2**53)

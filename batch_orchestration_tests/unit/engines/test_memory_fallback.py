@@ -1,4 +1,4 @@
-"""The memory ladder goes down in every direction, ends, and leaves the batch what it needs."""
+"""The memory fallback goes down in every direction, ends, and leaves the batch what it needs."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from batch_orchestration.core.batches import MemoryDemand
 from batch_orchestration.core.errors import Exhaustion, MemoryShortage
-from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel, reduced_levels
+from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel, next_level_down
 
 MIB = 2**20
 GPU = MemoryLevel(
@@ -39,11 +39,11 @@ def short_of(shortage: MemoryShortage, **fields) -> Exhaustion:
 
 def fallback(top: MemoryLevel, exhaustion: Exhaustion, needs: MemoryDemand) -> list[MemoryLevel]:
     """All levels below the top, if memory is short of the same thing again and again."""
-    levels, level = [], reduced_levels(top, exhaustion, needs)
+    levels, level = [], next_level_down(top, exhaustion, needs)
     while level is not None:
         levels.append(level)
         assert len(levels) < 100
-        level = reduced_levels(level, exhaustion, needs)
+        level = next_level_down(level, exhaustion, needs)
     return levels
 
 
@@ -109,7 +109,7 @@ def fallback(top: MemoryLevel, exhaustion: Exhaustion, needs: MemoryDemand) -> l
         pytest.param(MemoryLevel(), MemoryShortage.WORK, TEXT, [], id="a server that is not ours"),
     ],
 )
-def test_the_rungs(
+def test_the_level(
     top: MemoryLevel, shortage: MemoryShortage, needs: MemoryDemand, flags: list[dict]
 ) -> None:
     assert [level.flags(top) for level in fallback(top, short_of(shortage), needs)] == flags
@@ -118,8 +118,8 @@ def test_the_rungs(
 def test_a_context_that_only_the_log_tells_is_cut_all_the_same() -> None:
     top = msgspec.structs.replace(CPU, max_model_len=None)
 
-    told = reduced_levels(top, short_of(MemoryShortage.CACHE, max_model_len=2048), TEXT)
-    untold = reduced_levels(top, short_of(MemoryShortage.CACHE), TEXT)
+    told = next_level_down(top, short_of(MemoryShortage.CACHE, max_model_len=2048), TEXT)
+    untold = next_level_down(top, short_of(MemoryShortage.CACHE), TEXT)
 
     assert told is not None
     assert told.max_model_len == 1500
@@ -156,7 +156,7 @@ def exhaustions(top: MemoryLevel):
 
 
 @given(st.data(), tops, needs_of_batches)
-def test_each_rung_is_gentler_and_none_is_below_what_the_batch_needs(
+def test_each_level_is_gentler_and_none_is_below_what_the_batch_needs(
     data, top: MemoryLevel, needs: MemoryDemand
 ) -> None:
     path, known = [top], MemoryFallback(top)
@@ -180,13 +180,15 @@ def test_each_rung_is_gentler_and_none_is_below_what_the_batch_needs(
 
 
 @given(tops, needs_of_batches, st.sampled_from(MemoryShortage))
-def test_every_ladder_ends(top: MemoryLevel, needs: MemoryDemand, shortage: MemoryShortage) -> None:
+def test_every_descent_ends(
+    top: MemoryLevel, needs: MemoryDemand, shortage: MemoryShortage
+) -> None:
     levels = fallback(top, short_of(shortage, max_model_len=top.max_model_len), needs)
 
     assert len(levels) <= 20
 
 
-def test_a_ladder_starts_from_what_is_configured() -> None:
+def test_a_fallback_starts_from_what_is_configured() -> None:
     known = MemoryFallback(GPU)
 
     assert known.level == GPU
@@ -199,14 +201,14 @@ def test_of_an_engine_that_is_not_ours_there_is_nothing_to_say() -> None:
 
 
 def test_a_culprit_found_takes_the_engine_back_to_where_the_run_began() -> None:
-    first = reduced_levels(GPU, short_of(MemoryShortage.WORK), TEXT)
+    first = next_level_down(GPU, short_of(MemoryShortage.WORK), TEXT)
     told: list[tuple[MemoryLevel, ...]] = []
     known = MemoryFallback(GPU, descent=[first], worked=told.append)
     known.expect(lambda: TEXT)
 
     below = [known.step_down(short_of(MemoryShortage.WORK)) for _ in range(2)]
     known.note_answer()
-    known.climb_back()
+    known.step_back_up()
 
     assert known.level == first
     assert told == [(first, *below), (first,)]
@@ -249,5 +251,5 @@ def test_a_batch_of_any_length_gets_the_whole_context(longest: int | None) -> No
 
     assert not known.fit()
     assert known.level == GPU
-    known.climb_back()
+    known.step_back_up()
     assert known.level == GPU

@@ -60,7 +60,7 @@ _MOST = 2**53
 _DIGITS_OF_MOST = 15
 
 
-def read_figures(page: str) -> EngineMetrics:
+def parse_metrics(page: str) -> EngineMetrics:
     """Return the metrics on a page; all None if it has none of vLLM's series.
 
     A server of several engines has a series for each. Their values are added up; only for the

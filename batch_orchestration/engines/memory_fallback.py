@@ -48,7 +48,7 @@ class MemoryLevel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         }
 
 
-def reduced_levels(
+def next_level_down(
     level: MemoryLevel, exhaustion: Exhaustion, needs: MemoryDemand
 ) -> MemoryLevel | None:
     """Return the next memory level down; None at the bottom."""
@@ -166,17 +166,17 @@ class MemoryFallback:
 
     def step_down(self, exhaustion: Exhaustion) -> MemoryLevel | None:
         """Step down one level and return it; at the bottom, change nothing and return None."""
-        easier = reduced_levels(self.level, exhaustion, self._needs())
+        easier = next_level_down(self.level, exhaustion, self._needs())
         if easier is not None:
             self._descent = (*self._descent, easier)
         return easier
 
-    def climb_back(self) -> None:
+    def step_back_up(self) -> None:
         """Return to the level at which this run began: the cause of its descent is gone."""
         self._descent = self._descent[: self._began]
         self.note_answer()
 
-    def climb_to_top(self) -> bool:
+    def step_to_top(self) -> bool:
         """Return to the configured settings; return whether that is a change."""
         changed = bool(self._descent)
         self._descent, self._began = (), 0

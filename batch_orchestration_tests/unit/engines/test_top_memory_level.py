@@ -1,10 +1,10 @@
-"""The top of vLLM's ladder is what was configured, or the least that vLLM would choose itself."""
+"""The top memory level of vLLM: as configured, or the least that vLLM would choose itself."""
 
 from pathlib import Path
 
 import pytest
 
-from batch_orchestration.engines.memory_ladder import MemoryLevel
+from batch_orchestration.engines.memory_fallback import MemoryLevel
 from batch_orchestration.engines.vllm.flags import top_level
 
 

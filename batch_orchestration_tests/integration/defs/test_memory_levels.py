@@ -1,4 +1,4 @@
-"""Dagster shows on which level of the memory ladder a chunk was completed."""
+"""Dagster shows on which level of the memory fallback a chunk was completed."""
 
 import json
 from contextlib import ExitStack, closing
@@ -17,7 +17,7 @@ def deployment(tmp_path):
         yield stack.enter_context(closing(Deployment(tmp_path, in_flight=32)))
 
 
-def rungs_shown(deployment, name: str, requests: int) -> set[str]:
+def levels_shown(deployment, name: str, requests: int) -> set[str]:
     """Run a batch; return the levels in the metadata of its chunks."""
     batch_id = deployment.admit(name, make_input(requests))
     numbers = range(-(-requests // 5))
@@ -34,19 +34,19 @@ def rungs_shown(deployment, name: str, requests: int) -> set[str]:
     }
 
 
-def test_the_rung_is_shown_and_the_next_run_begins_on_it(deployment) -> None:
+def test_the_level_is_shown_and_the_next_run_begins_on_it(deployment) -> None:
     conditions = deployment.folder.root / "simulated.json"
     conditions.write_text(json.dumps({"latency_seconds": 0.05, "dies_above": 12}))
 
-    assert rungs_shown(deployment, "first.jsonl", 40) == {"max-num-seqs 8"}
+    assert levels_shown(deployment, "first.jsonl", 40) == {"max-num-seqs 8"}
 
     conditions.unlink()
-    assert rungs_shown(deployment, "second.jsonl", 41) == {"max-num-seqs 8"}
+    assert levels_shown(deployment, "second.jsonl", 41) == {"max-num-seqs 8"}
     [(engine, descent)] = json.loads(deployment.folder.memory_levels.read_text()).items()
     assert engine.startswith("simulated on cuda")
     assert descent["levels"] == [{"max_num_seqs": 16}, {"max_num_seqs": 8}]
 
 
 def test_an_engine_with_enough_memory_runs_as_configured(deployment) -> None:
-    assert rungs_shown(deployment, "first.jsonl", 20) == {"as configured"}
+    assert levels_shown(deployment, "first.jsonl", 20) == {"as configured"}
     assert not deployment.folder.memory_levels.exists()

@@ -16,7 +16,7 @@ from batch_orchestration.core.errors import (
     MemoryShortage,
 )
 from batch_orchestration.core.outcomes import Failure, FailureCode
-from batch_orchestration.engines.memory_ladder import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.inference.faults.oom_recovery import remembered_fallback
@@ -54,7 +54,7 @@ class Deployment(Workbench):
     def run_simulated(self, plan: BatchPlan, run_id: str = "run-1", **feeding: Any) -> int:
         """Run the batch with a new engine; return how often that one was started."""
 
-        def make_ladder(top: MemoryLevel) -> MemoryFallback:
+        def make_fallback(top: MemoryLevel) -> MemoryFallback:
             return remembered_fallback(
                 top,
                 memory=MemoryLevelFile(self.folder.memory_levels),
@@ -69,7 +69,7 @@ class Deployment(Workbench):
             log_path=self.folder.logs / f"{run_id}.log",
             control_path=self.folder.root / "simulated.json",
             connections=IN_FLIGHT,
-            make_ladder=make_ladder,
+            make_fallback=make_fallback,
         )
         try:
             defaults = {"in_flight": IN_FLIGHT, "engine_restarts": 30}
@@ -97,7 +97,7 @@ def another_batch(bench: Deployment) -> Iterator[BatchPlan]:
         yield bench.admitted_with({}, requests=requests)
 
 
-def test_a_batch_completes_on_the_rung_that_memory_allows(bench: Deployment) -> None:
+def test_a_batch_completes_on_the_level_that_memory_allows(bench: Deployment) -> None:
     bench.set_conditions(latency_seconds=0.05, dies_above=20)
     plan = bench.admitted_with({}, requests=300)
 
@@ -168,7 +168,7 @@ def test_a_culprit_does_not_slow_down_the_rest_of_the_batch(bench: Deployment) -
     assert MemoryLevelFile(bench.folder.memory_levels)._read() == {}
 
 
-def test_the_rungs_count_as_restarts(bench: Deployment) -> None:
+def test_the_level_count_as_restarts(bench: Deployment) -> None:
     bench.set_conditions(latency_seconds=0.05, dies_above=1)
     plan = bench.admitted_with({}, requests=100)
 
@@ -176,7 +176,7 @@ def test_the_rungs_count_as_restarts(bench: Deployment) -> None:
         bench.run_simulated(plan, engine_restarts=1)
 
 
-def test_a_person_who_kills_the_engine_moves_no_rung(bench: Deployment) -> None:
+def test_a_person_who_kills_the_engine_moves_no_level(bench: Deployment) -> None:
     plan = bench.admitted_with({5: {"die": True, "fail_first": 1}}, requests=100)
 
     bench.run_simulated(plan)
@@ -251,7 +251,7 @@ def test_a_context_that_the_batch_needs_is_not_cut(tmp_path: Path) -> None:
     assert engine.tried[-1].max_num_seqs == 8
 
 
-def test_a_remembered_rung_that_does_not_start_is_given_up(tmp_path: Path) -> None:
+def test_a_remembered_level_that_does_not_start_is_given_up(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
     plan = bench.admitted(30)
     remembered = MemoryLevel(max_num_seqs=32, max_model_len=100_000, gpu_memory_utilization=0.81)
