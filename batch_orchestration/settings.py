@@ -26,6 +26,7 @@ from batch_orchestration.core.batches import (
     LinePolicy,
     OnOversize,
 )
+from batch_orchestration.core.requests import Overrides
 
 PREFIX = "BATCH_"
 ENV_FILE = ".env"
@@ -356,6 +357,12 @@ class Settings(BaseSettings):
             name: None if value is None else value.get_secret_value()
             for name, value in self.engine_env.items()
         }
+
+    def overrides(self, model: str | None) -> Overrides:
+        """Return the changes to request bodies; a given `model` answers every request."""
+        return Overrides(
+            model=model, aliases=self.model_aliases, max_tokens_cap=self.max_tokens_cap
+        )
 
     def answer_settings(self) -> dict[str, Any]:
         """Return the settings that answers depend on, by name; a plan records them."""

@@ -60,6 +60,7 @@ from batch_orchestration.estimates.batch_estimates import (
     record_estimate,
     write_estimate,
 )
+from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.atomic import shortages, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
@@ -195,9 +196,9 @@ class _Admission:
             return self._release(user_file, str(changing))
 
     def _intake(self, options: BatchOptions) -> Screening:
-        estimating = self._settings.estimating
-        knowledge = read_calibration_data(EstimateTables(self._store), estimating.engine)
-        return Screening(options, settings=estimating, knowledge=knowledge, now=self._clock())
+        settings = self._settings.deployment
+        data = read_calibration_data(EstimateTables(self._store), engine_in_force(settings))
+        return Screening(options, settings=settings, calibration_data=data, now=self._clock())
 
     def _keep_estimate(
         self, screening: Screening, reading: BatchFileReading, options: BatchOptions

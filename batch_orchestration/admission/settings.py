@@ -22,7 +22,6 @@ from batch_orchestration.core.batches import (
 )
 from batch_orchestration.core.requests import ANY_MODEL
 from batch_orchestration.estimates.derivation import DEFAULT_CHUNK
-from batch_orchestration.estimates.engine import EstimateSettings, estimate_settings
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue.load import QueueRules, queue_rules
 from batch_orchestration.settings import Settings
@@ -49,7 +48,7 @@ class AdmissionSettings:
     line_policy: LinePolicy = LinePolicy.LENIENT
     model_required: bool = True
     answer_settings: Mapping[str, Any]
-    estimating: EstimateSettings = field(default_factory=EstimateSettings)
+    deployment: Settings = field(default_factory=Settings)
     queue: QueueRules | None = None
 
     def rules(self, options: BatchOptions) -> ReadingRules:
@@ -101,6 +100,6 @@ def admission_settings(settings: Settings) -> AdmissionSettings:
         line_policy=settings.line_policy,
         model_required=ANY_MODEL not in settings.model_aliases,
         answer_settings=settings.answer_settings(),
-        estimating=estimate_settings(settings),
+        deployment=settings,
         queue=queue_rules(settings),
     )

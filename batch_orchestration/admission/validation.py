@@ -17,6 +17,7 @@ from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused, StorageError
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.estimates.batch_estimates import CalibrationData, read_calibration_data
+from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.estimate import Estimate
 from batch_orchestration.estimates.tables import EstimateTables
 
@@ -115,11 +116,12 @@ def _intake(
     now: float,
 ) -> Screening:
     """Return the screening of requests; without a readable store, it has no calibration data."""
-    estimating, knowledge = settings.estimating, CalibrationData()
+    deployment = settings.deployment
+    data = CalibrationData(engine=engine_in_force(deployment))
     if tables is not None:
         with contextlib.suppress(StorageError):
-            knowledge = read_calibration_data(tables, estimating.engine)
-    return Screening(options, settings=estimating, knowledge=knowledge, now=now)
+            data = read_calibration_data(tables, data.engine)
+    return Screening(options, settings=deployment, calibration_data=data, now=now)
 
 
 def _read(

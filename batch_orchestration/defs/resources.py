@@ -20,7 +20,7 @@ from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm.engine import VllmEngine
-from batch_orchestration.engines.vllm.flags import flag_name
+from batch_orchestration.engines.vllm.flags import flag_name, flags_of
 from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT
 from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force
 from batch_orchestration.files.data_folder import DataFolder
@@ -122,8 +122,7 @@ class RunFlags(dg.Config):
 
     def over(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Return the deployment's flags, overridden by this run's."""
-        given = {flag_name(name): value for name, value in self.model_dump().items()}
-        given = {flag: value for flag, value in given.items() if value is not None}
+        given = flags_of(self.model_dump(exclude_none=True))
         kept = {name: value for name, value in args.items() if flag_name(name) not in given}
         return kept | given
 

@@ -14,7 +14,7 @@ import msgspec
 from batch_orchestration.core.batches import BatchOptions, BatchPlan, BatchStatus
 from batch_orchestration.core.lifecycle import window_seconds
 from batch_orchestration.estimates.costs import Throughput, throughput
-from batch_orchestration.estimates.engine import EngineInForce, EstimateSettings
+from batch_orchestration.estimates.engine import EngineInForce
 from batch_orchestration.estimates.estimate import Band, Estimate, TokenHistory, estimate
 from batch_orchestration.estimates.profile import TokenProfile
 from batch_orchestration.estimates.tables import CachedEngineInfo, EstimateTables
@@ -30,8 +30,9 @@ _UNFINISHED = (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS)
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationData:
-    """Stored history and measurements of an engine and its model; empty for a new one."""
+    """The engine in force, with its stored history and measurements; empty for a new one."""
 
+    engine: EngineInForce = field(default_factory=EngineInForce)
     history: TokenHistory = field(default_factory=TokenHistory)
     throughput: Throughput | None = None
     facts: CachedEngineInfo | None = None
@@ -40,9 +41,10 @@ class CalibrationData:
 def read_calibration_data(tables: EstimateTables, engine: EngineInForce) -> CalibrationData:
     """Return the calibration data of an engine and its model; empty if there is no store."""
     if not tables.exist:
-        return CalibrationData()
+        return CalibrationData(engine=engine)
     runs = tables.runs(**engine.key)
     return CalibrationData(
+        engine=engine,
         history=TokenHistory(tables.answered(engine.model)),
         throughput=throughput([run.measurement for run in runs]),
         facts=tables.facts(**engine.key, args_hash=engine.args_hash),
@@ -53,8 +55,8 @@ def estimate_profile(
     profile: TokenProfile,
     options: BatchOptions,
     *,
-    knowledge: CalibrationData,
-    settings: EstimateSettings,
+    calibration_data: CalibrationData,
+    price_per_gpu_hour: float | None = None,
     ahead_seconds: float = 0.0,
     at: float,
     seed: str = "",
@@ -67,21 +69,21 @@ def estimate_profile(
     """
     found = estimate(
         profile,
-        history=knowledge.history,
-        throughput=knowledge.throughput,
-        at_a_time=settings.engine.at_a_time,
+        history=calibration_data.history,
+        throughput=calibration_data.throughput,
+        at_a_time=calibration_data.engine.at_a_time,
         seed=seed,
     )
-    price = settings.price_per_gpu_hour
+    facts = calibration_data.facts
     return msgspec.structs.replace(
         found,
-        start_seconds=None if knowledge.facts is None else knowledge.facts.start_seconds,
+        start_seconds=None if facts is None else facts.start_seconds,
         ahead_seconds=round(ahead_seconds, 3),
         window_seconds=float(window_seconds(options.completion_window)),
-        engine=settings.engine.key,
+        engine=calibration_data.engine.key,
         price=None
-        if price is None or found.seconds is None
-        else found.seconds.scaled(price / 3600),
+        if price_per_gpu_hour is None or found.seconds is None
+        else found.seconds.scaled(price_per_gpu_hour / 3600),
         created_at=at,
     )
 

@@ -9,23 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from batch_orchestration.core.batches import BatchOptions, settings_hash
+from batch_orchestration.core.batches import settings_hash
 from batch_orchestration.core.errors import EngineStartFailed, StorageError
-from batch_orchestration.core.requests import Overrides
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
 from batch_orchestration.engines.vllm.flags import (
     CPU_ARGS,
+    flags_of,
     model_folder,
     names_are_checked,
     top_level,
 )
 from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT, MOST_IN_FLIGHT
-from batch_orchestration.estimates.profile import Profiler
-from batch_orchestration.estimates.prompt_counting import PromptCounter, prompt_counter
 from batch_orchestration.estimates.tables import CachedEngineInfo, EstimateTables
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+#: Flags that make vLLM serve model names other than the configured one.
+_NAMING_FLAGS = frozenset({"served-model-name", "lora-modules", "enable-lora", "config"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,47 +66,6 @@ class EngineInForce:
         return settings_hash({"args": dict(self.args)})
 
 
-@dataclass(frozen=True, kw_only=True)
-class EstimateSettings:
-    """The settings that estimates depend on.
-
-    Attributes:
-        price_per_gpu_hour: Price in the operator's currency; None if not set.
-        strict_windows: Refuse files that cannot meet their completion window.
-    """
-
-    engine: EngineInForce = field(default_factory=EngineInForce)
-    max_tokens_cap: int | None = None
-    model_aliases: Mapping[str, str] = field(default_factory=dict)
-    price_per_gpu_hour: float | None = None
-    strict_windows: bool = False
-
-    @property
-    def counter(self) -> PromptCounter | None:
-        """Token counter of the model; None if its tokenizer is not available here."""
-        return prompt_counter(self.engine.folder)
-
-    def overrides(self, options: BatchOptions) -> Overrides:
-        """Return the changes to request bodies of a batch before they are sent to the engine."""
-        return Overrides(
-            model=options.model, aliases=self.model_aliases, max_tokens_cap=self.max_tokens_cap
-        )
-
-    def profiler(self, *, longest: int | None = None) -> Profiler:
-        """Return a profiler for one batch.
-
-        Args:
-            longest: Tokens of the engine's context; None if unknown.
-        """
-        counter, cap = self.counter, self.max_tokens_cap
-        if counter is None:
-            return Profiler(max_tokens_cap=cap, longest=longest)
-        return Profiler(max_tokens_cap=cap, longest=longest, count_tokens=counter.prompt_tokens)
-
-
-logger = logging.getLogger(__name__)
-
-
 def cache_engine_info(engine: Engine, in_force: EngineInForce, store: Store, *, at: float) -> None:
     """Store the facts that a started engine reported. Does nothing if it was not started.
 
@@ -124,22 +86,7 @@ def cache_engine_info(engine: Engine, in_force: EngineInForce, store: Store, *, 
     try:
         EstimateTables(store).put_facts(facts, **in_force.key, args_hash=in_force.args_hash)
     except StorageError as error:
-        logger.warning("what the engine said of itself is not remembered: %s", error)
-
-
-#: Flags that make vLLM serve model names other than the configured one.
-_NAMING_FLAGS = frozenset({"served-model-name", "lora-modules", "enable-lora", "config"})
-
-
-def estimate_settings(settings: Settings) -> EstimateSettings:
-    """Return the settings that estimates depend on."""
-    return EstimateSettings(
-        engine=engine_in_force(settings),
-        max_tokens_cap=settings.max_tokens_cap,
-        model_aliases=settings.model_aliases,
-        price_per_gpu_hour=settings.price_per_gpu_hour,
-        strict_windows=settings.strict_windows,
-    )
+        logger.warning("cannot store what the engine reported at its start: %s", error)
 
 
 def engine_in_force(settings: Settings) -> EngineInForce:
@@ -166,7 +113,7 @@ def engine_in_force(settings: Settings) -> EngineInForce:
 
 
 def _vllm_in_force(settings: Settings) -> EngineInForce:
-    args = {name.lstrip("-").replace("_", "-"): v for name, v in settings.engine_args.items()}
+    args = flags_of(settings.engine_args)
     device = str(settings.device)
     in_flight = settings.in_flight or MOST_IN_FLIGHT
     level = top_level(settings.model, device=device, args=args, in_flight=in_flight)

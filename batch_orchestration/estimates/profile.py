@@ -76,7 +76,7 @@ class Profiler:
     Args:
         max_tokens_cap: The deployment's upper bound for every answer.
         longest: Tokens of the engine's context; None if unknown.
-        count_tokens: Returns the prompt tokens of a body, by endpoint and body; None if it cannot.
+        count_tokens: Returns the prompt tokens of a body, by endpoint and body, or None.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Profiler:
         *,
         max_tokens_cap: int | None = None,
         longest: int | None = None,
-        count_tokens: Callable[[str, Mapping[str, Any]], int | None] = lambda endpoint, body: None,
+        count_tokens: Callable[[str, Mapping[str, Any]], int | None] | None = None,
     ) -> None:
         self._cap = max_tokens_cap
         self._longest = longest or LONGEST_CONTEXT
@@ -118,7 +118,7 @@ class Profiler:
         )
 
     def _sample(self, request: Request, shape: str) -> SampledRequest:
-        body = request.fields
+        body, count = request.fields, self._count_tokens
         cap = _answer_cap(request.endpoint, body, self._cap)
         return SampledRequest(
             index=request.index,
@@ -127,7 +127,7 @@ class Profiler:
             characters=sum(map(len, prompt_texts(request.endpoint, body))),
             cap=None if cap is None else min(cap, self._longest),
             answers=min(_answers(body), MOST_ANSWERS),
-            prompt_tokens=self._count_tokens(request.endpoint, body),
+            prompt_tokens=None if count is None else count(request.endpoint, body),
         )
 
 

@@ -15,7 +15,7 @@ import msgspec
 from batch_orchestration.core.errors import EngineStartFailed, GpuUnhealthy, GpuUnreadable
 from batch_orchestration.core.waiting import BackgroundCall
 from batch_orchestration.engines.processes.records import group_members, is_running, read_record
-from batch_orchestration.engines.vllm.flags import model_folder
+from batch_orchestration.engines.vllm.flags import flags_of, model_folder
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import fence_off, standing_fences
@@ -253,7 +253,7 @@ def own_pids(folder: DataFolder) -> frozenset[int]:
 
 def engine_need(settings: Settings) -> GpuNeed:
     """Return the resources that vLLM will need with these settings."""
-    args = {name.lstrip("-").replace("_", "-"): v for name, v in settings.engine_args.items()}
+    args = flags_of(settings.engine_args)
     devices = 1
     for flag in _SPREADING:
         devices *= _count(args.get(flag))

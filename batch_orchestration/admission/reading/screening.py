@@ -21,11 +21,12 @@ from batch_orchestration.core.requests import Fault, Overrides, Request
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS
 from batch_orchestration.engines.vllm.flags import whole_number
 from batch_orchestration.estimates.batch_estimates import CalibrationData, estimate_profile
-from batch_orchestration.estimates.engine import EngineInForce, EstimateSettings
+from batch_orchestration.estimates.engine import EngineInForce
 from batch_orchestration.estimates.estimate import Estimate, window_warning
-from batch_orchestration.estimates.profile import TokenProfile, prompt_texts
-from batch_orchestration.estimates.prompt_counting import PromptCounter
+from batch_orchestration.estimates.profile import Profiler, TokenProfile, prompt_texts
+from batch_orchestration.estimates.prompt_counting import PromptCounter, prompt_counter
 from batch_orchestration.estimates.tables import CachedEngineInfo
+from batch_orchestration.settings import Settings
 
 logger = logging.getLogger(__name__)
 #: Validity of a remote engine's info: the engine may be restarted with other settings.
@@ -191,32 +192,41 @@ class Screening:
         self,
         options: BatchOptions,
         *,
-        settings: EstimateSettings,
-        knowledge: CalibrationData,
+        settings: Settings,
+        calibration_data: CalibrationData,
         now: float,
     ) -> None:
         self._options = options
         self._settings = settings
-        self._knowledge = knowledge
+        self._calibration_data = calibration_data
         self._now = now
-        limits = known_limits(settings.engine, knowledge.facts, now=now)
-        self._profiler = settings.profiler(longest=limits.longest)
+        engine = calibration_data.engine
+        limits = known_limits(engine, calibration_data.facts, now=now)
+        counter = prompt_counter(engine.folder)
+        self._profiler = Profiler(
+            max_tokens_cap=settings.max_tokens_cap,
+            longest=limits.longest,
+            count_tokens=None if counter is None else counter.prompt_tokens,
+        )
         self._feasibility = Feasibility(
             limits,
-            overrides=settings.overrides(options),
-            engine=settings.engine,
-            counter=settings.counter,
+            overrides=settings.overrides(options.model),
+            engine=engine,
+            counter=counter,
         )
 
     @property
     def knows_costs(self) -> bool:
         """Whether the throughput of the engine was ever measured."""
-        return self._knowledge.throughput is not None
+        return self._calibration_data.throughput is not None
 
     def fresh_copy(self) -> "Screening":
         """Return a screening with the same settings and calibration data, but no requests yet."""
         return Screening(
-            self._options, settings=self._settings, knowledge=self._knowledge, now=self._now
+            self._options,
+            settings=self._settings,
+            calibration_data=self._calibration_data,
+            now=self._now,
         )
 
     def examine(self, request: Request) -> Request | Fault:
@@ -242,8 +252,8 @@ class Screening:
         return estimate_profile(
             profile or self.profile(),
             self._options,
-            knowledge=self._knowledge,
-            settings=self._settings,
+            calibration_data=self._calibration_data,
+            price_per_gpu_hour=self._settings.price_per_gpu_hour,
             ahead_seconds=ahead_seconds,
             at=at,
             seed=seed,

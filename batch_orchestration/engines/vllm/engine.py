@@ -10,7 +10,7 @@ from typing import Any
 from batch_orchestration.engines.child_server import ChildServerEngine
 from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
-from batch_orchestration.engines.vllm.flags import flag_name, server_command, server_env, top_level
+from batch_orchestration.engines.vllm.flags import flags_of, server_command, server_env, top_level
 
 
 class VllmEngine(ChildServerEngine):
@@ -44,7 +44,7 @@ class VllmEngine(ChildServerEngine):
         connections: int = 1024,
         limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
-        given = {flag_name(name): value for name, value in (args or {}).items()}
+        given = flags_of(args or {})
         fallback = make_fallback(top_level(model, device=device, args=given, in_flight=connections))
 
         def launch(socket: Path) -> tuple[Sequence[str], Mapping[str, str | None]]:

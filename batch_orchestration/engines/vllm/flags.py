@@ -55,7 +55,7 @@ def server_command(
     Raises:
         EngineStartFailed: No model is given, or a flag is given that users may not set.
     """
-    given = {flag_name(name): value for name, value in args.items()}
+    given = flags_of(args)
     if forbidden := sorted(OWN_FLAGS & given.keys()):
         raise EngineStartFailed(f"engine_args may not set {', '.join(forbidden)}")
     if isinstance(given.get(TOKEN_FLAG), str):
@@ -82,8 +82,7 @@ def top_level(model: str, *, device: str, args: Mapping[str, Any], in_flight: in
     The smallest of the device-dependent defaults is used, so that every lower level is a reduction
     on any device. No more sequences run at a time than requests are in flight.
     """
-    given = {flag_name(name): value for name, value in args.items()}
-    flags = {**(CPU_ARGS if device == "cpu" else {}), **given}
+    flags = {**(CPU_ARGS if device == "cpu" else {}), **flags_of(args)}
     sequences = whole_number(flags.get("max-num-seqs")) or DEFAULT_SEQUENCES[device == "cpu"]
     tokens = whole_number(flags.get("max-num-batched-tokens")) or DEFAULT_BATCHED_TOKENS
     whole_prompts = flags.get("runner") == "pooling" or flags.get("enable-chunked-prefill") is False
@@ -169,6 +168,11 @@ def _own_context(model: str) -> int | None:
 def flag_name(name: str) -> str:
     """Return the name of a flag as on the command line, without the leading dashes."""
     return name.lstrip("-").replace("_", "-")
+
+
+def flags_of(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of engine arguments by the names of their flags."""
+    return {flag_name(name): value for name, value in args.items()}
 
 
 def _arguments(flag: str, value: Any) -> list[str]:

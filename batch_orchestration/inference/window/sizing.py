@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.engines.vllm.flags import flag_name, whole_number
+from batch_orchestration.engines.vllm.flags import flags_of, whole_number
 from batch_orchestration.estimates import derivation
-from batch_orchestration.estimates.batch_estimates import read_calibration_data, read_estimate
+from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.estimates.derivation import (
     MOST_IN_FLIGHT,
     READING_COST,
@@ -92,7 +92,7 @@ def size_run(
     sized = Sizing(tokens=request_tokens(estimates), in_flight=settings.in_flight)
     cache = _cache_known(settings, store)
     if settings.engine is EngineKind.VLLM:
-        args = {flag_name(name): value for name, value in settings.engine_args.items()}
+        args = flags_of(settings.engine_args)
         gpu = None if no_gate(settings) is not None else check_gpu(settings)
         share = None
         if gpu is not None and not _MEMORY_FLAGS & args.keys():
@@ -106,7 +106,7 @@ def size_run(
 def _with(sized: Sizing, derived: Sequence[Derived]) -> Sizing:
     for each in derived:
         logger.info("%s", each)
-    flags = {flag_name(each.name): each.value for each in derived}
+    flags = flags_of({each.name: each.value for each in derived})
     return replace(sized, flags=flags, derived=tuple(derived))
 
 
@@ -148,10 +148,13 @@ def memory_share_of(gpu: GpuCheck) -> Derived | None:
 
 def _cache_known(settings: Settings, store: Store) -> int | None:
     """Return the KV cache's tokens in the latest run of the same engine; None if unknown."""
+    if not store.exists:
+        return None
+    engine = engine_in_force(settings)
     try:
-        facts = read_calibration_data(EstimateTables(store), engine_in_force(settings)).facts
+        facts = EstimateTables(store).facts(**engine.key, args_hash=engine.args_hash)
     except StorageError as error:
-        logger.warning("what the engine said of itself is not known: %s", error)
+        logger.warning("cannot read what the engine reported at its last start: %s", error)
         return None
     return None if facts is None else facts.kv_cache_tokens
 

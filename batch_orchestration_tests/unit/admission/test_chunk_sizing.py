@@ -14,7 +14,7 @@ from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.estimates.batch_estimates import CalibrationData
 from batch_orchestration.estimates.costs import Costs, Throughput
-from batch_orchestration.estimates.engine import EstimateSettings
+from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import NOW, make_body, make_input, make_line
 
 RULES = ReadingRules(requests_per_chunk=1000, max_line_bytes=10_000)
@@ -23,8 +23,8 @@ RULES = ReadingRules(requests_per_chunk=1000, max_line_bytes=10_000)
 def make_intake(**costs: float) -> Screening:
     none = {"request": 0.0, "prompt_token": 0.0, "completion_token": 0.0, "step": 0.0}
     measured = Throughput(costs=Costs(**{**none, **costs}), spread=0.2, measurements=5, fitted=True)
-    knowledge = CalibrationData(throughput=measured if costs else None)
-    return Screening(BatchOptions(), settings=EstimateSettings(), knowledge=knowledge, now=NOW)
+    data = CalibrationData(throughput=measured if costs else None)
+    return Screening(BatchOptions(), settings=Settings(), calibration_data=data, now=NOW)
 
 
 def choose(

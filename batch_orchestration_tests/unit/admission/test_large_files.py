@@ -22,13 +22,11 @@ from batch_orchestration.admission.validation import validate
 from batch_orchestration.core.batches import BatchOptions, OnOversize
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.estimates.batch_estimates import CalibrationData
-from batch_orchestration.estimates.engine import EstimateSettings
+from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import NOW, make_input, make_line
 from batch_orchestration_tests.support.window_bench import WindowBench
 
-INTAKE = Screening(
-    BatchOptions(), settings=EstimateSettings(), knowledge=CalibrationData(), now=NOW
-)
+INTAKE = Screening(BatchOptions(), settings=Settings(), calibration_data=CalibrationData(), now=NOW)
 
 
 @given(

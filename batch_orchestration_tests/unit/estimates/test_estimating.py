@@ -17,9 +17,9 @@ from batch_orchestration.estimates.batch_estimates import (
     write_estimate,
 )
 from batch_orchestration.estimates.costs import Costs, Throughput
-from batch_orchestration.estimates.engine import EstimateSettings
 from batch_orchestration.estimates.estimate import Band, Basis, Estimate, window_warning
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import NOW, make_batch, make_line
 
 SLOW = Throughput(
@@ -44,8 +44,8 @@ def make_intake(
 ) -> Screening:
     screening = Screening(
         BatchOptions(completion_window=window),
-        settings=EstimateSettings(**fields),  # type: ignore[arg-type]
-        knowledge=CalibrationData(throughput=throughput),
+        settings=Settings(**fields),  # type: ignore[arg-type]
+        calibration_data=CalibrationData(throughput=throughput),
         now=NOW,
     )
     for index in range(requests):
