@@ -1,17 +1,18 @@
 """`failures`, `replay` and `discard`: the commands for failed requests."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import msgspec
+from rich.table import Table
 
 from batch_orchestration.admission.settings import admission_settings
-from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.cli.escaping import say
+from batch_orchestration.cli.tables import shortened, table
 from batch_orchestration.core import foreign_json
 from batch_orchestration.core.dead_letters import (
     UNRESOLVED,
@@ -108,7 +109,7 @@ def failures(
         which = "" if selection == Selection(states=UNRESOLVED) else " that is meant"
         say(f"No request of {batch_id}{which} has failed.")
         return
-    context.console.print(tables.failures_table(found))
+    context.console.print(_table(found))
     everything = msgspec.structs.replace(selection, limit=None)
     count = len(context.store.dead_letter_codes(batch_id, everything))
     if count > len(found):
@@ -285,7 +286,22 @@ def _wait_for(replays: Sequence[Replay], context: Context) -> None:
         context.sleep(LOOK_SECONDS)
 
 
+def _table(letters: Iterable[DeadLetter]) -> Table:
+    rows = map(_object, letters)
+    return table(
+        ("Line", "custom_id", "Code", "HTTP", "Attempts", "State", "Message"),
+        (
+            (
+                *(row["line"], row["custom_id"], row["code"], row["status_code"]),
+                *(row["attempts"], row["state"], shortened(row["message"])),
+            )
+            for row in rows
+        ),
+    )
+
+
 def _object(letter: DeadLetter) -> dict[str, Any]:
+    """Return a dead letter without its prompt, which stays in the store."""
     request, failure = letter.request, letter.request.outcome
     assert isinstance(failure, Failure)
     return {

@@ -13,9 +13,9 @@ from batch_orchestration.admission import validation
 from batch_orchestration.admission.reading.batch_files import open_batch_file
 from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.admission.sidecars import named_problem, own_sidecar, read_options
-from batch_orchestration.cli import tables
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.escaping import say
+from batch_orchestration.cli.tables import table
 from batch_orchestration.cli.watching import finish, follow_shown
 from batch_orchestration.core.batches import BatchOptions, batch_id, identity
 from batch_orchestration.core.errors import FileRefused
@@ -76,7 +76,15 @@ def submit(
     options = _options(file, {name: value for name, value in given.items() if value is not None})
     sent = send(file, options, context)
     if not as_json and sent.inbox_path is not None:
-        _say_estimate(file, options, context)
+        _say_estimate(
+            validation.validate(
+                file,
+                settings=admission_settings(context.settings),
+                options=options,
+                tables=EstimateTables(context.store),
+                max_listed_faults=0,
+            )
+        )
     _say_sent(sent, as_json=as_json, lines=wait)
     if wait:
         admitted_as = sent.wait_until_admitted()
@@ -95,12 +103,26 @@ def validate(file: Path, as_json: bool) -> None:
     if as_json:
         print_json(report)
     else:
-        tables.print_validation(context.console, report)
+        _show(report, context)
     if report.refusal is not None:
         raise click.ClickException(f"{file}: would be rejected: {report.refusal}")
     if report.faulty:
         faulty = f"{report.faulty:,} of {report.requests:,} requests"
         raise click.ClickException(f"{file}: {faulty} would fail unasked; the rest would run")
+
+
+def _show(report: validation.ValidationReport, context: Context) -> None:
+    if report.faults:
+        rows = ((fault.line, fault.custom_id, fault.code, fault.message) for fault in report.faults)
+        context.console.print(table(("Line", "custom_id", "Code", "Problem"), rows))
+    if report.faults_not_listed:
+        say(f"… and {report.faults_not_listed:,} more")
+    if report.refusal is None:
+        say(
+            f"{report.file_name}: {report.requests:,} requests, {report.faulty:,} of them faulty;"
+            f" chunks: {report.chunks:,}"
+        )
+    _say_estimate(report)
 
 
 def send(file: Path, options: BatchOptions, context: Context) -> "Submission":
@@ -154,14 +176,7 @@ class Submission:
                 raise FileRefused(str(rejected))
 
 
-def _say_estimate(file: Path, options: BatchOptions, context: Context) -> None:
-    report = validation.validate(
-        file,
-        settings=admission_settings(context.settings),
-        options=options,
-        tables=EstimateTables(context.store),
-        max_listed_faults=0,
-    )
+def _say_estimate(report: validation.ValidationReport) -> None:
     if report.estimate is not None:
         for name, text in estimate_rows(report.estimate):
             say(f"{name}: {text}")
