@@ -135,7 +135,7 @@ class Bench:
             folder=self.folder,
             store=self.store,
             run_id=f"run-{batch.batch_id}",
-            feeding=self.feeding(),
+            policy=self.policy(),
         ):
             pass
         assemble(batch.batch_id, folder=self.folder, store=self.store, clock=time.time)
@@ -145,7 +145,7 @@ class Bench:
         assert score is not None
         return estimate, score
 
-    def feeding(self) -> RunPolicy:
+    def policy(self) -> RunPolicy:
         """Return how chunks are fed."""
         return RunPolicy(
             in_flight=self.settings.in_flight,

@@ -67,7 +67,7 @@ def _run(
         folder=folder,
         store=store,
         run_id=f"benchmark-{os.getpid()}",
-        feeding=feeding(served=served),
+        policy=run_policy(served=served),
     ):
         pass
     return time.perf_counter() - started
@@ -87,7 +87,7 @@ def _admit(file: Path, folder: DataFolder, store: Store, chunk: int) -> Admitted
     return verdict
 
 
-def feeding(*, served: str, max_tokens_cap: int | None = None) -> RunPolicy:
+def run_policy(*, served: str, max_tokens_cap: int | None = None) -> RunPolicy:
     """Return how the benchmarks feed: the default window, every model name meaning `served`."""
     return RunPolicy(
         in_flight=256,

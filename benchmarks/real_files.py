@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ours import MAX_LINE_BYTES, feeding
+from ours import MAX_LINE_BYTES, run_policy
 
 from batch_orchestration.admission.admission import AdmissionSettings, admit
 from batch_orchestration.admission.inbox import Inbox
@@ -72,7 +72,7 @@ def answer(
         folder=folder,
         store=store,
         run_id="real-files",
-        feeding=feeding(served=served, max_tokens_cap=cap),
+        policy=run_policy(served=served, max_tokens_cap=cap),
     ):
         pass
     return assemble(batch.batch_id, folder=folder, store=store, clock=time.time)

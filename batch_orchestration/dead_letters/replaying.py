@@ -62,7 +62,7 @@ def run_replay(
     folder: DataFolder,
     store: Store,
     run_id: str,
-    feeding: RunPolicy,
+    policy: RunPolicy,
     clock: Callable[[], float] = time.time,
     vitals: RunVitals | None = None,
     throttle: Callable[[], Throttle] = Throttle,
@@ -86,11 +86,11 @@ def run_replay(
     vitals = vitals or RunVitals()
     vitals.begin_batch(batch_id)
     if replay.closed_at is None:
-        check_settings(plan, feeding.answer_settings, force=replay.force)
+        check_settings(plan, policy.answer_settings, force=replay.force)
         try:
             if len(list(operations.outcomes(replay))) < len(replay.indices):
                 _ReplayRun(
-                    plan, replay, operations, engine, folder, run_id, feeding, vitals, throttle
+                    plan, replay, operations, engine, folder, run_id, policy, vitals, throttle
                 ).feed()
         finally:
             vitals.enter("committing", patience_seconds=WORK_SECONDS)
@@ -136,7 +136,7 @@ class _ReplayRun:
         engine: Engine,
         folder: DataFolder,
         run_id: str,
-        feeding: RunPolicy,
+        policy: RunPolicy,
         vitals: RunVitals,
         throttle: Callable[[], Throttle],
     ) -> None:
@@ -148,7 +148,7 @@ class _ReplayRun:
         self._engine = engine
         self._folder = folder
         self._run_id = run_id
-        self._feeding = feeding
+        self._policy = policy
         # An ended batch may be replayed; an early end decided during the replay stops it, too.
         self._early_end = EarlyEndWatch(plan, folder, run_id=run_id, only_new=True)
         self._identity: EngineInfo | None = None
@@ -166,15 +166,15 @@ class _ReplayRun:
             raise first_leaf(group) from group
 
     async def _feed(self) -> None:
-        cap = self._feeding.max_tokens_cap
+        cap = self._policy.max_tokens_cap
         self._engine.fallback.expect(lambda: memory_demand(self._requests(), max_tokens_cap=cap))
-        overrides = self._feeding.overrides(
+        overrides = self._policy.overrides(
             self._replay.overrides.get("model", self._plan.options.model)
         )
         feeder = Feeder(
             self._engine,
             self._pending(),
-            window=self._feeding.window,
+            window=self._policy.window,
             overrides=lambda _: overrides,
             settled=lambda pending, outcome: None,
             started=self._started,
@@ -222,7 +222,7 @@ class _ReplayRun:
     def _open_journal(self) -> Journal:
         identity = self._identity
         assert identity is not None
-        present = dict(self._feeding.answer_settings)
+        present = dict(self._policy.answer_settings)
         if self._replay.overrides:
             present["replay_overrides"] = self._replay.overrides
         provenance = Provenance(

@@ -37,8 +37,8 @@ from batch_orchestration.defs.resources import (
     GpuResource,
     SettingsResource,
     data_folder,
-    feeding,
     open_store,
+    run_policy,
     sample_taker,
 )
 from batch_orchestration.defs.runs import (
@@ -137,7 +137,7 @@ def chunk_results(
             folder=data_folder(present),
             store=open_store(present),
             run_id=context.run.run_id,
-            feeding=feeding(present, gpu.sizing),
+            policy=run_policy(present, gpu.sizing),
             force=force,
             vitals=sampler.vitals,
             throttle=sampler.throttle,

@@ -31,8 +31,8 @@ from batch_orchestration.defs.resources import (
     GpuResource,
     SettingsResource,
     data_folder,
-    feeding,
     open_store,
+    run_policy,
 )
 from batch_orchestration.defs.runs import (
     ask_person,
@@ -119,7 +119,7 @@ def replay_dead_letters(
                     folder=data_folder(present),
                     store=open_store(present),
                     run_id=context.run.run_id,
-                    feeding=feeding(present, gpu.sizing),
+                    policy=run_policy(present, gpu.sizing),
                     vitals=sampler.vitals,
                     throttle=sampler.throttle,
                 )

@@ -70,8 +70,8 @@ def sample_taker(settings: Settings) -> SampleTaker:
     return SampleTaker(folder=data_folder(settings), store=store)
 
 
-def feeding(settings: Settings, sizing: Sizing) -> RunPolicy:
-    """Return the policy for feeding chunks to the engine."""
+def run_policy(settings: Settings, sizing: Sizing) -> RunPolicy:
+    """Return the policy of a run of this deployment."""
     return RunPolicy(
         in_flight=settings.in_flight or DEFAULT_IN_FLIGHT,
         bounds=sizing.bounds,

@@ -109,7 +109,7 @@ def run_chunks(
     folder: DataFolder,
     store: Store,
     run_id: str,
-    feeding: RunPolicy,
+    policy: RunPolicy,
     force: bool = False,
     vitals: RunVitals | None = None,
     throttle: Callable[[], Throttle] = Throttle,
@@ -142,7 +142,7 @@ def run_chunks(
         plan = folder.read_plan(batch_id)
         if halt_in_force(folder, batch_id) is not None:
             continue
-        check_settings(plan, feeding.answer_settings, force=force)
+        check_settings(plan, policy.answer_settings, force=force)
         check_input_size(plan, folder)
         batch_run = _BatchRun(
             [ChunkRef.of(plan, number, folder) for number in numbers],
@@ -151,7 +151,7 @@ def run_chunks(
             folder=folder,
             store=store,
             run_id=run_id,
-            feeding=feeding,
+            policy=policy,
             vitals=vitals,
             throttle=throttle,
         )
@@ -170,7 +170,7 @@ class _BatchRun:
         folder: DataFolder,
         store: Store,
         run_id: str,
-        feeding: RunPolicy,
+        policy: RunPolicy,
         vitals: RunVitals,
         throttle: Callable[[], Throttle],
     ) -> None:
@@ -180,9 +180,9 @@ class _BatchRun:
         self._engine = engine
         self._folder = folder
         self._store = store
-        self._feeding = feeding
+        self._policy = policy
         self._run_id = run_id
-        self._settings_hash = settings_hash(dict(feeding.answer_settings))
+        self._settings_hash = settings_hash(dict(policy.answer_settings))
         self._identity: EngineInfo | None = None
         self._results: Results = queue.SimpleQueue()
         self._own = self._work_on(plan, refs)
@@ -191,7 +191,7 @@ class _BatchRun:
             self._own,
             folder=folder,
             settings_hash=self._settings_hash,
-            most_guest_chunks=feeding.guest_chunks,
+            most_guest_chunks=policy.guest_chunks,
             invite=self._invite,
             cramped=lambda: engine.fallback.context_is_cut,
         )
@@ -303,12 +303,12 @@ class _BatchRun:
 
     async def _answer_pending(self) -> None:
         self._own.progress.write("starting engine")
-        cap = self._feeding.max_tokens_cap
+        cap = self._policy.max_tokens_cap
         self._engine.fallback.expect(partial(chunk_needs, self._refs, max_tokens_cap=cap))
         self._feeder = Feeder(
             self._engine,
             self._turns.pending(),
-            window=self._feeding.window,
+            window=self._policy.window,
             overrides=self._overrides,
             settled=self._settled,
             started=self._started,
@@ -350,7 +350,7 @@ class _BatchRun:
         plan = self._folder.read_plan(batch_id)
         if (halt := halt_in_force(self._folder, batch_id)) is not None:
             raise IllegalTransition(f"batch {batch_id} is {halt}")
-        check_settings(plan, self._feeding.answer_settings, force=False)
+        check_settings(plan, self._policy.answer_settings, force=False)
         check_input_size(plan, self._folder)
         guest = self._works[batch_id] = self._work_on(plan, None)
         guest.progress.in_flight = lambda: guest.unanswered
@@ -370,16 +370,16 @@ class _BatchRun:
             results=self._results,
             provenance=self._provenance,
             memory_level=lambda: self._engine.fallback.description,
-            max_tokens_cap=self._feeding.max_tokens_cap,
+            max_tokens_cap=self._policy.max_tokens_cap,
             vitals=self._vitals,
             failures=FailureWatch(
-                plan, self._folder, run_id=self._run_id, default=self._feeding.max_failure_rate
+                plan, self._folder, run_id=self._run_id, default=self._policy.max_failure_rate
             ),
         )
 
     def _overrides(self, pending: PendingRequest) -> Overrides:
         plan = self._works[pending.chunk.batch_id].plan
-        return self._feeding.overrides(plan.options.model)
+        return self._policy.overrides(plan.options.model)
 
     def _deadline(self, pending: PendingRequest) -> float:
         """Return when our own batch's window ends; a guest's run enforces the guest's deadline."""

@@ -10,7 +10,7 @@ from batch_orchestration.inference.window import window as engine_poll
 from batch_orchestration.inference.window.sizing import Sizing, size_run
 from batch_orchestration.settings import Settings
 from batch_orchestration.workers.vitals import RunVitals
-from batch_orchestration_tests.support.workbench import make_feeding
+from batch_orchestration_tests.support.workbench import make_policy
 from batch_orchestration_tests.unit.inference.test_sizing import Site
 
 pytestmark = pytest.mark.engine
@@ -32,7 +32,7 @@ def derive(site: Site) -> Sizing:
 
 def answer(site: Site, engine: VllmEngine, sizing: Sizing, vitals: RunVitals) -> int:
     """Answer the batch; return how many of its requests are."""
-    feeding = make_feeding(
+    policy = make_policy(
         bounds=sizing.bounds,
         derive=sizing.window,
         model_aliases={"*": "model"},
@@ -44,7 +44,7 @@ def answer(site: Site, engine: VllmEngine, sizing: Sizing, vitals: RunVitals) ->
         folder=site.folder,
         store=site.store,
         run_id="run-1",
-        feeding=feeding,
+        policy=policy,
         vitals=vitals,
     )
     return sum(chunk.report.completed for chunk in chunks)

@@ -20,7 +20,7 @@ from batch_orchestration_tests.support.builders import NOW, make_line
 from batch_orchestration_tests.support.engine_processes import engine_core_pid
 from batch_orchestration_tests.support.inbox_bench import InboxBench
 from batch_orchestration_tests.support.packaged_models import REPOSITORY, chat_model_folder
-from batch_orchestration_tests.support.workbench import SETTINGS, make_feeding
+from batch_orchestration_tests.support.workbench import SETTINGS, make_policy
 
 pytestmark = pytest.mark.engine
 
@@ -47,18 +47,18 @@ class WholePath:
         self.bench = InboxBench(root, clock=time.time, model_required=False)
         self.engine = engine
 
-    def answer(self, name: str, content: bytes, **feeding: Any) -> BatchPlan:
+    def answer(self, name: str, content: bytes, **policy: Any) -> BatchPlan:
         """Admit the file, answer it, write its output; return its plan."""
         plan = self.bench.plan_of(name, content)
         served = "smollm2-135m-instruct"
-        values = {"model_aliases": {"*": served}, "max_tokens_cap": 8, "in_flight": 32} | feeding
+        values = {"model_aliases": {"*": served}, "max_tokens_cap": 8, "in_flight": 32} | policy
         for _ in run_chunks(
             {plan.batch_id: range(len(plan.chunks))},
             engine=self.engine,
             folder=self.bench.folder,
             store=self.bench.store,
             run_id="run-1",
-            feeding=make_feeding(answer_settings=SETTINGS, **values),
+            policy=make_policy(answer_settings=SETTINGS, **values),
         ):
             pass
         assemble(

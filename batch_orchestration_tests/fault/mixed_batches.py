@@ -18,7 +18,7 @@ from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import MODEL, NOW, make_body, make_line
-from batch_orchestration_tests.support.workbench import make_feeding
+from batch_orchestration_tests.support.workbench import make_policy
 
 #: Names the submission, of which a disturbed batch has more than an undisturbed one.
 _REQUEST_ID = re.compile(rb'("request_id":"[^"]*)-\d+"')
@@ -113,7 +113,7 @@ def run_to_the_end(
         folder=folder,
         store=store,
         run_id=run_id,
-        feeding=make_feeding(
+        policy=make_policy(
             in_flight=in_flight,
             engine_restarts=1_000,
             retry=RETRY,

@@ -46,14 +46,14 @@ def read_only(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def running(
-    bench: Workbench, plan: BatchPlan, *, engine: ScriptedEngine | None = None, **feeding: Any
+    bench: Workbench, plan: BatchPlan, *, engine: ScriptedEngine | None = None, **policy: Any
 ) -> Iterator[Callable[[], None]]:
     """Run the batch in a thread; the block gets what waits for its end, and raises its error."""
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            bench.run(plan, engine or ScriptedEngine(), **feeding)
+            bench.run(plan, engine or ScriptedEngine(), **policy)
         except BaseException as error:  # noqa: BLE001 - raised again below
             errors.append(error)
 

@@ -11,7 +11,7 @@ from batch_orchestration.core.crash_points import CrashPoint
 from batch_orchestration_tests.fault.crashing_batch import run_batch
 from batch_orchestration_tests.fault.mixed_batches import assert_accounted, durable_outcomes
 from batch_orchestration_tests.support.forks import run_forked
-from batch_orchestration_tests.support.turn_bench import TurnBench, entry
+from batch_orchestration_tests.support.workbench import Workbench, queued
 
 #: The point, and at which passing the accident happens: while the guest is served, and with its
 #: first and the host's own commit.
@@ -26,7 +26,7 @@ MOMENTS = [
 ]
 
 
-def run(bench: TurnBench, run_id: str, plan: BatchPlan, *, crash_point: str | None = None) -> int:
+def run(bench: Workbench, run_id: str, plan: BatchPlan, *, crash_point: str | None = None) -> int:
     arguments = (bench.folder.root, run_id, "worker", plan.batch_id)
     return run_forked(run_batch, *arguments, crash_point=crash_point)
 
@@ -35,10 +35,10 @@ def run(bench: TurnBench, run_id: str, plan: BatchPlan, *, crash_point: str | No
 def test_a_host_killed_anywhere_costs_neither_its_own_batch_nor_the_guest_a_request(
     tmp_path: Path, point: CrashPoint, passing: int
 ) -> None:
-    bench = TurnBench(tmp_path)
-    big, urgent = (bench.batch(name, 60, requests_per_chunk=15) for name in ("big", "urgent"))
+    bench = Workbench(tmp_path)
+    big, urgent = (bench.admitted(60, name, requests_per_chunk=15) for name in ("big", "urgent"))
     (bench.folder.root / "simulated.json").write_text(json.dumps({"latency_seconds": 0.2}))
-    bench.queue(entry(urgent, effective=10), entry(big))
+    bench.queue(queued(urgent, effective=10), queued(big))
 
     died = run(bench, "host", big, crash_point=f"{point}:{passing}")
     before = {plan.batch_id: durable_outcomes(bench.folder, plan) for plan in (big, urgent)}

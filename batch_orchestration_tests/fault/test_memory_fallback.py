@@ -51,7 +51,7 @@ class Deployment(Workbench):
         self.store.add_batch(plan, at=NOW)
         return plan
 
-    def run_simulated(self, plan: BatchPlan, run_id: str = "run-1", **feeding: Any) -> int:
+    def run_simulated(self, plan: BatchPlan, run_id: str = "run-1", **policy: Any) -> int:
         """Run the batch with a new engine; return how often that one was started."""
 
         def make_fallback(top: MemoryLevel) -> MemoryFallback:
@@ -73,7 +73,7 @@ class Deployment(Workbench):
         )
         try:
             defaults = {"in_flight": IN_FLIGHT, "engine_restarts": 30}
-            self.run(plan, engine, run_id=run_id, **(defaults | feeding))
+            self.run(plan, engine, run_id=run_id, **(defaults | policy))
         finally:
             engine.stop()
         return engine.figures()["starts"]

@@ -13,7 +13,7 @@ from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.forks import run_forked
 from batch_orchestration_tests.support.letter_bench import LetterBench
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.support.workbench import make_feeding
+from batch_orchestration_tests.support.workbench import make_policy
 
 FAILING = tuple(range(0, 30, 2))
 
@@ -36,7 +36,7 @@ def replay(root: Path, batch_id: str) -> None:
         folder=folder,
         store=Store(folder.duckdb),
         run_id="killed",
-        feeding=make_feeding(in_flight=4),
+        policy=make_policy(in_flight=4),
     )
 
 

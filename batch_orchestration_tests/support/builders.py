@@ -58,9 +58,11 @@ def make_request(
     )
 
 
-def make_input(requests: int) -> bytes:
-    """A batch file of so many usable lines."""
-    return b"".join(make_line(number) for number in range(requests))
+def make_input(requests: int, *, prompt: str = "question {}") -> bytes:
+    """A batch file of so many usable lines; the prompts contain the number of the request."""
+    return b"".join(
+        make_line(number, body=make_body(prompt.format(number))) for number in range(requests)
+    )
 
 
 def make_plan(
@@ -71,6 +73,7 @@ def make_plan(
     faulty: int = 0,
     options: BatchOptions | None = None,
     settings: dict[str, Any] | None = None,
+    created_at: float = NOW,
 ) -> BatchPlan:
     """The plan of a batch file, every line break of which ends a line."""
     # `NOW` is long ago by the clock that runs look at.
@@ -88,7 +91,7 @@ def make_plan(
         chunks=chunks,
         options=options,
         settings=settings or {"engine": "simulated", "model": MODEL},
-        created_at=NOW,
+        created_at=created_at,
     )
 
 
@@ -132,11 +135,33 @@ def believe_the_clock(folder: DataFolder) -> None:
     (folder.root / "clock.json").write_bytes(msgspec.json.encode(row))
 
 
-def make_batch(folder: DataFolder, requests: int, *, requests_per_chunk: int = 10) -> BatchPlan:
-    """Keep input and plan of a batch in a data folder, as admission does; the store is not told."""
+def make_batch(
+    folder: DataFolder,
+    requests: int,
+    *,
+    requests_per_chunk: int = 10,
+    name: str | None = None,
+    settings: dict[str, Any] | None = None,
+    at: float = NOW,
+    **options: Any,
+) -> BatchPlan:
+    """Write input and plan of a batch into a data folder, as admission does; the store lacks it.
+
+    Args:
+        name: Of the file; the prompts then begin with it.
+        options: Fields of `BatchOptions`.
+    """
     folder.create()
-    content = make_input(requests)
-    plan = make_plan(content, requests_per_chunk=requests_per_chunk)
+    content = make_input(requests, prompt=f"{name} {{}}." if name else "question {}")
+    plan = make_plan(
+        content,
+        file_name=f"{name or 'candidates'}.jsonl",
+        requests_per_chunk=requests_per_chunk,
+        # `NOW` is long ago by the clock that runs look at.
+        options=BatchOptions(**{"completion_window": "36500d", **options}),
+        settings=settings,
+        created_at=at,
+    )
     folder.write_plan(plan)
     folder.input_path(plan.batch_id).write_bytes(content)
     return plan

@@ -1,6 +1,5 @@
 """A data folder in which batches are run, stopped in the middle, closed out and resumed."""
 
-import asyncio
 import json
 import threading
 import time
@@ -12,7 +11,6 @@ import msgspec
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import EarlyEnd, Resumption
-from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.delivery.assembly import AssemblyReport, assemble
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.journal import JournalState, replay_journal
@@ -21,31 +19,8 @@ from batch_orchestration.lifecycle.cancellation import Cancellation, cancel, end
 from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration_tests.support.builders import make_input, make_plan
-from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, StickingEngine
 from batch_orchestration_tests.support.workbench import Workbench
-
-
-class StickingEngine(ScriptedEngine):
-    """Answers so many requests at once, and sits on every other until it is let go."""
-
-    def __init__(self, answers: int, **fields: Any) -> None:
-        super().__init__(**fields)
-        self._answers = answers
-        self.aborted = 0
-        self.stuck = 0
-
-    async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
-        self._answers -= 1
-        if self._answers >= 0:
-            return await super().answer(endpoint, body, request_id=request_id)
-        self.submissions[body] += 1
-        self.stuck += 1
-        try:
-            await asyncio.sleep(3600)
-        except asyncio.CancelledError:
-            self.aborted += 1
-            raise
-        raise AssertionError("nobody waits for an hour")
 
 
 class ClosingBench(Workbench):

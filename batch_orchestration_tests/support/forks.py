@@ -25,7 +25,7 @@ _context.set_forkserver_preload(
         "pandas",
         "batch_orchestration_tests.fault.crashing_asset",
         "batch_orchestration_tests.fault.crashing_early_end",
-        "batch_orchestration_tests.fault.crashing_halt",
+        "batch_orchestration_tests.support.workbench",
     ]
 )
 

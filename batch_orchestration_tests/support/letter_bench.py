@@ -16,7 +16,7 @@ from batch_orchestration.files.kept_input import ChunkRef, settled_requests
 from batch_orchestration.operations.recovery import Recovery, find_problem, recover
 from batch_orchestration_tests.support.builders import NOW
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.support.workbench import Workbench, make_feeding
+from batch_orchestration_tests.support.workbench import Workbench, make_policy
 
 #: Tables and what identifies their rows; without the times that only the store knew.
 TABLES = {
@@ -71,7 +71,7 @@ class LetterBench(Workbench):
         engine: Engine | None = None,
         *,
         run_id: str = "replay-run",
-        **feeding: Any,
+        **policy: Any,
     ) -> ReplayReport:
         """Run a replay."""
         return run_replay(
@@ -81,7 +81,7 @@ class LetterBench(Workbench):
             folder=self.folder,
             store=self.store,
             run_id=run_id,
-            feeding=make_feeding(**feeding),
+            policy=make_policy(**policy),
             clock=lambda: NOW + 20,
         )
 

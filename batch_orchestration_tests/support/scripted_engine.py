@@ -3,13 +3,14 @@
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
+from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed
-from batch_orchestration.core.outcomes import Completion, Outcome, Usage
+from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome, Usage
 from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.metrics import EngineMetrics
@@ -92,3 +93,70 @@ class ScriptedEngine:
 
     def figures(self) -> dict[str, Any]:
         return {}
+
+
+class PacedEngine(ScriptedEngine):
+    """Takes some time for each request, and records the order of the requests.
+
+    Args:
+        seconds: For each request.
+    """
+
+    def __init__(self, *arguments: Any, seconds: float = 0.004, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._seconds = seconds
+        self.asked: list[str] = []
+
+    async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
+        self.asked.append(request_id)
+        await asyncio.sleep(self._seconds)
+        return await super().answer(endpoint, body, request_id=request_id)
+
+    def places_of(self, plan: BatchPlan) -> list[int]:
+        """Return the places of a batch's requests in the order of all requests."""
+        return [n for n, asked in enumerate(self.asked) if asked.startswith(plan.batch_id)]
+
+
+def batches_of(asked: Sequence[str]) -> list[str]:
+    """Return the ids of the batches as they follow each other, without repetitions."""
+    ids = [request_id.rsplit("-", 2)[0] for request_id in asked]
+    return [one for n, one in enumerate(ids) if n == 0 or ids[n - 1] != one]
+
+
+class StickingEngine(ScriptedEngine):
+    """Answers so many requests at once, and never the others."""
+
+    def __init__(self, answers: int, **fields: Any) -> None:
+        super().__init__(**fields)
+        self._answers = answers
+        self.aborted = 0
+        self.stuck = 0
+
+    async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
+        self._answers -= 1
+        if self._answers >= 0:
+            return await super().answer(endpoint, body, request_id=request_id)
+        self.submissions[body] += 1
+        self.stuck += 1
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            self.aborted += 1
+            raise
+        raise AssertionError("nobody waits for an hour")
+
+
+#: The answer to each request of a batch with one wrong parameter.
+REFUSAL = Failure(
+    code=FailureCode.ENGINE_REFUSED, message="unknown parameter: 'tempreature'", status=400
+)
+
+
+def refusal_of(body: bytes, *texts: str) -> Outcome | None:
+    """Return the refusal of a body that contains one of the texts."""
+    return REFUSAL if any(text.encode() in body for text in texts) else None
+
+
+def refusing(*texts: str) -> ScriptedEngine:
+    """Return an engine that refuses each request that contains one of the texts."""
+    return ScriptedEngine(lambda body, times: refusal_of(body, *texts))

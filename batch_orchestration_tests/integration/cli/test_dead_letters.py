@@ -12,7 +12,7 @@ from batch_orchestration_tests.support.builders import NOW
 from batch_orchestration_tests.support.command_line import CommandLine
 from batch_orchestration_tests.support.letter_bench import refusing
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.support.workbench import Workbench, make_feeding
+from batch_orchestration_tests.support.workbench import Workbench, make_policy
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def answer(cli, batch_id, number):
         folder=cli.folder,
         store=cli.store,
         run_id="r",
-        feeding=make_feeding(answer_settings=cli.folder.read_plan(batch_id).settings),
+        policy=make_policy(answer_settings=cli.folder.read_plan(batch_id).settings),
         clock=lambda: NOW,
     )
 

@@ -8,12 +8,13 @@ import pytest
 from batch_orchestration_tests.support.builders import make_input
 from batch_orchestration_tests.support.command_line import CommandLine
 from batch_orchestration_tests.support.deployment import Deployment
-from batch_orchestration_tests.support.halting_bench import HaltingBench, refusing
+from batch_orchestration_tests.support.scripted_engine import refusing
+from batch_orchestration_tests.support.workbench import Workbench
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HaltingBench:
-    bench = HaltingBench(tmp_path)
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
+    bench = Workbench(tmp_path, policy={"max_failure_rate": 0.5})
     monkeypatch.setenv("BATCH_DATA_DIR", str(bench.folder.root))
     monkeypatch.setenv("BATCH_ENGINE", "simulated")
     monkeypatch.setenv("BATCH_SERVED_MODEL_NAME", "demo-model")
@@ -21,12 +22,12 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HaltingBench:
 
 
 @pytest.fixture
-def cli(bench: HaltingBench) -> CommandLine:
+def cli(bench: Workbench) -> CommandLine:
     return CommandLine(bench.folder)
 
 
 def test_the_flag_of_submit_and_a_side_car_say_the_same(
-    bench: HaltingBench, cli: CommandLine, tmp_path: Path
+    bench: Workbench, cli: CommandLine, tmp_path: Path
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(make_input(3))
     cli.run("submit", tmp_path / "a.jsonl", "--max-failure-rate", "0.125")
@@ -40,7 +41,7 @@ def test_the_flag_of_submit_and_a_side_car_say_the_same(
 
 @pytest.mark.parametrize("said", ["1.5", "-0.1", '"half"', "1e999", "NaN", "[0.5]", "true"])
 def test_a_side_car_with_a_rate_that_is_no_share_is_rejected_and_says_so(
-    bench: HaltingBench, cli: CommandLine, said: str
+    bench: Workbench, cli: CommandLine, said: str
 ) -> None:
     (bench.folder.inbox / "a.jsonl").write_bytes(make_input(3))
     (bench.folder.inbox / "a.jsonl.meta.json").write_text(f'{{"max_failure_rate": {said}}}')
@@ -55,7 +56,7 @@ def test_a_side_car_with_a_rate_that_is_no_share_is_rejected_and_says_so(
 
 @pytest.mark.parametrize("said", ["1.5", "-0.1", "nan", "half"])
 def test_a_flag_that_is_no_share_submits_nothing(
-    bench: HaltingBench, cli: CommandLine, tmp_path: Path, said: str
+    bench: Workbench, cli: CommandLine, tmp_path: Path, said: str
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(make_input(3))
 
@@ -80,9 +81,9 @@ def test_the_launchpad_takes_a_rate(tmp_path: Path) -> None:
 
 
 def test_status_says_why_a_batch_is_paused_and_resume_takes_another_rate(
-    bench: HaltingBench, cli: CommandLine
+    bench: Workbench, cli: CommandLine
 ) -> None:
-    plan = bench.admit(100)
+    plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
 
     paused = cli.json("status", plan.batch_id)
@@ -96,4 +97,4 @@ def test_status_says_why_a_batch_is_paused_and_resume_takes_another_rate(
     assert f"resume {plan.batch_id}" in " ".join(text.split())
     assert "unknown parameter: 'tempreature'" in text
     assert after["paused"] is None
-    assert bench.settled(plan) == 100
+    assert len(bench.settled(plan)) == 100

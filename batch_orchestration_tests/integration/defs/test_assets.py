@@ -16,8 +16,8 @@ from batch_orchestration.queue.entries import QueueView
 from batch_orchestration.settings import EngineKind
 from batch_orchestration_tests.support.builders import make_input, make_line
 from batch_orchestration_tests.support.deployment import Deployment
-from batch_orchestration_tests.support.turn_bench import PacedEngine, entry
-from batch_orchestration_tests.support.workbench import make_feeding
+from batch_orchestration_tests.support.scripted_engine import PacedEngine
+from batch_orchestration_tests.support.workbench import make_policy, queued
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def materializations(result, asset="chunk_results"):
 def show_queue(deployment, *batch_ids):
     """A queue in which each is a point more urgent than the one after it."""
     entries = [
-        entry(deployment.folder.read_plan(batch_id), effective=-place)
+        queued(deployment.folder.read_plan(batch_id), effective=-place)
         for place, batch_id in enumerate(batch_ids)
     ]
     view = QueueView(at=time.time(), entries=tuple(entries))
@@ -91,14 +91,14 @@ def test_what_was_committed_but_never_told_is_told_at_delivery(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
     plan = deployment.folder.read_plan(batch_id)
     engine = PacedEngine(seconds=0)
-    feeding = make_feeding(answer_settings=plan.settings)
+    policy = make_policy(answer_settings=plan.settings)
     for _ in run_chunks(
         {batch_id: range(3)},
         engine=engine,
         folder=deployment.folder,
         store=deployment.store,
         run_id="killed",
-        feeding=feeding,
+        policy=policy,
     ):
         pass
     assert deployment.statuses("chunk_results") == set()

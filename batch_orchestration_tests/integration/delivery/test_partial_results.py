@@ -170,11 +170,11 @@ def test_every_row_read_while_a_run_feeds_is_byte_equal_to_its_final_row(bench, 
     control = tmp_path / "control.json"
     control.write_text('{"latency_seconds": 0.1, "latency_sigma": 1.0, "statuses": {"500": 0.02}}')
     engine = SimulatedEngine(log_path=tmp_path / "engine.log", control_path=control)
-    feeding = {
+    policy = {
         "model_aliases": settings.model_aliases,
         "answer_settings": settings.answer_settings(),
     }
-    run = threading.Thread(target=bench.run, args=(plan, engine), kwargs=feeding)
+    run = threading.Thread(target=bench.run, args=(plan, engine), kwargs=policy)
     looks = []
 
     run.start()

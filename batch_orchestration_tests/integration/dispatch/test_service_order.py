@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "batch.duckdb")
 
 
-def make_entry(batch_id: str, effective: float, place: int) -> QueueEntry:
+def queued(batch_id: str, effective: float, place: int) -> QueueEntry:
     return QueueEntry(
         kind=EntryKind.BATCH,
         id=batch_id,
@@ -81,7 +81,7 @@ def test_batches_come_as_they_stand_in_the_queue_and_their_runs_have_its_points(
     store: Store,
 ) -> None:
     first, second, unseen = (add(store, name) for name in ("first", "second", "a-unseen"))
-    view = QueueView(at=NOW, entries=(make_entry(second, 12.7, 1), make_entry(first, -0.3, 3)))
+    view = QueueView(at=NOW, entries=(queued(second, 12.7, 1), queued(first, -0.3, 3)))
 
     ordered = in_order_of_service(store.batches(), view)
 

@@ -15,7 +15,7 @@ from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.inference.window import window as request_window
 from batch_orchestration_tests.support.builders import make_failure
 from batch_orchestration_tests.support.scripted_engine import Script, ScriptedEngine
-from batch_orchestration_tests.support.workbench import Workbench, make_feeding
+from batch_orchestration_tests.support.workbench import Workbench, make_policy
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ class Device:
         return self._care
 
 
-def run(bench: Workbench, device: Device, requests: int = 60, **feeding):
+def run(bench: Workbench, device: Device, requests: int = 60, **policy):
     plan = bench.admitted(requests)
     chunks = run_chunks(
         {plan.batch_id: range(len(plan.chunks))},
@@ -74,7 +74,7 @@ def run(bench: Workbench, device: Device, requests: int = 60, **feeding):
         folder=bench.folder,
         store=bench.store,
         run_id="run-1",
-        feeding=make_feeding(in_flight=16, **feeding),
+        policy=make_policy(in_flight=16, **policy),
         throttle=device.throttle,
     )
     return plan, chunks
@@ -113,7 +113,7 @@ def test_a_pause_keeps_what_is_in_flight_and_goes_on_by_itself(
             folder=bench.folder,
             store=bench.store,
             run_id="run-1",
-            feeding=make_feeding(in_flight=16),
+            policy=make_policy(in_flight=16),
             throttle=throttle,
         )
     )
@@ -237,7 +237,7 @@ def test_a_pause_costs_a_request_that_waits_for_its_next_attempt_none(tmp_path: 
             folder=bench.folder,
             store=bench.store,
             run_id="run-1",
-            feeding=make_feeding(in_flight=16),
+            policy=make_policy(in_flight=16),
             throttle=throttle,
         )
     )

@@ -14,27 +14,27 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.failure_rate import FIRST_OUTCOMES
 from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.queue.load import Limits, read_load
-from batch_orchestration_tests.support.halting_bench import (
+from batch_orchestration_tests.support.scripted_engine import (
     REFUSAL,
-    HaltingBench,
+    PacedEngine,
+    ScriptedEngine,
     refusal_of,
     refusing,
 )
-from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.support.turn_bench import PacedEngine, entry
+from batch_orchestration_tests.support.workbench import Workbench, queued
 
 WINDOW = 8
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> HaltingBench:
-    return HaltingBench(tmp_path)
+def bench(tmp_path: Path) -> Workbench:
+    return Workbench(tmp_path, policy={"max_failure_rate": 0.5})
 
 
 def test_one_wrong_parameter_costs_as_many_requests_as_are_judged_and_in_flight(
-    bench: HaltingBench,
+    bench: Workbench,
 ) -> None:
-    plan = bench.admit(1000)
+    plan = bench.admit_now(1000)
 
     bench.run(plan, refusing("question"))
 
@@ -43,12 +43,12 @@ def test_one_wrong_parameter_costs_as_many_requests_as_are_judged_and_in_flight(
     assert (halt.actor, halt.failed, halt.judged) == ("run-1", FIRST_OUTCOMES, FIRST_OUTCOMES)
     assert halt.reason.endswith("20 of them as engine_refused: unknown parameter: 'tempreature'")
     assert len({one.custom_id for one in halt.examples}) == 3
-    assert bench.settled(plan) == bench.asked(plan) < FIRST_OUTCOMES + WINDOW
+    assert len(bench.settled(plan)) == bench.attempts(plan) < FIRST_OUTCOMES + WINDOW
     assert bench.status(plan) == "in_progress"
 
 
-def test_a_batch_that_goes_bad_in_its_middle_pauses_there(bench: HaltingBench) -> None:
-    plan = bench.admit(600)
+def test_a_batch_that_goes_bad_in_its_middle_pauses_there(bench: Workbench) -> None:
+    plan = bench.admit_now(600)
 
     bench.run(
         plan, ScriptedEngine(lambda body, times: refusal_of(body, *map(str, range(200, 600))))
@@ -56,16 +56,16 @@ def test_a_batch_that_goes_bad_in_its_middle_pauses_there(bench: HaltingBench) -
 
     halt = bench.halt(plan)
     assert halt is not None
-    assert bench.settled(plan) < 300
+    assert len(bench.settled(plan)) < 300
 
 
 @pytest.mark.parametrize(
     ("requests", "options"), [(19, {}), (200, {"max_failure_rate": 1.0})], ids=["few", "off"]
 )
 def test_a_small_batch_and_one_that_says_so_go_on_to_their_end(
-    bench: HaltingBench, requests: int, options: dict[str, float]
+    bench: Workbench, requests: int, options: dict[str, float]
 ) -> None:
-    plan = bench.admit(requests, **options)
+    plan = bench.admit_now(requests, **options)
 
     bench.run(plan, refusing("question"))
     bench.deliver(plan)
@@ -76,9 +76,9 @@ def test_a_small_batch_and_one_that_says_so_go_on_to_their_end(
 
 
 def test_a_batch_of_which_everything_is_at_the_engine_is_not_paused_for_nothing(
-    bench: HaltingBench,
+    bench: Workbench,
 ) -> None:
-    plan = bench.admit(25)
+    plan = bench.admit_now(25)
 
     bench.run(plan, refusing("question"), in_flight=25)
     bench.deliver(plan)
@@ -87,8 +87,8 @@ def test_a_batch_of_which_everything_is_at_the_engine_is_not_paused_for_nothing(
     assert bench.status(plan) == "completed"
 
 
-def test_the_author_and_the_deployment_say_how_much_may_fail(bench: HaltingBench) -> None:
-    strict, lenient = bench.admit(100, max_failure_rate=0.05), bench.admit(101)
+def test_the_author_and_the_deployment_say_how_much_may_fail(bench: Workbench) -> None:
+    strict, lenient = bench.admit_now(100, max_failure_rate=0.05), bench.admit_now(101)
     every_third = ScriptedEngine(lambda body, times: refusal_of(body, "1.", "4", "7"))
 
     bench.run(strict, every_third)
@@ -98,8 +98,8 @@ def test_the_author_and_the_deployment_say_how_much_may_fail(bench: HaltingBench
     assert bench.halt(lenient) is None
 
 
-def test_attempts_that_another_one_follows_do_not_count(bench: HaltingBench) -> None:
-    plan = bench.admit(60)
+def test_attempts_that_another_one_follows_do_not_count(bench: Workbench) -> None:
+    plan = bench.admit_now(60)
     failure = Failure(code=FailureCode.ENGINE_ERROR, message="try again", status=500)
     engine = ScriptedEngine(lambda body, times: failure if times < 1 else None)
 
@@ -109,8 +109,8 @@ def test_attempts_that_another_one_follows_do_not_count(bench: HaltingBench) -> 
     assert len(bench.indices(plan)) == 60
 
 
-def test_requests_that_wait_for_another_attempt_are_not_sent_again(bench: HaltingBench) -> None:
-    plan = bench.admit(200)
+def test_requests_that_wait_for_another_attempt_are_not_sent_again(bench: Workbench) -> None:
+    plan = bench.admit_now(200)
     overloaded = Failure(
         code=FailureCode.ENGINE_OVERLOADED, message="busy", status=429, retry_after_seconds=600
     )
@@ -128,8 +128,8 @@ def test_requests_that_wait_for_another_attempt_are_not_sent_again(bench: Haltin
     assert not {3, 5} & bench.journals(plan)[0].settled
 
 
-def test_what_is_in_flight_is_answered_and_recorded(bench: HaltingBench) -> None:
-    plan = bench.admit(200)
+def test_what_is_in_flight_is_answered_and_recorded(bench: Workbench) -> None:
+    plan = bench.admit_now(200)
 
     class Slow(ScriptedEngine):
         async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
@@ -141,11 +141,11 @@ def test_what_is_in_flight_is_answered_and_recorded(bench: HaltingBench) -> None
 
     assert bench.halt(plan) is not None
     assert 9 in bench.journals(plan)[0].settled
-    assert bench.settled(plan) == bench.asked(plan)
+    assert len(bench.settled(plan)) == bench.attempts(plan)
 
 
-def test_outcomes_of_earlier_runs_count(bench: HaltingBench) -> None:
-    plan = bench.admit(100)
+def test_outcomes_of_earlier_runs_count(bench: Workbench) -> None:
+    plan = bench.admit_now(100)
     for number in range(2):
         bench.run(plan, refusing("question"), numbers=[number], run_id=f"run-{number}")
 
@@ -158,20 +158,20 @@ def test_outcomes_of_earlier_runs_count(bench: HaltingBench) -> None:
 
 
 def test_a_paused_batch_is_left_alone_by_runs_that_were_asked_for_before(
-    bench: HaltingBench,
+    bench: Workbench,
 ) -> None:
-    plan = bench.admit(100)
+    plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
-    before, engine = bench.asked(plan), ScriptedEngine()
+    before, engine = bench.attempts(plan), ScriptedEngine()
 
     bench.run(plan, engine, run_id="run-2")
 
-    assert (bench.asked(plan), engine.starts) == (before, 0)
+    assert (bench.attempts(plan), engine.starts) == (before, 0)
 
 
-def test_another_run_of_the_batch_stops_as_well(bench: HaltingBench) -> None:
-    plan = bench.admit(2000)
-    decided = bench.admit(40)
+def test_another_run_of_the_batch_stops_as_well(bench: Workbench) -> None:
+    plan = bench.admit_now(2000)
+    decided = bench.admit_now(40)
     bench.run(decided, refusing("question"))
     halt = bench.halt(decided)
     assert halt is not None
@@ -183,17 +183,17 @@ def test_another_run_of_the_batch_stops_as_well(bench: HaltingBench) -> None:
 
     bench.run(plan, ScriptedEngine(answer))
 
-    assert bench.settled(plan) < 1500
+    assert len(bench.settled(plan)) < 1500
 
 
-def test_after_a_resumption_only_later_outcomes_are_judged(bench: HaltingBench) -> None:
-    plan = bench.admit(300)
+def test_after_a_resumption_only_later_outcomes_are_judged(bench: Workbench) -> None:
+    plan = bench.admit_now(300)
     bench.run(plan, refusing("question"))
-    bench.go_on(plan)
+    bench.resume(plan)
 
     bench.run(plan, refusing("question"), run_id="run-2")
     again = bench.halt(plan)
-    bench.go_on(plan)
+    bench.resume(plan)
     bench.run(plan, ScriptedEngine(), run_id="run-3")
     bench.deliver(plan)
 
@@ -206,37 +206,37 @@ def test_after_a_resumption_only_later_outcomes_are_judged(bench: HaltingBench) 
     assert len(bench.lines(plan, "output.jsonl")) == 300 - failed
 
 
-def test_a_batch_may_be_resumed_with_another_rate(bench: HaltingBench) -> None:
-    plan = bench.admit(100)
+def test_a_batch_may_be_resumed_with_another_rate(bench: Workbench) -> None:
+    plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
 
-    bench.go_on(plan, max_failure_rate=1.0)
+    bench.resume(plan, max_failure_rate=1.0)
     bench.run(plan, refusing("question"), run_id="run-2")
     bench.deliver(plan)
 
     assert len(bench.lines(plan, "errors.jsonl")) == 100
 
 
-def test_a_rate_that_is_no_share_is_refused(bench: HaltingBench) -> None:
-    plan = bench.admit(100)
+def test_a_rate_that_is_no_share_is_refused(bench: Workbench) -> None:
+    plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
 
     for rate in (-0.1, 50.0, float("nan")):
         with pytest.raises(ValueError, match="a share from 0 to 1"):
-            bench.go_on(plan, max_failure_rate=rate)
+            bench.resume(plan, max_failure_rate=rate)
 
     assert bench.halt(plan) is not None
 
 
-def test_a_batch_that_is_not_paused_cannot_be_resumed(bench: HaltingBench) -> None:
-    plan = bench.admit(100)
+def test_a_batch_that_is_not_paused_cannot_be_resumed(bench: Workbench) -> None:
+    plan = bench.admit_now(100)
 
     with pytest.raises(IllegalTransition, match="is in_progress"):
-        bench.go_on(plan)
+        bench.resume(plan)
 
 
-def test_a_paused_batch_can_be_cancelled(bench: HaltingBench) -> None:
-    plan = bench.admit(100)
+def test_a_paused_batch_can_be_cancelled(bench: Workbench) -> None:
+    plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
     bench.cancel(plan)
 
@@ -248,37 +248,37 @@ def test_a_paused_batch_can_be_cancelled(bench: HaltingBench) -> None:
     unasked = [line for line in errors if line["response"] is None]
     assert len(errors) == 100
     assert len(errors) - FIRST_OUTCOMES - WINDOW < len(unasked) <= len(errors) - FIRST_OUTCOMES
-    bench.go_on(plan)
+    bench.resume(plan)
     assert bench.finish(plan).totals.total == 100
     assert bench.status(plan) == "completed"
 
 
-def test_a_paused_batch_expires_when_its_window_is_over(bench: HaltingBench) -> None:
-    plan = bench.admit(100)
+def test_a_paused_batch_expires_when_its_window_is_over(bench: Workbench) -> None:
+    plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
     bench.let_expire(plan)
 
-    bench.look()
+    bench.end_overdue()
     bench.deliver(plan)
 
     assert bench.status(plan) == "expired"
     assert len(bench.lines(plan, "errors.jsonl")) == 100
 
 
-def test_a_paused_batch_takes_no_room_from_others(bench: HaltingBench) -> None:
-    doomed, good = bench.admit(100), bench.admit(50)
+def test_a_paused_batch_takes_no_room_from_others(bench: Workbench) -> None:
+    doomed, good = bench.admit_now(100), bench.admit_now(50)
     bench.run(doomed, refusing("question"))
 
     load = read_load(bench.folder, bench.store.batches(), limits=Limits())
 
     assert (load.batches, load.requests) == (1, 50)
-    bench.go_on(doomed)
+    bench.resume(doomed)
     assert read_load(bench.folder, bench.store.batches(), limits=Limits()).batches == 2
     assert bench.halt(good) is None
 
 
-def test_it_asks_for_no_run_but_a_person(bench: HaltingBench) -> None:
-    plan = bench.admit(100)
+def test_it_asks_for_no_run_but_a_person(bench: Workbench) -> None:
+    plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
     run = KnownRun(
         run_id="run-1",
@@ -288,9 +288,9 @@ def test_it_asks_for_no_run_but_a_person(bench: HaltingBench) -> None:
         ended_at=time.time(),
     )
 
-    paused = bench.dispatched(run, chunks_per_run=2)
-    bench.go_on(plan)
-    resumed = bench.dispatched(run, chunks_per_run=2)
+    paused = bench.dispatch(run, chunks_per_run=2)
+    bench.resume(plan)
+    resumed = bench.dispatch(run, chunks_per_run=2)
 
     assert paused.needed == ()
     (line,), (need,) = paused.waiting, paused.needs
@@ -300,22 +300,22 @@ def test_it_asks_for_no_run_but_a_person(bench: HaltingBench) -> None:
     assert resumed.needed
 
 
-def test_another_batch_of_the_same_run_goes_on(bench: HaltingBench) -> None:
-    doomed, own = bench.batch("doomed", 400), bench.batch("own", 400)
-    bench.queue(entry(doomed, effective=5.0), entry(own))
+def test_another_batch_of_the_same_run_goes_on(bench: Workbench) -> None:
+    doomed, own = bench.admitted(400, "doomed"), bench.admitted(400, "own")
+    bench.queue(queued(doomed, effective=5.0), queued(own))
     engine = PacedEngine(lambda body, times: refusal_of(body, "doomed"), seconds=0.02)
 
     bench.run(own, engine)
 
     assert bench.halt(doomed) is not None
     assert bench.halt(own) is None
-    assert bench.settled(doomed) == bench.asked(doomed) < FIRST_OUTCOMES + WINDOW
+    assert len(bench.settled(doomed)) == bench.attempts(doomed) < FIRST_OUTCOMES + WINDOW
     assert len(bench.indices(own)) == 400
 
 
-def test_a_guest_goes_on_when_the_run_s_own_batch_pauses(bench: HaltingBench) -> None:
-    guest, doomed = bench.batch("guest", 100), bench.batch("doomed", 400)
-    bench.queue(entry(guest), entry(doomed))
+def test_a_guest_goes_on_when_the_run_s_own_batch_pauses(bench: Workbench) -> None:
+    guest, doomed = bench.admitted(100, "guest"), bench.admitted(400, "doomed")
+    bench.queue(queued(guest), queued(doomed))
     engine = PacedEngine(lambda body, times: refusal_of(body, "doomed"), seconds=0.001)
 
     bench.run(doomed, engine)
@@ -327,9 +327,9 @@ def test_a_guest_goes_on_when_the_run_s_own_batch_pauses(bench: HaltingBench) ->
 
 
 def test_suspects_of_a_paused_batch_are_tested_by_the_run_after_its_resumption(
-    bench: HaltingBench,
+    bench: Workbench,
 ) -> None:
-    plan = bench.admit(100)
+    plan = bench.admit_now(100)
     killer = b'"question 30"'
 
     def script(body: bytes, times: int) -> Outcome | BaseException | None:
@@ -337,7 +337,7 @@ def test_suspects_of_a_paused_batch_are_tested_by_the_run_after_its_resumption(
 
     bench.run(plan, ScriptedEngine(script), max_failure_rate=0.5, in_flight=32)
     assert bench.halt(plan) is not None
-    bench.go_on(plan, max_failure_rate=1.0)
+    bench.resume(plan, max_failure_rate=1.0)
     bench.run(plan, ScriptedEngine(script), run_id="run-2", engine_restarts=30)
     bench.deliver(plan)
 
@@ -345,8 +345,8 @@ def test_suspects_of_a_paused_batch_are_tested_by_the_run_after_its_resumption(
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe"])
-def test_a_decision_that_is_damaged_stands(bench: HaltingBench, damage: bytes) -> None:
-    plan = bench.admit(100)
+def test_a_decision_that_is_damaged_stands(bench: Workbench, damage: bytes) -> None:
+    plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
     bench.folder.halt_path(plan.batch_id).write_bytes(damage)
     engine = ScriptedEngine()
@@ -354,15 +354,15 @@ def test_a_decision_that_is_damaged_stands(bench: HaltingBench, damage: bytes) -
     bench.run(plan, engine, run_id="run-2")
 
     assert engine.starts == 0
-    assert str(bench.folder.halt_path(plan.batch_id)) in bench.dispatched().waiting[0]
-    bench.go_on(plan, at=time.time() + 1)
+    assert str(bench.folder.halt_path(plan.batch_id)) in bench.dispatch().waiting[0]
+    bench.resume(plan, at=time.time() + 1)
     assert bench.halt(plan) is None
 
 
 def test_a_resumption_after_the_decision_ends_it_though_the_file_is_there(
-    bench: HaltingBench,
+    bench: Workbench,
 ) -> None:
-    plan = bench.admit(100)
+    plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
 
     bench.folder.write_resumption(plan.batch_id, Resumption(at=time.time(), actor="tester"))
@@ -378,8 +378,8 @@ class FullFolder(DataFolder):
         raise DiskFull(f"no room to write {self.halt_path(batch_id)}")
 
 
-def test_a_decision_that_cannot_be_written_ends_no_run(bench: HaltingBench) -> None:
-    plan = bench.admit(60)
+def test_a_decision_that_cannot_be_written_ends_no_run(bench: Workbench) -> None:
+    plan = bench.admit_now(60)
     bench.folder = FullFolder(bench.folder.root)
 
     bench.run(plan, refusing("question"))

@@ -10,7 +10,7 @@ from batch_orchestration.inference.window import control as window_control
 from batch_orchestration.inference.window import window as engine_poll
 from batch_orchestration.inference.window.control import Bounds
 from batch_orchestration.workers.vitals import RunVitals
-from batch_orchestration_tests.support.workbench import Workbench, make_feeding
+from batch_orchestration_tests.support.workbench import Workbench, make_policy
 
 #: A token takes 8 ms for few sequences and for many; 20 of them run, and more of them wait.
 MACHINE = (
@@ -30,7 +30,7 @@ def test_a_window_that_is_too_narrow_grows_to_what_the_engine_can_use(tmp_path: 
     engine = SimulatedEngine(log_path=tmp_path / "engine.log", control_path=control)
     bench, vitals = Workbench(tmp_path / "data"), RunVitals()
     plan = bench.admitted(600, requests_per_chunk=50)
-    feeding = make_feeding(
+    policy = make_policy(
         in_flight=4, bounds=Bounds(least=2, most=64), model_aliases={"*": "simulated-model"}
     )
 
@@ -41,7 +41,7 @@ def test_a_window_that_is_too_narrow_grows_to_what_the_engine_can_use(tmp_path: 
             folder=bench.folder,
             store=bench.store,
             run_id="run-1",
-            feeding=feeding,
+            policy=policy,
             vitals=vitals,
         )
         windows = [vitals.window for _ in chunks]

@@ -18,7 +18,7 @@ from batch_orchestration.store.operations import Operations
 from batch_orchestration_tests.support.builders import make_completion, make_failure
 from batch_orchestration_tests.support.closing_bench import ClosingBench, StickingEngine
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.support.workbench import make_feeding
+from batch_orchestration_tests.support.workbench import make_policy
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_a_replay_without_an_answer_keeps_no_answer_of_a_resumed_batch_out_of_th
             folder=bench.folder,
             store=bench.store,
             run_id="replay",
-            feeding=make_feeding(),
+            policy=make_policy(),
         )
     bench.deliver(plan)
 
@@ -254,7 +254,7 @@ def test_an_answer_of_a_replay_stands_when_the_batch_is_resumed_and_answers_agai
         folder=bench.folder,
         store=bench.store,
         run_id="replay",
-        feeding=make_feeding(),
+        policy=make_policy(),
     )
 
     bench.resume(plan)

@@ -1,28 +1,49 @@
 """Files with more requests than may be open at a time: one batch, answered window by window."""
 
+import time
 from collections import Counter
 from contextlib import closing
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 from batch_orchestration.dispatch.queue_building import claim_admissible
 from batch_orchestration.queue.capacity import Limits
 from batch_orchestration.queue.load import QueueRules
-from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.closing_bench import ClosingBench, StickingEngine
+from batch_orchestration_tests.support.builders import make_input, make_line
 from batch_orchestration_tests.support.deployment import Deployment
-from batch_orchestration_tests.support.inbox_bench import LATER
-from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.support.window_bench import WindowBench, awkward_input
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, StickingEngine
+from batch_orchestration_tests.support.workbench import LATER, Workbench
+
+
+def window_bench(root: Path, **settings: Any) -> Workbench:
+    """A bench in which a batch has two open chunks of ten requests."""
+    return Workbench(root, clock=time.time, **{"max_requests_per_batch": 25, **settings})
+
+
+def awkward_input(requests: int) -> bytes:
+    """A file with a byte order mark, CRLF, blank lines at every tenth request, faults, repeats."""
+    lines = [b"\xef\xbb\xbf"]
+    for number in range(requests):
+        line = make_line(number).rstrip(b"\n")
+        if number % 17 == 3:
+            line = b"not json"
+        elif number % 17 == 5:
+            line = make_line(number // 2).rstrip(b"\n")  # repeats one of long before
+        lines.append(line + (b"\r\n" if number % 3 else b"\n"))
+        if number % 10 in (9, 4):
+            lines.append(b"\r\n \n")
+    return b"".join(lines)
 
 
 def test_awkward_lines_over_many_windows_come_back_in_their_order(tmp_path):
     """Byte order mark, CRLF, blank lines and repeats fall on the borders of windows, too."""
-    bench, engine = WindowBench(tmp_path), ScriptedEngine()
+    bench, engine = window_bench(tmp_path), ScriptedEngine()
     plan = bench.plan_of("people.jsonl", awkward_input(230))
     faulty = [n for n in range(230) if n % 17 in (3, 5)]
     asked = [n for n in range(230) if n not in faulty]
 
-    commits = [commit.report for commit in bench.answer(plan, engine)]
+    commits = [commit.report for commit in bench.answer_windows(plan, engine)]
     report = bench.deliver(plan)
 
     windows = [[r.number for r in group] for _, group in groupby(commits, lambda r: r.run_id)]
@@ -40,7 +61,7 @@ def test_awkward_lines_over_many_windows_come_back_in_their_order(tmp_path):
 def test_a_long_batch_takes_room_for_its_window_and_leaves_the_rest_to_others(tmp_path):
     limits = Limits(queued_requests=30, disk_reserve_bytes=0, open_requests=20)
     rules = QueueRules(limits=limits)
-    bench = WindowBench(tmp_path, queue=rules, max_requests_per_batch=20)
+    bench = window_bench(tmp_path, queue=rules, max_requests_per_batch=20)
     plan = bench.plan_of("long.jsonl", make_input(90))
     bench.drop("small.jsonl", make_input(10))
     bench.drop("smaller.jsonl", make_input(1))
@@ -58,7 +79,7 @@ def test_a_long_batch_takes_room_for_its_window_and_leaves_the_rest_to_others(tm
     (why,) = claim()
     assert "its 1 requests and the 30 queued are more than the 30" in why
 
-    for commit in bench.answer(plan):
+    for commit in bench.answer_windows(plan):
         if commit.report.number == 7:
             break
     claim()
@@ -68,7 +89,7 @@ def test_a_long_batch_takes_room_for_its_window_and_leaves_the_rest_to_others(tm
 
 def test_a_batch_cancelled_in_its_second_window_keeps_what_is_answered(tmp_path):
     """The chunks of the later windows were never begun; their requests have their failure, too."""
-    bench, engine = ClosingBench(tmp_path), StickingEngine(answers=5)
+    bench, engine = Workbench(tmp_path), StickingEngine(answers=5)
     plan = bench.admit_now(60)
     bench.run(plan, ScriptedEngine(), numbers=(0, 1))
 

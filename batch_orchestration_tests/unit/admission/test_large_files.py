@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import io
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,9 +26,14 @@ from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.estimates.batch_estimates import CalibrationData
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import NOW, make_input, make_line
-from batch_orchestration_tests.support.window_bench import WindowBench
+from batch_orchestration_tests.support.workbench import Workbench
 
 INTAKE = Screening(BatchOptions(), settings=Settings(), calibration_data=CalibrationData(), now=NOW)
+
+
+def window_bench(root: Path, **settings: Any) -> Workbench:
+    """A bench in which a batch may have 25 open requests, in chunks of ten."""
+    return Workbench(root, clock=time.time, **{"max_requests_per_batch": 25, **settings})
 
 
 @given(
@@ -78,8 +85,8 @@ def test_however_long_a_file_is_its_chunks_are_few_and_cover_it_once_in_order(
 
 @pytest.mark.parametrize("requests", [25, 26, 260])
 def test_a_file_of_any_length_is_one_batch_unless_settings_refuse_it(tmp_path, requests):
-    lenient = WindowBench(tmp_path / "window")
-    strict = WindowBench(tmp_path / "reject", on_oversize=OnOversize.REJECT)
+    lenient = window_bench(tmp_path / "window")
+    strict = window_bench(tmp_path / "reject", on_oversize=OnOversize.REJECT)
 
     plan = lenient.plan_of("people.jsonl", make_input(requests))
     verdict = strict.admit_file("people.jsonl", make_input(requests))
@@ -96,7 +103,7 @@ def test_a_file_of_any_length_is_one_batch_unless_settings_refuse_it(tmp_path, r
 
 def test_a_file_with_too_many_bytes_is_refused(tmp_path):
     content = make_input(60)
-    bench = WindowBench(tmp_path, max_file_bytes=len(content) - 1)
+    bench = window_bench(tmp_path, max_file_bytes=len(content) - 1)
 
     verdict = bench.admit_file("people.jsonl", content)
 
@@ -108,7 +115,7 @@ def test_a_file_with_too_many_bytes_is_refused(tmp_path):
 
 def test_a_compressed_file_is_expanded_no_further_than_the_limit(tmp_path):
     """A thousand times its size would be on the disk before anybody looked."""
-    bench = WindowBench(tmp_path, max_file_bytes=500_000)
+    bench = window_bench(tmp_path, max_file_bytes=500_000)
     bomb = gzip.compress(make_line(0) + b" " * 50_000_000)
     expanded: list[int] = []
 
@@ -152,7 +159,7 @@ def test_a_compressed_file_of_just_the_limit_is_read_whole_however_often(tmp_pat
 def test_validating_says_what_admission_would(tmp_path, settings, words, ending):
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(gzip.compress(make_input(60)) if ending else make_input(60))
-    bench = WindowBench(tmp_path / "data", **settings)
+    bench = window_bench(tmp_path / "data", **settings)
 
     report = validate(path, settings=bench.settings)
     verdict = bench.admit_file(path.name, path.read_bytes())

@@ -7,11 +7,11 @@ import pytest
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.window import window as request_window
 from batch_orchestration.inference.window.window import RequestWindow, Window
-from batch_orchestration_tests.support.workbench import make_feeding
+from batch_orchestration_tests.support.workbench import make_policy
 
 
 def make_window(in_flight: int, **fields) -> Window:
-    return make_feeding(in_flight=in_flight, **fields).window
+    return make_policy(in_flight=in_flight, **fields).window
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from batch_orchestration.workers import reporter as heart
 from batch_orchestration.workers.vitals import RunVitals
 from batch_orchestration_tests.support.builders import make_failure, make_input
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.support.workbench import Workbench, make_feeding
+from batch_orchestration_tests.support.workbench import Workbench, make_policy
 
 
 class Noting(RunVitals):
@@ -40,14 +40,14 @@ def bench(tmp_path):
     return Workbench(tmp_path, lock_seconds=0.2)
 
 
-def run(bench, plan, engine, vitals, **feeding):
+def run(bench, plan, engine, vitals, **policy):
     commits = run_chunks(
         {plan.batch_id: range(len(plan.chunks))},
         engine=engine,
         folder=bench.folder,
         store=bench.store,
         run_id="run-1",
-        feeding=make_feeding(**feeding),
+        policy=make_policy(**policy),
         vitals=vitals,
     )
     return list(commits)
@@ -97,7 +97,7 @@ def test_a_store_that_somebody_holds_is_a_reason_to_wait_and_no_standstill(bench
         folder=bench.folder,
         store=bench.store,
         run_id="run-1",
-        feeding=make_feeding(),
+        policy=make_policy(),
         vitals=vitals,
     )
     bench.run(bench.admitted(1), ScriptedEngine())  # the store is there

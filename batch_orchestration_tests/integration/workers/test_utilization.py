@@ -17,7 +17,6 @@ from batch_orchestration.defs.events import output_metadata
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.gpu.thermal import Throttle
-from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.store.connection import writing
 from batch_orchestration.workers.utilization import Utilization
 from batch_orchestration.workers.utilization_files import (
@@ -27,8 +26,7 @@ from batch_orchestration.workers.utilization_files import (
 )
 from batch_orchestration_tests.support.builders import NOW, make_failure
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.support.turn_bench import TurnBench, entry
-from batch_orchestration_tests.support.workbench import make_feeding
+from batch_orchestration_tests.support.workbench import Workbench, queued
 
 #: A look is a tenth of a second; the machine that runs the tests may have other things to do.
 NEARLY = 0.4
@@ -55,19 +53,19 @@ class KnownEngine(ScriptedEngine):
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> TurnBench:
-    return TurnBench(tmp_path)
+def bench(tmp_path: Path) -> Workbench:
+    return Workbench(tmp_path)
 
 
-def found(bench: TurnBench, batch_id: str) -> Utilization:
+def found(bench: Workbench, batch_id: str) -> Utilization:
     total = utilization_of(bench.folder, batch_id)
     assert total is not None
     return total
 
 
-def test_one_slow_request_at_the_end_is_drain(bench: TurnBench) -> None:
+def test_one_slow_request_at_the_end_is_drain(bench: Workbench) -> None:
     """Eight places; seven are empty for the second that the eighth takes longer."""
-    plan = bench.batch("one", 16)
+    plan = bench.admitted(16, "one")
 
     bench.run(plan, KnownEngine(each=0.3, slow={b"one 15.": 1.3}), in_flight=8)
 
@@ -77,11 +75,11 @@ def test_one_slow_request_at_the_end_is_drain(bench: TurnBench) -> None:
     assert total.feed_gap_seconds < NEARLY
 
 
-def test_the_start_of_the_engine_is_start_up_each_time_that_it_starts(bench: TurnBench) -> None:
+def test_the_start_of_the_engine_is_start_up_each_time_that_it_starts(bench: Workbench) -> None:
     def dies_once(body: bytes, submitted: int) -> EngineDied | None:
         return EngineDied("scripted") if b"one 3." in body and submitted == 0 else None
 
-    plan = bench.batch("one", 10)
+    plan = bench.admitted(10, "one")
 
     bench.run(plan, KnownEngine(dies_once, start=0.8))
 
@@ -90,7 +88,7 @@ def test_the_start_of_the_engine_is_start_up_each_time_that_it_starts(bench: Tur
     assert account.engine_restarts == 1
 
 
-def test_a_place_that_waits_for_its_next_attempt_is_a_gap(bench: TurnBench) -> None:
+def test_a_place_that_waits_for_its_next_attempt_is_a_gap(bench: Workbench) -> None:
     """Nine more requests could be given, and the engine has nothing to do meanwhile."""
 
     def refuses_once(body: bytes, submitted: int) -> Outcome | None:
@@ -98,7 +96,7 @@ def test_a_place_that_waits_for_its_next_attempt_is_a_gap(bench: TurnBench) -> N
         overloaded = make_failure(FailureCode.ENGINE_OVERLOADED, retry_after_seconds=1.0)
         return overloaded if first else None
 
-    plan = bench.batch("one", 10)
+    plan = bench.admitted(10, "one")
 
     bench.run(plan, KnownEngine(refuses_once, each=0.01), in_flight=1)
 
@@ -107,19 +105,10 @@ def test_a_place_that_waits_for_its_next_attempt_is_a_gap(bench: TurnBench) -> N
     assert total.drain_seconds < NEARLY
 
 
-def test_a_device_that_needs_half_the_window_loses_half_by_its_name(bench: TurnBench) -> None:
-    plan = bench.batch("one", 40)
+def test_a_device_that_needs_half_the_window_loses_half_by_its_name(bench: Workbench) -> None:
+    plan = bench.admitted(40, "one")
 
-    for _ in run_chunks(
-        {plan.batch_id: range(len(plan.chunks))},
-        engine=KnownEngine(each=0.2),
-        folder=bench.folder,
-        store=bench.store,
-        run_id="run-1",
-        feeding=make_feeding(in_flight=8),
-        throttle=lambda: Throttle(share=0.5),
-    ):
-        pass
+    bench.run(plan, KnownEngine(each=0.2), throttle=lambda: Throttle(share=0.5))
 
     total = found(bench, plan.batch_id)
     assert total.held_seconds == pytest.approx(40 * 0.2 / 8, abs=NEARLY)
@@ -127,8 +116,8 @@ def test_a_device_that_needs_half_the_window_loses_half_by_its_name(bench: TurnB
     assert total.feed_gap_seconds < NEARLY
 
 
-def test_a_locked_store_after_the_last_answer_is_commit(bench: TurnBench) -> None:
-    plan, locked = bench.batch("one", 10), threading.Event()
+def test_a_locked_store_after_the_last_answer_is_commit(bench: Workbench) -> None:
+    plan, locked = bench.admitted(10, "one"), threading.Event()
 
     def hold() -> None:
         with writing(bench.folder.duckdb):
@@ -145,8 +134,8 @@ def test_a_locked_store_after_the_last_answer_is_commit(bench: TurnBench) -> Non
     assert found(bench, plan.batch_id).commit_seconds == pytest.approx(1.0, abs=NEARLY)
 
 
-def test_a_batch_whose_answers_lay_in_journals_has_no_time_but_commits(bench: TurnBench) -> None:
-    plan = bench.batch("one", 10)
+def test_a_batch_whose_answers_lay_in_journals_has_no_time_but_commits(bench: Workbench) -> None:
+    plan = bench.admitted(10, "one")
     bench.run(plan, KnownEngine(each=0.2))
 
     bench.run(plan, KnownEngine(), run_id="run-2")
@@ -157,8 +146,8 @@ def test_a_batch_whose_answers_lay_in_journals_has_no_time_but_commits(bench: Tu
     assert found(bench, plan.batch_id).runs == 2
 
 
-def test_a_step_that_is_tried_again_goes_on_with_the_account_of_its_run(bench: TurnBench) -> None:
-    plan = bench.batch("one", 20)
+def test_a_step_that_is_tried_again_goes_on_with_the_account_of_its_run(bench: Workbench) -> None:
+    plan = bench.admitted(20, "one")
     bench.run(plan, KnownEngine(each=0.2), numbers=[0])
     first = found(bench, plan.batch_id)
 
@@ -170,9 +159,9 @@ def test_a_step_that_is_tried_again_goes_on_with_the_account_of_its_run(bench: T
     assert both.kept_seconds > first.kept_seconds + 0.1
 
 
-def test_a_guest_that_ends_early_is_charged_no_longer(bench: TurnBench) -> None:
-    own, guest = bench.batch("own", 60), bench.batch("guest", 30)
-    bench.queue(entry(guest, effective=10), entry(own))
+def test_a_guest_that_ends_early_is_charged_no_longer(bench: Workbench) -> None:
+    own, guest = bench.admitted(60, "own"), bench.admitted(30, "guest")
+    bench.queue(queued(guest, effective=10), queued(own))
     early_end = bench.folder.early_end_path(guest.batch_id)
 
     def closes(body: bytes, submitted: int) -> None:
@@ -187,9 +176,9 @@ def test_a_guest_that_ends_early_is_charged_no_longer(bench: TurnBench) -> None:
     assert ours.updated_at - theirs.updated_at > 1.0
 
 
-def test_a_guest_is_charged_for_its_share_and_nothing_is_charged_twice(bench: TurnBench) -> None:
-    own, guest = bench.batch("own", 30), bench.batch("guest", 30)
-    bench.queue(entry(guest, effective=10), entry(own))
+def test_a_guest_is_charged_for_its_share_and_nothing_is_charged_twice(bench: Workbench) -> None:
+    own, guest = bench.admitted(30, "own"), bench.admitted(30, "guest")
+    bench.queue(queued(guest, effective=10), queued(own))
     began = time.monotonic()
 
     bench.run(own, KnownEngine(each=0.1, start=0.3), in_flight=4)
@@ -206,12 +195,12 @@ def test_what_a_killed_run_has_kept_is_known_to_the_second(tmp_path: Path) -> No
     """Nobody can write anything after a SIGKILL."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from batch_orchestration_tests.integration.workers.test_kept import *\n"
-        "bench = TurnBench(Path(sys.argv[1])); plan = bench.batch('one', 20)\n"
+        "from batch_orchestration_tests.integration.workers.test_utilization import *\n"
+        "bench = Workbench(Path(sys.argv[1])); plan = bench.admitted(20, 'one')\n"
         "bench.run(plan, KnownEngine(each=600.0), in_flight=4)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    bench = TurnBench(tmp_path)
+    bench = Workbench(tmp_path)
     try:
         deadline = time.monotonic() + 60
         while not (files := list(tmp_path.glob("batches/*/accounts/*.json"))):
@@ -227,8 +216,8 @@ def test_what_a_killed_run_has_kept_is_known_to_the_second(tmp_path: Path) -> No
     assert total.kept_seconds >= 0.5
 
 
-def test_a_damaged_account_is_no_account_and_stops_nobody(bench: TurnBench) -> None:
-    plan = bench.batch("one", 10)
+def test_a_damaged_account_is_no_account_and_stops_nobody(bench: Workbench) -> None:
+    plan = bench.admitted(10, "one")
     accounts_path(bench.folder, plan.batch_id).mkdir()
     accounts_path(bench.folder, plan.batch_id).joinpath("run-1.json").write_bytes(b'{"batch')
     assert utilization_of(bench.folder, plan.batch_id) is None
@@ -238,8 +227,8 @@ def test_a_damaged_account_is_no_account_and_stops_nobody(bench: TurnBench) -> N
     assert found(bench, plan.batch_id).runs == 1
 
 
-def test_accounts_that_cannot_be_written_stop_no_run(bench: TurnBench) -> None:
-    plan = bench.batch("one", 10)
+def test_accounts_that_cannot_be_written_stop_no_run(bench: Workbench) -> None:
+    plan = bench.admitted(10, "one")
     accounts_path(bench.folder, plan.batch_id).write_bytes(b"a file where the folder should be")
 
     bench.run(plan, KnownEngine())
@@ -248,8 +237,8 @@ def test_accounts_that_cannot_be_written_stop_no_run(bench: TurnBench) -> None:
     assert utilization_of(bench.folder, plan.batch_id) is None
 
 
-def test_what_is_delivered_tells_what_was_kept(bench: TurnBench) -> None:
-    plan = bench.batch("one", 10)
+def test_what_is_delivered_tells_what_was_kept(bench: Workbench) -> None:
+    plan = bench.admitted(10, "one")
     bench.run(plan, KnownEngine(each=0.1))
 
     report = assemble(plan.batch_id, folder=bench.folder, store=bench.store, clock=lambda: NOW)

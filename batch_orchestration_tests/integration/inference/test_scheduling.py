@@ -13,24 +13,25 @@ from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.files.journal import Journal
-from batch_orchestration.inference import scheduling as turns
+from batch_orchestration.inference import scheduling
 from batch_orchestration.inference.chunk_pass import ChunkPass
 from batch_orchestration.inference.faults.retries import BreakerPolicy
 from batch_orchestration.queue.entries import EntryKind, EntryState, WaitReason
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import read_progress
 from batch_orchestration_tests.support.builders import NOW, make_provenance
-from batch_orchestration_tests.support.turn_bench import PacedEngine, TurnBench, entry, runs_of
+from batch_orchestration_tests.support.scripted_engine import PacedEngine, batches_of
+from batch_orchestration_tests.support.workbench import Workbench, queued
 
 OTHER_ENGINE = "0" * 16
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TurnBench:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workbench:
     """A bench whose runs look at the queue all the time."""
-    monkeypatch.setattr(turns, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(turns, "REPLAY_LOOK_SECONDS", 0.0)
-    return TurnBench(tmp_path)
+    monkeypatch.setattr(scheduling, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(scheduling, "REPLAY_LOOK_SECONDS", 0.0)
+    return Workbench(tmp_path)
 
 
 def when_asked(text: str, action):
@@ -45,7 +46,7 @@ def when_asked(text: str, action):
     return script
 
 
-def hold_journal(bench: TurnBench, plan, number: int) -> Journal:
+def hold_journal(bench: Workbench, plan, number: int) -> Journal:
     return Journal.open(
         bench.folder.journal_path(plan.batch_id, number),
         batch_id=plan.batch_id,
@@ -55,10 +56,13 @@ def hold_journal(bench: TurnBench, plan, number: int) -> Journal:
     )
 
 
-def test_a_more_urgent_batch_overtakes_in_the_middle_of_a_chunk(bench: TurnBench) -> None:
-    big, urgent = bench.batch("big", 400, requests_per_chunk=200), bench.batch("urgent", 15)
+def test_a_more_urgent_batch_overtakes_in_the_middle_of_a_chunk(bench: Workbench) -> None:
+    big, urgent = (
+        bench.admitted(400, "big", requests_per_chunk=200),
+        bench.admitted(15, "urgent"),
+    )
     engine = PacedEngine(
-        when_asked("big 100.", lambda: bench.queue(entry(urgent, effective=10), entry(big)))
+        when_asked("big 100.", lambda: bench.queue(queued(urgent, effective=10), queued(big)))
     )
 
     commits = bench.run(big, engine, in_flight=4)
@@ -74,16 +78,18 @@ def test_a_more_urgent_batch_overtakes_in_the_middle_of_a_chunk(bench: TurnBench
     assert set(engine.submissions.values()) == {1}
 
 
-def test_what_a_guest_gets_is_told_of_the_guest(bench: TurnBench) -> None:
+def test_what_a_guest_gets_is_told_of_the_guest(bench: Workbench) -> None:
     """Provenance, counts and the progress file; and its own run finds all of it done."""
-    big, urgent = bench.batch("big", 200), bench.batch("urgent", 25)
-    bench.queue(entry(urgent, effective=10), entry(big))
+    big, urgent = bench.admitted(200, "big"), bench.admitted(25, "urgent")
+    bench.queue(queued(urgent, effective=10), queued(big))
 
     commits = bench.run(big, PacedEngine(), in_flight=4, run_id="the big one's run")
 
     theirs = [chunk for chunk in commits if chunk.report.batch_id == urgent.batch_id]
     assert (theirs[-1].done, theirs[-1].total) == (25, 25)
-    assert bench.answered_by(urgent) == {"the big one's run"}
+    assert {one.provenance.run_id for one in bench.store.settled(urgent.batch_id)} == {
+        "the big one's run"
+    }
     progress = read_progress(bench.folder.progress_path(urgent.batch_id))
     assert progress is not None
     assert (progress.completed, progress.phase) == (25, "done")
@@ -93,26 +99,32 @@ def test_what_a_guest_gets_is_told_of_the_guest(bench: TurnBench) -> None:
     assert own.starts == 0
 
 
-def test_among_equals_it_is_somebody_elses_turn_only_after_a_chunk(bench: TurnBench) -> None:
+def test_among_equals_it_is_somebody_elses_turn_only_after_a_chunk(bench: Workbench) -> None:
     # Long enough for a busy machine to find out what the other has left.
-    own, fair = bench.batch("own", 300, requests_per_chunk=100), bench.batch("fair", 10)
+    own, fair = (
+        bench.admitted(300, "own", requests_per_chunk=100),
+        bench.admitted(10, "fair"),
+    )
     engine = PacedEngine(
-        when_asked("own 3.", lambda: bench.queue(entry(fair, effective=0.9), entry(own))),
+        when_asked("own 3.", lambda: bench.queue(queued(fair, effective=0.9), queued(own))),
         seconds=0.01,
     )
 
     bench.run(own, engine, in_flight=1)
 
-    assert runs_of(engine.asked) == [own.batch_id, fair.batch_id, own.batch_id]
+    assert batches_of(engine.asked) == [own.batch_id, fair.batch_id, own.batch_id]
     first, *_ = places = engine.places_of(fair)
     assert places == list(range(first, first + 10))
     assert first % 100 == 0
 
 
-def test_the_chunk_of_a_guest_is_finished_before_the_next_of_our_own(bench: TurnBench) -> None:
-    own, guest = bench.batch("own", 200), bench.batch("guest", 40, requests_per_chunk=20)
-    bench.queue(entry(guest, effective=1), entry(own))
-    engine = PacedEngine(when_asked("guest 5.", lambda: bench.queue(entry(own), entry(guest))))
+def test_the_chunk_of_a_guest_is_finished_before_the_next_of_our_own(bench: Workbench) -> None:
+    own, guest = (
+        bench.admitted(200, "own"),
+        bench.admitted(40, "guest", requests_per_chunk=20),
+    )
+    bench.queue(queued(guest, effective=1), queued(own))
+    engine = PacedEngine(when_asked("guest 5.", lambda: bench.queue(queued(own), queued(guest))))
 
     bench.run(own, engine, in_flight=1)
 
@@ -121,16 +133,19 @@ def test_the_chunk_of_a_guest_is_finished_before_the_next_of_our_own(bench: Turn
     assert last == first + 19
 
 
-def test_a_still_more_urgent_batch_overtakes_a_guest(bench: TurnBench) -> None:
-    own = bench.batch("own", 300, requests_per_chunk=100)
-    guest, most = bench.batch("guest", 200, requests_per_chunk=50), bench.batch("most", 5)
-    bench.queue(entry(guest, effective=1), entry(own))
-    queue = [entry(most, effective=2), entry(guest, effective=1), entry(own)]
+def test_a_still_more_urgent_batch_overtakes_a_guest(bench: Workbench) -> None:
+    own = bench.admitted(300, "own", requests_per_chunk=100)
+    guest, most = (
+        bench.admitted(200, "guest", requests_per_chunk=50),
+        bench.admitted(5, "most"),
+    )
+    bench.queue(queued(guest, effective=1), queued(own))
+    queue = [queued(most, effective=2), queued(guest, effective=1), queued(own)]
     engine = PacedEngine(when_asked("guest 7.", lambda: bench.queue(*queue)))
 
     bench.run(own, engine, in_flight=2)
 
-    assert [*runs_of(engine.asked)][-4:] == [
+    assert [*batches_of(engine.asked)][-4:] == [
         guest.batch_id, most.batch_id, guest.batch_id, own.batch_id,
     ]  # fmt: skip
 
@@ -146,10 +161,10 @@ def test_a_still_more_urgent_batch_overtakes_a_guest(bench: TurnBench) -> None:
     ],
 )
 def test_who_cannot_be_served_here_does_not_hold_up_the_run(
-    bench: TurnBench, fields: dict[str, object], why: str
+    bench: Workbench, fields: dict[str, object], why: str
 ) -> None:
-    own, other = bench.batch("own", 40), bench.batch("other", 20)
-    bench.queue(entry(other, effective=5, **fields), entry(own))
+    own, other = bench.admitted(40, "own"), bench.admitted(20, "other")
+    bench.queue(queued(other, effective=5, **fields), queued(own))
 
     bench.run(own, PacedEngine())
 
@@ -157,27 +172,27 @@ def test_who_cannot_be_served_here_does_not_hold_up_the_run(
 
 
 @pytest.mark.parametrize("broken", ["nobody is there", "stale", "damaged", "without us", "behind"])
-def test_without_a_queue_that_tells_the_run_goes_on_alone(bench: TurnBench, broken: str) -> None:
-    own, other = bench.batch("own", 40), bench.batch("other", 20)
+def test_without_a_queue_that_tells_the_run_goes_on_alone(bench: Workbench, broken: str) -> None:
+    own, other = bench.admitted(40, "own"), bench.admitted(20, "other")
     match broken:
         case "stale":
-            stale = time.time() - turns.STALE_SECONDS - 1
-            bench.queue(entry(other, effective=5), entry(own), at=stale)
+            stale = time.time() - scheduling.STALE_SECONDS - 1
+            bench.queue(queued(other, effective=5), queued(own), at=stale)
         case "damaged":
             bench.folder.queue.write_bytes(b'{"at": 1, "entr')
         case "without us":
-            bench.queue(entry(other, effective=5))
+            bench.queue(queued(other, effective=5))
         case "behind":
-            bench.queue(entry(own), entry(other, effective=5))
+            bench.queue(queued(own), queued(other, effective=5))
 
     bench.run(own, PacedEngine())
 
     assert (len(bench.committed(own)), bench.committed(other)) == (4, set())
 
 
-def test_a_guests_chunk_that_another_run_is_at_work_on_is_left_alone(bench: TurnBench) -> None:
-    own, guest = bench.batch("own", 200), bench.batch("guest", 30)
-    bench.queue(entry(guest, effective=5), entry(own))
+def test_a_guests_chunk_that_another_run_is_at_work_on_is_left_alone(bench: Workbench) -> None:
+    own, guest = bench.admitted(200, "own"), bench.admitted(30, "guest")
+    bench.queue(queued(guest, effective=5), queued(own))
 
     with hold_journal(bench, guest, 1):
         bench.run(own, PacedEngine())
@@ -186,9 +201,9 @@ def test_a_guests_chunk_that_another_run_is_at_work_on_is_left_alone(bench: Turn
     assert len(bench.committed(own)) == 20
 
 
-def test_our_own_chunk_that_another_run_is_at_work_on_is_waited_for(bench: TurnBench) -> None:
+def test_our_own_chunk_that_another_run_is_at_work_on_is_waited_for(bench: Workbench) -> None:
     """The others come first; then what the other run left is answered, and nothing else."""
-    plan = bench.batch("own", 30)
+    plan = bench.admitted(30, "own")
     other = hold_journal(bench, plan, 0)
     engine = PacedEngine()
     release = threading.Timer(1.5, other.close)
@@ -201,9 +216,9 @@ def test_our_own_chunk_that_another_run_is_at_work_on_is_waited_for(bench: TurnB
     assert set(engine.submissions.values()) == {1}
 
 
-def test_what_another_run_has_committed_meanwhile_is_handed_out_as_it_is(bench: TurnBench) -> None:
-    own, guest = bench.batch("own", 60), bench.batch("guest", 30)
-    bench.queue(entry(guest, effective=5), entry(own))
+def test_what_another_run_has_committed_meanwhile_is_handed_out_as_it_is(bench: Workbench) -> None:
+    own, guest = bench.admitted(60, "own"), bench.admitted(30, "guest")
+    bench.queue(queued(guest, effective=5), queued(own))
     host = PacedEngine(seconds=0.02)
     hosting = threading.Thread(target=bench.run, args=(own, host), kwargs={"in_flight": 1})
     hosting.start()
@@ -221,8 +236,8 @@ def test_what_another_run_has_committed_meanwhile_is_handed_out_as_it_is(bench: 
     assert bench.indices(guest) == list(range(30))
 
 
-def test_a_paused_run_ends_what_it_has_begun_and_ends_well(bench: TurnBench) -> None:
-    plan = bench.batch("own", 100)
+def test_a_paused_run_ends_what_it_has_begun_and_ends_well(bench: Workbench) -> None:
+    plan = bench.admitted(100, "own")
     engine = PacedEngine(when_asked("own 25.", bench.folder.paused.touch))
 
     bench.run(plan, engine, in_flight=1)
@@ -236,12 +251,12 @@ def test_a_paused_run_ends_what_it_has_begun_and_ends_well(bench: TurnBench) -> 
 
 
 def test_the_run_makes_room_for_who_is_more_urgent_and_needs_another_engine(
-    bench: TurnBench,
+    bench: Workbench,
 ) -> None:
-    own, other = bench.batch("own", 100), bench.batch("other", 10)
-    bench.queue(entry(own))
-    urgent = entry(other, effective=1, settings_hash=OTHER_ENGINE)
-    engine = PacedEngine(when_asked("own 25.", lambda: bench.queue(urgent, entry(own))))
+    own, other = bench.admitted(100, "own"), bench.admitted(10, "other")
+    bench.queue(queued(own))
+    urgent = queued(other, effective=1, settings_hash=OTHER_ENGINE)
+    engine = PacedEngine(when_asked("own 25.", lambda: bench.queue(urgent, queued(own))))
 
     bench.run(own, engine, in_flight=1)
 
@@ -251,20 +266,20 @@ def test_the_run_makes_room_for_who_is_more_urgent_and_needs_another_engine(
 
 @pytest.mark.parametrize("effective", [0.9, 5])
 def test_the_engine_is_not_given_up_for_equals_nor_for_who_could_not_run_before(
-    bench: TurnBench, effective: float
+    bench: Workbench, effective: float
 ) -> None:
-    own, other = bench.batch("own", 100), bench.batch("other", 10)
-    blocked = entry(other, effective=effective, settings_hash=OTHER_ENGINE)
-    bench.queue(*([blocked, entry(own)] if effective > 1 else [entry(own)]))
-    engine = PacedEngine(when_asked("own 25.", lambda: bench.queue(blocked, entry(own))))
+    own, other = bench.admitted(100, "own"), bench.admitted(10, "other")
+    blocked = queued(other, effective=effective, settings_hash=OTHER_ENGINE)
+    bench.queue(*([blocked, queued(own)] if effective > 1 else [queued(own)]))
+    engine = PacedEngine(when_asked("own 25.", lambda: bench.queue(blocked, queued(own))))
 
     bench.run(own, engine)
 
     assert len(bench.committed(own)) == 10
 
 
-def test_the_run_makes_room_for_a_replay(bench: TurnBench) -> None:
-    plan = bench.batch("own", 100)
+def test_the_run_makes_room_for_a_replay(bench: Workbench) -> None:
+    plan = bench.admitted(100, "own")
     replay = bench.folder.journal_path(plan.batch_id, 0).parent / "dead_letters"
     replay.mkdir(parents=True)
     bench.folder.mark_unfinished(plan.batch_id)
@@ -275,10 +290,10 @@ def test_the_run_makes_room_for_a_replay(bench: TurnBench) -> None:
     assert bench.committed(plan) == {0, 1, 2}
 
 
-def test_a_run_serves_no_more_chunks_of_others_than_it_may(bench: TurnBench) -> None:
+def test_a_run_serves_no_more_chunks_of_others_than_it_may(bench: Workbench) -> None:
     # Long enough for a busy machine to find out what the guest has left.
-    own, guest = bench.batch("own", 2000), bench.batch("guest", 100)
-    bench.queue(entry(guest, effective=5), entry(own))
+    own, guest = bench.admitted(2000, "own"), bench.admitted(100, "guest")
+    bench.queue(queued(guest, effective=5), queued(own))
 
     bench.run(own, PacedEngine(), guest_chunks=3)
 
@@ -286,11 +301,11 @@ def test_a_run_serves_no_more_chunks_of_others_than_it_may(bench: TurnBench) -> 
     assert len(bench.committed(own)) < 200, "the rest is left to the next run"
 
 
-def test_a_guest_whose_input_was_changed_costs_the_run_nothing(bench: TurnBench) -> None:
-    own, guest = bench.batch("own", 100), bench.batch("guest", 30)
+def test_a_guest_whose_input_was_changed_costs_the_run_nothing(bench: Workbench) -> None:
+    own, guest = bench.admitted(100, "own"), bench.admitted(30, "guest")
     path = bench.folder.input_path(guest.batch_id)
     path.write_bytes(path.read_bytes().replace(b"guest 15.", b"guest 16."))
-    bench.queue(entry(guest, effective=5), entry(own))
+    bench.queue(queued(guest, effective=5), queued(own))
 
     bench.run(own, PacedEngine())
 
@@ -302,10 +317,10 @@ def test_a_guest_whose_input_was_changed_costs_the_run_nothing(bench: TurnBench)
 
 @pytest.mark.parametrize("how", ["missing", "a bug"])
 def test_whatever_is_wrong_with_a_guest_costs_the_run_nothing(
-    bench: TurnBench, monkeypatch: pytest.MonkeyPatch, how: str
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    own, guest = bench.batch("own", 100), bench.batch("guest", 30)
-    bench.queue(entry(guest, effective=5), entry(own))
+    own, guest = bench.admitted(100, "own"), bench.admitted(30, "guest")
+    bench.queue(queued(guest, effective=5), queued(own))
     if how == "missing":
         bench.folder.input_path(guest.batch_id).unlink()
     else:
@@ -325,11 +340,11 @@ def test_whatever_is_wrong_with_a_guest_costs_the_run_nothing(
 
 
 def test_a_guest_that_is_cancelled_while_it_probes_a_sick_engine_does_not_stop_the_run(
-    bench: TurnBench,
+    bench: Workbench,
 ) -> None:
     """All of the window is the guest's, so that nothing is drawn; and its probe never ends."""
-    own, guest = bench.batch("own", 200), bench.batch("guest", 40)
-    bench.queue(entry(guest, effective=5), entry(own))
+    own, guest = bench.admitted(200, "own"), bench.admitted(40, "guest")
+    bench.queue(queued(guest, effective=5), queued(own))
     engine, early_end = SickForGuests(), bench.folder.early_end_path(guest.batch_id)
     engine.on_probe = lambda: early_end.write_bytes(
         msgspec.json.encode(EarlyEnd(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason=""))
@@ -359,15 +374,18 @@ class SickForGuests(PacedEngine):
         return Failure(code=FailureCode.ENGINE_OVERLOADED, message="busy", status=503)
 
 
-def test_a_guest_that_ends_early_is_let_go_and_its_journal_is_free(bench: TurnBench) -> None:
-    own, guest = bench.batch("own", 400), bench.batch("guest", 100, requests_per_chunk=50)
-    bench.queue(entry(guest, effective=5), entry(own))
+def test_a_guest_that_ends_early_is_let_go_and_its_journal_is_free(bench: Workbench) -> None:
+    own, guest = (
+        bench.admitted(400, "own"),
+        bench.admitted(100, "guest", requests_per_chunk=50),
+    )
+    bench.queue(queued(guest, effective=5), queued(own))
     early_end = bench.folder.plan_path(guest.batch_id).with_name("early-end.json")
     journal = bench.folder.journal_path(guest.batch_id, 0)
     free = []
-    engine = PacedEngine(when_asked("guest 20.", early_end.touch), seconds=0.05)
-    probing = when_asked("own 390.", lambda: free.append(Journal.probe(journal)))
-    engine.also(probing)
+    close = when_asked("guest 20.", early_end.touch)
+    probe = when_asked("own 390.", lambda: free.append(Journal.probe(journal)))
+    engine = PacedEngine(lambda *asked: close(*asked) or probe(*asked), seconds=0.05)
 
     bench.run(own, engine)
 
@@ -378,10 +396,10 @@ def test_a_guest_that_ends_early_is_let_go_and_its_journal_is_free(bench: TurnBe
 
 
 def test_while_the_store_is_locked_there_are_no_guests_and_the_feed_goes_on(
-    bench: TurnBench, monkeypatch: pytest.MonkeyPatch
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, guest = bench.batch("own", 50), bench.batch("guest", 20)
-    bench.queue(entry(guest, effective=5), entry(own))
+    own, guest = bench.admitted(50, "own"), bench.admitted(20, "guest")
+    bench.queue(queued(guest, effective=5), queued(own))
     reports = Store.chunk_reports
 
     def slow(store: Store, batch_id: str):

@@ -16,7 +16,7 @@ from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.workers.progress import read_progress
 from batch_orchestration_tests.support.builders import make_body
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, answer_to
-from batch_orchestration_tests.support.workbench import Workbench, make_feeding
+from batch_orchestration_tests.support.workbench import Workbench, make_policy
 
 
 @pytest.fixture
@@ -213,14 +213,14 @@ def test_a_changed_input_stops_the_run_before_anything_is_sent(bench: Workbench)
 
 def test_closing_the_iterator_stops_the_feed_and_keeps_what_arrived(bench: Workbench) -> None:
     plan = bench.admitted(200)
-    feeding = make_feeding(in_flight=4)
+    policy = make_policy(in_flight=4)
     chunks = run_chunks(
         {plan.batch_id: range(20)},
         engine=ScriptedEngine(),
         folder=bench.folder,
         store=bench.store,
         run_id="run-1",
-        feeding=feeding,
+        policy=policy,
     )
 
     first = next(chunks)
@@ -248,9 +248,7 @@ def test_a_chunk_is_handed_out_while_later_ones_are_still_being_fed(bench: Workb
         folder=bench.folder,
         store=bench.store,
         run_id="run-1",
-        feeding=make_feeding(
-            retry=msgspec.structs.replace(make_feeding().retry, max_attempts=10**9)
-        ),
+        policy=make_policy(retry=msgspec.structs.replace(make_policy().retry, max_attempts=10**9)),
     )
 
     assert [next(chunks).report.number, next(chunks).report.number] == [0, 1]
