@@ -10,7 +10,7 @@ from batch_orchestration.cli.escaping import say
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.text import duration
 from batch_orchestration.operations.alerts.channels import alert_channels
-from batch_orchestration.operations.alerts.cycle import LOOK_SECONDS, Watchdog, send_test
+from batch_orchestration.operations.alerts.cycle import WATCH_SECONDS, Watchdog, send_test
 from batch_orchestration.operations.alerts.state import AlertState
 from batch_orchestration.operations.alerts.state_file import read_alert_state
 from batch_orchestration.operations.health.report import Finding
@@ -70,12 +70,12 @@ def _watch(context: Context) -> None:
     watchdog = Watchdog(context.settings, context.folder, channels, clock=context.monotonic)
     while True:
         try:
-            for text in watchdog.look(context.clock()).lines():
+            for text in watchdog.check(context.clock()).lines():
                 say(text)
         except (BatchOrchestrationError, OSError) as error:  # a failed check does not end the watch
             say(f"cannot look: {error}", err=True)
         try:
-            context.sleep(LOOK_SECONDS)
+            context.sleep(WATCH_SECONDS)
         except KeyboardInterrupt:
             return
 

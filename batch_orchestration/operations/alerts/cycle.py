@@ -1,8 +1,12 @@
-"""The alert cycle: observe, decide on transitions, save them durably, and only then send them."""
+"""The alert cycle: observe, decide on transitions, save them durably, and only then send them.
+
+The watchdog runs the same cycle in a process of its own, about one condition: whether cycles of
+`alert_sensor` still run.
+"""
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +17,8 @@ from batch_orchestration.core.waiting import IdleClock
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.operations.alerts.channels import Send, deliver, delivered_late
 from batch_orchestration.operations.alerts.notification import Change, Notification, Transition
-from batch_orchestration.operations.alerts.sources import LOOK_BACK_SECONDS, observe
+from batch_orchestration.operations.alerts.sources import observe
 from batch_orchestration.operations.alerts.state import (
-    AlertRules,
     AlertState,
     Attempt,
     Observation,
@@ -31,7 +34,7 @@ from batch_orchestration.operations.alerts.state_file import (
     touch_alert_state,
     write_alert_state,
 )
-from batch_orchestration.operations.health.links import RESTART, sensor_link
+from batch_orchestration.operations.health.links import CLI, RESTART, sensor_link
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration.settings import Settings
 
@@ -41,6 +44,12 @@ _LOG_LEVELS = {
     Level.DEGRADED: logging.WARNING,
     Level.HEALTHY: logging.INFO,
 }
+#: `alert_sensor` runs every 30 s; no restart explains a longer silence.
+SILENT_SECONDS = 300.0
+#: Between two checks of the watchdog.
+WATCH_SECONDS = 30.0
+#: Longest time counted between two checks; a check itself waits for its notifications.
+LONGEST_STEP_SECONDS = 60.0
 #: States that a full disk could not take, by path: without them each tick would repeat all alerts.
 _unsaved: dict[Path, AlertState] = {}
 
@@ -69,21 +78,13 @@ class Cycle(NamedTuple):
         return [*texts, *sent_to]
 
 
-def alert_rules(settings: Settings) -> AlertRules:
-    """Return the rules of the alert state from the settings."""
-    return AlertRules(
-        repeat_seconds=settings.alert_repeat_seconds,
-        posts_per_hour=settings.alert_posts_per_hour,
-    )
-
-
 def run_alert_cycle(
     *,
     settings: Settings,
     folder: DataFolder,
     channels: Mapping[str, Send],
     now: float,
-    observe: Callable[..., Observation] = observe,
+    observed: Observation | None = None,
     path: Path | None = None,
 ) -> Cycle:
     """Observe once, and send the notifications that are due.
@@ -93,47 +94,47 @@ def run_alert_cycle(
 
     Args:
         channels: By name.
-        observe: Returns the present observation.
+        observed: In place of the sources.
         path: Of the state; default: that of `alert_sensor`.
 
     Raises:
         StorageError: Another cycle is running.
     """
-    path, rules = path or folder.alerts, alert_rules(settings)
+    path, rate = path or folder.alerts, settings.alert_posts_per_hour
     with alert_cycle(path):
         state, lost = _read_or_begin(path, now)
-        observed = observe(settings=settings, folder=folder, state=state, now=now)
+        if observed is None:
+            observed = observe(settings=settings, folder=folder, state=state, now=now)
         if lost is not None:
             observed = replace(observed, findings=[*observed.findings, lost])
         state, transitions = advance(
             state,
             observed,
             channels=channels.keys(),
-            rules=rules,
+            repeat_seconds=settings.alert_repeat_seconds,
             now=now,
-            remember_seconds=LOOK_BACK_SECONDS,
         )
-        state = _noted(state, delivered_late(folder.root), rules, now)
+        late = delivered_late(folder.root)
+        _log(transitions, late)
+        state = sent(state, late, posts_per_hour=rate, now=now)
         _save(path, state)
-        for transition in transitions:
-            level = _LOG_LEVELS[transition.level]
-            logger.log(level, "%s", " | ".join(transition.text.splitlines()))
-        attempts = deliver(due(state, rules=rules, now=now), channels, root=folder.root)
+        attempts = deliver(due(state, posts_per_hour=rate, now=now), channels, root=folder.root)
         if attempts:
-            state = _noted(state, attempts, rules, now)
+            _log((), attempts)
+            state = sent(state, attempts, posts_per_hour=rate, now=now)
             _save(path, state)
     return Cycle(state, transitions, attempts)
 
 
-def _noted(
-    state: AlertState, attempts: Mapping[str, Attempt], rules: AlertRules, now: float
-) -> AlertState:
+def _log(transitions: Iterable[Transition], attempts: Mapping[str, Attempt]) -> None:
+    for transition in transitions:
+        text = " | ".join(transition.text.splitlines())
+        logger.log(_LOG_LEVELS[transition.level], "%s", text)
     for name, attempt in attempts.items():
         if attempt.is_hopeless:
             logger.error("%s refused an alert, which is dropped: %s", name, attempt.problem)
         elif attempt.problem is not None:
-            logger.warning("alerts wait, for %s: %s", name, attempt.problem)
-    return sent(state, attempts, rules=rules, now=now)
+            logger.warning("alerts wait for %s: %s", name, attempt.problem)
 
 
 def send_test(
@@ -146,11 +147,11 @@ def send_test(
     finding = Finding(
         check=str(AlertKind.TEST),
         level=Level.HEALTHY,
-        reason=f"somebody asked for it; the data folder is {folder.root}",
+        reason=f"it was sent by hand; the data folder is {folder.root}",
         since=now,
         kind=AlertKind.TEST,
         title="This is a test of the alerts of batch_orchestration",
-        next_command="python -m batch_orchestration health",
+        next_command=f"{CLI} health",
     )
     transition = Transition(change=Change.RAISED, finding=finding, at=now)
     notifications = dict.fromkeys(channels, Notification(transitions=(transition,)))
@@ -173,11 +174,11 @@ def _read_or_begin(path: Path, now: float) -> tuple[AlertState, Finding | None]:
         return AlertState(began=began, cursor=began), Finding(
             check=f"{AlertKind.ALERTS_LOST}:{now:.0f}",
             level=Level.DEGRADED,
-            reason=f"{error}; what was not sent yet is lost, what lasts is told again",
+            reason=f"{error}; unsent alerts are lost, and conditions that last are sent again",
             since=now,
             kind=AlertKind.ALERTS_LOST,
-            title="The alert state was damaged and begins again",
-            next_command="python -m batch_orchestration status",
+            title="The alert state was damaged and is now empty",
+            next_command=f"{CLI} status",
         )
 
 
@@ -185,7 +186,7 @@ def _set_aside(path: Path) -> None:
     try:
         set_alert_state_aside(path)
     except StorageError as error:
-        logger.warning("the damaged alert state stays where it is: %s", error)
+        logger.warning("the damaged alert state cannot be renamed: %s", error)
 
 
 def _save(path: Path, state: AlertState) -> None:
@@ -196,14 +197,7 @@ def _save(path: Path, state: AlertState) -> None:
         # The full disk is the very thing that the alert is about.
         _unsaved[path] = state
         touch_alert_state(path)
-        logger.warning("the alert state is kept in memory: %s", error)
-
-
-#: `alert_sensor` runs every 30 s; no restart explains a longer silence.
-SILENT_SECONDS = 300.0
-LOOK_SECONDS = 30.0
-#: Longest time counted between two checks; a check itself waits for its notifications.
-LONGEST_STEP_SECONDS = 60.0
+        logger.warning("the alert state is only in memory: %s", error)
 
 
 class Watchdog:
@@ -227,7 +221,7 @@ class Watchdog:
         self._clock = clock
         self._idle = IdleClock(longest_step=LONGEST_STEP_SECONDS, now=clock())
 
-    def look(self, now: float) -> Cycle:
+    def check(self, now: float) -> Cycle:
         """Check once, and send the notifications that are due.
 
         Raises:
@@ -240,7 +234,7 @@ class Watchdog:
             folder=self._folder,
             channels=self._channels,
             now=now,
-            observe=lambda **_: Observation(findings=findings),
+            observed=Observation(findings=findings),
             path=self._folder.alerts.with_name("alerts-watchdog.json"),
         )
 
@@ -251,8 +245,8 @@ class Watchdog:
             level=Level.UNHEALTHY,
             title="Dagster's daemon or its code location is dead",
             reason=(
-                f"alert_sensor has not looked for {duration(silent)}: nothing is admitted, started"
-                " or told; runs at work go on"
+                f"alert_sensor has not run for {duration(silent)}: no file is admitted, no run is"
+                " started and no alert is sent; runs in progress continue"
             ),
             link=sensor_link(self._settings, "alert_sensor"),
             next_command=RESTART,

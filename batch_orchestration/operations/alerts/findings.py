@@ -27,13 +27,13 @@ _RULES = {
     # A deployment that was just started has not ticked yet.
     "dagster": (
         AlertKind.DISPATCH_STOPPED,
-        "No batch is served: dispatch_sensor does not tick",
+        "No batch is served: dispatch_sensor completes no tick",
         *(Level.UNHEALTHY, 60.0),
     ),
     # One slow read is no incident; a damaged store can wait a minute.
     "store": (AlertKind.STORE_UNUSABLE, "The store cannot be used", Level.UNHEALTHY, 60.0),
     "disk": (AlertKind.DISK_LOW, "The disk is nearly full", Level.DEGRADED, 0.0),
-    "queue": (AlertKind.QUEUE_STALLED, "The queue does not move", Level.UNHEALTHY, 0.0),
+    "queue": (AlertKind.QUEUE_STALLED, "The queue is stalled", Level.UNHEALTHY, 0.0),
     # By then the worker should have been ended and started again.
     "worker": (AlertKind.BATCH_STUCK, "A run is stuck", Level.UNHEALTHY, 120.0),
     "engine": (AlertKind.ENGINE_SILENT, "The engine does not answer", Level.UNHEALTHY, 60.0),
@@ -42,11 +42,11 @@ _RULES = {
 }
 _RESTARTS = (
     AlertKind.ENGINE_RESTARTS,
-    "The engine is started again and again",
+    "The engine restarts again and again",
     *(Level.DEGRADED, 0.0),
 )
 #: For a check that is not listed.
-_OTHER = (AlertKind.HEALTH_UNKNOWN, "A part of the health is not known", Level.UNHEALTHY, 0.0)
+_OTHER = (AlertKind.HEALTH_UNKNOWN, "A health check could not be done", Level.UNHEALTHY, 0.0)
 #: The kinds that are unknown without a report.
 FROM_HEALTH = frozenset(kind for kind, *_ in (*_RULES.values(), _RESTARTS, _OTHER))
 
@@ -55,7 +55,7 @@ def from_health(
     settings: Settings, folder: DataFolder, state: AlertState, now: float
 ) -> Observation:
     """Return the findings of the last health report; a missing or stale report is an alert, too."""
-    report, problem = None, "health_sensor has written none yet"
+    report, problem = None, "there is no report yet"
     try:
         report = read_health(folder)
     except StorageError as error:
@@ -66,18 +66,19 @@ def from_health(
     if now - state.began <= HEALTH_STALE_SECONDS:
         return Observation(unknown=FROM_HEALTH)
     if report is not None:
-        problem = f"the last report is of {duration(age)} ago"
+        problem = f"the last report is {duration(age)} old"
+        if age < 0:
+            problem = f"the last report is {duration(-age)} from the future"
     alert = Finding(
         check="health",
         level=Level.UNHEALTHY,
-        reason=f"{problem}: health_sensor was stopped, or fails",
+        reason=f"{problem}: health_sensor is stopped or fails",
         kind=AlertKind.HEALTH_UNKNOWN,
-        title="Nobody knows whether the deployment is well",
+        title="The health of the deployment is unknown",
         link=sensor_link(settings, "health_sensor"),
         next_command="python -m batch_orchestration health",
     )
-    unknown = FROM_HEALTH - {AlertKind.HEALTH_UNKNOWN}
-    return Observation(findings=[alert], unknown=unknown)
+    return Observation(findings=[alert], unknown=FROM_HEALTH)
 
 
 def _of_report(report: HealthReport, settings: Settings, folder: DataFolder) -> Iterator[Finding]:

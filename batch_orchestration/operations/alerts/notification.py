@@ -1,7 +1,7 @@
 """Notifications: the alert transitions that are sent to people, and their text."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -111,8 +111,7 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True):
     def newest(self, most: int) -> "Notification":
         """Return a copy with at most `most` transitions in full; the older ones are counted."""
         first = max(0, len(self.transitions) - most)
-        counted = Counter(self.left_out)
-        counted.update(str(transition.finding.kind) for transition in self.transitions[:first])
+        counted = Counter(self.left_out) + _by_kind(self.transitions[:first])
         return Notification(transitions=self.transitions[first:], left_out=dict(counted))
 
     def oldest(self, most: int) -> "Notification":
@@ -125,8 +124,16 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True):
         return every.newest(MOST_PENDING)
 
     def minus(self, sent: "Notification") -> "Notification":
-        """Return the rest after another notification was sent; it may have new transitions."""
+        """Return the rest after another notification was sent.
+
+        There may be new transitions, and some of those that were sent may only be counted by now.
+        """
+        counted_since = _by_kind(t for t in sent.transitions if t not in self.transitions)
         return Notification(
             transitions=tuple(t for t in self.transitions if t not in sent.transitions),
-            left_out=dict(Counter(self.left_out) - Counter(sent.left_out)),
+            left_out=dict(Counter(self.left_out) - Counter(sent.left_out) - counted_since),
         )
+
+
+def _by_kind(transitions: Iterable[Transition]) -> Counter[str]:
+    return Counter(str(transition.finding.kind) for transition in transitions)

@@ -23,22 +23,12 @@ BACKOFF_SECONDS = 30.0
 LONGEST_BACKOFF_SECONDS = 900.0
 #: Notifications that may be sent at once before the rate applies.
 BURST = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlertRules:
-    """The settings of the alert state.
-
-    Attributes:
-        repeat_seconds: Interval at which an open alert is repeated; 0 for never.
-        settle_seconds: A condition that is gone this long has recovered. One that returns sooner
-            has not, so a flapping condition is one alert and causes no further notification.
-        posts_per_hour: Of one channel. Transitions that have to wait are sent together.
-    """
-
-    repeat_seconds: float = 14_400.0
-    settle_seconds: float = 300.0
-    posts_per_hour: float = 20.0
+#: A condition that is gone this long has recovered. One that returns sooner has not, so a flapping
+#: condition is one alert and causes no further notification.
+SETTLE_SECONDS = 300.0
+#: Events are observed again this far behind the cursor: they carry the time of the decision, and
+#: their writer may wait ten minutes for the store before they become visible.
+LOOK_BACK_SECONDS = 3600.0
 
 
 class Channel(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,15 +103,21 @@ class Attempt:
         """Whether a single transition was refused, which would block all others forever."""
         return self.refused and len(self.notification.transitions) <= 1
 
+    @property
+    def done(self) -> Notification:
+        """The part that need not be sent again: all of it, or only the transition to blame."""
+        if self.is_hopeless and self.notification.transitions:
+            return Notification(transitions=self.notification.transitions)
+        return self.notification
+
 
 def advance(
     state: AlertState,
     observed: Observation,
     *,
     channels: Collection[str],
-    rules: AlertRules,
+    repeat_seconds: float,
     now: float,
-    remember_seconds: float,
 ) -> tuple[AlertState, tuple[Transition, ...]]:
     """Return the state after an observation, and the resulting transitions.
 
@@ -130,13 +126,25 @@ def advance(
 
     Args:
         channels: Names of the configured channels; pending transitions of others are dropped.
-        remember_seconds: Events are observed again this far behind the cursor.
+        repeat_seconds: Interval at which an open alert is repeated; 0 for never.
     """
     # If the clock was in the future, all events before that time would be history.
     began = min(state.began, now)
     missed = any(kind.is_event for kind in observed.unknown)
     cursor = min(state.cursor, now) if missed else now
-    is_open, gone, transitions = _conditions(state, observed, rules=rules, now=now)
+    is_open, transitions = _present(state, observed, repeat_seconds=repeat_seconds, now=now)
+    gone: dict[str, float] = {}
+    for check, old in state.open.items():
+        if check in is_open:
+            continue
+        gone_at = min(state.gone.get(check, now), now)
+        is_unknown = old.finding.kind in observed.unknown
+        if not is_unknown and now - gone_at >= SETTLE_SECONDS:
+            transitions.append(Transition(change=Change.RECOVERED, finding=old.finding, at=now))
+            continue
+        is_open[check] = old
+        if not is_unknown or check in state.gone:
+            gone[check] = gone_at
     events = dict(state.events)
     for event in observed.findings:
         at = now if event.since is None else event.since
@@ -148,7 +156,7 @@ def advance(
         cursor=cursor,
         open=is_open,
         gone=gone,
-        events={check: at for check, at in events.items() if at > cursor - remember_seconds},
+        events={check: at for check, at in events.items() if at > cursor - LOOK_BACK_SECONDS},
         channels={
             name: _with(state.channels.get(name, Channel(counted_at=now)), transitions, now)
             for name in channels
@@ -157,17 +165,49 @@ def advance(
     return advanced, tuple(transitions)
 
 
-def due(state: AlertState, *, rules: AlertRules, now: float) -> dict[str, Notification]:
-    """Return the notification that each channel sends now, with all its transitions if possible."""
+def _present(
+    state: AlertState, observed: Observation, *, repeat_seconds: float, now: float
+) -> tuple[dict[str, Transition], list[Transition]]:
+    """Return the conditions that are present, and the transitions that begin or repeat them."""
+    is_open: dict[str, Transition] = {}
+    transitions: list[Transition] = []
+    conditions = {f.check: f for f in observed.findings if f.kind and not f.kind.is_event}
+    for check, finding in conditions.items():
+        old = state.open.get(check)
+        since = (finding.since or now) if old is None else old.finding.since
+        found = replace(finding, since=since)
+        last = Transition(change=Change.RAISED, finding=found, at=now)
+        if old is None or finding.level > old.finding.level:
+            transitions.append(last)
+        # A clock that was set back must not silence it.
+        elif repeat_seconds and not 0 <= now - old.at < repeat_seconds:
+            last = replace(last, change=Change.REMINDER)
+            transitions.append(last)
+        else:
+            last = old
+        worst = finding.level if old is None else max(finding.level, old.finding.level)
+        is_open[check] = replace(last, finding=replace(found, level=worst))
+    return is_open, transitions
+
+
+def due(state: AlertState, *, posts_per_hour: float, now: float) -> dict[str, Notification]:
+    """Return the notification that each channel sends now, with all its transitions if possible.
+
+    Args:
+        posts_per_hour: Of one channel. Transitions that have to wait are sent together.
+    """
     return {
         name: channel.pending.oldest(channel.at_most)
         for name, channel in state.channels.items()
-        if channel.pending.count and _may_try(channel, now) and _posts(channel, rules, now) >= 1
+        # A clock that was set back ends the pause, too.
+        if channel.pending.count
+        and not 0 < channel.next_at - now <= LONGEST_BACKOFF_SECONDS
+        and _posts(channel, posts_per_hour, now) >= 1
     }
 
 
 def sent(
-    state: AlertState, attempts: Mapping[str, Attempt], *, rules: AlertRules, now: float
+    state: AlertState, attempts: Mapping[str, Attempt], *, posts_per_hour: float, now: float
 ) -> AlertState:
     """Return the state after attempts by channel; their notifications may be from earlier ticks."""
     channels = dict(state.channels)
@@ -175,62 +215,22 @@ def sent(
         channel = channels.get(name)
         if channel is None:
             continue
-        spent = replace(channel, posts=_posts(channel, rules, now) - 1, counted_at=now)
+        posts = _posts(channel, posts_per_hour, now) - 1
         if attempt.problem is None or attempt.is_hopeless:
-            dropped = attempt.problem and f"{attempt.problem}; that alert was dropped"
-            left = channel.pending.minus(attempt.notification)
             channels[name] = Channel(
-                pending=left, posts=spent.posts, counted_at=now, problem=dropped
+                pending=channel.pending.minus(attempt.done),
+                posts=posts,
+                counted_at=now,
+                problem=attempt.problem and f"{attempt.problem}; that alert was dropped",
             )
         elif attempt.refused:
             fewer = len(attempt.notification.transitions) // 2
-            channels[name] = replace(spent, problem=attempt.problem, at_most=fewer)
+            channels[name] = replace(
+                channel, posts=posts, counted_at=now, problem=attempt.problem, at_most=fewer
+            )
         else:
             channels[name] = _after_failure(channel, attempt.problem, now)
     return replace(state, channels=channels)
-
-
-def _conditions(
-    state: AlertState, observed: Observation, *, rules: AlertRules, now: float
-) -> tuple[dict[str, Transition], dict[str, float], list[Transition]]:
-    """Return the open conditions, the time since when each is gone, and the transitions."""
-    current = {f.check: f for f in observed.findings if not (f.kind and f.kind.is_event)}
-    is_open: dict[str, Transition] = {}
-    gone: dict[str, float] = {}
-    told: list[Transition] = []
-    for check, finding in current.items():
-        old = state.open.get(check)
-        since = (finding.since or now) if old is None else old.finding.since
-        found = replace(finding, since=since)
-        if (change := _change(old, finding, rules, now)) is not None:
-            told.append(Transition(change=change, finding=found, at=now))
-        worst = finding.level if old is None else max(finding.level, old.finding.level)
-        last = told[-1] if change is not None or old is None else old
-        is_open[check] = replace(last, finding=replace(found, level=worst))
-    for check, old in state.open.items():
-        if check in current:
-            continue
-        gone_at = min(state.gone.get(check, now), now)
-        is_unknown = old.finding.kind in observed.unknown
-        if not is_unknown and now - gone_at >= rules.settle_seconds:
-            told.append(Transition(change=Change.RECOVERED, finding=old.finding, at=now))
-            continue
-        is_open[check] = old
-        if not is_unknown or check in state.gone:
-            gone[check] = gone_at
-    return is_open, gone, told
-
-
-def _change(
-    old: Transition | None, finding: Finding, rules: AlertRules, now: float
-) -> Change | None:
-    if old is None or finding.level > old.finding.level:
-        return Change.RAISED
-    # A clock that was set back must not silence it.
-    waited = now - old.at
-    if rules.repeat_seconds and (waited >= rules.repeat_seconds or waited < 0):
-        return Change.REMINDER
-    return None
 
 
 def _with(channel: Channel, transitions: Sequence[Transition], now: float) -> Channel:
@@ -241,14 +241,9 @@ def _with(channel: Channel, transitions: Sequence[Transition], now: float) -> Ch
     )
 
 
-def _may_try(channel: Channel, now: float) -> bool:
-    # A clock that was set back ends the pause, too.
-    return now >= channel.next_at or channel.next_at - now > LONGEST_BACKOFF_SECONDS
-
-
-def _posts(channel: Channel, rules: AlertRules, now: float) -> float:
+def _posts(channel: Channel, posts_per_hour: float, now: float) -> float:
     passed = max(0.0, now - channel.counted_at)
-    return min(float(BURST), channel.posts + passed * rules.posts_per_hour / 3600)
+    return min(float(BURST), channel.posts + passed * posts_per_hour / 3600)
 
 
 def _after_failure(channel: Channel, problem: str, now: float) -> Channel:

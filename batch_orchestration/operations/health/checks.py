@@ -24,7 +24,7 @@ from batch_orchestration.operations.health.context import (
     unhealthy,
 )
 from batch_orchestration.operations.health.damage import find_damage
-from batch_orchestration.operations.health.links import RESTART, run_link, sensor_link
+from batch_orchestration.operations.health.links import CLI, RESTART, run_link, sensor_link
 from batch_orchestration.operations.health.report import Finding, Level, Standstill
 from batch_orchestration.operations.health.run_checks import engine, workers
 from batch_orchestration.queue.entries import QueueEntry
@@ -113,9 +113,7 @@ def store(look: CheckContext) -> Iterator[Finding]:
             probe.write_bytes(b"written\n")
             probe.unlink()
         if not look.folder.duckdb.exists() and look.folder.batch_ids():
-            yield unhealthy(
-                "store", "batch.duckdb is gone", "python -m batch_orchestration recover"
-            )
+            yield unhealthy("store", "batch.duckdb is gone", f"{CLI} recover")
         elif not look.folder.duckdb.exists():
             yield healthy("store", "there is none before the first batch; the folder is writable")
         else:
@@ -133,7 +131,7 @@ def store(look: CheckContext) -> Iterator[Finding]:
         )
     except StorageError as error:
         reason, _, hint = str(error).partition("\n")
-        command = "python -m batch_orchestration recover" if hint else None
+        command = f"{CLI} recover" if hint else None
         yield unhealthy("store", reason, command or f"ls -ld {look.folder.root}/*")
 
 
@@ -150,7 +148,7 @@ def queue(look: CheckContext) -> Iterator[Finding]:
         yield degraded(
             "queue",
             f"{paused.actor} paused it {duration(look.now - paused.at)} ago{why}",
-            "python -m batch_orchestration resume",
+            f"{CLI} resume",
         )
     elif (claim := _oldest_claim(look)) is not None:
         yield unhealthy(
@@ -217,7 +215,7 @@ def gpu(look: CheckContext) -> Iterator[Finding]:
         yield healthy("gpu", check.no_gate)
     elif check.problem is not None:
         found = degraded if check.throttled else unhealthy
-        yield found("gpu", check.problem, "python -m batch_orchestration gpu")
+        yield found("gpu", check.problem, f"{CLI} gpu")
     else:
         yield healthy("gpu", ", ".join(f"GPU {d.index}: {d.name}" for d in check.devices))
 

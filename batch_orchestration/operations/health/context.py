@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from batch_orchestration.engines.processes.records import is_running
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.operations.health.links import CLI
 from batch_orchestration.operations.health.report import Finding, HealthReport, Level
 from batch_orchestration.queue.entries import EntryState, QueueView
 from batch_orchestration.settings import Settings
@@ -14,8 +15,8 @@ from batch_orchestration.workers.heartbeat import LastHeartbeat
 
 #: `dispatch_sensor` writes `queue.json` every 5 s, and a tick may take a minute.
 SLOW_SECONDS = 60.0
-STATUS = "python -m batch_orchestration status"
-HEALTH = "python -m batch_orchestration health"
+STATUS = f"{CLI} status"
+HEALTH = f"{CLI} health"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,14 +26,13 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.plan_checks import check_input_size
 from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.lifecycle.clock import ClockRecord, clock_path
+from batch_orchestration.operations.health.links import CLI
 from batch_orchestration.operations.health.report import HealthReport
 from batch_orchestration.operations.housekeeping.clean import PartResult, results_path
 from batch_orchestration.queue.entries import NeedsAttention, Pause, QueueView
 from batch_orchestration.store.operations import open_files
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration.workers.progress import Progress
-
-_CLI = "python -m batch_orchestration"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
     ]
     for paths, kind in kinds:
         for path in sorted(paths):
-            next_command = f"{_CLI} resume" if path == folder.paused else _replaced(path)
+            next_command = f"{CLI} resume" if path == folder.paused else _replaced(path)
             yield from _unreadable(path, kind, next_command)
 
 
@@ -120,7 +119,7 @@ def _of_replays(folder: DataFolder) -> Iterator[Damage]:
 
 
 def _of_batch(folder: DataFolder, batch_id: str) -> Iterator[Damage]:
-    decide = f"restore it from a backup, or decide anew: {_CLI} cancel {batch_id}"
+    decide = f"restore it from a backup, or decide anew: {CLI} cancel {batch_id}"
     home = folder.plan_path(batch_id).parent
     plan: list[BatchPlan] = []
     yield from _look(
@@ -131,12 +130,12 @@ def _of_batch(folder: DataFolder, batch_id: str) -> Iterator[Damage]:
     )
     yield from _unreadable(folder.early_end_path(batch_id), EarlyEnd, decide, batch_id)
     yield from _unreadable(folder.resumption_path(batch_id), Resumption, decide, batch_id)
-    go_on = f"{_CLI} resume {batch_id}"
+    go_on = f"{CLI} resume {batch_id}"
     yield from _unreadable(folder.halt_path(batch_id), Halt, go_on, batch_id)
     progress = folder.progress_path(batch_id)
     yield from _unreadable(progress, Progress, _replaced(progress), batch_id)
     if plan:
-        end = f"{_CLI} cancel {batch_id}"
+        end = f"{CLI} cancel {batch_id}"
         path = folder.input_path(batch_id)
         yield from _look(path, lambda: _check_input(plan[0], folder), end, batch_id)
     for path in (home, folder.journal_path(batch_id, 0).parent, folder.outbox_path(batch_id)):
@@ -203,4 +202,4 @@ def _replaced(path: Path) -> str:
 
 
 def _lost(name: str) -> str:
-    return f"restore it from a backup, or give it up: {_CLI} cancel {name}"
+    return f"restore it from a backup, or give it up: {CLI} cancel {name}"

@@ -8,6 +8,8 @@ from batch_orchestration.settings import Settings
 
 #: The name in `workspace.yaml` and `pyproject.toml`.
 LOCATION = "batch_orchestration"
+#: The command line, in the next commands of findings.
+CLI = "python -m batch_orchestration"
 #: The command for a person when Dagster is dead.
 RESTART = "systemctl restart batch-orchestration.target; without systemd: dagster dev"
 

@@ -41,7 +41,7 @@ class Site:
             folder=self.folder,
             channels={"channel": self._send},
             now=now,
-            observe=lambda **_: Observation(findings=list(findings)),
+            observed=Observation(findings=list(findings)),
         )
 
 

@@ -36,7 +36,7 @@ class Guard:
             self.seconds += 30
             if alive:
                 self.tower.tick(seconds=0)
-            self.dog.look(self.tower.now)
+            self.dog.check(self.tower.now)
 
 
 def test_a_dead_daemon_is_told_by_the_watchdog_once_and_when_it_is_back(tower):

@@ -315,7 +315,20 @@ def test_without_a_fresh_report_nothing_is_over_and_that_is_told(tower):
 
     assert sorted(tower.kinds) == [AlertKind.GPU_UNHEALTHY, AlertKind.HEALTH_UNKNOWN]
     assert not any("[recovered]" in text for text in tower.webhook.texts)
-    assert "Nobody knows whether the deployment is well" in tower.webhook.texts[-1]
+    assert "The health of the deployment is unknown" in tower.webhook.texts[-1]
+
+
+def test_a_check_that_could_not_be_done_has_not_recovered_because_the_report_is_stale(tower):
+    tower.begin()
+    tower.findings = (Finding(check="workers", level=Level.UNHEALTHY, reason="the check failed"),)
+    tower.tick()
+
+    for _ in range(40):
+        tower.now += TICK
+        tower.cycle()
+
+    assert tower.kinds == [AlertKind.HEALTH_UNKNOWN] * 2
+    assert not any("[recovered]" in text for text in tower.webhook.texts)
 
 
 def test_while_the_store_cannot_be_read_nothing_of_it_is_over_and_no_event_is_lost(tower):
@@ -347,13 +360,13 @@ def test_a_source_that_fails_is_told_and_silences_no_other(tower, monkeypatch):
         raise RuntimeError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(alert_sources, "_of_ending", broken)
+        patch.setattr(alert_sources, "_ending", broken)
         tower.findings = (Finding(check="gpu", level=Level.UNHEALTHY, reason="it fell off"),)
         tower.tick()
     told = "\n".join(tower.webhook.texts)
     tower.tick()
 
-    assert "Nobody looks at the store for alerts" in told
+    assert "Alerts about the store cannot be found" in told
     assert "The GPU is unhealthy" in told
     assert f"Batch {batch_id} is completed" in tower.webhook.texts[-1]
 

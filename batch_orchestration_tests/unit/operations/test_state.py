@@ -4,13 +4,14 @@ from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from batch_orchestration.operations.alerts.notification import MOST_PENDING, Change, Notification
 from batch_orchestration.operations.alerts.state import (
     BURST,
-    AlertRules,
     AlertState,
     Attempt,
+    Channel,
     Observation,
     advance,
     due,
@@ -21,7 +22,7 @@ from batch_orchestration_tests.support.builders import NOW
 
 TICK = 30.0
 HOUR = 3600.0
-RULES = AlertRules(repeat_seconds=4 * HOUR, settle_seconds=60.0, posts_per_hour=20.0)
+POSTS_PER_HOUR = 20.0
 
 
 def make_alert(check="disk", *, level=Level.UNHEALTHY, kind=AlertKind.DISK_LOW, **fields):
@@ -36,8 +37,8 @@ def make_event(check, at, *, kind=AlertKind.BATCH_EXPIRED):
 class Desk:
     """Runs the cycle as the sensor does, with one channel that works or does not."""
 
-    def __init__(self, rules=RULES, channels=("webhook",)):
-        self.rules, self.channels = rules, channels
+    def __init__(self):
+        self.channels = ("webhook",)
         self.now = NOW
         self.state = AlertState(began=NOW, cursor=NOW)
         self.works = True
@@ -53,14 +54,13 @@ class Desk:
             self.state,
             observed,
             channels=self.channels,
-            rules=self.rules,
+            repeat_seconds=4 * HOUR,
             now=self.now,
-            remember_seconds=HOUR,
         )
         self.transitions += transitions
-        posts = due(self.state, rules=self.rules, now=self.now)
+        posts = due(self.state, posts_per_hour=POSTS_PER_HOUR, now=self.now)
         tried = {name: self.send(post) for name, post in posts.items()}
-        self.state = sent(self.state, tried, rules=self.rules, now=self.now)
+        self.state = sent(self.state, tried, posts_per_hour=POSTS_PER_HOUR, now=self.now)
 
     def send(self, post):
         self.attempts.append(self.now)
@@ -70,6 +70,15 @@ class Desk:
             return Attempt(notification=post)
         problem = "answered 400" if refused else "is down"
         return Attempt(notification=post, problem=problem, refused=refused)
+
+    @property
+    def pending(self):
+        return self.state.channels["webhook"].pending
+
+    def after(self, attempt):
+        """The channel after an attempt that ends now."""
+        state = sent(self.state, {"webhook": attempt}, posts_per_hour=POSTS_PER_HOUR, now=self.now)
+        return state.channels["webhook"]
 
     @property
     def told(self):
@@ -189,7 +198,7 @@ def test_a_storm_goes_out_as_a_few_digests_with_everything_in_them():
         desk.tick(events=[make_event(f"ending:b-{number}:3", desk.now + TICK)])
     desk.wait(HOUR)
 
-    assert len(desk.posts) <= BURST + 3 * RULES.posts_per_hour
+    assert len(desk.posts) <= BURST + 3 * POSTS_PER_HOUR
     assert len(desk.told) == len(set(desk.told)) == 240
 
 
@@ -218,22 +227,59 @@ def test_a_message_that_is_refused_for_good_is_dropped_alone_and_keeps_back_no_o
 
     assert [key for _, key in desk.told] == [key for key in keys if key not in desk.refuses]
     assert desk.state.channels["webhook"].pending.count == 0
-    assert len(desk.attempts) <= BURST + 2 * RULES.posts_per_hour
+    assert len(desk.attempts) <= BURST + 2 * POSTS_PER_HOUR
 
 
 def test_a_post_that_ends_late_is_taken_off_whatever_has_come_since():
     desk = Desk()
     desk.works = False
     desk.tick(make_alert("early"))
-    ((late),) = due(desk.state, rules=RULES, now=desk.now + HOUR).values()
+    ((late),) = due(desk.state, posts_per_hour=POSTS_PER_HOUR, now=desk.now + HOUR).values()
     count = MOST_PENDING + 10
     desk.tick(events=[make_event(f"ending:b-{n}:3", NOW + 1) for n in range(count)])
 
-    state = sent(desk.state, {"webhook": Attempt(notification=late)}, rules=RULES, now=desk.now)
+    state = sent(
+        desk.state,
+        {"webhook": Attempt(notification=late)},
+        posts_per_hour=POSTS_PER_HOUR,
+        now=desk.now,
+    )
 
     left = state.channels["webhook"].pending
     assert "early" not in {t.finding.check for t in left.transitions}
     assert left.count >= count
+
+
+def test_a_refused_alert_does_not_take_along_the_counts_of_others():
+    desk = Desk()
+    desk.works = False
+    desk.tick(make_alert())
+    counts = {"batch_expired": 50}
+    for pending, left in (
+        (replace(desk.pending, left_out=counts), Notification(left_out=counts)),
+        (Notification(left_out=counts), Notification()),  # they are what is refused
+    ):
+        refused = Attempt(notification=pending, problem="answered 400", refused=True)
+        desk.state = replace(desk.state, channels={"webhook": Channel(pending=pending)})
+        assert desk.after(refused).pending == left
+
+
+def test_an_alert_that_was_sent_is_not_counted_again_among_those_that_were_not():
+    desk = Desk()
+    desk.works = False
+    desk.tick(make_alert("early"))
+    ((late),) = due(desk.state, posts_per_hour=POSTS_PER_HOUR, now=desk.now + HOUR).values()
+    desk.tick(events=[make_event(f"ending:b-{n}:3", NOW + 1) for n in range(MOST_PENDING)])
+
+    state = sent(
+        desk.state,
+        {"webhook": Attempt(notification=late)},
+        posts_per_hour=POSTS_PER_HOUR,
+        now=desk.now,
+    )
+
+    assert desk.state.channels["webhook"].pending.left_out == {"disk_low": 1}
+    assert state.channels["webhook"].pending.left_out == {}
 
 
 def test_a_storm_of_a_thousand_failed_batches_is_one_short_post_with_counts():
@@ -357,7 +403,7 @@ def test_whatever_happens_each_news_goes_out_exactly_once_in_order_and_episodes_
 @settings(max_examples=50, deadline=None)
 @given(ticks)
 def test_what_flaps_is_raised_again_only_after_it_was_gone_for_long(ticks):
-    desk = Desk(AlertRules())
+    desk = Desk()
     last_seen: dict[str, float] = {}
     for conditions, _, _, seconds in ticks:
         told = len(desk.transitions)
@@ -380,4 +426,4 @@ def test_no_channel_is_ever_asked_more_often_than_its_rate(ticks):
     sent_at = [at for at, _ in desk.posts]
     for at in sent_at:
         within = sum(at <= other < at + HOUR for other in sent_at)
-        assert within <= BURST + RULES.posts_per_hour + 1
+        assert within <= BURST + POSTS_PER_HOUR + 1
