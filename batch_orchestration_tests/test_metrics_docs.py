@@ -85,6 +85,17 @@ def test_counters_are_asked_for_their_increase_and_nothing_else_is(
         assert grows == rated, series
 
 
+def test_the_dashboard_shows_every_metric() -> None:
+    shown = {
+        metric_of(series).name
+        for panel in panels()
+        for target in panel["targets"]
+        for series in re.findall(rf"\b({PREFIX}\w+)", target["expr"])
+    }
+
+    assert shown == BY_NAME.keys()
+
+
 def test_the_dashboard_looks_at_every_side_and_its_panels_do_not_overlap() -> None:
     rows = {panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"}
     assert rows == {

@@ -16,17 +16,16 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest, start_
 from prometheus_client.registry import Collector
 
 from batch_orchestration import __version__
-from batch_orchestration.core.results import LATENCY_BOUNDS
+from batch_orchestration.core.lifecycle import FINAL
+from batch_orchestration.core.results import LATENCY_BOUNDS, BatchRecord
 from batch_orchestration.files.atomic import atomic_writer
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import read_fences
-from batch_orchestration.operations.health.report import HealthReport
 from batch_orchestration.operations.health.report_file import read_health
 from batch_orchestration.operations.metrics.names import MetricPage
 from batch_orchestration.operations.metrics.sources import (
     AccountsSource,
-    BatchFigures,
     StoreFigures,
     StoreSource,
 )
@@ -35,7 +34,7 @@ from batch_orchestration.queue.files import read_pause, read_queue
 from batch_orchestration.workers.heartbeat import Heartbeat, LastHeartbeat
 from batch_orchestration.workers.heartbeat_files import read_last_heartbeats
 from batch_orchestration.workers.progress import read_progress
-from batch_orchestration.workers.utilization import TimeBreakdown, kept
+from batch_orchestration.workers.utilization import kept
 
 #: Most batches and runs with their own series.
 MOST_NAMED = 25
@@ -50,6 +49,8 @@ PARTS = {
     "drain": "drain_seconds",
     "commit": "commit_seconds",
 }
+#: Node exporter runs as another user.
+_READABLE_BY_ALL = 0o644
 logger = logging.getLogger(__name__)
 
 
@@ -69,14 +70,14 @@ class MetricsCollector(Collector):
         self._store = StoreSource(folder.duckdb)
         self._accounts = AccountsSource(folder)
         self._turn = threading.Lock()
-        #: By the section of the page that each writes, in this order.
-        self._sections: dict[str, Callable[[MetricPage], None]] = {
+        #: By the name of the source; each puts its series on the page, in this order.
+        self._sources: dict[str, Callable[[MetricPage], None]] = {
             "accounts": self._put_accounts,
             "store": self._put_store,
-            "queue": self._put_queue,
-            "workers": self._put_workers,
-            "fences": self._put_fences,
-            "health": self._put_health,
+            "queue": lambda page: _put_queue(page, folder, self._store.figures),
+            "workers": lambda page: _put_workers(page, folder, clock()),
+            "fences": lambda page: _put_fences(page, folder),
+            "health": lambda page: _put_health(page, folder),
         }
         self._broken: set[str] = set()
 
@@ -90,7 +91,7 @@ class MetricsCollector(Collector):
 
     def _put_all(self, page: MetricPage) -> None:
         page.put("build_info", 1, version=__version__)
-        for source, put in self._sections.items():
+        for source, put in self._sources.items():
             try:
                 put(page)
                 self._broken.discard(source)
@@ -105,45 +106,19 @@ class MetricsCollector(Collector):
         page.put("store_up", int(self._store.is_up))
         page.put("store_read_timestamp_seconds", self._store.read_at)
         if (figures := self._store.figures) is not None:
-            put_store(page, figures)
-            put_batches(page, figures, self._accounts, self._folder)
+            _put_totals(page, figures)
+            _put_batches(page, figures, self._accounts, self._folder)
 
     def _put_accounts(self, page: MetricPage) -> None:
         self._accounts.refresh()
-        put_accounts(page, self._accounts.all())
-
-    def _put_queue(self, page: MetricPage) -> None:
-        put_queue(page, self._folder, self._store.figures)
-
-    def _put_workers(self, page: MetricPage) -> None:
-        pulses = sorted(
-            read_last_heartbeats(self._folder).values(),
-            key=lambda last_heartbeat: -last_heartbeat.at,
-        )
-        beats = [
-            beat for last_heartbeat in pulses if (beat := _last_beat(last_heartbeat)) is not None
-        ]
-        put_workers(page, beats[:MOST_NAMED], self._clock())
-
-    def _put_fences(self, page: MetricPage) -> None:
-        for uuid in read_fences(self._folder):
-            page.put("gpu_fenced", 1, uuid=uuid)
-
-    def _put_health(self, page: MetricPage) -> None:
-        if (report := read_health(self._folder)) is not None:
-            put_health(page, report)
+        every = list(self._accounts.all())
+        for part, field in PARTS.items():
+            spent = fsum(getattr(account, field) for account in every)
+            page.put("run_seconds_total", spent, part=part)
+        page.put("engine_restarts_total", fsum(account.engine_restarts for account in every))
 
 
-def _last_beat(last_heartbeat: LastHeartbeat) -> Heartbeat | None:
-    """Return a worker's last heartbeat; of an outdated one, the progress is unknown."""
-    beat = last_heartbeat.heartbeat
-    if beat is None:
-        return None
-    patience = inf if last_heartbeat.outdated else beat.patience_seconds
-    return replace(beat, at=last_heartbeat.at, patience_seconds=patience)
-
-
-def put_store(page: MetricPage, figures: StoreFigures) -> None:
+def _put_totals(page: MetricPage, figures: StoreFigures) -> None:
     """Add the totals over all batches in the store."""
     page.put("requests_total", figures.completed, state="completed")
     page.put("requests_total", sum(figures.failures_by_code.values()), state="failed")
@@ -162,14 +137,14 @@ def put_store(page: MetricPage, figures: StoreFigures) -> None:
         page.put("batches", count, status=status)
 
 
-def put_batches(
+def _put_batches(
     page: MetricPage, figures: StoreFigures, accounts: AccountsSource, folder: DataFolder
 ) -> None:
     """Add the batches with their own series, and the pending requests of all batches."""
     pending = 0
     for place, batch in enumerate((*figures.unfinished, *figures.finished)):
         completed, failed = _outcomes(batch, folder)
-        pending += 0 if batch.is_final else batch.total - completed - failed
+        pending += 0 if batch.status in FINAL else batch.total - completed - failed
         if place < MOST_NAMED:
             left = batch.total - completed - failed
             for state, count in (("completed", completed), ("failed", failed), ("pending", left)):
@@ -179,9 +154,9 @@ def put_batches(
     page.put("requests_pending", pending)
 
 
-def _outcomes(batch: BatchFigures, folder: DataFolder) -> tuple[int, int]:
+def _outcomes(batch: BatchRecord, folder: DataFolder) -> tuple[int, int]:
     """Return the committed counts, or those of the batch's run if they are further."""
-    if not batch.is_final:
+    if batch.status not in FINAL:
         progress = read_progress(folder.progress_path(batch.batch_id))
         if progress is not None and progress.completed + progress.failed > (
             batch.completed + batch.failed
@@ -190,16 +165,7 @@ def _outcomes(batch: BatchFigures, folder: DataFolder) -> tuple[int, int]:
     return batch.completed, batch.failed
 
 
-def put_accounts(page: MetricPage, accounts: Iterable[TimeBreakdown]) -> None:
-    """Add the time breakdown of all runs together."""
-    every = list(accounts)
-    for part, field in PARTS.items():
-        spent = fsum(getattr(account, field) for account in every)
-        page.put("run_seconds_total", spent, part=part)
-    page.put("engine_restarts_total", fsum(account.engine_restarts for account in every))
-
-
-def put_queue(page: MetricPage, folder: DataFolder, figures: StoreFigures | None) -> None:
+def _put_queue(page: MetricPage, folder: DataFolder, figures: StoreFigures | None) -> None:
     """Add the length of the queue and the arrival of its oldest entry, by state and reason."""
     page.put("queue_paused", int(read_pause(folder) is not None))
     if (view := read_queue(folder)) is None:
@@ -226,10 +192,11 @@ def _since(entry: QueueEntry, folder: DataFolder, created_at: dict[str, float]) 
     return None
 
 
-def put_workers(page: MetricPage, beats: Iterable[Heartbeat], now: float) -> None:
+def _put_workers(page: MetricPage, folder: DataFolder, now: float) -> None:
     """Add the runs with their engines and devices, from heartbeats, the newest first."""
+    newest = sorted(read_last_heartbeats(folder).values(), key=lambda last: -last.at)
     fresh = []
-    for beat in beats:
+    for beat in [beat for last in newest if (beat := _heartbeat(last)) is not None][:MOST_NAMED]:
         run = {"run_id": beat.run_id, "dagster_job": beat.job}
         page.put("worker_heartbeat_timestamp_seconds", beat.at, **run)
         page.put("worker_progress_timestamp_seconds", beat.progress_at, **run)
@@ -245,6 +212,16 @@ def put_workers(page: MetricPage, beats: Iterable[Heartbeat], now: float) -> Non
     devices = [device for beat in reversed(fresh) for device in beat.gpus]
     for device in {device.uuid: device for device in devices}.values():
         _put_device(page, device)
+
+
+def _heartbeat(last: LastHeartbeat) -> Heartbeat | None:
+    """Return a worker's last heartbeat; of an outdated one, the progress is unknown."""
+    beat = last.heartbeat
+    if beat is None:
+        return None
+    return replace(
+        beat, at=last.at, patience_seconds=inf if last.outdated else beat.patience_seconds
+    )
 
 
 def _put_engine(page: MetricPage, beat: Heartbeat) -> None:
@@ -278,8 +255,15 @@ def _put_device(page: MetricPage, device: GpuFacts) -> None:
         page.put("gpu_throttle", 1, reason=reason, **names)
 
 
-def put_health(page: MetricPage, report: HealthReport) -> None:
+def _put_fences(page: MetricPage, folder: DataFolder) -> None:
+    for uuid in read_fences(folder):
+        page.put("gpu_fenced", 1, uuid=uuid)
+
+
+def _put_health(page: MetricPage, folder: DataFolder) -> None:
     """Add the last health report; the checks of all runs, or of all devices, count as one."""
+    if (report := read_health(folder)) is None:
+        return
     page.put("health_timestamp_seconds", report.at)
     page.put("health_level", report.level)
     levels: dict[str, int] = {}
@@ -288,10 +272,6 @@ def put_health(page: MetricPage, report: HealthReport) -> None:
         levels[check] = max(finding.level, levels.get(check, finding.level))
     for check, level in levels.items():
         page.put("health_check_level", level, check=check)
-
-
-#: Node exporter runs as another user.
-_READABLE_BY_ALL = 0o644
 
 
 def metrics_text(folder: DataFolder) -> bytes:

@@ -60,11 +60,11 @@ METRICS: tuple[MetricName, ...] = (
     # The exporter
     _gauge("build_info", "Always 1; the version of the exporter.", "version"),
     _gauge("store_up", "1 if the store could be read; 0 if its figures are the last known ones."),
-    _gauge("store_read_timestamp_seconds", "When the store was last read."),
+    _gauge("store_read_timestamp_seconds", "Time of the last read of the store."),
     _gauge("source_up", "0 if a source is damaged: its series are missing.", "source"),
-    _gauge("scrape_duration_seconds", "How long it took to gather all this."),
+    _gauge("scrape_duration_seconds", "Time that this scrape took."),
     # Requests, from the store
-    _counter("requests_total", "Outcomes that were committed, by kind of outcome.", "state"),
+    _counter("requests_total", "Committed outcomes, by state.", "state"),
     _counter("failures_total", "Failures that were final when they were committed.", "code"),
     _counter("request_attempts_total", "Submissions of the requests that have an outcome."),
     _counter("prompt_tokens_total", "Tokens read for committed answers."),
@@ -73,7 +73,7 @@ METRICS: tuple[MetricName, ...] = (
     MetricName(
         "request_latency_seconds",
         HistogramMetricFamily,
-        "How long the engine took for each committed answer.",
+        "Latency of committed answers at the engine.",
     ),
     _gauge("dead_letters", "Failed requests in the queue of dead letters.", "code", "state"),
     # Batches
@@ -83,54 +83,58 @@ METRICS: tuple[MetricName, ...] = (
     _gauge(
         "batch_utilization_ratio", "Share of its runs' time in which the engine was full.", "batch"
     ),
-    _counter("run_seconds_total", "Wall time of runs, by what it went into.", "part"),
+    _counter("run_seconds_total", "Wall time of runs, by part.", "part"),
     _counter("engine_restarts_total", "Engines that died and were started again."),
     # The queue
-    _gauge("queue_entries", "What waits or is at work.", "state", "reason"),
+    _gauge("queue_entries", "Entries of the queue, waiting or running.", "state", "reason"),
     _gauge(
         "queue_oldest_entry_timestamp_seconds",
-        "Since when the oldest of them is here.",
+        "Arrival of the oldest of these entries.",
         *("state", "reason"),
     ),
     _gauge("queue_paused", "1 while a person has paused the queue."),
-    _gauge("queue_timestamp_seconds", "When the dispatch sensor last wrote the queue."),
+    _gauge("queue_timestamp_seconds", "Time at which dispatch_sensor last wrote the queue."),
     # Runs at work, from their heartbeats
-    _gauge("worker_info", "Always 1; what a run does.", *_RUN, "phase", "batch"),
-    _gauge("worker_heartbeat_timestamp_seconds", "When a run last gave a sign of life.", *_RUN),
-    _gauge("worker_progress_timestamp_seconds", "When its work last went on.", *_RUN),
-    _gauge("worker_patience_seconds", "Without progress for so long it is stuck.", *_RUN),
-    _gauge("requests_in_flight", "Requests that engines have now."),
-    _gauge("window_requests", "How many requests they may have now."),
+    _gauge("worker_info", "Always 1; the phase and the batch of a run.", *_RUN, "phase", "batch"),
+    _gauge("worker_heartbeat_timestamp_seconds", "Time of a run's last heartbeat.", *_RUN),
+    _gauge("worker_progress_timestamp_seconds", "Time of a run's last progress.", *_RUN),
+    _gauge("worker_patience_seconds", "Time without progress that makes a run stuck.", *_RUN),
+    _gauge("requests_in_flight", "Requests in flight."),
+    _gauge("window_requests", "Requests that may be in flight."),
     _gauge("requests_per_second", "Outcomes per second over the last half minute."),
     _gauge("completion_tokens_per_second", "Tokens written per second, over the same time."),
     # Their engines
     _gauge("engine_requests_running", "Requests that the engine computes.", "run_id"),
-    _gauge("engine_requests_waiting", "Requests that it has taken and lets wait.", "run_id"),
-    _gauge("engine_kv_cache_usage_ratio", "Share of its KV cache in use.", "run_id"),
-    _gauge("engine_kv_cache_tokens", "What its KV cache holds in all.", "run_id"),
-    _of_engine("engine_preemptions_total", "Requests put back for want of KV cache."),
+    _gauge("engine_requests_waiting", "Requests that wait in the engine.", "run_id"),
+    _gauge("engine_kv_cache_usage_ratio", "Share of the engine's KV cache in use.", "run_id"),
+    _gauge("engine_kv_cache_tokens", "Capacity of the engine's KV cache.", "run_id"),
+    _of_engine("engine_preemptions_total", "Requests preempted because the KV cache was full."),
     _of_engine("engine_prompt_tokens_total", "Tokens that the engine read."),
     _of_engine("engine_generation_tokens_total", "Tokens that the engine wrote."),
     _counter(
         "engine_prefix_cache_queries_total", "Tokens looked up in the prefix cache.", "run_id"
     ),
-    _of_engine("engine_prefix_cache_hits_total", "Tokens that were found there."),
+    _of_engine("engine_prefix_cache_hits_total", "Tokens found in the prefix cache."),
     # Their GPUs
-    _gauge("gpu_info", "Always 1; what a device is.", *_GPU, "name"),
-    _gauge("gpu_memory_used_bytes", "Memory in use by anybody.", *_GPU),
-    _gauge("gpu_memory_total_bytes", "Memory in all.", *_GPU),
+    _gauge("gpu_info", "Always 1; the name of a device.", *_GPU, "name"),
+    _gauge("gpu_memory_used_bytes", "Device memory in use, by all processes.", *_GPU),
+    _gauge("gpu_memory_total_bytes", "Device memory in total.", *_GPU),
     _gauge("gpu_temperature_celsius", "Temperature.", *_GPU),
-    _gauge("gpu_slowdown_temperature_celsius", "At which the device slows itself down.", *_GPU),
-    _gauge("gpu_utilization_ratio", "Share of the time in which anything was computed.", *_GPU),
+    _gauge(
+        "gpu_slowdown_temperature_celsius",
+        "Temperature at which it throttles itself.",
+        *_GPU,
+    ),
+    _gauge("gpu_utilization_ratio", "Share of the time in which it computed anything.", *_GPU),
     _gauge("gpu_power_watts", "Power drawn.", *_GPU),
     _gauge("gpu_sm_clock_hertz", "Clock of the processors.", *_GPU),
     _gauge("gpu_ecc_uncorrectable_errors", "Memory errors since the driver was loaded.", *_GPU),
-    _gauge("gpu_throttle", "1 for each reason why its clock is held down.", *_GPU, "reason"),
+    _gauge("gpu_throttle", "1 for each reason why the device is throttled.", *_GPU, "reason"),
     _gauge("gpu_fenced", "1 for each device that is fenced after a fault.", "uuid"),
     # Health, from the health sensor
     _gauge("health_level", "0 healthy, 1 degraded, 2 unhealthy."),
-    _gauge("health_check_level", "The same of each check, the worst of its kind.", "check"),
-    _gauge("health_timestamp_seconds", "When health was last looked at."),
+    _gauge("health_check_level", "The same for each check, or the worst of its kind.", "check"),
+    _gauge("health_timestamp_seconds", "Time of the last health report."),
 )
 
 BY_NAME = {metric.name: metric for metric in METRICS}

@@ -9,31 +9,23 @@ from pathlib import Path
 import duckdb
 import msgspec
 
-from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import BatchNotFound, StorageError
 from batch_orchestration.core.lifecycle import FINAL
-from batch_orchestration.core.results import LATENCY_BOUNDS
+from batch_orchestration.core.results import LATENCY_BOUNDS, BatchRecord
+from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.store import rows
 from batch_orchestration.store.connection import reading
 from batch_orchestration.workers.utilization import TimeBreakdown
-from batch_orchestration.workers.utilization_files import accounts_path, read_accounts
+from batch_orchestration.workers.utilization_files import accounts_path
 
-
-class BatchFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """The store's figures of one batch; outcomes are those of committed chunks."""
-
-    batch_id: str
-    status: BatchStatus
-    created_at: float
-    total: int
-    completed: int
-    failed: int
-
-    @property
-    def is_final(self) -> bool:
-        """Whether the batch has ended."""
-        return self.status in FINAL
+logger = logging.getLogger(__name__)
+#: Reading the store blocks commits: it is read at most this often, however often one scrapes.
+STORE_SECONDS = 5.0
+#: Longest wait for a locked store; Prometheus gives up after ten seconds.
+LOCK_SECONDS = 1.0
+#: Finished batches with their own series.
+FINISHED_SHOWN = 5
 
 
 class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,8 +46,8 @@ class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     batches_by_status: dict[str, int]
-    unfinished: tuple[BatchFigures, ...]
-    finished: tuple[BatchFigures, ...]
+    unfinished: tuple[BatchRecord, ...]
+    finished: tuple[BatchRecord, ...]
     committed_chunks: int
     completed: int
     attempts: int
@@ -67,7 +59,6 @@ class StoreFigures(msgspec.Struct, frozen=True, kw_only=True):
     latency_seconds: float
 
 
-_BATCH = ("batch_id", "status", "created_at", "requests", "completed", "failed")
 _IS_FINAL = f"status IN ({', '.join(repr(str(status)) for status in sorted(FINAL))})"
 #: The time at which a batch ended.
 _ENDED = "coalesce(completed_at, cancelled_at, expired_at, failed_at, created_at)"
@@ -130,27 +121,8 @@ def _counts(db: duckdb.DuckDBPyConnection, sql: str) -> dict[str, int]:
     return dict(db.execute(sql).fetchall())
 
 
-def _batches(db: duckdb.DuckDBPyConnection, rest: str) -> tuple[BatchFigures, ...]:
-    return tuple(
-        BatchFigures(
-            batch_id=row["batch_id"],
-            status=BatchStatus(row["status"]),
-            created_at=rows.posix_seconds(row["created_at"]),
-            total=row["requests"],
-            completed=row["completed"],
-            failed=row["failed"],
-        )
-        for row in rows.select(db, "batches", _BATCH, rest)
-    )
-
-
-logger = logging.getLogger(__name__)
-#: Reading the store blocks commits: it is read at most this often, however often one scrapes.
-STORE_SECONDS = 5.0
-#: Longest wait for a locked store; Prometheus gives up after ten seconds.
-LOCK_SECONDS = 1.0
-#: Finished batches with their own series.
-FINISHED_SHOWN = 5
+def _batches(db: duckdb.DuckDBPyConnection, rest: str) -> tuple[BatchRecord, ...]:
+    return tuple(map(rows.batch_record, rows.select(db, "batches", rows.BATCHES, rest)))
 
 
 class StoreSource:
@@ -223,12 +195,33 @@ class AccountsSource:
         self._accounts: dict[str, dict[str, TimeBreakdown]] = {}
 
     def refresh(self) -> None:
-        """Read the breakdowns that have changed."""
+        """Read the breakdowns that have changed; of one that is damaged, the known values stay.
+
+        Raises:
+            StorageError: A damaged one was never read: without it, the totals would be too low.
+        """
+        problem = None
         for batch_id, changed_at in self._folders():
-            if self._changed_at.get(batch_id) != changed_at:
+            if self._changed_at.get(batch_id) == changed_at:
+                continue
+            try:
+                self._read(batch_id)
                 self._changed_at[batch_id] = changed_at
-                known = self._accounts.setdefault(batch_id, {})
-                known.update((a.run_id, a) for a in read_accounts(self._folder, batch_id))
+            except StorageError as error:
+                problem = error
+        if problem is not None:
+            raise problem
+
+    def _read(self, batch_id: str) -> None:
+        known, problem = self._accounts.setdefault(batch_id, {}), None
+        for path in accounts_path(self._folder, batch_id).glob("*.json"):
+            try:
+                if (account := read_kept(path, TimeBreakdown)) is not None:
+                    known[path.name] = account
+            except StorageError as error:
+                problem = problem if path.name in known else error
+        if problem is not None:
+            raise problem
 
     def of(self, batch_id: str) -> list[TimeBreakdown]:
         """Return the breakdowns of a batch."""

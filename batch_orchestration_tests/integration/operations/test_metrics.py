@@ -24,6 +24,7 @@ from batch_orchestration.operations.metrics.collector import (
 )
 from batch_orchestration.operations.metrics.names import METRICS
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.utilization_files import account_path
 from batch_orchestration_tests.support.builders import NOW
 from batch_orchestration_tests.support.closing_bench import ClosingBench, StickingEngine
 from batch_orchestration_tests.support.letter_bench import LetterBench
@@ -239,6 +240,20 @@ def test_no_counter_falls_when_a_replay_answers_a_dead_letter(tmp_path: Path) ->
     assert fallen(counted, counters(bench)) == {}
 
 
+def test_a_torn_account_lowers_no_counter(bench: MetricsBench) -> None:
+    bench.account("run-2")
+    exporter, busy = Exporter(bench.folder), ("run_seconds_total", {"part": "busy"})
+    assert exporter.value(busy[0], **busy[1]) == 160
+
+    account_path(bench.folder, bench.plan.batch_id, "run-2").write_bytes(b"{")
+    bench.account("run-3", busy_seconds=1.0)
+
+    assert exporter.value(busy[0], **busy[1]) == 161
+    restarted = bench.page()
+    assert value(restarted, busy[0], **busy[1]) is None
+    assert value(restarted, "source_up", source="accounts") == 0
+
+
 def test_what_a_run_did_is_not_undone_when_its_batch_is_removed(bench: MetricsBench) -> None:
     exporter = Exporter(bench.folder)
     assert exporter.value("engine_restarts_total") == 1
@@ -365,7 +380,9 @@ def test_damaged_files_have_no_series_and_hide_no_others(bench: MetricsBench, le
     assert value(page, "health_level") is None
     assert value(page, "requests_pending") == 10
     assert value(page, "gpu_fenced", uuid="GPU-1") == 1
-    assert [value(page, "source_up", source=name) for name in ("queue", "health")] == [0, 0]
+    for source in ("accounts", "queue", "health"):
+        assert value(page, "source_up", source=source) == 0
+    assert value(page, "run_seconds_total", part="busy") is None, "rather than a lower one"
     assert value(page, "source_up", source="store") == 1
 
 
