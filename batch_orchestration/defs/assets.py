@@ -23,7 +23,6 @@ from batch_orchestration.core.errors import (
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.defs.events import (
     MANIFEST_KEY,
-    Metadata,
     chunk_materialization,
     lost_materializations,
     output_metadata,
@@ -32,6 +31,7 @@ from batch_orchestration.defs.events import (
     sizes_metadata,
 )
 from batch_orchestration.defs.lifecycle import closed_chunks, tag_early_end
+from batch_orchestration.defs.metadata import Metadata
 from batch_orchestration.defs.partitions import BATCH_TAG, batches, chunks
 from batch_orchestration.defs.resources import (
     GpuResource,

@@ -6,8 +6,9 @@ import time
 import dagster as dg
 from pydantic import Field
 
-from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.results import SIMULATED
+from batch_orchestration.defs.job_factory import one_op_job
+from batch_orchestration.defs.metadata import Metadata, metadata_of, table_of
 from batch_orchestration.defs.resources import GpuResource, SettingsResource, open_store
 from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
 from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force
@@ -30,78 +31,52 @@ class CalibrationConfig(dg.Config):
     )
 
 
-@dg.op(pool="gpu")
-def measure_engine(
+@one_op_job("measure_engine", pool="gpu")
+def benchmark_engine(
     context: dg.OpExecutionContext,
     config: CalibrationConfig,
     gpu: GpuResource,
     settings: SettingsResource,
 ) -> None:
-    """Send made-up prompts of two lengths to the engine and keep their cost in `benchmarks`."""
+    """Measure the engine for a few minutes: time estimates use the result until batches have run.
+
+    Launch it once after an installation, and after a change of model, device or engine flags. It
+    waits for the device like any other run. It sends made-up prompts of two lengths, and keeps
+    their cost in the table `benchmarks`.
+    """
     present = gpu.in_force(settings)
     late = present.engine_start_timeout_seconds + MARGIN_SECONDS
     report_phase("starting engine", patience_seconds=max(late, WORK_SECONDS))
     store, in_force = open_store(present), engine_in_force(present)
     engine = gpu.for_run(context.run.run_id, present)
-    try:
-        # The run ends within minutes, so a device fault only keeps the next run from starting.
-        with gpu.sampling(context.run.run_id, present):
-            report = asyncio.run(
-                calibrate(
-                    engine,
-                    requests=config.requests,
-                    seconds=config.seconds,
-                    at_a_time=in_force.at_a_time,
-                    run_id=context.run.run_id,
-                )
+    # The run ends within minutes, so a device fault only keeps the next run from starting.
+    with gpu.sampling(context.run.run_id, present):
+        report = asyncio.run(
+            calibrate(
+                engine,
+                requests=config.requests,
+                seconds=config.seconds,
+                at_a_time=in_force.at_a_time,
+                run_id=context.run.run_id,
             )
-        EstimateTables(store).add_runs(report.runs, model=in_force.model, device=in_force.device)
-        cache_engine_info(engine, in_force, store, at=time.time())
-    except BatchOrchestrationError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from error
+        )
+    EstimateTables(store).add_runs(report.runs, model=in_force.model, device=in_force.device)
+    cache_engine_info(engine, in_force, store, at=time.time())
     context.add_output_metadata(_metadata(report))
 
 
-@dg.job
-def benchmark_engine() -> None:
-    """Measure the engine for a few minutes: time estimates use the result until batches have run.
-
-    Launch it once after an installation, and after a change of model, device or engine flags. It
-    waits for the device like any other run.
-    """
-    measure_engine()
-
-
-def _metadata(report: CalibrationReport) -> dict[str, dg.MetadataValue]:
-    engine = report.runs[0].engine
-    metadata: dict[str, dg.MetadataValue] = {
-        "engine": dg.MetadataValue.text(
-            f"{engine}: made up, says nothing about a real one" if engine == SIMULATED else engine
+def _metadata(report: CalibrationReport) -> Metadata:
+    engine, costs = report.runs[0].engine, report.throughput and report.throughput.costs
+    made_up = f"{engine}: made up, says nothing about a real one"
+    return metadata_of(
+        engine=made_up if engine == SIMULATED else engine,
+        failed_requests=report.failed,
+        rounds=table_of(
+            report.runs,
+            *("requests", "at_a_time", "prompt_tokens", "completion_tokens", "seconds"),
         ),
-        "failed_requests": dg.MetadataValue.int(report.failed),
-        "rounds": dg.MetadataValue.table(
-            [
-                dg.TableRecord(
-                    {
-                        "requests": run.requests,
-                        "at_a_time": run.at_a_time,
-                        "prompt_tokens": run.prompt_tokens,
-                        "completion_tokens": run.completion_tokens,
-                        "seconds": round(run.seconds, 3),
-                    }
-                )
-                for run in report.runs
-            ]
-        ),
-    }
-    if report.throughput is not None:
-        costs = report.throughput.costs
-        metadata |= {
-            "seconds_per_1000_prompt_tokens": dg.MetadataValue.float(1000 * costs.prompt_token),
-            "seconds_per_1000_completion_tokens": dg.MetadataValue.float(
-                1000 * costs.completion_token
-            ),
-            "seconds_per_request": dg.MetadataValue.float(costs.request),
-            "seconds_per_step": dg.MetadataValue.float(costs.step),
-        }
-    return metadata
+        seconds_per_1000_prompt_tokens=costs and 1000 * costs.prompt_token,
+        seconds_per_1000_completion_tokens=costs and 1000 * costs.completion_token,
+        seconds_per_request=costs and costs.request,
+        seconds_per_step=costs and costs.step,
+    )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from batch_orchestration.defs.assets import batch_output
+from batch_orchestration.defs.metadata import Metadata, metadata_of
 from batch_orchestration.defs.partitions import batches
 from batch_orchestration.defs.resources import SettingsResource, data_folder
 from batch_orchestration.delivery.outbox import OutboxFiles
@@ -93,11 +94,5 @@ def _recount(batch_id: str, settings: Settings) -> Recount:
     return recount(folder.read_plan(batch_id), OutboxFiles(folder.outbox_path(batch_id)))
 
 
-def _metadata(counts: Recount) -> dict[str, int | float]:
-    return {
-        "total": counts.total,
-        "completed": counts.completed,
-        "failed": counts.failed,
-        "unasked": counts.unasked,
-        "partial": counts.partial,
-    }
+def _metadata(counts: Recount) -> Metadata:
+    return metadata_of(counts, "total", "completed", "failed", "unasked", "partial")

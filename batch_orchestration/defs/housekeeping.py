@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -16,14 +16,14 @@ import msgspec
 from dagster._core.instance.config import is_dagster_home_set
 from pydantic import Field
 
-from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.defs.housekeeping_in_dagster import chunk_partitions, dagster_parts
+from batch_orchestration.defs.job_factory import config_of, one_op_job
+from batch_orchestration.defs.metadata import table_of
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.lifecycle.clock import DELETION_SECONDS, clock_doubt
 from batch_orchestration.operations.housekeeping.clean import (
     Cleanup,
     Part,
-    PartResult,
     run_cleanup_and_report,
 )
 from batch_orchestration.operations.housekeeping.retention import cleanup_parts
@@ -48,26 +48,28 @@ class HousekeepingConfig(dg.Config):
     dry_run: bool = Field(False, description="Only say what would go.")
 
 
-@dg.op
-def keep_house_once(
+@one_op_job("keep_house_once")
+def housekeeping(
     context: dg.OpExecutionContext, config: HousekeepingConfig, settings: SettingsResource
 ) -> None:
-    """Remove data that is older than the settings allow, and report it."""
+    """Remove data older than the settings allow: journals, samples, logs, runs, partitions.
+
+    Nothing of a batch that has not ended is removed. `housekeeping_schedule` launches the job each
+    night; with `dry_run` it only lists the data that it would remove.
+    """
     report_phase("cleaning up")
     house = _house(settings, dry_run=config.dry_run)
-    try:
-        report = run_cleanup_and_report(
-            _chosen([*cleanup_parts(settings), *dagster_parts(context.instance, settings)], config),
-            house,
-            clock=time.monotonic,
-        )
-    except BatchOrchestrationError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from error
+    report = run_cleanup_and_report(
+        _chosen([*cleanup_parts(settings), *dagster_parts(context.instance, settings)], config),
+        house,
+        clock=time.monotonic,
+    )
     for part, removals in report.removals.items():
         verb = "would remove" if config.dry_run else "removed"
         names = ", ".join(removal.subject for removal in removals[:NAMES_SHOWN])
         context.log.info(f"{part}: {verb} {len(removals):,}: {names}")
-    context.add_output_metadata({"parts": _table(report.results)})
+    columns = ("part", "removed", "size_bytes", "seconds", "note")
+    context.add_output_metadata({"parts": table_of(report.results, *columns)})
     if problems := [f"{r.part}: {r.problem}" for r in report.results if r.problem]:
         raise dg.Failure(description="; ".join(problems), allow_retries=False)
 
@@ -87,32 +89,6 @@ def _chosen(parts: Sequence[Part], config: HousekeepingConfig) -> list[Part]:
             allow_retries=False,
         )
     return [part for part in parts if not config.parts or part.name in config.parts]
-
-
-def _table(results: Iterable[PartResult]) -> dg.MetadataValue:
-    rows = [
-        dg.TableRecord(
-            {
-                "part": result.part,
-                "removed": result.removed,
-                "bytes": result.size_bytes,
-                "seconds": result.seconds,
-                "note": result.note,
-            }
-        )
-        for result in results
-    ]
-    return dg.MetadataValue.table(rows)
-
-
-@dg.job
-def housekeeping() -> None:
-    """Remove data older than the settings allow: journals, samples, logs, runs, partitions.
-
-    Nothing of a batch that has not ended is removed. `housekeeping_schedule` launches the job each
-    night; with `dry_run` it only lists the data that it would remove.
-    """
-    keep_house_once()
 
 
 def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
@@ -146,10 +122,7 @@ def partition_schedule(
     count = sum(map(len, chunk_partitions(context.instance).values()))
     if not most or count <= most * PARTITIONS_HIGH:
         return dg.SkipReason(f"{count:,} chunk partitions, of {most:,}" if most else "no bound")
-    config = dg.RunConfig(
-        {keep_house_once.name: HousekeepingConfig(parts=[PARTITIONS], dry_run=False)}
-    )
-    return dg.RunRequest(run_config=config)
+    return dg.RunRequest(run_config=config_of(housekeeping, parts=[PARTITIONS]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import BatchOrchestrationError, FileStillChanging
 from batch_orchestration.defs.assets import batch_output, chunk_results
 from batch_orchestration.defs.events import manifest_materialization
+from batch_orchestration.defs.job_factory import one_op_job
 from batch_orchestration.defs.partitions import add_partitions, name_tags
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.estimates.batch_estimates import read_estimate
@@ -46,11 +47,14 @@ class SubmitConfig(dg.Config):
     )
 
 
-@dg.op
-def admit_claim(
+@one_op_job("admit_claim")
+def admit_batch(
     context: dg.OpExecutionContext, config: AdmitConfig, settings: SettingsResource
 ) -> None:
-    """Read a claimed file: it becomes a batch, or goes to `inbox/rejected` with its faults."""
+    """Read a claimed file: it becomes a batch, or goes to `inbox/rejected` with its faults.
+
+    `inbox_sensor` launches it; you need not.
+    """
     report_phase("admitting")
     folder, store = data_folder(settings), open_store(settings)
     claim = open_inbox(settings, folder).claim(config.claim_id)
@@ -72,11 +76,14 @@ def admit_claim(
         add_partitions(context.instance, plan)
 
 
-@dg.op
-def submit_file(
+@one_op_job("submit_file")
+def submit_batch(
     context: dg.OpExecutionContext, config: SubmitConfig, settings: SettingsResource
 ) -> None:
-    """Copy a file with its side-car into the inbox; `inbox_sensor` admits it from there."""
+    """Submit a file by hand: give its path, and optionally model, priority, metadata and window.
+
+    A copy of the file and of its side-car goes into the inbox; `inbox_sensor` admits it from there.
+    """
     given = config.model_dump(exclude={"path"})
     try:
         options = msgspec.convert(given, BatchOptions)
@@ -87,25 +94,13 @@ def submit_file(
     context.add_output_metadata({"inbox_file": dg.MetadataValue.path(dropped)})
 
 
-@dg.job
-def admit_batch() -> None:
-    """Turn a claimed file into a batch. `inbox_sensor` launches it; you need not."""
-    admit_claim()
-
-
-@dg.job
-def submit_batch() -> None:
-    """Submit a file by hand: give its path, and optionally model, priority, metadata and window."""
-    submit_file()
-
-
 answer_chunks = dg.define_asset_job(
     "answer_chunks",
     selection=[chunk_results],
-    description="Answer consecutive chunks with one engine. dispatch_sensor asks for it.",
+    description="Answer consecutive chunks with one engine. `dispatch_sensor` launches it.",
 )
 deliver_batch = dg.define_asset_job(
     "deliver_batch",
     selection=[batch_output],
-    description="Write a batch's output files and check them. dispatch_sensor asks for it.",
+    description="Write a batch's output files and check them. `dispatch_sensor` launches it.",
 )

@@ -7,11 +7,11 @@ from dataclasses import replace
 import dagster as dg
 from pydantic import Field
 
-from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.defs.events import closed_chunk_materialization
+from batch_orchestration.defs.job_factory import one_op_job
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import tags_about
 from batch_orchestration.dispatch.run_planning import KnownRun, RunState
@@ -34,36 +34,27 @@ class CancelConfig(dg.Config):
     reason: str = Field("", description="Why; kept in the batch's history and in its report.")
 
 
-@dg.op
-def cancel_one(
+@one_op_job("cancel_one")
+def cancel_batch(
     context: dg.OpExecutionContext, config: CancelConfig, settings: SettingsResource
 ) -> None:
-    """Record the cancellation of a batch; the run at work on it stops by itself."""
-    folder = data_folder(settings)
-    context.instance.add_run_tags(context.run.run_id, tags_about(config.batch, folder))
-    try:
-        cancellation = cancel(
-            config.batch,
-            folder=folder,
-            store=open_store(settings),
-            actor=context.run.run_id,
-            reason=config.reason,
-            at=time.time(),
-        )
-    except BatchOrchestrationError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from error
-    before = "it was before: " if cancellation.earlier else ""
-    context.log.info(f"{config.batch}: {before}{cancellation.early_end}")
-
-
-@dg.job
-def cancel_batch() -> None:
     """Cancel a batch: the answers so far are delivered.
 
     The other requests become rows of `errors.jsonl`. Requests in flight are dropped within seconds.
     Terminating a run of the batch has the same effect.
     """
-    cancel_one()
+    folder = data_folder(settings)
+    context.instance.add_run_tags(context.run.run_id, tags_about(config.batch, folder))
+    cancellation = cancel(
+        config.batch,
+        folder=folder,
+        store=open_store(settings),
+        actor=context.run.run_id,
+        reason=config.reason,
+        at=time.time(),
+    )
+    before = "it was before: " if cancellation.earlier else ""
+    context.log.info(f"{config.batch}: {before}{cancellation.early_end}")
 
 
 class ResumeConfig(dg.Config):
@@ -79,11 +70,15 @@ class ResumeConfig(dg.Config):
     reason: str = Field("", description="Why; kept in the batch's history.")
 
 
-@dg.op
-def resume_one(
+@one_op_job("resume_one")
+def resume_batch(
     context: dg.OpExecutionContext, config: ResumeConfig, settings: SettingsResource
 ) -> None:
-    """Return a paused or early ended batch to progress; `dispatch_sensor` launches its runs."""
+    """Go on with a batch that is paused or ended early.
+
+    Only requests without an answer are sent. The output files are written again when every request
+    is answered.
+    """
     folder = data_folder(settings)
     context.instance.add_run_tags(context.run.run_id, tags_about(config.batch, folder))
     try:
@@ -97,19 +92,9 @@ def resume_one(
             max_failure_rate=config.max_failure_rate,
             at=time.time(),
         )
-    except (BatchOrchestrationError, ValueError) as error:
+    except ValueError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
     context.log.info(f"{config.batch} goes on")
-
-
-@dg.job
-def resume_batch() -> None:
-    """Go on with a batch that is paused or ended early.
-
-    Only requests without an answer are sent. The output files are written again when every request
-    is answered.
-    """
-    resume_one()
 
 
 def look_after(

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import dagster as dg
 from pydantic import Field
 
-from batch_orchestration.defs.events import MANIFEST_KEY, Metadata, halt_events
+from batch_orchestration.defs.events import MANIFEST_KEY, halt_events
+from batch_orchestration.defs.job_factory import one_op_job
+from batch_orchestration.defs.metadata import metadata_of
 from batch_orchestration.defs.resources import SettingsResource, data_folder
 from batch_orchestration.dispatch.refresh import KeptQueue
 from batch_orchestration.dispatch.table import queue_markdown
@@ -19,7 +21,6 @@ from batch_orchestration.queue.halts import halt_in_force
 QUEUE_KEY = dg.AssetKey("queue_overview")
 #: Dagster keeps each of them as an event.
 OVERVIEW_SECONDS = 60.0
-_DIGEST = "digest"
 
 queue_overview = dg.AssetSpec(
     QUEUE_KEY,
@@ -36,37 +37,28 @@ queue_overview = dg.AssetSpec(
 class PauseConfig(dg.Config):
     """The reason for the pause."""
 
-    reason: str = Field("", description="For those who wonder; shown wherever the queue is.")
+    reason: str = Field("", description="Shown wherever the queue is.")
 
 
-@dg.op
-def pause_the_queue(
+@one_op_job("pause_the_queue")
+def pause_queue(
     context: dg.OpExecutionContext, config: PauseConfig, settings: SettingsResource
 ) -> None:
-    """Stop admission and new runs; runs at work finish the chunks that they have begun."""
+    """Pause the whole queue until `resume_queue`: no file is admitted and no run is started.
+
+    Runs at work finish the chunks that they have begun.
+    """
     pause = Pause(at=time.time(), actor=f"run {context.run.run_id[:8]}", reason=config.reason)
     queue_files.pause(data_folder(settings), pause)
     context.log.info("the queue is paused; the job resume_queue lets it go on")
 
 
-@dg.op
-def resume_the_queue(context: dg.OpExecutionContext, settings: SettingsResource) -> None:
-    """Resume the queue."""
+@one_op_job("resume_the_queue")
+def resume_queue(context: dg.OpExecutionContext, settings: SettingsResource) -> None:
+    """Resume the queue after `pause_queue`."""
     before = queue_files.unpause(data_folder(settings))
     said = "it was not paused" if before is None else f"{before.actor} had paused it"
     context.log.info(f"the queue goes on; {said}")
-
-
-@dg.job
-def pause_queue() -> None:
-    """Pause the whole queue until `resume_queue`: no file is admitted and no run is started."""
-    pause_the_queue()
-
-
-@dg.job
-def resume_queue() -> None:
-    """Resume the queue after `pause_queue`."""
-    resume_the_queue()
 
 
 def report_queue(context: dg.SensorEvaluationContext, queue: KeptQueue, folder: DataFolder) -> None:
@@ -87,13 +79,13 @@ def _halt_events(
 
 
 def _observation(entry: QueueEntry) -> dg.AssetObservation:
-    metadata: Metadata = {
-        "queue_reason": str(entry.reason or "none"),
-        "queue_detail": entry.detail,
-        "queue_place": entry.place,
-    }
-    if entry.expected_start is not None:
-        metadata["expected_start"] = dg.MetadataValue.timestamp(entry.expected_start)
+    start = entry.expected_start
+    metadata = metadata_of(
+        queue_reason=str(entry.reason or "none"),
+        queue_detail=entry.detail,
+        queue_place=entry.place,
+        expected_start=None if start is None else dg.MetadataValue.timestamp(start),
+    )
     return dg.AssetObservation(MANIFEST_KEY, partition=entry.batch_id, metadata=metadata)
 
 
@@ -104,18 +96,18 @@ def _report_overview(instance: dg.DagsterInstance, view: QueueView) -> None:
     latest = instance.get_latest_materialization_event(QUEUE_KEY)
     if latest is not None:
         materialization = latest.asset_materialization
-        before = materialization.metadata.get(_DIGEST) if materialization else None
+        before = materialization.metadata.get("digest") if materialization else None
         if view.at - latest.timestamp < OVERVIEW_SECONDS:
             return
         if before is not None and before.value == digest:
             return
     elif not view.entries:
         return
-    metadata: Metadata = {
-        "queue": dg.MetadataValue.md(queue_markdown(view)),
-        "entries": len(view.entries),
-        "waiting": sum(entry.reason is not None for entry in view.entries),
-        "paused": view.paused is not None,
-        _DIGEST: digest,
-    }
+    metadata = metadata_of(
+        queue=dg.MetadataValue.md(queue_markdown(view)),
+        entries=len(view.entries),
+        waiting=sum(entry.reason is not None for entry in view.entries),
+        paused=view.paused is not None,
+        digest=digest,
+    )
     instance.report_runless_asset_event(dg.AssetMaterialization(QUEUE_KEY, metadata=metadata))

@@ -26,6 +26,8 @@ from batch_orchestration.dead_letters.replaying import ReplayReport, run_replay
 from batch_orchestration.defs.assets import batch_output
 from batch_orchestration.defs.checks import check_again
 from batch_orchestration.defs.events import output_metadata
+from batch_orchestration.defs.job_factory import config_of, one_op_job
+from batch_orchestration.defs.metadata import metadata_of
 from batch_orchestration.defs.partitions import PRIORITY_TAG
 from batch_orchestration.defs.resources import (
     GpuResource,
@@ -93,16 +95,18 @@ class ReplayConfig(dg.Config):
         return Selection(codes=codes, custom_ids=tuple(self.custom_ids), limit=self.limit)
 
 
-@dg.op(pool="gpu")
-def replay_dead_letters(
+@one_op_job("replay_dead_letters", pool="gpu", tags={PRIORITY_TAG: str(REPLAY_PRIORITY)})
+def replay_failed_requests(
     context: dg.OpExecutionContext,
     config: ReplayConfig,
     gpu: GpuResource,
     settings: SettingsResource,
 ) -> None:
-    """Send dead letters to the engine again and rewrite the batch's files.
+    """Replay failed requests of a batch: all, or those with certain codes or custom_ids.
 
-    Each answer is kept as soon as it arrives; a restarted run continues where it stopped.
+    Answers move from `errors.jsonl` to `output.jsonl`; requests that fail again stay, with their
+    history. Each answer is durable as soon as it arrives; a restarted run continues where it
+    stopped.
     """
     present, batch_id = gpu.in_force(settings), config.batch
     try:
@@ -167,28 +171,15 @@ def _tell(context: dg.OpExecutionContext, report: ReplayReport, settings: Settin
     )
     if report.assembly is None:
         return
-    metadata = output_metadata(report.assembly)
-    metadata |= {
-        "replay": replay.number,
-        "replay_answered": report.answered,
-        "replay_failed": report.failed,
-    }
+    metadata = output_metadata(report.assembly) | metadata_of(
+        replay=replay.number, replay_answered=report.answered, replay_failed=report.failed
+    )
     context.log_event(
         dg.AssetMaterialization(batch_output.key, partition=replay.batch_id, metadata=metadata)
     )
     for evaluation in check_again(replay.batch_id, settings):
         # Dagster accepts it; only its annotation is too narrow.
         context.log_event(evaluation)  # type: ignore[arg-type]
-
-
-@dg.job(tags={PRIORITY_TAG: str(REPLAY_PRIORITY)})
-def replay_failed_requests() -> None:
-    """Replay failed requests of a batch: all, or those with certain codes or custom_ids.
-
-    Answers move from `errors.jsonl` to `output.jsonl`; requests that fail again stay, with their
-    history.
-    """
-    replay_dead_letters()
 
 
 @dg.sensor(
@@ -250,11 +241,10 @@ def _request(
         )
     if ended and (wait := backoff_left(len(ended), max(ended), now=now)) > 0:
         return f"failed; next attempt in {wait:.0f} s"
-    config = {"config": {"batch": batch_id, "replay": number}}
     return dg.RunRequest(
         run_key=free_run_key(instance, f"{tag}#{len(ended)}"),
         job_name=replay_failed_requests.name,
-        run_config={"ops": {replay_dead_letters.name: config}},
+        run_config=config_of(replay_failed_requests, batch=batch_id, replay=number),
         tags={REPLAY_TAG: tag, **tags_about(batch_id, folder)},
     )
 

@@ -14,10 +14,9 @@ from batch_orchestration.core.errors import StorageError, StoreDamaged, StoreLoc
 from batch_orchestration.core.fault_isolation import Faults, MemberFault
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.defs.events import manifest_materialization
+from batch_orchestration.defs.job_factory import config_of
 from batch_orchestration.defs.jobs import (
-    AdmitConfig,
     admit_batch,
-    admit_claim,
     answer_chunks,
     deliver_batch,
 )
@@ -125,7 +124,7 @@ def _admission(instance: dg.DagsterInstance, claim: Claim, *, now: float) -> dg.
         return f"{claim.file_name}: {len(ended)} admissions failed{why}; the next in {wait:.0f} s"
     return dg.RunRequest(
         run_key=free_run_key(instance, f"{claim.claim_id}#{len(ended)}"),
-        run_config=dg.RunConfig({admit_claim.name: AdmitConfig(claim_id=claim.claim_id)}),
+        run_config=config_of(admit_batch, claim_id=claim.claim_id),
         tags={CLAIM_TAG: claim.claim_id},
     )
 
