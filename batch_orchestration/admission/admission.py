@@ -65,6 +65,7 @@ from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.atomic import shortages, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import fit_name, move_over, readable_name
+from batch_orchestration.files.unfinished import mark
 from batch_orchestration.queue.capacity import Blocker
 from batch_orchestration.queue.load import check_file_capacity, demand_of, never_fits
 from batch_orchestration.store.store import Store
@@ -307,7 +308,7 @@ class _Admission:
         self._place.decide(result)
         before.verify()
         self._place.take_in(user_file)
-        self._folder.mark_unfinished(target.name)
+        mark(self._folder, target.name)
         self._place.work.rename(target)
         sync_folder(target.parent)
 

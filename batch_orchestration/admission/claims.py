@@ -27,7 +27,7 @@ from batch_orchestration.admission.results import AdmissionResult, Admitted, Que
 from batch_orchestration.admission.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
 from batch_orchestration.core.batches import BatchPlan, Origin
 from batch_orchestration.core.errors import ClaimNotFound, FileDamaged
-from batch_orchestration.files.atomic import make_folder, read_kept, sync_folder, write_atomically
+from batch_orchestration.files.atomic import make_folder, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import (
     is_taken,
@@ -37,6 +37,7 @@ from batch_orchestration.files.moving import (
     readable_name,
 )
 from batch_orchestration.files.sharing import share, shared_lock
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.queue.capacity import Blocker, Demand
 from batch_orchestration.queue.entries import WaitReason
 
@@ -109,7 +110,7 @@ class ClaimFolder:
 
     def origin(self) -> Origin:
         """Return the origin of the file; the inbox itself if none was recorded."""
-        return read_kept(self.origin_path, Origin) or Origin()
+        return StateFile(self.origin_path, Origin).read() or Origin()
 
     def inbox_folder(self) -> Path:
         """Return the inbox folder that the file came from."""
@@ -165,7 +166,7 @@ class ClaimFolder:
     def attempts(self) -> Attempts:
         """Return the attempts so far; if their record is damaged, none."""
         with contextlib.suppress(FileDamaged):  # the next attempt overwrites it
-            return read_kept(self.attempts_path, Attempts) or Attempts()
+            return StateFile(self.attempts_path, Attempts).read() or Attempts()
         return Attempts()
 
     def note(self, attempts: Attempts) -> None:
@@ -303,7 +304,7 @@ def read_result(path: Path) -> AdmissionResult | None:
         FileDamaged: The file cannot be read.
     """
     # mypy does not accept a union as `type[Kept]`.
-    result: AdmissionResult | None = read_kept(path, AdmissionResult)  # type: ignore[arg-type]
+    result: AdmissionResult | None = StateFile(path, AdmissionResult).read()  # type: ignore[arg-type]
     return result
 
 
@@ -365,7 +366,7 @@ class FileScans:
     def find(self, stats: os.stat_result) -> FileScan | None:
         """Return the scan of a file; None if the file was not read, or has changed since."""
         with contextlib.suppress(FileDamaged):  # the file is read again
-            return read_kept(self._file(stats), FileScan)
+            return StateFile(self._file(stats), FileScan).read()
         return None
 
     def keep(self, stats: os.stat_result, scan: FileScan) -> None:

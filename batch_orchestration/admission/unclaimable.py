@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import msgspec
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.files.atomic import read_kept, write_atomically
+from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 
 #: Delay until a file is tried again. Meanwhile it takes no place in the queue.
 RETRY_SECONDS = 60.0
@@ -39,7 +40,7 @@ class UntakenFiles:
     def read(self) -> Mapping[str, Untaken]:
         """Return the recorded files; none if the record is unreadable, so all are tried again."""
         try:
-            return read_kept(self._path, dict[str, Untaken]) or {}
+            return StateFile(self._path, dict[str, Untaken]).read() or {}
         except StorageError:
             return {}
 

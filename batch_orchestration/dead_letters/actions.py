@@ -16,7 +16,8 @@ from batch_orchestration.core.errors import DeadLetterError
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import UTF8_BOM, Fault
 from batch_orchestration.files.atomic import atomic_writer
-from batch_orchestration.files.data_folder import DataFolder, RawLine
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.input_lines import RawLine
 from batch_orchestration.files.kept_input import OriginalLine, original_lines
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store

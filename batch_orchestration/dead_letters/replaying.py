@@ -23,8 +23,7 @@ from batch_orchestration.engines.base import Engine, EngineInfo
 from batch_orchestration.engines.memory_demand import memory_demand
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
-from batch_orchestration.files.kept_input import original_lines
-from batch_orchestration.files.plan_checks import check_settings
+from batch_orchestration.files.kept_input import check_settings, original_lines
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.chunk_pass import PendingRequest, RequestPass, TransientError
 from batch_orchestration.inference.feeder import Feeder, first_leaf

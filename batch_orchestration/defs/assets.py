@@ -151,7 +151,7 @@ def chunk_results(
     faults = Faults()
     for batch_id in selection:
         with faults.of(batch_id):
-            if ended := data_folder(present).read_early_end(batch_id):
+            if ended := data_folder(present).early_end(batch_id).read():
                 tag_early_end(context.instance, context.run.run_id, ended)
                 context.log.warning(f"{batch_id}: {ended}. To go on: resume {batch_id}")
     for fault in faults:

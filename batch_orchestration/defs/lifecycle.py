@@ -119,7 +119,7 @@ def look_after(
     readable = []
     for batch in batches:
         with faults.of(batch.batch_id):
-            if (found := folder.read_resumption(batch.batch_id)) is not None:
+            if (found := folder.resumption(batch.batch_id).read()) is not None:
                 since[batch.batch_id] = found.at
             readable.append(batch)
     known = [_superseded(run, since.get(run.batch_id, 0.0)) for run in runs]

@@ -323,7 +323,7 @@ def _of_batch(
     # A batch with a damaged plan is shown all the same.
     with faults.of(batch_id):
         plan = folder.read_plan(batch_id)
-        until = deadline(plan, folder.read_resumption(batch_id))
+        until = deadline(plan, folder.resumption(batch_id).read())
     tokens = None if plan is None else left_of(demand_in(folder, plan), record).tokens
     running = _is_running(folder, batch_id, now)
     standing = Standing(

@@ -1,4 +1,4 @@
-"""Atomic and durable writes, reading of small JSON files, and exceptions for disk errors."""
+"""Atomic and durable writes, and exceptions for disk errors."""
 
 import contextlib
 import errno
@@ -6,42 +6,15 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
-import msgspec
-
-from batch_orchestration.core.errors import DiskFull, FileDamaged, StorageError, TooManyOpenFiles
-from batch_orchestration.files.regular import NO_DESCRIPTOR, open_regular
+from batch_orchestration.core.errors import DiskFull, StorageError, TooManyOpenFiles
+from batch_orchestration.files.regular import NO_DESCRIPTOR
 
 #: No blocks left, quota used up, or the process's own limit on file size reached.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 #: Characters of the name kept in a temporary name, well below the file systems' 255 bytes.
 _NAME_KEPT = 40
-Kept = TypeVar("Kept")
-
-
-def read_kept(path: Path, kind: type[Kept]) -> Kept | None:
-    """Return the content of a small JSON file; None if the file does not exist.
-
-    All such files are read here, so that damage always raises the same exception. The function
-    never blocks: a pipe, a socket or a broken link in the file's place counts as damage.
-
-    Raises:
-        FileDamaged: The path is not a file of this type, or cannot be read.
-        TooManyOpenFiles: No descriptor is left; retry later.
-    """
-    try:
-        with open_regular(path) as file:
-            data = file.read()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise FileDamaged(path, f"cannot be read: {error.strerror or error}") from error
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        reason = "is empty" if not data else f"is damaged: {error}"
-        raise FileDamaged(path, reason) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:

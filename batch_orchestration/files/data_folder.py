@@ -1,39 +1,15 @@
-"""The data folder: its paths, and the files of each batch's plan and decisions."""
+"""The data folder: its paths, and the state files of a batch's plan and decisions."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from batch_orchestration.core.batches import BatchPlan, can_be_id
 from batch_orchestration.core.errors import BatchNotFound, FileDamaged
 from batch_orchestration.core.lifecycle import EarlyEnd, Halt, Resumption
-from batch_orchestration.files.atomic import (
-    atomic_writer,
-    disk_errors,
-    make_folder,
-    read_kept,
-    shortages,
-    sync_folder,
-    write_atomically,
-)
-from batch_orchestration.files.input_lines import RawLine, new_digest, read_chunk, read_lines
+from batch_orchestration.files.atomic import make_folder
 from batch_orchestration.files.sharing import share
-
-__all__ = [
-    "DataFolder",
-    "RawLine",
-    "atomic_writer",
-    "disk_errors",
-    "make_folder",
-    "new_digest",
-    "read_chunk",
-    "read_lines",
-    "shortages",
-    "sync_folder",
-    "write_atomically",
-]
+from batch_orchestration.files.state_file import StateFile
 
 
 @dataclass(frozen=True)
@@ -153,31 +129,31 @@ class DataFolder:
 
     def plan_path(self, batch_id: str) -> Path:
         """Path of a batch's plan."""
-        return self.batches / _folder_name(batch_id) / "plan.json"
+        return self._of_batch(batch_id) / "plan.json"
 
     def input_path(self, batch_id: str) -> Path:
         """Path of a batch's kept input, uncompressed; an original `.gz` lies beside it."""
-        return self.batches / _folder_name(batch_id) / "input.jsonl"
+        return self._of_batch(batch_id) / "input.jsonl"
 
-    def early_end_path(self, batch_id: str) -> Path:
-        """Path of the decision to end a batch early; the batch ends early if the file exists."""
-        return self.batches / _folder_name(batch_id) / "early-end.json"
+    def early_end(self, batch_id: str) -> StateFile[EarlyEnd]:
+        """The decision to end a batch early; the batch ends early if the file exists."""
+        return StateFile(self._of_batch(batch_id) / "early-end.json", EarlyEnd)
 
-    def halt_path(self, batch_id: str) -> Path:
-        """Path of the decision to pause a batch because too many of its requests fail."""
-        return self.batches / _folder_name(batch_id) / "halted.json"
+    def halt(self, batch_id: str) -> StateFile[Halt]:
+        """The decision to pause a batch because too many of its requests fail."""
+        return StateFile(self._of_batch(batch_id) / "halted.json", Halt)
 
-    def resumption_path(self, batch_id: str) -> Path:
-        """Path of the decision to resume a batch."""
-        return self.batches / _folder_name(batch_id) / "resumed.json"
+    def resumption(self, batch_id: str) -> StateFile[Resumption]:
+        """The latest decision to resume a batch; its writer marks the batch as unfinished first."""
+        return StateFile(self._of_batch(batch_id) / "resumed.json", Resumption)
 
     def progress_path(self, batch_id: str) -> Path:
         """Path of the progress file, written by the batch's run."""
-        return self.batches / _folder_name(batch_id) / "progress.json"
+        return self._of_batch(batch_id) / "progress.json"
 
     def pruned_path(self, batch_id: str) -> Path:
         """Path of the marker for a batch whose journals housekeeping has removed."""
-        return self.batches / _folder_name(batch_id) / "pruned.json"
+        return self._of_batch(batch_id) / "pruned.json"
 
     def journal_path(self, batch_id: str, number: int) -> Path:
         """Path of a chunk's journal."""
@@ -195,10 +171,6 @@ class DataFolder:
         """Path of the record of a run's engine processes, beside the engine's log."""
         return self.logs / "engines" / f"{run_id}.process.json"
 
-    def write_plan(self, plan: BatchPlan) -> None:
-        """Write a plan durably; the batch's folder is created if missing."""
-        write_atomically(self.plan_path(plan.batch_id), msgspec.json.encode(plan) + b"\n")
-
     def read_plan(self, batch_id: str) -> BatchPlan:
         """Return the plan of a batch.
 
@@ -206,88 +178,25 @@ class DataFolder:
             BatchNotFound: There is no plan of that id.
             FileDamaged: The plan cannot be read or belongs to another batch.
         """
-        found = _plan_at(self.plan_path(batch_id), batch_id)
-        if found is None:
+        path = self.plan_path(batch_id)
+        if (plan := StateFile(path, BatchPlan).read()) is None:
             raise BatchNotFound(f"no batch {batch_id!r} in {self.batches}")
-        return found
-
-    def write_early_end(self, batch_id: str, early_end: EarlyEnd) -> None:
-        """Write the decision to end a batch early, durably."""
-        write_atomically(self.early_end_path(batch_id), msgspec.json.encode(early_end) + b"\n")
-
-    def read_early_end(self, batch_id: str) -> EarlyEnd | None:
-        """Return the decision to end a batch early; None if there is none.
-
-        Raises:
-            FileDamaged: The file cannot be read.
-        """
-        return read_kept(self.early_end_path(batch_id), EarlyEnd)
-
-    def remove_early_end(self, batch_id: str) -> None:
-        """Withdraw the decision to end a batch early, durably."""
-        _remove(self.early_end_path(batch_id))
-
-    def write_halt(self, batch_id: str, halt: Halt) -> None:
-        """Write the decision to pause a batch, durably."""
-        write_atomically(self.halt_path(batch_id), msgspec.json.encode(halt) + b"\n")
-
-    def read_halt(self, batch_id: str) -> Halt | None:
-        """Return the decision to pause a batch; None if there is none.
-
-        Raises:
-            FileDamaged: The file cannot be read.
-        """
-        return read_kept(self.halt_path(batch_id), Halt)
-
-    def remove_halt(self, batch_id: str) -> None:
-        """Withdraw the decision to pause a batch, durably."""
-        _remove(self.halt_path(batch_id))
-
-    def write_resumption(self, batch_id: str, resumption: Resumption) -> None:
-        """Write the decision to resume a batch, durably."""
-        self.mark_unfinished(batch_id)
-        write_atomically(self.resumption_path(batch_id), msgspec.json.encode(resumption) + b"\n")
-
-    def read_resumption(self, batch_id: str) -> Resumption | None:
-        """Return the latest decision to resume a batch; None if there is none.
-
-        Raises:
-            FileDamaged: The file cannot be read.
-        """
-        return read_kept(self.resumption_path(batch_id), Resumption)
-
-    def mark_unfinished(self, name: str) -> None:
-        """Add a batch to the index of `files/unfinished.py`, durably, or renew its mark."""
-        if self.unfinished.is_dir():  # without the index, ticks read every batch
-            write_atomically(self.unfinished / name, b"")
+        if plan.batch_id != batch_id:
+            raise FileDamaged(path, f"is the plan of {plan.batch_id}: its folder is a copy")
+        return plan
 
     def batch_ids(self) -> list[str]:
-        """Return the ids of all planned batches, sorted; other folders are ignored."""
-        return sorted(ids_in(self.batches, "plan.json"))
+        """Return the ids of all planned batches, sorted, those with a damaged plan included."""
+        try:
+            with os.scandir(self.batches) as entries:
+                names = sorted(entry.name for entry in entries if can_be_id(entry.name))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        # A broken link counts as present: the file is damaged, but the batch exists.
+        return [name for name in names if os.path.lexists(self.plan_path(name))]
 
-
-def _plan_at(path: Path, batch_id: str) -> BatchPlan | None:
-    plan = read_kept(path, BatchPlan)
-    if plan is not None and plan.batch_id != batch_id:
-        raise FileDamaged(path, f"is the plan of {plan.batch_id}: its folder is a copy")
-    return plan
-
-
-def ids_in(place: Path, file: str) -> list[str]:
-    """Return the names of the subfolders that hold the file, damaged or not, and are valid ids."""
-    try:
-        with os.scandir(place) as entries:
-            names = [entry.name for entry in entries if can_be_id(entry.name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    # A broken link counts as present: the file is damaged, but the batch exists.
-    return [name for name in names if os.path.lexists(place / name / file)]
-
-
-def _remove(path: Path) -> None:
-    with disk_errors(path):
-        path.unlink(missing_ok=True)
-        sync_folder(path.parent)
+    def _of_batch(self, batch_id: str) -> Path:
+        return self.batches / _folder_name(batch_id)
 
 
 def _folder_name(batch_id: str) -> str:

@@ -1,11 +1,12 @@
-"""Chunks of the kept input, and the original lines of requests."""
+"""The kept input: its chunks, the original lines of requests, and checks against the plan."""
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from batch_orchestration.core.batches import BatchPlan, Chunk, chunk_key
+from batch_orchestration.core.batches import BatchPlan, Chunk, chunk_key, settings_difference
 from batch_orchestration.core.errors import PlanMismatch, StorageError
 from batch_orchestration.core.requests import (
     Fault,
@@ -16,9 +17,11 @@ from batch_orchestration.core.requests import (
 )
 from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.files.atomic import shortages
-from batch_orchestration.files.data_folder import DataFolder, RawLine, read_chunk
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.input_lines import RawLine, read_chunk
 from batch_orchestration.files.journal import JournalEntry
-from batch_orchestration.files.plan_checks import check_input_kept
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,3 +143,57 @@ def _parse(
         )
     data = override_line(raw.data, overrides)
     return parse_line(data, index=raw.index, line=raw.line, model_required=model_required)
+
+
+def check_input_size(plan: BatchPlan, folder: DataFolder) -> None:
+    """Check that the kept input has the size in the plan.
+
+    The bytes of each chunk are verified when they are read. This check finds bytes after the last
+    chunk, added by a copy that had stalled for longer than the inbox waits.
+
+    Raises:
+        PlanMismatch: Bytes were appended or cut off after admission.
+    """
+    check_input_kept(plan, folder)
+    path = folder.input_path(plan.batch_id)
+    present = path.stat().st_size
+    if present != plan.size_bytes:
+        raise PlanMismatch(
+            f"{path} has {present:,} bytes, but {plan.size_bytes:,} when it was admitted: it was"
+            " still being written. Drop the complete file again; it will be a batch of its own."
+        )
+
+
+def input_removed_path(plan: BatchPlan, folder: DataFolder) -> Path:
+    """Return the path of the marker for a kept input that housekeeping has removed."""
+    return folder.input_path(plan.batch_id).with_name("input-removed.json")
+
+
+def check_input_kept(plan: BatchPlan, folder: DataFolder) -> None:
+    """Raise `PlanMismatch` if housekeeping has removed the kept input of a batch."""
+    if input_removed_path(plan, folder).exists():
+        raise PlanMismatch(
+            f"the kept input of {plan.batch_id} was removed by its age"
+            f" (BATCH_INPUT_RETENTION_DAYS). Its answers are in the store and in the outbox; to ask"
+            f" anything again, submit {plan.file_name} with another option, such as metadata"
+        )
+
+
+def check_settings(plan: BatchPlan, present: Mapping[str, object], *, force: bool) -> None:
+    """Check that the settings in force equal those in the plan.
+
+    Raises:
+        PlanMismatch: The settings differ and the run is not forced; the message lists them.
+    """
+    difference = settings_difference(plan.settings, dict(present))
+    if not difference:
+        return
+    shown = "\n  ".join(difference)
+    if force:
+        logger.warning("batch %s runs with other settings:\n  %s", plan.batch_id, shown)
+        return
+    raise PlanMismatch(
+        f"settings differ from those that batch {plan.batch_id} was planned with"
+        f" (planned → present):\n  {shown}\n"
+        "Restore them, or launch the chunks with `force: true` to mix answers of both."
+    )

@@ -2,7 +2,7 @@
 
 `unfinished/` has an empty file, named by the batch id, for each batch with changes on the disk that
 may be missing from the store: a batch not yet in the store, a resumption, or an open replay.
-Code that makes such a change calls `mark_unfinished` first, so that a crash can leave a needless
+Code that makes such a change calls `mark` first, so that a crash can leave a needless
 mark but never a missing one. `lifecycle/unfinished.py` removes marks and adds missing ones.
 """
 
@@ -10,6 +10,7 @@ import contextlib
 import os
 
 from batch_orchestration.core.batches import can_be_id
+from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 
 #: A file whose mtime is the time of the last search for missing marks. No id begins with a dot.
@@ -36,6 +37,16 @@ def all_ids(folder: DataFolder) -> list[str]:
     return sorted(filter(can_be_id, names))
 
 
+def mark(folder: DataFolder, name: str) -> None:
+    """Add a batch to the index, durably, or renew its mark.
+
+    Raises:
+        StorageError: The index cannot be written.
+    """
+    if folder.unfinished.is_dir():  # without the index, ticks read every batch
+        write_atomically(folder.unfinished / name, b"")
+
+
 def unmark(folder: DataFolder, name: str, *, older_than: float) -> None:
     """Remove a batch from the index if its mark was last renewed before `older_than`."""
     path = folder.unfinished / name
@@ -59,6 +70,6 @@ def note_search(folder: DataFolder, *, at: float) -> None:
     Raises:
         StorageError: The index cannot be written.
     """
-    folder.mark_unfinished(_SEARCHED)
+    mark(folder, _SEARCHED)
     with contextlib.suppress(OSError):  # the next tick searches again
         os.utime(folder.unfinished / _SEARCHED, (at, at))

@@ -10,8 +10,9 @@ import msgspec
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.engines.processes.records import boot_id
-from batch_orchestration.files.atomic import disk_errors, read_kept, sync_folder, write_atomically
+from batch_orchestration.files.atomic import disk_errors, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.faults import ClearedFence, Fence, holds_because
 
@@ -73,7 +74,7 @@ def cleared_fences(folder: DataFolder) -> list[ClearedFence]:
     found = []
     for path in (folder.fences / "cleared").glob("*.json"):
         try:
-            record = read_kept(path, ClearedFence)
+            record = StateFile(path, ClearedFence).read()
         except StorageError:
             continue
         if record is not None:
@@ -83,7 +84,7 @@ def cleared_fences(folder: DataFolder) -> list[ClearedFence]:
 
 def _read(path: Path) -> Fence | None:
     try:
-        return read_kept(path, Fence)
+        return StateFile(path, Fence).read()
     except StorageError as error:
         return Fence(uuid=path.stem, at=0.0, reason=f"its fence says nothing: {error}", by="nobody")
 

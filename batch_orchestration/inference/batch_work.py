@@ -172,7 +172,7 @@ class BatchWork:
 
     def ends_early(self) -> bool:
         """Whether an early end of the batch has been decided."""
-        return self._folder.early_end_path(self.plan.batch_id).exists()
+        return self._folder.early_end(self.plan.batch_id).path.exists()
 
     def sync(self) -> None:
         """Make the records in the open journals survive a power loss."""

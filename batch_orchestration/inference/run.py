@@ -22,8 +22,7 @@ from batch_orchestration.core.results import Provenance
 from batch_orchestration.engines.base import Engine, EngineInfo
 from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.kept_input import ChunkRef
-from batch_orchestration.files.plan_checks import check_input_size, check_settings
+from batch_orchestration.files.kept_input import ChunkRef, check_input_size, check_settings
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.batch_work import BatchWork
 from batch_orchestration.inference.chunk_pass import PendingRequest

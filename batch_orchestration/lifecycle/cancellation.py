@@ -32,6 +32,7 @@ from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.atomic import disk_errors, shortages
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import shared_lock
+from batch_orchestration.files.unfinished import mark
 from batch_orchestration.lifecycle.clock import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.store.store import Store
 
@@ -54,7 +55,7 @@ class Cancellation:
 
 def early_end_lock(folder: DataFolder, batch_id: str) -> BaseFileLock:
     """Return the lock for decisions about the end of a batch; it is never held for long."""
-    return shared_lock(folder.early_end_path(batch_id).with_name("early-end.lock"))
+    return shared_lock(folder.early_end(batch_id).path.with_name("early-end.lock"))
 
 
 def early_end_in_force(folder: DataFolder, record: BatchRecord) -> EarlyEnd | None:
@@ -62,7 +63,7 @@ def early_end_in_force(folder: DataFolder, record: BatchRecord) -> EarlyEnd | No
 
     A cancellation made after delivery began is ignored.
     """
-    early_end = folder.read_early_end(record.batch_id)
+    early_end = folder.early_end(record.batch_id).read()
     if early_end is None or record.status is BatchStatus.COMPLETED:
         return None
     late = record.status is BatchStatus.FINALIZING and early_end.status is BatchStatus.CANCELLED
@@ -88,7 +89,7 @@ def cancel(
     require_batch(batch_id, folder)
     with early_end_lock(folder, batch_id):
         set_damaged_decisions_aside(batch_id, folder, at=at)
-        known = folder.read_early_end(batch_id)
+        known = folder.early_end(batch_id).read()
         record = _record(batch_id, folder, store)
         if record and (obstacle := _nothing_to_cancel(record, known)) is not None:
             raise IllegalTransition(f"there is nothing to cancel: batch {batch_id} {obstacle}")
@@ -96,7 +97,7 @@ def cancel(
             status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason
         )
         if known is None:
-            folder.write_early_end(batch_id, early_end)
+            folder.early_end(batch_id).write(early_end)
             crash_point(CrashPoint.AFTER_EARLY_END)
         if record:
             _tell_store(record, early_end, store)
@@ -120,16 +121,17 @@ def set_damaged_decisions_aside(batch_id: str, folder: DataFolder, *, at: float)
         StorageError: A decision cannot be renamed.
     """
     try:
-        folder.read_early_end(batch_id)
+        folder.early_end(batch_id).read()
     except FileDamaged as damaged:
         _set_aside(damaged.path, at)
     try:
-        folder.read_resumption(batch_id)
+        folder.resumption(batch_id).read()
     except FileDamaged as damaged:
         resumed_at = damaged.path.lstat().st_mtime
         _set_aside(damaged.path, at)
         resumption = Resumption(at=resumed_at, actor="unknown", reason=damaged.reason)
-        folder.write_resumption(batch_id, resumption)
+        mark(folder, batch_id)
+        folder.resumption(batch_id).write(resumption)
 
 
 def _set_aside(path: Path, at: float) -> None:
@@ -150,15 +152,15 @@ def expire(
     """
     batch_id = batch.batch_id
     with early_end_lock(folder, batch_id):
-        known = folder.read_early_end(batch_id)
-        ends_at = deadline(batch, folder.read_resumption(batch_id))
+        known = folder.early_end(batch_id).read()
+        ends_at = deadline(batch, folder.resumption(batch_id).read())
         if known is not None or now < ends_at or delivered(folder, batch_id):
             return known
         reason = f"its completion window of {batch.options.completion_window} is over"
         if ends_at > deadline(batch):
             reason = "the completion window that it was resumed with is over"
         early_end = EarlyEnd(status=BatchStatus.EXPIRED, at=now, actor=actor, reason=reason)
-        folder.write_early_end(batch_id, early_end)
+        folder.early_end(batch_id).write(early_end)
         crash_point(CrashPoint.AFTER_EARLY_END)
     return early_end
 
@@ -200,7 +202,7 @@ def end_overdue(
                     early_end = cancel(
                         batch_id, folder=folder, store=store, actor=run_id, reason=reason, at=now
                     ).early_end
-                elif now < deadline(batch, folder.read_resumption(batch_id)):
+                elif now < deadline(batch, folder.resumption(batch_id).read()):
                     continue
                 elif doubt is not None:
                     logger.warning("%s seems to be overdue and goes on: %s", batch_id, doubt)
@@ -218,12 +220,12 @@ def _decide_again(
 ) -> EarlyEnd | None:
     """Renew a decision whose file was removed; None if the batch is not being cancelled now."""
     with early_end_lock(folder, batch_id):
-        known = folder.read_early_end(batch_id)
+        known = folder.early_end(batch_id).read()
         if known is not None or store.batch(batch_id).status is not BatchStatus.CANCELLING:
             return known
         reason = "being cancelled; the reason was in early-end.json, which is gone"
         early_end = EarlyEnd(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
-        folder.write_early_end(batch_id, early_end)
+        folder.early_end(batch_id).write(early_end)
     return early_end
 
 
@@ -233,7 +235,7 @@ def delivered(folder: DataFolder, batch_id: str) -> bool:
         written_at = (folder.outbox_path(batch_id) / "output.jsonl").stat().st_mtime
     except FileNotFoundError:
         return False
-    resumption = folder.read_resumption(batch_id)
+    resumption = folder.resumption(batch_id).read()
     return resumption is None or written_at > resumption.at
 
 
@@ -317,8 +319,8 @@ class EarlyEndWatch:
         self._plan = plan
         self._folder = folder
         self._run_id = run_id
-        self._known = folder.read_early_end(plan.batch_id) if only_new else None
-        resumption = folder.read_resumption(plan.batch_id)
+        self._known = folder.early_end(plan.batch_id).read() if only_new else None
+        resumption = folder.resumption(plan.batch_id).read()
         self.deadline = float("inf") if only_new else deadline(plan, resumption)
         self.seen: EarlyEnd | None = None
         self._seen_at = 0.0
@@ -333,7 +335,7 @@ class EarlyEndWatch:
         """Return the decision, if there is one; a `Shortage` leaves the check to the next call."""
         with (
             contextlib.suppress(Shortage),
-            shortages(self._folder.early_end_path(self._plan.batch_id)),
+            shortages(self._folder.early_end(self._plan.batch_id).path),
         ):
             self._look()
         return self.seen
@@ -355,7 +357,7 @@ class EarlyEndWatch:
     def _read(self) -> EarlyEnd | None:
         """Return the decision; if it cannot be read, this run goes on but no other is started."""
         try:
-            return self._folder.read_early_end(self._plan.batch_id)
+            return self._folder.early_end(self._plan.batch_id).read()
         except FileDamaged as damaged:
             if not self._told_of_damage:
                 logger.warning("%s; this run goes on", damaged)

@@ -17,7 +17,8 @@ from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.core.requests import parse_line
 from batch_orchestration.core.results import ChunkReport, Provenance, SettledRequest
-from batch_orchestration.files.data_folder import DataFolder, RawLine
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.input_lines import RawLine
 from batch_orchestration.files.journal import Journal, JournalEntry, read_journal, replay_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds
 from batch_orchestration.lifecycle.cancellation import early_end_in_force

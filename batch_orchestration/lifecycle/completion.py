@@ -62,9 +62,9 @@ def finish_ending(
         return
     with early_end_lock(folder, ending.batch_id):
         store.set_status(ending.batch_id, ending.status, at=at, actor=actor, reason=reason)
-        if ending.early_end is None and (late := folder.read_early_end(ending.batch_id)):
+        if ending.early_end is None and (late := folder.early_end(ending.batch_id).read()):
             logger.warning("%s is completed; too late: %s", ending.batch_id, late)
-            folder.remove_early_end(ending.batch_id)
+            folder.early_end(ending.batch_id).remove()
 
 
 def _first_step(early_end: EarlyEnd | None, actor: str) -> tuple[BatchStatus, str, str]:

@@ -21,7 +21,7 @@ from batch_orchestration.core.lifecycle import (
 )
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.unfinished import marked
+from batch_orchestration.files.unfinished import mark, marked
 from batch_orchestration.lifecycle.cancellation import early_end_lock, set_damaged_decisions_aside
 from batch_orchestration.queue.halts import halt_in_force
 from batch_orchestration.store.store import Store
@@ -65,7 +65,7 @@ def resume(
         if not can_resume(record, folder):
             raise IllegalTransition(f"there is nothing to resume: batch {batch_id} {_why(record)}")
         set_damaged_decisions_aside(batch_id, folder, at=at)
-        before = folder.read_resumption(batch_id)
+        before = folder.resumption(batch_id).read()
         resumption = Resumption(
             at=at,
             actor=actor,
@@ -80,7 +80,8 @@ def resume(
                 f"the completion window of batch {batch_id} is over:"
                 " give it a new one, counted from now (--completion-window 24h)"
             )
-        folder.write_resumption(batch_id, resumption)
+        mark(folder, batch_id)
+        folder.resumption(batch_id).write(resumption)
         crash_point(CrashPoint.AFTER_RESUMPTION)
         _carry_out(record, resumption, folder, store)
     return resumption
@@ -108,7 +109,7 @@ def finish_resumptions(
             if is_resumed(record, folder):
                 with early_end_lock(folder, record.batch_id):
                     now = store.batch(record.batch_id)
-                    resumption = folder.read_resumption(record.batch_id)
+                    resumption = folder.resumption(record.batch_id).read()
                     if now.status in RESUMABLE and resumption is not None:
                         _carry_out(now, resumption, folder, store)
                         finished.append(record.batch_id)
@@ -123,7 +124,7 @@ def is_resumed(record: BatchRecord, folder: DataFolder) -> bool:
     """
     if record.status not in RESUMABLE:
         return False
-    resumption = folder.read_resumption(record.batch_id)
+    resumption = folder.resumption(record.batch_id).read()
     return resumption is not None and resumption.at > record.times[record.status]
 
 
@@ -131,11 +132,11 @@ def _carry_out(
     record: BatchRecord, resumption: Resumption, folder: DataFolder, store: Store
 ) -> None:
     # The files first: a run that starts right after must not find them.
-    folder.remove_halt(record.batch_id)
+    folder.halt(record.batch_id).remove()
     if record.status not in RESUMABLE:
         logger.info("%s goes on, it was paused", record.batch_id)
         return
-    folder.remove_early_end(record.batch_id)
+    folder.early_end(record.batch_id).remove()
     crash_point(CrashPoint.AFTER_REOPENING)
     chunks = store.reopen_batch(
         record.batch_id,

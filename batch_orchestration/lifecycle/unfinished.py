@@ -8,7 +8,14 @@ from batch_orchestration.admission.registration import is_planned
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.unfinished import all_ids, marked, note_search, searched_at, unmark
+from batch_orchestration.files.unfinished import (
+    all_ids,
+    mark,
+    marked,
+    note_search,
+    searched_at,
+    unmark,
+)
 from batch_orchestration.lifecycle.resumption import is_resumed
 from batch_orchestration.store.operations import replays_of
 from batch_orchestration.store.store import Store
@@ -52,7 +59,7 @@ def _search(folder: DataFolder, store: Store, known: frozenset[str]) -> list[str
         if name not in known and _is_open(name, records.get(name), folder)
     ]
     for name in found:
-        folder.mark_unfinished(name)
+        mark(folder, name)
     return found
 
 

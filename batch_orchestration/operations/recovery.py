@@ -224,7 +224,7 @@ class _Rebuilding:
         if not self._of_chunks:
             return
         with self._problem():
-            self._early_end = self._folder.read_early_end(self._batch_id)
+            self._early_end = self._folder.early_end(self._batch_id).read()
         for number in range(len(plan.chunks)):
             with self._problem(f"chunk {number}: "):
                 self._commit(ChunkRef.of(plan, number, self._folder))

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import msgspec
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.files.atomic import disk_errors, read_kept, sync_folder, write_atomically
+from batch_orchestration.files.atomic import disk_errors, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.queue.entries import NeedsAttention, Pause, QueueView
 
 
@@ -25,7 +26,7 @@ def read_queue(folder: DataFolder) -> QueueView | None:
     Raises:
         StorageError: The file is damaged.
     """
-    return read_kept(folder.queue, QueueView)
+    return StateFile(folder.queue, QueueView).read()
 
 
 def pause(folder: DataFolder, pause: Pause) -> None:
@@ -49,7 +50,7 @@ def read_pause(folder: DataFolder) -> Pause | None:
     A damaged pause file still counts as a pause, because a person wrote it.
     """
     try:
-        return read_kept(folder.paused, Pause)
+        return StateFile(folder.paused, Pause).read()
     except StorageError as error:
         return Pause(
             at=0.0, actor="somebody", reason=f"{error}; resume the queue, or pause it anew"
@@ -70,4 +71,4 @@ def read_needs_attention(folder: DataFolder) -> tuple[NeedsAttention, ...] | Non
     Raises:
         StorageError: The file is damaged.
     """
-    return read_kept(folder.needs, tuple[NeedsAttention, ...])
+    return StateFile(folder.needs, tuple[NeedsAttention, ...]).read()

@@ -19,12 +19,12 @@ def halt_in_force(folder: DataFolder, batch_id: str) -> Halt | None:
         StorageError: Another decision file of the batch is damaged.
     """
     try:
-        halt = folder.read_halt(batch_id)
+        halt = folder.halt(batch_id).read()
     except StorageError as error:
-        halt = _damaged(folder.halt_path(batch_id), error)
-    if halt is None or folder.read_early_end(batch_id) is not None:
+        halt = _damaged(folder.halt(batch_id).path, error)
+    if halt is None or folder.early_end(batch_id).read() is not None:
         return None
-    resumption = folder.read_resumption(batch_id)
+    resumption = folder.resumption(batch_id).read()
     return None if resumption is not None and resumption.at >= halt.at else halt
 
 

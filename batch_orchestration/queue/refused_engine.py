@@ -23,8 +23,9 @@ from batch_orchestration.engines.access import (
     lets_in,
     one_token_probe,
 )
-from batch_orchestration.files.atomic import read_kept, write_atomically
+from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.queue.files import read_queue
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.operations import open_replays
@@ -179,7 +180,7 @@ def _address(settings: Settings) -> str:
 
 def _read(folder: DataFolder) -> Refusal | None:
     try:
-        return read_kept(folder.refusal, Refusal)
+        return StateFile(folder.refusal, Refusal).read()
     except StorageError as error:
         # The next refused run rewrites the file.
         logger.warning("cannot tell whether the engine lets us in: %s", error)

@@ -9,7 +9,8 @@ import msgspec
 from batch_orchestration.core.lifecycle import Halt
 from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.estimates.batch_estimates import read_estimate
-from batch_orchestration.files.data_folder import DataFolder, read_lines
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.input_lines import read_lines
 from batch_orchestration.status.views import BatchStatusView
 from batch_orchestration.workers.progress import Progress, Wait
 

@@ -200,9 +200,9 @@ def _decisions(batch_id: str, folder: DataFolder) -> tuple[EarlyEnd | None, Resu
     """Return the decisions about a batch; `operations.health.damage` reports unreadable ones."""
     early_end, resumption = None, None
     with contextlib.suppress(FileDamaged):
-        early_end = folder.read_early_end(batch_id)
+        early_end = folder.early_end(batch_id).read()
     with contextlib.suppress(FileDamaged):
-        resumption = folder.read_resumption(batch_id)
+        resumption = folder.resumption(batch_id).read()
     return early_end, resumption
 
 

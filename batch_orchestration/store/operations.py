@@ -16,11 +16,12 @@ from filelock import BaseFileLock
 from batch_orchestration.core.dead_letters import Discard, Operation, Replay
 from batch_orchestration.core.errors import DeadLetterError, FileDamaged, JournalInUse
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.files.atomic import disk_errors, make_folder, read_kept, write_atomically
+from batch_orchestration.files.atomic import disk_errors, make_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal, JournalEntry, read_journal
 from batch_orchestration.files.sharing import share, shared_lock
-from batch_orchestration.files.unfinished import marked
+from batch_orchestration.files.state_file import StateFile
+from batch_orchestration.files.unfinished import mark, marked
 from batch_orchestration.store.store import Store
 
 _FOLDER = "dead_letters"
@@ -82,7 +83,7 @@ class Operations:
     def add(self, operation: Operation) -> None:
         """Write an operation durably."""
         if isinstance(operation, Replay):
-            self._folder.mark_unfinished(self.batch_id)
+            mark(self._folder, self.batch_id)
         ending = _OPEN if isinstance(operation, Replay) else ".json"
         write_atomically(self._file(operation, ending), msgspec.json.encode(operation))
 
@@ -186,7 +187,7 @@ def _number(path: Path) -> int:
 
 def _read(path: Path) -> Operation:
     # mypy does not accept a union as a `type`.
-    operation: Operation | None = read_kept(path, Replay | Discard)  # type: ignore[arg-type]
+    operation: Operation | None = StateFile(path, Replay | Discard).read()  # type: ignore[arg-type]
     if operation is None:
         raise FileDamaged(path, "has just gone")
     return operation

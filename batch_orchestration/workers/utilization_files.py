@@ -7,8 +7,8 @@ from urllib.parse import quote
 import msgspec
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.workers.utilization import TimeBreakdown, Utilization, kept
 
 
@@ -40,7 +40,7 @@ def write_account(folder: DataFolder, account: TimeBreakdown) -> None:
 def read_account(path: Path) -> TimeBreakdown | None:
     """Return an account; None if there is none that can be read."""
     try:
-        return read_kept(path, TimeBreakdown)
+        return StateFile(path, TimeBreakdown).read()
     except StorageError:
         return None
 

@@ -61,8 +61,16 @@ def damage_a_needed_file(folder: DataFolder, dice: random.Random) -> End | None:
     """Damage a file without which its batch waits, until a person mends it."""
     batches = Store(folder.duckdb, deadline_seconds=60.0).batches()
     unfinished = [batch.batch_id for batch in batches if batch.status not in FINAL]
-    ways = (DataFolder.plan_path, DataFolder.resumption_path, DataFolder.halt_path)
-    found = [path for each in unfinished for way in ways if (path := way(folder, each)).exists()]
+    needed = [
+        path
+        for each in unfinished
+        for path in (
+            folder.plan_path(each),
+            folder.resumption(each).path,
+            folder.halt(each).path,
+        )
+    ]
+    found = [path for path in needed if path.exists()]
     if not found:
         return None
     path, damage = dice.choice(found), dice.choice(DAMAGES)

@@ -57,7 +57,7 @@ def test_a_cancellation_killed_anywhere_is_carried_through(
 
     assert died == -signal.SIGKILL
     assert status_at_death == status
-    assert bench.folder.read_early_end(plan.batch_id).actor == "tester"
+    assert bench.folder.early_end(plan.batch_id).read().actor == "tester"
     assert_delivered(bench, plan, "cancelled")
 
 

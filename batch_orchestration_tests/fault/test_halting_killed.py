@@ -53,6 +53,6 @@ def test_a_resumption_killed_after_its_decision_has_ended_the_pause(bench: Workb
     died = bench.kill("resume", plan, at=f"{CrashPoint.AFTER_RESUMPTION}:1")
 
     assert died == -signal.SIGKILL
-    assert bench.folder.halt_path(plan.batch_id).exists()
+    assert bench.folder.halt(plan.batch_id).path.exists()
     assert bench.halt(plan) is None
     assert bench.dispatch().needed

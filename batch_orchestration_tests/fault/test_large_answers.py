@@ -21,7 +21,13 @@ from batch_orchestration.operations.housekeeping.clean import Cleanup
 from batch_orchestration.operations.housekeeping.retention import clean_inputs, clean_journals
 from batch_orchestration.operations.recovery import find_problem, recover
 from batch_orchestration.store import rows
-from batch_orchestration_tests.support.builders import NOW, make_completion, make_line, make_plan
+from batch_orchestration_tests.support.builders import (
+    NOW,
+    make_completion,
+    make_line,
+    make_plan,
+    write_plan,
+)
 from batch_orchestration_tests.support.large_answers import (
     LARGE,
     MIB,
@@ -222,7 +228,7 @@ def test_large_requests_that_a_cancelled_batch_leaves_unasked_are_not_copied_int
         for number in range(8)
     )
     plan = make_plan(content, requests_per_chunk=8)
-    bench.folder.write_plan(plan)
+    write_plan(bench.folder, plan)
     bench.folder.input_path(plan.batch_id).write_bytes(content)
     bench.store.add_batch(plan, at=NOW)
     early_end = EarlyEnd(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason="")

@@ -20,7 +20,13 @@ from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLe
 from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.inference.faults.oom_recovery import remembered_fallback
-from batch_orchestration_tests.support.builders import NOW, make_body, make_line, make_plan
+from batch_orchestration_tests.support.builders import (
+    NOW,
+    make_body,
+    make_line,
+    make_plan,
+    write_plan,
+)
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.support.workbench import Workbench
 
@@ -46,7 +52,7 @@ class Deployment(Workbench):
             for asked in [{"simulate": simulate[n]} if n in simulate else {}]
         )
         plan = make_plan(content, requests_per_chunk=100)
-        self.folder.write_plan(plan)
+        write_plan(self.folder, plan)
         self.folder.input_path(plan.batch_id).write_bytes(content)
         self.store.add_batch(plan, at=NOW)
         return plan

@@ -14,7 +14,9 @@ from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, 
 from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.core.results import Attempt, Provenance, SettledRequest
 from batch_orchestration.engines.memory_demand import memory_demand
-from batch_orchestration.files.data_folder import DataFolder, RawLine, new_digest, read_lines
+from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.input_lines import RawLine, new_digest, read_lines
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.lifecycle.clock import read_clocks
 
 ENDPOINT = "/v1/chat/completions"
@@ -135,6 +137,10 @@ def believe_the_clock(folder: DataFolder) -> None:
     (folder.root / "clock.json").write_bytes(msgspec.json.encode(row))
 
 
+def write_plan(folder: DataFolder, plan: BatchPlan) -> None:
+    StateFile(folder.plan_path(plan.batch_id), BatchPlan).write(plan)
+
+
 def make_batch(
     folder: DataFolder,
     requests: int,
@@ -162,7 +168,7 @@ def make_batch(
         settings=settings,
         created_at=at,
     )
-    folder.write_plan(plan)
+    write_plan(folder, plan)
     folder.input_path(plan.batch_id).write_bytes(content)
     return plan
 

@@ -18,7 +18,7 @@ from batch_orchestration.inference.run import CommittedChunk
 from batch_orchestration.lifecycle.cancellation import Cancellation, cancel, end_overdue
 from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration.lifecycle.resumption import resume
-from batch_orchestration_tests.support.builders import make_input, make_plan
+from batch_orchestration_tests.support.builders import make_input, make_plan, write_plan
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, StickingEngine
 from batch_orchestration_tests.support.workbench import Workbench
 
@@ -35,7 +35,7 @@ class ClosingBench(Workbench):
         options = msgspec.structs.replace(plan.options, completion_window=window)
         admitted_at = time.time() if at is None else at
         plan = msgspec.structs.replace(plan, options=options, created_at=admitted_at)
-        self.folder.write_plan(plan)
+        write_plan(self.folder, plan)
         self.folder.input_path(plan.batch_id).write_bytes(content)
         self.store.add_batch(plan, at=plan.created_at)
         return plan
@@ -43,7 +43,7 @@ class ClosingBench(Workbench):
     def let_expire(self, plan: BatchPlan) -> None:
         """Let the window of a batch be over."""
         over = Resumption(at=0.0, actor="tester", deadline=time.time() - 1)
-        self.folder.write_resumption(plan.batch_id, over)
+        self.folder.resumption(plan.batch_id).write(over)
 
     def cancel(self, plan: BatchPlan, *, reason: str = "no longer needed") -> Cancellation:
         """Cancel a batch, as a person does."""

@@ -306,7 +306,7 @@ class Workbench:
     def let_expire(self, plan: BatchPlan) -> None:
         """Let the window of a batch be over."""
         over = Resumption(at=0.0, actor="tester", deadline=time.time() - 1)
-        self.folder.write_resumption(plan.batch_id, over)
+        self.folder.resumption(plan.batch_id).write(over)
 
     def end_overdue(
         self, *, terminated: str | None = None, doubt: str | None = None

@@ -42,7 +42,7 @@ class FailureWatch:
         self._plan = plan
         self._folder = folder
         self._run_id = run_id
-        self._resumption = folder.read_resumption(plan.batch_id)
+        self._resumption = folder.resumption(plan.batch_id).read()
         most = _most_failures(plan, self._resumption, default)
         since = self._resumption.at if self._resumption else 0.0
         self._rate = FailureRate(most, () if most >= 1 else _earlier(plan, folder, since=since))
@@ -71,12 +71,12 @@ class FailureWatch:
         batch_id = self._plan.batch_id
         halt = self._rate.halt(at=time.time(), actor=self._run_id)
         with early_end_lock(self._folder, batch_id):
-            if self._folder.read_early_end(batch_id) is not None:
+            if self._folder.early_end(batch_id).read() is not None:
                 return False
-            if self._folder.read_resumption(batch_id) != self._resumption:
+            if self._folder.resumption(batch_id).read() != self._resumption:
                 # These outcomes predate the resumption; the next run judges later ones.
                 return True
-            self._folder.write_halt(batch_id, halt)
+            self._folder.halt(batch_id).write(halt)
         crash_point(CrashPoint.AFTER_HALT)
         logger.error(
             "%s is paused: %d of its latest %d requests failed; `status %s` shows why",

@@ -10,7 +10,8 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.files.atomic import disk_errors, read_kept, write_atomically
+from batch_orchestration.files.atomic import disk_errors, write_atomically
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.alerts.state import AlertState
 
 
@@ -30,7 +31,7 @@ def read_alert_state(path: Path) -> AlertState | None:
     Raises:
         StorageError: The state is damaged.
     """
-    return read_kept(path, AlertState)
+    return StateFile(path, AlertState).read()
 
 
 @contextlib.contextmanager

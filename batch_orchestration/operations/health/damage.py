@@ -21,9 +21,9 @@ from batch_orchestration.core.lifecycle import EarlyEnd, Halt, Resumption
 from batch_orchestration.engines.access import Refusal
 from batch_orchestration.engines.memory_level_file import Descent
 from batch_orchestration.engines.processes.records import ProcessRecord
-from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.plan_checks import check_input_size
+from batch_orchestration.files.kept_input import check_input_size
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.lifecycle.clock import ClockRecord, clock_path
 from batch_orchestration.operations.health.links import CLI
@@ -128,10 +128,10 @@ def _of_batch(folder: DataFolder, batch_id: str) -> Iterator[Damage]:
         _lost(batch_id),
         batch_id,
     )
-    yield from _unreadable(folder.early_end_path(batch_id), EarlyEnd, decide, batch_id)
-    yield from _unreadable(folder.resumption_path(batch_id), Resumption, decide, batch_id)
+    yield from _unreadable(folder.early_end(batch_id).path, EarlyEnd, decide, batch_id)
+    yield from _unreadable(folder.resumption(batch_id).path, Resumption, decide, batch_id)
     go_on = f"{CLI} resume {batch_id}"
-    yield from _unreadable(folder.halt_path(batch_id), Halt, go_on, batch_id)
+    yield from _unreadable(folder.halt(batch_id).path, Halt, go_on, batch_id)
     progress = folder.progress_path(batch_id)
     yield from _unreadable(progress, Progress, _replaced(progress), batch_id)
     if plan:
@@ -180,7 +180,7 @@ def _folders(place: Path) -> list[Path]:
 def _unreadable(
     path: Path, kind: Any, next_command: str, member: str | None = None
 ) -> Iterator[Damage]:
-    yield from _look(path, lambda: read_kept(path, kind), next_command, member)
+    yield from _look(path, lambda: StateFile(path, kind).read(), next_command, member)
 
 
 def _look(path: Path, read: Any, next_command: str, member: str | None = None) -> Iterator[Damage]:

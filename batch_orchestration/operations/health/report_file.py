@@ -2,8 +2,9 @@
 
 import msgspec
 
-from batch_orchestration.files.atomic import read_kept, write_atomically
+from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.health.report import HealthReport
 
 
@@ -18,4 +19,4 @@ def read_health(folder: DataFolder) -> HealthReport | None:
     Raises:
         StorageError: The report is damaged.
     """
-    return read_kept(folder.health, HealthReport)
+    return StateFile(folder.health, HealthReport).read()

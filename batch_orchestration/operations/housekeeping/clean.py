@@ -17,8 +17,9 @@ from filelock import FileLock, Timeout
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import BatchOrchestrationError, HousekeepingBusy
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.files.atomic import read_kept, write_atomically
+from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.housekeeping.settled import settled_batches
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import report_progress
@@ -226,7 +227,7 @@ def read_results(folder: DataFolder) -> dict[str, PartResult]:
     Raises:
         StorageError: The file is damaged.
     """
-    return read_kept(results_path(folder), dict[str, PartResult]) or {}
+    return StateFile(results_path(folder), dict[str, PartResult]).read() or {}
 
 
 def _run(

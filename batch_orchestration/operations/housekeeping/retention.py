@@ -24,7 +24,7 @@ from batch_orchestration.delivery.outbox import OutboxFiles
 from batch_orchestration.delivery.recount import recount
 from batch_orchestration.files.atomic import disk_errors, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.plan_checks import input_removed_path
+from batch_orchestration.files.kept_input import input_removed_path
 from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.gpu.sample_table import prune_samples
 from batch_orchestration.operations.housekeeping.clean import (

@@ -30,7 +30,7 @@ def _since(record: BatchRecord, folder: DataFolder) -> float | None:
     ended_at = record.times.get(record.status)
     if ended_at is None:
         return None
-    resumption = folder.read_resumption(record.batch_id)
+    resumption = folder.resumption(record.batch_id).read()
     if record.status in RESUMABLE and resumption is not None and resumption.at > ended_at:
         return None
     return max(ended_at, last_operation_at(folder, record.batch_id))

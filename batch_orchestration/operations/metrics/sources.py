@@ -12,8 +12,8 @@ import msgspec
 from batch_orchestration.core.errors import BatchNotFound, StorageError
 from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.core.results import LATENCY_BOUNDS, BatchRecord
-from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.store import rows
 from batch_orchestration.store.connection import reading
 from batch_orchestration.workers.utilization import TimeBreakdown
@@ -216,7 +216,7 @@ class AccountsSource:
         known, problem = self._accounts.setdefault(batch_id, {}), None
         for path in accounts_path(self._folder, batch_id).glob("*.json"):
             try:
-                if (account := read_kept(path, TimeBreakdown)) is not None:
+                if (account := StateFile(path, TimeBreakdown).read()) is not None:
                     known[path.name] = account
             except StorageError as error:
                 problem = problem if path.name in known else error

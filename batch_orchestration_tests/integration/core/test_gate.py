@@ -11,7 +11,7 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import EngineRefusesUs
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.files.journal import replay_journal
-from batch_orchestration_tests.support.builders import NOW, make_line, make_plan
+from batch_orchestration_tests.support.builders import NOW, make_line, make_plan, write_plan
 from batch_orchestration_tests.support.gate_server import (
     CHAT,
     EMBEDDINGS,
@@ -64,7 +64,7 @@ def outcomes(bench: Workbench, plan: BatchPlan) -> Counter[tuple[str, int | None
 
 def admitted(bench: Workbench, content: bytes) -> BatchPlan:
     plan = make_plan(content)
-    bench.folder.write_plan(plan)
+    write_plan(bench.folder, plan)
     bench.folder.input_path(plan.batch_id).write_bytes(content)
     bench.store.add_batch(plan, at=NOW)
     return plan

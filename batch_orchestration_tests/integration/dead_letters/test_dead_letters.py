@@ -21,6 +21,7 @@ from batch_orchestration_tests.support.builders import (
     make_line,
     make_plan,
     make_provenance,
+    write_plan,
 )
 from batch_orchestration_tests.support.letter_bench import LetterBench, number_of, refusing
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
@@ -417,7 +418,7 @@ class FaultyBench(LetterBench):
         content = b"".join(self.LINES)
         self.plan = make_plan(content, faulty=3)
         self.batch_id = self.plan.batch_id
-        self.folder.write_plan(self.plan)
+        write_plan(self.folder, self.plan)
         self.folder.input_path(self.batch_id).write_bytes(content)
         self.store.add_batch(self.plan, at=NOW)
         work = self.folder.plan_path(self.batch_id).parent

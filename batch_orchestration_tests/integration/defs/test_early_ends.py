@@ -215,7 +215,7 @@ def test_a_resumption_whose_maker_was_killed_is_carried_out_by_the_sensor(deploy
     cancelled(deployment, batch_id)
     assert deployment.run(deployment.requests("dispatch_sensor")[0]).success
     decided = Resumption(at=time.time(), actor="tester")
-    deployment.folder.write_resumption(batch_id, decided)
+    deployment.folder.resumption(batch_id).write(decided)
 
     (answering,) = deployment.requests("dispatch_sensor")
 

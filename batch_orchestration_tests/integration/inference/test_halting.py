@@ -11,6 +11,7 @@ from batch_orchestration.core.lifecycle import Halt, Resumption
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.dispatch.run_planning import KnownRun, RunState
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.inference.faults.failure_rate import FIRST_OUTCOMES
 from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.queue.load import Limits, read_load
@@ -178,7 +179,7 @@ def test_another_run_of_the_batch_stops_as_well(bench: Workbench) -> None:
 
     def answer(body: bytes, times: int) -> None:
         if b'"question 50"' in body:
-            bench.folder.write_halt(plan.batch_id, halt)
+            bench.folder.halt(plan.batch_id).write(halt)
         time.sleep(0.005)
 
     bench.run(plan, ScriptedEngine(answer))
@@ -348,13 +349,13 @@ def test_suspects_of_a_paused_batch_are_tested_by_the_run_after_its_resumption(
 def test_a_decision_that_is_damaged_stands(bench: Workbench, damage: bytes) -> None:
     plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
-    bench.folder.halt_path(plan.batch_id).write_bytes(damage)
+    bench.folder.halt(plan.batch_id).path.write_bytes(damage)
     engine = ScriptedEngine()
 
     bench.run(plan, engine, run_id="run-2")
 
     assert engine.starts == 0
-    assert str(bench.folder.halt_path(plan.batch_id)) in bench.dispatch().waiting[0]
+    assert str(bench.folder.halt(plan.batch_id).path) in bench.dispatch().waiting[0]
     bench.resume(plan, at=time.time() + 1)
     assert bench.halt(plan) is None
 
@@ -365,17 +366,22 @@ def test_a_resumption_after_the_decision_ends_it_though_the_file_is_there(
     plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
 
-    bench.folder.write_resumption(plan.batch_id, Resumption(at=time.time(), actor="tester"))
+    bench.folder.resumption(plan.batch_id).write(Resumption(at=time.time(), actor="tester"))
 
-    assert bench.folder.halt_path(plan.batch_id).exists()
+    assert bench.folder.halt(plan.batch_id).path.exists()
     assert bench.halt(plan) is None
+
+
+class FullDisk(StateFile[Halt]):
+    def write(self, value: Halt) -> None:
+        raise DiskFull(f"no room to write {self.path}")
 
 
 class FullFolder(DataFolder):
     """A data folder on a disk that has no room for decisions."""
 
-    def write_halt(self, batch_id: str, halt: Halt) -> None:
-        raise DiskFull(f"no room to write {self.halt_path(batch_id)}")
+    def halt(self, batch_id: str) -> StateFile[Halt]:
+        return FullDisk(super().halt(batch_id).path, Halt)
 
 
 def test_a_decision_that_cannot_be_written_ends_no_run(bench: Workbench) -> None:

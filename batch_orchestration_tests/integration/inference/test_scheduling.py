@@ -13,6 +13,7 @@ from batch_orchestration.core.errors import PlanMismatch
 from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.files.journal import Journal
+from batch_orchestration.files.unfinished import mark
 from batch_orchestration.inference import scheduling
 from batch_orchestration.inference.chunk_pass import ChunkPass
 from batch_orchestration.inference.faults.retries import BreakerPolicy
@@ -282,7 +283,7 @@ def test_the_run_makes_room_for_a_replay(bench: Workbench) -> None:
     plan = bench.admitted(100, "own")
     replay = bench.folder.journal_path(plan.batch_id, 0).parent / "dead_letters"
     replay.mkdir(parents=True)
-    bench.folder.mark_unfinished(plan.batch_id)
+    mark(bench.folder, plan.batch_id)
     engine = PacedEngine(when_asked("own 25.", (replay / "00001-replay.open.json").touch))
 
     bench.run(plan, engine, in_flight=1)
@@ -345,7 +346,7 @@ def test_a_guest_that_is_cancelled_while_it_probes_a_sick_engine_does_not_stop_t
     """All of the window is the guest's, so that nothing is drawn; and its probe never ends."""
     own, guest = bench.admitted(200, "own"), bench.admitted(40, "guest")
     bench.queue(queued(guest, effective=5), queued(own))
-    engine, early_end = SickForGuests(), bench.folder.early_end_path(guest.batch_id)
+    engine, early_end = SickForGuests(), bench.folder.early_end(guest.batch_id).path
     engine.on_probe = lambda: early_end.write_bytes(
         msgspec.json.encode(EarlyEnd(status=BatchStatus.CANCELLED, at=NOW, actor="me", reason=""))
     )

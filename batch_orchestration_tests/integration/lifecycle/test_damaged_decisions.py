@@ -8,6 +8,7 @@ from batch_orchestration.core.errors import FileDamaged, StorageError
 from batch_orchestration.core.lifecycle import deadline
 from batch_orchestration.lifecycle.cancellation import end_overdue
 from batch_orchestration.lifecycle.close_out import fail_unanswered
+from batch_orchestration_tests.support.builders import write_plan
 from batch_orchestration_tests.support.closing_bench import ClosingBench, StickingEngine
 
 
@@ -123,7 +124,7 @@ def test_a_batch_whose_decision_to_cancel_is_removed_goes_on_being_cancelled(ben
     plan = bench.admit_now(30)
     bench.cancel(plan)
     assert bench.status(plan) == "cancelling"
-    bench.folder.early_end_path(plan.batch_id).unlink()
+    bench.folder.early_end(plan.batch_id).path.unlink()
 
     assert set(bench.look()) == {plan.batch_id}
 
@@ -154,7 +155,7 @@ def test_a_batch_without_a_readable_plan_is_cancelled_and_expires_by_what_the_st
     assert bench.status(cancelled) == "cancelling"
     with pytest.raises(FileDamaged, match=r"plan\.json is empty"):
         bench.deliver(cancelled)
-    bench.folder.write_plan(cancelled)
+    write_plan(bench.folder, cancelled)
     bench.deliver(cancelled)
     assert bench.status(cancelled) == "cancelled"
 
@@ -179,7 +180,7 @@ def test_a_chunk_that_cannot_be_closed_out_keeps_no_other_from_it(bench):
 
 def test_a_run_goes_on_while_the_decision_about_its_batch_cannot_be_read(bench):
     plan = bench.admit_now(30)
-    bench.folder.early_end_path(plan.batch_id).write_bytes(b"")
+    bench.folder.early_end(plan.batch_id).path.write_bytes(b"")
 
     commits = bench.run(plan, StickingEngine(answers=30))
 

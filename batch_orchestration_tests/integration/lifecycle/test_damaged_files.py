@@ -39,9 +39,9 @@ ELSEWHERE = {"duckdb"}
 OF_A_BATCH: dict[str, Callable[[DataFolder, str], Path]] = {
     "plan_path": DataFolder.plan_path,
     "input_path": DataFolder.input_path,
-    "early_end_path": DataFolder.early_end_path,
-    "resumption_path": DataFolder.resumption_path,
-    "halt_path": DataFolder.halt_path,
+    "early_end": lambda folder, batch_id: folder.early_end(batch_id).path,
+    "resumption": lambda folder, batch_id: folder.resumption(batch_id).path,
+    "halt": lambda folder, batch_id: folder.halt(batch_id).path,
     "progress_path": DataFolder.progress_path,
     "journal_path": lambda folder, batch_id: folder.journal_path(batch_id, 1),
 }
@@ -79,7 +79,7 @@ HARMLESS = {("journal_path", "truncated"), ("journal_path", "emptied")}
 #: Of what a person has to mend before its batch can be delivered.
 NEEDED = {"plan_path", "journal_path"}
 #: Without them nothing of the batch can be decided.
-STOPPING = ("plan_path", "early_end_path", "resumption_path")
+STOPPING = ("plan_path", "early_end", "resumption")
 
 
 ROOMY = {"chunks_per_run": 1, "disk_reserve_bytes": 0, "max_unfinished_batches": 20}
@@ -212,7 +212,7 @@ def test_damaged_files_of_batches_stop_no_other(deployment, stage):
 
 @pytest.mark.parametrize(
     ("kind", "way"),
-    [("plan_path", "truncated"), ("early_end_path", "a folder"), ("resumption_path", "truncated")],
+    [("plan_path", "truncated"), ("early_end", "a folder"), ("resumption", "truncated")],
 )
 def test_a_batch_goes_on_by_itself_once_its_file_is_mended(deployment, kind, way):
     victim = deployment.admit("victim.jsonl", make_input(5))

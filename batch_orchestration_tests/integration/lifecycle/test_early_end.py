@@ -143,7 +143,7 @@ def test_a_batch_with_an_outcome_for_every_request_cannot_be_cancelled(bench: Cl
         bench.cancel(plan)
 
     assert bench.status(plan) == "completed"
-    assert bench.folder.read_early_end(plan.batch_id) is None
+    assert bench.folder.early_end(plan.batch_id).read() is None
 
 
 def test_an_expired_batch_cannot_be_cancelled(bench: ClosingBench) -> None:
@@ -194,7 +194,7 @@ def test_a_locked_store_delays_the_status_but_not_the_decision(bench: ClosingBen
             reason="",
             at=time.time(),
         )
-        assert bench.folder.read_early_end(plan.batch_id) is not None
+        assert bench.folder.early_end(plan.batch_id).read() is not None
 
     assert bench.status(plan) == "in_progress"
     bench.look()
@@ -216,7 +216,7 @@ def test_a_decision_that_came_while_the_files_were_written_is_void(bench: Closin
     bench.deliver(plan)
 
     assert bench.status(plan) == "completed"
-    assert bench.folder.read_early_end(batch_id) is None
+    assert bench.folder.early_end(batch_id).read() is None
 
 
 # --- how a batch is closed out --------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_a_run_notices_by_itself_that_the_window_is_over(bench: ClosingBench) ->
 
     assert seconds < 60
     assert [commit.report.number for commit in commits] == [0, 1]
-    early_end = bench.folder.read_early_end(plan.batch_id)
+    early_end = bench.folder.early_end(plan.batch_id).read()
     assert (early_end.status, early_end.actor) == ("expired", "run-1")
     bench.deliver(plan)
     assert bench.status(plan) == "expired"
@@ -329,7 +329,7 @@ def test_materializing_a_delivered_batch_again_later_does_not_expire_it(
 
     bench.run(plan, ScriptedEngine(), run_id="run-2")
 
-    assert bench.folder.read_early_end(plan.batch_id) is None
+    assert bench.folder.early_end(plan.batch_id).read() is None
     assert bench.status(plan) == "completed"
 
 
@@ -339,7 +339,7 @@ def test_the_run_that_a_person_terminated_cancels_its_batch(bench: ClosingBench)
     bench.look(terminated="run-7")
 
     assert bench.history(plan) == [("cancelling", "run-7")]
-    assert "terminated" in bench.folder.read_early_end(plan.batch_id).reason
+    assert "terminated" in bench.folder.early_end(plan.batch_id).read().reason
 
 
 # --- recovery -------------------------------------------------------------------------------------

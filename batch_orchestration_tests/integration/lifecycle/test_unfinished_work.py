@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.admission.registration import register_lost
-from batch_orchestration.files.unfinished import marked
+from batch_orchestration.files.unfinished import mark, marked
 from batch_orchestration.lifecycle.resumption import finish_resumptions, resume
 from batch_orchestration.lifecycle.unfinished import MARK_SECONDS, SEARCH_SECONDS, keep_index
 from batch_orchestration.queue.rate_limits import RateLimits
@@ -144,7 +144,7 @@ def test_a_mark_stays_while_its_work_is_open_and_goes_when_it_is_done(case, tmp_
 
 def test_a_young_mark_stays_for_what_it_stands_for_may_not_be_there_yet(tmp_path):
     bench = Workbench(tmp_path)
-    bench.folder.mark_unfinished("b-12345678")
+    mark(bench.folder, "b-12345678")
 
     look(bench, now=time.time())
     assert marked(bench.folder) == ["b-12345678"]

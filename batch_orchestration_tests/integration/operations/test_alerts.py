@@ -26,7 +26,7 @@ from batch_orchestration.operations.health.report import AlertKind, Finding, Lev
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.alert_bench import TICK, Tower
 from batch_orchestration_tests.support.alert_servers import Webhook, serving
-from batch_orchestration_tests.support.builders import NOW, make_input, make_plan
+from batch_orchestration_tests.support.builders import NOW, make_input, make_plan, write_plan
 from batch_orchestration_tests.support.deployment import Deployment
 
 
@@ -196,7 +196,7 @@ def add_score(tower, batch_id, *, actual_seconds):
 def test_a_batch_far_beyond_its_estimate_is_late_until_it_ends(tower):
     tower.begin()
     plan = make_plan(make_input(10))
-    tower.folder.write_plan(plan)
+    write_plan(tower.folder, plan)
     path = tower.folder.plan_path(plan.batch_id).with_name("estimate.json")
     path.write_bytes(msgspec.json.encode(ESTIMATE))
     tower.store.add_batch(plan, at=tower.now)

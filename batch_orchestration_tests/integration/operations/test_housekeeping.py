@@ -31,7 +31,7 @@ from batch_orchestration.operations.housekeeping.clean import (
 from batch_orchestration.operations.housekeeping.retention import cleanup_parts
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
-from batch_orchestration_tests.support.builders import NOW, make_input, make_plan
+from batch_orchestration_tests.support.builders import NOW, make_input, make_plan, write_plan
 
 DAY = 86_400.0
 #: Everything on, and short.
@@ -99,11 +99,11 @@ def build(folder: DataFolder, batch_id: str, history: History) -> None:
     """All that a batch may have on the disk, delivered whole."""
     plan = make_plan(make_input(3))
     plan = msgspec.structs.replace(plan, batch_id=batch_id)
-    folder.write_plan(plan)
+    write_plan(folder, plan)
     own, outbox = folder.plan_path(batch_id).parent, folder.outbox_path(batch_id)
     folder.input_path(batch_id).write_bytes(b"input")
     if history.resumed:
-        folder.write_resumption(batch_id, Resumption(at=time.time() + 400 * DAY, actor="me"))
+        folder.resumption(batch_id).write(Resumption(at=time.time() + 400 * DAY, actor="me"))
     outbox.mkdir(parents=True)
     ids = [output_line_id(batch_id, index) for index in range(3)]
     lines = "".join(json.dumps({"id": line_id}) + "\n" for line_id in ids)
@@ -316,7 +316,7 @@ def test_a_damaged_decision_leaves_its_batch_alone_and_the_others_are_cleaned(
     history = History(BatchStatus.COMPLETED, 3, replaying=False, resumed=False)
     for name in ("good", "damaged"):
         build(folder, name, history)
-    folder.resumption_path("damaged").write_text("{")
+    folder.resumption("damaged").path.write_text("{")
     now = time.time() + 2 * DAY
     store = ToldStore(folder, [record_of(name, history, now) for name in ("good", "damaged")])
 

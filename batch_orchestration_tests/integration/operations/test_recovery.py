@@ -221,7 +221,7 @@ def test_recover_rebuilds_all_but_what_is_damaged_and_names_that(tmp_path: Path)
     journal = bench.folder.journal_path(torn.batch_id, 1)
     journal.unlink()
     journal.mkdir()
-    early_end = bench.folder.early_end_path(undecided.batch_id)
+    early_end = bench.folder.early_end(undecided.batch_id).path
     early_end.write_bytes(b"")
     operation = next((bench.folder.journals / bench.batch_id).glob("dead_letters/*-discard.json"))
     operation.write_bytes(b"{")

@@ -8,7 +8,7 @@ import pytest
 from batch_orchestration.admission.registration import register_missing
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import PlanMismatch
-from batch_orchestration.files.plan_checks import input_removed_path
+from batch_orchestration.files.kept_input import input_removed_path
 from batch_orchestration.operations.housekeeping.clean import Cleanup
 from batch_orchestration.operations.housekeeping.retention import clean_inputs, clean_journals
 from batch_orchestration.operations.recovery import find_problem

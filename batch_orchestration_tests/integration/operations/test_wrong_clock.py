@@ -26,7 +26,7 @@ def test_a_look_that_doubts_the_clock_expires_nothing_and_a_later_one_does(
     bench.let_expire(plan)
 
     assert bench.look(doubt="the clock jumped") == {}
-    assert bench.folder.read_early_end(plan.batch_id) is None
+    assert bench.folder.early_end(plan.batch_id).read() is None
     assert plan.batch_id in bench.look()
 
 
@@ -46,7 +46,7 @@ def test_a_run_whose_clock_has_jumped_answers_everything(bench: ClosingBench) ->
 
     bench.run(plan, ScriptedEngine())
 
-    assert bench.folder.read_early_end(plan.batch_id) is None
+    assert bench.folder.early_end(plan.batch_id).read() is None
     assert bench.indices(plan) == list(range(20))
 
 

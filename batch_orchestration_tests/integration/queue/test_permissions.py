@@ -122,7 +122,7 @@ def test_a_colleague_in_the_group_submits_pauses_replays_and_cancels(
 
     dropped = folder.inbox / "theirs.jsonl"
     assert (dropped.stat().st_uid, dropped.stat().st_gid) == (COLLEAGUE, GROUP)
-    pause, early_end = read_pause(folder), folder.read_early_end(waiting)
+    pause, early_end = read_pause(folder), folder.early_end(waiting).read()
     assert (pause and pause.reason, early_end and early_end.actor) == ("again", f"uid {COLLEAGUE}")
     assert len(list(open_replays(folder))) == 1
     # And the service goes on with all of it.

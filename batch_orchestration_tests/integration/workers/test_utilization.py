@@ -162,7 +162,7 @@ def test_a_step_that_is_tried_again_goes_on_with_the_account_of_its_run(bench: W
 def test_a_guest_that_ends_early_is_charged_no_longer(bench: Workbench) -> None:
     own, guest = bench.admitted(60, "own"), bench.admitted(30, "guest")
     bench.queue(queued(guest, effective=10), queued(own))
-    early_end = bench.folder.early_end_path(guest.batch_id)
+    early_end = bench.folder.early_end(guest.batch_id).path
 
     def closes(body: bytes, submitted: int) -> None:
         if b"guest 4." in body:

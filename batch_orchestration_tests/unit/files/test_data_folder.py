@@ -5,7 +5,7 @@ import pytest
 from batch_orchestration.core.errors import BatchNotFound, DiskFull, StorageError
 from batch_orchestration.files.atomic import atomic_writer, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration_tests.support.builders import make_input, make_plan
+from batch_orchestration_tests.support.builders import make_input, make_plan, write_plan
 
 
 def test_the_data_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +23,7 @@ def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     folder = DataFolder(tmp_path)
     plan = make_plan(make_input(25))
 
-    folder.write_plan(plan)
+    write_plan(folder, plan)
 
     assert folder.read_plan(plan.batch_id) == plan
     assert folder.batch_ids() == [plan.batch_id]
@@ -40,7 +40,7 @@ def test_a_batch_that_is_not_there_is_not_found_whatever_its_name(
 def test_a_damaged_plan_is_told_by_its_path(tmp_path: Path) -> None:
     folder = DataFolder(tmp_path)
     plan = make_plan(make_input(1))
-    folder.write_plan(plan)
+    write_plan(folder, plan)
     path = folder.plan_path(plan.batch_id)
     path.write_bytes(path.read_bytes()[:50])
 

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from batch_orchestration.core.errors import PlanMismatch
-from batch_orchestration.files.data_folder import RawLine, read_chunk, read_lines
+from batch_orchestration.files.input_lines import RawLine, read_chunk, read_lines
 from batch_orchestration_tests.support.builders import make_chunks, make_input
 
 BOM = b"\xef\xbb\xbf"

@@ -1,4 +1,4 @@
-"""The one reader of small files: nothing there, damaged, or the value."""
+"""State files: nothing there, damaged, or the value."""
 
 import os
 import socket
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import FileDamaged
-from batch_orchestration.files.atomic import read_kept
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import open_regular, read_regular
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.queue.entries import Pause
-from batch_orchestration_tests.support.builders import make_input, make_plan
+from batch_orchestration_tests.support.builders import make_input, make_plan, write_plan
 
 
 def socket_at(path: Path) -> None:
@@ -46,7 +46,7 @@ def test_damage_of_every_kind_has_one_exception_with_the_path(tmp_path, how):
     DAMAGES[how](path)
 
     with pytest.raises(FileDamaged) as raised:
-        read_kept(path, Pause)
+        StateFile(path, Pause).read()
 
     assert raised.value.path == path
     assert str(path) in str(raised.value)
@@ -76,12 +76,12 @@ def test_a_file_that_may_not_be_read_is_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", refused)
 
     with pytest.raises(FileDamaged, match="Permission denied"):
-        read_kept(path, Pause)
+        StateFile(path, Pause).read()
 
 
 def test_the_plan_in_a_copied_folder_is_no_plan_of_that_batch(tmp_path):
     folder, plan = DataFolder(tmp_path), make_plan(make_input(1))
-    folder.write_plan(plan)
+    write_plan(folder, plan)
     copy = folder.plan_path(f"{plan.batch_id}-copy")
     copy.parent.mkdir()
     copy.write_bytes(folder.plan_path(plan.batch_id).read_bytes())
@@ -92,7 +92,7 @@ def test_the_plan_in_a_copied_folder_is_no_plan_of_that_batch(tmp_path):
 
 def test_folders_that_cannot_be_batches_are_none(tmp_path):
     folder, plan = DataFolder(tmp_path), make_plan(make_input(1))
-    folder.write_plan(plan)
+    write_plan(folder, plan)
     for name in (f"My Copy of {plan.batch_id} (batch)", "Ünicode", ".hidden"):
         (folder.batches / name).mkdir()
         (folder.batches / name / "plan.json").write_bytes(b"{}")
