@@ -337,11 +337,6 @@ def test_a_default_installation_has_limits(deployment):
     assert admission_settings(settings).queue is not None
 
 
-def test_a_batch_that_could_never_be_queued_is_a_wrong_setting():
-    with pytest.raises(ValueError, match="BATCH_MAX_QUEUED_REQUESTS=10: such a batch would wait"):
-        Settings(engine="simulated", max_queued_requests=10, _env_file=None)
-
-
 def test_by_default_the_sixth_batch_waits_and_the_tick_says_why(deployment):
     for number in range(6):
         deployment.drop(f"{number}.jsonl", make_input(number + 1))
