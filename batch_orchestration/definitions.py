@@ -49,7 +49,7 @@ def definitions(settings: Settings) -> dg.Definitions:
         schedules=housekeeping.schedules(settings),
         resources={
             "settings": settings,
-            "gpu": GpuResource.of(settings),
+            "gpu": GpuResource(),
             "alerts": alerts.AlertsResource.of(settings),
         },
         # Retries of a step keep the engine loaded, and a killed run worker leaves no orphaned step

@@ -109,16 +109,16 @@ class RunFlags(dg.Config):
     max_model_len: int | None = Field(default=None, ge=1, description="Longest request, in tokens.")
     max_num_seqs: int | None = Field(default=None, ge=1, description="Requests computed at a time.")
     max_num_batched_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens of one step."
+        default=None, ge=1, description="Tokens computed in one step."
     )
     gpu_memory_utilization: float | None = Field(
         default=None, gt=0, le=1, description="Share of the device's memory."
     )
     kv_cache_memory_bytes: int | None = Field(
-        default=None, ge=1, description="Instead of that share."
+        default=None, ge=1, description="Size of the KV cache, in place of that share."
     )
     enforce_eager: bool | None = Field(default=None, description="Start sooner, compute slower.")
-    seed: int | None = Field(default=None, ge=0, description="Of the sampling.")
+    seed: int | None = Field(default=None, ge=0, description="Seed of the sampling.")
 
     def over(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Return the deployment's flags, overridden by this run's."""
@@ -138,32 +138,27 @@ class GpuResource(dg.ConfigurableResource):
     """
 
     flags: RunFlags = Field(
-        default=RunFlags(), description="vLLM's flags that this run has otherwise."
+        default=RunFlags(), description="Flags of vLLM that differ in this run."
     )
-    start_timeout_seconds: float = Field(gt=0, description="Until the engine is ready.")
-    request_timeout_seconds: float = Field(gt=0, description="One attempt of one request.")
+    start_timeout_seconds: float | None = Field(
+        default=None, gt=0, description="In place of BATCH_ENGINE_START_TIMEOUT_SECONDS."
+    )
+    request_timeout_seconds: float | None = Field(
+        default=None, gt=0, description="In place of BATCH_REQUEST_TIMEOUT_SECONDS."
+    )
 
     _engine: Engine | None = PrivateAttr(None)
     _settings: Settings | None = PrivateAttr(None)
     _sizing: Sizing = PrivateAttr(default_factory=Sizing)
 
-    @classmethod
-    def of(cls, settings: Settings) -> "GpuResource":
-        """Return the resource for these settings."""
-        return cls(
-            start_timeout_seconds=settings.engine_start_timeout_seconds,
-            request_timeout_seconds=settings.request_timeout_seconds,
-        )
-
     def in_force(self, settings: Settings) -> Settings:
         """Return the settings with the launchpad's changes to the engine."""
-        return settings.model_copy(
-            update={
-                "engine_args": self.flags.over(settings.engine_args),
-                "engine_start_timeout_seconds": self.start_timeout_seconds,
-                "request_timeout_seconds": self.request_timeout_seconds,
-            }
-        )
+        changes: dict[str, Any] = {"engine_args": self.flags.over(settings.engine_args)}
+        if self.start_timeout_seconds is not None:
+            changes["engine_start_timeout_seconds"] = self.start_timeout_seconds
+        if self.request_timeout_seconds is not None:
+            changes["request_timeout_seconds"] = self.request_timeout_seconds
+        return settings.model_copy(update=changes)
 
     @property
     def sizing(self) -> Sizing:

@@ -228,12 +228,7 @@ def test_a_run_that_a_person_launched_gets_the_tag_of_its_batch(deployment):
 
 def other_engine_args():
     """What the launchpad sends when a person edits one field of the resource."""
-    fields = {
-        "flags": {"seed": 7},
-        "start_timeout_seconds": 60.0,
-        "request_timeout_seconds": 60.0,
-    }
-    return {"resources": {"gpu": {"config": fields}}}
+    return {"resources": {"gpu": {"config": {"flags": {"seed": 7}}}}}
 
 
 def test_other_settings_stop_the_run_and_show_the_difference(deployment):

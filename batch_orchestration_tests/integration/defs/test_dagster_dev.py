@@ -17,7 +17,6 @@ from batch_orchestration_tests.support.dagster_processes import PATIENCE, dagste
 pytestmark = pytest.mark.slow
 
 #: Fields of the engine's resource that the launchpad's form fills in.
-TIMEOUTS = {"start_timeout_seconds": 60.0, "request_timeout_seconds": 60.0}
 #: The backfill daemon looks once in 30 s, and again when the run has ended.
 BACKFILL_SECONDS = 120.0
 #: Of each request of the big batch and of the urgent one: 32 at a time, the big one takes 75 s.
@@ -133,7 +132,7 @@ def test_chunks_can_be_launched_one_by_one_and_as_backfills(dagster):
     # While the backfill daemon takes its time, the two single chunks.
     selection = dagster.backfill("chunk_results", [keys[3], keys[5]])
     assert launch_chunks(dagster, keys[0]).status == "SUCCESS"
-    other = {"resources": {"gpu": {"config": {"flags": {"seed": 1}, **TIMEOUTS}}}}
+    other = {"resources": {"gpu": {"config": {"flags": {"seed": 1}}}}}
     assert launch_chunks(dagster, keys[1], **other).status == "FAILURE"
     assert status("failed") == {keys[1]}
     dagster.wait_until(

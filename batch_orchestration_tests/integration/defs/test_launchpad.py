@@ -10,7 +10,6 @@ from batch_orchestration.defs.launcher import refuse_names_of_variables
 from batch_orchestration.defs.resources import GpuResource, RunFlags
 from batch_orchestration.settings import EngineKind, Settings
 
-TIMEOUTS = {"start_timeout_seconds": 60.0, "request_timeout_seconds": 60.0}
 #: Jobs that start an engine; `answer_chunks` is also what a backfill launches.
 ENGINE_JOBS = ("answer_chunks", "replay_failed_requests", "benchmark_engine")
 KEY, ADDRESS = "s3cret-key", "http://engine.internal:8000"
@@ -34,7 +33,7 @@ def repository(settings):
 
 def refusal(repository, job, fields):
     """What Dagster says of a job whose form has these fields of the engine's resource."""
-    config = {"resources": {"gpu": {"config": {**TIMEOUTS, **fields}}}}
+    config = {"resources": {"gpu": {"config": fields}}}
     if job == "replay_failed_requests":
         config["ops"] = {"replay_dead_letters": {"config": {"batch": "any"}}}
     with pytest.raises(dg.DagsterInvalidConfigError) as refused:
@@ -86,7 +85,7 @@ def test_a_flag_of_the_list_is_a_number_and_carries_no_other_flag(repository, va
 
 
 def test_flags_of_the_list_win_over_those_of_the_settings_however_these_are_written(settings):
-    gpu = GpuResource(flags=RunFlags(max_model_len=512, seed=7), **TIMEOUTS)
+    gpu = GpuResource(flags=RunFlags(max_model_len=512, seed=7), start_timeout_seconds=60.0)
 
     in_force = gpu.in_force(settings)
 
@@ -97,6 +96,7 @@ def test_flags_of_the_list_win_over_those_of_the_settings_however_these_are_writ
     }
     assert (in_force.base_url, in_force.api_key) == (settings.base_url, settings.api_key)
     assert in_force.engine_start_timeout_seconds == 60.0
+    assert in_force.request_timeout_seconds == settings.request_timeout_seconds
 
 
 def test_the_form_shows_neither_the_key_nor_the_address_nor_the_flags(repository):
