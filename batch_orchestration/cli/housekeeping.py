@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 import click
 import msgspec
-from rich.table import Table
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.escaping import say
+from batch_orchestration.cli.tables import table
 from batch_orchestration.lifecycle.clock import DELETION_SECONDS, clock_doubt
 from batch_orchestration.operations.housekeeping.clean import (
     Cleanup,
     CleanupReport,
     PartResult,
-    run_cleanup_and_report,
+    run_cleanup,
 )
 from batch_orchestration.operations.housekeeping.retention import cleanup_parts
 
@@ -28,8 +28,8 @@ NAMES_SHOWN = 10
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, help="Remove nothing; list what would go.")
-@click.option("--part", "parts", multiple=True, help="Only this part; may be given again.")
+@click.option("--dry-run", is_flag=True, help="Only list the data that would be removed.")
+@click.option("--part", "parts", multiple=True, help="Only this part; repeatable.")
 @json_option
 def housekeeping(dry_run: bool, parts: Sequence[str], as_json: bool) -> None:
     """Remove data that is older than the settings allow, as Dagster does each night.
@@ -44,11 +44,11 @@ def housekeeping(dry_run: bool, parts: Sequence[str], as_json: bool) -> None:
         raise click.UsageError(f"no part {unknown[0]!r}; there are {', '.join(known)}")
     chosen = parts or known
     doubt = clock_doubt(context.folder, most_seconds=DELETION_SECONDS)
-    house = Cleanup(
+    cleanup = Cleanup(
         context.folder, context.store, now=context.clock(), dry_run=dry_run, doubt=doubt
     )
-    report = run_cleanup_and_report(
-        [part for part in own if part.name in chosen], house, clock=time.monotonic
+    report = run_cleanup(
+        [part for part in own if part.name in chosen], cleanup, clock=time.monotonic
     )
     if theirs := [name for name in DAGSTER_PARTS if name in chosen]:
         report = _joined(report, _ask_dagster(theirs, context, dry_run=dry_run))
@@ -57,7 +57,7 @@ def housekeeping(dry_run: bool, parts: Sequence[str], as_json: bool) -> None:
     else:
         _show(report, context, dry_run=dry_run)
     if any(result.problem for result in report.results):
-        raise click.ClickException("not everything could be looked at, see above")
+        raise click.ClickException("some parts failed, see above")
 
 
 def _ask_dagster(parts: Sequence[str], context: Context, *, dry_run: bool) -> CleanupReport:
@@ -81,11 +81,14 @@ def _joined(one: CleanupReport, other: CleanupReport) -> CleanupReport:
 
 
 def _show(report: CleanupReport, context: Context, *, dry_run: bool) -> None:
-    table = Table("Part", "Would go" if dry_run else "Gone", "Bytes", "", box=None)
-    for result in report.results:
-        removed, size = f"{result.removed:,}", f"{result.size_bytes:,}"
-        table.add_row(result.part, *(("", "") if result.off else (removed, size)), result.note)
-    context.console.print(table)
+    rows = [
+        (result.part, "", "", result.note)
+        if result.off
+        else (result.part, f"{result.removed:,}", f"{result.size_bytes:,}", result.note)
+        for result in report.results
+    ]
+    columns = ("Part", "To be removed" if dry_run else "Removed", "Bytes", "")
+    context.console.print(table(columns, rows))
     for part, removals in report.removals.items():
         say(f"\n{part}:")
         for removal in removals[:NAMES_SHOWN]:

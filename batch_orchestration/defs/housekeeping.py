@@ -24,7 +24,7 @@ from batch_orchestration.lifecycle.clock import DELETION_SECONDS, clock_doubt
 from batch_orchestration.operations.housekeeping.clean import (
     Cleanup,
     Part,
-    run_cleanup_and_report,
+    run_cleanup,
 )
 from batch_orchestration.operations.housekeeping.retention import cleanup_parts
 from batch_orchestration.settings import Settings, load_settings
@@ -44,8 +44,8 @@ STORE_SECONDS = 20.0
 class HousekeepingConfig(dg.Config):
     """The parts to clean."""
 
-    parts: list[str] = Field([], description="Names of parts; none: all that are not off.")
-    dry_run: bool = Field(False, description="Only say what would go.")
+    parts: list[str] = Field([], description="Names of parts; empty for all.")
+    dry_run: bool = Field(False, description="Only list the data that would be removed.")
 
 
 @one_op_job("keep_house_once")
@@ -58,10 +58,10 @@ def housekeeping(
     night; with `dry_run` it only lists the data that it would remove.
     """
     report_phase("cleaning up")
-    house = _house(settings, dry_run=config.dry_run)
-    report = run_cleanup_and_report(
+    cleanup = _cleanup(settings, dry_run=config.dry_run)
+    report = run_cleanup(
         _chosen([*cleanup_parts(settings), *dagster_parts(context.instance, settings)], config),
-        house,
+        cleanup,
         clock=time.monotonic,
     )
     for part, removals in report.removals.items():
@@ -74,7 +74,7 @@ def housekeeping(
         raise dg.Failure(description="; ".join(problems), allow_retries=False)
 
 
-def _house(settings: Settings, *, dry_run: bool) -> Cleanup:
+def _cleanup(settings: Settings, *, dry_run: bool) -> Cleanup:
     store = open_store(settings, deadline_seconds=STORE_SECONDS)
     folder = data_folder(settings)
     doubt = clock_doubt(folder, most_seconds=DELETION_SECONDS)
@@ -100,7 +100,7 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
         job=housekeeping,
         cron_schedule=settings.housekeeping_cron,
         default_status=dg.DefaultScheduleStatus.RUNNING,
-        description="Removes what is older than the settings say; see docs/housekeeping.md.",
+        description="Removes data older than the settings allow; see docs/housekeeping.md.",
     )
     return [nightly, partition_schedule]
 
@@ -111,7 +111,7 @@ def schedules(settings: Settings) -> list[dg.ScheduleDefinition]:
     default_status=dg.DefaultScheduleStatus.RUNNING,
     description=(
         "Keeps the key space of `chunks` below BATCH_MAX_CHUNK_PARTITIONS between two nights: "
-        "retires the partitions of the batches that were delivered first. Skips if there is room."
+        "if it is nearly full, removes the partitions of the batches that were delivered first."
     ),
 )
 def partition_schedule(
@@ -132,14 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", action="append", default=[])
     given = parser.parse_args(arguments)
     settings = load_settings()
-    house = _house(settings, dry_run=given.dry_run)
+    cleanup = _cleanup(settings, dry_run=given.dry_run)
     with _instance() as instance:
         parts = [
             part
             for part in dagster_parts(instance, settings)
             if not given.part or part.name in given.part
         ]
-        report = run_cleanup_and_report(parts, house, clock=time.monotonic)
+        report = run_cleanup(parts, cleanup, clock=time.monotonic)
     sys.stdout.buffer.write(msgspec.json.encode(report))
 
 
@@ -153,7 +153,7 @@ def _instance() -> Iterator[dg.DagsterInstance]:
         with dg.DagsterInstance.from_config(str(Path.cwd())) as instance:
             yield instance
     else:
-        raise SystemExit("no dagster.yaml here, and DAGSTER_HOME is not set: no instance to clean")
+        raise SystemExit("there is no dagster.yaml here, and DAGSTER_HOME is not set")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ partitions, so a batch that is resumed later gets its partitions back.
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import dagster as dg
@@ -26,6 +27,7 @@ from batch_orchestration.defs.partitions import (
 from batch_orchestration.defs.runs import ENDED_STATUSES, LIVE_STATUSES
 from batch_orchestration.defs.sensors import CLAIM_TAG
 from batch_orchestration.operations.housekeeping.clean import (
+    Cleaner,
     Cleanup,
     Part,
     Removal,
@@ -41,20 +43,14 @@ _BATCHES, _CHUNKS = str(batches.name), str(chunks.name)
 
 def dagster_parts(instance: dg.DagsterInstance, settings: Settings) -> list[Part]:
     """Return the parts of housekeeping for an instance of Dagster."""
-    kept = settings.partition_retention_days * SECONDS_PER_DAY
-    most = settings.max_chunk_partitions or None
-    return [
-        Part("partitions", kept or bool(most), _clean_partitions(instance, kept or None, most)),
-        Part("runs", settings.run_retention_days * SECONDS_PER_DAY, _with(instance, _clean_runs)),
-        Part("ticks", settings.log_retention_days * SECONDS_PER_DAY, _with(instance, _clean_ticks)),
+    # Partitions go by their number, too.
+    partition_days = settings.partition_retention_days or bool(settings.max_chunk_partitions)
+    days: list[tuple[str, float, Cleaner]] = [
+        ("partitions", partition_days, partial(_clean_partitions, instance, settings)),
+        ("runs", settings.run_retention_days, partial(_clean_runs, instance)),
+        ("ticks", settings.log_retention_days, partial(_clean_ticks, instance)),
     ]
-
-
-def _with(
-    instance: dg.DagsterInstance,
-    clean: Callable[[dg.DagsterInstance, Cleanup, float], Iterator[Removal]],
-) -> Callable[[Cleanup, float], Iterator[Removal]]:
-    return lambda house, keep_seconds: clean(instance, house, keep_seconds)
+    return [Part(name, SECONDS_PER_DAY * kept, clean) for name, kept, clean in days]
 
 
 def chunk_partitions(instance: dg.DagsterInstance) -> dict[str, list[str]]:
@@ -67,21 +63,21 @@ def chunk_partitions(instance: dg.DagsterInstance) -> dict[str, list[str]]:
 
 
 def _clean_partitions(
-    instance: dg.DagsterInstance, keep_seconds: float | None, most: int | None
-) -> Callable[[Cleanup, float], Iterator[Removal]]:
-    def clean(house: Cleanup, _: float) -> Iterator[Removal]:
-        keys = chunk_partitions(instance)
-        counts = Counter(dict.fromkeys(instance.get_dynamic_partitions(_BATCHES), 0))
-        counts.update({name: len(of_batch) for name, of_batch in keys.items()})
-        at_work = _batches_at_work(instance)
-        ended = {name: since for name, since in house.at_rest.items() if name not in at_work}
-        before = None if keep_seconds is None else house.now - keep_seconds
-        for batch_id in batches_to_retire(counts, ended, before=before, most=most):
-            if not house.dry_run:
-                _retire(instance, batch_id, keys.get(batch_id, []))
-            yield Removal(subject=f"{batch_id} ({counts[batch_id]:,} chunks)")
-
-    return clean
+    instance: dg.DagsterInstance, settings: Settings, cleanup: Cleanup, _: float
+) -> Iterator[Removal]:
+    """Retire the partitions of settled batches: the old ones, and more if there are too many."""
+    keys = chunk_partitions(instance)
+    counts = Counter(dict.fromkeys(instance.get_dynamic_partitions(_BATCHES), 0))
+    counts.update({name: len(of_batch) for name, of_batch in keys.items()})
+    at_work = _batches_at_work(instance)
+    ended = {name: since for name, since in cleanup.settled.items() if name not in at_work}
+    kept = settings.partition_retention_days * SECONDS_PER_DAY
+    before = cleanup.now - kept if kept else None
+    most = settings.max_chunk_partitions or None
+    for batch_id in batches_to_retire(counts, ended, before=before, most=most):
+        if not cleanup.dry_run:
+            _retire(instance, batch_id, keys.get(batch_id, []))
+        yield Removal(subject=f"{batch_id} ({counts[batch_id]:,} chunks)")
 
 
 def _retire(instance: dg.DagsterInstance, batch_id: str, chunk_keys: Sequence[str]) -> None:
@@ -111,26 +107,26 @@ def _names(run: dg.DagsterRun) -> set[str]:
 
 
 def _clean_runs(
-    instance: dg.DagsterInstance, house: Cleanup, keep_seconds: float
+    instance: dg.DagsterInstance, cleanup: Cleanup, keep_seconds: float
 ) -> Iterator[Removal]:
     """Remove old runs, with events and logs, of settled batches and of no batch."""
-    before = house.now - keep_seconds
-    for batch_id in house.ended_before(before):
-        yield from _clean_runs_of(instance, house, batch_id, before)
+    before = cleanup.now - keep_seconds
+    for batch_id in cleanup.ended_before(before):
+        yield from _clean_runs_of(instance, cleanup, batch_id, before)
     # Runs of batches that are left now must not be removed.
     for record in _old_runs(instance, before):
-        if _is_nobodys(record.dagster_run, house, before):
-            yield _removed(instance, record.dagster_run.run_id, house)
+        if _is_nobodys(record.dagster_run, cleanup, before):
+            yield _removed(instance, record.dagster_run.run_id, cleanup)
 
 
 def _clean_runs_of(
-    instance: dg.DagsterInstance, house: Cleanup, batch_id: str, before: float
+    instance: dg.DagsterInstance, cleanup: Cleanup, batch_id: str, before: float
 ) -> Iterator[Removal]:
     """Remove all runs of a batch, the newest first, or none."""
     records = instance.get_run_records(dg.RunsFilter(tags={BATCH_TAG: batch_id}))
     if all(_ended_before(record, before) for record in records):
         for record in records:
-            yield _removed(instance, record.dagster_run.run_id, house)
+            yield _removed(instance, record.dagster_run.run_id, cleanup)
 
 
 def _old_runs(instance: dg.DagsterInstance, before: float) -> Iterator[dg.RunRecord]:
@@ -147,31 +143,31 @@ def _ended_before(record: dg.RunRecord, before: float) -> bool:
     return ended and (record.end_time or record.update_timestamp.timestamp()) < before
 
 
-def _is_nobodys(run: dg.DagsterRun, house: Cleanup, before: float) -> bool:
+def _is_nobodys(run: dg.DagsterRun, cleanup: Cleanup, before: float) -> bool:
     """Whether a run has no batch, or only batches that ended before `before`, too."""
-    if (claim := run.tags.get(CLAIM_TAG)) and (house.folder.claims / claim).exists():
+    if (claim := run.tags.get(CLAIM_TAG)) and (cleanup.folder.claims / claim).exists():
         return False
-    if run.tags.get(BATCH_TAG) in house.at_rest:
+    if run.tags.get(BATCH_TAG) in cleanup.settled:
         return False  # It goes with all runs of that batch, or not at all.
-    return all(_ended_or_unknown(name, house, before) for name in _names(run))
+    return all(_ended_or_unknown(name, cleanup, before) for name in _names(run))
 
 
-def _ended_or_unknown(name: str, house: Cleanup, before: float) -> bool:
-    if name in house.at_rest:
-        return house.at_rest[name] < before
+def _ended_or_unknown(name: str, cleanup: Cleanup, before: float) -> bool:
+    if name in cleanup.settled:
+        return cleanup.settled[name] < before
     try:
-        planned = house.folder.plan_path(name).exists()
+        planned = cleanup.folder.plan_path(name).exists()
     except BatchNotFound:  # not a possible batch id
         return True
     # Neither the store nor the disk knows the name: a person has mistyped it.
-    return name not in house.records and not planned
+    return name not in cleanup.records and not planned
 
 
-def _removed(instance: dg.DagsterInstance, run_id: str, house: Cleanup) -> Removal:
+def _removed(instance: dg.DagsterInstance, run_id: str, cleanup: Cleanup) -> Removal:
     logs = _logs_of(instance, run_id)
     shard = _shard_of(instance, run_id)
     size_bytes = sum(path.stat().st_size for path in [*shard, *logs] if path.exists())
-    if not house.dry_run:
+    if not cleanup.dry_run:
         instance.delete_run(run_id)
         # Some log managers cannot delete; logs without a run are then theirs to remove.
         with contextlib.suppress(NotImplementedError):
@@ -198,7 +194,7 @@ def _shard_of(instance: dg.DagsterInstance, run_id: str) -> list[Path]:
 
 
 def _clean_ticks(
-    instance: dg.DagsterInstance, house: Cleanup, keep_seconds: float
+    instance: dg.DagsterInstance, cleanup: Cleanup, keep_seconds: float
 ) -> Iterator[Removal]:
     """Remove the log files of sensor and schedule ticks, which Dagster never does."""
     manager = instance.compute_log_manager
@@ -208,7 +204,7 @@ def _clean_ticks(
     for path in (base / "__repository__").rglob("*"):
         with contextlib.suppress(FileNotFoundError):
             found = path.stat()
-            if path.is_file() and found.st_mtime < house.now - keep_seconds:
-                if not house.dry_run:
+            if path.is_file() and found.st_mtime < cleanup.now - keep_seconds:
+                if not cleanup.dry_run:
                     path.unlink()
                 yield Removal(subject=str(path.relative_to(base)), size_bytes=found.st_size)

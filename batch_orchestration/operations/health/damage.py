@@ -28,7 +28,7 @@ from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.lifecycle.clock import ClockRecord, clock_path
 from batch_orchestration.operations.health.links import CLI
 from batch_orchestration.operations.health.report import HealthReport
-from batch_orchestration.operations.housekeeping.clean import PartResult, results_path
+from batch_orchestration.operations.housekeeping.clean import PartResult, results_file
 from batch_orchestration.queue.entries import NeedsAttention, Pause, QueueView
 from batch_orchestration.store.operations import open_files
 from batch_orchestration.workers.heartbeat import Heartbeat
@@ -80,7 +80,7 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
         ([folder.health], HealthReport),
         ([folder.alerts], dict[str, Any]),
         ([folder.memory_levels], dict[str, Descent]),
-        ([results_path(folder)], dict[str, PartResult]),
+        ([results_file(folder).path], dict[str, PartResult]),
         ([clock_path(folder)], ClockRecord),
         (folder.fences.glob("*.json"), Fence),
         (folder.scans.glob("*.json"), FileScan),

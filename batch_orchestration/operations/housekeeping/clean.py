@@ -15,14 +15,22 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.core.errors import BatchOrchestrationError, HousekeepingBusy
+from batch_orchestration.core.errors import HousekeepingBusy
+from batch_orchestration.core.fault_isolation import Faults
+from batch_orchestration.core.lifecycle import FINAL, RESUMABLE
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
-from batch_orchestration.operations.housekeeping.settled import settled_batches
+from batch_orchestration.store.operations import last_operation_at, replays_of
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import report_progress
+
+logger = logging.getLogger(__name__)
+#: Limit of each part; a tick must not occupy a daemon's slot forever.
+PART_SECONDS = 60.0
+#: Batches that ended more recently are left alone, whatever the settings: somebody may be reading
+#: them.
+LEAST_REST_SECONDS = 3600.0
 
 
 class Removal(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +75,17 @@ class PartResult(msgspec.Struct, frozen=True, kw_only=True):
         return self.problem or ("goes on the next time" if self.more else "")
 
 
+class CleanupReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The results of housekeeping part by part.
+
+    Attributes:
+        removals: Removed things by part; parts that removed nothing are left out.
+    """
+
+    results: tuple[PartResult, ...] = ()
+    removals: dict[str, list[Removal]] = {}
+
+
 def batches_to_retire(
     keys: Mapping[str, int],
     ended: Mapping[str, float],
@@ -92,26 +111,6 @@ def batches_to_retire(
         retired.append(batch_id)
         total -= keys[batch_id]
     return retired
-
-
-class CleanupReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The results of housekeeping part by part, with the names of the removed things.
-
-    Attributes:
-        removals: By part.
-    """
-
-    results: tuple[PartResult, ...] = ()
-    removals: dict[str, list[Removal]] = {}
-
-
-logger = logging.getLogger(__name__)
-#: Limit of each part; a tick must not occupy a daemon's slot forever.
-PART_SECONDS = 60.0
-#: Batches that ended more recently are left alone, whatever the settings: somebody may be looking
-#: at them.
-LEAST_REST_SECONDS = 3600.0
-_BUSY = "housekeeping is at work already; look again in a few minutes"
 
 
 @dataclass(frozen=True)
@@ -140,15 +139,24 @@ class Cleanup:
         return self.store.journals_with_answers()
 
     @cached_property
-    def at_rest(self) -> dict[str, float]:
-        """The settled batches that may be cleaned, and the time since when each is settled."""
-        latest = self.now - LEAST_REST_SECONDS
-        resting = settled_batches(self.records.values(), self.folder)
-        return {batch_id: since for batch_id, since in resting.items() if since <= latest}
+    def settled(self) -> dict[str, float]:
+        """The settled batches that may be cleaned, and the time since when each is settled.
+
+        A settled batch was delivered, has no open replay and was not resumed since: it does not
+        change unless a person acts. A batch whose files cannot be read is not settled.
+        """
+        latest, faults = self.now - LEAST_REST_SECONDS, Faults()
+        found: dict[str, float] = {}
+        for batch_id, record in self.records.items():
+            with faults.of(batch_id):
+                since = _settled_since(record, self.folder)
+                found |= {} if since is None or since > latest else {batch_id: since}
+        faults.log()
+        return found
 
     def ended_before(self, moment: float) -> list[str]:
         """Return the batches settled before a moment, the longest first."""
-        found = [(since, name) for name, since in self.at_rest.items() if since < moment]
+        found = [(since, name) for name, since in self.settled.items() if since < moment]
         return [name for _, name in sorted(found)]
 
     def completed_before(self, moment: float) -> list[str]:
@@ -174,81 +182,62 @@ class Part:
     clean: Cleaner
 
 
+def _settled_since(record: BatchRecord, folder: DataFolder) -> float | None:
+    ended_at = record.times.get(record.status)
+    if ended_at is None or record.status not in FINAL or replays_of(record.batch_id, folder):
+        return None
+    resumption = folder.resumption(record.batch_id).read()
+    if record.status in RESUMABLE and resumption is not None and resumption.at > ended_at:
+        return None
+    return max(ended_at, last_operation_at(folder, record.batch_id))
+
+
 def run_cleanup(
     parts: Sequence[Part],
-    house: Cleanup,
+    cleanup: Cleanup,
     *,
     clock: Callable[[], float],
     seconds: float = PART_SECONDS,
-    tell: Callable[[str, Removal], None] = lambda part, removal: None,
-) -> list[PartResult]:
+) -> CleanupReport:
     """Run the parts one after the other, and save their results unless it is a dry run.
 
     Args:
         clock: Monotonic seconds.
         seconds: Limit of each part.
-        tell: Called with the part's name and each removal, dry or not.
 
     Raises:
         HousekeepingBusy: Housekeeping is already at work.
     """
-    with _alone(house.folder):
-        results = [_run(part, house, clock=clock, seconds=seconds, tell=tell) for part in parts]
-        if not house.dry_run:
-            _keep(results, house.folder)
-    return results
+    with _alone(cleanup.folder):
+        done = [_run(part, cleanup, clock=clock, seconds=seconds) for part in parts]
+        results = tuple(result for result, _ in done)
+        if not cleanup.dry_run:
+            _save(results, cleanup.folder)
+    removals = {result.part: removed for result, removed in done if removed}
+    return CleanupReport(results=results, removals=removals)
 
 
-def run_cleanup_and_report(
-    parts: Sequence[Part],
-    house: Cleanup,
-    *,
-    clock: Callable[[], float],
-    seconds: float = PART_SECONDS,
-) -> CleanupReport:
-    """Run the parts as `run_cleanup` does, and return the names of the removed things, too."""
-    removals: dict[str, list[Removal]] = {}
-
-    def tell(part: str, removal: Removal) -> None:
-        removals.setdefault(part, []).append(removal)
-
-    results = run_cleanup(parts, house, clock=clock, seconds=seconds, tell=tell)
-    return CleanupReport(results=tuple(results), removals=removals)
-
-
-def results_path(folder: DataFolder) -> Path:
-    """Return the path of the file with the last result of each part."""
-    return folder.root / "housekeeping.json"
-
-
-def read_results(folder: DataFolder) -> dict[str, PartResult]:
-    """Return the last result of each part, by name.
-
-    Raises:
-        StorageError: The file is damaged.
-    """
-    return StateFile(results_path(folder), dict[str, PartResult]).read() or {}
+def results_file(folder: DataFolder) -> StateFile[dict[str, PartResult]]:
+    """Return the file with the last result of each part, by name."""
+    return StateFile(folder.root / "housekeeping.json", dict[str, PartResult])
 
 
 def _run(
-    part: Part,
-    house: Cleanup,
-    *,
-    clock: Callable[[], float],
-    seconds: float,
-    tell: Callable[[str, Removal], None],
-) -> PartResult:
+    part: Part, cleanup: Cleanup, *, clock: Callable[[], float], seconds: float
+) -> tuple[PartResult, list[Removal]]:
     if part.keep_seconds <= 0:
-        return PartResult(part=part.name, at=house.now, off=True)
-    if house.doubt is not None and not house.dry_run:
-        logger.warning("housekeeping of %s removes nothing: %s", part.name, house.doubt)
-        return PartResult(part=part.name, at=house.now, problem=f"not done: {house.doubt}")
+        return PartResult(part=part.name, at=cleanup.now, off=True), []
+    if cleanup.doubt is not None and not cleanup.dry_run:
+        logger.warning("housekeeping of %s removes nothing: %s", part.name, cleanup.doubt)
+        not_done = f"not done: {cleanup.doubt}"
+        return PartResult(part=part.name, at=cleanup.now, problem=not_done), []
     report_progress()
-    began, removed, size_bytes, more, problem = clock(), 0, 0, False, None
+    removed: list[Removal] = []
+    problem: str | None = None
+    began, more = clock(), False
     try:
-        for removal in part.clean(house, part.keep_seconds):
-            removed, size_bytes = removed + 1, size_bytes + removal.size_bytes
-            tell(part.name, removal)
+        for removal in part.clean(cleanup, part.keep_seconds):
+            removed.append(removal)
             report_progress()
             if more := clock() - began > seconds:
                 break
@@ -256,20 +245,18 @@ def _run(
         problem = f"{type(error).__name__}: {error}"
         logger.warning("housekeeping of %s: %s", part.name, problem)
     took = clock() - began
-    if removed and not house.dry_run:
-        logger.info(
-            "housekeeping removed %d of %s, %d bytes, in %.1f s",
-            *(removed, part.name, size_bytes, took),
-        )
-    return PartResult(
+    result = PartResult(
         part=part.name,
-        at=house.now + took,
+        at=cleanup.now + took,
         seconds=round(took, 3),
-        removed=removed,
-        size_bytes=size_bytes,
+        removed=len(removed),
+        size_bytes=sum(removal.size_bytes for removal in removed),
         more=more,
         problem=problem,
     )
+    if removed and not cleanup.dry_run:
+        logger.info("housekeeping removed %s", result)
+    return result, removed
 
 
 @contextlib.contextmanager
@@ -278,17 +265,14 @@ def _alone(folder: DataFolder) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise HousekeepingBusy(_BUSY) from None
+        raise HousekeepingBusy("housekeeping is running; try again in a few minutes") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def _keep(results: Sequence[PartResult], folder: DataFolder) -> None:
-    try:
-        known = read_results(folder)
-    except BatchOrchestrationError:  # old results are not worth a failure
-        known = {}
-    known |= {result.part: result for result in results}
-    write_atomically(results_path(folder), msgspec.json.encode(known))
+def _save(results: Sequence[PartResult], folder: DataFolder) -> None:
+    # Old results that cannot be read are not worth a failure.
+    known = results_file(folder).read_if_sound() or {}
+    results_file(folder).write(known | {result.part: result for result in results})

@@ -1,4 +1,4 @@
-"""Retention of the data of batches: their journals, and their kept inputs.
+"""Retention: one function for each kind of data that is removed by age, and the table of them.
 
 Once a batch's journals are gone, its answers are only in the store and in the output: `recover`
 cannot rebuild the batch's rows, and leaves the batch out. `pruned.json` in the batch's folder
@@ -39,6 +39,12 @@ from batch_orchestration.store.operations import replays_of
 from batch_orchestration.workers.reporter import holding
 
 logger = logging.getLogger(__name__)
+SECONDS_PER_DAY = 86_400.0
+#: Temporary names of `files.atomic.atomic_writer`; a user's file hardly has such a name.
+_TEMPORARY = re.compile(r"\..{1,40}\.[0-9a-f]{12}\.tmp")
+#: A restarted admission run reads the claim's admission result again; by this age Dagster's own
+#: retries are long over.
+SETTLED_SECONDS = 30 * SECONDS_PER_DAY
 
 
 class Pruned(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,22 +66,22 @@ class InputRemoved(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
 
 
-def clean_journals(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
+def clean_journals(cleanup: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove the journals of batches that were completed longer ago than that.
 
     A recount of the files in the outbox must find every request once. Journals of replays stay, and
     so do journals that the store refers to.
     """
-    folder, faults = house.folder, Faults()
-    for batch_id in house.completed_before(house.now - keep_seconds):
+    folder, faults = cleanup.folder, Faults()
+    for batch_id in cleanup.completed_before(cleanup.now - keep_seconds):
         with faults.of(batch_id):
             if not (found := _journals(batch_id, folder)):
                 continue
-            journals = [path for path in found if path not in house.journals_with_answers]
+            journals = [path for path in found if path not in cleanup.journals_with_answers]
             if not journals and folder.pruned_path(batch_id).exists():
                 continue
             removal = Removal(subject=batch_id, size_bytes=_size(journals))
-            gone = house.dry_run or _prune(batch_id, journals, folder, now=house.now)
+            gone = cleanup.dry_run or _prune(batch_id, journals, folder, now=cleanup.now)
             if gone and journals:
                 yield removal
     faults.log()
@@ -94,19 +100,19 @@ def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: floa
     return True
 
 
-def clean_inputs(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
+def clean_inputs(cleanup: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove kept inputs of batches that were completed that long ago and have no journals left."""
-    before = house.now - keep_seconds
+    before = cleanup.now - keep_seconds
     faults = Faults()
-    for batch_id in house.completed_before(before):
+    for batch_id in cleanup.completed_before(before):
         with faults.of(batch_id):
-            plan = house.folder.read_plan(batch_id)
-            files = _inputs(plan, house.folder)
-            if not files or not _needless(batch_id, house.folder):
+            plan = cleanup.folder.read_plan(batch_id)
+            files = _inputs(plan, cleanup.folder)
+            if not files or not _needless(batch_id, cleanup.folder):
                 continue
             removal = Removal(subject=str(files[0]), size_bytes=_size(files))
-            if not house.dry_run:
-                _remove_input(plan, files, house)
+            if not cleanup.dry_run:
+                _remove_input(plan, files, cleanup)
             yield removal
     faults.log()
 
@@ -117,11 +123,11 @@ def _needless(batch_id: str, folder: DataFolder) -> bool:
     return not replays_of(batch_id, folder) and folder.pruned_path(batch_id).exists()
 
 
-def _remove_input(plan: BatchPlan, files: list[Path], house: Cleanup) -> None:
+def _remove_input(plan: BatchPlan, files: list[Path], cleanup: Cleanup) -> None:
     removed = InputRemoved(
-        at=house.now, file_name=plan.file_name, sha256=plan.sha256, size_bytes=plan.size_bytes
+        at=cleanup.now, file_name=plan.file_name, sha256=plan.sha256, size_bytes=plan.size_bytes
     )
-    write_atomically(input_removed_path(plan, house.folder), msgspec.json.encode(removed))
+    write_atomically(input_removed_path(plan, cleanup.folder), msgspec.json.encode(removed))
     _remove(files)
     logger.info("removed the kept input of %s, delivered long ago: %s", plan.batch_id, removed)
 
@@ -145,19 +151,12 @@ def _size(files: list[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-#: Temporary names of `files.atomic.atomic_writer`; a user's file hardly has such a name.
-_TEMPORARY = re.compile(r"\..{1,40}\.[0-9a-f]{12}\.tmp")
-#: A restarted admission run reads the claim's admission result again; by this age Dagster's own
-#: retries are long over.
-SETTLED_SECONDS = 30 * 86_400.0
-
-
-def clean_samples(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
+def clean_samples(cleanup: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove old samples of settled batches: rows of `gpu_samples`, and files."""
     pruned = prune_samples(
-        *(house.folder, house.store, house.now, keep_seconds),
-        ended=house.at_rest,
-        dry_run=house.dry_run,
+        *(cleanup.folder, cleanup.store, cleanup.now, keep_seconds),
+        ended=cleanup.settled,
+        dry_run=cleanup.dry_run,
     )
     if pruned.rows:
         yield Removal(subject=f"{pruned.rows:,} rows of gpu_samples")
@@ -165,51 +164,51 @@ def clean_samples(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
         yield Removal(subject=f"{pruned.files:,} samples files", size_bytes=pruned.file_bytes)
 
 
-def clean_logs(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
+def clean_logs(cleanup: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove old logs of engines and run workers, except of runs whose batch is not settled."""
-    spared = _runs_not_at_rest(house)
-    old = _older(house.folder.logs.rglob("*.log*"), house.now - keep_seconds)
+    spared = _runs_of_unsettled_batches(cleanup)
+    old = _older(cleanup.folder.logs.rglob("*.log*"), cleanup.now - keep_seconds)
     yield from _removed(
-        (path for path in old if not any(path.name.startswith(run) for run in spared)), house
+        (path for path in old if not any(path.name.startswith(run) for run in spared)), cleanup
     )
 
 
-def _runs_not_at_rest(house: Cleanup) -> set[str]:
+def _runs_of_unsettled_batches(cleanup: Cleanup) -> set[str]:
     """Return the runs that have worked on unsettled batches, by the files that each run writes."""
     return {
         path.stem
-        for batch_id in house.folder.batch_ids()
-        if batch_id not in house.at_rest
+        for batch_id in cleanup.folder.batch_ids()
+        if batch_id not in cleanup.settled
         for kind in ("samples", "accounts")
-        for path in house.folder.plan_path(batch_id).parent.glob(f"{kind}/*")
+        for path in cleanup.folder.plan_path(batch_id).parent.glob(f"{kind}/*")
     }
 
 
-def clean_rejected(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
+def clean_rejected(cleanup: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove rejected files, and the reasons beside them."""
-    old = _older(house.folder.rejected.rglob("*"), house.now - keep_seconds)
-    yield from _removed(old, house)
+    old = _older(cleanup.folder.rejected.rglob("*"), cleanup.now - keep_seconds)
+    yield from _removed(old, cleanup)
 
 
-def clean_stale_files(house: Cleanup, keep_seconds: float) -> Iterator[Removal]:
+def clean_stale_files(cleanup: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove temporary files, heartbeats of dead runs, and old admission results."""
     # A write in progress and a live run have changed their file within the hour.
-    folder, before = house.folder, house.now - max(keep_seconds, LEAST_REST_SECONDS)
-    temporary = (path for path in _ours(house) if _TEMPORARY.fullmatch(path.name))
-    yield from _removed(_older(temporary, before), house)
-    yield from _removed(_older((folder.root / "heartbeats").glob("*.json"), before), house)
-    settled_before = house.now - max(keep_seconds, SETTLED_SECONDS)
+    folder, before = cleanup.folder, cleanup.now - max(keep_seconds, LEAST_REST_SECONDS)
+    temporary = (path for path in _ours(cleanup) if _TEMPORARY.fullmatch(path.name))
+    yield from _removed(_older(temporary, before), cleanup)
+    yield from _removed(_older((folder.root / "heartbeats").glob("*.json"), before), cleanup)
+    settled_before = cleanup.now - max(keep_seconds, SETTLED_SECONDS)
     settled = (folder.claims / ".settled").glob("*.json")
-    yield from _removed(_older(settled, settled_before), house)
+    yield from _removed(_older(settled, settled_before), cleanup)
 
 
-def _ours(house: Cleanup) -> Iterator[Path]:
+def _ours(cleanup: Cleanup) -> Iterator[Path]:
     """Yield our possible temporary files: none in the inbox, none below a claim."""
-    folder = house.folder
+    folder = cleanup.folder
     yield from folder.root.glob(".*.tmp")
     for own in ("heartbeats", "scans", "claims/.settled"):
         yield from (folder.root / own).glob(".*.tmp")
-    for batch_id in house.at_rest:
+    for batch_id in cleanup.settled:
         for place in (
             folder.plan_path(batch_id).parent,
             folder.outbox_path(batch_id),
@@ -230,28 +229,21 @@ def _older(paths: Iterable[Path], before: float) -> Iterator[Path]:
             yield path
 
 
-def _removed(paths: Iterable[Path], house: Cleanup) -> Iterator[Removal]:
+def _removed(paths: Iterable[Path], cleanup: Cleanup) -> Iterator[Removal]:
     """Remove files; a failure does not stop the others, and is raised at the end."""
     problem: StorageError | None = None
     for path in list(paths):
         size_bytes = path.lstat().st_size if path.exists() else 0
         try:
-            if not house.dry_run:
+            if not cleanup.dry_run:
                 with disk_errors(path):
                     path.unlink(missing_ok=True)
         except StorageError as error:
             problem = error
             continue
-        yield Removal(subject=_name(path, house.folder), size_bytes=size_bytes)
+        yield Removal(subject=str(path.relative_to(cleanup.folder.root)), size_bytes=size_bytes)
     if problem is not None:
         raise problem
-
-
-def _name(path: Path, folder: DataFolder) -> str:
-    return str(path.relative_to(folder.root))
-
-
-SECONDS_PER_DAY = 86_400.0
 
 
 def cleanup_parts(settings: Settings) -> list[Part]:

@@ -59,7 +59,7 @@ def test_without_an_instance_the_other_parts_are_cleaned_and_it_says_what_is_mis
 ) -> None:
     result = cli.run("housekeeping", clock=in_a_year, exit_code=1)
 
-    assert "no dagster.yaml here" in result.stdout
+    assert "there is no dagster.yaml here" in result.stdout
     assert not (cli.folder.logs / "runs/old.log").exists()
 
 

@@ -18,8 +18,8 @@ from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.operations.housekeeping.clean import (
     Cleanup,
     CleanupReport,
-    results_path,
-    run_cleanup_and_report,
+    results_file,
+    run_cleanup,
 )
 from batch_orchestration_tests.support.builders import make_input, make_line
 from batch_orchestration_tests.support.deployment import Deployment
@@ -42,7 +42,7 @@ def clean(deployment: Deployment, *parts: str, days: float = 100, **settings: An
     """Clean up, as if so many days had gone by."""
     in_force = deployment.settings.model_copy(update=settings)
     house = Cleanup(deployment.folder, deployment.store, now=time.time() + days * DAY)
-    report = run_cleanup_and_report(
+    report = run_cleanup(
         [p for p in dagster_parts(deployment.instance, in_force) if p.name in parts],
         house,
         clock=time.monotonic,
@@ -173,10 +173,10 @@ def test_the_job_tells_what_it_did_and_what_it_would_do(deployment: Deployment) 
     request = dg.RunRequest(job_name="housekeeping", run_config=config)
 
     assert deployment.run(request).success
-    assert not results_path(deployment.folder).exists()
+    assert not results_file(deployment.folder).path.exists()
     assert deployment.run(dg.RunRequest(job_name="housekeeping")).success
 
-    told = json.loads(results_path(deployment.folder).read_bytes())
+    told = json.loads(results_file(deployment.folder).path.read_bytes())
     assert {"journals", "samples", "logs", "partitions", "runs", "ticks"} <= told.keys()
     assert all(result.get("problem") is None for result in told.values())
 

@@ -24,8 +24,7 @@ from batch_orchestration.operations.housekeeping.clean import (
     Cleanup,
     Part,
     Removal,
-    read_results,
-    results_path,
+    results_file,
     run_cleanup,
 )
 from batch_orchestration.operations.housekeeping.retention import cleanup_parts
@@ -159,11 +158,11 @@ def test_of_a_batch_that_is_not_at_rest_no_byte_is_touched(drawn: list[History])
         before = {batch_id: files_of(folder, batch_id) for batch_id in busy}
         store = ToldStore(folder, [record_of(n, h, now) for n, h in batches.items()])
 
-        results = run_cleanup(
+        report = run_cleanup(
             cleanup_parts(SETTINGS), Cleanup(folder, store, now=now), clock=time.time
         )
 
-        assert [result.problem for result in results] == [None] * len(results)
+        assert not any(result.problem for result in report.results)
         for batch_id in busy:
             assert files_of(folder, batch_id) == before[batch_id]
         for batch_id in batches.keys() - busy:
@@ -187,14 +186,12 @@ def house(folder: DataFolder, *, days: float = 2, dry_run: bool = False) -> Clea
 
 
 def clean(folder: DataFolder, part: str, *, days: float = 2, dry_run: bool = False) -> list[str]:
-    gone: list[str] = []
-    run_cleanup(
+    report = run_cleanup(
         [known for known in cleanup_parts(SETTINGS) if known.name == part],
         house(folder, days=days, dry_run=dry_run),
         clock=time.monotonic,
-        tell=lambda _, removal: gone.append(removal.subject),
     )
-    return gone
+    return [removal.subject for removal in report.removals.get(part, [])]
 
 
 def touched(path: Path) -> Path:
@@ -241,7 +238,7 @@ def test_a_dry_run_names_what_a_real_one_removes_and_removes_nothing(folder: Dat
 
     assert clean(folder, "logs", dry_run=True) == ["logs/runs/run-1.log"]
     assert log.exists()
-    assert not results_path(folder).exists()
+    assert not results_file(folder).path.exists()
 
     assert clean(folder, "logs") == ["logs/runs/run-1.log"]
     assert not log.exists()
@@ -274,14 +271,14 @@ def test_what_fails_does_not_stop_the_next(folder: DataFolder) -> None:
 
     parts = [Part("a", 1, broken), Part("b", 1, fine), Part("c", 0, broken)]
 
-    results = run_cleanup(parts, house(folder), clock=time.monotonic)
+    results = run_cleanup(parts, house(folder), clock=time.monotonic).results
 
     assert [(r.part, r.removed, r.size_bytes, r.problem, r.off) for r in results] == [
         ("a", 1, 7, "StoreLocked: held by pid 1", False),
         ("b", 1, 0, None, False),
         ("c", 0, 0, None, True),
     ]
-    assert list(read_results(folder).values()) == results
+    assert tuple((results_file(folder).read() or {}).values()) == results
 
 
 def test_a_part_whose_time_is_over_goes_on_the_next_time(folder: DataFolder) -> None:
@@ -293,7 +290,7 @@ def test_a_part_whose_time_is_over_goes_on_the_next_time(folder: DataFolder) -> 
 
     (result,) = run_cleanup(
         [Part("a", 1, endless)], house(folder), clock=lambda: float(next(ticks)), seconds=5
-    )
+    ).results
 
     assert (result.removed, result.more) == (6, True)
 
@@ -302,7 +299,7 @@ def test_results_of_other_parts_are_kept(folder: DataFolder) -> None:
     clean(folder, "logs")
     clean(folder, "stale-files")
 
-    assert read_results(folder).keys() == {"logs", "stale-files"}
+    assert (results_file(folder).read() or {}).keys() == {"logs", "stale-files"}
 
 
 def test_two_do_not_clean_at_once(folder: DataFolder) -> None:
@@ -320,4 +317,4 @@ def test_a_damaged_decision_leaves_its_batch_alone_and_the_others_are_cleaned(
     now = time.time() + 2 * DAY
     store = ToldStore(folder, [record_of(name, history, now) for name in ("good", "damaged")])
 
-    assert set(Cleanup(folder, store, now=now).at_rest) == {"good"}
+    assert set(Cleanup(folder, store, now=now).settled) == {"good"}

@@ -60,10 +60,10 @@ def test_housekeeping_with_a_clock_that_is_years_ahead_removes_nothing_and_says_
     years_ahead = NOW + 3650 * DAY
     doubtful = Cleanup(bench.folder, bench.store, now=years_ahead, doubt="the clock jumped")
 
-    [result] = run_cleanup([part], doubtful, clock=lambda: 0.0)
+    [result] = run_cleanup([part], doubtful, clock=lambda: 0.0).results
 
     assert result.problem == "not done: the clock jumped"
     assert set(bench.folder.journals.rglob("*.journal")) == journals
     believed = Cleanup(bench.folder, bench.store, now=years_ahead)
-    [result] = run_cleanup([part], believed, clock=lambda: 0.0)
+    [result] = run_cleanup([part], believed, clock=lambda: 0.0).results
     assert result.removed == 1
