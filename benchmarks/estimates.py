@@ -28,10 +28,10 @@ from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
-from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force
+from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.estimate import Estimate, seconds_band, tokens_band
-from batch_orchestration.estimates.scores import Score, calibration
-from batch_orchestration.estimates.tables import EstimateTables
+from batch_orchestration.estimates.scores import Score, accuracy
+from batch_orchestration.estimates.tables import EstimateTables, cache_engine_info
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.inference.run import RunPolicy, run_chunks
@@ -98,19 +98,12 @@ class Bench:
         """Do what the job `benchmark_engine` does."""
         in_force = engine_in_force(self.settings)
         report = asyncio.run(
-            calibrate(
-                self.engine,
-                requests=requests,
-                seconds=seconds,
-                at_a_time=in_force.at_a_time,
-                run_id="benchmark",
-            )
+            calibrate(self.engine, in_force, requests=requests, seconds=seconds, run_id="benchmark")
         )
-        EstimateTables(self.store).add_runs(
-            report.runs, model=in_force.model, device=in_force.device
-        )
+        EstimateTables(self.store).add_measurements(report.rounds)
         cache_engine_info(self.engine, in_force, self.store, at=time.time())
-        _say(f"calibrated in {sum(run.seconds for run in report.runs):.0f} s: {report.throughput}")
+        took = sum(measured.seconds for measured in report.rounds)
+        _say(f"calibrated in {took:.0f} s: {report.throughput}")
         return report
 
     def run_all(self) -> Iterator[tuple[str, str, Estimate, Score]]:
@@ -169,8 +162,8 @@ def render(
         f" `max_tokens` capped at {options.cap}; {os.cpu_count()} cores ({platform.machine()}),"
         f" load of the last 15 minutes {load[2]:.1f}.",
         "",
-        f"Calibration: {len(report.runs)} rounds,"
-        f" {sum(run.seconds for run in report.runs):.0f} s; costs in seconds:"
+        f"Calibration: {len(report.rounds)} rounds,"
+        f" {sum(measured.seconds for measured in report.rounds):.0f} s; costs in seconds:"
         f" `{msgspec.json.encode(report.throughput).decode()}`",
         "",
         "| round | file | requests | prompt tokens, expected | actual | answer tokens, expected |"
@@ -180,13 +173,13 @@ def render(
     for name, file, estimate, score in scored:
         seconds = "" if estimate.seconds is None else seconds_band(estimate.seconds)
         lines.append(
-            f"| {name} | {file} | {score.requests} | {tokens_band(estimate.prompt_tokens)} |"
+            f"| {name} | {file} | {estimate.requests} | {tokens_band(estimate.prompt_tokens)} |"
             f" {score.actual_prompt_tokens:,} | {tokens_band(estimate.completion_tokens)} |"
-            f" {score.actual_tokens:,} | {seconds} | {score.actual_seconds:.1f} s |"
+            f" {score.actual_completion_tokens:,} | {seconds} | {score.actual_seconds:.1f} s |"
             f" {score.error:.0%} | {'yes' if score.inside else 'no'} |"
         )
     for name in ROUNDS:
-        of_round = calibration([score for which, _, _, score in scored if which == name])
+        of_round = accuracy([score for which, _, _, score in scored if which == name])
         lines.append(
             f"\n{name.capitalize()}: median error of the time {of_round.median_error:.0%},"
             f" of the tokens {of_round.median_token_error:.0%};"

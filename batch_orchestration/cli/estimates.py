@@ -10,7 +10,7 @@ from batch_orchestration.cli.context import json_option, open_context, print_jso
 from batch_orchestration.cli.escaping import say
 from batch_orchestration.core.text import duration
 from batch_orchestration.estimates.estimate import seconds_band, tokens_band
-from batch_orchestration.estimates.scores import Calibration, Score, calibration
+from batch_orchestration.estimates.scores import Accuracy, Score, accuracy
 from batch_orchestration.estimates.scoring import LAST_BATCHES
 from batch_orchestration.estimates.tables import EstimateTables
 
@@ -29,13 +29,13 @@ def estimates(last: int, as_json: bool) -> None:
     context = open_context()
     scores = EstimateTables(context.store).scores(limit=last) if context.store.exists else []
     if as_json:
-        print_json({"calibration": calibration(scores), "batches": [*map(_object, scores)]})
+        print_json({"calibration": accuracy(scores), "batches": [*map(_object, scores)]})
         return
     if not scores:
         say("No batch with an estimate is completed yet.")
         return
     context.console.print(_table(scores))
-    for line in _summary(calibration(scores)):
+    for line in _summary(accuracy(scores)):
         say(line)
 
 
@@ -43,12 +43,12 @@ def _object(score: Score) -> dict[str, object]:
     return {
         "batch_id": score.batch_id,
         "scored_at": int(score.scored_at),
-        "requests": score.requests,
-        "basis": score.basis,
-        "expected_tokens": score.expected_prompt_tokens.mid + score.expected_tokens.mid,
-        "actual_tokens": score.actual_prompt_tokens + score.actual_tokens,
+        "requests": score.estimate.requests,
+        "basis": score.estimate.basis,
+        "expected_tokens": score.estimate.tokens,
+        "actual_tokens": score.actual_tokens,
         "token_error": score.token_error,
-        "expected_seconds": score.expected_seconds,
+        "expected_seconds": score.estimate.seconds,
         "actual_seconds": score.actual_seconds,
         "error": score.error,
         "inside": score.inside,
@@ -61,11 +61,11 @@ def _table(scores: Sequence[Score]) -> Table:
                    "In band"):  # fmt: skip
         table.add_column(column, overflow="fold")
     for score in scores:
-        expected = score.expected_seconds
+        expected = score.estimate.seconds
         table.add_row(
             Text(score.batch_id),
-            tokens_band(score.expected_tokens),
-            f"{score.actual_tokens:,}",
+            tokens_band(score.estimate.completion_tokens),
+            f"{score.actual_completion_tokens:,}",
             "" if expected is None else seconds_band(expected),
             duration(score.actual_seconds),
             "" if score.error is None else f"{score.error:.0%}",
@@ -74,7 +74,7 @@ def _table(scores: Sequence[Score]) -> Table:
     return table
 
 
-def _summary(found: Calibration) -> list[str]:
+def _summary(found: Accuracy) -> list[str]:
     lines = [f"{found.batches:,} batches scored."]
     if found.median_token_error is not None:
         lines.append(f"Tokens: median error {found.median_token_error:.0%}.")

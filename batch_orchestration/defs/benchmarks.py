@@ -11,8 +11,8 @@ from batch_orchestration.defs.job_factory import one_op_job
 from batch_orchestration.defs.metadata import Metadata, metadata_of, table_of
 from batch_orchestration.defs.resources import GpuResource, SettingsResource, open_store
 from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
-from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force
-from batch_orchestration.estimates.tables import EstimateTables
+from batch_orchestration.estimates.engine import engine_in_force
+from batch_orchestration.estimates.tables import EstimateTables, cache_engine_info
 from batch_orchestration.workers.reporter import report_phase
 from batch_orchestration.workers.vitals import MARGIN_SECONDS, WORK_SECONDS
 
@@ -54,25 +54,25 @@ def benchmark_engine(
         report = asyncio.run(
             calibrate(
                 engine,
+                in_force,
                 requests=config.requests,
                 seconds=config.seconds,
-                at_a_time=in_force.at_a_time,
                 run_id=context.run.run_id,
             )
         )
-    EstimateTables(store).add_runs(report.runs, model=in_force.model, device=in_force.device)
+    EstimateTables(store).add_measurements(report.rounds)
     cache_engine_info(engine, in_force, store, at=time.time())
     context.add_output_metadata(_metadata(report))
 
 
 def _metadata(report: CalibrationReport) -> Metadata:
-    engine, costs = report.runs[0].engine, report.throughput and report.throughput.costs
-    made_up = f"{engine}: made up, says nothing about a real one"
+    engine, costs = report.rounds[0].engine, report.throughput and report.throughput.costs
+    made_up = f"{engine}: made up, not the speed of a real engine"
     return metadata_of(
         engine=made_up if engine == SIMULATED else engine,
         failed_requests=report.failed,
         rounds=table_of(
-            report.runs,
+            report.rounds,
             *("requests", "at_a_time", "prompt_tokens", "completion_tokens", "seconds"),
         ),
         seconds_per_1000_prompt_tokens=costs and 1000 * costs.prompt_token,

@@ -22,7 +22,8 @@ from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.engines.vllm.flags import flag_name, flags_of
 from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT
-from batch_orchestration.estimates.engine import cache_engine_info, engine_in_force
+from batch_orchestration.estimates.engine import engine_in_force
+from batch_orchestration.estimates.tables import cache_engine_info
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import share
 from batch_orchestration.gpu.health import device_monitor, no_gate, require_healthy_gpu

@@ -42,12 +42,11 @@ def read_calibration_data(tables: EstimateTables, engine: EngineInForce) -> Cali
     """Return the calibration data of an engine and its model; empty if there is no store."""
     if not tables.exist:
         return CalibrationData(engine=engine)
-    runs = tables.runs(**engine.key)
     return CalibrationData(
         engine=engine,
         history=TokenHistory(tables.answered(engine.model)),
-        throughput=throughput([run.measurement for run in runs]),
-        facts=tables.facts(**engine.key, args_hash=engine.args_hash),
+        throughput=throughput(tables.measurements(engine)),
+        facts=tables.engine_info(engine),
     )
 
 

@@ -17,8 +17,8 @@ import msgspec
 from batch_orchestration.core.errors import CalibrationFailed
 from batch_orchestration.core.outcomes import Completion, Failure, Outcome
 from batch_orchestration.engines.base import Engine
-from batch_orchestration.estimates.costs import Source, Throughput, throughput
-from batch_orchestration.estimates.tables import EngineRun
+from batch_orchestration.estimates.costs import Measurement, Source, Throughput, throughput
+from batch_orchestration.estimates.engine import EngineInForce
 from batch_orchestration.workers.reporter import report_phase, report_progress
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationReport:
-    """The measurements of a calibration, and the costs fitted to them."""
+    """The measurement of each round of a calibration, and the costs fitted to them."""
 
-    runs: tuple[EngineRun, ...]
+    rounds: tuple[Measurement, ...]
     throughput: Throughput | None
     failed: int
 
@@ -87,21 +87,18 @@ def rounds(*, requests: int, at_a_time: int, context_tokens: int | None) -> list
 
 async def calibrate(
     engine: Engine,
+    in_force: EngineInForce,
     *,
-    model: str | None = None,
     requests: int,
     seconds: float,
-    at_a_time: int,
     run_id: str,
 ) -> CalibrationReport:
     """Start the engine, measure it, and return the measurements with the fitted costs.
 
     Args:
-        engine: The engine to measure; it is left running.
-        model: Served name of the model; the engine's first by default.
+        engine: The engine to measure; it is left running. Its first model answers.
         requests: Number of requests of a round that keeps the engine busy.
         seconds: Time limit, after which no further round begins.
-        at_a_time: Most requests that the engine computes together.
         run_id: The run that calibrates.
 
     Raises:
@@ -111,38 +108,37 @@ async def calibrate(
     identity = await engine.start()
     report_phase("measuring the engine")
     try:
-        served = model or identity.models[0]
-        ask = _Asker(engine, served, seed=run_id)
+        ask = _Asker(engine, in_force, model=identity.models[0], run_id=run_id)
         # Also a warm-up: an engine's first request pays one-time costs.
         await ask.choose_endpoint()
         context = engine.figures().get("max_model_len")
         began = time.monotonic()
-        found: list[EngineRun] = []
-        for planned in rounds(requests=requests, at_a_time=at_a_time, context_tokens=context):
+        found: list[Measurement] = []
+        for planned in rounds(
+            requests=requests, at_a_time=in_force.at_a_time, context_tokens=context
+        ):
             if found and time.monotonic() - began > seconds:
                 break
-            run = await ask.measure(planned, engine=identity.kind, run_id=run_id)
-            if run is not None:
-                found.append(run)
-                logger.info("%s took %.2f s", planned, run.seconds)
+            measured = await ask.measure(planned)
+            if measured is not None:
+                found.append(measured)
+                logger.info("%s took %.2f s", planned, measured.seconds)
     finally:
         await engine.disconnect()
     if not found:
         raise CalibrationFailed("the engine answered none of the made-up requests")
-    return CalibrationReport(
-        runs=tuple(found),
-        throughput=throughput([run.measurement for run in found]),
-        failed=ask.failed,
-    )
+    return CalibrationReport(rounds=tuple(found), throughput=throughput(found), failed=ask.failed)
 
 
 class _Asker:
     """Sends made-up requests with different first words, so that no prefix cache can help."""
 
-    def __init__(self, engine: Engine, model: str, *, seed: str) -> None:
+    def __init__(self, engine: Engine, in_force: EngineInForce, *, model: str, run_id: str) -> None:
         self._engine = engine
+        self._in_force = in_force
         self._model = model
-        self._dice = random.Random(seed)
+        self._run_id = run_id
+        self._dice = random.Random(run_id)
         self._endpoint = CHAT
         self._asked = 0
         self.failed = 0
@@ -161,7 +157,7 @@ class _Asker:
             messages.append(f"{self._endpoint}: {outcome.message}")
         raise CalibrationFailed("the engine answers nothing: " + "; ".join(messages))
 
-    async def measure(self, planned: Round, *, engine: str, run_id: str) -> EngineRun | None:
+    async def measure(self, planned: Round) -> Measurement | None:
         """Send the requests of one round and return the measurement; None without an answer."""
         waiting = iter(range(planned.requests))
         outcomes: list[Outcome] = []
@@ -174,9 +170,9 @@ class _Asker:
         self.failed += len(outcomes) - len(answers)
         if not answers:
             return None
-        return EngineRun(
-            run_id=run_id,
-            engine=engine,
+        return Measurement(
+            **self._in_force.key,
+            run_id=self._run_id,
             memory_level=self._engine.fallback.description or "",
             source=Source.CALIBRATION,
             requests=len(answers),

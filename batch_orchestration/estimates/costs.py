@@ -28,7 +28,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """Work of an engine, planned or done.
 
     Attributes:
-        steps: Engine steps, each of which adds a token to every running sequence. See `steps`.
+        steps: Engine steps, each of which adds a token to every running sequence. `work_alone` and
+            `work_shared` count them.
     """
 
     requests: float
@@ -65,11 +66,41 @@ GUESSED = Costs(request=2.0, prompt_token=0.1, completion_token=1.0, step=1.0)
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """Work that was done, and the seconds it took."""
+    """Work of an engine in one run of a batch, or in one round of a calibration.
 
-    work: Work
-    seconds: float
+    Attributes:
+        engine: Kind of the engine that answered.
+        memory_level: Memory level in force, in words; empty if memory is not ours to set.
+        longest: Tokens of the longest answer.
+        at_a_time: Most requests that the engine had at a time.
+        seconds: Time during which the engine had at least one request.
+    """
+
+    engine: str
+    model: str
+    device: str
+    memory_level: str
+    measured_at: float
     source: Source
+    batch_id: str | None = None
+    run_id: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    longest: int
+    at_a_time: int
+    seconds: float
+
+    @property
+    def work(self) -> Work:
+        """The work that was done in these seconds."""
+        return work_alone(
+            requests=self.requests,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            longest=self.longest,
+            at_a_time=self.at_a_time,
+        )
 
 
 class Throughput(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,12 +118,36 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
     fitted: bool
 
 
-def steps(*, requests: float, completion_tokens: float, longest: float, at_a_time: int) -> float:
-    """Return the number of engine steps for answers of which `at_a_time` are computed together.
+def work_alone(
+    *,
+    requests: float,
+    prompt_tokens: float,
+    completion_tokens: float,
+    longest: float,
+    at_a_time: int,
+) -> Work:
+    """Return the work of requests that have the engine to themselves, `at_a_time` of them at once.
 
-    It is max(tokens of the longest answer, tokens of all answers / sequences at a time).
+    Its steps are max(tokens of the longest answer, tokens of all answers / sequences at a time).
     """
-    return max(longest, completion_tokens / max(1.0, min(requests, at_a_time)))
+    return Work(
+        requests=requests,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        steps=max(longest, completion_tokens / max(1.0, min(requests, at_a_time))),
+    )
+
+
+def work_shared(
+    *, requests: float, prompt_tokens: float, completion_tokens: float, at_a_time: float
+) -> Work:
+    """Return the work of requests among others: each step is shared by `at_a_time` sequences."""
+    return Work(
+        requests=requests,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        steps=completion_tokens / max(1.0, at_a_time),
+    )
 
 
 def throughput(measurements: Sequence[Measurement]) -> Throughput | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from batch_orchestration.estimates.costs import Costs, Work
+from batch_orchestration.estimates.costs import Costs, work_shared
 from batch_orchestration.estimates.estimate import Estimate
 
 #: Default number of requests in flight: as many as vLLM computes together by default.
@@ -231,11 +231,11 @@ def chunk_size(costs: Costs | None, tokens: RequestTokens | None, *, at_a_time: 
             name="chunk", value=DEFAULT_CHUNK, why="the default, for this engine was never measured"
         )
     seconds = costs.seconds(
-        Work(
+        work_shared(
             requests=1,
             prompt_tokens=tokens.prompt,
             completion_tokens=tokens.completion,
-            steps=tokens.completion / max(1, at_a_time),
+            at_a_time=at_a_time,
         )
     )
     exact = COMMIT_SECONDS / max(seconds, COMMIT_SECONDS / LARGEST_CHUNK / 10)

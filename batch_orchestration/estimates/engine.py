@@ -1,17 +1,12 @@
-"""The engine in force, and a cache of the facts that it reported at its last start.
+"""The engine in force, as far as estimates and the limits on requests depend on it."""
 
-Admission checks the next file against those facts before the engine is started.
-"""
-
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batch_orchestration.core.batches import settings_hash
-from batch_orchestration.core.errors import EngineStartFailed, StorageError
-from batch_orchestration.engines.base import Engine
+from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
 from batch_orchestration.engines.vllm.flags import (
     CPU_ARGS,
@@ -21,11 +16,7 @@ from batch_orchestration.engines.vllm.flags import (
     top_level,
 )
 from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT, MOST_IN_FLIGHT
-from batch_orchestration.estimates.tables import CachedEngineInfo, EstimateTables
 from batch_orchestration.settings import EngineKind, Settings
-from batch_orchestration.store.store import Store
-
-logger = logging.getLogger(__name__)
 
 #: Flags that make vLLM serve model names other than the configured one.
 _NAMING_FLAGS = frozenset({"served-model-name", "lora-modules", "enable-lora", "config"})
@@ -64,29 +55,6 @@ class EngineInForce:
     def args_hash(self) -> str:
         """Hash of the flags: reported facts are valid only for the same flags."""
         return settings_hash({"args": dict(self.args)})
-
-
-def cache_engine_info(engine: Engine, in_force: EngineInForce, store: Store, *, at: float) -> None:
-    """Store the facts that a started engine reported. Does nothing if it was not started.
-
-    Context length and KV cache size are left out if a reduced memory level shortened the context. A
-    store error is only logged, because the next run reports the same facts.
-    """
-    figures = engine.figures()
-    if "models" not in figures:
-        return
-    shortened = "max-model-len" in engine.fallback.flags
-    facts = CachedEngineInfo(
-        models=tuple(figures["models"]),
-        max_model_len=None if shortened else figures.get("max_model_len"),
-        kv_cache_tokens=None if shortened else figures.get("kv_cache_tokens"),
-        start_seconds=figures.get("start_seconds"),
-        seen_at=at,
-    )
-    try:
-        EstimateTables(store).put_facts(facts, **in_force.key, args_hash=in_force.args_hash)
-    except StorageError as error:
-        logger.warning("cannot store what the engine reported at its start: %s", error)
 
 
 def engine_in_force(settings: Settings) -> EngineInForce:

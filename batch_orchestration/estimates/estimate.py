@@ -12,7 +12,7 @@ from enum import StrEnum
 import msgspec
 
 from batch_orchestration.core.text import duration
-from batch_orchestration.estimates.costs import Costs, Throughput, Work, steps
+from batch_orchestration.estimates.costs import Costs, Throughput, Work, work_alone, work_shared
 from batch_orchestration.estimates.profile import (
     EMBEDDING,
     SampledRequest,
@@ -101,20 +101,6 @@ class TokenHistory:
         return known if len(known) >= FEWEST_ANSWERS else ()
 
 
-class Expectation(msgspec.Struct, frozen=True, kw_only=True):
-    """Expected tokens of each request of one shape.
-
-    Attributes:
-        requests: Requests of the batch with this shape.
-        from_history: Whether the answer length is fixed or from history, not from the prior.
-    """
-
-    requests: int
-    prompt_tokens: float
-    completion_tokens: float
-    from_history: bool
-
-
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """Expected tokens, time and price of a batch.
 
@@ -127,7 +113,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
         window_seconds: Length of its completion window.
         from_history: Share of the requests whose answer length is known from history.
         measurements: Number of speed measurements behind `seconds`.
-        costs: Used by `RemainingWork` while the batch runs.
+        costs: Used by `RemainingWork` while the batch runs, as is `shapes`.
+        shapes: Expected work of the requests of each shape, among those of the others.
         price: Price of the device for `seconds`; None if no price is set.
         engine: Key of the engine's measurements; empty if unknown.
         at_a_time: Most requests that the engine computes together.
@@ -144,7 +131,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     from_history: float = 0.0
     measurements: int = 0
     costs: Costs | None = None
-    expectations: dict[str, Expectation] = {}
+    shapes: dict[str, Work] = {}
     price: Band | None = None
     engine: dict[str, str] = {}
     at_a_time: int = 1
@@ -203,6 +190,15 @@ class _ShapeModel:
         mean = sum(min(tokens * factor, cap) for tokens, cap in drawn) / len(drawn)
         return mean * self.requests, min(max(tokens for tokens, _ in drawn) * factor, most)
 
+    def work(self, *, completion_tokens: float, at_a_time: int) -> Work:
+        """Return the expected work of the requests, with this mean of the drawn tokens."""
+        return work_shared(
+            requests=self.requests,
+            prompt_tokens=round(self.prompt_tokens, 2),
+            completion_tokens=round(completion_tokens, 2),
+            at_a_time=at_a_time,
+        )
+
     def _answer(self, dice: random.Random) -> tuple[float, float]:
         """Return the tokens of one answer, and its cap."""
         request = dice.choice(self._sample)
@@ -247,16 +243,12 @@ def estimate(
         prompts.append(prompt * math.exp(dice.gauss(0.0, _prompt_spread(profile, history))))
         if throughput is not None:
             longest = max((longest for _, longest in drawn.values()), default=0.0)
-            work = Work(
+            work = work_alone(
                 requests=profile.requests,
                 prompt_tokens=prompts[-1],
                 completion_tokens=answers[-1],
-                steps=steps(
-                    requests=profile.requests,
-                    completion_tokens=answers[-1],
-                    longest=longest,
-                    at_a_time=at_a_time,
-                ),
+                longest=longest,
+                at_a_time=at_a_time,
             )
             factor = math.exp(dice.gauss(0.0, throughput.spread))
             seconds.append(throughput.costs.seconds(work) * factor)
@@ -270,7 +262,10 @@ def estimate(
         from_history=known / profile.requests if profile.requests else 0.0,
         measurements=0 if throughput is None else throughput.measurements,
         costs=None if throughput is None else throughput.costs,
-        expectations=_expectations(models, sums),
+        shapes={
+            shape: model.work(completion_tokens=sums[shape], at_a_time=at_a_time)
+            for shape, model in models.items()
+        },
         at_a_time=at_a_time,
     )
 
@@ -283,20 +278,6 @@ def _models(profile: TokenProfile, history: TokenHistory) -> Mapping[str, _Shape
         shape: _ShapeModel(totals, by_shape[shape], history)
         for shape, totals in profile.shapes.items()
         if totals.requests and shape in by_shape
-    }
-
-
-def _expectations(
-    models: Mapping[str, _ShapeModel], completion_tokens: Mapping[str, float]
-) -> dict[str, Expectation]:
-    return {
-        shape: Expectation(
-            requests=model.requests,
-            prompt_tokens=round(model.prompt_tokens / model.requests, 2),
-            completion_tokens=round(completion_tokens[shape] / model.requests, 2),
-            from_history=model.from_history,
-        )
-        for shape, model in models.items()
     }
 
 

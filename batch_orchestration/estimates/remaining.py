@@ -3,7 +3,7 @@
 from collections import Counter, deque
 
 from batch_orchestration.core.outcomes import Completion, Outcome
-from batch_orchestration.estimates.costs import GUESSED
+from batch_orchestration.estimates.costs import GUESSED, work_shared
 from batch_orchestration.estimates.estimate import Estimate
 
 #: Long answers arrive in bursts: in a shorter window, each would look like a change of speed.
@@ -20,11 +20,9 @@ class RemainingWork:
     """
 
     def __init__(self, estimate: Estimate) -> None:
-        costs = estimate.costs or GUESSED
-        self._request = costs.request
-        self._prompt = costs.prompt_token
-        self._completion = costs.completion_token + costs.step / max(1, estimate.at_a_time)
-        self._expected = estimate.expectations
+        self._costs = estimate.costs or GUESSED
+        self._at_a_time = estimate.at_a_time
+        self._expected = estimate.shapes
         self._seen: Counter[str] = Counter()
         self._work: dict[str, float] = {}
         self._done = 0.0
@@ -39,7 +37,14 @@ class RemainingWork:
         """Count an outcome; a failure counts as no work."""
         self._seen[shape] += 1
         if isinstance(outcome, Completion):
-            work = self._cost(outcome.usage.prompt_tokens, outcome.usage.completion_tokens)
+            work = self._costs.seconds(
+                work_shared(
+                    requests=1,
+                    prompt_tokens=outcome.usage.prompt_tokens,
+                    completion_tokens=outcome.usage.completion_tokens,
+                    at_a_time=self._at_a_time,
+                )
+            )
             self._work[shape] = self._work.get(shape, 0.0) + work
             self._done += work
 
@@ -79,11 +84,8 @@ class RemainingWork:
 
     def _each(self, shape: str) -> float:
         expected = self._expected[shape]
-        prior = self._cost(expected.prompt_tokens, expected.completion_tokens)
+        prior = self._costs.seconds(expected) / expected.requests
         seen = self._seen[shape]
         return (EXPECTATION_WEIGHT * prior + self._work.get(shape, 0.0)) / (
             EXPECTATION_WEIGHT + seen
         )
-
-    def _cost(self, prompt_tokens: float, completion_tokens: float) -> float:
-        return self._request + self._prompt * prompt_tokens + self._completion * completion_tokens

@@ -5,51 +5,50 @@ from collections.abc import Sequence
 
 import msgspec
 
-from batch_orchestration.estimates.estimate import Band, Basis
+from batch_orchestration.estimates.estimate import Estimate
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):
-    """Expected and actual figures of a batch.
+    """The estimate of a batch, and its actual tokens and time.
 
     Attributes:
-        expected_tokens: Completion tokens, as in `actual_tokens`.
-        expected_seconds: None if the engine had not been measured at the time of the estimate.
         actual_seconds: Time during which the engine had at least one request of the batch.
     """
 
     batch_id: str
     scored_at: float
-    requests: int
-    basis: Basis
-    expected_prompt_tokens: Band
+    estimate: Estimate
     actual_prompt_tokens: int
-    expected_tokens: Band
-    actual_tokens: int
-    expected_seconds: Band | None
+    actual_completion_tokens: int
     actual_seconds: float
+
+    @property
+    def actual_tokens(self) -> int:
+        """Actual tokens in total, prompts and answers."""
+        return self.actual_prompt_tokens + self.actual_completion_tokens
 
     @property
     def error(self) -> float | None:
         """|estimate - actual| / actual of the seconds; None if either is missing."""
-        if self.expected_seconds is None or self.actual_seconds <= 0:
+        expected = self.estimate.seconds
+        if expected is None or self.actual_seconds <= 0:
             return None
-        return abs(self.expected_seconds.mid - self.actual_seconds) / self.actual_seconds
+        return abs(expected.mid - self.actual_seconds) / self.actual_seconds
 
     @property
     def inside(self) -> bool | None:
         """Whether the actual seconds are within the band."""
-        expected = self.expected_seconds
+        expected = self.estimate.seconds
         return None if expected is None else expected.holds(self.actual_seconds)
 
     @property
     def token_error(self) -> float | None:
         """|estimate - actual| / actual of the tokens, prompts and answers together."""
-        actual = self.actual_prompt_tokens + self.actual_tokens
-        expected = self.expected_prompt_tokens.mid + self.expected_tokens.mid
-        return abs(expected - actual) / actual if actual else None
+        actual = self.actual_tokens
+        return abs(self.estimate.tokens - actual) / actual if actual else None
 
 
-class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     """The accuracy of the estimates of several batches.
 
     Attributes:
@@ -67,12 +66,12 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     median_token_error: float | None
 
 
-def calibration(scores: Sequence[Score]) -> Calibration:
+def accuracy(scores: Sequence[Score]) -> Accuracy:
     """Return the accuracy of several estimates."""
     errors = [score.error for score in scores if score.error is not None]
     inside = [score.inside for score in scores if score.inside is not None]
     token_errors = [score.token_error for score in scores if score.token_error is not None]
-    return Calibration(
+    return Accuracy(
         batches=len(scores),
         with_seconds=len(errors),
         median_error=statistics.median(errors) if errors else None,

@@ -7,9 +7,7 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.results import BatchTotals
 from batch_orchestration.estimates.batch_estimates import read_estimate, read_profile
-from batch_orchestration.estimates.estimate import AnsweredRequest
-from batch_orchestration.estimates.profile import TokenProfile
-from batch_orchestration.estimates.scores import Calibration, Score, calibration
+from batch_orchestration.estimates.scores import Accuracy, Score, accuracy
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.store.store import Store
@@ -25,7 +23,7 @@ class Scored:
     """A batch's score, and the accuracy of the latest estimates up to it."""
 
     score: Score
-    calibration: Calibration
+    accuracy: Accuracy
 
 
 def score_batch(
@@ -49,44 +47,19 @@ def score_batch(
         return None
     score = tables.score_of(plan.batch_id)
     if score is None:
-        runs = tables.runs_of(plan.batch_id, at_a_time=estimate.at_a_time)
+        runs = tables.measure(plan.batch_id, estimate)
         if not runs:
             return None
         score = Score(
             batch_id=plan.batch_id,
             scored_at=clock(),
-            requests=estimate.requests,
-            basis=estimate.basis,
-            expected_prompt_tokens=estimate.prompt_tokens,
+            estimate=estimate,
             actual_prompt_tokens=sum(run.prompt_tokens for run in runs),
-            expected_tokens=estimate.completion_tokens,
-            actual_tokens=sum(run.completion_tokens for run in runs),
-            expected_seconds=estimate.seconds,
+            actual_completion_tokens=sum(run.completion_tokens for run in runs),
             actual_seconds=sum(run.seconds for run in runs),
         )
-        tables.add_estimate(plan.batch_id, estimate)
         profile = read_profile(folder, plan.batch_id)
-        tables.score(
-            score,
-            runs,
-            model=estimate.engine.get("model", ""),
-            device=estimate.engine.get("device", ""),
-            answered=[] if profile is None else _answered(plan.batch_id, profile, store),
-        )
+        answered = [] if profile is None else tables.answers_to(plan.batch_id, profile.sample)
+        tables.add_score(score, runs, answered)
     past = tables.scores(limit=LAST_BATCHES, until=score.scored_at)
-    return Scored(score, calibration(past))
-
-
-def _answered(batch_id: str, profile: TokenProfile, store: Store) -> list[AnsweredRequest]:
-    sample = {request.index: request for request in profile.sample if request.index >= 0}
-    results = EstimateTables(store).results_of(batch_id, list(sample))
-    return [
-        AnsweredRequest(
-            shape=sample[index].shape,
-            characters=sample[index].characters,
-            prompt_tokens=result.prompt_tokens,
-            completion_tokens=result.completion_tokens,
-            cut=result.cut,
-        )
-        for index, result in results.items()
-    ]
+    return Scored(score, accuracy(past))

@@ -1,16 +1,24 @@
 """Tables of estimates in the store: estimates, scores, measurements and reported engine facts."""
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import duckdb
 import msgspec
 
-from batch_orchestration.estimates.costs import Measurement, Source, Work, steps
-from batch_orchestration.estimates.estimate import AnsweredRequest, Band, Basis, Estimate
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.engines.base import Engine
+from batch_orchestration.estimates.costs import Measurement, Source
+from batch_orchestration.estimates.engine import EngineInForce
+from batch_orchestration.estimates.estimate import AnsweredRequest, Estimate
+from batch_orchestration.estimates.profile import SampledRequest
 from batch_orchestration.estimates.scores import Score
 from batch_orchestration.store import rows
 from batch_orchestration.store.store import Store
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+logger = logging.getLogger(__name__)
 
 #: Limits on the history read: older entries predict less than newer ones.
 ANSWERED_READ = 20_000
@@ -38,46 +46,6 @@ _RUNS = """
 """
 
 
-class EngineRun(msgspec.Struct, frozen=True, kw_only=True):
-    """Work of an engine in one run of a batch, or in one round of a calibration.
-
-    Attributes:
-        memory_level: Level in force, in words; empty if memory is not ours to set.
-        longest: Tokens of the longest answer.
-        at_a_time: Most requests that the engine had at a time.
-        seconds: Time during which the engine had at least one request.
-    """
-
-    run_id: str
-    engine: str
-    memory_level: str
-    source: Source
-    batch_id: str | None = None
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
-    longest: int
-    at_a_time: int
-    seconds: float
-    measured_at: float
-
-    @property
-    def measurement(self) -> Measurement:
-        """The run as an input of `throughput`."""
-        work = Work(
-            requests=self.requests,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            steps=steps(
-                requests=self.requests,
-                completion_tokens=self.completion_tokens,
-                longest=self.longest,
-                at_a_time=self.at_a_time,
-            ),
-        )
-        return Measurement(work=work, seconds=self.seconds, source=self.source)
-
-
 class CachedEngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Facts that an engine reported after its start.
 
@@ -95,14 +63,6 @@ class CachedEngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     seen_at: float
 
 
-class SampledResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of an answered request; `cut` if its answer ended at its cap."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cut: bool
-
-
 class EstimateTables:
     """The queries of estimates. Methods raise the same errors as those of `Store`."""
 
@@ -116,191 +76,145 @@ class EstimateTables:
 
     def add_estimate(self, batch_id: str, estimate: Estimate) -> None:
         """Store the estimate of a batch, unless it already has one."""
-        row = _estimate_row(batch_id, estimate)
         with self._store.writing() as db:
-            if not rows.select(db, "estimates", ["1"], "WHERE batch_id = ?", [batch_id]):
-                _insert(db, "estimates", row)
+            _add_estimate(db, batch_id, estimate)
 
-    def score(self, score: Score, runs: Sequence[EngineRun], *, model: str, device: str,
-              answered: Sequence[AnsweredRequest]) -> None:  # fmt: skip
+    def add_score(
+        self, score: Score, runs: Sequence[Measurement], answered: Sequence[AnsweredRequest]
+    ) -> None:
         """Store the score of a batch, its runs and its sampled answers in one transaction.
 
         Idempotent: a later score of the same batch changes nothing.
         """
         at = rows.timestamp(score.scored_at)
         with self._store.writing() as db:
-            (done,) = db.execute(
-                "SELECT count(*) FROM estimates WHERE batch_id = ? AND scored_at IS NOT NULL",
-                [score.batch_id],
-            ).fetchone() or (0,)
-            if done:
-                return
-            db.execute(
+            _add_estimate(db, score.batch_id, score.estimate)
+            scored = db.execute(
                 "UPDATE estimates SET scored_at = ?, actual_prompt_tokens = ?,"
                 " actual_completion_tokens = ?, actual_seconds = ?, error = ?, inside = ?"
-                " WHERE batch_id = ?",
-                [at, score.actual_prompt_tokens, score.actual_tokens, score.actual_seconds,
-                 score.error, score.inside, score.batch_id],
-            )  # fmt: skip
+                " WHERE batch_id = ? AND scored_at IS NULL",
+                [at, score.actual_prompt_tokens, score.actual_completion_tokens,
+                 score.actual_seconds, score.error, score.inside, score.batch_id],
+            ).fetchone()  # fmt: skip
+            if scored == (0,):
+                return
             for run in runs:
-                _insert(db, "benchmarks", _run_row(run, model, device))
-            found = [
-                {"batch_id": score.batch_id, "model": model, "scored_at": at}
-                | msgspec.structs.asdict(request)
-                for request in answered
-            ]
+                _insert(db, "benchmarks", _row(run))
+            shared = {
+                "batch_id": score.batch_id,
+                "model": score.estimate.engine.get("model", ""),
+                "scored_at": at,
+            }
+            found = [shared | _row(request) for request in answered]
             rows.insert(db, "answered_requests", _ANSWERED, found)
 
     def scores(self, *, limit: int, until: float | None = None) -> list[Score]:
         """Return the latest scores, newest first, up to `until` if it is given."""
-        where = "WHERE scored_at IS NOT NULL" + (" AND scored_at <= ?" if until else "")
-        parameters = [rows.timestamp(until)] if until else []
-        with self._store.reading() as db:
-            found = rows.select(
-                db,
-                "estimates",
-                _SCORE,
-                f"{where} ORDER BY scored_at DESC, batch_id LIMIT {limit}",
-                parameters,
-            )
-        return [_score(row) for row in found]
+        return self._scores(
+            f"scored_at <= coalesce(?, scored_at) ORDER BY scored_at DESC, batch_id LIMIT {limit}",
+            None if until is None else rows.timestamp(until),
+        )
 
     def scores_since(self, since: float) -> list[Score]:
         """Return all scores later than `since`, oldest first."""
-        with self._store.reading() as db:
-            found = rows.select(
-                db,
-                "estimates",
-                _SCORE,
-                "WHERE scored_at > ? ORDER BY scored_at, batch_id",
-                [rows.timestamp(since)],
-            )
-        return [_score(row) for row in found]
+        return self._scores("scored_at > ? ORDER BY scored_at, batch_id", rows.timestamp(since))
 
     def score_of(self, batch_id: str) -> Score | None:
         """Return the score of a batch; None if it has none."""
-        with self._store.reading() as db:
-            found = rows.select(
-                db, "estimates", _SCORE, "WHERE batch_id = ? AND scored_at IS NOT NULL", [batch_id]
-            )
-        return _score(found[0]) if found else None
+        found = self._scores("batch_id = ? AND scored_at IS NOT NULL", batch_id)
+        return found[0] if found else None
 
-    def runs_of(self, batch_id: str, *, at_a_time: int) -> list[EngineRun]:
+    def measure(self, batch_id: str, estimate: Estimate) -> list[Measurement]:
         """Return the work of the engine in each run of a batch, from its answered requests."""
         with self._store.reading() as db:
             found = db.execute(_RUNS, [batch_id, batch_id]).fetchall()
         return [
-            EngineRun(
-                run_id=run_id,
+            Measurement(
                 engine=engine,
+                model=estimate.engine.get("model", ""),
+                device=estimate.engine.get("device", ""),
                 memory_level=level or "",
+                measured_at=ended,
                 source=Source.HISTORY,
                 batch_id=batch_id,
+                run_id=run_id,
                 requests=requests,
                 prompt_tokens=int(prompts),
                 completion_tokens=int(answers),
                 longest=longest,
-                at_a_time=at_a_time,
+                at_a_time=estimate.at_a_time,
                 seconds=seconds,
-                measured_at=ended,
             )
             for run_id, engine, requests, prompts, answers, longest, seconds, ended, level in found
         ]
 
-    def results_of(self, batch_id: str, indices: Sequence[int]) -> dict[int, SampledResult]:
-        """Return the tokens of the answered ones among these requests, by index."""
+    def answers_to(self, batch_id: str, sample: Iterable[SampledRequest]) -> list[AnsweredRequest]:
+        """Return the answered ones among the sampled requests of a batch."""
+        sampled = {request.index: request for request in sample}
         with self._store.reading() as db:
             found = db.execute(
                 "SELECT request_index, prompt_tokens, completion_tokens, finish_reason"
                 " FROM results WHERE batch_id = ?"
                 " AND request_index IN (SELECT unnest(?::BIGINT[]))",
-                [batch_id, list(indices)],
+                [batch_id, list(sampled)],
             ).fetchall()
-        return {
-            index: SampledResult(
-                prompt_tokens=prompt, completion_tokens=answer, cut=reason == "length"
+        return [
+            AnsweredRequest(
+                shape=sampled[index].shape,
+                characters=sampled[index].characters,
+                prompt_tokens=prompt,
+                completion_tokens=answer,
+                cut=reason == "length",
             )
             for index, prompt, answer, reason in found
-        }
+        ]
 
     def answered(self, model: str) -> list[AnsweredRequest]:
         """Return the sampled requests of a model's latest batches."""
-        with self._store.reading() as db:
-            found = rows.select(
-                db,
-                "answered_requests",
-                AnsweredRequest.__struct_fields__,
-                f"WHERE model = ? ORDER BY scored_at DESC LIMIT {ANSWERED_READ}",
-                [model],
-            )
-        return [AnsweredRequest(**row) for row in found]
+        rest = f"WHERE model = ? ORDER BY scored_at DESC LIMIT {ANSWERED_READ}"
+        return self._select(AnsweredRequest, "answered_requests", rest, [model])
 
-    def add_runs(self, runs: Sequence[EngineRun], *, model: str, device: str) -> None:
+    def add_measurements(self, measurements: Sequence[Measurement]) -> None:
         """Store measurements."""
         with self._store.writing() as db:
-            for run in runs:
-                _insert(db, "benchmarks", _run_row(run, model, device))
+            for measurement in measurements:
+                _insert(db, "benchmarks", _row(measurement))
 
-    def runs(self, *, engine: str, model: str, device: str) -> list[EngineRun]:
+    def measurements(self, engine: EngineInForce) -> list[Measurement]:
         """Return the latest measurements of an engine at the memory level used last."""
         where = "WHERE engine = ? AND model = ? AND device = ?"
+        rest = (
+            f"{where} AND memory_level ="
+            f" (SELECT arg_max(memory_level, measured_at) FROM benchmarks {where})"
+            f" ORDER BY measured_at DESC LIMIT {MEASUREMENTS_READ}"
+        )
+        return self._select(Measurement, "benchmarks", rest, [*engine.key.values()] * 2)
+
+    def put_engine_info(self, engine: EngineInForce, info: CachedEngineInfo) -> None:
+        """Replace the facts that an engine with the same flags reported before."""
+        key = engine.key | {"args_hash": engine.args_hash}
+        with self._store.writing() as db:
+            db.execute(f"DELETE FROM engine_facts {_WHERE_ENGINE}", list(key.values()))
+            _insert(db, "engine_facts", key | _row(info))
+
+    def engine_info(self, engine: EngineInForce) -> CachedEngineInfo | None:
+        """Return the facts that an engine with the same flags reported last; None without any."""
+        key = [*engine.key.values(), engine.args_hash]
+        found = self._select(CachedEngineInfo, "engine_facts", _WHERE_ENGINE, key)
+        return found[0] if found else None
+
+    def _scores(self, where: str, parameter: object) -> list[Score]:
         with self._store.reading() as db:
-            found = rows.select(
-                db,
-                "benchmarks",
-                EngineRun.__struct_fields__,
-                f"{where} AND memory_level ="
-                f" (SELECT arg_max(memory_level, measured_at) FROM benchmarks {where})"
-                f" ORDER BY measured_at DESC LIMIT {MEASUREMENTS_READ}",
-                [engine, model, device] * 2,
-            )
+            found = _fetch(db, Score.__struct_fields__, "estimates", f"WHERE {where}", [parameter])
         return [
-            EngineRun(
-                **{
-                    **row,
-                    "source": Source(row["source"]),
-                    "measured_at": rows.posix_seconds(row["measured_at"]),
-                }
-            )
+            Score(estimate=msgspec.json.decode(row.pop("estimate"), type=Estimate), **row)
             for row in found
         ]
 
-    def put_facts(
-        self, facts: CachedEngineInfo, *, engine: str, model: str, device: str, args_hash: str
-    ) -> None:
-        """Replace the facts that an engine reported before."""
-        key = {"engine": engine, "model": model, "device": device, "args_hash": args_hash}
-        with self._store.writing() as db:
-            db.execute(f"DELETE FROM engine_facts {_WHERE_ENGINE}", list(key.values()))
-            _insert(
-                db,
-                "engine_facts",
-                key
-                | msgspec.structs.asdict(facts)
-                | {
-                    "models": msgspec.json.encode(facts.models).decode(),
-                    "seen_at": rows.timestamp(facts.seen_at),
-                },
-            )
-
-    def facts(
-        self, *, engine: str, model: str, device: str, args_hash: str
-    ) -> CachedEngineInfo | None:
-        """Return the facts that an engine with these flags reported last; None without any."""
+    def _select(self, kind: type[_T], table: str, rest: str, parameters: list[Any]) -> list[_T]:
         with self._store.reading() as db:
-            found = rows.select(
-                db,
-                "engine_facts",
-                CachedEngineInfo.__struct_fields__,
-                _WHERE_ENGINE,
-                [engine, model, device, args_hash],
-            )
-        if not found:
-            return None
-        row = found[0]
-        row["models"] = msgspec.json.decode(row["models"], type=tuple[str, ...])
-        row["seen_at"] = rows.posix_seconds(row["seen_at"])
-        return CachedEngineInfo(**row)
+            found = _fetch(db, kind.__struct_fields__, table, rest, parameters)
+        return msgspec.convert(found, list[kind])  # type: ignore[valid-type]
 
 
 _WHERE_ENGINE = "WHERE engine = ? AND model = ? AND device = ? AND args_hash = ?"
@@ -310,12 +224,14 @@ _ANSWERED = {
     "cut": "bool",
     "scored_at": "datetime64[us]",
 }
-_BANDS = ("prompt", "completion", "seconds")
-_SCORE = (
-    *("batch_id", "requests", "basis", "scored_at", "actual_prompt_tokens"),
-    *("actual_completion_tokens", "actual_seconds"),
-    *(f"{band}_{end}" for band in _BANDS for end in ("low", "mid", "high")),
-)
+
+
+def _add_estimate(db: duckdb.DuckDBPyConnection, batch_id: str, estimate: Estimate) -> None:
+    db.execute(
+        "INSERT INTO estimates (batch_id, created_at, estimate) SELECT $1, $2, $3"
+        " WHERE NOT EXISTS (SELECT 1 FROM estimates WHERE batch_id = $1)",
+        [batch_id, rows.timestamp(estimate.created_at), msgspec.json.encode(estimate).decode()],
+    )
 
 
 def _insert(db: duckdb.DuckDBPyConnection, table: str, row: rows.Row) -> None:
@@ -323,62 +239,45 @@ def _insert(db: duckdb.DuckDBPyConnection, table: str, row: rows.Row) -> None:
     db.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", list(row.values()))
 
 
-def _estimate_row(batch_id: str, estimate: Estimate) -> rows.Row:
-    bands = {
-        "prompt": estimate.prompt_tokens,
-        "completion": estimate.completion_tokens,
-        "seconds": estimate.seconds,
-    }
-    row: dict[str, Any] = {
-        f"{name}_{end}": getattr(band, end, None)
-        for name, band in bands.items()
-        for end in ("low", "mid", "high")
-    }
-    return row | {
-        "batch_id": batch_id,
-        "created_at": rows.timestamp(estimate.created_at),
-        "requests": estimate.requests,
-        "basis": str(estimate.basis),
-        "start_seconds": estimate.start_seconds,
-        "ahead_seconds": estimate.ahead_seconds,
-        "window_seconds": estimate.window_seconds,
-        "price_mid": None if estimate.price is None else estimate.price.mid,
-        "from_history": estimate.from_history,
-        "measurements": estimate.measurements,
+def _row(value: msgspec.Struct) -> rows.Row:
+    """Return a struct as a row; fields whose names end with `_at` are times."""
+    return {
+        name: rows.timestamp(field) if name.endswith("_at") else field
+        for name, field in msgspec.to_builtins(value).items()
     }
 
 
-def _score(row: rows.Row) -> Score:
-    prompt, completion, seconds = (
-        None if row[f"{name}_low"] is None else Band(
-            low=row[f"{name}_low"], mid=row[f"{name}_mid"], high=row[f"{name}_high"]
-        )
-        for name in _BANDS
-    )  # fmt: skip
-    assert prompt is not None
-    assert completion is not None
-    return Score(
-        batch_id=row["batch_id"],
-        scored_at=rows.posix_seconds(row["scored_at"]),
-        requests=row["requests"],
-        basis=Basis(row["basis"]),
-        expected_prompt_tokens=prompt,
-        actual_prompt_tokens=row["actual_prompt_tokens"],
-        expected_tokens=completion,
-        actual_tokens=row["actual_completion_tokens"],
-        expected_seconds=seconds,
-        actual_seconds=row["actual_seconds"],
+def _fetch(
+    db: duckdb.DuckDBPyConnection,
+    columns: Sequence[str],
+    table: str,
+    rest: str,
+    parameters: list[Any],
+) -> list[rows.Row]:
+    """Return rows by column name, with times as POSIX seconds."""
+    selected = [f"epoch({name})" if name.endswith("_at") else name for name in columns]
+    found = db.execute(f"SELECT {', '.join(selected)} FROM {table} {rest}", parameters).fetchall()
+    return [dict(zip(columns, row, strict=True)) for row in found]
+
+
+def cache_engine_info(engine: Engine, in_force: EngineInForce, store: Store, *, at: float) -> None:
+    """Store the facts that a started engine reported. Does nothing if it was not started.
+
+    Context length and KV cache size are left out if a reduced memory level shortened the context. A
+    store error is only logged, because the next run reports the same facts.
+    """
+    figures = engine.figures()
+    if "models" not in figures:
+        return
+    shortened = "max-model-len" in engine.fallback.flags
+    info = CachedEngineInfo(
+        models=tuple(figures["models"]),
+        max_model_len=None if shortened else figures.get("max_model_len"),
+        kv_cache_tokens=None if shortened else figures.get("kv_cache_tokens"),
+        start_seconds=figures.get("start_seconds"),
+        seen_at=at,
     )
-
-
-def _run_row(run: EngineRun, model: str, device: str) -> rows.Row:
-    per_second = 1 / run.seconds if run.seconds > 0 else 0.0
-    return msgspec.structs.asdict(run) | {
-        "model": model,
-        "device": device,
-        "source": str(run.source),
-        "measured_at": rows.timestamp(run.measured_at),
-        "prompt_tokens_per_second": run.prompt_tokens * per_second,
-        "completion_tokens_per_second": run.completion_tokens * per_second,
-        "requests_per_second": run.requests * per_second,
-    }
+    try:
+        EstimateTables(store).put_engine_info(in_force, info)
+    except StorageError as error:
+        logger.warning("cannot store what the engine reported at its start: %s", error)

@@ -150,9 +150,8 @@ def _cache_known(settings: Settings, store: Store) -> int | None:
     """Return the KV cache's tokens in the latest run of the same engine; None if unknown."""
     if not store.exists:
         return None
-    engine = engine_in_force(settings)
     try:
-        facts = EstimateTables(store).facts(**engine.key, args_hash=engine.args_hash)
+        facts = EstimateTables(store).engine_info(engine_in_force(settings))
     except StorageError as error:
         logger.warning("cannot read what the engine reported at its last start: %s", error)
         return None

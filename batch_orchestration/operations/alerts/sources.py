@@ -219,7 +219,7 @@ def _is_beyond(seconds: float, expected: Band, factor: float) -> bool:
 
 def _missed(tables: EstimateTables, settings: Settings, since: float) -> Iterator[Finding]:
     for score in tables.scores_since(since):
-        expected, actual = score.expected_seconds, score.actual_seconds
+        expected, actual = score.estimate.seconds, score.actual_seconds
         if expected is None or not _is_beyond(actual, expected, settings.alert_estimate_factor):
             continue
         yield Finding(

@@ -164,23 +164,7 @@ WHERE state <> 'resolved';
 CREATE TABLE estimates (
     batch_id VARCHAR NOT NULL,
     created_at TIMESTAMP NOT NULL,
-    requests BIGINT NOT NULL,
-    basis VARCHAR NOT NULL,             -- how prompt tokens were counted
-    prompt_low DOUBLE NOT NULL,
-    prompt_mid DOUBLE NOT NULL,
-    prompt_high DOUBLE NOT NULL,
-    completion_low DOUBLE NOT NULL,
-    completion_mid DOUBLE NOT NULL,
-    completion_high DOUBLE NOT NULL,
-    seconds_low DOUBLE,                 -- NULL where the engine had never been measured
-    seconds_mid DOUBLE,
-    seconds_high DOUBLE,
-    start_seconds DOUBLE,
-    ahead_seconds DOUBLE NOT NULL,
-    window_seconds DOUBLE,
-    price_mid DOUBLE,
-    from_history DOUBLE NOT NULL,       -- share of the requests with answers like earlier ones
-    measurements INTEGER NOT NULL,
+    estimate VARCHAR NOT NULL,          -- JSON, as in estimate.json
     scored_at TIMESTAMP,                -- NULL until the batch is completed, as is what follows
     actual_prompt_tokens BIGINT,
     actual_completion_tokens BIGINT,
@@ -205,9 +189,9 @@ CREATE TABLE benchmarks (
     longest BIGINT NOT NULL,            -- tokens of the longest answer
     at_a_time INTEGER NOT NULL,         -- most requests at the engine
     seconds DOUBLE NOT NULL,            -- during which the engine had at least one of them
-    prompt_tokens_per_second DOUBLE NOT NULL,
-    completion_tokens_per_second DOUBLE NOT NULL,
-    requests_per_second DOUBLE NOT NULL
+    prompt_tokens_per_second DOUBLE AS (prompt_tokens / nullif(seconds, 0)),
+    completion_tokens_per_second DOUBLE AS (completion_tokens / nullif(seconds, 0)),
+    requests_per_second DOUBLE AS (requests / nullif(seconds, 0))
 );
 
 -- A sample of finished batches: what was asked, by shape, and how long the answer was.
@@ -222,7 +206,7 @@ CREATE TABLE answered_requests (
     cut BOOLEAN NOT NULL                -- by its cap
 );
 
--- What an engine said of itself when it had started.
+-- What an engine reported after its start.
 CREATE TABLE engine_facts (
     engine VARCHAR NOT NULL,
     model VARCHAR NOT NULL,
@@ -231,7 +215,7 @@ CREATE TABLE engine_facts (
     seen_at TIMESTAMP NOT NULL,
     max_model_len BIGINT,
     kv_cache_tokens BIGINT,
-    models VARCHAR NOT NULL,            -- JSON array: names that it answers to
+    models VARCHAR[] NOT NULL,          -- names that it answers to
     start_seconds DOUBLE
 );
 

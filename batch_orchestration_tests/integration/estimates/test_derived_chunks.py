@@ -1,4 +1,4 @@
-"""A dropped file is cut by what its engine was measured to cost, if nobody says otherwise."""
+"""Without a setting, chunks are sized by the measured costs of the engine."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.estimates.costs import Source
 from batch_orchestration.estimates.engine import engine_in_force
-from batch_orchestration.estimates.tables import EngineRun, EstimateTables
-from batch_orchestration_tests.support.builders import NOW, make_input
+from batch_orchestration.estimates.tables import EstimateTables
+from batch_orchestration_tests.support.builders import make_input
 from batch_orchestration_tests.support.deployment import Deployment
+from batch_orchestration_tests.support.estimates import make_measurement
 
 
 @pytest.fixture
@@ -20,22 +20,17 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 
 
 def measure(deployment: Deployment, *, seconds_a_request: float) -> None:
-    """Let the engine have been measured with requests like those of `make_input`."""
-    in_force = engine_in_force(deployment.settings)
-    run = EngineRun(
-        run_id="measured",
-        engine=in_force.kind,
-        memory_level="as configured",
-        source=Source.CALIBRATION,
+    """Store a measurement of the engine with requests like those of `make_input`."""
+    run = make_measurement(
+        **engine_in_force(deployment.settings).key,
         requests=100,
         prompt_tokens=100 * 33,
         completion_tokens=100 * 380,
         longest=1200,
         at_a_time=256,
         seconds=100 * seconds_a_request,
-        measured_at=NOW,
     )
-    EstimateTables(deployment.store).add_runs([run], model=in_force.model, device=in_force.device)
+    EstimateTables(deployment.store).add_measurements([run])
 
 
 def chunks_of(deployment: Deployment, requests: int) -> list[int]:
@@ -55,7 +50,7 @@ def test_chunks_of_a_slow_engine_are_small(
 
     chunks = chunks_of(deployment, 400)
 
-    # A minute's work is 150; what nobody knows yet is how long the answers will be.
+    # A minute's work is 150; the lengths of the answers are only estimated.
     assert 75 <= chunks[0] <= 300
     assert sum(chunks) == 400
     assert any(

@@ -67,7 +67,7 @@ def test_what_the_engine_said_of_itself_is_remembered(deployment):
     ((models, longest, start),) = deployment.store.query(
         "SELECT models, max_model_len, start_seconds FROM engine_facts"
     )[1]
-    assert models == '["simulated-model"]'
+    assert models == ["simulated-model"]
     assert longest == 8192
     assert start > 0
 

@@ -14,7 +14,7 @@ import pytest
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import DiskFull, StorageError
 from batch_orchestration.defs.alerts import AlertsResource
-from batch_orchestration.estimates.estimate import Band, Basis, Estimate
+from batch_orchestration.estimates.estimate import Band
 from batch_orchestration.estimates.scores import Score
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.operations.alerts import channels as alert_channels
@@ -28,6 +28,7 @@ from batch_orchestration_tests.support.alert_bench import TICK, Tower
 from batch_orchestration_tests.support.alert_servers import Webhook, serving
 from batch_orchestration_tests.support.builders import NOW, make_input, make_plan, write_plan
 from batch_orchestration_tests.support.deployment import Deployment
+from batch_orchestration_tests.support.estimates import make_estimate
 
 
 @pytest.fixture
@@ -176,21 +177,15 @@ def band(mid):
     return Band(low=0.8 * mid, mid=mid, high=1.2 * mid)
 
 
-ESTIMATE = Estimate(
-    requests=10, basis=Basis.CHARACTERS, prompt_tokens=band(100),
-    completion_tokens=band(100), seconds=band(100.0), at_a_time=8,
-)  # fmt: skip
+ESTIMATE = make_estimate(seconds=band(100.0))
 
 
 def add_score(tower, batch_id, *, actual_seconds):
     score = Score(
-        batch_id=batch_id, scored_at=tower.now, requests=10, basis=Basis.CHARACTERS,
-        expected_prompt_tokens=band(100), actual_prompt_tokens=100,
-        expected_tokens=band(100), actual_tokens=100,
-        expected_seconds=band(100.0), actual_seconds=actual_seconds,
+        batch_id=batch_id, scored_at=tower.now, estimate=ESTIMATE, actual_prompt_tokens=100,
+        actual_completion_tokens=50, actual_seconds=actual_seconds,
     )  # fmt: skip
-    EstimateTables(tower.store).add_estimate(batch_id, ESTIMATE)
-    EstimateTables(tower.store).score(score, [], model="m", device="d", answered=[])
+    EstimateTables(tower.store).add_score(score, [], [])
 
 
 def test_a_batch_far_beyond_its_estimate_is_late_until_it_ends(tower):

@@ -12,6 +12,7 @@ from batch_orchestration.core.errors import CalibrationFailed, EngineDied
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.estimates.benchmark import calibrate
+from batch_orchestration.estimates.engine import EngineInForce
 from batch_orchestration.inference.faults import transient_errors as obstacles
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.operations.housekeeping.clean import Cleanup, Part, Removal, run_cleanup
@@ -140,9 +141,9 @@ def test_admission_delivery_cleaning_and_measuring_give_a_sign_with_each_step(be
     heart.report_phase("cleaning up")
     part = Part("some", 1.0, lambda *_: (Removal(subject=str(n)) for n in range(20)))
     run_cleanup([part], Cleanup(bench.folder, bench.store, now=time.time()), clock=time.time)
-    measured = {"requests": 8, "seconds": 60.0, "at_a_time": 4, "run_id": "run-1"}
+    failing = ScriptedEngine(lambda *_: make_failure())
     with pytest.raises(CalibrationFailed):
-        asyncio.run(calibrate(ScriptedEngine(lambda *_: make_failure()), **measured))
+        asyncio.run(calibrate(failing, EngineInForce(), requests=8, seconds=60.0, run_id="run-1"))
 
     assert vitals.signs["admitting"] > 30
     assert vitals.signs["delivering"] > 20

@@ -2,9 +2,7 @@
 
 import pytest
 
-from batch_orchestration.estimates.costs import Costs
 from batch_orchestration.estimates.derivation import (
-    Derived,
     RequestTokens,
     cache_tokens,
     chunk_size,
@@ -13,6 +11,7 @@ from batch_orchestration.estimates.derivation import (
     sequences,
     window,
 )
+from batch_orchestration_tests.support.estimates import make_costs
 
 GIB = 2**30
 MEAN = RequestTokens(prompt=400, completion=200)  # 500 held
@@ -32,13 +31,13 @@ MEAN = RequestTokens(prompt=400, completion=200)  # 500 held
         (10**9, 4096, MEAN, 1024),  # never more than the connections
     ],
 )
-def test_the_window_is_what_runs_and_a_queue(cache, slots, tokens, value: int) -> None:
+def test_the_window_is_the_running_requests_and_a_queue(cache, slots, tokens, value: int) -> None:
     derived = window(kv_cache_tokens=cache, max_num_seqs=slots, tokens=tokens)
 
     assert derived.value == value
 
 
-def test_the_derivation_tells_its_numbers() -> None:
+def test_a_derivation_shows_its_numbers() -> None:
     derived = window(kv_cache_tokens=50_000, max_num_seqs=128, tokens=MEAN)
 
     assert str(derived) == (
@@ -58,7 +57,7 @@ def test_the_derivation_tells_its_numbers() -> None:
         (1_000, MEAN, 1024, 8),
     ],
 )
-def test_slots_are_a_little_more_than_what_the_cache_holds(cache, tokens, most, value) -> None:
+def test_slots_are_a_little_more_than_the_cache_holds(cache, tokens, most, value) -> None:
     derived = sequences(kv_cache_tokens=cache, tokens=tokens, most=most)
 
     assert (derived and derived.value) == value
@@ -79,7 +78,7 @@ def test_slots_are_a_little_more_than_what_the_cache_holds(cache, tokens, most, 
         ([(int(0.5 * GIB), 80 * GIB)], None, None),
     ],
 )
-def test_the_share_of_memory_is_what_is_free_less_a_margin(devices, needed, value) -> None:
+def test_the_share_of_memory_is_the_free_memory_less_a_margin(devices, needed, value) -> None:
     derived = memory_share(devices, needed_bytes=needed)
 
     assert (derived and derived.value) == value
@@ -100,7 +99,7 @@ def test_a_share_never_claims_more_than_is_free() -> None:
         (9 * GIB, 10 * GIB, 2**17, 2048),
     ],
 )
-def test_the_cache_gets_what_the_model_leaves(claimed, needed, per_token, value) -> None:
+def test_the_cache_gets_the_memory_that_the_model_leaves(claimed, needed, per_token, value) -> None:
     assert (
         cache_tokens(
             claimed_bytes=claimed, needed_bytes=needed, least_tokens=2048, bytes_per_token=per_token
@@ -109,27 +108,22 @@ def test_the_cache_gets_what_the_model_leaves(claimed, needed, per_token, value)
     )
 
 
-def costs(request: float = 0.0, **fields: float) -> Costs:
-    values = {"prompt_token": 0.0, "completion_token": 0.0, "step": 0.0, **fields}
-    return Costs(request=request, **values)
-
-
 @pytest.mark.parametrize(
     ("measured", "tokens", "value"),
     [
         (None, MEAN, 1000),
-        (costs(0.1), None, 1000),
-        (costs(0.1), MEAN, 600),  # 60 s / 0.1 s
-        (costs(0.0123), MEAN, 4900),
-        (costs(0.001), MEAN, 5000),
-        (costs(0.0), MEAN, 5000),
-        (costs(30.0), MEAN, 50),
-        (costs(prompt_token=0.001), MEAN, 150),  # 60 / 0.4
-        (costs(completion_token=0.001), MEAN, 300),  # 60 / 0.2
-        (costs(step=0.05), MEAN, 600),  # 60 / (0.05 x 200 / 100)
+        (make_costs(request=0.1), None, 1000),
+        (make_costs(request=0.1), MEAN, 600),  # 60 s / 0.1 s
+        (make_costs(request=0.0123), MEAN, 4900),
+        (make_costs(request=0.001), MEAN, 5000),
+        (make_costs(request=0.0), MEAN, 5000),
+        (make_costs(request=30.0), MEAN, 50),
+        (make_costs(prompt_token=0.001), MEAN, 150),  # 60 / 0.4
+        (make_costs(completion_token=0.001), MEAN, 300),  # 60 / 0.2
+        (make_costs(step=0.05), MEAN, 600),  # 60 / (0.05 x 200 / 100)
     ],
 )
-def test_a_chunk_is_what_takes_a_minute(measured, tokens, value: int) -> None:
+def test_a_chunk_takes_a_minute(measured, tokens, value: int) -> None:
     assert chunk_size(measured, tokens, at_a_time=100).value == value
 
 
@@ -137,23 +131,19 @@ def test_a_chunk_is_what_takes_a_minute(measured, tokens, value: int) -> None:
     ("measured", "value"),
     [
         (None, 0.1),
-        (costs(1.0), 0.1),  # Tokens cost nothing: nothing is known of them.
-        (costs(prompt_token=1.0, completion_token=4.0), 0.25),
-        (costs(prompt_token=1.0, completion_token=2.0, step=200.0), 0.25),
-        (costs(completion_token=4.0), 0.02),
-        (costs(prompt_token=9.0, completion_token=4.0), 0.5),
+        (make_costs(request=1.0), 0.1),  # Tokens cost nothing: nothing is known of them.
+        (make_costs(prompt_token=1.0, completion_token=4.0), 0.25),
+        (make_costs(prompt_token=1.0, completion_token=2.0, step=200.0), 0.25),
+        (make_costs(completion_token=4.0), 0.02),
+        (make_costs(prompt_token=9.0, completion_token=4.0), 0.5),
     ],
 )
-def test_reading_is_weighed_by_what_was_measured(measured, value: float) -> None:
+def test_the_cost_of_reading_follows_the_measurements(measured, value: float) -> None:
     assert reading_cost(measured, at_a_time=100) == value
 
 
 def test_within_the_bounds_a_commit_comes_every_half_to_two_minutes() -> None:
     for hundredths in range(2, 100):
         seconds = hundredths / 100
-        size = chunk_size(costs(seconds), MEAN, at_a_time=100).value
+        size = chunk_size(make_costs(request=seconds), MEAN, at_a_time=100).value
         assert 55 <= size * seconds <= 66, (seconds, size)
-
-
-def test_a_figure_is_said_with_its_name() -> None:
-    assert str(Derived(name="chunk", value=5000, why="because")) == "chunk 5,000 = because"

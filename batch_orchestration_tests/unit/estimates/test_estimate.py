@@ -1,10 +1,9 @@
-"""Estimates: bands hold what they should, caps apply, and history wins over priors."""
+"""Estimates: bands have their coverage, caps apply, and history wins over priors."""
 
 import random
 
 import pytest
 
-from batch_orchestration.estimates.costs import Costs, Throughput
 from batch_orchestration.estimates.estimate import (
     AnsweredRequest,
     Band,
@@ -14,14 +13,10 @@ from batch_orchestration.estimates.estimate import (
     estimate,
 )
 from batch_orchestration.estimates.profile import SampledRequest, ShapeTotals, TokenProfile
+from batch_orchestration_tests.support.estimates import make_throughput
 
 LONG, UNCAPPED = "chat, text, long", "chat, text, uncapped"
-FAST = Throughput(
-    costs=Costs(request=0.0, prompt_token=0.0, completion_token=0.01, step=0.0),
-    spread=0.05,
-    measurements=9,
-    fitted=True,
-)
+FAST = make_throughput(spread=0.05, completion_token=0.01)
 
 
 def make_profile(
@@ -94,24 +89,21 @@ def test_history_of_the_shape_wins_over_the_prior() -> None:
     assert made(make_profile()).from_history == 0.0
 
 
-def test_history_of_another_shape_says_nothing() -> None:
+def test_history_of_another_shape_is_not_used() -> None:
     elsewhere = make_history([1] * 50, shape="chat, JSON, long")
+    found, without = made(make_profile(), elsewhere), made(make_profile())
 
-    assert (
-        made(make_profile(), elsewhere).completion_tokens == made(make_profile()).completion_tokens
-    )
-
-
-def test_no_answer_is_longer_than_its_cap() -> None:
-    found = made(make_profile(cap=70), make_history([500] * 20))
-
-    assert found.completion_tokens.high <= 70_000
+    assert found.completion_tokens == without.completion_tokens
 
 
-def test_answers_that_were_cut_go_on_where_the_cap_is_higher() -> None:
-    found = made(make_profile(cap=1000), make_history([100] * 20, cut=True))
+def test_answers_end_at_their_cap_and_cut_ones_are_expected_to_be_longer_under_a_higher_cap() -> (
+    None
+):
+    capped = made(make_profile(cap=70), make_history([500] * 20))
+    longer = made(make_profile(cap=1000), make_history([100] * 20, cut=True))
 
-    assert found.completion_tokens.mid == pytest.approx(200_000, rel=0.1)
+    assert capped.completion_tokens.high <= 70_000
+    assert longer.completion_tokens.mid == pytest.approx(200_000, rel=0.1)
 
 
 def test_one_token_and_embeddings_need_no_history() -> None:
@@ -134,7 +126,7 @@ def test_the_band_is_wider_where_less_is_known() -> None:
 
 
 def test_nine_of_ten_batches_drawn_from_history_are_not_above_the_band() -> None:
-    """And eight of ten are within it, or nearly: the band is what it says."""
+    """And eight of ten are within it, or nearly."""
     dice = random.Random(7)
     lengths = [dice.randint(5, 120) for _ in range(500)]
     band = made(make_profile(), make_history(lengths)).completion_tokens
@@ -156,12 +148,7 @@ def test_without_a_measurement_there_are_tokens_but_no_seconds() -> None:
 
 
 def test_a_batch_of_one_request_is_bounded_by_its_answer_not_by_the_window() -> None:
-    slow_steps = Throughput(
-        costs=Costs(request=0.0, prompt_token=0.0, completion_token=0.0, step=1.0),
-        spread=0.01,
-        measurements=9,
-        fitted=True,
-    )
+    slow_steps = make_throughput(spread=0.01, step=1.0)
 
     found = made(make_profile(1, cap=50), make_history([50] * 9), throughput=slow_steps)
 
@@ -169,10 +156,10 @@ def test_a_batch_of_one_request_is_bounded_by_its_answer_not_by_the_window() -> 
     assert found.seconds.mid == pytest.approx(50, rel=0.2)
 
 
-def test_what_is_expected_of_each_shape_is_told_for_the_look_ahead() -> None:
+def test_the_work_of_each_shape_is_expected_for_the_remaining_time() -> None:
     found = made(make_profile(), make_history([30] * 20))
 
-    ((shape, expected),) = found.expectations.items()
-    assert (shape, expected.requests, expected.from_history) == (LONG, 1000, True)
-    assert expected.prompt_tokens == pytest.approx(110)
-    assert expected.completion_tokens == pytest.approx(30, rel=0.1)
+    ((shape, work),) = found.shapes.items()
+    assert (shape, work.requests, work.prompt_tokens) == (LONG, 1000, 110_000)
+    assert work.completion_tokens == pytest.approx(30_000, rel=0.1)
+    assert work.steps == pytest.approx(work.completion_tokens / 256)

@@ -128,7 +128,7 @@ def test_the_engines_own_figure_of_its_cache_is_better_than_the_formula(site, in
     install(half_taken())
     in_force = engine_in_force(site.settings(device="cuda"))
     facts = make_facts(kv_cache_tokens=50_000)
-    EstimateTables(site.store).put_facts(facts, **in_force.key, args_hash=in_force.args_hash)
+    EstimateTables(site.store).put_engine_info(in_force, facts)
 
     assert site.size(device="cuda").flags["max-num-seqs"] == 120  # 1.25 x 0.95 x 50,000 / 500
 
@@ -186,7 +186,7 @@ def test_what_reading_costs_is_that_of_the_batchs_estimate_at_the_sequences_that
         start_seconds=1.0,
         seen_at=NOW,
     )
-    EstimateTables(site.store).put_facts(facts, **in_force.key, args_hash=in_force.args_hash)
+    EstimateTables(site.store).put_engine_info(in_force, facts)
 
     # 0.95 x 113,684 / 500 = 216 at a time: 0.25 / (0.5 + 0.5).
     assert site.size(device="cpu").bounds.reading_cost == pytest.approx(0.25, rel=1e-3)

@@ -1,8 +1,7 @@
-"""Estimates of batches as admission makes and keeps them, and as the queue asks for them."""
+"""Estimates of batches as admission writes them and as the queue reads them."""
 
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from batch_orchestration.admission.reading.screening import Screening
@@ -16,18 +15,14 @@ from batch_orchestration.estimates.batch_estimates import (
     read_profile,
     write_estimate,
 )
-from batch_orchestration.estimates.costs import Costs, Throughput
-from batch_orchestration.estimates.estimate import Band, Basis, Estimate, window_warning
+from batch_orchestration.estimates.costs import Throughput
+from batch_orchestration.estimates.estimate import window_warning
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import NOW, make_batch, make_line
+from batch_orchestration_tests.support.estimates import make_band, make_estimate, make_throughput
 
-SLOW = Throughput(
-    costs=Costs(request=60.0, prompt_token=0.0, completion_token=0.0, step=0.0),
-    spread=0.1,
-    measurements=5,
-    fitted=True,
-)
+SLOW = make_throughput(request=60.0)
 
 
 @pytest.fixture
@@ -35,7 +30,7 @@ def folder(tmp_path: Path) -> DataFolder:
     return DataFolder(tmp_path)
 
 
-def make_intake(
+def make_screening(
     *,
     throughput: Throughput | None = SLOW,
     window: str = "24h",
@@ -55,20 +50,9 @@ def make_intake(
     return screening
 
 
-def make_estimate(**fields: object) -> Estimate:
-    values = {
-        "requests": 10,
-        "prompt_tokens": Band(low=90, mid=100, high=110),
-        "completion_tokens": Band(low=40, mid=50, high=80),
-        "basis": Basis.TOKENIZER,
-        "seconds": Band(low=60, mid=100, high=200),
-    }
-    return Estimate(**{**values, **fields})  # type: ignore[arg-type]
-
-
-def test_what_is_kept_beside_the_plan_is_what_was_made(folder: DataFolder) -> None:
+def test_an_estimate_is_written_beside_the_plan(folder: DataFolder) -> None:
     plan = make_batch(folder, 10)
-    screening = make_intake()
+    screening = make_screening(price_per_gpu_hour=1.0)
     estimate = screening.estimate(at=NOW)
 
     write_estimate(folder.plan_path(plan.batch_id).parent, screening.profile(), estimate)
@@ -77,37 +61,37 @@ def test_what_is_kept_beside_the_plan_is_what_was_made(folder: DataFolder) -> No
     assert read_profile(folder, plan.batch_id) == screening.profile()
 
 
-def test_the_queue_asks_for_what_is_pending(folder: DataFolder) -> None:
+def test_the_expected_time_is_scaled_to_the_pending_requests(folder: DataFolder) -> None:
     plan = make_batch(folder, 10)
-    write_estimate(folder.plan_path(plan.batch_id).parent, make_intake().profile(), make_estimate())
+    write_estimate(
+        folder.plan_path(plan.batch_id).parent, make_screening().profile(), make_estimate()
+    )
 
-    assert expected_seconds(plan, folder=folder, pending=5) == Band(low=30, mid=50, high=100)
+    assert expected_seconds(plan, folder=folder, pending=5) == make_band(50)
 
 
-def test_a_batch_without_an_estimate_has_no_time(folder: DataFolder) -> None:
+def test_a_batch_with_a_missing_or_damaged_estimate_has_no_expected_time(
+    folder: DataFolder,
+) -> None:
     plan = make_batch(folder, 10)
+    assert expected_seconds(plan, folder=folder) is None
+
+    (folder.plan_path(plan.batch_id).parent / "estimate.json").write_bytes(b"{torn")
 
     assert expected_seconds(plan, folder=folder) is None
 
 
-def test_a_damaged_estimate_is_as_none(folder: DataFolder) -> None:
-    plan = make_batch(folder, 10)
-    (folder.plan_path(plan.batch_id).parent / "estimate.json").write_bytes(b"{torn")
-
-    assert read_estimate(folder, plan.batch_id) is None
-
-
 def test_a_price_is_that_of_the_time_on_the_device() -> None:
-    estimate = make_intake(price_per_gpu_hour=3.6).estimate(at=NOW)
+    estimate = make_screening(price_per_gpu_hour=3.6).estimate(at=NOW)
 
     assert estimate.seconds is not None
     assert estimate.price is not None
     assert estimate.price.mid == pytest.approx(estimate.seconds.mid / 1000)
-    assert make_intake().estimate(at=NOW).price is None
+    assert make_screening().estimate(at=NOW).price is None
 
 
-def test_a_batch_that_cannot_meet_its_window_is_warned_of_with_the_numbers() -> None:
-    estimate = make_intake(window="10m").estimate(at=NOW, ahead_seconds=60)
+def test_the_warning_of_a_batch_that_cannot_meet_its_window_has_the_numbers() -> None:
+    estimate = make_screening(window="10m").estimate(at=NOW, ahead_seconds=60)
 
     warning = window_warning(estimate)
     assert warning is not None
@@ -115,8 +99,8 @@ def test_a_batch_that_cannot_meet_its_window_is_warned_of_with_the_numbers() -> 
     assert "1 min 0 s of them behind other batches" in warning
 
 
-def test_it_is_refused_only_where_windows_are_strict() -> None:
-    lax, strict = make_intake(window="10m"), make_intake(window="10m", strict_windows=True)
+def test_a_batch_that_cannot_meet_its_window_is_refused_only_if_windows_are_strict() -> None:
+    lax, strict = make_screening(window="10m"), make_screening(window="10m", strict_windows=True)
     estimate = lax.estimate(at=NOW)
 
     lax.refuse_if_too_late(estimate)
@@ -125,7 +109,7 @@ def test_it_is_refused_only_where_windows_are_strict() -> None:
 
 
 def test_a_window_that_may_be_missed_is_no_reason_to_refuse() -> None:
-    screening = make_intake(window="1m", strict_windows=True)
+    screening = make_screening(window="1m", strict_windows=True)
     close = make_estimate(window_seconds=80.0)
 
     screening.refuse_if_too_late(close)
@@ -133,12 +117,6 @@ def test_a_window_that_may_be_missed_is_no_reason_to_refuse() -> None:
     assert "may not end" in str(window_warning(close))
 
 
-def test_no_warning_where_there_is_no_estimate_of_time_or_time_enough() -> None:
+def test_there_is_no_warning_without_an_estimate_of_time_or_with_time_enough() -> None:
     assert window_warning(make_estimate(seconds=None, window_seconds=1.0)) is None
     assert window_warning(make_estimate(window_seconds=86_400.0)) is None
-
-
-def test_an_estimate_survives_its_file() -> None:
-    estimate = make_intake(price_per_gpu_hour=1.0).estimate(at=NOW)
-
-    assert msgspec.json.decode(msgspec.json.encode(estimate), type=Estimate) == estimate
