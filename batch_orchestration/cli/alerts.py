@@ -1,18 +1,16 @@
 """`alerts`: the open alerts, the unsent notifications, and a test of every channel."""
 
 import click
-import msgspec
-from rich.table import Table
-from rich.text import Text
 
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.escaping import say
+from batch_orchestration.cli.tables import table
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.text import duration
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.alerts.channels import alert_channels
 from batch_orchestration.operations.alerts.cycle import WATCH_SECONDS, Watchdog, send_test
 from batch_orchestration.operations.alerts.state import AlertState
-from batch_orchestration.operations.alerts.state_file import read_alert_state
 from batch_orchestration.operations.health.report import Finding
 
 _SET_ONE = (
@@ -23,7 +21,7 @@ _SET_ONE = (
 
 @click.command()
 @click.option("--test", is_flag=True, help="Send a test alert through every channel.")
-@click.option("--watch", is_flag=True, help="Until Ctrl-C: tell if Dagster looks for none.")
+@click.option("--watch", is_flag=True, help="Until Ctrl-C: send an alert if Dagster is dead.")
 @json_option
 def alerts(test: bool, watch: bool, as_json: bool) -> None:
     """Show the open alerts and the notifications that are still to be sent.
@@ -34,18 +32,18 @@ def alerts(test: bool, watch: bool, as_json: bool) -> None:
     """
     context = open_context()
     if watch and (test or as_json):
-        raise click.UsageError("--watch goes with no other option")
+        raise click.UsageError("--watch excludes other options")
     if watch:
         _watch(context)
         return
     if test:
         _send_test(context, as_json=as_json)
         return
-    state = read_alert_state(context.folder.alerts)
+    state = StateFile(context.folder.alerts, AlertState).read()
     if as_json:
         print_json(_object(state))
     elif state is None:
-        say("alert_sensor has not looked yet.")
+        say("alert_sensor has not run yet.")
     else:
         _show(context, state)
 
@@ -73,7 +71,7 @@ def _watch(context: Context) -> None:
             for text in watchdog.check(context.clock()).lines():
                 say(text)
         except (BatchOrchestrationError, OSError) as error:  # a failed check does not end the watch
-            say(f"cannot look: {error}", err=True)
+            say(f"the check failed: {error}", err=True)
         try:
             context.sleep(WATCH_SECONDS)
         except KeyboardInterrupt:
@@ -82,53 +80,45 @@ def _watch(context: Context) -> None:
 
 def _show(context: Context, state: AlertState) -> None:
     now = context.clock()
-    table = Table("Since", "Is", "What", "Because", "Next")
-    for check, since, finding in _open(state):
-        table.add_row(
-            Text(f"{duration(max(0.0, now - since))} ago"),
-            Text("is going" if check in state.gone else finding.level.severity),
-            Text(finding.title),
-            Text(finding.reason),
-            Text(finding.next_command or finding.link or ""),
+    rows = [
+        (
+            f"{duration(max(0.0, now - (finding.since or now)))} ago",
+            "recovering" if finding.check in state.gone else finding.level.severity,
+            finding.title,
+            finding.reason,
+            finding.next_command or finding.link,
         )
-    if state.open:
-        context.console.print(table)
+        for finding in _open(state)
+    ]
+    if rows:
+        context.console.print(table(("Since", "Severity", "Alert", "Reason", "Next"), rows))
     else:
         say("No alert is open.")
     for name, channel in state.channels.items():
         line = f"{channel.pending.count} to be sent"
         if channel.problem is not None:
             wait = max(0.0, channel.next_at - now)
-            line += f"; {channel.problem}; tried again in {duration(wait)}"
+            line += f"; {channel.problem}; next attempt in {duration(wait)}"
         say(f"{name}: {line}")
     if not state.channels:
         say(_SET_ONE)
 
 
-def _open(state: AlertState) -> list[tuple[str, float, Finding]]:
-    found = [(check, last.finding.since or 0.0, last.finding) for check, last in state.open.items()]
-    return sorted(found, key=lambda item: item[1])
+def _open(state: AlertState) -> list[Finding]:
+    """Return the open alerts, oldest first."""
+    return sorted((last.finding for last in state.open.values()), key=lambda f: f.since or 0.0)
 
 
 def _object(state: AlertState | None) -> dict[str, object]:
     if state is None:
         return {"open": [], "channels": {}}
-    return {
-        "open": [
-            {
-                **msgspec.to_builtins(finding),
-                "level": finding.level.word,
-                "severity": finding.level.severity,
-                "gone_at": state.gone.get(check),
-            }
-            for check, _, finding in _open(state)
-        ],
-        "channels": {
-            name: {
-                "waiting": channel.pending.count,
-                "problem": channel.problem,
-                "next_at": channel.next_at,
-            }
-            for name, channel in state.channels.items()
-        },
+    alerts = [{**f.to_json(), "gone_at": state.gone.get(f.check)} for f in _open(state)]
+    channels = {
+        name: {
+            "waiting": channel.pending.count,
+            "problem": channel.problem,
+            "next_at": channel.next_at,
+        }
+        for name, channel in state.channels.items()
     }
+    return {"open": alerts, "channels": channels}

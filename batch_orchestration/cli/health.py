@@ -1,11 +1,13 @@
 """`health`: whether the deployment is healthy; if not, the reasons and the next commands."""
 
+from collections.abc import Iterator, Sequence
+
 import click
-from rich.table import Table
 from rich.text import Text
 
 from batch_orchestration.cli.context import json_option, open_context, print_json
 from batch_orchestration.cli.escaping import say
+from batch_orchestration.cli.tables import table
 from batch_orchestration.core.text import duration
 from batch_orchestration.operations.health.examine import examine_health
 from batch_orchestration.operations.health.report import HealthReport, Level
@@ -30,39 +32,21 @@ def health(as_json: bool) -> None:
     if as_json:
         print_json(_object(report))
     else:
-        context.console.print(_table(report))
-        ill = ", ".join(finding.check for finding in report.problems)
-        say(f"{report.level.word}: {ill}" if ill else report.level.word)
+        context.console.print(table(("Check", "Level", "Reason", "Next"), _rows(report)))
+        problems = ", ".join(finding.check for finding in report.problems)
+        say(f"{report.level.word}: {problems}" if problems else report.level.word)
     click.get_current_context().exit(EXIT_CODES[report.level])
 
 
 def _object(report: HealthReport) -> dict[str, object]:
-    return {
-        "level": report.level.word,
-        "at": report.at,
-        "findings": [
-            {
-                "check": finding.check,
-                "level": finding.level.word,
-                "reason": finding.reason,
-                "next_command": finding.next_command,
-                "since": finding.since,
-            }
-            for finding in report.findings
-        ],
-    }
+    findings = [finding.to_json() for finding in report.findings]
+    return {"level": report.level.word, "at": report.at, "findings": findings}
 
 
-def _table(report: HealthReport) -> Table:
-    table = Table("Check", "Is", "Because", "Next")
+def _rows(report: HealthReport) -> Iterator[Sequence[object]]:
     for finding in sorted(report.findings, key=lambda finding: -finding.level):
         reason = finding.reason
         if finding.since is not None and report.at > finding.since:
-            reason += f" (so for {duration(report.at - finding.since)})"
-        table.add_row(
-            Text(finding.check),
-            Text(finding.level.word, style=_STYLES[finding.level]),
-            Text(reason),
-            Text(finding.next_command or ""),
-        )
-    return table
+            reason += f" (for {duration(report.at - finding.since)})"
+        level = Text(finding.level.word, style=_STYLES[finding.level])
+        yield finding.check, level, reason, finding.next_command

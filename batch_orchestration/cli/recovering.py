@@ -8,7 +8,7 @@ from batch_orchestration.operations import recovery
 
 
 @click.command()
-@click.option("--force", is_flag=True, help="Although the store is sound.")
+@click.option("--force", is_flag=True, help="Rebuild the store although it is sound.")
 @json_option
 def recover(force: bool, as_json: bool) -> None:
     """Rebuild the store (batch.duckdb) from plans and journals.
@@ -21,21 +21,21 @@ def recover(force: bool, as_json: bool) -> None:
         if as_json:
             print_json({"problem": None, "set_aside": None, "batches": []})
         else:
-            say("The store is sound and knows every batch: nothing to do.")
+            say("The store is sound and has every batch: nothing to do.")
         return
     done = recovery.recover(
-        folder=context.folder, problem=problem or "asked for by --force", clock=context.clock
+        folder=context.folder, problem=problem or "none; --force was given", clock=context.clock
     )
     if as_json:
         print_json(done)
     else:
         _say(done)
     if not done.complete:
-        raise click.ClickException("not everything could be rebuilt, see above")
+        raise click.ClickException("some parts could not be rebuilt, see above")
 
 
 def _say(done: recovery.Recovery) -> None:
-    say(f"Was wrong: {done.problem}")
+    say(f"Problem: {done.problem}")
     if done.set_aside:
         say(f"Old file: {done.set_aside}")
     for batch in done.batches:

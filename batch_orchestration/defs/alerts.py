@@ -44,10 +44,10 @@ class AlertsResource(dg.ConfigurableResource):
     minimum_interval_seconds=INTERVAL_SECONDS,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description=(
-        "Tells people what they should know: batches that failed, expired or wait for a person, an "
-        "unhealthy GPU, a full disk, a queue that does not move; and when that is over. Looks at "
-        "the store, the health and the files, keeps in `alerts.json` what is open and what is "
-        "still to be sent, and sends it by webhook, mail or command, as set. Starts no runs."
+        "Sends alerts: batches that failed, expired or wait for a person, an unhealthy GPU, a full "
+        "disk, a stalled queue; and their recovery. Reads the store, the health and the files, "
+        "keeps open alerts and unsent messages in `alerts.json`, and sends them by webhook, mail "
+        "or command, as configured. Starts no runs."
     ),
 )
 def alert_sensor(
@@ -62,7 +62,7 @@ def alert_sensor(
             now=time.time(),
         )
     except StorageError as error:
-        return dg.SkipReason(f"not this time: {error}")
+        return dg.SkipReason(f"no alerts were sent: {error}")
     for text in cycle.lines():
         context.log.info(text)
     return dg.SkipReason(str(cycle))

@@ -7,9 +7,9 @@ import dagster as dg
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.defs.queue import QUEUE_KEY
 from batch_orchestration.defs.resources import SettingsResource, data_folder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.health.examine import examine_health
 from batch_orchestration.operations.health.report import HealthReport, Level
-from batch_orchestration.operations.health.report_file import read_health, write_health
 
 INTERVAL_SECONDS = 30
 #: More would not be read.
@@ -19,9 +19,9 @@ _CHECK = "deployment_is_healthy"
 
 @dg.asset_check(asset=QUEUE_KEY, name=_CHECK)
 def deployment_is_healthy(settings: SettingsResource) -> dg.AssetCheckResult:
-    """Daemon, store, disk, queue, runs, engine and GPU are well, and nothing waits for a person.
+    """Daemon, store, disk, queue, runs, engine and GPU are healthy; no batch waits for a person.
 
-    `health_sensor` looks every half minute and reports changes here.
+    `health_sensor` examines them every half minute and reports changes here.
 
     **If it fails**, each reason comes with the next command; `python -m batch_orchestration health`
     prints the same on a terminal, even while Dagster is down.
@@ -30,7 +30,7 @@ def deployment_is_healthy(settings: SettingsResource) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         passed=report.level is Level.HEALTHY,
         severity=_severity(report),
-        description=report.verdict,
+        description=report.summary,
         metadata=_metadata(report),
     )
 
@@ -39,8 +39,8 @@ def deployment_is_healthy(settings: SettingsResource) -> dg.AssetCheckResult:
     minimum_interval_seconds=INTERVAL_SECONDS,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description=(
-        "Looks every half minute whether the deployment is well, and writes `health.json`. Each "
-        "tick says what it found; a change is reported to the check `deployment_is_healthy` of "
+        "Examines the deployment's health every half minute and writes `health.json`. Each tick "
+        "shows the findings; a change is reported to the check `deployment_is_healthy` of "
         "`queue_overview`. Starts no runs."
     ),
 )
@@ -49,16 +49,16 @@ def health_sensor(context: dg.SensorEvaluationContext, settings: SettingsResourc
     folder = data_folder(settings)
     report = examine_health(settings=settings, folder=folder, now=time.time())
     try:
-        before = read_health(folder)
+        before = StateFile(folder.health, HealthReport).read()
     except StorageError:
         before = None
-    if before is None or before.told_of() != report.told_of():
+    if before is None or before.problem_levels() != report.problem_levels():
         context.instance.report_runless_asset_event(_evaluation(report))
     try:
-        write_health(folder, report)
+        StateFile(folder.health, HealthReport).write(report)
     except StorageError as error:
-        return dg.SkipReason(f"{report.verdict}; health.json cannot be written: {error}")
-    return dg.SkipReason(report.verdict)
+        return dg.SkipReason(f"{report.summary}; health.json cannot be written: {error}")
+    return dg.SkipReason(report.summary)
 
 
 def _evaluation(report: HealthReport) -> dg.AssetCheckEvaluation:
@@ -67,7 +67,7 @@ def _evaluation(report: HealthReport) -> dg.AssetCheckEvaluation:
         check_name=_CHECK,
         passed=report.level is Level.HEALTHY,
         severity=_severity(report),
-        description=report.verdict,
+        description=report.summary,
         metadata=_metadata(report),
     )
 
@@ -78,7 +78,7 @@ def _severity(report: HealthReport) -> dg.AssetCheckSeverity:
 
 
 def _metadata(report: HealthReport) -> dict[str, dg.MetadataValue]:
-    rows = ["| check | is | because | next |", "|---|---|---|---|"]
+    rows = ["| check | level | reason | next |", "|---|---|---|---|"]
     for finding in sorted(report.findings, key=lambda finding: -finding.level):
         cells = (finding.check, finding.level.word, finding.reason, finding.next_command or "")
         rows.append("| " + " | ".join(map(_cell, cells)) + " |")

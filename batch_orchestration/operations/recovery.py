@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +43,10 @@ from batch_orchestration.store.connection import DEADLINE_SECONDS, replacing
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 
+logger = logging.getLogger(__name__)
+#: Takes the place of a run's id in a batch's history.
+ACTOR = "recovery"
+
 
 def remake(
     path: Path,
@@ -71,7 +75,7 @@ def remake(
         store.migrate()
         fill(store)
         if made.with_name(f"{made.name}.wal").exists():
-            raise StorageError(f"{path} could not be made anew: DuckDB left a log behind")
+            raise StorageError(f"{path} could not be rebuilt: DuckDB left a log behind")
         with disk_errors(path):
             kept = _set_aside(path, at)
             made.rename(path)
@@ -91,12 +95,7 @@ def _set_aside(path: Path, at: float) -> Path | None:
     return kept
 
 
-logger = logging.getLogger(__name__)
-#: Takes the place of a run's id in a batch's history.
-ACTOR = "recovery"
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class RecoveredBatch:
     """The rebuilt parts of a batch.
 
@@ -115,7 +114,7 @@ class RecoveredBatch:
     failed: int = 0
     unfinished: int = 0
     operations: int = 0
-    problems: Sequence[str] = ()
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,18 +200,17 @@ class _Rebuilding:
     """Rebuilds one batch; its problems do not affect the other batches."""
 
     def __init__(self, batch_id: str, folder: DataFolder, store: Store) -> None:
+        self.done = RecoveredBatch(batch_id)
         self._batch_id = batch_id
         self._folder = folder
         self._store = store
-        self._chunks = self._of_chunks = self._unfinished = self._operations = 0
         self._early_end: EarlyEnd | None = None
         self._lost_lines = False
-        self._problems: list[str] = []
 
     def run(self) -> None:
         """Rebuild the batch's rows."""
         if self._folder.pruned_path(self._batch_id).exists():
-            self._problems.append(
+            self.done.problems.append(
                 "its journals were removed after BATCH_JOURNAL_RETENTION_DAYS; its answers are in"
                 f" {self._folder.outbox_path(self._batch_id)} only"
             )
@@ -220,8 +218,8 @@ class _Rebuilding:
         with self._problem():
             plan = self._folder.read_plan(self._batch_id)
             register_batch(self._folder, self._store, self._batch_id, at=plan.created_at)
-            self._of_chunks = len(plan.chunks)
-        if not self._of_chunks:
+            self.done.of_chunks = len(plan.chunks)
+        if not self.done.of_chunks:
             return
         with self._problem():
             self._early_end = self._folder.early_end(self._batch_id).read()
@@ -233,7 +231,7 @@ class _Rebuilding:
         with self._problem("replays and discards: "):
             operations = Operations(self._folder, self._batch_id)
             operations.apply_to(self._store)
-            self._operations = len(operations.all())
+            self.done.operations = len(operations.all())
 
     @contextlib.contextmanager
     def _problem(self, prefix: str = "") -> Iterator[None]:
@@ -241,7 +239,7 @@ class _Rebuilding:
         faults = Faults()
         with faults.of(self._batch_id):
             yield
-        self._problems += [f"{prefix}{fault.reason}" for fault in faults]
+        self.done.problems += [f"{prefix}{fault.reason}" for fault in faults]
 
     def _commit(self, ref: ChunkRef) -> None:
         # Raises if the journal is that of another chunk.
@@ -252,10 +250,10 @@ class _Rebuilding:
                 at = self._early_end.at
                 self._lost_lines = self._lost_lines or not _has_lines(ref)
                 commit_ended(ref, self._early_end, store=self._store, run_id=ACTOR, at=at)
-                self._chunks += 1
+                self.done.chunks += 1
                 return
             # If the chunk was committed before, a part of its journal is lost.
-            self._unfinished += len(entries)
+            self.done.unfinished += len(entries)
             return
         last = max(entries.values(), key=lambda entry: entry.settled_at)
         self._store.commit_chunk(
@@ -266,7 +264,7 @@ class _Rebuilding:
             at=last.settled_at,
             seconds=busy_seconds(entries.values()),
         )
-        self._chunks += 1
+        self.done.chunks += 1
 
     def _cancel_again(self) -> None:
         """Restore the status of a batch that was being cancelled; its next run delivers it."""
@@ -282,33 +280,34 @@ class _Rebuilding:
 
     def deliver_again(self, store: Store) -> RecoveredBatch:
         """Write the files of a delivered batch again; return the result for the batch."""
-        output = OutboxFiles(self._folder.outbox_path(self._batch_id)).output
-        missing = self._of_chunks - self._chunks
+        done = self.done
         with self._problem("samples: "):
             SampleTaker(folder=self._folder, store=store).take_in(self._batch_id)
         was_delivered = False
         with self._problem():
             was_delivered = delivered(self._folder, self._batch_id)
-        if not was_delivered:
-            return self._result(store)
-        if missing and not self._problems:
-            self._problems.append(
-                f"{missing} chunks were delivered, but their journals are not complete: their"
-                f" requests are asked again; keep a copy of {output.parent}"
-            )
-        elif not self._problems:
-            delivered_at = output.stat().st_mtime
-            with self._problem():
-                self._keep_what_only_the_files_have(store)
-                # Also after that: the batch is delivered, with what is left.
-                assemble(
-                    self._batch_id,
-                    folder=self._folder,
-                    store=store,
-                    clock=lambda: delivered_at,
-                    actor=ACTOR,
+        if was_delivered and not done.problems:
+            output = OutboxFiles(self._folder.outbox_path(self._batch_id)).output
+            if missing := done.of_chunks - done.chunks:
+                done.problems.append(
+                    f"{missing} chunks were delivered, but their journals are not complete: their"
+                    f" requests will be sent again; keep a copy of {output.parent}"
                 )
-        return self._result(store)
+            else:
+                self._assemble(store, at=output.stat().st_mtime)
+        if done.of_chunks:
+            record = store.batch(self._batch_id)
+            done.status = str(record.status)
+            done.completed, done.failed = record.completed, record.failed
+        return done
+
+    def _assemble(self, store: Store, *, at: float) -> None:
+        with self._problem():
+            self._keep_what_only_the_files_have(store)
+            # Also after that: the batch is delivered, with what is left.
+            assemble(
+                self._batch_id, folder=self._folder, store=store, clock=lambda: at, actor=ACTOR
+            )
 
     def _keep_what_only_the_files_have(self, store: Store) -> None:
         """Move the delivered files aside if the rebuilt rows have less than they.
@@ -327,26 +326,10 @@ class _Rebuilding:
             move_into(path, files.folder, f"{path.stem}.before-recovery.jsonl")
             for path in (files.output, files.errors)
         ]
-        self._problems.append(
+        self.done.problems.append(
             f"the delivered files had {answered:,} answers, its journals have {rebuilt:,}, and its"
             f" kept input {'lacks' if self._lost_lines else 'has'} the other lines: the files"
             f" are kept as {kept[0]} and {kept[1]}"
-        )
-
-    def _result(self, store: Store) -> RecoveredBatch:
-        if not self._of_chunks:
-            return RecoveredBatch(batch_id=self._batch_id, problems=tuple(self._problems))
-        record = store.batch(self._batch_id)
-        return RecoveredBatch(
-            batch_id=self._batch_id,
-            status=str(BatchStatus(record.status)),
-            chunks=self._chunks,
-            of_chunks=self._of_chunks,
-            completed=record.completed,
-            failed=record.failed,
-            unfinished=self._unfinished,
-            operations=self._operations,
-            problems=tuple(self._problems),
         )
 
 

@@ -30,7 +30,7 @@ def cycle(root: Path, url: str, now: float, moment: str) -> None:
         die()
 
     if moment == "before the state is kept":
-        alerting.write_alert_state = die
+        alerting.StateFile.write = die
     if moment == "before it is sent":
         alerting.deliver = die
     if moment == "before it is known to be sent":

@@ -3,12 +3,13 @@
 import msgspec
 
 from batch_orchestration.core.batches import BatchStatus
+from batch_orchestration.core.errors import DiskFull
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.alerts.channels import alert_channels
 from batch_orchestration.operations.alerts.cycle import run_alert_cycle
-from batch_orchestration.operations.alerts.state_file import read_alert_state
+from batch_orchestration.operations.alerts.state import AlertState
 from batch_orchestration.operations.health.report import Finding, HealthReport, Level
-from batch_orchestration.operations.health.report_file import write_health
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import (
@@ -19,6 +20,15 @@ from batch_orchestration_tests.support.builders import (
 )
 
 TICK = 30.0
+
+
+class FullDisk(StateFile):
+    """A state file, of `alert_sensor` or of others, whose disk is full."""
+
+    def write(self, value):
+        if self.path.name == "alerts.json":
+            raise DiskFull("no room")
+        super().write(value)
 
 
 class Tower:
@@ -43,7 +53,9 @@ class Tower:
             msgspec.structs.replace(found, since=found.since or self.now) for found in self.findings
         ]
         fine = Finding(check="disk", level=Level.HEALTHY, reason="there is room")
-        write_health(self.folder, HealthReport(at=self.now, findings=(fine, *findings)))
+        StateFile(self.folder.health, HealthReport).write(
+            HealthReport(at=self.now, findings=(fine, *findings))
+        )
         return self.cycle()
 
     def cycle(self):
@@ -79,8 +91,11 @@ class Tower:
     @property
     def kinds(self):
         """Of the open alerts."""
-        state = read_alert_state(self.folder.alerts)
-        return [transition.finding.kind for transition in state.open.values()]
+        return [transition.finding.kind for transition in self.state.open.values()]
+
+    @property
+    def state(self):
+        return StateFile(self.folder.alerts, AlertState).read()
 
     def only(self):
         (text,) = self.webhook.texts

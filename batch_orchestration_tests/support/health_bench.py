@@ -11,9 +11,9 @@ import msgspec
 
 from batch_orchestration.engines.processes.records import identify
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.health.examine import examine_health
 from batch_orchestration.operations.health.report import Finding, HealthReport
-from batch_orchestration.operations.health.report_file import write_health
 from batch_orchestration.queue.entries import (
     EntryKind,
     EntryState,
@@ -55,7 +55,7 @@ class HealthBench:
     def watch(self) -> HealthReport:
         """Look once and keep what was found, as the sensor does."""
         report = self.look()
-        write_health(self.folder, report)
+        StateFile(self.folder.health, HealthReport).write(report)
         return report
 
     def find(self, check: str) -> Finding:

@@ -164,11 +164,10 @@ def _as_json(notification: Notification) -> dict[str, Any]:
         "text": notification.text,
         "messages": [
             {
+                **transition.finding.to_json(),
+                "severity": transition.level.severity,
                 "change": transition.change,
                 "at": transition.at,
-                "severity": transition.level.severity,
-                **msgspec.to_builtins(transition.finding),
-                "level": transition.finding.level.word,
             }
             for transition in notification.transitions
         ],

@@ -4,17 +4,23 @@ The watchdog runs the same cycle in a process of its own, about one condition: w
 `alert_sensor` still run.
 """
 
+import contextlib
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from batch_orchestration.core.errors import Shortage, StorageError
+from filelock import FileLock, Timeout
+
+from batch_orchestration.core.errors import FileDamaged, StorageError
 from batch_orchestration.core.text import duration
 from batch_orchestration.core.waiting import IdleClock
+from batch_orchestration.files.atomic import disk_errors
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.alerts.channels import Send, deliver, delivered_late
 from batch_orchestration.operations.alerts.notification import Change, Notification, Transition
 from batch_orchestration.operations.alerts.sources import observe
@@ -25,14 +31,6 @@ from batch_orchestration.operations.alerts.state import (
     advance,
     due,
     sent,
-)
-from batch_orchestration.operations.alerts.state_file import (
-    alert_cycle,
-    last_cycle_at,
-    read_alert_state,
-    set_alert_state_aside,
-    touch_alert_state,
-    write_alert_state,
 )
 from batch_orchestration.operations.health.links import CLI, RESTART, sensor_link
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
@@ -159,18 +157,35 @@ def send_test(
     return {name: attempt.problem for name, attempt in attempts.items()}
 
 
+@contextlib.contextmanager
+def alert_cycle(path: Path) -> Iterator[None]:
+    """Hold the lock of the state at `path` during one cycle.
+
+    Raises:
+        StorageError: Another cycle is running, for example a tick requested in the UI.
+    """
+    with disk_errors(path):
+        try:
+            lock = FileLock(path.with_name(f"{path.name}.lock")).acquire(timeout=0)
+        except Timeout:
+            raise StorageError(f"{path} is in use by another tick") from None
+    with lock:
+        yield
+
+
 def _read_or_begin(path: Path, now: float) -> tuple[AlertState, Finding | None]:
     """Return the state, and an alert if a damaged state had to be replaced."""
     if (unsaved := _unsaved.get(path)) is not None:
         return unsaved, None
     try:
-        return read_alert_state(path) or AlertState(began=now, cursor=now), None
-    except Shortage:
-        raise  # the state may be sound: the next cycle reads it
-    except StorageError as error:
+        return StateFile(path, AlertState).read() or AlertState(began=now, cursor=now), None
+    except FileDamaged as error:
         # It begins where the last cycle ended, so that nothing since then is history.
-        began = min(now - 1, last_cycle_at(path) or now)
-        _set_aside(path)
+        began = min(now - 1, _last_cycle_at(path) or now)
+        try:
+            path.replace(path.with_name(f"{path.stem}.damaged-{int(time.time())}.json"))
+        except OSError as problem:
+            logger.warning("the damaged alert state cannot be renamed: %s", problem)
         return AlertState(began=began, cursor=began), Finding(
             check=f"{AlertKind.ALERTS_LOST}:{now:.0f}",
             level=Level.DEGRADED,
@@ -182,22 +197,24 @@ def _read_or_begin(path: Path, now: float) -> tuple[AlertState, Finding | None]:
         )
 
 
-def _set_aside(path: Path) -> None:
-    try:
-        set_alert_state_aside(path)
-    except StorageError as error:
-        logger.warning("the damaged alert state cannot be renamed: %s", error)
-
-
 def _save(path: Path, state: AlertState) -> None:
     try:
-        write_alert_state(path, state)
+        StateFile(path, AlertState).write(state)
         _unsaved.pop(path, None)
     except StorageError as error:
         # The full disk is the very thing that the alert is about.
         _unsaved[path] = state
-        touch_alert_state(path)
+        with contextlib.suppress(OSError):  # the watchdog sees that a cycle has run
+            os.utime(path)
         logger.warning("the alert state is only in memory: %s", error)
+
+
+def _last_cycle_at(path: Path) -> float | None:
+    """Return the state's modification time, which each cycle changes; None if there is no file."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 class Watchdog:
@@ -227,7 +244,7 @@ class Watchdog:
         Raises:
             OSError: The data folder cannot be read.
         """
-        silent = self._idle.observe(last_cycle_at(self._folder.alerts), self._clock())
+        silent = self._idle.observe(_last_cycle_at(self._folder.alerts), self._clock())
         findings = [self._alert(silent)] if silent > SILENT_SECONDS else []
         return run_alert_cycle(
             settings=self._settings,

@@ -9,10 +9,10 @@ from msgspec.structs import replace
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.text import duration
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.alerts.state import AlertState, Observation
 from batch_orchestration.operations.health.links import health_link, run_link, sensor_link
 from batch_orchestration.operations.health.report import AlertKind, Finding, HealthReport, Level
-from batch_orchestration.operations.health.report_file import read_health
 from batch_orchestration.settings import Settings
 from batch_orchestration.workers.heartbeat_files import read_last_heartbeat
 
@@ -57,7 +57,7 @@ def from_health(
     """Return the findings of the last health report; a missing or stale report is an alert, too."""
     report, problem = None, "there is no report yet"
     try:
-        report = read_health(folder)
+        report = StateFile(folder.health, HealthReport).read()
     except StorageError as error:
         problem = str(error)
     age = math.inf if report is None else now - report.at

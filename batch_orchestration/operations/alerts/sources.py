@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.core.outcomes import FailureCode
+from batch_orchestration.core.lifecycle import UNASKED_CODES
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.core.text import duration
 from batch_orchestration.estimates.batch_estimates import read_estimate
@@ -46,7 +46,7 @@ _FROM_STORE = frozenset(
 _FROM_FILES = frozenset({AlertKind.FILE_REJECTED})
 _ENDINGS = [BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.FAILED]
 #: Codes of requests that an early end left unsent; they are not failures.
-_UNSENT = [str(FailureCode.BATCH_CANCELLED), str(FailureCode.BATCH_EXPIRED)]
+_UNSENT = [*map(str, UNASKED_CODES.values())]
 
 
 def observe(

@@ -14,6 +14,7 @@ from pathlib import Path
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.waiting import BackgroundCall
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.health.checks import CHECKS, standstill
 from batch_orchestration.operations.health.context import HEALTH, Check, CheckContext, unhealthy
 from batch_orchestration.operations.health.report import (
@@ -22,7 +23,6 @@ from batch_orchestration.operations.health.report import (
     Standstill,
     dated,
 )
-from batch_orchestration.operations.health.report_file import read_health
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 
@@ -100,7 +100,7 @@ def _findings(name: str, call: _Call) -> tuple[Finding, ...]:
 
 def _previous(folder: DataFolder, now: float) -> HealthReport | None:
     with contextlib.suppress(StorageError):  # a damaged report is replaced
-        previous = read_health(folder)
+        previous = StateFile(folder.health, HealthReport).read()
         if previous is not None and 0 <= now - previous.at <= PREVIOUS_SECONDS:
             return previous
     return None

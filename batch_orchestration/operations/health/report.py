@@ -5,6 +5,7 @@ Health checks and alert sources both produce them: an alert is a finding with a 
 
 from collections.abc import Iterable, Mapping
 from enum import IntEnum, StrEnum
+from typing import Any
 
 import msgspec
 
@@ -94,6 +95,11 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     counts: Mapping[str, int] = {}
     link: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the finding as JSON values, its level as words."""
+        words = {"level": self.level.word, "severity": self.level.severity}
+        return {**msgspec.to_builtins(self), **words}
+
 
 class Standstill(msgspec.Struct, frozen=True, kw_only=True):
     """An entry of the queue could be served and nothing is at work.
@@ -132,14 +138,14 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(sorted(found, key=lambda finding: -finding.level))
 
     @property
-    def verdict(self) -> str:
+    def summary(self) -> str:
         """The whole report in one line."""
         if not self.findings:
-            return "unhealthy: nothing could be looked at"
+            return "unhealthy: nothing could be examined"
         reasons = "; ".join(f"{finding.check}: {finding.reason}" for finding in self.problems)
         return f"{self.level.word}: {reasons}" if reasons else self.level.word
 
-    def told_of(self) -> frozenset[tuple[str, Level]]:
+    def problem_levels(self) -> frozenset[tuple[str, Level]]:
         """Return the part whose change is news: each unhealthy check and its level."""
         return frozenset((finding.check, finding.level) for finding in self.problems)
 

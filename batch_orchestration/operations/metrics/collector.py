@@ -20,9 +20,10 @@ from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.core.results import LATENCY_BOUNDS, BatchRecord
 from batch_orchestration.files.atomic import atomic_writer
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import read_fences
-from batch_orchestration.operations.health.report_file import read_health
+from batch_orchestration.operations.health.report import HealthReport
 from batch_orchestration.operations.metrics.names import MetricPage
 from batch_orchestration.operations.metrics.sources import (
     AccountsSource,
@@ -262,7 +263,7 @@ def _put_fences(page: MetricPage, folder: DataFolder) -> None:
 
 def _put_health(page: MetricPage, folder: DataFolder) -> None:
     """Add the last health report; the checks of all runs, or of all devices, count as one."""
-    if (report := read_health(folder)) is None:
+    if (report := StateFile(folder.health, HealthReport).read()) is None:
         return
     page.put("health_timestamp_seconds", report.at)
     page.put("health_level", report.level)

@@ -5,10 +5,10 @@ import sys
 import pytest
 
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.alerts.channels import alert_channels
 from batch_orchestration.operations.alerts.cycle import run_alert_cycle
 from batch_orchestration.operations.health.report import Finding, HealthReport, Level
-from batch_orchestration.operations.health.report_file import write_health
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import NOW
 from batch_orchestration_tests.support.command_line import CommandLine
@@ -35,7 +35,7 @@ def given(cli, **values):
 def test_open_alerts_are_listed_with_what_is_still_to_be_sent(cli):
     in_force = settings(cli, alert_command=FAIL)
     ill = Finding(check="gpu", level=Level.UNHEALTHY, reason="it fell off", next_command="gpu")
-    write_health(cli.folder, HealthReport(at=NOW, findings=(ill,)))
+    StateFile(cli.folder.health, HealthReport).write(HealthReport(at=NOW, findings=(ill,)))
     run_alert_cycle(
         settings=in_force, folder=cli.folder, channels=alert_channels(in_force), now=NOW + 10
     )
@@ -51,7 +51,7 @@ def test_open_alerts_are_listed_with_what_is_still_to_be_sent(cli):
 
 
 def test_before_the_first_tick_there_is_nothing_to_show(cli):
-    assert "has not looked yet" in cli.run("alerts", **given(cli)).stdout
+    assert "has not run yet" in cli.run("alerts", **given(cli)).stdout
     assert not cli.folder.alerts.exists()
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from batch_orchestration.core.errors import AlertNotSent, TooManyOpenFiles
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.alerts import cycle
 from batch_orchestration.operations.alerts.cycle import run_alert_cycle
 from batch_orchestration.operations.alerts.notification import Notification
 from batch_orchestration.operations.alerts.sources import _of_rejected
-from batch_orchestration.operations.alerts.state import Observation
-from batch_orchestration.operations.alerts.state_file import read_alert_state
+from batch_orchestration.operations.alerts.state import AlertState, Observation
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import NOW
@@ -103,7 +103,7 @@ def test_a_state_that_cannot_be_opened_for_want_of_descriptors_is_no_damaged_one
 def read_alert_state_later(site: Site, request: pytest.FixtureRequest):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft + 64), hard))
-    return read_alert_state(site.folder.alerts)
+    return StateFile(site.folder.alerts, AlertState).read()
 
 
 def test_what_happened_since_the_last_cycle_is_sent_though_the_state_is_damaged(site: Site) -> None:

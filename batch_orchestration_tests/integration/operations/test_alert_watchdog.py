@@ -2,11 +2,10 @@
 
 import pytest
 
-from batch_orchestration.core.errors import DiskFull
 from batch_orchestration.operations.alerts import cycle as alerting
 from batch_orchestration.operations.alerts.channels import alert_channels
 from batch_orchestration.operations.alerts.cycle import Watchdog
-from batch_orchestration_tests.support.alert_bench import Tower
+from batch_orchestration_tests.support.alert_bench import FullDisk, Tower
 from batch_orchestration_tests.support.alert_servers import Webhook, serving
 
 
@@ -77,12 +76,8 @@ def test_a_daemon_whose_disk_is_full_is_not_taken_for_dead(tower, monkeypatch):
     guard = Guard(tower)
     guard.watch(2, alive=True)
 
-    def full(path, state):
-        if path == tower.folder.alerts:
-            raise DiskFull("no room")
-
     with monkeypatch.context() as patch:
-        patch.setattr(alerting, "write_alert_state", full)
+        patch.setattr(alerting, "StateFile", FullDisk)
         guard.watch(10, alive=True)
     alerting._unsaved.clear()
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.core.errors import DiskFull, StorageError
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.defs.alerts import AlertsResource
 from batch_orchestration.estimates.estimate import Band
 from batch_orchestration.estimates.scores import Score
@@ -21,10 +21,9 @@ from batch_orchestration.operations.alerts import channels as alert_channels
 from batch_orchestration.operations.alerts import cycle as alerting
 from batch_orchestration.operations.alerts import sources as alert_sources
 from batch_orchestration.operations.alerts.sources import SLACK_SECONDS
-from batch_orchestration.operations.alerts.state_file import alert_cycle, read_alert_state
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration.settings import Settings
-from batch_orchestration_tests.support.alert_bench import TICK, Tower
+from batch_orchestration_tests.support.alert_bench import TICK, FullDisk, Tower
 from batch_orchestration_tests.support.alert_servers import Webhook, serving
 from batch_orchestration_tests.support.builders import NOW, make_input, make_plan, write_plan
 from batch_orchestration_tests.support.deployment import Deployment
@@ -351,7 +350,7 @@ def test_two_ticks_at_once_tell_nothing_twice(tower):
     """A person may have a sensor evaluated in the UI while the daemon does."""
     tower.begin()
 
-    with alert_cycle(tower.folder.alerts), pytest.raises(StorageError):
+    with alerting.alert_cycle(tower.folder.alerts), pytest.raises(StorageError):
         tower.tick()
 
 
@@ -433,17 +432,14 @@ def test_a_full_disk_is_told_once_though_the_state_cannot_be_written(tower, monk
     tower.begin()
     tower.findings = (Finding(check="disk", level=Level.UNHEALTHY, reason="0.0 GiB are free"),)
 
-    def full(path, state):
-        raise DiskFull("no room")
-
     with monkeypatch.context() as patch:
-        patch.setattr(alerting, "write_alert_state", full)
+        patch.setattr(alerting, "StateFile", FullDisk)
         for _ in range(5):
             tower.tick()
     tower.tick()
 
     assert "The disk is nearly full" in tower.only()
-    assert read_alert_state(tower.folder.alerts).open
+    assert tower.state.open
 
 
 # --- in Dagster -----------------------------------------------------------------------------------

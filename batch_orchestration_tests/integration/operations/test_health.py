@@ -14,11 +14,11 @@ import pytest
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.defs.health import deployment_is_healthy
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.gpu import health as gpu_health
 from batch_orchestration.operations.health import checks as health_checks
 from batch_orchestration.operations.health import examine as health
-from batch_orchestration.operations.health.report import Finding, Level
-from batch_orchestration.operations.health.report_file import read_health
+from batch_orchestration.operations.health.report import Finding, HealthReport, Level
 from batch_orchestration.queue.entries import (
     EntryKind,
     EntryState,
@@ -49,7 +49,7 @@ def bench(make_bench):
 def test_a_deployment_that_ticks_is_healthy_and_says_so_of_every_check(bench):
     report = bench.look()
 
-    assert report.level is Level.HEALTHY, report.verdict
+    assert report.level is Level.HEALTHY, report.summary
     assert {found.check for found in report.findings} == set(health_checks.CHECKS)
 
 
@@ -84,7 +84,7 @@ def test_a_check_that_hangs_is_unhealthy_in_time_and_asked_by_one_thread_only(be
 
     assert time.monotonic() - began < 100
     assert {look.level for look in looks} == {Level.UNHEALTHY}
-    assert "has not answered" in looks[-1].verdict
+    assert "has not answered" in looks[-1].summary
     assert len(asked) == 1
     answer.set()
     assert bench.look(checks={"gpu": hanging}, seconds=5).level is Level.HEALTHY
@@ -472,7 +472,7 @@ def test_the_sensor_writes_what_it_found_and_reports_only_what_is_new(tmp_path):
         before = deployment.reason("health_sensor")
         deployment.reason("dispatch_sensor")
         after = [deployment.reason("health_sensor") for _ in range(2)]
-        found = read_health(deployment.folder)
+        found = StateFile(deployment.folder.health, HealthReport).read()
 
         told = verdicts(deployment.instance)
 

@@ -206,7 +206,7 @@ def test_a_damaged_plan_costs_its_batch_only(bench: LetterBench) -> None:
 
     problems = {batch.batch_id: batch.problems for batch in recovery.batches}
     assert "damaged" in problems[bench.batch_id][0]
-    assert problems[other.batch_id] == ()
+    assert problems[other.batch_id] == []
     with pytest.raises(StorageError):
         bench.folder.read_plan(bench.batch_id)
 

@@ -24,12 +24,12 @@ def test_a_report_is_as_bad_as_its_worst_finding():
 
 def test_a_report_of_nothing_is_not_healthy():
     assert report().level is Level.UNHEALTHY
-    assert report().verdict.startswith("unhealthy")
+    assert report().summary.startswith("unhealthy")
 
 
 @pytest.mark.parametrize("level", [Level.DEGRADED, Level.UNHEALTHY])
 def test_the_verdict_names_what_is_wrong_and_nothing_else(level):
-    verdict = report(finding("store", level), finding("disk")).verdict
+    verdict = report(finding("store", level), finding("disk")).summary
 
     assert verdict == f"{level.word}: store: store is {level.word}"
 
@@ -55,6 +55,6 @@ def test_other_figures_are_no_news_and_another_level_is():
     before = report(finding("disk", Level.DEGRADED))
     figures = Finding(check="disk", level=Level.DEGRADED, reason="1.2 GiB are free")
 
-    assert report(figures).told_of() == before.told_of()
-    assert report(finding("disk", Level.UNHEALTHY)).told_of() != before.told_of()
-    assert report(finding("disk")).told_of() == frozenset()
+    assert report(figures).problem_levels() == before.problem_levels()
+    assert report(finding("disk", Level.UNHEALTHY)).problem_levels() != before.problem_levels()
+    assert report(finding("disk")).problem_levels() == frozenset()
