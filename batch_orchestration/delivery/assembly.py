@@ -23,9 +23,9 @@ from batch_orchestration.files.atomic import atomic_writer, disk_errors
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.lifecycle.completion import begin_ending, finish_ending
-from batch_orchestration.reports.figures import Latencies
-from batch_orchestration.reports.gathering import gather_figures
+from batch_orchestration.reports.gathering import gather_stats
 from batch_orchestration.reports.rendering import batch_report
+from batch_orchestration.reports.statistics import Latencies
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding
@@ -91,13 +91,13 @@ def assemble(
         try:
             totals = _write_files(plan, store.settled(batch_id), files)
             scored = score_batch(plan, totals, folder=folder, store=store, clock=clock)
-            figures = gather_figures(plan, totals, folder=folder, store=store)
+            stats = gather_stats(plan, totals, folder=folder, store=store)
             text = batch_report(
                 *(plan, record, totals, store.chunk_reports(batch_id)),
                 outbox=str(files.folder),
                 scored=scored,
                 early_end=ending.early_end,
-                figures=figures,
+                stats=stats,
             )
             crash_point(CrashPoint.BEFORE_REPORT_RENAME)
             write_report(batch_id, text, files)
@@ -114,8 +114,8 @@ def assemble(
         totals=totals,
         text=text,
         early_end=ending.early_end,
-        kept=figures.kept,
-        latencies=figures.latencies,
+        kept=stats.utilization,
+        latencies=stats.latencies,
     )
 
 

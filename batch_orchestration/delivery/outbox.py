@@ -13,7 +13,7 @@ from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.results import BatchTotals, SettledRequest
 from batch_orchestration.delivery.lines import output_line
 from batch_orchestration.files.atomic import make_folder, write_atomically
-from batch_orchestration.reports.documents import to_html
+from batch_orchestration.reports.rendering import to_html
 from batch_orchestration.workers.reporter import report_progress
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from batch_orchestration.core.batches import BatchOptions, BatchPlan, BatchStatus
+from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.lifecycle import window_seconds
 from batch_orchestration.estimates.costs import Throughput, throughput
 from batch_orchestration.estimates.engine import EngineInForce
@@ -19,7 +20,7 @@ from batch_orchestration.estimates.estimate import Band, Estimate, TokenHistory,
 from batch_orchestration.estimates.profile import TokenProfile
 from batch_orchestration.estimates.tables import CachedEngineInfo, EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.regular import read_regular
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.store.store import Store
 
 _T = TypeVar("_T")
@@ -98,12 +99,12 @@ def write_estimate(batch_folder: Path, profile: TokenProfile, estimate: Estimate
 
 def read_profile(folder: DataFolder, batch_id: str) -> TokenProfile | None:
     """Return the profile of a batch; None if it is missing or unreadable."""
-    return _read(folder, batch_id, PROFILE, TokenProfile)
+    return _read(folder.plan_path(batch_id).with_name(PROFILE), TokenProfile)
 
 
 def read_estimate(folder: DataFolder, batch_id: str) -> Estimate | None:
     """Return the estimate made at a batch's admission; None if it is missing or unreadable."""
-    return _read(folder, batch_id, ESTIMATE, Estimate)
+    return read_estimate_in(folder.plan_path(batch_id).parent)
 
 
 def record_estimate(folder: DataFolder, store: Store, batch_id: str) -> None:
@@ -142,18 +143,12 @@ def expected_ahead(folder: DataFolder, store: Store, *, priority: int) -> float:
 
 def read_estimate_in(batch_folder: Path) -> Estimate | None:
     """Return the estimate in a folder that is, or will be, a batch's; None if unreadable."""
-    return _decoded(batch_folder / ESTIMATE, Estimate)
+    return _read(batch_folder / ESTIMATE, Estimate)
 
 
-def _read(folder: DataFolder, batch_id: str, name: str, kind: type[_T]) -> _T | None:
-    return _decoded(folder.plan_path(batch_id).with_name(name), kind)
-
-
-def _decoded(path: Path, kind: type[_T]) -> _T | None:
+def _read(path: Path, kind: type[_T]) -> _T | None:
     try:
-        return msgspec.json.decode(read_regular(path), type=kind)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        logger.warning("%s is of no use: %s", path, error)
+        return StateFile(path, kind).read()
+    except StorageError as error:
+        logger.warning("ignored: %s", error)
         return None

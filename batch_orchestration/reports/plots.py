@@ -2,6 +2,7 @@
 
 import io
 import re
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.samples import RunSample
-from batch_orchestration.reports.figures import Throughput
+from batch_orchestration.reports.statistics import OutcomeHistogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +25,36 @@ _WIDTH_INCHES, _PANEL_INCHES = 7.2, 1.25
 _LEFT_INCHES, _RIGHT_INCHES, _TOP_INCHES, _BOTTOM_INCHES = 0.75, 0.1, 0.3, 0.45
 #: Height of a row of the legend, and the letters that fit into it beside the title.
 _ROW_INCHES, _ROW_LETTERS = 0.16, 48
+#: Limit on points: more cannot be distinguished in a picture as wide as a page.
+MOST_INTERVALS = 120
+MOST_SAMPLES = 120
+#: Fewer points are no curve and add nothing to the figures in the text.
+LEAST_POINTS = 3
+#: One line per colour: lines that share a colour could not be compared.
+MOST_GPUS = len(COLOURS)
+SINCE = "first submission"
+_GIBIBYTE = 2**30
+#: Prefix of an embedded picture.
+URI_PREFIX = "data:image/svg+xml;base64,"
+#: Consecutive samples of one run that are drawn as one point; None interrupts the line.
+Group = Sequence[RunSample] | None
+#: Coordinates in attributes and paths, but not the text of the plot.
+_COORDINATES = re.compile(rb' (?:d|x|y|transform)="[^"]*"')
+_DIGITS, _INDENT = re.compile(rb"(\.\d)\d+"), re.compile(rb"\n +")
+_LOOK = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.3,
+    "legend.frameon": False,
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +103,24 @@ class Plot:
     stepped: bool = False
 
 
-def draw(plot: Plot) -> bytes:
-    """Return a plot as SVG."""
+@dataclass(frozen=True)
+class Picture:
+    """An SVG picture; `name` is one word, unique in the document."""
+
+    name: str
+    title: str
+    svg: bytes
+
+    @property
+    def uri(self) -> str:
+        """Data URI of the picture."""
+        return f"{URI_PREFIX}{b64encode(self.svg).decode()}"
+
+
+def draw(plot: Plot | None) -> Picture | None:
+    """Return a plot as a picture; None if there is no plot."""
+    if plot is None:
+        return None
     # Takes half a second, so it is imported at delivery only.
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -101,26 +148,7 @@ def draw(plot: Plot) -> bytes:
         axes[-1].set_xlabel(f"{unit} since {plot.since}")
         image = io.BytesIO()
         figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
-    return _lean(image.getvalue())
-
-
-#: Coordinates in attributes and paths, but not the text of the plot.
-_COORDINATES = re.compile(rb' (?:d|x|y|transform)="[^"]*"')
-_DIGITS, _INDENT = re.compile(rb"(\.\d)\d+"), re.compile(rb"\n +")
-_LOOK = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.3,
-    "legend.frameon": False,
-}
+    return Picture(plot.name, plot.title, _lean(image.getvalue()))
 
 
 def _draw_panel(axis: "Axes", panel: Panel, times: Sequence[float], *, stepped: bool) -> None:
@@ -139,15 +167,15 @@ def _draw_panel(axis: "Axes", panel: Panel, times: Sequence[float], *, stepped: 
 
 def _explain(axes: Sequence["Axes"], panels: Sequence[Panel]) -> None:
     """Add a legend above the first of consecutive panels with the same lines."""
-    said: list[str] = []
+    labelled: list[str] = []
     for axis, panel in zip(axes, panels, strict=True):
         labels = [line.label for line in panel.lines]
-        if len(labels) > 1 and labels != said:
+        if len(labels) > 1 and labels != labelled:
             axis.legend(
                 loc="lower right", bbox_to_anchor=(1, 1.02), borderpad=0,
                 ncols=-(-len(labels) // _rows(panel.lines)), handlelength=1.2,
             )  # fmt: skip
-        said = labels
+        labelled = labels
 
 
 def _rows(lines: Sequence[Line]) -> int:
@@ -167,25 +195,12 @@ def _unit(seconds: Sequence[float]) -> tuple[float, str]:
     return next((length, name) for least, length, name in _UNITS if longest >= least)
 
 
-#: Limit on points: more cannot be distinguished in a picture as wide as a page.
-MOST_INTERVALS = 120
-MOST_SAMPLES = 120
-#: Fewer points are no curve and add nothing to the figures in the text.
-LEAST_POINTS = 3
-#: One line per colour: lines that share a colour could not be compared.
-MOST_GPUS = len(COLOURS)
-SINCE = "first submission"
-_GIBIBYTE = 2**30
-#: Consecutive samples of one run that are drawn as one point; None interrupts the line.
-Group = Sequence[RunSample] | None
-
-
-def throughput_plot(throughput: Throughput | None) -> Plot | None:
+def throughput_plot(outcomes: OutcomeHistogram | None) -> Plot | None:
     """Return the plot of requests and output tokens per second, with failures marked."""
-    if throughput is None or len(throughput.intervals) < LEAST_POINTS:
+    if outcomes is None or len(outcomes.intervals) < LEAST_POINTS:
         return None
-    width = throughput.width_seconds
-    found = {interval.number: interval for interval in throughput.intervals}
+    width = outcomes.width_seconds
+    found = {interval.number: interval for interval in outcomes.intervals}
     # A last value of zero, because each value holds to the end of its interval.
     numbers = range(max(found) + 2)
     answered = [found[n].answered / width if n in found else 0.0 for n in numbers]
@@ -233,7 +248,7 @@ def gpu_plot(samples: Sequence[RunSample], *, since: float) -> Plot | None:
         return None
     labels = _gpu_labels(samples)
     figures: tuple[tuple[str, Callable[[GpuFacts], float | None], float | None], ...] = (
-        ("utilisation, %", lambda gpu: gpu.utilization_percent, 100),
+        ("utilization, %", lambda gpu: gpu.utilization_percent, 100),
         ("memory, GiB", lambda gpu: _gibibytes(gpu.memory_used_bytes), None),
         ("temperature, °C", lambda gpu: gpu.temperature_celsius, None),
     )
@@ -251,9 +266,9 @@ def gpu_plot(samples: Sequence[RunSample], *, since: float) -> Plot | None:
 def _gpu_labels(samples: Sequence[RunSample]) -> dict[str, str]:
     """Return the label of each device by its uuid; MIG instances of a device share its index."""
     found = sorted({(gpu.index, gpu.uuid) for sample in samples for gpu in sample.gpus})[:MOST_GPUS]
-    so_many = Counter(index for index, _ in found)
+    counts = Counter(index for index, _ in found)
     return {
-        uuid: f"GPU {index}" if so_many[index] == 1 else f"GPU {index}, {_short(uuid)}"
+        uuid: f"GPU {index}" if counts[index] == 1 else f"GPU {index}, {_short(uuid)}"
         for index, uuid in found
     }
 

@@ -6,40 +6,39 @@ from dataclasses import dataclass
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.lifecycle import BatchEvent
 from batch_orchestration.gpu.samples import RunSample
-from batch_orchestration.reports.figures import RunFigures
+from batch_orchestration.reports.statistics import RunStats
 
-#: Of a longer timeline, only the first and the last moments are shown.
-MOMENTS_SHOWN = 40
+#: Of a longer timeline, only the first and the last events are shown.
+EVENTS_SHOWN = 40
 #: Characters of a run's id, as shown on Dagster's own pages.
 _ID_LENGTH = 8
 
 
 @dataclass(frozen=True)
-class Moment:
+class TimelineEvent:
     """One event of a batch, in words."""
 
     at: float
-    what: str
+    text: str
 
 
 def timeline(
-    events: Sequence[BatchEvent], runs: Sequence[RunFigures], samples: Sequence[RunSample]
-) -> list[Moment]:
-    """Return all moments, oldest first; a long timeline is cut in the middle."""
-    moments = [*_statuses(events), *_runs(runs, samples), *_restarts(samples)]
-    moments.sort(key=lambda moment: moment.at)
-    if len(moments) <= MOMENTS_SHOWN:
-        return moments
-    half = MOMENTS_SHOWN // 2
-    left_out = len(moments) - 2 * half
-    gap = Moment(moments[half].at, f"… {left_out:,} more …")
-    return [*moments[:half], gap, *moments[-half:]]
+    events: Sequence[BatchEvent], runs: Sequence[RunStats], samples: Sequence[RunSample]
+) -> list[TimelineEvent]:
+    """Return all events, oldest first; a long timeline is cut in the middle."""
+    found = [*_statuses(events), *_runs(runs, samples), *_restarts(samples)]
+    found.sort(key=lambda event: event.at)
+    if len(found) <= EVENTS_SHOWN:
+        return found
+    half = EVENTS_SHOWN // 2
+    gap = TimelineEvent(found[half].at, f"… {len(found) - 2 * half:,} more …")
+    return [*found[:half], gap, *found[-half:]]
 
 
-def _statuses(events: Sequence[BatchEvent]) -> Iterator[Moment]:
+def _statuses(events: Sequence[BatchEvent]) -> Iterator[TimelineEvent]:
     for event in events:
-        if what := _status(event):
-            yield Moment(event.at, what)
+        if text := _status(event):
+            yield TimelineEvent(event.at, text)
 
 
 def _status(event: BatchEvent) -> str:
@@ -59,7 +58,7 @@ def _status(event: BatchEvent) -> str:
             return ""
 
 
-def _runs(runs: Sequence[RunFigures], samples: Sequence[RunSample]) -> Iterator[Moment]:
+def _runs(runs: Sequence[RunStats], samples: Sequence[RunSample]) -> Iterator[TimelineEvent]:
     by_id = {run.run_id: run for run in runs}
     sampled: dict[str, list[RunSample]] = {}
     for sample in samples:
@@ -67,16 +66,16 @@ def _runs(runs: Sequence[RunFigures], samples: Sequence[RunSample]) -> Iterator[
     for run_id in {**by_id, **sampled}:
         name, run, of_run = run_id[:_ID_LENGTH], by_id.get(run_id), sampled.get(run_id, [])
         if of_run:
-            yield Moment(of_run[0].at, f"Run {name} at work")
+            yield TimelineEvent(of_run[0].at, f"Run {name}: first sample")
         if run is None:
             # The run was alive at its last sample; its end is unknown.
-            yield Moment(of_run[-1].at, f"Run {name} last seen, without an outcome")
+            yield TimelineEvent(of_run[-1].at, f"Run {name}: last sample; no outcome")
             continue
-        yield Moment(run.first_at, f"Run {name}: first submission")
-        yield Moment(run.last_at, f"Run {name}: last outcome; {_brought(run)}")
+        yield TimelineEvent(run.first_at, f"Run {name}: first submission")
+        yield TimelineEvent(run.last_at, f"Run {name}: last outcome; {_outcomes(run)}")
 
 
-def _brought(run: RunFigures) -> str:
+def _outcomes(run: RunStats) -> str:
     text = f"{run.outcomes:,} in all"
     if run.failed:
         text += f", {run.failed:,} of them failures"
@@ -88,13 +87,13 @@ def _brought(run: RunFigures) -> str:
     return text
 
 
-def _restarts(samples: Sequence[RunSample]) -> Iterator[Moment]:
-    """Yield a moment wherever a run's restart count is higher than in its previous sample."""
+def _restarts(samples: Sequence[RunSample]) -> Iterator[TimelineEvent]:
+    """Yield an event wherever a run's restart count is higher than in its previous sample."""
     counted: dict[str, int] = {}
     for sample in samples:
         before = counted.get(sample.run_id, 0)
         if sample.restarts > before:
             times = f", {sample.restarts - before} times" if sample.restarts > before + 1 else ""
             name = sample.run_id[:_ID_LENGTH]
-            yield Moment(sample.at, f"Run {name}: engine restarted{times}")
+            yield TimelineEvent(sample.at, f"Run {name}: engine restarted{times}")
         counted[sample.run_id] = sample.restarts

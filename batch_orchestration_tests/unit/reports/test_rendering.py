@@ -1,4 +1,4 @@
-"""`report.md`: what a person finds in it."""
+"""The content of `report.md`."""
 
 import pytest
 
@@ -71,14 +71,14 @@ def failed(index, **fields):
     return lambda provenance: make_settled(index, make_failure(**fields), provenance=provenance)
 
 
-def test_the_first_lines_say_how_it_went():
+def test_the_first_lines_have_the_totals():
     text = report_of([answered(0), answered(1), failed(2)], engine="vllm")
 
     assert text.splitlines()[2] == "2 of 3 requests answered, 1 failed."
     assert "Simulated engine" not in text
 
 
-def test_a_simulated_engine_is_called_so():
+def test_answers_of_a_simulated_engine_are_marked():
     assert "**Simulated engine.**" in report_of([answered(0)], engine="simulated")
 
 
@@ -89,36 +89,30 @@ def test_failures_come_with_codes_examples_and_the_next_command():
     assert "python -m batch_orchestration failures candidates-" in text
 
 
-def test_a_batch_without_failures_has_no_section_on_them():
-    assert "## Failures" not in report_of([answered(0)])
-
-
-def test_a_message_that_repeats_a_prompt_is_cut():
-    assert "x" * 300 not in report_of([failed(0, message="x" * 5000)])
-
-
-def test_engine_version_and_model_are_named():
-    text = report_of([answered(0)], engine="vllm", engine_version="vllm 0.32.0", model="smollm2")
+def test_engine_version_model_and_metadata_are_shown_and_no_failures_without_any():
+    text = report_of(
+        [answered(0)],
+        options=BatchOptions(metadata={"team": "hiring"}),
+        engine="vllm",
+        engine_version="vllm 0.32.0",
+        model="smollm2",
+    )
 
     assert "| vllm | vllm 0.32.0 | smollm2 |" in text
+    assert "| Metadata `team` | hiring |" in text
+    assert "## Failures" not in text
 
 
 def test_answers_under_other_settings_than_planned_are_marked():
     assert "the run was forced" in report_of([answered(0)], settings_hash="ffffffffffffffff")
 
 
-def test_of_many_chunks_the_slowest_are_shown():
+def test_only_the_slowest_of_many_chunks_are_shown():
     text = report_of([answered(0)], chunks=CHUNKS_SHOWN + 5)
 
     assert f"The {CHUNKS_SHOWN} slowest" in text
     assert "| 00024 |" in text
     assert "| 00004 |" not in text
-
-
-def test_metadata_is_echoed():
-    text = report_of([answered(0)], options=BatchOptions(metadata={"team": "hiring"}))
-
-    assert "| Metadata `team` | hiring |" in text
 
 
 @pytest.mark.parametrize(

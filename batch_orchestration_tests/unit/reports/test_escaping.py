@@ -1,4 +1,4 @@
-"""Reports: the same text as Markdown and as HTML, whoever wrote it."""
+"""Foreign text in reports: shown as text in Markdown and in HTML, whatever it contains."""
 
 import re
 from base64 import b64decode
@@ -12,10 +12,10 @@ from msgspec.structs import replace
 from batch_orchestration.core.batches import BatchOptions, BatchStatus
 from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.results import BatchTotals
-from batch_orchestration.reports.documents import CELL_LENGTH, Picture, to_html
-from batch_orchestration.reports.gathering import ReportFigures
-from batch_orchestration.reports.rendering import batch_report
-from batch_orchestration.reports.timeline import Moment
+from batch_orchestration.reports.gathering import BatchStats
+from batch_orchestration.reports.plots import Picture
+from batch_orchestration.reports.rendering import CELL_LENGTH, batch_report, to_html
+from batch_orchestration.reports.timeline import TimelineEvent
 from batch_orchestration_tests.support.builders import (
     NOW,
     make_failure,
@@ -71,17 +71,12 @@ def report(text: str, *, examples: int = 2) -> str:
     for index in range(examples):
         settled = make_settled(index, make_failure(message=text), provenance=provenance)
         totals.count(replace(settled, custom_id=text))
-    early_end = EarlyEnd(
-        status=BatchStatus.CANCELLED,
-        at=NOW,
-        actor=text,
-        reason=text,
-    )
+    early_end = EarlyEnd(status=BatchStatus.CANCELLED, at=NOW, actor=text, reason=text)
     return batch_report(
         *(plan, make_record(plan), totals, {}),
         outbox=text,
         early_end=early_end,
-        figures=ReportFigures(timeline=[Moment(NOW, text)], pictures=[PICTURE]),
+        stats=BatchStats(timeline=[TimelineEvent(NOW, text)], pictures=[PICTURE]),
     )
 
 
@@ -97,7 +92,7 @@ def test_foreign_text_is_text_in_html(text: str) -> None:
     sources = [attributes["src"] for _, attributes in page.tags if attributes.get("src")]
     assert [source.partition(",")[0] for source in sources] == ["data:image/svg+xml;base64"]
     shown = one_line(page.text)
-    # File, value, two names, two messages, actor, reason, moment, engine, version, model, title.
+    # File, value, two names, two messages, actor, reason, event, engine, version, model, title.
     assert shown.count(one_line(text)) >= 13
     # Code: the key, and the outbox.
     assert shown.count(one_line(text).replace("`", "'")) >= 2
@@ -128,7 +123,7 @@ def test_whatever_the_text_the_page_has_the_same_tags_and_shows_it(text: str) ->
 REFERENCE = Tags(to_html("x", report("x")))
 
 
-def test_the_page_says_itself_that_it_loads_nothing() -> None:
+def test_the_page_forbids_itself_to_load_anything() -> None:
     page = to_html("report", report("text"))
 
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
@@ -142,8 +137,8 @@ def test_the_page_says_itself_that_it_loads_nothing() -> None:
         *("data:image/svg+xml,<svg/>", "//evil.example", "x.png"),
     ],
 )
-def test_nothing_is_loaded_or_linked_even_if_markdown_says_so(uri: str) -> None:
-    """A template that is careless one day."""
+def test_nothing_is_loaded_or_linked_even_if_the_markdown_does(uri: str) -> None:
+    """In case a template is careless one day."""
     page = Tags(to_html("x", f"![x]({uri}) [x]({uri}) <{uri}> <img src={uri}>\n\n<script>\n"))
 
     assert {tag for tag, _ in page.tags}.isdisjoint({"a", "img", "script"})
@@ -156,7 +151,7 @@ def test_a_picture_is_named_in_its_place_and_follows_at_the_end() -> None:
     assert b64decode(lines[-1].partition("base64,")[2]) == b"<svg/>"
 
 
-def test_what_is_too_long_for_a_cell_is_cut() -> None:
+def test_text_that_is_too_long_for_a_cell_is_cut() -> None:
     tables = [line for line in report("x" * 5000).splitlines() if line.startswith("|")]
 
     assert any("x" * 199 + "…" in line for line in tables)

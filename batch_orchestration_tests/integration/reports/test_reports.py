@@ -1,4 +1,4 @@
-"""Reports of delivered batches: figures, plots, and nothing that harms a delivery."""
+"""Reports of delivered batches: statistics, plots, and no harm to a delivery."""
 
 import re
 from pathlib import Path
@@ -13,8 +13,13 @@ from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.samples import RunSample, append_sample
-from batch_orchestration.reports import gathering as report_figures
-from batch_orchestration.reports.figures import FigureTables, Latencies
+from batch_orchestration.reports import gathering
+from batch_orchestration.reports.statistics import (
+    Latencies,
+    read_latencies,
+    read_outcomes,
+    read_runs,
+)
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import (
     NOW,
@@ -39,7 +44,7 @@ def store(folder: DataFolder) -> Store:
 
 
 def outcome(index: int) -> Any:
-    """Request n takes n+1 hundredths of a second; one of ten fails, with somebody's text."""
+    """Request n takes n+1 hundredths of a second; one of ten fails, with hostile text."""
     if index % 10 == 3:
         return make_failure(message=f"<script>alert({index})</script> | ![x](http://evil.example)")
     return make_completion(latency_seconds=(index + 1) / 100)
@@ -92,7 +97,7 @@ def deliver(folder: DataFolder, store: Store, plan: BatchPlan) -> dict[str, str]
 def test_latencies_are_those_of_answered_requests(folder: DataFolder, store: Store) -> None:
     plan = settle(folder, store)
 
-    found = FigureTables(store).latencies(plan.batch_id)
+    found = read_latencies(store, plan.batch_id)
 
     answered = sorted((n + 1) / 100 for n in range(REQUESTS) if n % 10 != 3)
     middle = (answered[44] + answered[45]) / 2
@@ -109,7 +114,7 @@ def test_latencies_are_those_of_answered_requests(folder: DataFolder, store: Sto
 def test_throughput_has_every_outcome_once(folder: DataFolder, store: Store) -> None:
     plan = settle(folder, store)
 
-    found = FigureTables(store).throughput(plan.batch_id, most=20)
+    found = read_outcomes(store, plan.batch_id, most=20)
 
     assert found is not None
     assert found.width_seconds == 5
@@ -120,47 +125,45 @@ def test_throughput_has_every_outcome_once(folder: DataFolder, store: Store) -> 
     assert found.since == pytest.approx(NOW + 9.99)
 
 
-def test_a_run_that_ended_before_its_chunks_shows(folder: DataFolder, store: Store) -> None:
+def test_a_run_that_ended_before_its_chunks_is_shown(folder: DataFolder, store: Store) -> None:
     plan = settle(folder, store)
 
-    first, second = FigureTables(store).runs(plan.batch_id)
+    first, second = read_runs(store, plan.batch_id)
 
     assert (first.run_id, first.outcomes, first.handed_on) == ("first-run", 45, 5)
     assert (second.run_id, second.outcomes, second.handed_on) == ("second-run", 55, 0)
     assert (second.first_at, second.last_at) == (NOW + 54.54, NOW + 109)
 
 
-def test_of_a_batch_without_outcomes_there_are_no_figures(folder: DataFolder, store: Store) -> None:
+def test_a_batch_without_outcomes_has_no_statistics(folder: DataFolder, store: Store) -> None:
     plan = make_batch(folder, 3)
     store.add_batch(plan, at=NOW)
 
-    assert FigureTables(store).latencies(plan.batch_id) is None
-    assert FigureTables(store).throughput(plan.batch_id, most=20) is None
-    assert FigureTables(store).runs(plan.batch_id) == []
+    assert read_latencies(store, plan.batch_id) is None
+    assert read_outcomes(store, plan.batch_id, most=20) is None
+    assert read_runs(store, plan.batch_id) == []
 
 
-def test_the_report_tells_the_batch_from_admission_to_delivery(
-    folder: DataFolder, store: Store
-) -> None:
+def test_the_timeline_reaches_from_admission_to_delivery(folder: DataFolder, store: Store) -> None:
     plan = settle(folder, store)
     sample(folder, plan)
 
     text = deliver(folder, store, plan)["report.md"]
 
-    told = re.findall(r"^\| 20.*? \| \+(.*?) \| (.*?) \|$", text, re.MULTILINE)
-    assert [what for _, what in told] == [
+    events = re.findall(r"^\| 20.*? \| \+(.*?) \| (.*?) \|$", text, re.MULTILINE)
+    assert [event for _, event in events] == [
         "Admitted by admission: 100 requests, 0 of them faulty",
         "Run first-ru: first submission",
-        "Run first-ru at work",
+        "Run first-ru: first sample",
         "Run first-ru: engine restarted",
         "Run first-ru: last outcome; 45 in all, 5 of them failures. It ended before its chunks were"
         " complete: 5 of its outcomes were committed by a later run",
         "Run second-r: first submission",
-        "Run second-r at work",
+        "Run second-r: first sample",
         "Run second-r: last outcome; 55 in all, 5 of them failures",
         "Ready for delivery: every request has an outcome",
     ]
-    assert told[-1][0] == "5 min 0 s"
+    assert events[-1][0] == "5 min 0 s"
     assert "| 90 | 0.505 s |" in text
 
 
@@ -200,24 +203,22 @@ def test_delivering_again_gives_the_same_bytes_though_samples_have_come(
     assert deliver(folder, store, plan) == first
 
 
-def test_what_cannot_be_drawn_or_read_is_left_out_and_the_batch_delivered(
+def test_a_report_is_delivered_without_the_parts_that_cannot_be_drawn_or_read(
     folder: DataFolder, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library that is missing, or in a bad mood; and figures that the store does not give."""
+    def failing(error: Exception) -> Any:
+        def fail(*_: object, **__: object) -> None:
+            raise error
 
-    def broken(*_: object, **__: object) -> None:
-        raise ImportError("no module named matplotlib")
+        return fail
 
-    def unread(*_: object) -> None:
-        raise StorageError("not now")
-
-    def unreadable(*_: object, **__: object) -> None:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(report_figures, "draw", broken)
-    monkeypatch.setattr(report_figures, "read_samples", unreadable)
-    monkeypatch.setattr(FigureTables, "latencies", unread)
-    monkeypatch.setattr(FigureTables, "runs", unreadable)
+    for name, error in {
+        "draw": ImportError("no module named matplotlib"),
+        "read_samples": OSError(5, "Input/output error"),
+        "read_latencies": StorageError("not now"),
+        "read_runs": OSError(5, "Input/output error"),
+    }.items():
+        monkeypatch.setattr(gathering, name, failing(error))
     plan = settle(folder, store)
 
     files = deliver(folder, store, plan)
