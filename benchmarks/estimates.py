@@ -25,6 +25,7 @@ from batch_orchestration.admission.settings import admission_settings, open_inbo
 from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.delivery.assembly import assemble
+from batch_orchestration.engines.openai_server import ServerOptions
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
@@ -91,7 +92,7 @@ class Bench:
             log_path=self.folder.logs / "engine.log",
             device="cpu",
             args=self.settings.engine_args,
-            connections=self.settings.in_flight,
+            options=ServerOptions(connections=self.settings.in_flight),
         )
 
     def calibrate(self, *, requests: int, seconds: float) -> CalibrationReport:

@@ -95,7 +95,7 @@ def poison(guilty: int, *, seed: int) -> Poisoned:
     assert convicted == chosen
     return Poisoned(
         guilty=guilty,
-        restarts=engine.figures()["starts"] - 1,
+        restarts=engine.starts - 1,
         bound=guilty * (ceil(log2(WINDOW)) + 1) + 1,
         answered=sum(not isinstance(outcome, Failure) for outcome in outcomes.values()),
         convicted=len(convicted),

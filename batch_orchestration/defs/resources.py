@@ -14,13 +14,12 @@ from pydantic import Field, PrivateAttr
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.memory_level_file import MemoryLevelFile
-from batch_orchestration.engines.openai_server import OpenAIServerEngine
+from batch_orchestration.engines.openai_server import OpenAIServerEngine, ServerOptions
 from batch_orchestration.engines.processes.records import end_recorded
-from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
-from batch_orchestration.engines.simulated.engine import SimulatedEngine
+from batch_orchestration.engines.simulated.engine import MAX_NUM_SEQS, SimulatedEngine
 from batch_orchestration.engines.vllm.engine import VllmEngine
-from batch_orchestration.engines.vllm.flags import flag_name, flags_of
+from batch_orchestration.engines.vllm.flags import flag_name, flags_of, top_level
 from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT
 from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.tables import cache_engine_info
@@ -220,44 +219,43 @@ class GpuResource(dg.ConfigurableResource):
 
     def _build(self, log_path: Path, settings: Settings) -> Engine:
         most = self._sizing.most_in_flight
-        limits = AnswerLimits(
-            one_bytes=settings.max_answer_bytes, all_bytes=settings.max_answers_in_memory_bytes
+        options = ServerOptions(
+            timeout_seconds=settings.request_timeout_seconds,
+            start_timeout_seconds=settings.engine_start_timeout_seconds,
+            connections=most,
+            answer_bytes=settings.max_answer_bytes,
+            all_answers_bytes=settings.max_answers_in_memory_bytes,
         )
         match settings.engine:
             case EngineKind.VLLM:
+                device = str(settings.device)
+                args = {**self._sizing.flags, **settings.engine_args}
+                top = top_level(settings.model, device=device, args=args, in_flight=most)
                 return VllmEngine(
                     settings.model,
                     log_path=log_path,
                     served_model_name=settings.served_model_name,
-                    device=str(settings.device),
-                    args={**self._sizing.flags, **settings.engine_args},
+                    device=device,
+                    args=args,
                     env=settings.engine_environment(),
-                    make_fallback=partial(self._fallback, settings),
+                    fallback=self._fallback(settings, top),
                     before_start=partial(require_healthy_gpu, settings),
-                    timeout_seconds=settings.request_timeout_seconds,
-                    start_timeout_seconds=settings.engine_start_timeout_seconds,
-                    connections=most,
-                    limits=limits,
+                    options=options,
                 )
             case EngineKind.REMOTE:
                 return OpenAIServerEngine(
                     settings.base_url,
                     api_key=settings.api_key.get_secret_value(),
-                    timeout_seconds=settings.request_timeout_seconds,
-                    start_timeout_seconds=settings.engine_start_timeout_seconds,
-                    connections=most,
-                    limits=limits,
+                    options=options,
                 )
             case EngineKind.SIMULATED:
+                top = MemoryLevel(max_num_seqs=min(MAX_NUM_SEQS, most))
                 return SimulatedEngine(
                     log_path=log_path,
                     models=[settings.served_model_name or DEFAULT_MODEL],
                     control_path=data_folder(settings).root / "simulated.json",
-                    make_fallback=partial(self._fallback, settings),
-                    timeout_seconds=settings.request_timeout_seconds,
-                    start_timeout_seconds=settings.engine_start_timeout_seconds,
-                    connections=most,
-                    limits=limits,
+                    fallback=self._fallback(settings, top),
+                    options=options,
                 )
 
     def _fallback(self, settings: Settings, top: MemoryLevel) -> MemoryFallback:

@@ -1,6 +1,6 @@
 """The engine protocol, through which all other code uses an engine."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -10,17 +10,25 @@ from batch_orchestration.engines.metrics import EngineMetrics
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The source of answers; stored with every result.
+    """A started engine, as reported by its server; None marks what it does not report.
 
     Attributes:
         kind: `vllm`, `remote` or `simulated`.
         version: Software version, for example `vllm 0.32.0`; `unknown` if it is not reported.
         models: Names of the served models; the first is the default.
+        max_model_len: Most tokens of prompt and answer together.
+        kv_cache_tokens: Capacity of the KV cache.
+        max_num_seqs: Most requests computed at a time; None for a server not started here.
+        start_seconds: Time until the engine was ready.
     """
 
     kind: str
     version: str
     models: tuple[str, ...]
+    max_model_len: int | None = None
+    kv_cache_tokens: int | None = None
+    max_num_seqs: int | None = None
+    start_seconds: float | None = None
 
 
 class Engine(Protocol):
@@ -29,14 +37,18 @@ class Engine(Protocol):
     `start` and `stop` may be called from any thread, `answer` within one event loop at a time.
 
     Attributes:
+        name: The engine in messages: its address, or `the vllm engine`.
+        info: Result of the latest `start`, also after `stop`; None before the first.
         fallback: Determines the memory level at which `start` starts the engine. If that level's
             context is too short for the expected requests, `start` restarts the engine.
     """
 
+    name: str
+    info: EngineInfo | None
     fallback: MemoryFallback
 
     async def start(self) -> EngineInfo:
-        """Make the engine ready and return its identity. Idempotent.
+        """Make the engine ready and return its description. Idempotent.
 
         After `EngineDied`, remains of the dead engine are ended and the engine is started again.
 
@@ -66,6 +78,3 @@ class Engine(Protocol):
 
     def stop(self) -> None:
         """End the engine and free its device memory. Idempotent."""
-
-    def figures(self) -> dict[str, Any]:
-        """Return facts worth recording about the engine: pid, start-up seconds, log."""

@@ -5,7 +5,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
+
+import msgspec
 
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed, Exhaustion
 from batch_orchestration.core.outcomes import Completion, Outcome
@@ -13,11 +15,14 @@ from batch_orchestration.engines import exhaustion
 from batch_orchestration.engines.base import Engine, EngineInfo
 from batch_orchestration.engines.memory_fallback import MemoryFallback
 from batch_orchestration.engines.metrics import EngineMetrics
-from batch_orchestration.engines.openai_server import OpenAIServerEngine
+from batch_orchestration.engines.openai_server import (
+    DEFAULT_OPTIONS,
+    OpenAIServerEngine,
+    ServerOptions,
+)
 from batch_orchestration.engines.processes import logs
 from batch_orchestration.engines.processes.process import EngineProcess
 from batch_orchestration.engines.processes.sockets import choose_socket
-from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +30,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS, POLL_MAX_SECONDS = 0.05, 0.5
 PROGRESS_SECONDS = 10.0
 LOG_LINES_IN_ERROR = 30
-LAST_WORDS = 3
+LAST_LINES = 3
 CAUSES = 3
 ALL_LINES = 10**9
 
@@ -45,9 +50,6 @@ class ChildServerEngine(Engine):
             engines at a time need two records.
         before_start: Called in a thread before each start, after remains of an earlier server have
             been ended. If it raises, no server is started and `start` raises the same.
-        timeout_seconds: For one attempt of one request.
-        start_timeout_seconds: Until the server must be ready.
-        connections: Maximum number of connections to the server.
     """
 
     def __init__(
@@ -59,66 +61,62 @@ class ChildServerEngine(Engine):
         log_path: Path,
         record_path: Path | None = None,
         before_start: Callable[[], None] = lambda: None,
-        timeout_seconds: float = 1800.0,
-        start_timeout_seconds: float = 900.0,
-        connections: int = 1024,
-        limits: AnswerLimits = DEFAULT_LIMITS,
+        options: ServerOptions = DEFAULT_OPTIONS,
     ) -> None:
-        self._limits = limits
+        self.name = f"the {kind} engine"
+        self.info: EngineInfo | None = None
         self._kind = kind
+        self._options = options
         self._launch = launch
         self._before_start = before_start
         self.fallback = fallback
-        self._process = EngineProcess(
-            name=f"{kind} engine",
+        self.process = EngineProcess(
+            name=self.name,
             log_path=log_path,
             record_path=record_path or log_path.with_suffix(".process.json"),
         )
-        self._timeout_seconds = timeout_seconds
-        self._start_timeout_seconds = start_timeout_seconds
-        self._connections = connections
+        #: How often the server was started.
+        self.starts = 0
         self._server: OpenAIServerEngine | None = None
         self._stopped = False
         self._life = exhaustion.SignsOfLife(exhaustion.Survived())
         #: The dead server and its exhaustion: one finding for all requests in flight.
         self._examined: tuple[OpenAIServerEngine, Exhaustion | None] | None = None
-        self._figures: dict[str, Any] = {}
 
     async def start(self) -> EngineInfo:
         """Start the server, unless it runs, and wait until it is ready. See `Engine.start`."""
-        server = self._server
         fits = await asyncio.to_thread(self.fallback.fit)
         # Checked, not remembered: it may have died while no request was in flight to notice it.
-        if fits and server and await server.is_well():
-            return await server.start()
+        if fits and self.info and self._server and await self._server.is_well():
+            return self.info
         self._stopped = False
         await self.disconnect()
         self._server = None
-        await asyncio.to_thread(self._process.stop)
+        await asyncio.to_thread(self.process.stop)
         await asyncio.to_thread(self._before_start)
-        began = time.monotonic()
+        began, seconds = time.monotonic(), self._options.start_timeout_seconds
         try:
-            async with asyncio.timeout(self._start_timeout_seconds):
+            async with asyncio.timeout(seconds):
                 server = await self._start_server()
-                identity = await server.start()
+                info = await server.start()
         except TimeoutError as error:
-            self._fail(f"was not ready in {self._start_timeout_seconds:g} s", error)
+            self._fail(f"was not ready in {seconds:g} s", error)
         except BaseException:
-            self._process.stop()
+            self.process.stop()
             raise
         self._server = server
-        self._figures |= {
-            "start_seconds": round(time.monotonic() - began, 3),
-            "max_num_seqs": self.fallback.level.max_num_seqs,
-            **server.facts,
-        }
-        logger.info("%s is ready after %.1f s", self._process.name, time.monotonic() - began)
-        return identity
+        self.info = msgspec.structs.replace(
+            info,
+            start_seconds=round(time.monotonic() - began, 3),
+            max_num_seqs=self.fallback.level.max_num_seqs,
+        )
+        logger.info("%s is ready after %.1f s", self.name, self.info.start_seconds)
+        return self.info
 
     async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
         """Submit one request to the server. See `Engine.answer`."""
         if self._server is None:
-            raise EngineDied(f"{self._process.name} is not running")
+            raise EngineDied(f"{self.name} is not running")
         try:
             outcome = await self._server.answer(endpoint, body, request_id=request_id)
         except EngineDied as death:
@@ -126,7 +124,7 @@ class ChildServerEngine(Engine):
             raise
         if isinstance(outcome, Completion):
             self.fallback.note_answer()
-            self._life.note_answer(time.monotonic(), self._look)
+            self._life.note_answer(time.monotonic(), self._observe)
         return outcome
 
     async def measure(self) -> EngineMetrics | None:
@@ -145,84 +143,60 @@ class ChildServerEngine(Engine):
             EngineError: A process outlived SIGKILL.
         """
         self._stopped = True
-        self._process.stop()
-
-    def figures(self) -> dict[str, Any]:
-        """Return pid, socket, number of starts, seconds of the latest one, slots, log, facts."""
-        return dict(self._figures)
-
-    def last_log_lines(self, count: int) -> list[str]:
-        """Return the last lines of the server's log, even after its death."""
-        return self._process.last_log_lines(count)
+        self.process.stop()
 
     async def _start_server(self) -> OpenAIServerEngine:
         socket = choose_socket()
-        await self._spawn(socket)
+        command, env = self._launch(socket)
+        self._life = exhaustion.SignsOfLife(self._observe())
+        await asyncio.to_thread(self.process.spawn, command, env, socket=socket)
+        self._require_not_stopped()
+        self.starts += 1
+        logger.info(
+            "starting %s (pid %s, %s); its log is %s",
+            self.name,
+            self.process.pid,
+            socket,
+            self.process.log_path,
+        )
         server = OpenAIServerEngine(
             "http://localhost",
             socket=socket,
             kind=self._kind,
-            timeout_seconds=self._timeout_seconds,
-            connections=self._connections,
+            options=self._options,
             gone=self._why_gone,
-            limits=self._limits,
         )
         await self._wait_until_ready(server)
         return server
 
-    async def _spawn(self, socket: Path) -> None:
-        command, env = self._launch(socket)
-        self._life = exhaustion.SignsOfLife(self._look())
-        await asyncio.to_thread(self._process.spawn, command, env, socket=socket)
-        if self._stopped:
-            raise EngineStartFailed(f"{self._process.name} was stopped while it started")
-        self._figures |= {
-            "pid": self._process.pid,
-            "socket": str(socket),
-            "log": str(self._process.log_path),
-            "starts": self._figures.get("starts", 0) + 1,
-        }
-        logger.info(
-            "starting %s (pid %s, %s); its log is %s",
-            self._process.name,
-            self._process.pid,
-            socket,
-            self._process.log_path,
-        )
-
     async def _wait_until_ready(self, server: OpenAIServerEngine) -> None:
-        spoke_at = began = time.monotonic()
+        logged_at = began = time.monotonic()
         while not await server.is_well():
-            self._make_sure_it_runs()
-            self._process.note_members()
+            if (reason := self.process.exit_reason()) is not None:
+                self._require_not_stopped()
+                self._fail(f"{reason} before it was ready", None)
+            self.process.note_members()
             now = time.monotonic()
-            if now - spoke_at >= PROGRESS_SECONDS:
-                spoke_at = now
-                self._log_progress(now - began)
+            if now - logged_at >= PROGRESS_SECONDS:
+                logged_at = now
+                line = "".join(self.process.last_log_lines(1))
+                logger.info("still starting %s, %.0f s: %s", self.name, now - began, line)
             await asyncio.sleep(min(POLL_MAX_SECONDS, POLL_SECONDS + (now - began) / 20))
-        self._process.note_members()
+        self.process.note_members()
 
-    def _make_sure_it_runs(self) -> None:
-        reason = self._process.exit_reason()
-        if reason is None:
-            return
+    def _require_not_stopped(self) -> None:
         if self._stopped:
-            raise EngineStartFailed(f"{self._process.name} was stopped while it started")
-        self._fail(f"{reason} before it was ready", None)
-
-    def _log_progress(self, seconds: float) -> None:
-        line = "".join(self.last_log_lines(1))
-        logger.info("still starting %s, %.0f s: %s", self._process.name, seconds, line)
+            raise EngineStartFailed(f"{self.name} was stopped while it started")
 
     def _fail(self, what: str, cause: BaseException | None) -> NoReturn:
         """End the server and raise an error with the causes found in its log."""
-        lines, exhausted = self.last_log_lines(1000), self._recognise_exhaustion()
-        self._process.stop()
-        said = "".join(f"\n  {line}" for line in logs.causes(lines)[:CAUSES])
+        lines, exhausted = self.process.last_log_lines(1000), self._recognise_exhaustion()
+        self.process.stop()
+        causes = "".join(f"\n  {line}" for line in logs.causes(lines)[:CAUSES])
         tail = "".join(f"\n  {line}" for line in lines[-LOG_LINES_IN_ERROR:])
         raise EngineStartFailed(
-            f"{self._process.name} {what}.{said}\n"
-            f"Last lines of {self._process.log_path}:{tail or ' (empty)'}",
+            f"{self.name} {what}.{causes}\n"
+            f"Last lines of {self.process.log_path}:{tail or ' (empty)'}",
             exhaustion=exhausted,
         ) from cause
 
@@ -231,24 +205,24 @@ class ChildServerEngine(Engine):
             self._examined = server, self._recognise_exhaustion()
         return self._examined[1]
 
-    def _look(self) -> exhaustion.Survived:
-        return exhaustion.Survived(self._process.log_size, exhaustion.count_kernel_kills())
+    def _observe(self) -> exhaustion.Survived:
+        return exhaustion.Survived(self.process.log_size, exhaustion.count_kernel_kills())
 
     def _recognise_exhaustion(self) -> Exhaustion | None:
         survived = self._life.survived
         return exhaustion.recognise(
-            self._process.last_log_lines(
+            self.process.last_log_lines(
                 ALL_LINES, since=survived.log_size, tail_bytes=exhaustion.TAIL_BYTES
             ),
-            exit_reason=self._process.exit_reason(),
+            exit_reason=self.process.exit_reason(),
             before=survived.kills,
             now=exhaustion.count_kernel_kills(),
         )
 
     def _why_gone(self) -> str | None:
-        reason = self._process.exit_reason()
+        reason = self.process.exit_reason()
         if reason is None:
             return None
-        lines = self.last_log_lines(1000)
-        last_words = " | ".join(logs.causes(lines)[-CAUSES:] or lines[-LAST_WORDS:])
-        return f"{self._process.name} {reason}; its last words: {last_words}"
+        lines = self.process.last_log_lines(1000)
+        last_lines = " | ".join(logs.causes(lines)[-CAUSES:] or lines[-LAST_LINES:])
+        return f"{self.name} {reason}; its log ends with: {last_lines}"

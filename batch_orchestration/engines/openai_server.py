@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import aiohttp
 import msgspec
@@ -22,9 +23,7 @@ from batch_orchestration.engines.metrics import EngineMetrics, parse_metrics
 from batch_orchestration.engines.processes.sockets import most_connections
 from batch_orchestration.engines.reading import (
     ACCEPT_ENCODING,
-    DEFAULT_LIMITS,
     AnswerBudget,
-    AnswerLimits,
     Unreadable,
     read_body,
     require_success,
@@ -64,6 +63,36 @@ class _Version(msgspec.Struct):
     version: str
 
 
+class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a server is used, wherever it runs.
+
+    Attributes:
+        timeout_seconds: For one attempt of one request, including the wait for a connection.
+        start_timeout_seconds: Until the server must be ready.
+        connections: Maximum number of connections; further requests wait for one.
+        lost_after_seconds: After a lost request or a 5xx, a server that does not answer for this
+            long counts as dead.
+        answer_bytes: Limit of one decompressed answer; a longer one is a failure and is read no
+            further.
+        all_answers_bytes: Limit of all answers being read; beyond it, reading waits.
+    """
+
+    timeout_seconds: float = 1800.0
+    start_timeout_seconds: float = 900.0
+    connections: int = 1024
+    lost_after_seconds: float = 30.0
+    answer_bytes: int = 64 * 2**20
+    all_answers_bytes: int = 256 * 2**20
+
+
+DEFAULT_OPTIONS = ServerOptions()
+
+
+class NoAnswer(Exception):
+    """The server cannot be reached, or does not answer in time."""
+
+
+@dataclass
 class _Connection:
     """The resources of one event loop.
 
@@ -71,21 +100,15 @@ class _Connection:
     requests that hang, and a living server would pass for dead.
     """
 
-    def __init__(
-        self,
-        requests: aiohttp.ClientSession,
-        questions: aiohttp.ClientSession,
-        budget: AnswerBudget,
-    ) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.budget = budget
-        self.requests = requests
-        self.questions = questions
-        self.probing = asyncio.Lock()
+    requests: aiohttp.ClientSession
+    queries: aiohttp.ClientSession
+    budget: AnswerBudget
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def close(self) -> None:
         await self.requests.close()
-        await self.questions.close()
+        await self.queries.close()
 
 
 class OpenAIServerEngine(Engine):
@@ -97,11 +120,6 @@ class OpenAIServerEngine(Engine):
         base_url: With or without a trailing `/v1`.
         socket: Unix socket at which the server listens; overrides the host in `base_url`.
         kind: See `EngineInfo`.
-        timeout_seconds: For one attempt of one request, including the wait for a connection.
-        connections: Maximum number of connections; further requests wait for one.
-        start_timeout_seconds: How long `start` waits for the server.
-        lost_after_seconds: After a lost request or a 5xx, a server that does not answer for this
-            long counts as dead.
         gone: Returns why the server is certainly gone; None if that is not known. Called before
             and during the wait.
     """
@@ -113,30 +131,18 @@ class OpenAIServerEngine(Engine):
         socket: Path | None = None,
         api_key: str = "",
         kind: str = "remote",
-        timeout_seconds: float = 1800.0,
-        connections: int = 1024,
-        start_timeout_seconds: float = 900.0,
-        lost_after_seconds: float = 30.0,
+        options: ServerOptions = DEFAULT_OPTIONS,
         gone: Callable[[], str | None] = lambda: None,
-        limits: AnswerLimits = DEFAULT_LIMITS,
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._socket = socket
-        #: The server's name in messages.
-        self._address = self.base_url if socket is None else f"unix:{socket}"
+        self.name = self.base_url if socket is None else f"unix:{socket}"
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._kind = kind
-        self._timeout_seconds = timeout_seconds
-        self._connections = connections
-        self._start_timeout_seconds = start_timeout_seconds
-        self._lost_after_seconds = lost_after_seconds
+        self._options = options
         self._gone = gone
-        self._limits = limits
         self._connection: _Connection | None = None
-        self._identity: EngineInfo | None = None
-        self._start_seconds = 0.0
-        #: Reported by the server: names of models, longest request, size of the KV cache.
-        self.facts: dict[str, Any] = {}
+        self.info: EngineInfo | None = None
         #: Its memory is not ours to set.
         self.fallback = MemoryFallback(MemoryLevel())
         self._alive_at = 0.0
@@ -144,15 +150,14 @@ class OpenAIServerEngine(Engine):
         self.died: str | None = None
 
     async def start(self) -> EngineInfo:
-        """Wait until the server answers; return its identity. See `Engine.start`."""
-        if self._identity is None or not await self.is_well():
+        """Wait until the server answers; return its description. See `Engine.start`."""
+        if self.info is None or not await self.is_well():
             began = time.monotonic()
             async with self._open_session() as session:
-                await self._wait_until_healthy(session, began + self._start_timeout_seconds)
-                self._identity = await self._identify(session)
+                await self._wait_until_healthy(session)
+                self.info = await self._identify(session, began)
             self.died = None
-            self._start_seconds = time.monotonic() - began
-        return self._identity
+        return self.info
 
     async def is_well(self) -> bool:
         """Return whether the server answers its health check and is not known to be dead."""
@@ -170,13 +175,13 @@ class OpenAIServerEngine(Engine):
                 await self._make_sure_it_lives(outcome)
         elif outcome.finish_reason == ABORTED:
             # Only a terminating engine aborts requests; the answer is partial.
-            self.died = self.died or f"{self._address} aborted what it had in flight"
+            self.died = self.died or f"{self.name} aborted its requests in flight"
             self._raise_if_dead()
         return outcome
 
     async def measure(self) -> EngineMetrics | None:
         """Return the metrics on the server's page. See `Engine.measure`."""
-        return await self._measure(self._connected().questions)
+        return await self._measure(self._connected().queries)
 
     async def disconnect(self) -> None:
         """Close the connections of the running event loop."""
@@ -185,25 +190,33 @@ class OpenAIServerEngine(Engine):
             await connection.close()
 
     def stop(self) -> None:
-        """Forget the server; it keeps running, since it was not started here."""
-        self._identity = None
-
-    def figures(self) -> dict[str, Any]:
-        """Return the address, the seconds that `start` waited, and `facts`."""
-        waited = {"base_url": self.base_url, "start_seconds": round(self._start_seconds, 3)}
-        return waited | self.facts
+        """Do nothing: the server keeps running, since it was not started here."""
 
     async def _healthy(self, session: aiohttp.ClientSession) -> bool:
         # Any answer below 500 will do, even that the page does not exist.
         try:
-            async with session.get(
-                f"{self.base_url}/health",
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS),
-            ) as response:
+            async with self._get(session, "/health") as response:
                 return response.status < 500
-        except (aiohttp.ClientError, TimeoutError):
+        except NoAnswer:
             return False
+
+    @contextlib.asynccontextmanager
+    async def _get(
+        self, session: aiohttp.ClientSession, page: str, *, seconds: float = HEALTH_SECONDS
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Open one of the server's pages about itself.
+
+        Raises:
+            NoAnswer: The server cannot be reached, or the page was not read in time.
+        """
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        try:
+            async with session.get(
+                self.base_url + page, allow_redirects=False, timeout=timeout
+            ) as response:
+                yield response
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise NoAnswer(repr(error)) from error
 
     def _open_session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
@@ -217,34 +230,31 @@ class OpenAIServerEngine(Engine):
             # A small piece may decompress to more than memory holds: `read_body` bounds it.
             auto_decompress=False,
             timeout=aiohttp.ClientTimeout(
-                total=self._timeout_seconds, sock_connect=CONNECT_SECONDS
+                total=self._options.timeout_seconds, sock_connect=CONNECT_SECONDS
             ),
         )
 
     def _connector(self) -> aiohttp.BaseConnector:
+        limit, keep_alive = self._options.connections, KEEP_ALIVE_SECONDS
         if self._socket is None:
-            return aiohttp.TCPConnector(
-                limit=self._connections, keepalive_timeout=KEEP_ALIVE_SECONDS
-            )
-        return aiohttp.UnixConnector(
-            str(self._socket),
-            limit=min(self._connections, most_connections()),
-            keepalive_timeout=KEEP_ALIVE_SECONDS,
-        )
+            return aiohttp.TCPConnector(limit=limit, keepalive_timeout=keep_alive)
+        limit = min(limit, most_connections())
+        return aiohttp.UnixConnector(str(self._socket), limit=limit, keepalive_timeout=keep_alive)
 
     def _connected(self) -> _Connection:
         if self._connection is None or self._connection.loop is not asyncio.get_running_loop():
-            budget = AnswerBudget(self._limits.all_bytes)
+            budget = AnswerBudget(self._options.all_answers_bytes)
             self._connection = _Connection(self._open_session(), self._open_session(), budget)
         return self._connection
 
     async def _post(self, endpoint: str, body: bytes, request_id: str) -> Outcome:
         began, connection = time.perf_counter(), self._connected()
+        timeout_seconds = self._options.timeout_seconds
         with connection.budget.reader() as take:
             try:
                 async with (
                     # Includes the waits for memory and for a descriptor.
-                    asyncio.timeout(self._timeout_seconds),
+                    asyncio.timeout(timeout_seconds),
                     contextlib.AsyncExitStack() as stack,
                 ):
                     response = await self._open(stack, connection, endpoint, body, request_id)
@@ -252,7 +262,7 @@ class OpenAIServerEngine(Engine):
             except aiohttp.ClientError as error:  # first, since some of them are TimeoutErrors
                 code, message = FailureCode.CONNECTION_LOST, f"{type(error).__name__}: {error}"
             except TimeoutError:
-                code, message = FailureCode.TIMEOUT, f"no answer in {self._timeout_seconds:g} s"
+                code, message = FailureCode.TIMEOUT, f"no answer in {timeout_seconds:g} s"
             else:
                 seconds = time.perf_counter() - began
                 status = response.status
@@ -296,8 +306,9 @@ class OpenAIServerEngine(Engine):
         self, response: aiohttp.ClientResponse, take: Callable[[int], Awaitable[None]]
     ) -> tuple[bytes, str | None]:
         """Return the body, or an empty body and why it cannot be read."""
+        most = self._options.answer_bytes
         try:
-            return await read_body(response, most_bytes=self._limits.one_bytes, take=take), None
+            return await read_body(response, most_bytes=most, take=take), None
         except Unreadable as fault:
             return b"", str(fault)
 
@@ -314,7 +325,7 @@ class OpenAIServerEngine(Engine):
             if self._alive_at >= failed_at:
                 return
             asked_at = time.monotonic()
-            reason = await self._why_dead(connection.questions)
+            reason = await self._why_dead(connection.queries)
             if reason is None:
                 self._alive_at = asked_at
                 return
@@ -322,12 +333,13 @@ class OpenAIServerEngine(Engine):
         self._raise_if_dead()
 
     async def _why_dead(self, session: aiohttp.ClientSession) -> str | None:
-        deadline = time.monotonic() + self._lost_after_seconds
+        seconds = self._options.lost_after_seconds
+        deadline = time.monotonic() + seconds
         while (reason := self._gone()) is None:
             if await self._healthy(session):
                 return self._gone()
             if time.monotonic() > deadline:
-                return f"{self._address} gave no sign of life for {self._lost_after_seconds:g} s"
+                return f"{self.name} gave no sign of life for {seconds:g} s"
             await asyncio.sleep(HEALTH_POLL_SECONDS)
         return reason
 
@@ -335,48 +347,45 @@ class OpenAIServerEngine(Engine):
         if self.died is not None:
             raise EngineDied(self.died)
 
-    async def _wait_until_healthy(self, session: aiohttp.ClientSession, deadline: float) -> None:
+    async def _wait_until_healthy(self, session: aiohttp.ClientSession) -> None:
+        seconds = self._options.start_timeout_seconds
+        deadline = time.monotonic() + seconds
         waiting = False
         while not await self._healthy(session):
             if (reason := self._gone()) is not None:
                 raise EngineStartFailed(reason)
             if time.monotonic() > deadline:
-                raise EngineStartFailed(
-                    f"{self._address} did not answer in {self._start_timeout_seconds:g} s"
-                )
+                raise EngineStartFailed(f"{self.name} did not answer in {seconds:g} s")
             if not waiting:
                 waiting = True
-                logger.info("waiting for %s, which does not answer yet", self._address)
+                logger.info("waiting for %s, which does not answer yet", self.name)
             await asyncio.sleep(HEALTH_POLL_SECONDS)
 
-    async def _identify(self, session: aiohttp.ClientSession) -> EngineInfo:
+    async def _identify(self, session: aiohttp.ClientSession, began: float) -> EngineInfo:
         models = await self._ask(session, MODELS_PAGE, _Models)
         if not models.data:
-            raise EngineStartFailed(f"{self._address} serves no model")
+            raise EngineStartFailed(f"{self.name} serves no model")
         version = "unknown"
         with contextlib.suppress(EngineStartFailed, EngineRefusesUs):
             number = (await self._ask(session, "/version", _Version)).version
             version = f"{models.data[0].owned_by or ''} {number}".strip()[:VERSION_MAX_LENGTH]
-        names = tuple(model.id for model in models.data)
-        figures = await self._measure(session)
-        self.facts = {
-            "models": names,
+        metrics = await self._measure(session)
+        return EngineInfo(
+            kind=self._kind,
+            version=version,
+            models=tuple(model.id for model in models.data),
             # A server without a limit reports 0.
-            "max_model_len": whole_number(models.data[0].max_model_len) or None,
-            "kv_cache_tokens": None if figures is None else figures.kv_cache_tokens,
-        }
-        return EngineInfo(kind=self._kind, version=version, models=names)
+            max_model_len=whole_number(models.data[0].max_model_len) or None,
+            kv_cache_tokens=None if metrics is None else metrics.kv_cache_tokens,
+            start_seconds=round(time.monotonic() - began, 3),
+        )
 
     async def _measure(self, session: aiohttp.ClientSession) -> EngineMetrics | None:
         try:
-            async with session.get(
-                f"{self.base_url}/metrics",
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=HEALTH_SECONDS),
-            ) as response:
+            async with self._get(session, "/metrics") as response:
                 # A server without this page may send anything instead.
                 page = await read_body(response, most_bytes=PAGE_BYTES)
-        except (aiohttp.ClientError, TimeoutError):
+        except NoAnswer:
             return None
         except Unreadable:
             return EngineMetrics()
@@ -391,28 +400,24 @@ class OpenAIServerEngine(Engine):
         """
         url = self.base_url + page
         try:
-            async with session.get(
-                url,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=CONNECT_SECONDS),
-            ) as response:
+            async with self._get(session, page, seconds=CONNECT_SECONDS) as response:
                 content = await read_body(response, most_bytes=PAGE_BYTES)
                 if not response.ok or response.status >= 300:
-                    said = read_answer(page, response.status, response.headers, content, 0.0)
-                    _raise_if_refused(url, page, said)
+                    answer = read_answer(page, response.status, response.headers, content, 0.0)
+                    _raise_if_refused(url, page, answer)
                 require_success(response)
             check_depth(content)
             return msgspec.json.decode(content, type=kind)
-        except (aiohttp.ClientError, TimeoutError, Unreadable, ValueError) as error:
-            raise EngineStartFailed(f"{url} is of no use: {error!r}") from error
+        except (NoAnswer, Unreadable, ValueError) as error:
+            raise EngineStartFailed(f"{url} cannot be used: {error}") from error
 
 
-def _raise_if_refused(url: str, page: str, said: Outcome) -> None:
-    if isinstance(said, Failure) and is_doubtful(said):
-        line = first_line(said.message)
+def _raise_if_refused(url: str, page: str, answer: Outcome) -> None:
+    if isinstance(answer, Failure) and is_doubtful(answer):
+        line = first_line(answer.message)
         raise EngineRefusesUs(
-            f"the engine does not let us in: {url} answers HTTP {said.status}: {line}",
+            f"the engine refuses access: {url} answers HTTP {answer.status}: {line}",
             page=page,
-            status=said.status,
+            status=answer.status,
             line=line,
         )

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Awaitable, Callable, Iterator
 
 import aiohttp
-import msgspec
 
 #: Encodings that can be decompressed piece by piece; the client's default includes others.
 ACCEPT_ENCODING = "gzip, deflate"
@@ -14,21 +13,6 @@ PIECE_BYTES = 2**16
 #: Modes of `zlib`: one detects gzip and zlib by itself, the other reads bare deflate.
 _GZIP_OR_ZLIB, _BARE = zlib.MAX_WBITS | 32, -zlib.MAX_WBITS
 _ZLIB_METHOD = 8
-
-
-class AnswerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of the memory that an engine's answers take.
-
-    Attributes:
-        one_bytes: Of one decompressed answer; a longer one is a failure and is read no further.
-        all_bytes: Of all answers being read; beyond it, reading waits.
-    """
-
-    one_bytes: int = 64 * 2**20
-    all_bytes: int = 256 * 2**20
-
-
-DEFAULT_LIMITS = AnswerLimits()
 
 
 class Unreadable(Exception):

@@ -105,13 +105,13 @@ async def calibrate(
         EngineError: The engine did not start, or died.
         CalibrationFailed: The engine answered no request.
     """
-    identity = await engine.start()
+    info = await engine.start()
     report_phase("measuring the engine")
     try:
-        ask = _Asker(engine, in_force, model=identity.models[0], run_id=run_id)
+        ask = _Asker(engine, in_force, model=info.models[0], run_id=run_id)
         # Also a warm-up: an engine's first request pays one-time costs.
         await ask.choose_endpoint()
-        context = engine.figures().get("max_model_len")
+        context = info.max_model_len
         began = time.monotonic()
         found: list[Measurement] = []
         for planned in rounds(

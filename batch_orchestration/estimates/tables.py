@@ -266,18 +266,18 @@ def cache_engine_info(engine: Engine, in_force: EngineInForce, store: Store, *, 
     Context length and KV cache size are left out if a reduced memory level shortened the context. A
     store error is only logged, because the next run reports the same facts.
     """
-    figures = engine.figures()
-    if "models" not in figures:
+    info = engine.info
+    if info is None:
         return
     shortened = "max-model-len" in engine.fallback.flags
-    info = CachedEngineInfo(
-        models=tuple(figures["models"]),
-        max_model_len=None if shortened else figures.get("max_model_len"),
-        kv_cache_tokens=None if shortened else figures.get("kv_cache_tokens"),
-        start_seconds=figures.get("start_seconds"),
+    cached = CachedEngineInfo(
+        models=info.models,
+        max_model_len=None if shortened else info.max_model_len,
+        kv_cache_tokens=None if shortened else info.kv_cache_tokens,
+        start_seconds=info.start_seconds,
         seen_at=at,
     )
     try:
-        EstimateTables(store).put_engine_info(in_force, info)
+        EstimateTables(store).put_engine_info(in_force, cached)
     except StorageError as error:
         logger.warning("cannot store what the engine reported at its start: %s", error)

@@ -125,7 +125,7 @@ class Feeder:
         return AccessCheck(
             self._ask,
             served=lambda: self._served,
-            where=str(self._engine.figures().get("base_url", "the engine")),
+            where=self._engine.name,
             retry=self._window.retry,
             pause=self._delay,
             freed=self._room.look_again,
@@ -305,15 +305,15 @@ class Feeder:
         assert death is None or isinstance(death, EngineDied)
         return death
 
-    def _begun(self, identity: EngineInfo) -> None:
+    def _begun(self, engine: EngineInfo) -> None:
         """Begin with an engine that has just been started."""
-        self._served = identity.models
-        self._vitals.derivation = self._room.begin(self._engine.figures())
+        self._served = engine.models
+        self._vitals.derivation = self._room.begin(engine)
         # The old engine may have died of a probe, whose result then never arrives.
         self._breaker = Breaker(self._window.breaker)
         self._hang_watch.note_start()
         self._vitals.enter("feeding", patience_seconds=self._patience_seconds)
-        self._started(identity)
+        self._started(engine)
 
     @property
     def _patience_seconds(self) -> float:

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from batch_orchestration.core.batches import BatchPlan, settings_hash
 from batch_orchestration.core.errors import IllegalTransition
@@ -57,7 +56,7 @@ class RunPolicy:
     Attributes:
         in_flight: Initial number of requests given to the engine at a time.
         bounds: Limits within which that number follows the engine's metrics; None if it is fixed.
-        derive: Derives that number from the figures of an engine that was started.
+        derive: Derives that number for an engine that was started.
         engine_restarts: Allowed restarts of a dead engine in one run.
         hang_seconds: Time without progress after which the engine counts as dead.
         answer_settings: Present settings on which answers depend; compared with each batch's plan.
@@ -68,7 +67,7 @@ class RunPolicy:
 
     in_flight: int
     bounds: Bounds | None = None
-    derive: Callable[[Mapping[str, Any]], Derived] | None = None
+    derive: Callable[[EngineInfo], Derived] | None = None
     retry: RetryPolicy
     engine_restarts: int
     model_aliases: Mapping[str, str]

@@ -86,7 +86,7 @@ def describe(refusal: Refusal, *, now: float) -> str:
     """Return a description of the refusal, and of the actions that a person can take."""
     left = max(0.0, refusal.next_look_at - now)
     return (
-        f"the engine does not let us in ({refusal.words}; {refusal.engine or 'our own'}"
+        f"the engine refuses access ({refusal.words}; {refusal.engine or 'our own'}"
         f"{refusal.page}); looked at again in {left:.0f} s. No request has paid for it, and the"
         f" batches go on by themselves. {_way_on(refusal.status)}"
     )
@@ -133,14 +133,16 @@ class _Said(msgspec.Struct, frozen=True):
 async def _knock(refusal: Refusal, settings: Settings) -> _Said | None:
     """Repeat the refused request as cheaply as possible; return the refusal, None if accepted."""
     # The CLI describes refusals without loading aiohttp.
-    from batch_orchestration.engines.openai_server import OpenAIServerEngine
+    from batch_orchestration.engines.openai_server import OpenAIServerEngine, ServerOptions
 
     engine = OpenAIServerEngine(
         settings.base_url,
         api_key=settings.api_key.get_secret_value(),
-        timeout_seconds=LOOK_SECONDS,
-        start_timeout_seconds=LOOK_SECONDS / 2,
-        lost_after_seconds=0.0,
+        options=ServerOptions(
+            timeout_seconds=LOOK_SECONDS,
+            start_timeout_seconds=LOOK_SECONDS / 2,
+            lost_after_seconds=0.0,
+        ),
     )
     try:
         if refusal.page == MODELS_PAGE:

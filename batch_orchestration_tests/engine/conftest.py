@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.engines.openai_server import ServerOptions
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration_tests.support.engine_contract import CONTEXT_TOKENS
@@ -37,7 +38,7 @@ def simulated_engine(tmp_path: Path) -> Iterator[SimulatedEngine]:
         log_path=tmp_path / "engine.log",
         control_path=tmp_path / "control.json",
         context_tokens=CONTEXT_TOKENS,
-        timeout_seconds=2.0,
+        options=ServerOptions(timeout_seconds=2.0),
     )
     yield engine
     engine.stop()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from batch_orchestration.engines.openai_server import ServerOptions
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.inference.window import window as engine_poll
@@ -61,7 +62,7 @@ def test_a_batch_is_answered_through_derived_sizes(
         device="cpu",
         args={**sizing.flags, **ARGS},
         log_path=tmp_path / "engine.log",
-        connections=sizing.most_in_flight,
+        options=ServerOptions(connections=sizing.most_in_flight),
     )
 
     try:
@@ -71,12 +72,11 @@ def test_a_batch_is_answered_through_derived_sizes(
 
     assert answered == 40
     # 8 MiB at 512 bytes a token, of which vLLM keeps a block of 128 to itself.
-    figures = engine.figures()
-    assert 16_000 <= figures["kv_cache_tokens"] <= 16_384
+    assert 16_000 <= engine.info.kv_cache_tokens <= 16_384
     assert sizing.flags == {"max-num-seqs": 40}
-    assert figures["max_num_seqs"] == 40
+    assert engine.info.max_num_seqs == 40
     assert vitals.derivation is not None
     assert vitals.derivation.startswith("window 37 = 31 running")
     assert vitals.engine is not None
     assert vitals.engine.generation_tokens
-    assert vitals.engine.kv_cache_tokens == figures["kv_cache_tokens"]
+    assert vitals.engine.kv_cache_tokens == engine.info.kv_cache_tokens

@@ -93,9 +93,9 @@ def verdicts(vllm_engine: VllmEngine) -> dict[str, Outcome]:
         finally:
             await engine.disconnect()
 
-    outcomes, figures = asyncio.run(ask()), engine.figures()
-    assert figures["max_model_len"] == CONTEXT
-    assert figures["kv_cache_tokens"] >= CONTEXT
+    outcomes = asyncio.run(ask())
+    assert engine.info.max_model_len == CONTEXT
+    assert engine.info.kv_cache_tokens >= CONTEXT
     return outcomes
 
 

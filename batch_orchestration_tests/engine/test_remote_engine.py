@@ -14,7 +14,7 @@ from batch_orchestration.core.errors import EngineDied, EngineRefusesUs, EngineS
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.engines.access import is_doubtful
 from batch_orchestration.engines.metrics import EngineMetrics
-from batch_orchestration.engines.openai_server import OpenAIServerEngine
+from batch_orchestration.engines.openai_server import OpenAIServerEngine, ServerOptions
 from batch_orchestration_tests.support.engine_contract import (
     CHAT,
     CONTEXT_TOKENS,
@@ -52,10 +52,12 @@ class RemoteServer:
         return OpenAIServerEngine(
             f"http://127.0.0.1:{self.port}/v1",
             api_key=api_key,
-            connections=connections,
-            timeout_seconds=2.0,
-            start_timeout_seconds=30.0,
-            lost_after_seconds=1.0,
+            options=ServerOptions(
+                timeout_seconds=2.0,
+                start_timeout_seconds=30.0,
+                connections=connections,
+                lost_after_seconds=1.0,
+            ),
         )
 
 
@@ -103,7 +105,8 @@ def test_starting_waits_for_a_server_that_is_not_up_yet(tmp_path: Path) -> None:
 
 
 def test_a_server_that_never_answers_fails_the_start_within_its_limit() -> None:
-    engine = OpenAIServerEngine(f"http://127.0.0.1:{free_port()}", start_timeout_seconds=0.5)
+    options = ServerOptions(start_timeout_seconds=0.5)
+    engine = OpenAIServerEngine(f"http://127.0.0.1:{free_port()}", options=options)
     began = time.monotonic()
 
     with pytest.raises(EngineStartFailed, match=r"did not answer in 0\.5 s"):

@@ -16,28 +16,26 @@ import pytest
 
 from batch_orchestration.core.errors import EngineRefusesUs, EngineStartFailed
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
-from batch_orchestration.engines.openai_server import OpenAIServerEngine
-from batch_orchestration.engines.reading import PIECE_BYTES, AnswerLimits
+from batch_orchestration.engines.openai_server import OpenAIServerEngine, ServerOptions
+from batch_orchestration.engines.reading import PIECE_BYTES
 from batch_orchestration_tests.support.builders import ENDPOINT
-from batch_orchestration_tests.support.engine_contract import ask, chat, figures_of
+from batch_orchestration_tests.support.engine_contract import ask, chat, metrics_of
 from batch_orchestration_tests.support.raw_server import MODELS, PAGES, Answer, http, raw_server
 
 GOOD = b'{"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}'
 MIB = 2**20
-LIMITS = AnswerLimits(one_bytes=1 * MIB, all_bytes=4 * MIB)
+OPTIONS = ServerOptions(timeout_seconds=30.0, answer_bytes=1 * MIB, all_answers_bytes=4 * MIB)
 
 
-def outcome_of(*pieces: bytes, limits: AnswerLimits = LIMITS) -> Outcome:
+def outcome_of(*pieces: bytes, options: ServerOptions = OPTIONS) -> Outcome:
     """What becomes of a request that is answered by these bytes."""
-    [outcome] = outcomes(lambda path, body: pieces, 1, limits=limits)
+    [outcome] = outcomes(lambda path, body: pieces, 1, options=options)
     return outcome
 
 
-def outcomes(
-    answer: Answer, count: int, *, limits: AnswerLimits = LIMITS, seconds: float = 30.0
-) -> list[Outcome]:
+def outcomes(answer: Answer, count: int, *, options: ServerOptions = OPTIONS) -> list[Outcome]:
     with raw_server(answer) as url:
-        engine = OpenAIServerEngine(url, timeout_seconds=seconds, limits=limits)
+        engine = OpenAIServerEngine(url, options=options)
         asyncio.run(engine.start())
         return ask(engine, *(chat(f"question {number}") for number in range(count)))
 
@@ -63,7 +61,7 @@ def test_a_redirect_is_not_followed(status: bytes) -> None:
 def test_a_page_that_redirects_is_not_followed(page: str) -> None:
     away = http(b"", b"Location: http://127.0.0.1:1/", status=b"302 Found")
     with raw_server(lambda path, body: [], {**PAGES, page: away}) as url:
-        engine = OpenAIServerEngine(url, start_timeout_seconds=5.0)
+        engine = OpenAIServerEngine(url, options=ServerOptions(start_timeout_seconds=5.0))
         if page == "/v1/models":
             with pytest.raises(EngineRefusesUs, match="302"):
                 asyncio.run(engine.start())
@@ -152,7 +150,7 @@ def test_a_request_waits_while_there_is_no_descriptor_for_its_connection() -> No
             await engine.disconnect()
 
     with raw_server(lambda path, body: [http(GOOD)]) as url:
-        engine = OpenAIServerEngine(url, timeout_seconds=30.0)
+        engine = OpenAIServerEngine(url, options=ServerOptions(timeout_seconds=30.0))
         asyncio.run(engine.start())
         loop = asyncio.new_event_loop()
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
@@ -188,7 +186,7 @@ def test_an_answer_that_trickles_is_given_up_when_its_time_is_over() -> None:
             yield b" "
             time.sleep(0.05)
 
-    [outcome] = outcomes(trickle, 1, seconds=1.0)
+    [outcome] = outcomes(trickle, 1, options=ServerOptions(timeout_seconds=1.0))
 
     assert isinstance(outcome, Failure)
     assert outcome.code == FailureCode.TIMEOUT
@@ -197,9 +195,9 @@ def test_an_answer_that_trickles_is_given_up_when_its_time_is_over() -> None:
 def test_answers_that_are_half_read_do_not_wait_for_each_other_without_end() -> None:
     """Each takes half of what there is for all, and more than what is left."""
     big = b'{"choices": [{"text": "%s"}]}' % (b"x" * 3 * MIB)
-    limits = AnswerLimits(one_bytes=8 * MIB, all_bytes=4 * MIB)
+    options = ServerOptions(timeout_seconds=120.0, answer_bytes=8 * MIB, all_answers_bytes=4 * MIB)
 
-    answered = outcomes(lambda path, body: [http(big)], 12, limits=limits, seconds=120.0)
+    answered = outcomes(lambda path, body: [http(big)], 12, options=options)
 
     assert [type(outcome) for outcome in answered] == [Completion] * 12
 
@@ -226,7 +224,9 @@ def test_models_that_cannot_be_read_fail_the_start(page: bytes) -> None:
         raw_server(lambda path, body: [], {**PAGES, "/v1/models": http(page)}) as url,
         pytest.raises(EngineStartFailed),
     ):
-        asyncio.run(OpenAIServerEngine(url, start_timeout_seconds=5.0).start())
+        asyncio.run(
+            OpenAIServerEngine(url, options=ServerOptions(start_timeout_seconds=5.0)).start()
+        )
 
 
 @pytest.mark.parametrize("said", [b"-1", b"0", b"12.5", b'"4096"', b"null", b"[[]]", b"true"])
@@ -236,7 +236,7 @@ def test_a_longest_request_of_no_length_is_not_known(said: bytes) -> None:
         engine = OpenAIServerEngine(url)
         asyncio.run(engine.start())
 
-    assert engine.facts["max_model_len"] is None
+    assert engine.info.max_model_len is None
 
 
 @pytest.mark.parametrize("page", ["/version", "/metrics", "/health"])
@@ -250,7 +250,7 @@ def test_no_page_about_a_server_keeps_it_from_answering(page: str, said: bytes) 
         engine = OpenAIServerEngine(url)
         asyncio.run(engine.start())
         [outcome] = ask(engine, chat("Hello."))
-        figures_of(engine)
+        metrics_of(engine)
 
     assert isinstance(outcome, Completion)
 
@@ -276,7 +276,7 @@ async def giants() -> None:
         yield from repeat(b" " * MIB, SIZE // MIB)
 
     with raw_server(answer) as url:
-        engine = OpenAIServerEngine(url, timeout_seconds=120.0)
+        engine = OpenAIServerEngine(url, options=ServerOptions(timeout_seconds=120.0))
         await engine.start()
         for text in ("giant", "bomb"):
             outcome = await engine.answer("/v1/chat/completions", chat(text), request_id="1")

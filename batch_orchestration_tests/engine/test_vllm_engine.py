@@ -57,7 +57,7 @@ def test_the_identity_has_vllms_version(engine: VllmEngine) -> None:
 
 
 def test_it_answers_at_a_socket_that_is_ours_alone_and_at_no_port(engine: VllmEngine) -> None:
-    record = read_record(Path(engine.figures()["log"]).with_suffix(".process.json"))
+    record = read_record(engine.process.log_path.with_suffix(".process.json"))
     assert record is not None
 
     ports = {member.pid: tcp_listeners(member.pid) for member in [record.leader, *record.members]}

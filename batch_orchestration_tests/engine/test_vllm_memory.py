@@ -7,6 +7,7 @@ import pytest
 from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.engines.memory_fallback import MemoryFallback
 from batch_orchestration.engines.vllm.engine import VllmEngine
+from batch_orchestration.engines.vllm.flags import top_level
 from batch_orchestration_tests.support.workbench import Workbench
 
 pytestmark = pytest.mark.engine
@@ -20,12 +21,14 @@ def test_a_cache_too_small_for_the_context_is_enough_for_what_the_batch_needs(
 ) -> None:
     bench = Workbench(tmp_path)
     plan = bench.admitted(20)
-    told = []
+    worked = []
+    args = {"kv-cache-memory-bytes": SMALL_CACHE_BYTES}
+    top = top_level(str(tiny_model), device="cpu", args=args, in_flight=1024)
     engine = VllmEngine(
         str(tiny_model),
         device="cpu",
-        args={"kv-cache-memory-bytes": SMALL_CACHE_BYTES},
-        make_fallback=lambda top: MemoryFallback(top, worked=told.append),
+        args=args,
+        fallback=MemoryFallback(top, worked=worked.append),
         log_path=tmp_path / "engine.log",
     )
 
@@ -37,8 +40,8 @@ def test_a_cache_too_small_for_the_context_is_enough_for_what_the_batch_needs(
     answers = [settled.outcome for settled in bench.store.settled(plan.batch_id)]
     assert len(answers) == 20
     assert all(isinstance(answer, Completion) for answer in answers)
-    assert engine.figures()["starts"] == 2
-    [[level]] = told
+    assert engine.starts == 2
+    [[level]] = worked
     assert 1024 < level.max_model_len <= 1408
     reports = bench.store.chunk_reports(plan.batch_id).values()
     assert {r.memory_level for r in reports} == {f"max-model-len {level.max_model_len}"}

@@ -169,7 +169,7 @@ def test_a_batch_survives_the_death_of_the_engine_core(path: WholePath) -> None:
     content = b"".join(make_line(n, body=body | {"model": "any", "seed": n}) for n in range(60))
     asyncio.run(path.engine.start())
     asyncio.run(path.engine.disconnect())
-    server = path.engine.figures()["pid"]
+    server = path.engine.process.pid
     core = engine_core_pid(path.engine)
 
     def kill_in_mid_batch() -> None:
@@ -181,7 +181,7 @@ def test_a_batch_survives_the_death_of_the_engine_core(path: WholePath) -> None:
     plan = path.answer("killed.jsonl", content, max_tokens_cap=16, in_flight=16)
     killer.join()
 
-    assert path.engine.figures()["pid"] != server, "the engine was not killed in mid-batch"
+    assert path.engine.process.pid != server, "the engine was not killed in mid-batch"
     assert [line["custom_id"] for line in path.lines(plan, "output.jsonl")] == [
         f"request-{n}" for n in range(60)
     ]

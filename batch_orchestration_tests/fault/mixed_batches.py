@@ -7,8 +7,8 @@ from pathlib import Path
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.delivery.assembly import OutboxFiles, assemble
 from batch_orchestration.delivery.recount import recount
+from batch_orchestration.engines.openai_server import ServerOptions
 from batch_orchestration.engines.processes.records import is_running, read_record
-from batch_orchestration.engines.reading import AnswerLimits
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.engines.simulated.malformed_answers import KINDS
 from batch_orchestration.files.data_folder import DataFolder
@@ -82,7 +82,7 @@ def simulated_engine(folder: DataFolder, *, name: str = "engine") -> SimulatedEn
         log_path=folder.logs / "engines" / f"{name}.log",
         models=[MODEL],
         control_path=folder.root / "simulated.json",
-        limits=AnswerLimits(one_bytes=ANSWER_BYTES),
+        options=ServerOptions(answer_bytes=ANSWER_BYTES),
     )
 
 

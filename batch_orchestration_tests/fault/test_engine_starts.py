@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import EngineStartFailed
+from batch_orchestration.engines.openai_server import ServerOptions
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration_tests.support.engine_processes import tcp_listeners
 
@@ -24,7 +25,9 @@ def test_an_engine_that_exits_while_it_starts_says_why(tmp_path: Path) -> None:
 
 def test_an_engine_that_never_gets_ready_fails_within_the_limit(tmp_path: Path) -> None:
     engine = SimulatedEngine(
-        log_path=tmp_path / "engine.log", startup_seconds=300, start_timeout_seconds=1.0
+        log_path=tmp_path / "engine.log",
+        startup_seconds=300,
+        options=ServerOptions(start_timeout_seconds=1.0),
     )
     began = time.monotonic()
 
@@ -41,7 +44,7 @@ def test_an_engine_listens_in_a_folder_of_ours_alone_and_at_no_port(tmp_path: Pa
     try:
         asyncio.run(engine.start())
 
-        pid, socket = engine.figures()["pid"], Path(engine.figures()["socket"])
+        pid, socket = engine.process.pid, engine.process.socket
         assert socket.is_socket()
         assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
         assert tcp_listeners(pid) == []
@@ -72,5 +75,5 @@ def test_a_cancelled_start_leaves_no_process(tmp_path: Path) -> None:
 
     asyncio.run(cancel())
 
-    assert engine.figures()["starts"] == 1
+    assert engine.starts == 1
     assert not (tmp_path / "engine.process.json").exists()

@@ -59,30 +59,26 @@ class Deployment(Workbench):
 
     def run_simulated(self, plan: BatchPlan, run_id: str = "run-1", **policy: Any) -> int:
         """Run the batch with a new engine; return how often that one was started."""
-
-        def make_fallback(top: MemoryLevel) -> MemoryFallback:
-            return remembered_fallback(
-                top,
-                memory=MemoryLevelFile(self.folder.memory_levels),
-                model="simulated-model",
-                device="cpu",
-                args={},
-                retry_seconds=60,
-                clock=lambda: self.now,
-            )
-
+        fallback = remembered_fallback(
+            MemoryLevel(max_num_seqs=IN_FLIGHT),
+            memory=MemoryLevelFile(self.folder.memory_levels),
+            model="simulated-model",
+            device="cpu",
+            args={},
+            retry_seconds=60,
+            clock=lambda: self.now,
+        )
         engine = SimulatedEngine(
             log_path=self.folder.logs / f"{run_id}.log",
             control_path=self.folder.root / "simulated.json",
-            connections=IN_FLIGHT,
-            make_fallback=make_fallback,
+            fallback=fallback,
         )
         try:
             defaults = {"in_flight": IN_FLIGHT, "engine_restarts": 30}
             self.run(plan, engine, run_id=run_id, **(defaults | policy))
         finally:
             engine.stop()
-        return engine.figures()["starts"]
+        return engine.starts
 
     def levels(self, plan: BatchPlan) -> list[str | None]:
         """The level of each committed chunk, in order."""

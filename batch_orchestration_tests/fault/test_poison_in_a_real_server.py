@@ -61,7 +61,7 @@ def test_two_requests_that_end_the_process_are_found_within_the_bound(bench: Wor
         (40, 41), FailureCode.ENGINE_KILLED
     )
     assert all("asked to die" in failure.message for failure in failed.values())
-    assert engine.figures()["starts"] - 1 <= bound
+    assert engine.starts - 1 <= bound
     assert bench.indices(plan) == list(range(REQUESTS))
 
 
@@ -75,7 +75,7 @@ def test_an_engine_that_hangs_counts_as_dead_and_costs_no_request_its_answer(
     engine.stop()
 
     assert failures(bench, plan) == {}
-    assert engine.figures()["starts"] == 2
+    assert engine.starts == 2
     assert bench.indices(plan) == list(range(REQUESTS))
 
 
@@ -90,7 +90,7 @@ def test_an_engine_that_is_stopped_is_killed_and_its_requests_are_asked_again(
         journal = bench.folder.journal_path(plan.batch_id, 0)
         while len(list(read_journal(journal))) < 20:
             time.sleep(0.02)
-        os.kill(engine.figures()["pid"], signal.SIGSTOP)
+        os.kill(engine.process.pid, signal.SIGSTOP)
 
     stopper = threading.Thread(target=stop_once)
     stopper.start()
@@ -99,5 +99,5 @@ def test_an_engine_that_is_stopped_is_killed_and_its_requests_are_asked_again(
     stopper.join()
 
     assert failures(bench, plan) == {}
-    assert engine.figures()["starts"] == 2
+    assert engine.starts == 2
     assert bench.indices(plan) == list(range(REQUESTS))

@@ -54,7 +54,7 @@ def parse(outcome: Outcome) -> dict[str, Any]:
     return parsed
 
 
-def figures_of(engine: Engine) -> EngineMetrics:
+def metrics_of(engine: Engine) -> EngineMetrics:
     """Return what a living engine tells of its work, once it has caught up with its answers."""
 
     async def measure() -> EngineMetrics | None:
@@ -154,10 +154,10 @@ class EngineContract:
         assert answered == [number % 2 == 0 for number in range(20)]
 
     def test_the_figures_count_what_was_asked(self, engine: Engine) -> None:
-        before = figures_of(engine)
+        before = metrics_of(engine)
         ask(engine, *(chat(f"Count {number}.", ignore_eos=True) for number in range(3)))
 
-        after = figures_of(engine)
+        after = metrics_of(engine)
 
         assert (after.running, after.waiting) == (0, 0)
         assert after.generation_tokens - before.generation_tokens == 3 * 4

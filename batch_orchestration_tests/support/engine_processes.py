@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import time
-from pathlib import Path
 
 import aiohttp
 
@@ -17,7 +16,7 @@ LOOPBACK = "0100007F:"
 
 def engine_core_pid(engine: VllmEngine) -> int:
     """Return the child of the server that has a child itself, of those that were recorded."""
-    record = read_record(Path(engine.figures()["log"]).with_suffix(".process.json"))
+    record = read_record(engine.process.log_path.with_suffix(".process.json"))
     assert record is not None
     parents = {member.pid: parent_pid(member.pid) for member in record.members}
     [core] = [
@@ -45,7 +44,7 @@ def wait_until_unwell(engine: VllmEngine, *, seconds: float = 20.0) -> None:
 
     async def ask() -> None:
         deadline = time.monotonic() + seconds
-        connector = aiohttp.UnixConnector(engine.figures()["socket"])
+        connector = aiohttp.UnixConnector(engine.process.socket)
         async with aiohttp.ClientSession(connector=connector) as session:
             while True:
                 async with session.get("http://localhost/health") as response:

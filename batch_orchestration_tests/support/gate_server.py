@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
-from batch_orchestration.engines.openai_server import OpenAIServerEngine
+from batch_orchestration.engines.openai_server import OpenAIServerEngine, ServerOptions
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MODEL = "demo-model"
@@ -73,7 +73,8 @@ class GateServer:
 
     def engine(self, **values: object) -> OpenAIServerEngine:
         limits = {"timeout_seconds": 10.0, "start_timeout_seconds": 10.0, "lost_after_seconds": 1.0}
-        return OpenAIServerEngine(self.url, **{**limits, **values})  # type: ignore[arg-type]
+        options = ServerOptions(**{**limits, **values})  # type: ignore[arg-type]
+        return OpenAIServerEngine(self.url, options=options)
 
     @property
     def probes(self) -> list[Asked]:

@@ -42,6 +42,9 @@ class ScriptedEngine:
         starts_fail: int = 0,
         fallback: MemoryFallback | None = None,
     ) -> None:
+        self.name = "the engine"
+        #: None even after `start`: it has no facts worth a place in the store.
+        self.info: EngineInfo | None = None
         self.fallback = fallback or MemoryFallback(MemoryLevel())
         self._script = script
         self._starts_fail = starts_fail
@@ -90,9 +93,6 @@ class ScriptedEngine:
 
     def stop(self) -> None:
         self.alive = False
-
-    def figures(self) -> dict[str, Any]:
-        return {}
 
 
 class PacedEngine(ScriptedEngine):

@@ -78,7 +78,7 @@ def run_batch(shape: Shape, control: WindowControl, *, seed: str = "1") -> Cours
         now += model.begin_steps()
         while now >= next_poll:
             next_poll += POLL_SECONDS
-            if control.note(model.figures, in_flight=in_flight, settled=settled, now=now):
+            if control.note(model.metrics, in_flight=in_flight, settled=settled, now=now):
                 widths.append(control.width)
         finished = len(model.end_steps())
         in_flight -= finished
@@ -86,7 +86,7 @@ def run_batch(shape: Shape, control: WindowControl, *, seed: str = "1") -> Cours
     return Course(
         seconds=now,
         requests=settled,
-        preemptions=model.figures.preemptions or 0,
+        preemptions=model.metrics.preemptions or 0,
         widths=widths,
     )
 

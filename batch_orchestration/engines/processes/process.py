@@ -115,7 +115,8 @@ class EngineProcess:
         self._lock = threading.RLock()
         self._child: subprocess.Popen[bytes] | None = None
         self._record: ProcessRecord | None = None
-        self._socket: Path | None = None
+        #: Socket of the running server, if it has one.
+        self.socket: Path | None = None
         self._log_start = 0
         self._exit: str | None = None
 
@@ -152,7 +153,7 @@ class EngineProcess:
                 try:
                     if socket is not None:
                         sockets.make_private_folder(socket)
-                        self._socket = socket
+                        self.socket = socket
                     child = spawn_guarded(command, env=environment, output=log)
                 except OSError as error:
                     self._remove_socket()
@@ -229,9 +230,9 @@ class EngineProcess:
             self.stop()
 
     def _remove_socket(self) -> None:
-        if self._socket is not None:
-            sockets.remove_socket(self._socket)
-        self._socket = None
+        if self.socket is not None:
+            sockets.remove_socket(self.socket)
+        self.socket = None
 
     def _end_left_over(self) -> None:
         record = process_records.read_record(self._record_path)
@@ -257,6 +258,6 @@ class EngineProcess:
             owner=owner,
             members=(),
             command=command,
-            socket=str(self._socket or ""),
+            socket=str(self.socket or ""),
         )
         process_records.write_record(self._record_path, self._record)

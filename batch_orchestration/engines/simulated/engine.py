@@ -12,8 +12,8 @@ from pathlib import Path
 
 from batch_orchestration.engines.child_server import ChildServerEngine
 from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
+from batch_orchestration.engines.openai_server import DEFAULT_OPTIONS, ServerOptions
 from batch_orchestration.engines.processes.sockets import BACKLOG
-from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS, DEFAULT_MODEL
 
 API_KEY_VARIABLE = "SIMULATED_ENGINE_API_KEY"
@@ -34,7 +34,7 @@ class SimulatedEngine(ChildServerEngine):
         control_path: See `Conditions`; the file need not exist.
         startup_seconds: Delay before the server is ready.
         startup_error: If given, exit with this message instead of becoming ready.
-        make_fallback: Called with the top memory level; lower levels reduce `max_num_seqs`.
+        fallback: Lower memory levels reduce `max_num_seqs`.
     """
 
     def __init__(
@@ -48,14 +48,12 @@ class SimulatedEngine(ChildServerEngine):
         control_path: Path | None = None,
         startup_seconds: float = 0.0,
         startup_error: str = "",
-        make_fallback: Callable[[MemoryLevel], MemoryFallback] = MemoryFallback,
+        fallback: MemoryFallback | None = None,
         before_start: Callable[[], None] = lambda: None,
-        timeout_seconds: float = 1800.0,
-        start_timeout_seconds: float = 60.0,
-        connections: int = 1024,
-        limits: AnswerLimits = DEFAULT_LIMITS,
+        options: ServerOptions = DEFAULT_OPTIONS,
     ) -> None:
-        fallback = make_fallback(MemoryLevel(max_num_seqs=min(max_num_seqs, connections)))
+        top = MemoryLevel(max_num_seqs=min(max_num_seqs, options.connections))
+        memory = fallback or MemoryFallback(top)
         arguments = ["--context-tokens", str(context_tokens)]
         arguments += [part for model in models for part in ("--model", model)]
         arguments += ["--startup-seconds", str(startup_seconds), "--startup-error", startup_error]
@@ -64,21 +62,18 @@ class SimulatedEngine(ChildServerEngine):
 
         def launch(socket: Path) -> tuple[Sequence[str], Mapping[str, str | None]]:
             command = [sys.executable, "-m", "batch_orchestration.engines.simulated"]
-            slots = fallback.flags.get("max-num-seqs", max_num_seqs)
+            slots = memory.flags.get("max-num-seqs", max_num_seqs)
             command += ["--socket", str(socket), *arguments, "--max-num-seqs", str(slots)]
             return command, {"PYTHONUNBUFFERED": "1"}
 
         super().__init__(
             kind="simulated",
             launch=launch,
-            fallback=fallback,
+            fallback=memory,
             log_path=log_path,
             before_start=before_start,
             record_path=record_path,
-            timeout_seconds=timeout_seconds,
-            start_timeout_seconds=start_timeout_seconds,
-            connections=connections,
-            limits=limits,
+            options=options,
         )
 
 

@@ -110,7 +110,7 @@ class KvModel:
         return not self._of_key
 
     @property
-    def figures(self) -> EngineMetrics:
+    def metrics(self) -> EngineMetrics:
         """The metrics, as an engine reports them."""
         return EngineMetrics(
             running=len(self._running),
@@ -207,9 +207,9 @@ class KvPace:
         self._steps: asyncio.Task[None] | None = None
 
     @property
-    def figures(self) -> EngineMetrics:
+    def metrics(self) -> EngineMetrics:
         """The metrics of the machine."""
-        return self._model.figures
+        return self._model.metrics
 
     async def compute(self, *, prompt_tokens: int, completion_tokens: int) -> None:
         """Wait until the last token of the answer would be written.

@@ -135,24 +135,24 @@ class SimulatedServer:
         return _json({"version": __version__, "system_fingerprint": FINGERPRINT})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        figures = self._figures
-        blocks = (figures.kv_cache_tokens or 0) // KV_BLOCK_TOKENS
+        metrics = self._engine_metrics
+        blocks = (metrics.kv_cache_tokens or 0) // KV_BLOCK_TOKENS
         series = {
-            "num_requests_running{}": figures.running,
-            "num_requests_waiting{}": figures.waiting,
-            "kv_cache_usage_perc{}": figures.kv_usage,
-            "num_preemptions_total{}": figures.preemptions,
-            "prompt_tokens_total{}": figures.prompt_tokens,
-            "generation_tokens_total{}": figures.generation_tokens,
+            "num_requests_running{}": metrics.running,
+            "num_requests_waiting{}": metrics.waiting,
+            "kv_cache_usage_perc{}": metrics.kv_usage,
+            "num_preemptions_total{}": metrics.preemptions,
+            "prompt_tokens_total{}": metrics.prompt_tokens,
+            "generation_tokens_total{}": metrics.generation_tokens,
             f'cache_config_info{{block_size="{KV_BLOCK_TOKENS}",num_gpu_blocks="{blocks}"}}': 1.0,
         }
         return web.Response(text="".join(f"vllm:{name} {v}\n" for name, v in series.items()))
 
     @property
-    def _figures(self) -> EngineMetrics:
+    def _engine_metrics(self) -> EngineMetrics:
         pace = self._pace_of(self._control.read())
         if pace is not None:
-            return pace.figures
+            return pace.metrics
         return EngineMetrics(
             running=self._running,
             waiting=self._accepted - self._running,

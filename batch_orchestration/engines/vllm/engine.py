@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.engines.child_server import ChildServerEngine
-from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
-from batch_orchestration.engines.reading import DEFAULT_LIMITS, AnswerLimits
+from batch_orchestration.engines.memory_fallback import MemoryFallback
+from batch_orchestration.engines.openai_server import DEFAULT_OPTIONS, ServerOptions
 from batch_orchestration.engines.vllm.flags import flags_of, server_command, server_env, top_level
 
 
@@ -23,7 +23,7 @@ class VllmEngine(ChildServerEngine):
         args: Server flags, `{"max-model-len": 4096, "enforce-eager": True}`. They override every
             default; None removes a default.
         env: Environment variables. They override every default; None passes on our own value.
-        make_fallback: Called with the top memory level; the current level's flags override `args`.
+        fallback: Begins at `top_level`; the current level's flags override `args`.
         log_path: See `ChildServerEngine`, as for the arguments after it.
     """
 
@@ -37,15 +37,13 @@ class VllmEngine(ChildServerEngine):
         device: str = "cuda",
         args: Mapping[str, Any] | None = None,
         env: Mapping[str, str | None] | None = None,
-        make_fallback: Callable[[MemoryLevel], MemoryFallback] = MemoryFallback,
+        fallback: MemoryFallback | None = None,
         before_start: Callable[[], None] = lambda: None,
-        timeout_seconds: float = 1800.0,
-        start_timeout_seconds: float = 900.0,
-        connections: int = 1024,
-        limits: AnswerLimits = DEFAULT_LIMITS,
+        options: ServerOptions = DEFAULT_OPTIONS,
     ) -> None:
         given = flags_of(args or {})
-        fallback = make_fallback(top_level(model, device=device, args=given, in_flight=connections))
+        top = top_level(model, device=device, args=given, in_flight=options.connections)
+        memory = fallback or MemoryFallback(top)
 
         def launch(socket: Path) -> tuple[Sequence[str], Mapping[str, str | None]]:
             command = server_command(
@@ -53,19 +51,16 @@ class VllmEngine(ChildServerEngine):
                 socket,
                 served_model_name=served_model_name,
                 device=device,
-                args={**given, **fallback.flags},
+                args={**given, **memory.flags},
             )
             return command, server_env(model, device=device, env=env or {})
 
         super().__init__(
             kind="vllm",
             launch=launch,
-            fallback=fallback,
+            fallback=memory,
             log_path=log_path,
             record_path=record_path,
             before_start=before_start,
-            timeout_seconds=timeout_seconds,
-            start_timeout_seconds=start_timeout_seconds,
-            connections=connections,
-            limits=limits,
+            options=options,
         )

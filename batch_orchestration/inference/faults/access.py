@@ -113,7 +113,7 @@ class AccessCheck:
 
     Args:
         served: Returns the models that the engine lists.
-        where: Address of the engine, for messages.
+        where: The engine in messages.
         retry: When to send a control again after a retryable failure.
         pause: Waits the given number of seconds before such a retry.
         freed: Called when a request gives up its place in the window.
@@ -260,7 +260,7 @@ class AccessCheck:
     def _refused(self, control: Control, said: Failure) -> EngineRefusesUs:
         line = first_line(said.message)
         return EngineRefusesUs(
-            f"{self._where} does not let us in: a control request at {control.endpoint} was"
+            f"{self._where} refuses access: a control request at {control.endpoint} was"
             f" answered HTTP {said.status}: {line}; no request has paid for it",
             page=control.endpoint,
             model=control.model,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from batch_orchestration.core.errors import StorageError
+from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.engines.vllm.flags import flags_of, whole_number
 from batch_orchestration.estimates import derivation
 from batch_orchestration.estimates.batch_estimates import read_estimate
@@ -70,13 +71,13 @@ class Sizing:
             return None
         return Bounds(most=MOST_IN_FLIGHT, reading_cost=self.reading_cost)
 
-    def window(self, figures: Mapping[str, Any]) -> Derived:
-        """Return the initial window, derived from the figures of an engine that was started."""
+    def window(self, engine: EngineInfo) -> Derived:
+        """Return the initial window for an engine that was started."""
         if self.in_flight:
             return Derived(name="window", value=self.in_flight, why="as set by BATCH_IN_FLIGHT")
         return derivation.window(
-            kv_cache_tokens=figures.get("kv_cache_tokens"),
-            max_num_seqs=figures.get("max_num_seqs"),
+            kv_cache_tokens=engine.kv_cache_tokens,
+            max_num_seqs=engine.max_num_seqs,
             tokens=self.tokens,
         )
 

@@ -8,11 +8,10 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
-from batch_orchestration.engines.base import Engine
+from batch_orchestration.engines.base import Engine, EngineInfo
 from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.estimates.derivation import Derived
 from batch_orchestration.gpu.thermal import Throttle
@@ -31,7 +30,7 @@ class Window:
     Attributes:
         in_flight: Initial number of requests given to the engine at a time.
         bounds: Limits within which that number follows the engine's metrics; None if it is fixed.
-        derive: Derives that number from the figures of an engine that was started.
+        derive: Derives that number for an engine that was started.
         engine_restarts: How often a dead engine is restarted before the run gives up.
         hang_seconds: Time without progress after which the engine counts as dead; a multiple of the
             longest pause so far replaces it if that is longer.
@@ -41,7 +40,7 @@ class Window:
 
     in_flight: int
     bounds: Bounds | None = None
-    derive: Callable[[Mapping[str, Any]], Derived] | None = None
+    derive: Callable[[EngineInfo], Derived] | None = None
     retry: RetryPolicy
     breaker: BreakerPolicy
     engine_restarts: int
@@ -111,15 +110,15 @@ class RequestWindow:
         """Whether something other than the width keeps the window narrow."""
         return self.limit < self._control.width
 
-    def begin(self, figures: Mapping[str, Any]) -> str | None:
-        """Set the width for an engine that has just started, from its figures.
+    def begin(self, engine: EngineInfo) -> str | None:
+        """Set the width for an engine that has just started.
 
         Returns:
             The derivation of the width; None if the width was given.
         """
         if self._window.derive is None:
             return None
-        derived = self._window.derive(figures)
+        derived = self._window.derive(engine)
         logger.info("%s", derived)
         self._control = WindowControl(int(derived.value), self._window.bounds)
         return str(derived)

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Usage
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.delivery.assembly import assemble
-from batch_orchestration.engines.openai_server import OpenAIServerEngine
-from batch_orchestration.engines.reading import AnswerLimits
+from batch_orchestration.engines.openai_server import OpenAIServerEngine, ServerOptions
 from batch_orchestration.files import journal_records as records
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.inference.faults.retries import RetryPolicy
@@ -44,10 +43,13 @@ def run_against(bench: ClosingBench, answer: Answer, *, requests: int, run_id: s
     """Run a batch against a server that answers so; return its plan."""
     plan = bench.admit_now(requests)
     with raw_server(answer) as url:
-        limits = AnswerLimits(one_bytes=2**20, all_bytes=2**21)
-        engine = OpenAIServerEngine(
-            url, timeout_seconds=20.0, lost_after_seconds=5.0, limits=limits
+        options = ServerOptions(
+            timeout_seconds=20.0,
+            lost_after_seconds=5.0,
+            answer_bytes=2**20,
+            all_answers_bytes=2**21,
         )
+        engine = OpenAIServerEngine(url, options=options)
         retry = RetryPolicy(max_attempts=2, base_delay_seconds=0.0, max_retry_after_seconds=0.0)
         bench.run(plan, engine, run_id=run_id, retry=retry)
     return plan

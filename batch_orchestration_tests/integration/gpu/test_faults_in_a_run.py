@@ -13,6 +13,7 @@ import pytest
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.defs.resources import GpuResource
 from batch_orchestration.defs.runs import UNFIT_TAG
+from batch_orchestration.engines.openai_server import ServerOptions
 from batch_orchestration.engines.processes.records import is_running, read_record
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.files.journal import read_journal
@@ -83,7 +84,7 @@ def deployment(tmp_path, monkeypatch, gpu):
             log_path=log_path,
             control_path=settings.data_dir / "simulated.json",
             before_start=lambda: require_healthy_gpu(settings),
-            connections=settings.in_flight,
+            options=ServerOptions(connections=settings.in_flight),
         )
         gpu.at_work = lambda: engine.has
         return engine

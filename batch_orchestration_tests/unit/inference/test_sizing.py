@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from batch_orchestration.core.batches import settings_hash
+from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.estimates.costs import Costs
 from batch_orchestration.estimates.derivation import request_tokens
 from batch_orchestration.estimates.engine import engine_in_force
@@ -32,6 +33,10 @@ def make_estimate(requests: int = 100, prompt: float = 400, completion: float = 
         basis=Basis.TOKENIZER,
         seconds=None,
     )
+
+
+def started(kv_cache_tokens: int | None = None) -> EngineInfo:
+    return EngineInfo(kind="vllm", version="1", models=("m",), kv_cache_tokens=kv_cache_tokens)
 
 
 def make_facts(kv_cache_tokens: int) -> CachedEngineInfo:
@@ -151,15 +156,15 @@ def test_a_remote_or_simulated_engine_is_given_no_flags(site):
     remote = site.size(engine="remote", base_url="http://127.0.0.1:1", model="")
 
     assert (remote.flags, remote.derived) == ({}, ())
-    assert remote.window({}).value == 256
-    assert remote.window({"kv_cache_tokens": 100_000}).value == 216
+    assert remote.window(started()).value == 256
+    assert remote.window(started(100_000)).value == 216
 
 
 def test_a_window_that_is_set_is_fixed(site):
     sizing = site.size(device="cpu", in_flight=17)
 
     assert sizing.bounds is None
-    assert str(sizing.window({"kv_cache_tokens": 10**6})) == "window 17 = as set by BATCH_IN_FLIGHT"
+    assert str(sizing.window(started(10**6))) == "window 17 = as set by BATCH_IN_FLIGHT"
     assert site.size(device="cpu").bounds is not None
 
 
