@@ -77,7 +77,7 @@ logger = logging.getLogger(__name__)
 MAX_ADMISSION_FAILURES = 5
 _REASON_LENGTH = 300
 #: Faults that an admission result holds for logs and the UI; the errors file lists all.
-_FAULTS_IN_VERDICT = 20
+_FAULTS_IN_RESULT = 20
 _BLOCK_BYTES = 2**20
 _decode_fault = msgspec.json.Decoder(Fault).decode
 
@@ -108,7 +108,7 @@ def admit(
     """
     place = ClaimFolder(folder, claim.claim_id)
     with shortages(place.root), place.lock():
-        result = place.settled_verdict()
+        result = place.settled_result()
         if result is None:
             result = _Admission(place, folder, store, settings, clock).settle()
         else:
@@ -320,7 +320,7 @@ class _Admission:
         )
 
     def _reject(self, user_file: Path, reason: str, reading: BatchFileReading | None) -> Rejected:
-        first = itertools.islice(self._faults(), _FAULTS_IN_VERDICT)
+        first = itertools.islice(self._faults(), _FAULTS_IN_RESULT)
         faults = tuple(fault.lean() for fault in first)
         return self._place.set_aside(
             user_file,

@@ -41,7 +41,7 @@ from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.queue.capacity import Blocker, Demand
 from batch_orchestration.queue.entries import WaitReason
 
-SomeVerdict = TypeVar("SomeVerdict", bound=AdmissionResult)
+SomeResult = TypeVar("SomeResult", bound=AdmissionResult)
 
 
 class Attempts(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,7 +159,7 @@ class ClaimFolder:
         """Return the result that was decided; it may not have been carried out yet."""
         return read_result(self.result_path)
 
-    def settled_verdict(self) -> AdmissionResult | None:
+    def settled_result(self) -> AdmissionResult | None:
         """Return the result that was decided and carried out."""
         return read_result(self._settled_path)
 
@@ -195,20 +195,20 @@ class ClaimFolder:
         sync_folder(self.work)
 
     def set_aside(
-        self, user_file: Path, folder: Path, verdict_at: Callable[[Path], SomeVerdict]
-    ) -> SomeVerdict:
+        self, user_file: Path, folder: Path, result_at: Callable[[Path], SomeResult]
+    ) -> SomeResult:
         """Move the author's file into a folder, never over another file, and return the result.
 
         Args:
             folder: Created if missing.
-            verdict_at: Returns the result for a target path; it is recorded before the move.
+            result_at: Returns the result for a target path; it is recorded before the move.
         """
         make_folder(folder)
         targets = (folder / name for name in numbered_names(user_file.name))
         for target in targets:
             if is_taken(target, by_other_than=user_file):
                 continue
-            result = verdict_at(target)
+            result = result_at(target)
             self.decide(result)
             if move_if_free(user_file, target):
                 sync_folder(folder)
@@ -274,7 +274,7 @@ def find_claim(folder: DataFolder, claim_id: str) -> Claim:
     place = ClaimFolder(folder, claim_id)
     if (path := place.user_file()) is not None:
         return claimed(place, path)
-    if (result := place.result() or place.settled_verdict()) is None:
+    if (result := place.result() or place.settled_result()) is None:
         raise ClaimNotFound(f"no claim {claim_id!r} in {folder.claims}")
     return Claim(
         claim_id=claim_id,

@@ -102,7 +102,7 @@ def look_again(folder: DataFolder, settings: Settings, *, now: float) -> Refusal
         return refusal
     if not _somebody_waits(folder):
         return refusal
-    said = asyncio.run(_knock(refusal, settings))
+    said = asyncio.run(_probe(refusal, settings))
     seen = msgspec.structs.replace(refusal, looked_at=now, looks=refusal.looks + 1)
     if said is None:
         seen = msgspec.structs.replace(seen, let_in_at=now)
@@ -130,7 +130,7 @@ class _Said(msgspec.Struct, frozen=True):
     message: str
 
 
-async def _knock(refusal: Refusal, settings: Settings) -> _Said | None:
+async def _probe(refusal: Refusal, settings: Settings) -> _Said | None:
     """Repeat the refused request as cheaply as possible; return the refusal, None if accepted."""
     # The CLI describes refusals without loading aiohttp.
     from batch_orchestration.engines.openai_server import OpenAIServerEngine, ServerOptions

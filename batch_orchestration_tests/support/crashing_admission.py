@@ -99,7 +99,7 @@ def report(bench: InboxBench, number: int, content: bytes) -> None:
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix != ".lock")
     plans = [bench.folder.read_plan(batch_id) for batch_id in bench.folder.batch_ids()]
     settled = (bench.folder.claims / ".settled").glob("*.json")
-    verdicts = [ClaimFolder(bench.folder, path.stem).settled_verdict() for path in settled]
+    verdicts = [ClaimFolder(bench.folder, path.stem).settled_result() for path in settled]
     found = {
         "number": number,
         "copies": [str(p.relative_to(root)) for p in files if p.read_bytes() == content],

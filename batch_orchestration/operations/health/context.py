@@ -42,9 +42,9 @@ class CheckContext:
 Check = Callable[[CheckContext], Iterable[Finding]]
 
 
-def is_alive(last_heartbeat: LastHeartbeat, look: CheckContext) -> bool:
+def is_alive(last_heartbeat: LastHeartbeat, context: CheckContext) -> bool:
     """Whether a run shows heartbeats, whatever its progress."""
-    silent = look.now - last_heartbeat.at > look.settings.silent_seconds
+    silent = context.now - last_heartbeat.at > context.settings.silent_seconds
     return not silent and (
         last_heartbeat.heartbeat is None or is_running(worker_of(last_heartbeat.heartbeat))
     )

@@ -17,7 +17,6 @@ from batch_orchestration.admission.results import AdmissionResult
 from batch_orchestration.core.batches import BatchPlan, Origin, can_be_id
 from batch_orchestration.core.dead_letters import Replay
 from batch_orchestration.core.errors import BatchNotFound, BatchOrchestrationError, FileDamaged
-from batch_orchestration.core.lifecycle import EarlyEnd, Halt, Resumption
 from batch_orchestration.engines.access import Refusal
 from batch_orchestration.engines.memory_level_file import Descent
 from batch_orchestration.engines.processes.records import ProcessRecord
@@ -90,61 +89,66 @@ def _of_deployment(folder: DataFolder) -> Iterator[Damage]:
     for paths, kind in kinds:
         for path in sorted(paths):
             next_command = f"{CLI} resume" if path == folder.paused else _replaced(path)
-            yield from _unreadable(path, kind, next_command)
+            yield from _unreadable(StateFile(path, kind), next_command)
 
 
 def _of_index(folder: DataFolder) -> Iterator[Damage]:
     path = folder.unfinished
     if os.path.lexists(path) and not path.is_dir():
-        reason = f"{path} is no folder: each tick looks at everything on the disk"
+        reason = f"{path} is not a folder: each tick reads all batches"
         yield Damage(path=path, reason=reason, next_command=_replaced(path))
 
 
 def _of_claims(folder: DataFolder) -> Iterator[Damage]:
     for path in _folders(folder.claims):
         place = ClaimFolder(folder, path.name)
-        way_out = f"mend or remove it, or take the file back: mv {quote(str(path))}/*.jsonl* inbox/"
-        for file, kind in (
+        way_out = (
+            f"repair or remove it, or take the file back: mv {quote(str(path))}/*.jsonl* inbox/"
+        )
+        kinds: tuple[tuple[Path, Any], ...] = (
             (place.origin_path, Origin),
             (place.result_path, AdmissionResult),
             (place.attempts_path, Attempts),
-        ):
-            yield from _unreadable(file, kind, way_out, path.name)
+        )
+        for file, kind in kinds:
+            yield from _unreadable(StateFile(file, kind), way_out, path.name)
 
 
 def _of_replays(folder: DataFolder) -> Iterator[Damage]:
     for path in open_files(folder):
         batch_id = path.parent.parent.name
-        yield from _unreadable(path, Replay, _replaced(path), batch_id)
+        yield from _unreadable(StateFile(path, Replay), _replaced(path), batch_id)
 
 
 def _of_batch(folder: DataFolder, batch_id: str) -> Iterator[Damage]:
-    decide = f"restore it from a backup, or decide anew: {CLI} cancel {batch_id}"
+    decide = f"restore it from a backup, or decide again: {CLI} cancel {batch_id}"
     home = folder.plan_path(batch_id).parent
     plan: list[BatchPlan] = []
-    yield from _look(
+    yield from _check(
         folder.plan_path(batch_id),
         lambda: plan.append(folder.read_plan(batch_id)),
         _lost(batch_id),
         batch_id,
     )
-    yield from _unreadable(folder.early_end(batch_id).path, EarlyEnd, decide, batch_id)
-    yield from _unreadable(folder.resumption(batch_id).path, Resumption, decide, batch_id)
-    go_on = f"{CLI} resume {batch_id}"
-    yield from _unreadable(folder.halt(batch_id).path, Halt, go_on, batch_id)
     progress = folder.progress_path(batch_id)
-    yield from _unreadable(progress, Progress, _replaced(progress), batch_id)
+    for file, next_command in (
+        (folder.early_end(batch_id), decide),
+        (folder.resumption(batch_id), decide),
+        (folder.halt(batch_id), f"{CLI} resume {batch_id}"),
+        (StateFile(progress, Progress), _replaced(progress)),
+    ):
+        yield from _unreadable(file, next_command, batch_id)
     if plan:
         end = f"{CLI} cancel {batch_id}"
         path = folder.input_path(batch_id)
-        yield from _look(path, lambda: _check_input(plan[0], folder), end, batch_id)
+        yield from _check(path, lambda: _check_input(plan[0], folder), end, batch_id)
     for path in (home, folder.journal_path(batch_id, 0).parent, folder.outbox_path(batch_id)):
         if os.path.lexists(path) and not path.is_dir():
-            reason = f"{path} is no folder"
+            reason = f"{path} is not a folder"
             yield Damage(path=path, reason=reason, next_command=_replaced(path), member=batch_id)
     for path in folder.journal_path(batch_id, 0).parent.glob("*.journal"):
         if not stat.S_ISREG(path.lstat().st_mode):
-            reason = f"{path} is no regular file"
+            reason = f"{path} is not a regular file"
             yield Damage(path=path, reason=reason, next_command=_replaced(path), member=batch_id)
 
 
@@ -152,7 +156,7 @@ def _check_input(plan: BatchPlan, folder: DataFolder) -> None:
     check_input_size(plan, folder)
     path = folder.input_path(plan.batch_id)
     if not path.is_file():
-        raise FileDamaged(path, "is no regular file")
+        raise FileDamaged(path, "is not a regular file")
 
 
 def _foreign(folder: DataFolder) -> Iterator[Damage]:
@@ -160,7 +164,7 @@ def _foreign(folder: DataFolder) -> Iterator[Damage]:
     for path in _folders(folder.batches):
         reason = None
         if not can_be_id(path.name):
-            reason = f"{path} cannot be one of ours, by its name"
+            reason = f"{path} is not a batch: no batch has such a name"
         elif not os.path.lexists(path / "plan.json"):
             reason = f"{path} has no plan.json"
         if reason is not None:
@@ -178,12 +182,12 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _unreadable(
-    path: Path, kind: Any, next_command: str, member: str | None = None
+    file: StateFile[Any], next_command: str, member: str | None = None
 ) -> Iterator[Damage]:
-    yield from _look(path, lambda: StateFile(path, kind).read(), next_command, member)
+    yield from _check(file.path, file.read, next_command, member)
 
 
-def _look(path: Path, read: Any, next_command: str, member: str | None = None) -> Iterator[Damage]:
+def _check(path: Path, read: Any, next_command: str, member: str | None = None) -> Iterator[Damage]:
     try:
         read()
     except BatchNotFound:

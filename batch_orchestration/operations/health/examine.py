@@ -52,14 +52,14 @@ def examine_health(
         checks: By name.
         seconds: For all of them together.
     """
-    look = CheckContext(
+    context = CheckContext(
         settings=settings,
         folder=folder,
         store=Store(folder.duckdb, deadline_seconds=STORE_SECONDS),
         now=now,
         previous=_previous(folder, now),
     )
-    calls = {name: _call(name, check, look) for name, check in checks.items()}
+    calls = {name: _call(name, check, context) for name, check in checks.items()}
     until = time.monotonic() + seconds
     findings: list[Finding] = []
     for name, call in calls.items():
@@ -67,8 +67,8 @@ def examine_health(
         findings += _findings(name, call)
     return HealthReport(
         at=now,
-        findings=dated(findings, previous=look.previous, now=now),
-        standstill=_standstill(look),
+        findings=dated(findings, previous=context.previous, now=now),
+        standstill=_standstill(context),
     )
 
 
@@ -78,12 +78,12 @@ _calls: dict[tuple[Path, str], _Call] = {}
 _calling = threading.Lock()
 
 
-def _call(name: str, check: Check, look: CheckContext) -> _Call:
+def _call(name: str, check: Check, context: CheckContext) -> _Call:
     """Start a check; if its previous call still hangs, return that one instead."""
-    key = (look.folder.root, name)
+    key = (context.folder.root, name)
     with _calling:
         if key not in _calls or _calls[key].returned():
-            _calls[key] = BackgroundCall(f"health:{name}", lambda: tuple(check(look)))
+            _calls[key] = BackgroundCall(f"health:{name}", lambda: tuple(check(context)))
         return _calls[key]
 
 
@@ -106,8 +106,8 @@ def _previous(folder: DataFolder, now: float) -> HealthReport | None:
     return None
 
 
-def _standstill(look: CheckContext) -> Standstill | None:
+def _standstill(context: CheckContext) -> Standstill | None:
     try:
-        return standstill(look)
+        return standstill(context)
     except (StorageError, OSError):  # the checks report it
         return None

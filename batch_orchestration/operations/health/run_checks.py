@@ -42,49 +42,49 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirec
 _NO_SUCH_PAGE = (404, 405)
 
 
-def workers(look: CheckContext) -> Iterator[Finding]:
+def workers(context: CheckContext) -> Iterator[Finding]:
     """Check each run by its heartbeat: gone, silent, stuck, or only slow."""
-    pulses = read_last_heartbeats(look.folder)
-    for run_id, last_heartbeat in pulses.items():
-        yield _judged(run_id, last_heartbeat, look)
-    if pulses:
+    last_heartbeats = read_last_heartbeats(context.folder)
+    for run_id, last_heartbeat in last_heartbeats.items():
+        yield _judged(run_id, last_heartbeat, context)
+    if last_heartbeats:
         return
-    if (busy := _batch_at_work(look)) is not None:
-        yield degraded("workers", f"{busy} is at work, and no run shows a heartbeat", STATUS)
+    if (busy := _batch_at_work(context)) is not None:
+        yield degraded("workers", f"{busy} is being run, and no run shows a heartbeat", STATUS)
     else:
-        yield healthy("workers", "no run is at work")
+        yield healthy("workers", "no run is in progress")
 
 
-def _batch_at_work(look: CheckContext) -> str | None:
+def _batch_at_work(context: CheckContext) -> str | None:
     """Return a batch with fresh progress of a live run; the run's heartbeat outlives that."""
-    view = read_queue(look.folder)
+    view = read_queue(context.folder)
     for entry in view.entries if view else ():
         if entry.batch_id is not None:
-            progress = read_progress(look.folder.progress_path(entry.batch_id))
-            if progress is not None and progress.is_of_a_live_run(look.now):
+            progress = read_progress(context.folder.progress_path(entry.batch_id))
+            if progress is not None and progress.is_of_a_live_run(context.now):
                 return entry.batch_id
     return None
 
 
-def _judged(run_id: str, last_heartbeat: LastHeartbeat, look: CheckContext) -> Finding:
-    check, page = f"worker:{run_id}", run_link(look.settings, run_id)
-    beat, silent = last_heartbeat.heartbeat, look.now - last_heartbeat.at
+def _judged(run_id: str, last_heartbeat: LastHeartbeat, context: CheckContext) -> Finding:
+    check, page = f"worker:{run_id}", run_link(context.settings, run_id)
+    beat, silent = last_heartbeat.heartbeat, context.now - last_heartbeat.at
     if beat is not None and not is_running(worker_of(beat)):
         level = Level.DEGRADED if silent <= NOTICED_SECONDS else Level.UNHEALTHY
-        reason = f"its process {beat.pid} is gone; Dagster ends the run and starts it again"
+        reason = f"its process {beat.pid} is gone; Dagster ends the run and starts another"
         return Finding(check=check, level=level, reason=reason, next_command=page)
     judgement = judge_worker(
         last_heartbeat,
-        _quiet(last_heartbeat, look.now),
-        silent_seconds=look.settings.silent_seconds,
+        _quiet(last_heartbeat, context.now),
+        silent_seconds=context.settings.silent_seconds,
     )
     told = last_heartbeat.told
     if judgement.condition is not WorkerState.ALIVE:
         return unhealthy(check, f"{judgement.condition}: {judgement.reason}", page)
     if told is None:
         return degraded(check, judgement.reason, page)
-    of = f" of {told.batch_id}" if told.batch_id else ""
-    return healthy(check, f"{told.job}{of}: {judgement.reason}")
+    batch = f" of {told.batch_id}" if told.batch_id else ""
+    return healthy(check, f"{told.job}{batch}: {judgement.reason}")
 
 
 def _quiet(last_heartbeat: LastHeartbeat, now: float) -> IdleTimes:
@@ -96,56 +96,54 @@ def _quiet(last_heartbeat: LastHeartbeat, now: float) -> IdleTimes:
     )
 
 
-def engine(look: CheckContext) -> Iterator[Finding]:
+def engine(context: CheckContext) -> Iterator[Finding]:
     """Check that engines answer: our own by their runs' heartbeats, a remote one by a request."""
-    if look.settings.engine is EngineKind.REMOTE:
-        yield _remote(look.settings)
-    pulses = read_last_heartbeats(look.folder).values()
+    if context.settings.engine is EngineKind.REMOTE:
+        yield _remote(context.settings)
+    last_heartbeats = read_last_heartbeats(context.folder).values()
     beats = [
         last_heartbeat.told
-        for last_heartbeat in pulses
-        if last_heartbeat.told is not None and is_alive(last_heartbeat, look)
+        for last_heartbeat in last_heartbeats
+        if last_heartbeat.told is not None and is_alive(last_heartbeat, context)
     ]
-    limit = look.settings.alert_engine_restarts
+    limit = context.settings.alert_engine_restarts
     for beat in beats:
         check = f"engine:{beat.run_id}"
-        if (restarts := _restarts(beat, look)) > limit:
+        if (restarts := _restarts(beat, context)) > limit:
             yield degraded(
                 check,
-                f"was started again {restarts} times by the runs of an hour, more than {limit}",
-                f"tail -n 50 {look.folder.logs}/engines/{beat.run_id}.log",
+                f"restarted {restarts} times within the last hour, more than {limit}",
+                f"tail -n 50 {context.folder.logs}/engines/{beat.run_id}.log",
             )
-        elif beat.in_flight and _is_stuck(beat, look.now):
-            idle = duration(look.now - beat.progress_at)
+        elif beat.in_flight and context.now - beat.progress_at > beat.patience_seconds:
+            idle = duration(context.now - beat.progress_at)
             yield unhealthy(
                 check,
-                f"has given no sign for {idle}; {_figures(beat)}",
-                f"tail -n 50 {look.folder.logs}/engines/{beat.run_id}.log",
+                f"no sign of progress for {idle}; {_load(beat)}",
+                f"tail -n 50 {context.folder.logs}/engines/{beat.run_id}.log",
             )
         elif beat.window or beat.engine is not None:
-            yield healthy(check, _figures(beat))
-    if not beats and look.settings.engine is not EngineKind.REMOTE:
-        yield healthy("engine", "no run needs one now")
-    elif look.settings.engine is not EngineKind.REMOTE:
-        yield healthy("engine", "its runs say how it is")
+            yield healthy(check, _load(beat))
+    if context.settings.engine is not EngineKind.REMOTE:
+        yield healthy("engine", "checked for each run" if beats else "no run needs one")
 
 
-def _restarts(beat: Heartbeat, look: CheckContext) -> int:
+def _restarts(beat: Heartbeat, context: CheckContext) -> int:
     """Count recent restarts of the run and of its batch's runs: each may have had only a few."""
-    accounts = read_accounts(look.folder, beat.batch_id) if beat.batch_id else ()
+    accounts = read_accounts(context.folder, beat.batch_id) if beat.batch_id else ()
     before = sum(
         account.engine_restarts
         for account in accounts
-        if account.run_id != beat.run_id and look.now - account.updated_at < RESTARTS_SECONDS
+        if account.run_id != beat.run_id and context.now - account.updated_at < RESTARTS_SECONDS
     )
     return beat.restarts + int(before)
 
 
-def _figures(beat: Heartbeat) -> str:
+def _load(beat: Heartbeat) -> str:
     told = beat.engine
     parts = [f"{beat.in_flight} in flight of {beat.window}"]
     if told is not None and told.waiting is not None:
-        parts.append(f"{told.waiting} waiting in it")
+        parts.append(f"{told.waiting} waiting in the engine")
     if told is not None and told.kv_usage is not None:
         parts.append(f"KV cache {told.kv_usage:.0%}")
     return ", ".join(parts)
@@ -163,14 +161,14 @@ def _remote(settings: Settings) -> Finding:
         return unhealthy("engine", f"{address} does not answer: {error}", f"curl -i {address}")
     except ValueError:  # its message may contain the key
         return unhealthy("engine", f"{address}, or its key, cannot be used", f"curl -i {address}")
-    said = f"{address} answers {status}"
+    answer = f"{address} answers {status}"
     if status in (401, 403):
-        return unhealthy("engine", f"{said}: the key was refused", "set BATCH_API_KEY")
+        return unhealthy("engine", f"{answer}: the key was refused", "set BATCH_API_KEY")
     if status == 429:
-        return degraded("engine", f"{said}: it is asked too often", f"curl -i {address}")
+        return degraded("engine", f"{answer}: too many requests", f"curl -i {address}")
     if 200 <= status < 300:
-        return healthy("engine", said)
-    return unhealthy("engine", said, f"curl -i {address}")
+        return healthy("engine", answer)
+    return unhealthy("engine", answer, f"curl -i {address}")
 
 
 def _status(settings: Settings, address: str) -> int:
@@ -183,7 +181,3 @@ def _status(settings: Settings, address: str) -> int:
     except urllib.error.HTTPError as error:
         with error:
             return error.code
-
-
-def _is_stuck(beat: Heartbeat, now: float) -> bool:
-    return now - beat.progress_at > beat.patience_seconds

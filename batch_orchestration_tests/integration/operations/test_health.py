@@ -476,7 +476,7 @@ def test_the_sensor_writes_what_it_found_and_reports_only_what_is_new(tmp_path):
 
         told = verdicts(deployment.instance)
 
-    assert before.startswith("unhealthy: dagster: dispatch_sensor has never ended a tick")
+    assert before.startswith("unhealthy: dagster: dispatch_sensor has never completed a tick")
     assert after == ["healthy", "healthy"]
     assert found.level is Level.HEALTHY
     assert [verdict.passed for verdict in told] == [True, False]
