@@ -37,7 +37,9 @@ def table_of(rows: Iterable[object], *columns: str) -> dg.MetadataValue:
     records = [
         dg.TableRecord({name: _cell(getattr(row, name)) for name in columns}) for row in rows
     ]
-    return dg.MetadataValue.table(records)
+    # Dagster cannot infer the columns of a table without rows.
+    schema = None if records else dg.TableSchema(columns=[*map(dg.TableColumn, columns)])
+    return dg.MetadataValue.table(records, schema=schema)
 
 
 def _cell(value: object) -> str | int | float | bool:
