@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.core.batches import BatchPlan
-from batch_orchestration.delivery.finished_so_far import finished_so_far, read_finished
 from batch_orchestration.delivery.lines import output_line
+from batch_orchestration.delivery.snapshot import read_snapshot, take_snapshot
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.operations.recovery import recover
@@ -147,8 +147,8 @@ def close_out_cancelled(bench: ClosingBench, plan: BatchPlan) -> None:
 
 def read_results(bench: ClosingBench, plan: BatchPlan) -> None:
     """Read the lines of all results, as `results` does."""
-    finished = finished_so_far(plan.batch_id, folder=bench.folder, store=bench.store)
-    requests = read_finished(finished, folder=bench.folder, store=bench.store)
+    finished = take_snapshot(plan.batch_id, folder=bench.folder, store=bench.store)
+    requests = read_snapshot(finished, folder=bench.folder, store=bench.store)
     assert sum(len(output_line(plan.batch_id, one)) > 1 for one in requests) == plan.requests
 
 

@@ -18,7 +18,7 @@ from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.results import Admitted
 from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
-from batch_orchestration.delivery.assembly import AssemblyReport, assemble
+from batch_orchestration.delivery.assembly import Delivery, assemble
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.run import run_chunks
@@ -53,7 +53,7 @@ def main() -> None:
 
 def answer(
     file: Path, engine: VllmEngine, folder: DataFolder, *, served: str, cap: int
-) -> AssemblyReport:
+) -> Delivery:
     """Answer one file from inbox to outbox."""
     store = Store(folder.duckdb)
     submit(file, BatchOptions(), folder)
@@ -78,7 +78,7 @@ def answer(
     return assemble(batch.batch_id, folder=folder, store=store, clock=time.time)
 
 
-def print_row(file: Path, report: AssemblyReport) -> None:
+def print_row(file: Path, report: Delivery) -> None:
     """Print the counts, after making sure that they add up to the lines of the file."""
     totals = report.totals
     lines = sum(1 for line in file.read_bytes().split(b"\n") if line.strip())

@@ -13,12 +13,8 @@ from batch_orchestration.cli.context import Context, json_option, open_context, 
 from batch_orchestration.cli.escaping import escaped, say
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.delivery.exports import TableFormat, write_table
-from batch_orchestration.delivery.finished_so_far import (
-    FinishedSoFar,
-    finished_so_far,
-    read_finished,
-)
 from batch_orchestration.delivery.lines import flat_outcome, output_line
+from batch_orchestration.delivery.snapshot import Snapshot, read_snapshot, take_snapshot
 from batch_orchestration.files.atomic import atomic_writer
 
 _EARLY = frozenset({BatchStatus.CANCELLED, BatchStatus.EXPIRED})
@@ -74,68 +70,68 @@ def results(
     if kind is Format.PARQUET and output is None and sys.stdout.isatty():
         raise click.UsageError("parquet is not for terminals: give --output FILE")
     context = open_context()
-    finished = finished_so_far(batch_id, folder=context.folder, store=context.store)
-    if finished.partial and not partial:
+    snapshot = take_snapshot(batch_id, folder=context.folder, store=context.store)
+    if snapshot.partial and not partial:
         raise click.ClickException(
-            f"{batch_id} is {finished.status}: {_so_far(finished)} requests have an outcome;"
+            f"{batch_id} is {snapshot.status}: {_so_far(snapshot)} requests have an outcome;"
             " --partial gives these"
         )
-    if finished.partial:
-        say(f"partial: {_so_far(finished)} requests of {batch_id}", err=True)
-    elif finished.status in _EARLY:
+    if snapshot.partial:
+        say(f"partial: {_so_far(snapshot)} requests of {batch_id}", err=True)
+    elif snapshot.status in _EARLY:
         say(
-            f"{batch_id} is {finished.status}: what was not answered has the code"
-            f" batch_{finished.status}",
+            f"{batch_id} is {snapshot.status}: what was not answered has the code"
+            f" batch_{snapshot.status}",
             err=True,
         )
-    _write(finished, kind, output, context, raw=raw_cells)
+    _write(snapshot, kind, output, context, raw=raw_cells)
     if as_json:
-        print_json({**_summary(finished), "format": str(kind), "output": str(output)})
+        print_json({**_summary(snapshot), "format": str(kind), "output": str(output)})
 
 
-def _so_far(finished: FinishedSoFar) -> str:
-    share = 100 * finished.done / finished.total if finished.total else 100.0
-    return f"{finished.done:,} of {finished.total:,} ({share:.1f} %)"
+def _so_far(snapshot: Snapshot) -> str:
+    share = 100 * snapshot.done / snapshot.total if snapshot.total else 100.0
+    return f"{snapshot.done:,} of {snapshot.total:,} ({share:.1f} %)"
 
 
-def _summary(finished: FinishedSoFar) -> dict[str, str | int | bool]:
+def _summary(snapshot: Snapshot) -> dict[str, str | int | bool]:
     return {
-        "batch_id": finished.plan.batch_id,
-        "status": str(finished.status),
-        "partial": finished.partial,
-        "done": finished.done,
-        "total": finished.total,
+        "batch_id": snapshot.plan.batch_id,
+        "status": str(snapshot.status),
+        "partial": snapshot.partial,
+        "done": snapshot.done,
+        "total": snapshot.total,
     }
 
 
 def _write(
-    finished: FinishedSoFar, kind: Format, output: Path | None, context: Context, *, raw: bool
+    snapshot: Snapshot, kind: Format, output: Path | None, context: Context, *, raw: bool
 ) -> None:
     if kind is not Format.JSONL:
-        _write_table(finished, kind, output, context, raw=raw)
+        _write_table(snapshot, kind, output, context, raw=raw)
     elif output is None:
-        _write_lines(finished, sys.stdout.buffer, context)
+        _write_lines(snapshot, sys.stdout.buffer, context)
     else:
         with atomic_writer(output) as file:
-            _write_lines(finished, file, context)
+            _write_lines(snapshot, file, context)
 
 
-def _write_lines(finished: FinishedSoFar, file: BinaryIO, context: Context) -> None:
-    for request in read_finished(finished, folder=context.folder, store=context.store):
-        line = output_line(finished.plan.batch_id, request)
+def _write_lines(snapshot: Snapshot, file: BinaryIO, context: Context) -> None:
+    for request in read_snapshot(snapshot, folder=context.folder, store=context.store):
+        line = output_line(snapshot.plan.batch_id, request)
         # A file gets the bytes as they are; a terminal could take them for commands.
         file.write(escaped(line.decode(errors="replace")).encode() if file.isatty() else line)
     file.flush()
 
 
 def _write_table(
-    finished: FinishedSoFar, kind: Format, output: Path | None, context: Context, *, raw: bool
+    snapshot: Snapshot, kind: Format, output: Path | None, context: Context, *, raw: bool
 ) -> None:
-    metadata = {name: str(value) for name, value in _summary(finished).items()}
+    metadata = {name: str(value) for name, value in _summary(snapshot).items()}
     metadata["partial"] = metadata["partial"].lower()
     with tempfile.TemporaryDirectory(prefix="batch-results-") as folder:
         path = output or Path(folder) / "table"
-        requests = read_finished(finished, folder=context.folder, store=context.store)
+        requests = read_snapshot(snapshot, folder=context.folder, store=context.store)
         rows = map(flat_outcome, requests)
         write_table(rows, path, TableFormat(str(kind)), metadata=metadata, raw=raw)
         if output is None:

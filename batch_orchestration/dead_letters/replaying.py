@@ -18,7 +18,7 @@ from batch_orchestration.core.errors import JournalError, JournalInUse, PlanMism
 from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.requests import Fault, Request
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.delivery.assembly import AssemblyReport, assemble
+from batch_orchestration.delivery.assembly import Delivery, assemble
 from batch_orchestration.engines.base import Engine, EngineInfo
 from batch_orchestration.engines.memory_demand import memory_demand
 from batch_orchestration.files.data_folder import DataFolder
@@ -50,7 +50,7 @@ class ReplayReport:
     replay: Replay
     answered: int
     failed: int
-    assembly: AssemblyReport | None
+    assembly: Delivery | None
 
 
 def run_replay(
@@ -105,16 +105,14 @@ def run_replay(
 
 def _assemble_if_complete(
     plan: BatchPlan, folder: DataFolder, store: Store, clock: Callable[[], float], run_id: str
-) -> AssemblyReport | None:
+) -> Delivery | None:
     record = store.batch(plan.batch_id)
     if record.chunks_committed < record.chunks:
         return None
     return assemble(plan.batch_id, folder=folder, store=store, clock=clock, actor=run_id)
 
 
-def _report(
-    replay: Replay, operations: Operations, assembly: AssemblyReport | None
-) -> ReplayReport:
+def _report(replay: Replay, operations: Operations, assembly: Delivery | None) -> ReplayReport:
     kinds = [isinstance(entry.outcome, Completion) for entry in operations.outcomes(replay)]
     answered = sum(kinds)
     failed = len(kinds) - answered

@@ -26,7 +26,6 @@ from batch_orchestration.defs.events import (
     chunk_materialization,
     lost_materializations,
     output_metadata,
-    partial_output_metadata,
     progress_observation,
     sizes_metadata,
 )
@@ -49,7 +48,7 @@ from batch_orchestration.defs.runs import (
     retry_step,
     wait_for_the_gate,
 )
-from batch_orchestration.delivery.partial_files import PartialReport, deliver_what_is_there
+from batch_orchestration.delivery.assembly import deliver
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.inference.run import CommittedChunk, run_chunks
@@ -286,17 +285,14 @@ def batch_output(
         context.log_event(event)
     sample_taker(settings).take_in(batch_id)
     _report_lost(context, folder.read_plan(batch_id), store)
-    report = deliver_what_is_there(
-        batch_id,
-        folder=folder,
-        store=store,
-        clock=time.time,
-        actor=run_id,
-        on_partial=partial(mark_partial, context.instance, run_id),
-    )
-    if isinstance(report, PartialReport):
-        return dg.MaterializeResult(metadata=partial_output_metadata(report))
-    return dg.MaterializeResult(metadata=output_metadata(report))
+    record = store.batch(batch_id)
+    if record.chunks_committed < record.chunks:
+        mark_partial(context.instance, run_id)
+    delivery = deliver(batch_id, folder=folder, store=store, clock=time.time, actor=run_id)
+    if delivery.files.partial:
+        # Repeated for a batch that was resumed meanwhile.
+        mark_partial(context.instance, run_id)
+    return dg.MaterializeResult(metadata=output_metadata(delivery))
 
 
 def _report_lost(context: dg.AssetExecutionContext, plan: BatchPlan, store: Store) -> None:

@@ -91,7 +91,8 @@ def _failure_rate(counts: Recount, settings: Settings) -> dg.AssetCheckResult:
 
 def _recount(batch_id: str, settings: Settings) -> Recount:
     folder = data_folder(settings)
-    return recount(folder.read_plan(batch_id), OutboxFiles(folder.outbox_path(batch_id)))
+    files = OutboxFiles.present(folder.outbox_path(batch_id))
+    return recount(folder.read_plan(batch_id), files)
 
 
 def _metadata(counts: Recount) -> Metadata:

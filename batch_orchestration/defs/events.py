@@ -16,8 +16,7 @@ from batch_orchestration.defs.metadata import (
     metadata_of,
     table_of,
 )
-from batch_orchestration.delivery.assembly import AssemblyReport
-from batch_orchestration.delivery.partial_files import PartialReport
+from batch_orchestration.delivery.assembly import Delivery
 from batch_orchestration.estimates.estimate import Estimate, estimate_rows, window_warning
 from batch_orchestration.inference.run import CommittedChunk
 from batch_orchestration.queue.halts import what_helps
@@ -157,25 +156,28 @@ def halt_events(
     )
 
 
-def output_metadata(report: AssemblyReport) -> Metadata:
-    """Return the metadata of a delivered batch."""
-    totals, latencies = report.totals, report.latencies
+def output_metadata(delivery: Delivery) -> Metadata:
+    """Return the metadata of a batch's files, complete or partial."""
+    totals, latencies = delivery.totals, delivery.latencies
     metadata = metadata_of(
         totals,
         *("completed", "failed", "failure_rate", "prompt_tokens", "completion_tokens", "attempts"),
         *("requests_per_second", "output_tokens_per_second"),
-        partial=False,
+        partial=delivery.files.partial,
+        status=delivery.status,
+        done=totals.total,
+        total=delivery.total,
         wall_seconds=totals.run_seconds,
-        output_file=report.files.output,
-        error_file=report.files.errors,
-        report=dg.MetadataValue.md(report.text),
+        output_file=delivery.files.output,
+        error_file=delivery.files.errors,
+        report=dg.MetadataValue.md(delivery.text) if delivery.text else None,
         failures_by_code=counts_table(totals.failures_by_code),
-        batch_ended=report.early_end and str(report.early_end),
+        batch_ended=delivery.early_end and str(delivery.early_end),
         latency_p50_seconds=latencies and latencies.p50,
         latency_p99_seconds=latencies and latencies.p99,
     )
-    if report.kept is not None:
-        metadata |= _utilization(report.kept)
+    if delivery.utilization is not None:
+        metadata |= _utilization(delivery.utilization)
     return {ROW_COUNT: totals.total, **metadata}
 
 
@@ -194,19 +196,3 @@ def _utilization(found: Utilization) -> Metadata:
         narrow_window_seconds=found.narrow_seconds,
         output_tokens_per_second_while_full=found.full_tokens_per_second,
     )
-
-
-def partial_output_metadata(report: PartialReport) -> Metadata:
-    """Return the metadata of the partial files of an unfinished batch."""
-    totals = report.totals
-    metadata = metadata_of(
-        report,
-        *("total", "status"),
-        partial=True,
-        done=totals.total,
-        completed=totals.completed,
-        failed=totals.failed,
-        output_file=report.files.partial_output,
-        error_file=report.files.partial_errors,
-    )
-    return {ROW_COUNT: totals.total, **metadata}

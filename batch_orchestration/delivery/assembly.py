@@ -1,25 +1,26 @@
-"""Assembly: writes a batch's output and error files once every request has an outcome."""
+"""Delivery: writes a batch's output and error files, complete or with the outcomes so far."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import AccountingError, Shortage
 from batch_orchestration.core.lifecycle import EarlyEnd
-from batch_orchestration.core.results import BatchRecord, BatchTotals, SettledRequest
+from batch_orchestration.core.results import BatchRecord, BatchTotals
 from batch_orchestration.delivery.outbox import (
     OutboxFiles,
     each_once,
     make_writable,
+    remove_partial_files,
     unwritable,
-    write_lines,
+    write_files,
     write_report,
 )
+from batch_orchestration.delivery.snapshot import read_snapshot, take_snapshot
 from batch_orchestration.estimates.scoring import score_batch
-from batch_orchestration.files.atomic import atomic_writer, disk_errors
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import shared_lock
 from batch_orchestration.lifecycle.completion import begin_ending, finish_ending
@@ -35,22 +36,26 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AssemblyReport:
-    """The result of an assembly.
+class Delivery:
+    """The result of a delivery; the attributes after `total` belong to complete files only.
 
     Attributes:
+        status: Status of the batch after the delivery; partial files do not change it.
+        totals: Requests that were written.
+        total: Requests of the batch.
         text: Content of `report.md`.
         early_end: The batch's early end; None if it had none.
-        kept: Utilization of the batch's wall time; None if no run recorded a time breakdown.
+        utilization: Utilization of the batch's wall time; None if no run recorded a time breakdown.
         latencies: Of the batch's answers; None if it has none.
     """
 
-    batch_id: str
     files: OutboxFiles
+    status: BatchStatus
     totals: BatchTotals
-    text: str
+    total: int
+    text: str = ""
     early_end: EarlyEnd | None = None
-    kept: Utilization | None = None
+    utilization: Utilization | None = None
     latencies: Latencies | None = None
 
 
@@ -61,7 +66,7 @@ def assemble(
     store: Store,
     clock: Callable[[], float],
     actor: str = "assembly",
-) -> AssemblyReport:
+) -> Delivery:
     """Write a batch's output, errors and report, and set its status to `completed`.
 
     A batch that ends early becomes `cancelled` or `expired` instead; its unanswered requests must
@@ -82,14 +87,14 @@ def assemble(
     """
     plan = folder.read_plan(batch_id)
     files = OutboxFiles(folder.outbox_path(batch_id))
-    with holding(shared_lock(assembly_lock_path(batch_id, folder))):
+    with holding(shared_lock(delivery_lock_path(batch_id, folder))):
         Operations(folder, batch_id).apply_to(store)
         record = store.batch(batch_id)
         _require_all_committed(record)
         make_writable(files)
         ending = begin_ending(batch_id, folder=folder, store=store, at=clock(), actor=actor)
         try:
-            totals = _write_files(plan, store.settled(batch_id), files)
+            totals = write_files(batch_id, each_once(plan, store.settled(batch_id)), files)
             scored = score_batch(plan, totals, folder=folder, store=store, clock=clock)
             stats = gather_stats(plan, totals, folder=folder, store=store)
             text = batch_report(
@@ -102,24 +107,61 @@ def assemble(
             crash_point(CrashPoint.BEFORE_REPORT_RENAME)
             write_report(batch_id, text, files)
             crash_point(CrashPoint.AFTER_RENAMES)
-            _remove_partial_files(files)
+            remove_partial_files(files.folder)
         except Shortage as error:
             raise unwritable(files, str(error)) from error
         reason = f"{totals.completed:,} answered, {totals.failed:,} failed"
         finish_ending(ending, folder=folder, store=store, at=clock(), actor=actor, reason=reason)
     logger.info("%s: %s, in %s", batch_id, reason, files.folder)
-    return AssemblyReport(
-        batch_id=batch_id,
+    return Delivery(
         files=files,
+        status=ending.status,
         totals=totals,
+        total=plan.requests,
         text=text,
         early_end=ending.early_end,
-        kept=stats.utilization,
+        utilization=stats.utilization,
         latencies=stats.latencies,
     )
 
 
-def assembly_lock_path(batch_id: str, folder: DataFolder) -> Path:
+def deliver(
+    batch_id: str, *, folder: DataFolder, store: Store, clock: Callable[[], float], actor: str
+) -> Delivery:
+    """Assemble a batch if every chunk is committed; otherwise write partial files.
+
+    The partial files are `output.partial.jsonl` and `errors.partial.jsonl`. They affect neither the
+    batch's status nor a run in progress. `assemble` removes them, and waits while they are written.
+
+    Args:
+        actor: Run or person that delivers.
+
+    Raises:
+        BatchNotFound: There is no such batch.
+        OutboxUnwritable: No room or no permission.
+        AccountingError: See `assemble`.
+    """
+    with holding(shared_lock(delivery_lock_path(batch_id, folder))):
+        snapshot = take_snapshot(batch_id, folder=folder, store=store)
+        if not snapshot.all_committed:
+            files = OutboxFiles(folder.outbox_path(batch_id), partial=True)
+            make_writable(files)
+            settled = read_snapshot(snapshot, folder=folder, store=store)
+            try:
+                totals = write_files(batch_id, settled, files)
+            except Shortage as error:
+                raise unwritable(files, str(error)) from error
+            logger.info(
+                "%s: partial, %d of %d requests, in %s",
+                *(batch_id, totals.total, snapshot.total, files.folder),
+            )
+            return Delivery(
+                files=files, status=snapshot.status, totals=totals, total=snapshot.total
+            )
+    return assemble(batch_id, folder=folder, store=store, clock=clock, actor=actor)
+
+
+def delivery_lock_path(batch_id: str, folder: DataFolder) -> Path:
     """Return the path of the lock that serializes deliveries of a batch."""
     # Not in the outbox, which belongs to users.
     return folder.plan_path(batch_id).with_name("assembly.lock")
@@ -132,23 +174,3 @@ def _require_all_committed(record: BatchRecord) -> None:
             f"{record.chunks} chunks ({record.pending} requests) have no outcome yet; "
             "materialize the missing partitions of chunk_results first"
         )
-
-
-def _write_files(
-    plan: BatchPlan, settled: Iterable[SettledRequest], files: OutboxFiles
-) -> BatchTotals:
-    """Write both files; they replace earlier ones only if every request is in exactly one."""
-    totals = BatchTotals()
-    with atomic_writer(files.output) as output:
-        with atomic_writer(files.errors) as errors:
-            write_lines(plan.batch_id, each_once(plan, settled), output, errors, totals)
-            crash_point(CrashPoint.BEFORE_ERRORS_RENAME)
-        crash_point(CrashPoint.BEFORE_OUTPUT_RENAME)
-    return totals
-
-
-def _remove_partial_files(files: OutboxFiles) -> None:
-    """Remove the partial files that were written before the batch was finished."""
-    with disk_errors(files.folder):
-        files.partial_output.unlink(missing_ok=True)
-        files.partial_errors.unlink(missing_ok=True)

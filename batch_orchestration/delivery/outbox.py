@@ -1,56 +1,58 @@
-"""The outbox: the files that users receive, and the writing of requests to them line by line."""
+"""The outbox: the files that users receive, complete or partial, and the one writer of them."""
 
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import AccountingError, OutboxUnwritable
 from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.results import BatchTotals, SettledRequest
 from batch_orchestration.delivery.lines import output_line
-from batch_orchestration.files.atomic import make_folder, write_atomically
+from batch_orchestration.files.atomic import (
+    atomic_writer,
+    disk_errors,
+    make_folder,
+    write_atomically,
+)
 from batch_orchestration.reports.rendering import to_html
 from batch_orchestration.workers.reporter import report_progress
 
 
 @dataclass(frozen=True)
 class OutboxFiles:
-    """The files of a batch in its outbox folder, finished or not."""
+    """The files of a batch in its outbox folder.
+
+    Attributes:
+        partial: Whether they contain the outcomes so far, and the batch is not delivered.
+    """
 
     folder: Path
+    partial: bool = False
+
+    @classmethod
+    def present(cls, folder: Path) -> Self:
+        """Return the partial files if there are any, otherwise the complete ones."""
+        partial = cls(folder, partial=True)
+        return partial if partial.output.exists() or partial.errors.exists() else cls(folder)
 
     @property
     def output(self) -> Path:
         """One line per answered request."""
-        return self.folder / "output.jsonl"
+        return self._path("output")
 
     @property
     def errors(self) -> Path:
         """One line per failed request; empty if there is none."""
-        return self.folder / "errors.jsonl"
-
-    @property
-    def partial_output(self) -> Path:
-        """One line per request answered so far, while the batch is not delivered."""
-        return self.folder / "output.partial.jsonl"
-
-    @property
-    def partial_errors(self) -> Path:
-        """One line per request failed so far, while the batch is not delivered."""
-        return self.folder / "errors.partial.jsonl"
-
-    @property
-    def partial(self) -> bool:
-        """Whether partial files exist: the batch is then not delivered."""
-        return self.partial_output.exists() or self.partial_errors.exists()
+        return self._path("errors")
 
     @property
     def report(self) -> Path:
-        """The report as Markdown."""
+        """The report as Markdown; only complete files have one."""
         return self.folder / "report.md"
 
     @property
@@ -58,23 +60,31 @@ class OutboxFiles:
         """The report as a self-contained HTML page."""
         return self.folder / "report.html"
 
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}{'.partial' if self.partial else ''}.jsonl"
 
-def write_lines(
-    batch_id: str,
-    settled: Iterable[SettledRequest],
-    output: BinaryIO,
-    errors: BinaryIO,
-    totals: BatchTotals,
-) -> None:
-    """Write each request to one of the two files, durably, and count it in `totals`."""
-    for request in settled:
-        target = output if isinstance(request.outcome, Completion) else errors
-        target.write(output_line(batch_id, request))
-        totals.count(request)
-        report_progress()
-    # All steps that can fail come before the first of the two is renamed.
-    flush(output)
-    flush(errors)
+
+def write_files(
+    batch_id: str, settled: Iterable[SettledRequest], files: OutboxFiles
+) -> BatchTotals:
+    """Write each request to one of the two files, durably, and return the totals.
+
+    If `settled` raises, earlier files are left unchanged.
+    """
+    totals = BatchTotals()
+    with atomic_writer(files.output) as output:
+        with atomic_writer(files.errors) as errors:
+            for request in settled:
+                target = output if isinstance(request.outcome, Completion) else errors
+                target.write(output_line(batch_id, request))
+                totals.count(request)
+                report_progress()
+            # All steps that can fail come before the first of the two is renamed.
+            flush(output)
+            flush(errors)
+            crash_point(CrashPoint.BEFORE_ERRORS_RENAME)
+        crash_point(CrashPoint.BEFORE_OUTPUT_RENAME)
+    return totals
 
 
 def write_report(title: str, text: str, files: OutboxFiles) -> None:
@@ -82,6 +92,14 @@ def write_report(title: str, text: str, files: OutboxFiles) -> None:
     write_atomically(files.page, to_html(title, text).encode(errors="replace"))
     # Last, because its presence shows that all of the files are there.
     write_atomically(files.report, text.encode(errors="replace"))
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove the partial files of a batch whose complete files are in place."""
+    partial = OutboxFiles(folder, partial=True)
+    with disk_errors(folder):
+        partial.output.unlink(missing_ok=True)
+        partial.errors.unlink(missing_ok=True)
 
 
 def each_once(plan: BatchPlan, settled: Iterable[SettledRequest]) -> Iterator[SettledRequest]:
@@ -112,7 +130,7 @@ def flush(file: BinaryIO) -> None:
 
 
 def make_writable(files: OutboxFiles) -> None:
-    """Check that the outbox is writable before any work, and remove files of a killed assembly."""
+    """Check that the outbox is writable before any work, and remove files of a killed delivery."""
     probe = files.folder / ".probe"
     try:
         make_folder(files.folder)
@@ -120,15 +138,15 @@ def make_writable(files: OutboxFiles) -> None:
         probe.unlink()
     except OSError as error:
         raise unwritable(files, error.strerror or str(error)) from error
-    for left_over in files.folder.glob(".*.tmp"):
+    for stale in files.folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            left_over.unlink()
+            stale.unlink()
 
 
 def unwritable(files: OutboxFiles, reason: str) -> OutboxUnwritable:
     """Return an error whose message explains how to fix the cause."""
     return OutboxUnwritable(
         f"cannot write to {files.folder}: {reason}. All answers are safe in the store: "
-        f"make room or mend the permissions, then materialize batch_output for "
+        f"make room or correct the permissions, then materialize batch_output for "
         f"{files.folder.name} again"
     )

@@ -45,14 +45,13 @@ class Recount:
     failed: int
     unasked: int
     problem: str | None
+    partial: bool
 
     @property
     def failure_rate(self) -> float:
         """Share of failures among the requests whose turn came, 0 to 1."""
         asked = (self.done if self.partial else self.total) - self.unasked
         return (self.failed - self.unasked) / asked if asked else 0.0
-
-    partial: bool = False
 
     @property
     def done(self) -> int:
@@ -63,63 +62,37 @@ class Recount:
 def recount(plan: BatchPlan, files: OutboxFiles) -> Recount:
     """Check that each request of the plan, in order, is in exactly one of the two files.
 
-    If there are partial files, they are checked instead, and a request may be in neither of them.
-    Memory use does not grow with the files: both are in input order and read side by side.
+    In partial files a request may be in neither. Memory use does not grow with the files: both are
+    in input order and read side by side.
     """
-    if files.partial:
-        return _recount_partial(plan, files)
     with ExitStack() as stack:
         outputs, errors = _Lines(files.output, stack), _Lines(files.errors, stack)
-        problem = _problem(plan, outputs, errors)
+        problem = _problem(plan, outputs, errors, partial=files.partial)
         return Recount(
             total=plan.requests,
             completed=outputs.count(),
             failed=errors.count(),
             unasked=errors.unasked,
             problem=problem,
+            partial=files.partial,
         )
 
 
-def _problem(plan: BatchPlan, outputs: "_Lines", errors: "_Lines") -> str | None:
+def _problem(plan: BatchPlan, outputs: "_Lines", errors: "_Lines", *, partial: bool) -> str | None:
     for index in range(plan.requests):
         expected = output_line_id(plan.batch_id, index)
-        if not (outputs.take(expected) or errors.take(expected)):
+        places = outputs.take(expected) + errors.take(expected)
+        if places == 2:
+            return f"request {index} of {plan.batch_id} is in both files"
+        if places == 0 and not partial:
             return (
                 f"request {index} of {plan.batch_id} has no line where it belongs:"
                 f" {outputs} and {errors}"
             )
         report_progress()
     if outputs.rest or errors.rest:
-        return f"there are lines of no request: {outputs} and {errors}"
+        return f"a line is of no request, comes twice or out of order: {outputs} and {errors}"
     return None
-
-
-def _recount_partial(plan: BatchPlan, files: OutboxFiles) -> Recount:
-    with ExitStack() as stack:
-        outputs = _Lines(files.partial_output, stack)
-        errors = _Lines(files.partial_errors, stack)
-        for index in range(plan.requests):
-            expected = output_line_id(plan.batch_id, index)
-            if outputs.take(expected):
-                if errors.take(expected):
-                    return _counted(plan, outputs, errors, f"request {index} is in both files")
-            else:
-                errors.take(expected)
-        problem = None
-        if outputs.rest or errors.rest:
-            problem = f"a line is of no request, comes twice or out of order: {outputs}, {errors}"
-        return _counted(plan, outputs, errors, problem)
-
-
-def _counted(plan: BatchPlan, outputs: "_Lines", errors: "_Lines", problem: str | None) -> Recount:
-    return Recount(
-        total=plan.requests,
-        completed=outputs.count(),
-        failed=errors.count(),
-        unasked=0,
-        problem=problem,
-        partial=True,
-    )
 
 
 class _Lines:

@@ -272,7 +272,9 @@ def tokens_since(db: duckdb.DuckDBPyConnection, moment: datetime) -> dict[str, i
 
 
 def settled_rows(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> list[rows.Row]:
-    """Return the rows of a committed chunk in index order."""
+    """Return the rows of a chunk in index order; none unless it is committed now."""
+    if not chunk_reports(db, OF_CHUNK, [batch_id, number]):
+        return []
     found = [
         row
         for table, columns, where in (

@@ -257,7 +257,7 @@ class Store:
             yield from self.settled_in(batch_id, number)
 
     def settled_in(self, batch_id: str, number: int) -> Iterator[SettledRequest]:
-        """Yield the requests of one chunk, like `settled`; none if it was never committed."""
+        """Yield the requests of one chunk, like `settled`; none unless it is committed."""
         with self.reading() as db:
             found = commits.settled_rows(db, batch_id, number)
         for row in found:

@@ -11,9 +11,9 @@ from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import FileDamaged
 from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.delivery.assembly import assemble
-from batch_orchestration.delivery.finished_so_far import finished_so_far, read_finished
 from batch_orchestration.delivery.lines import output_line
 from batch_orchestration.delivery.outbox import OutboxFiles
+from batch_orchestration.delivery.snapshot import read_snapshot, take_snapshot
 from batch_orchestration.files import journal_reading as replay
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.lifecycle.close_out import commit_ended
@@ -56,8 +56,8 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
 def lines_of(bench: Workbench, plan: BatchPlan) -> list[bytes]:
     """What whoever asks now is given."""
     places = {"folder": bench.folder, "store": bench.store}
-    finished = finished_so_far(plan.batch_id, **places)
-    return [output_line(plan.batch_id, request) for request in read_finished(finished, **places)]
+    finished = take_snapshot(plan.batch_id, **places)
+    return [output_line(plan.batch_id, request) for request in read_snapshot(finished, **places)]
 
 
 def tables_of(bench: Workbench) -> dict[str, list[tuple]]:

@@ -11,7 +11,7 @@ import msgspec
 
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import EarlyEnd, Resumption
-from batch_orchestration.delivery.assembly import AssemblyReport, assemble
+from batch_orchestration.delivery.assembly import Delivery, assemble
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.journal import JournalState, replay_journal
 from batch_orchestration.inference.run import CommittedChunk
@@ -88,7 +88,7 @@ class ClosingBench(Workbench):
             commits = self.run(plan, engine, numbers=numbers)
         return commits, time.monotonic() - began[0]
 
-    def deliver(self, plan: BatchPlan, *, run_id: str = "deliver-1") -> AssemblyReport:
+    def deliver(self, plan: BatchPlan, *, run_id: str = "deliver-1") -> Delivery:
         """What the run of `batch_output` does."""
         for _ in fail_unanswered(
             plan.batch_id, folder=self.folder, store=self.store, run_id=run_id, clock=time.time
@@ -98,7 +98,7 @@ class ClosingBench(Workbench):
             plan.batch_id, folder=self.folder, store=self.store, clock=time.time, actor=run_id
         )
 
-    def finish(self, plan: BatchPlan, engine: Engine | None = None) -> AssemblyReport:
+    def finish(self, plan: BatchPlan, engine: Engine | None = None) -> Delivery:
         """Run what is pending, and deliver."""
         self.run(plan, engine or ScriptedEngine(), run_id="run-2")
         return self.deliver(plan)

@@ -9,7 +9,7 @@ from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.dead_letters.actions import RequestedReplay, discard, request_replay
 from batch_orchestration.dead_letters.replaying import ReplayReport, run_replay
-from batch_orchestration.delivery.assembly import AssemblyReport, assemble
+from batch_orchestration.delivery.assembly import Delivery, assemble
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.kept_input import ChunkRef, settled_requests
@@ -102,7 +102,7 @@ class LetterBench(Workbench):
         problem = find_problem(folder=self.folder, store=self.store) or "a test wants it"
         return recover(folder=self.folder, problem=problem, clock=lambda: NOW + 30)
 
-    def assemble(self) -> AssemblyReport:
+    def assemble(self) -> Delivery:
         """Write the output."""
         return assemble(self.batch_id, folder=self.folder, store=self.store, clock=lambda: NOW + 25)
 

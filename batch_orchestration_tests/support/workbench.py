@@ -23,7 +23,7 @@ from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.results import Admission, Admitted
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import EarlyEnd, Halt, Resumption
-from batch_orchestration.delivery.assembly import AssemblyReport, assemble
+from batch_orchestration.delivery.assembly import Delivery, assemble
 from batch_orchestration.dispatch.run_planning import Dispatch, KnownRun, dispatch
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.atomic import write_atomically
@@ -322,7 +322,7 @@ class Workbench:
             doubt=doubt,
         )
 
-    def deliver(self, plan: BatchPlan, *, run_id: str = "deliver-1") -> AssemblyReport:
+    def deliver(self, plan: BatchPlan, *, run_id: str = "deliver-1") -> Delivery:
         """Deliver a batch, as the run of `batch_output` does."""
         for _ in fail_unanswered(
             plan.batch_id, folder=self.folder, store=self.store, run_id=run_id, clock=time.time
@@ -332,7 +332,7 @@ class Workbench:
             plan.batch_id, folder=self.folder, store=self.store, clock=time.time, actor=run_id
         )
 
-    def finish(self, plan: BatchPlan, engine: Engine | None = None) -> AssemblyReport:
+    def finish(self, plan: BatchPlan, engine: Engine | None = None) -> Delivery:
         """Run what is pending, and deliver."""
         self.run(plan, engine or ScriptedEngine(), run_id="run-2")
         return self.deliver(plan)

@@ -19,7 +19,7 @@ import msgspec
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.core.fault_isolation import Faults
-from batch_orchestration.delivery.assembly import assembly_lock_path
+from batch_orchestration.delivery.assembly import delivery_lock_path
 from batch_orchestration.delivery.outbox import OutboxFiles
 from batch_orchestration.delivery.recount import recount
 from batch_orchestration.files.atomic import disk_errors, write_atomically
@@ -88,9 +88,10 @@ def clean_journals(cleanup: Cleanup, keep_seconds: float) -> Iterator[Removal]:
 
 
 def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: float) -> bool:
-    with holding(shared_lock(assembly_lock_path(batch_id, folder))):
+    with holding(shared_lock(delivery_lock_path(batch_id, folder))):
         if not folder.pruned_path(batch_id).exists():
-            counted = recount(folder.read_plan(batch_id), OutboxFiles(folder.outbox_path(batch_id)))
+            files = OutboxFiles.present(folder.outbox_path(batch_id))
+            counted = recount(folder.read_plan(batch_id), files)
             if counted.problem is not None or counted.partial:
                 logger.warning("the journals of %s stay: %s", batch_id, counted.problem)
                 return False

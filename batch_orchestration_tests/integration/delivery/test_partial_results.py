@@ -14,14 +14,17 @@ from batch_orchestration.admission.admission import admit
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.delivery.assembly import OutboxFiles, assemble
-from batch_orchestration.delivery.finished_so_far import finished_so_far, read_finished
+from batch_orchestration.core.lifecycle import UNASKED_CODES, EarlyEnd
+from batch_orchestration.delivery.assembly import assemble, deliver
 from batch_orchestration.delivery.lines import output_line
-from batch_orchestration.delivery.partial_files import PartialReport, deliver_what_is_there
+from batch_orchestration.delivery.outbox import OutboxFiles
 from batch_orchestration.delivery.recount import recount
+from batch_orchestration.delivery.snapshot import read_snapshot, take_snapshot
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
+from batch_orchestration.files.kept_input import ChunkRef
+from batch_orchestration.lifecycle.close_out import commit_ended
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import (
     NOW,
@@ -68,8 +71,8 @@ def half_done(bench):
 
 
 def now_finished(bench, plan):
-    finished = finished_so_far(plan.batch_id, folder=bench.folder, store=bench.store)
-    return finished, list(read_finished(finished, folder=bench.folder, store=bench.store))
+    finished = take_snapshot(plan.batch_id, folder=bench.folder, store=bench.store)
+    return finished, list(read_snapshot(finished, folder=bench.folder, store=bench.store))
 
 
 def final_lines(bench, plan):
@@ -92,14 +95,28 @@ def test_committed_rows_and_those_of_journals_come_in_input_order(bench):
 def test_what_is_recorded_after_the_look_is_left_for_the_next_one(bench):
     """Else the count that is told first would not be that of the rows that follow."""
     plan = half_done(bench)
-    finished = finished_so_far(plan.batch_id, folder=bench.folder, store=bench.store)
+    finished = take_snapshot(plan.batch_id, folder=bench.folder, store=bench.store)
     with journal(bench, plan, 1) as begun:
         begun.record_outcome(make_request(index=13), make_completion(), 2, NOW)
     commit(bench, plan, 2)
 
-    rows = list(read_finished(finished, folder=bench.folder, store=bench.store))
+    rows = list(read_snapshot(finished, folder=bench.folder, store=bench.store))
 
     assert len(rows) == finished.done == 13
+
+
+def test_a_chunk_that_a_resumption_takes_back_meanwhile_comes_from_its_journal(bench):
+    plan = half_done(bench)
+    early_end = EarlyEnd(status=BatchStatus.CANCELLED, at=NOW, actor="tester", reason="")
+    ref = ChunkRef.of(plan, 1, bench.folder)
+    commit_ended(ref, early_end, store=bench.store, run_id="r", at=NOW)
+    snapshot = take_snapshot(plan.batch_id, folder=bench.folder, store=bench.store)
+    codes = UNASKED_CODES.values()
+    bench.store.reopen_batch(plan.batch_id, codes, at=NOW, actor="tester", reason="")
+
+    rows = list(read_snapshot(snapshot, folder=bench.folder, store=bench.store))
+
+    assert [request.index for request in rows] == [*range(10), 11, 12, 17]
 
 
 def test_a_record_that_is_being_written_is_not_there_yet(bench):
@@ -228,8 +245,8 @@ def test_reading_all_the_time_does_not_keep_the_run_from_committing(bench, tmp_p
 # --- files in the outbox --------------------------------------------------------------------------
 
 
-def deliver(bench, plan):
-    return deliver_what_is_there(
+def deliver_now(bench, plan):
+    return deliver(
         plan.batch_id, folder=bench.folder, store=bench.store, clock=lambda: NOW + 9, actor="run-1"
     )
 
@@ -238,11 +255,11 @@ def test_an_unfinished_batch_leaves_partial_files_and_goes_on_as_it_was(bench):
     plan = half_done(bench)
     before = bench.store.batch(plan.batch_id)
 
-    report = deliver(bench, plan)
+    report = deliver_now(bench, plan)
 
-    assert isinstance(report, PartialReport)
+    assert report.files.partial
     assert (report.totals.completed, report.totals.failed, report.total) == (11, 2, 30)
-    assert not report.files.output.exists()
+    assert not OutboxFiles(report.files.folder).output.exists()
     assert bench.store.batch(plan.batch_id) == before
     counts = recount(plan, report.files)
     assert (counts.partial, counts.completed, counts.failed, counts.problem) == (True, 11, 2, None)
@@ -250,11 +267,11 @@ def test_an_unfinished_batch_leaves_partial_files_and_goes_on_as_it_was(bench):
 
 def test_the_delivery_removes_the_partial_files(bench):
     plan = half_done(bench)
-    deliver(bench, plan)
+    deliver_now(bench, plan)
     commit(bench, plan, 1)
     commit(bench, plan, 2)
 
-    deliver(bench, plan)
+    deliver_now(bench, plan)
 
     folder = bench.folder.outbox_path(plan.batch_id)
     names = sorted(path.name for path in folder.iterdir())
@@ -264,13 +281,13 @@ def test_the_delivery_removes_the_partial_files(bench):
 
 def test_a_later_partial_delivery_replaces_an_earlier_one(bench):
     plan = half_done(bench)
-    deliver(bench, plan)
+    deliver_now(bench, plan)
     commit(bench, plan, 2)
 
-    report = deliver(bench, plan)
+    report = deliver_now(bench, plan)
 
     assert report.totals.total == 23
-    assert len(report.files.partial_output.read_bytes().splitlines()) == 21
+    assert len(report.files.output.read_bytes().splitlines()) == 21
 
 
 # --- the command ----------------------------------------------------------------------------------

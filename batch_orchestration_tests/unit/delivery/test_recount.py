@@ -1,121 +1,84 @@
-"""Recount: the files in the outbox, held against the plan."""
+"""Recount: the files in the outbox, complete or partial, compared with the plan."""
+
+import re
 
 import pytest
 
-from batch_orchestration.delivery.assembly import OutboxFiles
 from batch_orchestration.delivery.lines import output_line
+from batch_orchestration.delivery.outbox import OutboxFiles
 from batch_orchestration.delivery.recount import recount
-from batch_orchestration_tests.support.builders import (
-    make_failure,
-    make_input,
-    make_plan,
-    make_settled,
-)
+from batch_orchestration_tests.support.builders import make_input, make_plan, make_settled
 
-REQUESTS = 6
-FAILED = {1, 4}
+PLAN = make_plan(make_input(6), requests_per_chunk=2)
+#: Indices in the output file and in the error file that add up to the plan.
+ANSWERED, FAILED = [0, 2, 3, 5], [1, 4]
 
 
-@pytest.fixture
-def plan():
-    return make_plan(make_input(REQUESTS), requests_per_chunk=2)
-
-
-@pytest.fixture
-def files(tmp_path, plan):
-    files = OutboxFiles(tmp_path)
-    write(files, plan, range(REQUESTS))
-    return files
-
-
-def write(files, plan, indices, *, failed=FAILED):
-    with files.output.open("wb") as output, files.errors.open("wb") as errors:
-        for index in indices:
-            settled = make_settled(index, make_failure() if index in failed else None)
-            (errors if index in failed else output).write(output_line(plan.batch_id, settled))
-
-
-def test_complete_files_add_up(plan, files):
-    counts = recount(plan, files)
-
-    assert (counts.total, counts.completed, counts.failed, counts.problem) == (6, 4, 2, None)
-
-
-@pytest.mark.parametrize("missing", [0, 1, 5])
-def test_a_missing_request_is_named(plan, files, missing):
-    write(files, plan, [index for index in range(REQUESTS) if index != missing])
-
-    counts = recount(plan, files)
-
-    assert f"request {missing} of {plan.batch_id} has no line" in counts.problem
-    assert counts.completed + counts.failed == REQUESTS - 1
-
-
-def test_a_request_in_both_files_is_found(plan, files):
-    with files.errors.open("ab") as errors:
-        errors.write(output_line(plan.batch_id, make_settled(5)))
-
-    assert "lines of no request" in recount(plan, files).problem
-
-
-def test_a_request_twice_in_one_file_is_found(plan, files):
-    write(files, plan, [0, 1, 2, 2, 3, 4, 5])
-
-    assert recount(plan, files).problem is not None
-
-
-def test_lines_out_of_order_are_found(plan, files):
-    write(files, plan, [2, 0, 1, 3, 4, 5])
-
-    assert recount(plan, files).problem is not None
-
-
-def test_a_torn_last_line_is_found(plan, files):
-    files.output.write_bytes(files.output.read_bytes()[:-200])
-
-    assert "unreadable" in recount(plan, files).problem
-
-
-# --- partial files --------------------------------------------------------------------------------
-
-
-def write_partial(files, plan, answered, failed):
-    for path, indices in ((files.partial_output, answered), (files.partial_errors, failed)):
-        lines = [output_line(plan.batch_id, make_settled(index)) for index in indices]
+def counted(tmp_path, answered, failed, *, partial):
+    files = OutboxFiles(tmp_path, partial=partial)
+    for path, indices in ((files.output, answered), (files.errors, failed)):
+        lines = [output_line(PLAN.batch_id, make_settled(index)) for index in indices]
         path.write_bytes(b"".join(lines))
-
-
-def test_partial_files_are_meant_where_there_are_any(plan, files):
-    write_partial(files, plan, [0, 3], [4])
-
-    counts = recount(plan, files)
-
-    assert (counts.total, counts.completed, counts.failed, counts.done) == (6, 2, 1, 3)
-    assert (counts.partial, counts.problem) == (True, None)
+    return recount(PLAN, OutboxFiles.present(tmp_path))
 
 
 @pytest.mark.parametrize(
+    ("answered", "failed", "partial"), [(ANSWERED, FAILED, False), ([0, 3], [4], True)]
+)
+def test_files_that_match_the_plan_have_no_problem(tmp_path, answered, failed, partial):
+    counts = counted(tmp_path, answered, failed, partial=partial)
+
+    assert (counts.problem, counts.partial, counts.total) == (None, partial, 6)
+    assert (counts.completed, counts.failed) == (len(answered), len(failed))
+
+
+@pytest.mark.parametrize(
+    ("answered", "failed", "problem"),
+    [
+        ([2, 3, 5], FAILED, "request 0 of .* has no line"),
+        (ANSWERED, [4], "request 1 of .* has no line"),
+        ([0, 2, 3], FAILED, "request 5 of .* has no line"),
+        ([2, 0, 3, 5], FAILED, "request 0 of .* has no line"),
+    ],
+)
+def test_a_missing_request_is_named_unless_the_files_are_partial(
+    tmp_path, answered, failed, problem
+):
+    counts = counted(tmp_path, answered, failed, partial=False)
+
+    assert re.search(problem, counts.problem)
+    assert (counts.completed, counts.failed) == (len(answered), len(failed))
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize(
     ("answered", "failed"),
     [
-        ([0, 3, 3], [4]),
-        ([3, 0], [4]),
-        ([0, 3], [3, 4]),
-        ([0, 7], [4]),
+        ([0, 2, 2, 3, 5], FAILED),
+        ([3, 0, 2, 5], FAILED),
+        (ANSWERED, [1, 3, 4]),
+        ([*ANSWERED, 7], FAILED),
     ],
     ids=["twice", "out of order", "in both", "of no request"],
 )
-def test_partial_files_with_a_line_too_much_are_found(plan, files, answered, failed):
-    write_partial(files, plan, answered, failed)
-
-    counts = recount(plan, files)
+def test_a_line_too_much_is_found(tmp_path, answered, failed, partial):
+    counts = counted(tmp_path, answered, failed, partial=partial)
 
     assert counts.problem
     assert (counts.completed, counts.failed) == (len(answered), len(failed))
 
 
-def test_a_missing_half_of_partial_files_is_a_problem(plan, files):
-    write_partial(files, plan, [0, 3], [4])
-    files.partial_errors.unlink()
+def test_a_torn_last_line_is_found(tmp_path):
+    counted(tmp_path, ANSWERED, FAILED, partial=False)
+    files = OutboxFiles(tmp_path)
+    files.output.write_bytes(files.output.read_bytes()[:-200])
+
+    assert "unreadable" in recount(PLAN, files).problem
+
+
+def test_partial_files_of_which_one_is_missing_cannot_be_counted(tmp_path):
+    counted(tmp_path, [0, 3], [4], partial=True)
+    OutboxFiles(tmp_path, partial=True).errors.unlink()
 
     with pytest.raises(FileNotFoundError):
-        recount(plan, files)
+        recount(PLAN, OutboxFiles.present(tmp_path))

@@ -1,4 +1,4 @@
-"""Partial results: the requests of a batch that have an outcome so far, in input order.
+"""Snapshots: the requests of a batch that have an outcome at one moment, in input order.
 
 Committed chunks come from the store, the others from their journals, which need no lock. A run in
 progress is not affected.
@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from batch_orchestration.core.batches import BatchPlan, BatchStatus, Chunk
+from batch_orchestration.core.batches import BatchPlan, BatchStatus
 from batch_orchestration.core.errors import BatchNotFound
 from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal, replay_journal
-from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.store.rows import as_stored
 from batch_orchestration.store.store import Store
 
@@ -23,7 +22,7 @@ PAUSE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinishedSoFar:
+class Snapshot:
     """The requests of a batch that had an outcome at one moment.
 
     Attributes:
@@ -54,7 +53,7 @@ class FinishedSoFar:
         return len(self.committed) == len(self.plan.chunks)
 
 
-def finished_so_far(batch_id: str, *, folder: DataFolder, store: Store) -> FinishedSoFar:
+def take_snapshot(batch_id: str, *, folder: DataFolder, store: Store) -> Snapshot:
     """Determine which requests of a batch have an outcome now.
 
     Raises:
@@ -71,14 +70,11 @@ def finished_so_far(batch_id: str, *, folder: DataFolder, store: Store) -> Finis
     done = sum(report.requests for report in committed.values())
     ends: dict[int, int] = {}
     for chunk in plan.chunks:
-        if chunk.number in committed:
-            continue
-        ref = ChunkRef.of(plan, chunk.number, folder)
-        if end := _size(ref):
-            state = replay_journal(ref.journal_path, batch_id, chunk.number, end=end)
-            done += len(state.settled)
-            ends[chunk.number] = end
-    return FinishedSoFar(
+        path = folder.journal_path(batch_id, chunk.number)
+        if chunk.number not in committed and path.exists():
+            ends[chunk.number] = end = path.stat().st_size
+            done += len(replay_journal(path, batch_id, chunk.number, end=end).settled)
+    return Snapshot(
         plan=plan,
         status=status,
         committed=frozenset(committed),
@@ -87,37 +83,36 @@ def finished_so_far(batch_id: str, *, folder: DataFolder, store: Store) -> Finis
     )
 
 
-def read_finished(
-    finished: FinishedSoFar, *, folder: DataFolder, store: Store
+def read_snapshot(
+    snapshot: Snapshot, *, folder: DataFolder, store: Store
 ) -> Iterator[SettledRequest]:
-    """Yield exactly the requests that `finished` counted, in input order, each once.
+    """Yield the requests that `snapshot` counted, in input order, each once.
 
     Each request is yielded as the store has it or will have it, so its output line is final unless
-    a failed request is replayed. One chunk is held at a time, the store's file only while reading.
+    a failed request is replayed. If the batch is resumed meanwhile, the failures of its early end
+    are left out. One chunk is held at a time, the store's file only while reading.
 
     Raises:
         StorageError: The store or a journal cannot be read.
     """
-    for chunk in finished.plan.chunks:
-        if chunk.number in finished.committed:
-            yield from store.settled_in(finished.plan.batch_id, chunk.number)
-            if finished.partial:
-                time.sleep(PAUSE_SECONDS)
-        elif chunk.number in finished.journal_ends:
-            yield from _from_journal(finished, chunk, folder)
+    for chunk in snapshot.plan.chunks:
+        yield from _read_chunk(snapshot, chunk.number, folder, store)
+        if snapshot.partial and chunk.number in snapshot.committed:
+            time.sleep(PAUSE_SECONDS)
 
 
-def _from_journal(
-    finished: FinishedSoFar, chunk: Chunk, folder: DataFolder
+def _read_chunk(
+    snapshot: Snapshot, number: int, folder: DataFolder, store: Store
 ) -> Iterator[SettledRequest]:
-    plan, number = finished.plan, chunk.number
-    ref = ChunkRef.of(plan, number, folder)
-    for entry in read_journal(ref.journal_path, end=finished.journal_ends[number]):
-        yield as_stored(plan.batch_id, number, entry.settled())
-
-
-def _size(ref: ChunkRef) -> int:
-    try:
-        return ref.journal_path.stat().st_size
-    except FileNotFoundError:
-        return 0
+    batch_id, end = snapshot.plan.batch_id, snapshot.journal_ends.get(number)
+    if number in snapshot.committed:
+        settled = store.settled_in(batch_id, number)
+        if (first := next(settled, None)) is not None:
+            yield first
+            yield from settled
+            return
+        # A resumption took the commit back; the journal has all of the chunk's answers.
+    elif end is None:
+        return
+    for entry in read_journal(folder.journal_path(batch_id, number), end=end):
+        yield as_stored(batch_id, number, entry.settled())
