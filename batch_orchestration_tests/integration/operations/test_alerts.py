@@ -64,33 +64,19 @@ def test_a_batch_with_failures_above_its_budget_is_told_with_counts_page_and_com
     ]
 
 
-def test_a_batch_that_ends_well_is_no_alert(tower):
+@pytest.mark.parametrize(
+    ("status", "texts"),
+    [(BatchStatus.COMPLETED, []), (BatchStatus.EXPIRED, ["has expired"])],
+)
+def test_a_batch_that_ends_badly_is_an_alert_and_one_that_ends_well_is_none(tower, status, texts):
     tower.begin()
-    tower.end(tower.add())
+    tower.end(tower.add(), status)
 
     tower.tick()
 
-    assert tower.webhook.texts == []
-
-
-def test_an_expired_batch_is_told(tower):
-    tower.begin()
-    tower.end(tower.add(), BatchStatus.EXPIRED)
-
-    tower.tick()
-
-    assert "has expired" in tower.only()
-
-
-def test_history_is_not_told_on_the_first_start(tower):
-    for number in range(5):
-        tower.end(tower.add(f"{number}.jsonl", requests=10 + number, failing=range(9)))
-    tower.now += 60
-
-    for _ in range(3):
-        tower.tick()
-
-    assert tower.webhook.texts == []
+    titles = [text.splitlines()[0] for text in tower.webhook.texts]
+    assert len(titles) == len(texts)
+    assert all(title.endswith(text) for title, text in zip(titles, texts, strict=True))
 
 
 def test_an_event_that_was_committed_late_is_not_passed_over(tower):
@@ -119,25 +105,6 @@ def test_a_daemon_that_was_dead_for_a_day_tells_afterwards_and_once(tower):
         tower.tick(seconds=86_400)
 
     assert len(tower.webhook.texts) == 1
-
-
-def test_killed_after_the_state_was_kept_it_sends_what_it_had_not_sent(tower, monkeypatch):
-    tower.begin()
-    tower.end(tower.add(failing=(1, 2)))
-
-    def killed(*arguments, **options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(alerting, "deliver", killed)
-        with pytest.raises(KeyboardInterrupt):
-            tower.tick()
-    assert tower.webhook.texts == []
-
-    tower.tick()
-    tower.tick()
-
-    assert "too many failures" in tower.only()
 
 
 def test_a_rejected_file_is_told_once(tower):
@@ -256,25 +223,22 @@ def test_an_ill_check_is_an_alert_and_a_well_one_its_end(tower, check, level, ki
     assert [text.split("]")[0] for text in tower.webhook.texts] == ["[alert", "[recovered"]
 
 
-@pytest.mark.parametrize("check", ["worker:run-1", "store"])
-def test_what_mends_itself_in_time_wakes_nobody(tower, check):
+@pytest.mark.parametrize(
+    ("check", "level", "since"),
+    [
+        ("worker:run-1", Level.UNHEALTHY, None),
+        ("store", Level.UNHEALTHY, None),
+        ("store", Level.DEGRADED, NOW - 60),  # it is locked
+        ("queue", Level.DEGRADED, NOW - 9999),  # a person paused it
+    ],
+)
+def test_a_problem_that_is_small_or_is_soon_over_raises_no_alert(tower, check, level, since):
     tower.begin()
-    tower.findings = (Finding(check=check, level=Level.UNHEALTHY, reason="stuck"),)
+    tower.findings = (Finding(check=check, level=level, reason="stuck", since=since),)
     tower.tick()
     tower.findings = ()
     for _ in range(4):
         tower.tick()
-
-    assert tower.webhook.texts == []
-
-
-def test_a_paused_queue_and_a_store_that_is_locked_for_a_moment_wake_nobody(tower):
-    tower.begin()
-    tower.findings = (
-        Finding(check="queue", level=Level.DEGRADED, reason="alice paused it", since=NOW - 9999),
-        Finding(check="store", level=Level.DEGRADED, reason="locked", since=NOW - 60),
-    )
-    tower.tick()
 
     assert tower.webhook.texts == []
 
@@ -355,26 +319,6 @@ def test_two_ticks_at_once_tell_nothing_twice(tower):
 
 
 # --- channels and the state -----------------------------------------------------------------------
-
-
-def test_an_hour_without_the_webhook_loses_nothing_and_ends_in_one_post(tower):
-    tower.begin()
-    tower.webhook.status = 503
-    names = []
-    for number in range(24):
-        if number % 6 == 0:
-            names.append(tower.add(f"{number}.jsonl", requests=10 + number, failing=range(9)))
-            tower.end(names[-1])
-        tower.tick(seconds=150)
-    assert len(tower.webhook.asked) <= 9
-
-    tower.webhook.status = 200
-    for _ in range(8):
-        tower.tick(seconds=150)
-
-    text = tower.only()
-    assert all(f"Batch {name} is completed" in text for name in names)
-    assert "alerts and recoveries that had to wait" in text
 
 
 def test_a_webhook_that_only_takes_its_time_gets_each_alert_once(tower, monkeypatch):

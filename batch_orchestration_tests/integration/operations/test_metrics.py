@@ -308,21 +308,15 @@ def test_a_textfile_that_is_written_without_the_store_has_no_counter_rather_than
     assert value(page, "requests_pending") is None, "of what is now, nothing is known"
 
 
-def test_a_store_that_has_not_changed_is_not_opened(bench: MetricsBench, monkeypatch) -> None:
+def test_a_store_is_opened_only_if_it_has_changed_and_not_at_each_scrape(
+    bench: MetricsBench, monkeypatch
+) -> None:
     exporter = Exporter(bench.folder)
     exporter.value("store_up")
     monkeypatch.delattr(metric_sources, "read_figures")
-
     assert exporter.value("store_up") == 1
-    assert exporter.value("requests_pending") == 10
 
-
-def test_commits_are_not_held_up_by_someone_who_scrapes_all_the_time(
-    bench: MetricsBench, monkeypatch
-) -> None:
     monkeypatch.setattr(metric_sources, "STORE_SECONDS", 3600.0)
-    exporter = Exporter(bench.folder)
-    exporter.value("store_up")
     bench.commit(1)
 
     assert exporter.value("requests_pending") == 10, "as of the last reading"
@@ -400,15 +394,15 @@ def test_a_source_that_breaks_costs_its_own_series_only(bench: MetricsBench, mon
     assert value(page, "health_check_level", check="store") == 0
 
 
-def test_a_store_that_is_no_store_is_not_up(bench: MetricsBench) -> None:
-    bench.folder.duckdb.write_bytes(b"nonsense" * 1_000)
-
-    assert value(bench.page(), "store_up") == 0
-
-
-def test_a_store_of_another_version_is_not_up_and_stays_as_it_is(bench: MetricsBench) -> None:
-    with duckdb.connect(bench.folder.duckdb) as db:
-        db.execute("ALTER TABLE chunks RENAME TO portions")
+@pytest.mark.parametrize("damage", ["nonsense", "another version"])
+def test_a_store_that_cannot_be_read_is_not_up_and_stays_as_it_is(
+    bench: MetricsBench, damage: str
+) -> None:
+    if damage == "nonsense":
+        bench.folder.duckdb.write_bytes(b"nonsense" * 1_000)
+    else:
+        with duckdb.connect(bench.folder.duckdb) as db:
+            db.execute("ALTER TABLE chunks RENAME TO portions")
     before = bench.folder.duckdb.read_bytes()
 
     assert value(bench.page(), "store_up") == 0
@@ -455,15 +449,6 @@ def test_the_textfile_appears_whole_and_for_everyone(bench: MetricsBench, tmp_pa
     assert path.stat().st_mode & 0o444 == 0o444
 
 
-def test_the_page_is_printed(bench: MetricsBench) -> None:
-    env = {"BATCH_DATA_DIR": str(bench.folder.root)}
-
-    result = CliRunner().invoke(main, ["metrics"], env=env)
-
-    assert result.exit_code == 0
-    assert value(result.stdout, "commits_total") == 1
-
-
 def test_a_port_that_is_taken_is_said_so(bench: MetricsBench) -> None:
     server, thread = serve_metrics(bench.folder, host="127.0.0.1", port=0)
     try:
@@ -478,7 +463,7 @@ def test_a_port_that_is_taken_is_said_so(bench: MetricsBench) -> None:
     assert f"cannot serve on 127.0.0.1:{taken}" in result.output
 
 
-def test_a_part_that_waits_has_an_age_only_while_it_is_there(bench: MetricsBench) -> None:
+def test_a_waiting_file_has_an_age_only_while_it_is_there(bench: MetricsBench) -> None:
     gone = entry("gone.jsonl", **waiting_file(reason=None))
     bench.tick(gone)
 
