@@ -9,10 +9,27 @@ from unittest.mock import patch
 import dagster as dg
 
 from batch_orchestration.definitions import definitions
+from batch_orchestration.defs.job_factory import config_of
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import believe_the_clock
+
+STARTED = dg.DagsterRunStatus.STARTED
+FAILURE, CANCELED = dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED
+
+
+def materializations(
+    result: dg.ExecuteInProcessResult, asset: str = "chunk_results"
+) -> dict[str, dict[str, Any]]:
+    """The metadata of the partitions of an asset that a run has materialized."""
+    return {
+        event.materialization.partition or "": {
+            name: value.value for name, value in event.materialization.metadata.items()
+        }
+        for event in result.all_events
+        if event.is_step_materialization and event.asset_key == dg.AssetKey(asset)
+    }
 
 
 def memory_instance() -> dg.DagsterInstance:
@@ -95,6 +112,36 @@ class Deployment:
         )
         self.repository = definitions(self.settings).get_repository_def()
         return result
+
+    def launch(self, job: str, **config: Any) -> dg.ExecuteInProcessResult:
+        """Launch a job of one op, as a person does."""
+        definition = self.repository.get_job(job)
+        return self.run(dg.RunRequest(job_name=job, run_config=config_of(definition, **config)))
+
+    def pretend(
+        self, request: dg.RunRequest, status: dg.DagsterRunStatus, **tags: str
+    ) -> dg.DagsterRun:
+        """Leave behind the run that was asked for, in the state that the daemon would have seen."""
+        partition = {"dagster/partition": request.partition_key} if request.partition_key else {}
+        run = self.instance.create_run_for_job(
+            self.repository.get_job(request.job_name or "admit_batch"),
+            status=STARTED if status in (FAILURE, CANCELED) else status,
+            run_config=request.run_config,
+            tags={**request.tags, **partition, **tags},
+        )
+        if status is FAILURE:
+            self.instance.report_run_failed(run)
+        elif status is CANCELED:
+            self.instance.report_run_canceled(run)
+        return run
+
+    def work_off(self) -> list[dg.ExecuteInProcessResult]:
+        """Run all that dispatch asks for, until it asks for nothing more."""
+        results = []
+        while requests := self.requests("dispatch_sensor"):
+            results += [self.run(request) for request in requests]
+            assert all(result.success for result in results)
+        return results
 
     def admit(self, name: str, content: bytes) -> str:
         """Drop a file and admit it; return the batch's id."""

@@ -4,24 +4,20 @@ import sys
 
 import pytest
 
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.alerts.channels import alert_channels
 from batch_orchestration.operations.alerts.cycle import run_alert_cycle
 from batch_orchestration.operations.health.report import Finding, HealthReport, Level
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import NOW
-from batch_orchestration_tests.support.command_line import CommandLine
 
 FAIL = [sys.executable, "-c", "raise SystemExit(3)"]
 TAKE = [sys.executable, "-c", "import sys; sys.stdin.read()"]
 
 
-@pytest.fixture
-def cli(tmp_path):
-    folder = DataFolder(tmp_path / "data")
-    folder.create()
-    return CommandLine(folder)
+@pytest.fixture(autouse=True)
+def _folder(cli):
+    cli.folder.create()
 
 
 def settings(cli, **values):

@@ -6,7 +6,6 @@ import time
 import pytest
 
 from batch_orchestration.core.outcomes import FailureCode
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration_tests.support.builders import (
     NOW,
     make_failure,
@@ -14,16 +13,6 @@ from batch_orchestration_tests.support.builders import (
     make_line,
     make_settled,
 )
-from batch_orchestration_tests.support.command_line import CommandLine
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BATCH_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("COLUMNS", "200")
-    return CommandLine(DataFolder(tmp_path / "data"))
-
 
 # --- status ---------------------------------------------------------------------------------------
 
@@ -93,19 +82,11 @@ def test_status_of_a_batch_is_an_openai_batch_object(cli, tmp_path):
     assert batch["output_file"] == str(cli.folder.outbox_path(plan.batch_id) / "output.jsonl")
     assert batch["error_file"] == str(cli.folder.outbox_path(plan.batch_id) / "errors.jsonl")
     assert batch["progress"] is None
-
-
-def test_openais_own_client_reads_the_object(cli, tmp_path):
     openai = pytest.importorskip("openai.types")
-    plan = cli.admit_batch(tmp_path)
-
-    batch = openai.Batch.construct(**cli.json("status", plan.batch_id))
-
-    assert batch.status == "in_progress"
-    assert batch.request_counts.total == 3
+    assert openai.Batch.construct(**batch).request_counts.completed == 2
 
 
-def test_status_counts_what_a_run_has_not_committed_yet(cli, tmp_path):
+def test_status_counts_uncommitted_outcomes_and_disbelieves_a_silent_run(cli, tmp_path):
     plan = cli.admit_batch(tmp_path)
     cli.progress(plan)
 
@@ -117,9 +98,6 @@ def test_status_counts_what_a_run_has_not_committed_yet(cli, tmp_path):
     assert "in_progress: feeding" in text
     assert "ETA 1 min 3 s" in text
 
-
-def test_status_does_not_believe_a_silent_run(cli, tmp_path):
-    plan = cli.admit_batch(tmp_path)
     cli.progress(plan, updated_at=time.time() - 300)
 
     text = cli.run("status", plan.batch_id).stdout
@@ -127,16 +105,6 @@ def test_status_does_not_believe_a_silent_run(cli, tmp_path):
     assert "no word from its run (pid 4242) for 5 min" in text
     assert "tokens/s" not in text
     assert cli.json("status", plan.batch_id)["progress"] is None
-
-
-def test_status_names_the_next_command_for_failures(cli, tmp_path):
-    plan = cli.admit_batch(tmp_path)
-    cli.settle(plan, failing=(0,))
-
-    text = cli.run("status", plan.batch_id).stdout
-
-    assert "engine_refused 1" in text
-    assert f"python -m batch_orchestration failures {plan.batch_id}" in text
 
 
 # --- submit, validate -----------------------------------------------------------------------------
@@ -237,6 +205,9 @@ def test_failures_come_in_input_order_with_their_reasons(cli, tmp_path):
         ("request-0", "engine_refused", 400),
         ("request-2", "timeout", None),
     ]
+    shown = cli.run("status", plan.batch_id).stdout
+    assert "engine_refused 1" in shown
+    assert f"python -m batch_orchestration failures {plan.batch_id}" in shown
     text = cli.run("failures", plan.batch_id, "--limit", 1).stdout
     assert "request-0" in text
     assert "request-2" not in text

@@ -6,23 +6,11 @@ import pytest
 
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.dead_letters.replaying import run_replay
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.support.builders import NOW
-from batch_orchestration_tests.support.command_line import CommandLine
 from batch_orchestration_tests.support.letter_bench import refusing
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.support.workbench import Workbench, make_policy
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BATCH_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("BATCH_ENGINE", "simulated")
-    monkeypatch.setenv("BATCH_MODEL_ALIASES", '{"*": "simulated-model"}')
-    monkeypatch.setenv("COLUMNS", "200")
-    return CommandLine(DataFolder(tmp_path / "data"))
 
 
 @pytest.fixture

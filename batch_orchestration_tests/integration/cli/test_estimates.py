@@ -1,19 +1,6 @@
 """Estimates on the command line: before a batch, of a batch, and of the last ones together."""
 
-import pytest
-
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.command_line import CommandLine
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BATCH_DATA_DIR", str(tmp_path / "data"))
-    folder = DataFolder(tmp_path / "data")
-    folder.create()
-    return CommandLine(folder)
 
 
 def test_a_file_is_estimated_before_anything_is_admitted(cli, tmp_path):
@@ -32,18 +19,10 @@ def test_a_file_is_estimated_before_anything_is_admitted(cli, tmp_path):
     assert not cli.folder.duckdb.exists()
 
 
-def test_a_batch_tells_what_it_was_expected_to_take(cli, tmp_path):
-    plan = cli.admit_batch(tmp_path)
-
-    shown = cli.run("status", plan.batch_id).output
-    told = cli.json("status", plan.batch_id)
-
-    assert "Expected completion tokens" in shown
-    assert told["estimate"]["requests"] == plan.requests
-
-
 def test_finished_batches_are_listed_with_how_far_off_the_estimate_was(cli, tmp_path):
     plan = cli.admit_batch(tmp_path, requests=12)
+    assert "Expected completion tokens" in cli.run("status", plan.batch_id).output
+    assert cli.json("status", plan.batch_id)["estimate"]["requests"] == 12
     cli.settle(plan)
     cli.assemble(plan)
 

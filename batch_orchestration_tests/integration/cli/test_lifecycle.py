@@ -3,19 +3,7 @@
 import json
 import time
 
-import pytest
-
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.lifecycle.close_out import fail_unanswered
-from batch_orchestration_tests.support.command_line import CommandLine
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    monkeypatch.setenv("BATCH_DATA_DIR", str(tmp_path / "data"))
-    folder = DataFolder(tmp_path / "data")
-    folder.create()
-    return CommandLine(folder)
 
 
 def deliver(cli, plan):

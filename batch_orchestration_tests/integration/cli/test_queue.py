@@ -4,24 +4,16 @@ import pytest
 
 from batch_orchestration.admission.settings import open_inbox
 from batch_orchestration.dispatch.refresh import keep_queue
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.load import queue_rules
 from batch_orchestration.settings import load_settings
 from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.command_line import CommandLine
 from batch_orchestration_tests.support.inbox_bench import LATER
 
 
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BATCH_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("BATCH_ENGINE", "simulated")
-    monkeypatch.setenv("BATCH_MODEL_ALIASES", '{"*": "simulated-model"}')
+@pytest.fixture(autouse=True)
+def one_batch_at_a_time(monkeypatch):
     monkeypatch.setenv("BATCH_MAX_UNFINISHED_BATCHES", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    return CommandLine(DataFolder(tmp_path / "data"))
 
 
 def tick(cli):

@@ -10,11 +10,9 @@ from rich.console import Console
 
 from batch_orchestration.cli.watching import display, follow
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.status.views import view_batch, view_batches
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import NOW, make_input
-from batch_orchestration_tests.support.command_line import CommandLine
 
 PATHS = {
     BatchStatus.CANCELLED: (BatchStatus.CANCELLING, BatchStatus.CANCELLED),
@@ -27,14 +25,6 @@ connection = duckdb.connect(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BATCH_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("COLUMNS", "200")
-    return CommandLine(DataFolder(tmp_path / "data"))
 
 
 class Timeline:
@@ -140,9 +130,12 @@ def test_watch_ends_with_0_and_says_where_the_files_are(cli, tmp_path):
     cli.assemble(plan)
 
     text = cli.run("watch", plan.batch_id).stdout
+    (line,) = cli.run("watch", plan.batch_id, "--json").stdout.splitlines()
 
     assert "output.jsonl" in text
     assert "errors.jsonl" in text
+    assert json.loads(line)["status"] == "completed"
+    assert "no batch" in cli.run("watch", "nothing-00000000", exit_code=1).stderr
 
 
 @pytest.mark.parametrize("status", [BatchStatus.CANCELLED, BatchStatus.EXPIRED])
@@ -168,20 +161,6 @@ def test_status_shows_how_a_batch_came_to_where_it_is(cli, tmp_path):
     ]
     assert events[-1]["actor"] == "assembly"
     assert events[-1]["reason"] == "3 answered, 0 failed"
-
-
-def test_watch_of_an_unknown_batch_ends_with_1(cli):
-    assert "no batch" in cli.run("watch", "nothing-00000000", exit_code=1).stderr
-
-
-def test_watch_prints_json_lines(cli, tmp_path):
-    plan = cli.admit_batch(tmp_path)
-    cli.settle(plan)
-    cli.assemble(plan)
-
-    (line,) = cli.run("watch", plan.batch_id, "--json").stdout.splitlines()
-
-    assert json.loads(line)["status"] == "completed"
 
 
 def test_submit_and_wait_follows_the_batch_to_its_end(cli, tmp_path):

@@ -1,7 +1,6 @@
 """Assets and jobs: what a run reports to Dagster, and what it refuses to do."""
 
 import time
-from contextlib import ExitStack, closing
 
 import dagster as dg
 import msgspec
@@ -15,20 +14,9 @@ from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.queue.entries import QueueView
 from batch_orchestration.settings import EngineKind
 from batch_orchestration_tests.support.builders import make_input, make_line
-from batch_orchestration_tests.support.deployment import Deployment
+from batch_orchestration_tests.support.deployment import FAILURE, STARTED, materializations
 from batch_orchestration_tests.support.scripted_engine import PacedEngine
 from batch_orchestration_tests.support.workbench import make_policy, queued
-
-
-@pytest.fixture
-def deploy(tmp_path):
-    with ExitStack() as stack:
-        yield lambda **settings: stack.enter_context(closing(Deployment(tmp_path, **settings)))
-
-
-@pytest.fixture
-def deployment(deploy):
-    return deploy()
 
 
 def chunk_run(batch_id, numbers, *, batch_tag=True, **tags):
@@ -36,17 +24,6 @@ def chunk_run(batch_id, numbers, *, batch_tag=True, **tags):
     return dg.RunRequest(
         job_name="answer_chunks", tags={**own, **range_tags(batch_id, numbers), **tags}
     )
-
-
-def materializations(result, asset="chunk_results"):
-    events = [event for event in result.all_events if event.is_step_materialization]
-    return {
-        event.materialization.partition: {
-            name: value.value for name, value in event.materialization.metadata.items()
-        }
-        for event in events
-        if event.asset_key == dg.AssetKey(asset)
-    }
 
 
 def show_queue(deployment, *batch_ids):
@@ -75,13 +52,7 @@ def test_a_run_reports_what_it_serves_of_a_more_urgent_batch(deploy):
     assert [key for key in told if urgent in key] == [f"{urgent}/{n:05d}" for n in range(3)]
     assert len(told) == 23
     assert deployment.store.batch(urgent).pending == 0
-    observed = [
-        event
-        for event in result.all_events
-        if event.event_type_value == "ASSET_OBSERVATION"
-        and event.asset_observation_data.asset_observation.partition == urgent
-    ]
-    assert len(observed) == 3
+    assert len(observations(result, urgent)) == 3
     delivery = [r for r in deployment.requests("dispatch_sensor") if r.partition_key == urgent]
     assert len(delivery) == 1
 
@@ -147,6 +118,13 @@ def test_a_rejected_file_ends_as_a_successful_run_without_a_batch(deployment):
     assert (deployment.folder.rejected / "a.jsonl").exists()
 
 
+def observations(result, batch_id):
+    """The progress that a run has reported of a batch."""
+    found = [e.asset_observation_data.asset_observation for e in result.all_events
+             if e.is_asset_observation]  # fmt: skip
+    return [observation for observation in found if observation.partition == batch_id]
+
+
 def test_each_chunk_is_reported_once_with_figures_that_plot(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12) + b"not json\n")
 
@@ -162,21 +140,14 @@ def test_each_chunk_is_reported_once_with_figures_that_plot(deployment):
     assert all(isinstance(last[name], int | float) and last[name] > 0 for name in numbers)
     assert last["requests_per_second"] > 0
     assert last["settings_hash"] == deployment.store.batch(batch_id).settings_hash
-
-
-def test_each_commit_tells_how_far_the_batch_is(deployment):
-    batch_id = deployment.admit("a.jsonl", make_input(12))
-
-    result = deployment.run(chunk_run(batch_id, range(2)))
-
-    observed = [
-        event.asset_observation_data.asset_observation
-        for event in result.all_events
-        if event.is_asset_observation
-    ]
-    assert {observation.partition for observation in observed} == {batch_id}
-    assert observed[-1].metadata["done"].value == 10
-    assert observed[-1].metadata["total"].value == 12
+    assert last["window"] == 290
+    assert last["derivation"].startswith("- window 290 = 256 running (256 sequences at")
+    observed = [observation.metadata for observation in observations(result, batch_id)]
+    assert [progress["total"].value for progress in observed] == [13] * 3
+    assert observed[-1]["done"].value == 13
+    logs = deployment.folder.logs / "engines"
+    assert (logs / f"{result.run_id}.log").exists()
+    assert list(logs.glob("*.process.json")) == [], "the engine ends with its run"
 
 
 def test_committed_chunks_are_reported_again_without_asking_the_engine(deployment):
@@ -189,16 +160,6 @@ def test_committed_chunks_are_reported_again_without_asking_the_engine(deploymen
     assert len(reported) == 2
     assert {metadata["committed_by_run"] for metadata in reported.values()} == {first.run_id}
     assert not (deployment.folder.logs / "engines" / f"{again.run_id}.log").exists()
-
-
-def test_the_engine_ends_with_its_run(deployment):
-    batch_id = deployment.admit("a.jsonl", make_input(2))
-
-    result = deployment.run(chunk_run(batch_id, range(1)))
-
-    logs = deployment.folder.logs / "engines"
-    assert (logs / f"{result.run_id}.log").exists()
-    assert list(logs.glob("*.process.json")) == []
 
 
 def test_a_range_that_reaches_into_another_batch_stays_in_its_own(deployment):
@@ -290,8 +251,10 @@ def test_the_output_carries_report_files_and_checks(deployment):
     assert deployment.statuses("batch_output") == {batch_id}
 
 
-def deliver_by_hand(deployment, batch_id):
-    return deployment.run(dg.RunRequest(job_name="deliver_batch", partition_key=batch_id))
+def delivery(batch_id):
+    return dg.RunRequest(
+        job_name="deliver_batch", partition_key=batch_id, tags={BATCH_TAG: batch_id}
+    )
 
 
 def outbox(deployment, batch_id):
@@ -303,7 +266,7 @@ def test_output_of_an_unfinished_batch_is_partial_and_changes_nothing(deployment
     deployment.run(chunk_run(batch_id, range(1)))
     before = deployment.store.batch(batch_id)
 
-    result = deliver_by_hand(deployment, batch_id)
+    result = deployment.run(delivery(batch_id))
 
     assert result.success
     metadata = materializations(result, "batch_output")[batch_id]
@@ -314,13 +277,8 @@ def test_output_of_an_unfinished_batch_is_partial_and_changes_nothing(deployment
     assert (check.passed, check.description) == (True, "partial: 5 + 1 = 6 of 13")
     assert deployment.store.batch(batch_id) == before
 
-
-def test_a_partial_output_does_not_stand_in_for_the_delivery(deployment):
-    batch_id = deployment.admit("a.jsonl", make_input(12))
-    deployment.run(chunk_run(batch_id, range(1)))
-    deliver_by_hand(deployment, batch_id)
+    # Nor does it stand in for the delivery.
     deployment.run(chunk_run(batch_id, range(1, 3)))
-
     (request,) = deployment.requests("dispatch_sensor")
     result = deployment.run(request)
 
@@ -335,11 +293,8 @@ def test_a_partial_output_does_not_stand_in_for_the_delivery(deployment):
 def test_a_partial_output_that_still_runs_or_failed_does_not_hold_up_the_delivery(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
     deployment.run(chunk_run(batch_id, range(3)))
-    for status in (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE):
-        tags = {BATCH_TAG: batch_id, "dagster/partition": batch_id}
-        run = deployment.instance.create_run_for_job(
-            deployment.repository.get_job("deliver_batch"), tags=tags, status=status
-        )
+    for status in (STARTED, FAILURE):
+        run = deployment.pretend(delivery(batch_id), status)
         mark_partial(deployment.instance, run.run_id)
 
     (request,) = deployment.requests("dispatch_sensor")
@@ -351,18 +306,9 @@ def test_a_partial_run_that_is_executed_again_at_the_end_is_the_delivery(deploym
     """A re-execution inherits the tags of its parent."""
     batch_id = deployment.admit("a.jsonl", make_input(12))
     deployment.run(chunk_run(batch_id, range(3)))
-    tags = {BATCH_TAG: batch_id, "dagster/partition": batch_id, PARTIAL_TAG: "the-parent"}
-    deployment.instance.create_run_for_job(
-        deployment.repository.get_job("deliver_batch"),
-        tags=tags,
-        status=dg.DagsterRunStatus.STARTED,
-    )
+    deployment.pretend(delivery(batch_id), STARTED, **{PARTIAL_TAG: "the-parent"})
 
     assert deployment.reason("dispatch_sensor") == "batches at work: 1"
-
-
-def submission(path, **options):
-    return {"ops": {"submit_file": {"config": {"path": str(path), **options}}}}
 
 
 def test_a_submitted_file_arrives_with_what_was_said_of_it(deployment, tmp_path):
@@ -370,11 +316,8 @@ def test_a_submitted_file_arrives_with_what_was_said_of_it(deployment, tmp_path)
     path.write_bytes(make_line(0))
     options = {"priority": 3, "model": "simulated-model", "metadata": {"ticket": "7"}}
 
-    result = deployment.repository.get_job("submit_batch").execute_in_process(
-        run_config=submission(path, **options), instance=deployment.instance
-    )
+    assert deployment.launch("submit_batch", path=str(path), **options).success
 
-    assert result.success
     (request,) = deployment.requests("inbox_sensor")
     deployment.run(request)
     (batch,) = deployment.store.batches()
@@ -393,24 +336,8 @@ def test_a_bad_submission_fails_with_words(deployment, tmp_path, path, options):
     (tmp_path / "there.jsonl").write_bytes(make_line(0))
     (tmp_path / "there.txt").write_bytes(make_line(0))
 
-    result = deployment.repository.get_job("submit_batch").execute_in_process(
-        run_config=submission(tmp_path / path, **options),
-        instance=deployment.instance,
-        raise_on_error=False,
-    )
+    result = deployment.launch("submit_batch", path=str(tmp_path / path), **options)
 
     (failure,) = [event for event in result.all_events if event.is_step_failure]
     assert path in failure.step_failure_data.user_failure_data.description
     assert list(deployment.folder.inbox.glob("*.jsonl")) == []
-
-
-def test_how_the_window_came_about_is_metadata_of_the_chunks(deployment):
-    batch_id = deployment.admit("a.jsonl", make_input(12))
-
-    result = deployment.run(chunk_run(batch_id, range(3)))
-
-    told = materializations(result)
-    assert len(told) == 3
-    for metadata in told.values():
-        assert metadata["window"] == 290
-        assert metadata["derivation"].startswith("- window 290 = 256 running (256 sequences at")

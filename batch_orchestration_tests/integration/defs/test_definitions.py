@@ -62,8 +62,12 @@ def test_lineage_runs_from_the_file_to_the_answers(repository):
     assert graph.get(dg.AssetKey("batch_output")).parent_keys == {dg.AssetKey("chunk_results")}
 
 
-def test_chunks_take_turns_at_the_gpu(repository):
-    assert repository.assets_defs_by_key[dg.AssetKey("chunk_results")].op.pool == "gpu"
+def test_whatever_starts_an_engine_takes_turns_at_the_gpu(repository):
+    ops = [repository.assets_defs_by_key[dg.AssetKey("chunk_results")].op]
+    for job in ("replay_failed_requests", "benchmark_engine"):
+        ops += [node.definition for node in repository.get_job(job).nodes]
+
+    assert [op.pool for op in ops] == ["gpu"] * 3
 
 
 def test_sensors_and_jobs_are_described_and_the_sensors_run(repository):
@@ -102,13 +106,3 @@ def test_everything_of_the_instance_lies_under_the_data_folder():
     ]
 
     assert all(folder.startswith("data/dagster") for folder in folders)
-
-
-@pytest.mark.parametrize("name", ["batch_orchestration.definitions"])
-def test_all_three_ways_to_load_name_the_same_module(name):
-    workspace = yaml.safe_load((REPOSITORY / "workspace.yaml").read_text())
-    pyproject = (REPOSITORY / "pyproject.toml").read_text()
-
-    assert workspace["load_from"][0]["python_module"]["module_name"] == name
-    assert f'module_name = "{name}"' in pyproject
-    assert f'code_location_target_module = "{name}"' in pyproject

@@ -1,10 +1,8 @@
 """Early ends as Dagster sees them: sensor, jobs, runs and partitions."""
 
 import time
-from contextlib import closing
 
 import dagster as dg
-import pytest
 from dagster._core.remote_origin import (
     GrpcServerCodeLocationOrigin,
     RemoteJobOrigin,
@@ -14,9 +12,8 @@ from dagster._core.remote_origin import (
 from batch_orchestration.core.lifecycle import Resumption, deadline
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.close_out import fail_unanswered
-from batch_orchestration_tests.integration.defs.test_sensors import CANCELED, STARTED, pretend
 from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.deployment import Deployment
+from batch_orchestration_tests.support.deployment import CANCELED, STARTED
 
 QUEUED = dg.DagsterRunStatus.QUEUED
 #: Dagster queues no run without one.
@@ -24,12 +21,6 @@ ORIGIN = RemoteJobOrigin(
     RemoteRepositoryOrigin(GrpcServerCodeLocationOrigin(host="nowhere", port=1), "repository"),
     "answer_chunks",
 )
-
-
-@pytest.fixture
-def deployment(tmp_path):
-    with closing(Deployment(tmp_path)) as deployment:
-        yield deployment
 
 
 def cancelled(deployment, batch_id):
@@ -43,17 +34,13 @@ def cancelled(deployment, batch_id):
     )
 
 
-def ops(name, **config):
-    return {"ops": {name: {"config": config}}}
-
-
 def history(deployment, batch_id):
     return [(str(e.to_status), e.actor) for e in deployment.store.batch_events(batch_id)[2:]]
 
 
 def test_a_terminated_run_cancels_its_batch_which_then_is_delivered(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
-    pretend(deployment, deployment.requests("dispatch_sensor")[0], CANCELED)
+    deployment.pretend(deployment.requests("dispatch_sensor")[0], CANCELED)
     (terminated,) = deployment.instance.get_runs(dg.RunsFilter(statuses=[CANCELED]))
 
     (request,) = deployment.requests("dispatch_sensor")
@@ -77,9 +64,7 @@ def test_a_terminated_run_cancels_its_batch_which_then_is_delivered(deployment):
 def test_a_closing_batch_is_delivered_once_no_run_is_at_work_on_it(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
     (request,) = deployment.requests("dispatch_sensor")
-    run = deployment.instance.create_run_for_job(
-        deployment.repository.get_job(request.job_name), status=STARTED, tags=request.tags
-    )
+    run = deployment.pretend(request, STARTED)
     cancelled(deployment, batch_id)
 
     reason = deployment.reason("dispatch_sensor")
@@ -150,11 +135,10 @@ def test_a_run_over_a_batch_that_ended_does_nothing_and_says_how_to_go_on(deploy
 
 def test_the_job_cancels_a_batch_in_the_name_of_its_run(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
-    request = dg.RunRequest(job_name="cancel_batch")
 
-    result = deployment.run(request, run_config=ops("cancel_one", batch=batch_id, reason="oh"))
-    again = deployment.run(request, run_config=ops("cancel_one", batch=batch_id))
-    unknown = deployment.run(request, run_config=ops("cancel_one", batch="nothing-00000000"))
+    result = deployment.launch("cancel_batch", batch=batch_id, reason="oh")
+    again = deployment.launch("cancel_batch", batch=batch_id)
+    unknown = deployment.launch("cancel_batch", batch="nothing-00000000")
 
     assert (result.success, again.success, unknown.success) == (True, True, False)
     assert history(deployment, batch_id) == [("cancelling", result.run_id)]
@@ -182,19 +166,13 @@ def test_chunks_that_a_killed_delivery_committed_silently_are_told_by_the_next(d
 
 def test_a_resumed_batch_is_dispatched_again_although_a_person_terminated_its_run(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
-    pretend(deployment, deployment.requests("dispatch_sensor")[0], CANCELED)
+    deployment.pretend(deployment.requests("dispatch_sensor")[0], CANCELED)
     assert deployment.run(deployment.requests("dispatch_sensor")[0]).success
 
-    result = deployment.run(
-        dg.RunRequest(job_name="resume_batch"), run_config=ops("resume_one", batch=batch_id)
-    )
-    (answering,) = deployment.requests("dispatch_sensor")
-    assert deployment.run(answering).success
-    (delivering,) = deployment.requests("dispatch_sensor")
-    assert deployment.run(delivering).success
+    result = deployment.launch("resume_batch", batch=batch_id)
+    deployment.work_off()
 
     assert result.success
-    assert (answering.job_name, delivering.job_name) == ("answer_chunks", "deliver_batch")
     assert history(deployment, batch_id)[2:][0] == ("in_progress", result.run_id)
     assert deployment.store.batch(batch_id).status == "completed"
     assert deployment.store.batch(batch_id).completed == 12
@@ -202,9 +180,8 @@ def test_a_resumed_batch_is_dispatched_again_although_a_person_terminated_its_ru
 
 def test_a_resumption_that_cannot_be_fails_its_run_with_the_reason(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
-    request = dg.RunRequest(job_name="resume_batch")
 
-    result = deployment.run(request, run_config=ops("resume_one", batch=batch_id))
+    result = deployment.launch("resume_batch", batch=batch_id)
 
     assert not result.success
     assert deployment.store.batch(batch_id).status == "in_progress"

@@ -74,12 +74,7 @@ def files(deployment: Deployment, run_id: str) -> list[Path]:
 
 
 def work_off(deployment: Deployment, batch_id: str) -> None:
-    """Run what dispatch asks for, until the batch has ended."""
-    for _ in range(5):
-        if not (requests := deployment.requests("dispatch_sensor")):
-            break
-        for request in requests:
-            assert deployment.run(request).success
+    deployment.work_off()
     assert deployment.store.batch(batch_id).status is BatchStatus.COMPLETED
 
 
@@ -169,12 +164,10 @@ def test_the_job_tells_what_it_did_and_what_it_would_do(deployment: Deployment) 
     log = deployment.folder.logs / "runs" / "old.log"
     log.parent.mkdir()
     log.touch()
-    config = {"ops": {"keep_house_once": {"config": {"dry_run": True, "parts": ["logs"]}}}}
-    request = dg.RunRequest(job_name="housekeeping", run_config=config)
 
-    assert deployment.run(request).success
+    assert deployment.launch("housekeeping", dry_run=True, parts=["logs"]).success
     assert not results_file(deployment.folder).path.exists()
-    assert deployment.run(dg.RunRequest(job_name="housekeeping")).success
+    assert deployment.launch("housekeeping").success
 
     told = json.loads(results_file(deployment.folder).path.read_bytes())
     assert {"journals", "samples", "logs", "partitions", "runs", "ticks"} <= told.keys()
@@ -182,8 +175,4 @@ def test_the_job_tells_what_it_did_and_what_it_would_do(deployment: Deployment) 
 
 
 def test_an_unknown_part_is_refused(deployment: Deployment) -> None:
-    config = {"ops": {"keep_house_once": {"config": {"parts": ["everything"]}}}}
-
-    result = deployment.run(dg.RunRequest(job_name="housekeeping", run_config=config))
-
-    assert not result.success
+    assert not deployment.launch("housekeeping", parts=["everything"]).success

@@ -1,20 +1,18 @@
 """Dagster shows on which level of the memory fallback a chunk was completed."""
 
 import json
-from contextlib import ExitStack, closing
 
 import dagster as dg
 import pytest
 
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
 from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.deployment import Deployment
+from batch_orchestration_tests.support.deployment import materializations
 
 
 @pytest.fixture
-def deployment(tmp_path):
-    with ExitStack() as stack:
-        yield stack.enter_context(closing(Deployment(tmp_path, in_flight=32)))
+def deployment(deploy):
+    return deploy(in_flight=32)
 
 
 def levels_shown(deployment, name: str, requests: int) -> set[str]:
@@ -27,11 +25,7 @@ def levels_shown(deployment, name: str, requests: int) -> set[str]:
         )
     )
     assert result.success
-    return {
-        event.materialization.metadata["memory_level"].value
-        for event in result.all_events
-        if event.is_step_materialization
-    }
+    return {metadata["memory_level"] for metadata in materializations(result).values()}
 
 
 def test_the_level_is_shown_and_the_next_run_begins_on_it(deployment) -> None:

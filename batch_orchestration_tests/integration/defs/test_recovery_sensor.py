@@ -22,16 +22,9 @@ from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration.workers.heartbeat_files import write_heartbeat
 from batch_orchestration_tests.fault.processes import FAMILY, kill, nobody, wait_for_group
 from batch_orchestration_tests.support.builders import NOW, make_input
-from batch_orchestration_tests.support.deployment import Deployment, memory_instance
+from batch_orchestration_tests.support.deployment import STARTED, memory_instance
 
 RUN_ID = "11111111-2222-3333-4444-555555555555"
-
-
-@pytest.fixture
-def deployment(tmp_path):
-    deployment = Deployment(tmp_path)
-    yield deployment
-    deployment.close()
 
 
 @pytest.fixture
@@ -201,12 +194,9 @@ def test_a_batch_whose_workers_are_ended_again_and_again_ends_at_a_person_not_in
     """Where `health` and alerts look; and a commit in between would have been another matter."""
     batch_id = deployment.admit("a.jsonl", make_input(5))
     (request,) = deployment.requests("dispatch_sensor")
-    job = deployment.repository.get_job(request.job_name)
 
     for _ in range(MAX_FAILURES):
-        run = deployment.instance.create_run_for_job(
-            job, tags=dict(request.tags), status=dg.DagsterRunStatus.STARTED
-        )
+        run = deployment.pretend(request, STARTED)
         assert read_needs_attention(deployment.folder) in (None, ())
         deployment.instance.report_run_failed(run, "run worker 1 was silent and has been killed")
 
@@ -219,14 +209,8 @@ def test_a_file_whose_admission_is_ended_again_and_again_is_named_to_a_person(de
     """It is tried on, for it has a claim and no batch; but nobody would hear of it."""
     deployment.drop("a.jsonl", make_input(5))
     (request,) = deployment.requests("inbox_sensor")
-    job = deployment.repository.get_job("admit_batch")
     for _ in range(MAX_FAILURES):
-        run = deployment.instance.create_run_for_job(
-            job,
-            tags=dict(request.tags),
-            run_config=request.run_config,
-            status=dg.DagsterRunStatus.STARTED,
-        )
+        run = deployment.pretend(request, STARTED)
         deployment.tick("dispatch_sensor")
         assert read_needs_attention(deployment.folder) == ()
         deployment.instance.report_run_failed(run, "run worker 1 was silent and has been killed")

@@ -4,9 +4,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -24,9 +23,8 @@ from batch_orchestration_tests.support.deployment import Deployment
 
 
 @pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    with closing(Deployment(tmp_path, failure_budget=0.1)) as deployment:
-        yield deployment
+def deployment(deploy: Callable[..., Deployment]) -> Deployment:
+    return deploy(failure_budget=0.1)
 
 
 def delivered(deployment: Deployment) -> str:
@@ -36,9 +34,7 @@ def delivered(deployment: Deployment) -> str:
         for n in range(8)
     ]
     batch_id = deployment.admit("candidates.jsonl", b"".join(lines))
-    for _ in range(2):
-        for request in deployment.requests("dispatch_sensor"):
-            assert deployment.run(request).success
+    deployment.work_off()
     assert deployment.store.batch(batch_id).failed == 2
     return batch_id
 
@@ -48,16 +44,21 @@ def lines(deployment: Deployment, batch_id: str, name: str) -> list[str]:
     return [json.loads(line)["custom_id"] for line in path.read_text().splitlines()]
 
 
-def launch(deployment: Deployment, **config: object) -> dg.ExecuteInProcessResult:
-    run_config = {"ops": {"replay_dead_letters": {"config": config}}}
-    return deployment.run(dg.RunRequest(job_name="replay_failed_requests", run_config=run_config))
+def ask(deployment: Deployment, batch_id: str, **options: Any) -> None:
+    """Ask for a replay, as the command line does."""
+    folder, store = deployment.folder, deployment.store
+    request_replay(
+        batch_id, Selection(), folder=folder, store=store, actor="tester", at=NOW, **options
+    )
 
 
 def test_a_launched_replay_delivers_the_answers(deployment: Deployment) -> None:
     batch_id = delivered(deployment)
     assert lines(deployment, batch_id, "errors.jsonl") == ["request-1", "request-6"]
 
-    result = launch(deployment, batch=batch_id, codes=["engine_refused"], max_tokens=16)
+    result = deployment.launch(
+        "replay_failed_requests", batch=batch_id, codes=["engine_refused"], max_tokens=16
+    )
 
     assert result.success
     assert lines(deployment, batch_id, "errors.jsonl") == []
@@ -80,8 +81,8 @@ def test_a_replay_of_nothing_fails_with_the_reason_and_is_not_tried_again(
 ) -> None:
     batch_id = delivered(deployment)
 
-    unknown = launch(deployment, batch=batch_id, codes=["nonsense"])
-    none = launch(deployment, batch=batch_id, codes=["timeout"])
+    unknown = deployment.launch("replay_failed_requests", batch=batch_id, codes=["nonsense"])
+    none = deployment.launch("replay_failed_requests", batch=batch_id, codes=["timeout"])
 
     for result, reason in ((unknown, "codes are"), (none, "no dead letter that is meant")):
         assert not result.success
@@ -91,16 +92,8 @@ def test_a_replay_of_nothing_fails_with_the_reason_and_is_not_tried_again(
 
 def test_the_sensor_starts_what_was_asked_for_elsewhere_once(deployment: Deployment) -> None:
     batch_id = delivered(deployment)
-    assert deployment.reason("replay_sensor") == "no replay is asked for"
-    request_replay(
-        batch_id,
-        Selection(),
-        folder=deployment.folder,
-        store=deployment.store,
-        actor="tester",
-        at=NOW,
-        overrides={"max_tokens": 16},
-    )
+    assert deployment.reason("replay_sensor") == "no replay is open"
+    ask(deployment, batch_id, overrides={"max_tokens": 16})
 
     (request,) = deployment.requests("replay_sensor")
     (again,) = deployment.requests("replay_sensor")
@@ -108,14 +101,13 @@ def test_the_sensor_starts_what_was_asked_for_elsewhere_once(deployment: Deploym
     assert request.run_key == again.run_key
     assert deployment.run(request).success
     assert open_replays(deployment.folder) == []
-    assert deployment.reason("replay_sensor") == "no replay is asked for"
+    assert deployment.reason("replay_sensor") == "no replay is open"
     assert lines(deployment, batch_id, "errors.jsonl") == []
 
 
 def test_a_replay_waits_while_the_queue_is_paused(deployment: Deployment) -> None:
     batch_id, folder = delivered(deployment), deployment.folder
-    store = deployment.store
-    request_replay(batch_id, Selection(), folder=folder, store=store, actor="me", at=NOW)
+    ask(deployment, batch_id)
     queue_files.pause(folder, Pause(at=NOW, actor="ada", reason="maintenance"))
 
     assert deployment.reason("replay_sensor") == "paused: ada paused the queue: maintenance"
@@ -143,27 +135,13 @@ def test_a_replay_that_nobody_can_make_a_run_of_stops_no_other(
 
 def test_a_replay_that_cannot_run_waits_for_a_person(deployment: Deployment) -> None:
     batch_id = delivered(deployment)
-    request_replay(
-        batch_id,
-        Selection(),
-        folder=deployment.folder,
-        store=deployment.store,
-        actor="tester",
-        at=NOW,
-    )
+    ask(deployment, batch_id)
     (request,) = deployment.requests("replay_sensor")
     deployment.folder.input_path(batch_id).rename(deployment.folder.root / "away")
 
     assert not deployment.run(request).success
 
     assert "waits for a person" in deployment.reason("replay_sensor")
-
-
-def test_replays_take_turns_at_the_gpu(deployment: Deployment) -> None:
-    job = deployment.repository.get_job("replay_failed_requests")
-
-    assert job.get_node_named("replay_dead_letters").definition.pool == "gpu"
-    assert job.executor_def is dg.in_process_executor
 
 
 def test_a_terminated_replay_is_not_tried_again_by_itself(
@@ -180,7 +158,7 @@ def test_a_terminated_replay_is_not_tried_again_by_itself(
     monkeypatch.setattr(replays, "run_replay", interrupted)
 
     try:
-        result = launch(deployment, batch=batch_id)
+        result = deployment.launch("replay_failed_requests", batch=batch_id)
         assert not result.success
     except DagsterExecutionInterruptedError:
         pass  # Dagster lets it out once the step has ended
@@ -203,5 +181,5 @@ def test_a_replay_whose_engine_does_not_come_up_is_tried_thrice_by_its_run(
 
     monkeypatch.setattr(replays, "run_replay", sick)
 
-    assert not launch(deployment, batch=batch_id).success
+    assert not deployment.launch("replay_failed_requests", batch=batch_id).success
     assert len(calls) == 3

@@ -1,9 +1,7 @@
 """Keys of runs: whatever people delete, each sensor asks with a key that Dagster does not skip."""
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -14,20 +12,18 @@ from batch_orchestration.defs import replays, sensors
 from batch_orchestration.defs.partitions import BATCH_TAG, RUN_KEY_TAG
 from batch_orchestration.defs.runs import RETRIED_BY_TAG, WILL_RETRY_TAG, free_run_key
 from batch_orchestration_tests.support.builders import NOW, make_body, make_input, make_line
-from batch_orchestration_tests.support.deployment import Deployment
+from batch_orchestration_tests.support.deployment import FAILURE, Deployment
 
 NOT_STARTED = dg.DagsterRunStatus.NOT_STARTED
-STARTED = dg.DagsterRunStatus.STARTED
 
 
 @pytest.fixture
-def deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deployment]:
+def deployment(deploy: Callable[..., Deployment], monkeypatch: pytest.MonkeyPatch) -> Deployment:
     monkeypatch.setattr("batch_orchestration.dispatch.run_planning.BACKOFF_SECONDS", 0.0)
     monkeypatch.setattr("batch_orchestration.dispatch.run_planning.MAX_FAILURES", 100)
     monkeypatch.setattr(replays, "MAX_FAILURES", 100)
     monkeypatch.setattr(sensors, "MAX_FAILURES", 100)
-    with closing(Deployment(tmp_path)) as deployment:
-        yield deployment
+    return deploy()
 
 
 def claimed(deployment: Deployment) -> str:
@@ -45,8 +41,8 @@ def admitted(deployment: Deployment) -> str:
 def answered(deployment: Deployment) -> str:
     """A batch that only wants its output."""
     deployment.admit("a.jsonl", make_input(3))
-    for request in deployment.requests("dispatch_sensor"):
-        assert deployment.run(request).success
+    (request,) = deployment.requests("dispatch_sensor")
+    assert deployment.run(request).success
     return "dispatch_sensor"
 
 
@@ -54,9 +50,7 @@ def replayed(deployment: Deployment) -> str:
     """A delivered batch with a replay that nobody has run."""
     refused = make_line(0, body=make_body("question 0", max_tokens=-1))
     batch_id = deployment.admit("a.jsonl", refused)
-    for _ in range(2):
-        for request in deployment.requests("dispatch_sensor"):
-            assert deployment.run(request).success
+    deployment.work_off()
     request_replay(
         batch_id, Selection(), folder=deployment.folder, store=deployment.store, actor="me", at=NOW
     )
@@ -67,13 +61,7 @@ def make_run(
     deployment: Deployment, request: dg.RunRequest, status: dg.DagsterRunStatus, **tags: str
 ) -> dg.DagsterRun:
     """The run that Dagster's daemon makes of a request."""
-    partition = {"dagster/partition": request.partition_key} if request.partition_key else {}
-    return deployment.instance.create_run_for_job(
-        deployment.repository.get_job(request.job_name or "admit_batch"),
-        status=status,
-        run_config=request.run_config,
-        tags={**request.tags, **partition, RUN_KEY_TAG: request.run_key or "", **tags},
-    )
+    return deployment.pretend(request, status, **{RUN_KEY_TAG: request.run_key or "", **tags})
 
 
 def is_skipped(deployment: Deployment, request: dg.RunRequest) -> bool:
@@ -92,9 +80,7 @@ def test_whichever_failed_runs_are_deleted_the_next_is_asked_for_with_a_free_key
         for _ in deleted:
             (request,) = deployment.requests(sensor)
             assert not is_skipped(deployment, request), (deleted, request.run_key)
-            run = make_run(deployment, request, STARTED)
-            deployment.instance.report_run_failed(run)
-            runs.append(run)
+            runs.append(make_run(deployment, request, FAILURE))
 
         for run, goes in zip(runs, deleted, strict=True):
             if goes:
@@ -113,8 +99,7 @@ def test_a_run_whose_retry_was_deleted_does_not_keep_the_batch_from_the_next(
 ) -> None:
     sensor = admitted(deployment)
     (request,) = deployment.requests(sensor)
-    run = make_run(deployment, request, STARTED, **{WILL_RETRY_TAG: "true", RETRIED_BY_TAG: "gone"})
-    deployment.instance.report_run_failed(run)
+    make_run(deployment, request, FAILURE, **{WILL_RETRY_TAG: "true", RETRIED_BY_TAG: "gone"})
 
     (again,) = deployment.requests(sensor)
 
@@ -137,10 +122,8 @@ def test_a_run_that_was_created_and_never_queued_is_launched_by_its_own_key(
 def test_a_re_execution_holds_the_key_that_it_inherits(deployment: Deployment) -> None:
     sensor = admitted(deployment)
     (request,) = deployment.requests(sensor)
-    original = make_run(deployment, request, STARTED)
-    deployment.instance.report_run_failed(original)
-    re_executed = make_run(deployment, request, STARTED)
-    deployment.instance.report_run_failed(re_executed)
+    original = make_run(deployment, request, FAILURE)
+    make_run(deployment, request, FAILURE)
     deployment.instance.delete_run(original.run_id)
     assert deployment.instance.get_runs(dg.RunsFilter(tags={BATCH_TAG: request.tags[BATCH_TAG]}))
 
@@ -151,22 +134,16 @@ def test_a_re_execution_holds_the_key_that_it_inherits(deployment: Deployment) -
 
 
 def test_every_run_about_a_batch_says_which_and_whose(deployment: Deployment) -> None:
-    def launch(job: str, op: str) -> dg.ExecuteInProcessResult:
-        config = {"ops": {op: {"config": {"batch": batch_id}}}}
-        return deployment.run(dg.RunRequest(job_name=job, run_config=config))
-
     (deployment.folder.inbox / "alice").mkdir()
     deployment.drop("alice/a.jsonl", make_line(0, body=make_body("question 0", max_tokens=-1)))
     (admitting,) = deployment.requests("inbox_sensor")
     results = [deployment.run(admitting)]
     (batch_id,) = deployment.folder.batch_ids()
-    while requests := deployment.requests("dispatch_sensor"):
-        results += map(deployment.run, requests)
-
-    results.append(launch("cancel_batch", "cancel_one"))
+    results += deployment.work_off()
+    results.append(deployment.launch("cancel_batch", batch=batch_id))
     by_hand = dg.RunRequest(job_name="deliver_batch", partition_key=batch_id, tags={})
     results.append(deployment.run(by_hand))
-    results.append(launch("replay_failed_requests", "replay_dead_letters"))
+    results.append(deployment.launch("replay_failed_requests", batch=batch_id))
 
     runs = [deployment.instance.get_run_by_id(result.run_id) for result in results]
     assert len(runs) == 6

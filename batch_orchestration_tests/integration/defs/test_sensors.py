@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 
 import dagster as dg
 import pytest
@@ -18,21 +18,11 @@ from batch_orchestration.queue.load import queue_rules
 from batch_orchestration.queue.rate_limits import Rate, RateLimits
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.deployment import Deployment
+from batch_orchestration_tests.support.deployment import FAILURE, STARTED
 
-NOT_STARTED, STARTED = dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTED
-FAILURE, CANCELED = dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED
-
-
-@pytest.fixture
-def deploy(tmp_path):
-    with ExitStack() as stack:
-        yield lambda **settings: stack.enter_context(closing(Deployment(tmp_path, **settings)))
-
-
-@pytest.fixture
-def deployment(deploy):
-    return deploy()
+NOT_STARTED = dg.DagsterRunStatus.NOT_STARTED
+#: Dagster retries the failed run itself.
+WILL_RETRY = {WILL_RETRY_TAG: "true"}
 
 
 @pytest.fixture
@@ -56,48 +46,22 @@ def stranger(deployment):
         process.communicate()
 
 
-def pretend(deployment, request, status, **tags):
-    """Leave behind the run that was asked for, in the state that the daemon would have seen."""
-    instance = deployment.instance
-    run = instance.create_run_for_job(
-        deployment.repository.get_job(request.job_name or "admit_batch"),
-        status=STARTED,
-        run_config=request.run_config,
-        tags={
-            **request.tags,
-            **({"dagster/partition": request.partition_key} if request.partition_key else {}),
-            **tags,
-        },
-    )
-    if status is FAILURE:
-        instance.report_run_failed(run)
-    elif status is CANCELED:
-        instance.report_run_canceled(run)
-    return run
-
-
 def test_a_complete_file_is_claimed_and_its_admission_asked_for(deployment):
     deployment.drop("a.jsonl", make_input(3))
 
-    (request,) = deployment.requests("inbox_sensor")
+    (request,), (again,) = (deployment.requests("inbox_sensor") for _ in range(2))
 
     claim_id = request.tags[sensors.CLAIM_TAG]
+    assert again.run_key == request.run_key, "until its run shows"
     assert request.run_key == f"{claim_id}#0"
     assert request.run_config["ops"]["admit_claim"]["config"] == {"claim_id": claim_id}
     assert list(deployment.folder.inbox.glob("*.jsonl")) == []
 
 
-def test_admission_is_asked_for_with_the_same_key_until_its_run_shows(deployment):
+@pytest.mark.parametrize(("status", "tags"), [(STARTED, {}), (FAILURE, WILL_RETRY)])
+def test_a_running_or_retried_admission_is_not_asked_for_again(deployment, status, tags):
     deployment.drop("a.jsonl", make_input(3))
-
-    keys = {deployment.requests("inbox_sensor")[0].run_key for _ in range(3)}
-
-    assert len(keys) == 1
-
-
-def test_a_running_admission_is_not_asked_for_again(deployment):
-    deployment.drop("a.jsonl", make_input(3))
-    pretend(deployment, deployment.requests("inbox_sensor")[0], STARTED)
+    deployment.pretend(deployment.requests("inbox_sensor")[0], status, **tags)
 
     assert "a.jsonl: being admitted" in deployment.reason("inbox_sensor")
 
@@ -105,7 +69,7 @@ def test_a_running_admission_is_not_asked_for_again(deployment):
 def test_a_failed_admission_is_tried_again_later_with_another_key(deployment, monkeypatch):
     deployment.drop("a.jsonl", make_input(3))
     (first,) = deployment.requests("inbox_sensor")
-    pretend(deployment, first, FAILURE)
+    deployment.pretend(first, FAILURE)
 
     reason = deployment.reason("inbox_sensor")
     monkeypatch.setattr(sensors, "backoff_left", lambda *_, **__: 0.0)
@@ -113,14 +77,6 @@ def test_a_failed_admission_is_tried_again_later_with_another_key(deployment, mo
 
     assert "1 admissions failed; the next in" in reason
     assert second.run_key == first.run_key.replace("#0", "#1")
-
-
-def test_a_failed_admission_that_dagster_retries_is_left_to_dagster(deployment):
-    deployment.drop("a.jsonl", make_input(3))
-    (request,) = deployment.requests("inbox_sensor")
-    pretend(deployment, request, FAILURE, **{WILL_RETRY_TAG: "true"})
-
-    assert "being admitted" in deployment.reason("inbox_sensor")
 
 
 def test_a_skipped_tick_says_what_waits_and_why(deploy):
@@ -152,9 +108,10 @@ def test_an_admitted_batch_is_dispatched_in_runs_of_consecutive_chunks(deploy):
     assert first.run_key != second.run_key
 
 
-def test_runs_that_are_live_are_not_asked_for_again(deployment):
+@pytest.mark.parametrize(("status", "tags"), [(STARTED, {}), (FAILURE, WILL_RETRY)])
+def test_runs_that_are_live_or_retried_are_not_asked_for_again(deployment, status, tags):
     deployment.admit("a.jsonl", make_input(12))
-    pretend(deployment, deployment.requests("dispatch_sensor")[0], STARTED)
+    deployment.pretend(deployment.requests("dispatch_sensor")[0], status, **tags)
 
     assert deployment.reason("dispatch_sensor") == "batches at work: 1"
 
@@ -163,25 +120,17 @@ def test_a_single_chunk_launched_by_a_person_counts_as_live(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
     tags = {"dagster/partition": f"{batch_id}/00000"}
     by_hand = dg.RunRequest(job_name="answer_chunks", tags=tags)
-    pretend(deployment, by_hand, STARTED)
+    deployment.pretend(by_hand, STARTED)
 
     (request,) = deployment.requests("dispatch_sensor")
 
     assert request.tags["dagster/asset_partition_range_start"] == f"{batch_id}/00001"
 
 
-def test_a_run_that_dagster_retries_is_left_to_dagster(deployment):
-    deployment.admit("a.jsonl", make_input(12))
-    (request,) = deployment.requests("dispatch_sensor")
-    pretend(deployment, request, FAILURE, **{WILL_RETRY_TAG: "true"})
-
-    assert deployment.reason("dispatch_sensor") == "batches at work: 1"
-
-
 def test_a_run_whose_retry_exists_is_not_counted(deployment):
     deployment.admit("a.jsonl", make_input(12))
     (request,) = deployment.requests("dispatch_sensor")
-    pretend(deployment, request, FAILURE, **{WILL_RETRY_TAG: "true", RETRIED_BY_TAG: "other"})
+    deployment.pretend(request, FAILURE, **WILL_RETRY, **{RETRIED_BY_TAG: "other"})
 
     assert deployment.requests("dispatch_sensor")[0].run_key == request.run_key
 
@@ -194,13 +143,9 @@ def test_a_retry_that_appears_between_two_reads_of_the_runs_is_seen(deployment, 
     def read_and_retry(self, filters, *args, **kwargs):
         found = read(self, filters, *args, **kwargs)
         if filters.statuses and STARTED in filters.statuses and not retries:
-            retries.append(pretend(deployment, request, STARTED))
-            pretend(
-                deployment,
-                request,
-                FAILURE,
-                **{WILL_RETRY_TAG: "true", RETRIED_BY_TAG: retries[0].run_id},
-            )
+            retries.append(deployment.pretend(request, STARTED))
+            tags = {**WILL_RETRY, RETRIED_BY_TAG: retries[0].run_id}
+            deployment.pretend(request, FAILURE, **tags)
         return found
 
     retries: list[dg.DagsterRun] = []
@@ -214,7 +159,7 @@ def test_a_retry_that_dagster_made_and_could_not_queue_does_not_hold_up_the_batc
     deployment.admit("a.jsonl", make_input(12))
     (request,) = deployment.requests("dispatch_sensor")
     instance, job = deployment.instance, deployment.repository.get_job(request.job_name)
-    parent = pretend(deployment, request, FAILURE)
+    parent = deployment.pretend(request, FAILURE)
     retry = instance.create_run_for_job(job, status=NOT_STARTED, tags=parent.tags)
     instance.add_run_tags(parent.run_id, {RETRIED_BY_TAG: retry.run_id, WILL_RETRY_TAG: "false"})
     names = [path.name for path in deployment.folder.batches.iterdir()]
@@ -229,7 +174,7 @@ def test_a_retry_that_dagster_made_and_could_not_queue_does_not_hold_up_the_batc
 def test_a_failed_run_is_followed_by_a_later_attempt(deployment, without_pauses):
     deployment.admit("a.jsonl", make_input(12))
     (request,) = deployment.requests("dispatch_sensor")
-    pretend(deployment, request, FAILURE)
+    deployment.pretend(request, FAILURE)
 
     (again,) = deployment.requests("dispatch_sensor")
 
@@ -279,7 +224,7 @@ def test_a_batch_that_is_just_being_admitted_is_left_to_its_admission(deployment
     deployment.drop("b.jsonl", make_input(3))
     (admission,) = deployment.requests("inbox_sensor")
     deployment.instance.delete_dynamic_partition("batches", batch_id)
-    pretend(deployment, admission, STARTED)
+    deployment.pretend(admission, STARTED)
 
     assert deployment.requests("dispatch_sensor") == []
     assert deployment.instance.get_dynamic_partitions("batches") == []

@@ -1,9 +1,8 @@
 """What ticks do does not grow with history: counted in files and rows, not in seconds."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import dagster as dg
 import pytest
@@ -46,14 +45,14 @@ def opened() -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    with closing(Deployment(tmp_path, max_unfinished_batches=1)) as deployment:
-        make_history(deployment.folder, deployment.store, completed=40, cancelled=10)
-        deployment.admit("at_work.jsonl", make_input(12))
-        deployment.drop("waits.jsonl", make_input(5))
-        for sensor in SENSORS:  # the first tick of a deployment searches
-            tick(deployment, sensor)
-        yield deployment
+def deployment(deploy: Callable[..., Deployment]) -> Deployment:
+    deployment = deploy(max_unfinished_batches=1)
+    make_history(deployment.folder, deployment.store, completed=40, cancelled=10)
+    deployment.admit("at_work.jsonl", make_input(12))
+    deployment.drop("waits.jsonl", make_input(5))
+    for sensor in SENSORS:  # the first tick of a deployment searches
+        tick(deployment, sensor)
+    return deployment
 
 
 def tick(deployment: Deployment, sensor: str) -> None:
