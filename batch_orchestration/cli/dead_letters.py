@@ -1,9 +1,10 @@
 """`failures`, `replay` and `discard`: the commands for failed requests."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
@@ -28,15 +29,20 @@ from batch_orchestration.store.operations import open_replays
 SHOWN_AT_FIRST = 50
 LOOK_SECONDS = 1.0
 
-F = TypeVar("F", bound=Callable[..., Any])
+_DEAD = (DeadLetterState.DEAD,)
 
 
-def selecting(command: F) -> F:
-    """Add the options that select failed requests."""
-    for option in (
-        click.option(
-            "--custom-id", "custom_ids", multiple=True, help="Only this request; repeatable."
-        ),
+def selecting(
+    *states: DeadLetterState, state_help: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that adds the options for a selection, passed as `selection`.
+
+    Args:
+        states: The choices of `--state`; without any there is no such option. A selection has no
+            states unless the option is used.
+    """
+    options = [
+        click.argument("batch_id", metavar="BATCH"),
         click.option(
             "--code",
             "codes",
@@ -45,32 +51,53 @@ def selecting(command: F) -> F:
             metavar="CODE",
             help="Only failures with this code; repeatable.",
         ),
-        click.argument("batch_id", metavar="BATCH"),
-    ):
-        command = option(command)
-    return command
+        click.option(
+            "--custom-id", "custom_ids", multiple=True, help="Only this request; repeatable."
+        ),
+        click.option("--limit", type=click.IntRange(min=1), help="Maximum number of requests."),
+    ]
+    if states:
+        choice = click.Choice([str(state) for state in states])
+        options.append(
+            click.option("--state", "states", multiple=True, type=choice, help=state_help)
+        )
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def selected(
+            codes: Sequence[str],
+            custom_ids: Sequence[str],
+            limit: int | None,
+            states: Sequence[str] = (),
+            **others: Any,
+        ) -> None:
+            selection = Selection(
+                codes=tuple(map(FailureCode, codes)),
+                custom_ids=tuple(custom_ids),
+                states=tuple(map(DeadLetterState, states)),
+                limit=limit,
+            )
+            command(selection=selection, **others)
+
+        for option in reversed(options):
+            selected = option(selected)
+        return selected
+
+    return add
 
 
-_limit = click.option("--limit", type=click.IntRange(min=1), help="So many at most.")
-_states = click.option(
-    "--state",
-    "states",
-    multiple=True,
-    type=click.Choice([str(state) for state in DeadLetterState]),
-    help="Only failures in this state; repeatable.",
-)
+def _in_states(selection: Selection, default: tuple[DeadLetterState, ...]) -> Selection:
+    return msgspec.structs.replace(selection, states=selection.states or default)
 
 
 @click.command()
-@selecting
-@_states
-@_limit
+@selecting(*DeadLetterState, state_help="Only failures in this state; repeatable.")
 @click.option(
     "--as-input",
     "as_input",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write their original lines as a new batch file; by default those that are dead.",
+    help="Write their original lines to a new batch file; default: of dead ones.",
 )
 @click.option(
     "--include-faulty", is_flag=True, help="Also lines that never were requests (--as-input)."
@@ -78,10 +105,7 @@ _states = click.option(
 @json_option
 def failures(
     batch_id: str,
-    codes: tuple[str, ...],
-    custom_ids: tuple[str, ...],
-    states: tuple[str, ...],
-    limit: int | None,
+    selection: Selection,
     as_input: Path | None,
     include_faulty: bool,
     as_json: bool,
@@ -94,20 +118,19 @@ def failures(
     context = open_context()
     context.folder.read_plan(batch_id)
     context.store.batch(batch_id)
-    selection = _selection(codes, custom_ids, states, limit, default=UNRESOLVED)
     if as_input is not None:
-        dead = msgspec.structs.replace(selection, states=selection.states if states else _DEAD)
+        dead = _in_states(selection, _DEAD)
         _write_input(batch_id, dead, as_input, context, include_faulty, as_json=as_json)
         return
-    shown = limit or (None if as_json else SHOWN_AT_FIRST)
-    meant = msgspec.structs.replace(selection, limit=shown)
-    found = context.store.dead_letters(batch_id, meant)
+    selection = _in_states(selection, UNRESOLVED)
+    shown = selection.limit or (None if as_json else SHOWN_AT_FIRST)
+    found = context.store.dead_letters(batch_id, msgspec.structs.replace(selection, limit=shown))
     if as_json:
         print_json([_object(letter) for letter in found])
         return
     if not found:
-        which = "" if selection == Selection(states=UNRESOLVED) else " that is meant"
-        say(f"No request of {batch_id}{which} has failed.")
+        which = "" if selection == Selection(states=UNRESOLVED) else " of this selection"
+        say(f"No request{which} of {batch_id} has failed.")
         return
     context.console.print(_table(found))
     everything = msgspec.structs.replace(selection, limit=None)
@@ -117,21 +140,18 @@ def failures(
 
 
 @click.command()
-@selecting
-@_limit
+@selecting()
 @click.option("--max-tokens", type=click.IntRange(min=1), help="New token limit of each request.")
-@click.option("--model", help="Served model that shall answer.")
+@click.option("--model", help="Served model that answers.")
 @click.option(
     "--set", "fields", multiple=True, metavar="FIELD=JSON", help="Another field of the body."
 )
-@click.option("--force", is_flag=True, help="Although settings differ from the batch's.")
-@click.option("--wait", is_flag=True, help="Wait until it is over.")
+@click.option("--force", is_flag=True, help="Run even if settings differ from the batch's.")
+@click.option("--wait", is_flag=True, help="Wait until the replay has ended.")
 @json_option
 def replay(
     batch_id: str,
-    codes: tuple[str, ...],
-    custom_ids: tuple[str, ...],
-    limit: int | None,
+    selection: Selection,
     max_tokens: int | None,
     model: str | None,
     fields: tuple[str, ...],
@@ -151,7 +171,7 @@ def replay(
     overrides = {name: value for name, value in given.items() if value is not None}
     asked = dead_letters.request_replay(
         batch_id,
-        _selection(codes, custom_ids, (), limit, default=_DEAD),
+        _in_states(selection, _DEAD),
         folder=context.folder,
         store=context.store,
         actor=person(),
@@ -164,7 +184,7 @@ def replay(
         _say_left_out(asked.left_out)
         names = ", ".join(str(replay.number) for replay in asked.replays)
         say(f"{asked.requests:,} requests wait for the engine, as replay {names}.")
-        say("Dagster starts it (`make dev`) as soon as the engine is free.")
+        say("A running Dagster (`make dev`) starts it as soon as the engine is free.")
     if wait:
         _wait_for(asked.replays, context)
     if as_json:
@@ -182,24 +202,13 @@ def replay(
 
 
 @click.command()
-@selecting
-@_limit
-@click.option(
-    "--state",
-    "states",
-    multiple=True,
-    type=click.Choice([str(DeadLetterState.DEAD), str(DeadLetterState.REPLAYING)]),
-    help="With `replaying`: take them back from a replay that is not at work.",
+@selecting(
+    DeadLetterState.DEAD,
+    DeadLetterState.REPLAYING,
+    state_help="With `replaying`: take them back from a replay that is not running.",
 )
-@click.option("--reason", required=True, help="Why; it is all that will be known later.")
-def discard(
-    batch_id: str,
-    codes: tuple[str, ...],
-    custom_ids: tuple[str, ...],
-    limit: int | None,
-    states: tuple[str, ...],
-    reason: str,
-) -> None:
+@click.option("--reason", required=True, help="Reason, for the history of each request.")
+def discard(batch_id: str, selection: Selection, reason: str) -> None:
     """Give up failed requests of BATCH: they stay in its error file and need no further action.
 
     Exit 1 if a replay is at work on some of them.
@@ -207,7 +216,7 @@ def discard(
     context = open_context()
     count = dead_letters.discard(
         batch_id,
-        _selection(codes, custom_ids, states, limit, default=_DEAD),
+        _in_states(selection, _DEAD),
         reason=reason,
         folder=context.folder,
         store=context.store,
@@ -215,25 +224,6 @@ def discard(
         at=context.clock(),
     )
     say(f"{count:,} failed requests of {batch_id} are discarded.")
-
-
-_DEAD = (DeadLetterState.DEAD,)
-
-
-def _selection(
-    codes: Sequence[str],
-    custom_ids: Sequence[str],
-    states: Sequence[str],
-    limit: int | None,
-    *,
-    default: tuple[DeadLetterState, ...],
-) -> Selection:
-    return Selection(
-        codes=tuple(map(FailureCode, codes)),
-        custom_ids=tuple(custom_ids),
-        states=tuple(map(DeadLetterState, states)) or default,
-        limit=limit,
-    )
 
 
 def _fields(pairs: Sequence[str]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from rich.table import Table
 
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.cli.escaping import say
+from batch_orchestration.cli.tables import table
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import clear_fence, read_fences
 from batch_orchestration.gpu.health import GpuCheck, check_gpu
 
-_GIB = 2**30
-_NONE = "-"
+GIB = 2**30
+NONE = "-"
 
 
 @click.command()
@@ -29,7 +30,7 @@ def gpu(uuid: str | None, as_json: bool) -> None:
         _clear(context, uuid)
     check = check_gpu(context.settings)
     if as_json:
-        print_json(_object(check))
+        print_json({"healthy": check.healthy, **msgspec.to_builtins(check)})
     else:
         for device in check.devices:
             context.console.print(_table(device))
@@ -55,7 +56,7 @@ def _say(check: GpuCheck) -> None:
         say(check.no_gate)
         return
     needed = check.need.memory_bytes
-    amount = "Memory needed" if needed is None else f"{needed / _GIB:.1f} GiB are needed"
+    amount = "Memory needed" if needed is None else f"{needed / GIB:.1f} GiB are needed"
     say(f"{amount}: {check.need.why}")
     for reason in check.reasons:
         say(f"unhealthy: {reason}")
@@ -67,58 +68,24 @@ def _say(check: GpuCheck) -> None:
         say("healthy: an engine may be started")
 
 
-def _object(check: GpuCheck) -> dict[str, object]:
-    return {
-        "healthy": check.healthy,
-        "reasons": check.reasons,
-        "no_gate": check.no_gate,
-        "unreadable": check.unreadable,
-        "fences": check.fences,
-        "need": msgspec.to_builtins(check.need),
-        "devices": [msgspec.to_builtins(device) for device in check.devices],
-    }
-
-
 def _table(device: GpuFacts) -> Table:
-    table = Table(title=f"GPU {device.index}: {device.name} ({device.uuid})", show_header=False)
-    for name, value in _rows(device):
-        table.add_row(name, value)
-    return table
-
-
-def _rows(device: GpuFacts) -> list[tuple[str, str]]:
-    throttled = device.throttle_reasons
-    return [
-        ("memory used", _gib(device.memory_used_bytes)),
-        ("memory free", _gib(device.memory_free_bytes)),
-        ("memory in all", _gib(device.memory_total_bytes)),
-        ("temperature", _with(device.temperature_celsius, "°C")),
-        ("slows down at", _with(device.slowdown_celsius, "°C")),
-        ("turns off at", _with(device.shutdown_celsius, "°C")),
-        ("utilisation", _with(device.utilization_percent, "%")),
-        ("power", _with(device.power_watts, "W")),
-        ("power limit", _with(device.power_limit_watts, "W")),
-        ("SM clock", _with(device.sm_clock_mhz, "MHz")),
-        ("SM clock at most", _with(device.sm_clock_max_mhz, "MHz")),
-        ("memory clock", _with(device.memory_clock_mhz, "MHz")),
-        ("clock held down by", _NONE if throttled is None else ", ".join(throttled) or "nothing"),
-        ("uncorrectable memory errors", _with(device.ecc_uncorrectable_errors, "")),
-        ("remap pending", _with(device.remap_pending, "")),
-        ("remap failed", _with(device.remap_failed, "")),
-        ("recovery action", _with(device.recovery_action, "")),
-        ("MIG", _with(device.mig_enabled, "")),
-        *(
-            (f"process {process.pid}", f"{process.name or _NONE}, {_gib(process.memory_bytes)}")
-            for process in device.processes or ()
-        ),
+    """Return all facts of a device, a row each; the names have the units."""
+    facts = msgspec.to_builtins(device)
+    processes = facts.pop("processes") or ()
+    rows = [(name.replace("_", " "), _value(value)) for name, value in facts.items()]
+    rows += [
+        (f"process {found['pid']}", f"{found['name'] or NONE}, {_value(found['memory_bytes'])}")
+        for found in processes
     ]
+    return table((f"GPU {device.index}", device.name), rows)
 
 
-def _gib(value: int | None) -> str:
-    return _NONE if value is None else f"{value / _GIB:.2f} GiB"
-
-
-def _with(value: object, unit: str) -> str:
+def _value(value: object) -> str:
+    """Return a fact as text; large numbers are bytes."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return _NONE if value is None else f"{value} {unit}".strip()
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, int) and value >= 2**20:
+        return f"{value:,} ({value / GIB:.2f} GiB)"
+    return NONE if value is None else str(value)

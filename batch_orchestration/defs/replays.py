@@ -65,16 +65,18 @@ class ReplayConfig(dg.Config):
     """The failed requests to send again, and the changes to their bodies."""
 
     batch: str = Field(description="Id of the batch.")
-    codes: list[str] = Field([], description="Only failures with these codes; none: any code.")
-    custom_ids: list[str] = Field([], description="Only these requests; none: any.")
-    limit: int | None = Field(None, ge=1, description="So many at most, in input order.")
+    codes: list[str] = Field([], description="Only failures with these codes; empty: any code.")
+    custom_ids: list[str] = Field([], description="Only these requests; empty: any.")
+    limit: int | None = Field(
+        None, ge=1, description="Maximum number of requests; the first in input order."
+    )
     max_tokens: int | None = Field(None, ge=1, description="New token limit of each request.")
     overrides: dict[str, Any] = Field(
         {}, description="Fields of the body and their new values; null removes a field."
     )
-    force: bool = Field(False, description="Go on although settings differ from the batch's.")
+    force: bool = Field(False, description="Run even if settings differ from the batch's.")
     replay: int | None = Field(
-        None, description="Go on with this replay, whatever else is said; set by replay_sensor."
+        None, description="Number of a replay to continue, for which other fields do not count."
     )
 
     def changes(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def replay_failed_requests(
                     vitals=sampler.vitals,
                     throttle=sampler.throttle,
                 )
-                _tell(context, report, present)
+                _report(context, report, present)
     except GpuUnhealthy as unhealthy:
         mark_unfit(context.instance, context.run.run_id)
         context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: the replay waits: {unhealthy}")
@@ -146,7 +148,7 @@ def _numbers(context: dg.OpExecutionContext, config: ReplayConfig, settings: Set
         return [config.replay]
     # The same for each retry of the step and of the run.
     request_key = context.run.root_run_id or context.run.run_id
-    asked = request_replay(
+    requested = request_replay(
         config.batch,
         config.selection(),
         folder=data_folder(settings),
@@ -158,12 +160,12 @@ def _numbers(context: dg.OpExecutionContext, config: ReplayConfig, settings: Set
         force=config.force,
         request_key=request_key,
     )
-    for left_out in asked.left_out:
+    for left_out in requested.left_out:
         context.log.warning(f"cannot be replayed: {left_out}")
-    return [replay.number for replay in asked.replays]
+    return [replay.number for replay in requested.replays]
 
 
-def _tell(context: dg.OpExecutionContext, report: ReplayReport, settings: Settings) -> None:
+def _report(context: dg.OpExecutionContext, report: ReplayReport, settings: Settings) -> None:
     replay = report.replay
     context.log.info(
         f"replay {replay.number} of {replay.batch_id}: {report.answered} answered, "
@@ -187,8 +189,8 @@ def _tell(context: dg.OpExecutionContext, report: ReplayReport, settings: Settin
     minimum_interval_seconds=INTERVAL_SECONDS,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description=(
-        "Asks for the run of each replay that is not over: of those asked for on the command "
-        "line, and of those whose run was lost. **A skipped tick says which wait, and why.**"
+        "Launches a run for each replay that has not ended: one requested on the command line, or "
+        "one whose run was lost. **A skipped tick says which replays wait, and why.**"
     ),
 )
 def replay_sensor(
@@ -216,7 +218,7 @@ def replay_sensor(
     faults.log()
     reasons += map(str, faults)
     if not requests:
-        return dg.SkipReason("; ".join(reasons) or "no replay is asked for")
+        return dg.SkipReason("; ".join(reasons) or "no replay is open")
     return dg.SensorResult(run_requests=requests)
 
 
@@ -231,9 +233,9 @@ def _request(
     if len(ended) < len(states):
         return "is running, or waits for the engine"
     stopped = any(state is RunState.STOPPED for state, _ in states)
-    # An unfit device or an engine that refuses everybody is no failure of the replay.
-    innocent = {RunState.UNFIT, RunState.REFUSED}
-    failures = sum(state not in innocent for state, _ in states)
+    # An unfit device, or an engine that refuses every request, is no failure of the replay.
+    no_failure = {RunState.UNFIT, RunState.REFUSED}
+    failures = sum(state not in no_failure for state, _ in states)
     if stopped or failures >= MAX_FAILURES:
         return (
             "waits for a person: its last run failed or was terminated. Re-execute that run, or"
