@@ -35,7 +35,8 @@ from batch_orchestration.estimates.scores import Score, accuracy
 from batch_orchestration.estimates.tables import EstimateTables, cache_engine_info
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.inference.run import RunPolicy, run_chunks
+from batch_orchestration.inference.policy import RunPolicy
+from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.store.store import Store
 

@@ -19,7 +19,8 @@ from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.inference.run import RunPolicy, run_chunks
+from batch_orchestration.inference.policy import RunPolicy
+from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.store.store import Store
 
 

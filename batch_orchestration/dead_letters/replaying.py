@@ -27,12 +27,13 @@ from batch_orchestration.files.kept_input import check_settings, original_lines
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.chunk_pass import PendingRequest, RequestPass, TransientError
 from batch_orchestration.inference.feeder import Feeder, first_leaf
-from batch_orchestration.inference.run import SYNC_SECONDS, RunPolicy
+from batch_orchestration.inference.policy import RunContext, RunPolicy
+from batch_orchestration.inference.run import SYNC_SECONDS
 from batch_orchestration.lifecycle.cancellation import EarlyEndWatch
 from batch_orchestration.store.operations import Operations
 from batch_orchestration.store.store import Store
-from batch_orchestration.workers.reporter import holding
-from batch_orchestration.workers.vitals import WORK_SECONDS, RunVitals
+from batch_orchestration.workers.reporter import holding, loop_watched
+from batch_orchestration.workers.run_status import WORK_SECONDS, RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run_replay(
     run_id: str,
     policy: RunPolicy,
     clock: Callable[[], float] = time.time,
-    vitals: RunVitals | None = None,
+    status: RunStatus | None = None,
     throttle: Callable[[], Throttle] = Throttle,
 ) -> ReplayReport:
     """Answer the replay's unanswered requests, apply the outcomes and rewrite the files.
@@ -82,17 +83,23 @@ def run_replay(
     """
     plan, operations = folder.read_plan(batch_id), Operations(folder, batch_id)
     replay = operations.get(number)
-    vitals = vitals or RunVitals()
-    vitals.begin_batch(batch_id)
+    run = RunContext(
+        engine=engine,
+        folder=folder,
+        store=store,
+        run_id=run_id,
+        policy=policy,
+        status=status or RunStatus(),
+        throttle=throttle,
+    )
+    run.status.begin_batch(batch_id)
     if replay.closed_at is None:
         check_settings(plan, policy.answer_settings, force=replay.force)
         try:
             if len(list(operations.outcomes(replay))) < len(replay.indices):
-                _ReplayRun(
-                    plan, replay, operations, engine, folder, run_id, policy, vitals, throttle
-                ).feed()
+                _ReplayRun(plan, replay, operations, run).feed()
         finally:
-            vitals.enter("committing", patience_seconds=WORK_SECONDS)
+            run.status.enter("committing", patience_seconds=WORK_SECONDS)
             with holding(operations.lock()):
                 operations.apply_to(store)
     assembly = _assemble_if_complete(plan, folder, store, clock, run_id)
@@ -130,24 +137,15 @@ class _ReplayRun:
         plan: BatchPlan,
         replay: Replay,
         operations: Operations,
-        engine: Engine,
-        folder: DataFolder,
-        run_id: str,
-        policy: RunPolicy,
-        vitals: RunVitals,
-        throttle: Callable[[], Throttle],
+        run: RunContext,
     ) -> None:
-        self._vitals = vitals
-        self._care = throttle
         self._plan = plan
         self._replay = replay
         self._operations = operations
-        self._engine = engine
-        self._folder = folder
-        self._run_id = run_id
-        self._policy = policy
+        self._run = run
+        self._folder = run.folder
         # An ended batch may be replayed; an early end decided during the replay stops it, too.
-        self._early_end = EarlyEndWatch(plan, folder, run_id=run_id, only_new=True)
+        self._early_end = EarlyEndWatch(plan, run.folder, run_id=run.run_id, only_new=True)
         self._identity: EngineInfo | None = None
         self._journal: Journal | None = None
 
@@ -163,23 +161,18 @@ class _ReplayRun:
             raise first_leaf(group) from group
 
     async def _feed(self) -> None:
-        cap = self._policy.max_tokens_cap
-        self._engine.fallback.expect(lambda: memory_demand(self._requests(), max_tokens_cap=cap))
-        overrides = self._policy.overrides(
-            self._replay.overrides.get("model", self._plan.options.model)
+        cap = self._run.policy.max_tokens_cap
+        self._run.engine.fallback.expect(
+            lambda: memory_demand(self._requests(), max_tokens_cap=cap)
         )
         feeder = Feeder(
-            self._engine,
+            self._run,
             self._pending(),
-            window=self._policy.window,
-            overrides=lambda _: overrides,
             settled=lambda pending, outcome: None,
             started=self._started,
-            vitals=self._vitals,
-            throttle=self._care,
         )
         try:
-            async with self._vitals.of_the_loop(), asyncio.TaskGroup() as group:
+            async with loop_watched(self._run.status), asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._sync())
                 await self._early_end.until_early_end(feeder.feed())
                 ticker.cancel()
@@ -188,7 +181,7 @@ class _ReplayRun:
         finally:
             if self._journal is not None:
                 self._journal.close()
-            await self._engine.disconnect()
+            await self._run.engine.disconnect()
 
     def _started(self, identity: EngineInfo) -> None:
         self._identity = identity
@@ -210,7 +203,13 @@ class _ReplayRun:
                 self._journal = self._open_journal()
             except Shortage as full:
                 yield full
-        replay_pass = RequestPass(self._plan.batch_id, self._replay.indices, self._journal)
+        model = self._replay.overrides.get("model", self._plan.options.model)
+        replay_pass = RequestPass(
+            self._plan.batch_id,
+            self._replay.indices,
+            self._journal,
+            overrides=self._run.policy.overrides(model),
+        )
         pending = frozenset(replay_pass.unsettled)
         for request in self._requests():
             if request.index in pending:
@@ -219,11 +218,11 @@ class _ReplayRun:
     def _open_journal(self) -> Journal:
         identity = self._identity
         assert identity is not None
-        present = dict(self._policy.answer_settings)
+        present = dict(self._run.policy.answer_settings)
         if self._replay.overrides:
             present["replay_overrides"] = self._replay.overrides
         provenance = Provenance(
-            run_id=self._run_id,
+            run_id=self._run.run_id,
             engine=identity.kind,
             engine_version=identity.version,
             model=identity.models[0] if identity.models else "",

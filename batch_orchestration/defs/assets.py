@@ -59,7 +59,7 @@ from batch_orchestration.queue.halts import halt_in_force, what_helps
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import report_phase
-from batch_orchestration.workers.vitals import RunVitals
+from batch_orchestration.workers.run_status import RunStatus
 
 #: Planning a run costs Dagster 13 to 23 ms per partition before it can start.
 CHUNKS_PER_BACKFILL_RUN = 200
@@ -138,14 +138,14 @@ def chunk_results(
             run_id=context.run.run_id,
             policy=run_policy(present, gpu.sizing),
             force=force,
-            vitals=sampler.vitals,
+            status=sampler.status,
             throttle=sampler.throttle,
         )
         commits = _with_samples(commits, sampler, sample_taker(present))
         # Closed at once if the run is terminated, so that the journals are flushed.
         with contextlib.closing(commits):
             present_hash = settings_hash(present.answer_settings())
-            sizes = partial(_sizes, gpu.sizing, sampler.vitals)
+            sizes = partial(_sizes, gpu.sizing, sampler.status)
             _report(context, commits, present_hash, sizes, settings=present)
     faults = Faults()
     for batch_id in selection:
@@ -155,11 +155,11 @@ def chunk_results(
                 context.log.warning(f"{batch_id}: {ended}. To go on: resume {batch_id}")
     for fault in faults:
         context.log.warning(str(fault))
-    _say_paused(context, selection, data_folder(present), by_person=by_person)
+    _log_paused(context, selection, data_folder(present), by_person=by_person)
     yield from ()
 
 
-def _say_paused(
+def _log_paused(
     context: dg.AssetExecutionContext,
     batch_ids: Iterable[str],
     folder: DataFolder,
@@ -174,10 +174,10 @@ def _say_paused(
     refused = []
     for batch_id in batch_ids:
         if (halt := halt_in_force(folder, batch_id)) is not None:
-            said = f"batch {batch_id} is {halt}. To go on: {what_helps(batch_id)}"
-            context.log.warning(said)
+            reason = f"batch {batch_id} is {halt}. To go on: {what_helps(batch_id)}"
+            context.log.warning(reason)
             if halt.actor != context.run.run_id:
-                refused.append(said)
+                refused.append(reason)
     if refused and by_person:
         raise dg.Failure(description="\n".join(refused), allow_retries=False)
 
@@ -189,13 +189,16 @@ def _with_samples(
     with contextlib.closing(commits):
         for commit in commits:
             yield commit
-            if sampler.watches_devices and (batch_id := sampler.vitals.own_batch_id) is not None:
+            if (
+                sampler.watches_devices
+                and (batch_id := sampler.status.primary_batch_id) is not None
+            ):
                 taker.after_commit(batch_id)
 
 
-def _sizes(sizing: Sizing, vitals: RunVitals) -> Metadata:
+def _sizes(sizing: Sizing, status: RunStatus) -> Metadata:
     """Return the present window, and the derivations of the window and of the engine's sizes."""
-    return sizes_metadata(vitals.window, [*map(str, sizing.derived), vitals.derivation])
+    return sizes_metadata(status.window, [*map(str, sizing.derived), status.derivation])
 
 
 def _selection(context: dg.AssetExecutionContext) -> dict[str, list[int]]:

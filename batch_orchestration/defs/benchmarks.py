@@ -14,7 +14,7 @@ from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
 from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.tables import EstimateTables, cache_engine_info
 from batch_orchestration.workers.reporter import report_phase
-from batch_orchestration.workers.vitals import MARGIN_SECONDS, WORK_SECONDS
+from batch_orchestration.workers.run_status import MARGIN_SECONDS, WORK_SECONDS
 
 
 class CalibrationConfig(dg.Config):

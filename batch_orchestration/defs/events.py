@@ -121,11 +121,12 @@ def _chunk_event(
 
 def progress_observation(commit: CommittedChunk) -> dg.AssetObservation:
     """Return the progress of a batch, which its partition of `batch_manifest` plots over time."""
+    now = commit.progress
     metadata = metadata_of(
-        commit,
+        now,
         *("done", "total", "completed", "failed", "output_tokens_per_second", "eta_seconds"),
-        "utilization",
-        percent=round(100 * commit.done / commit.total, 2),
+        utilization=commit.utilization,
+        percent=round(100 * now.done / now.total, 2),
     )
     return dg.AssetObservation(MANIFEST_KEY, partition=commit.report.batch_id, metadata=metadata)
 

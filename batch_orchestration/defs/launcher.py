@@ -109,12 +109,12 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
             self._instance.add_run_tags(run_id, {WORKER_TAG: msgspec.json.encode(record).decode()})
         try:
             self._instance.report_engine_event(
-                f"Started run worker {worker.pid}; what it says outside of steps is in {log_path}",
+                f"Started run worker {worker.pid}; its log is {log_path}",
                 context.dagster_run,
                 cls=self.__class__,
             )
         except Exception as error:  # noqa: BLE001 - of any storage: the worker is at work
-            logger.warning("cannot say that run worker %d was started: %s", worker.pid, error)
+            logger.warning("cannot report the start of run worker %d: %s", worker.pid, error)
 
     @property
     def supports_check_run_worker_health(self) -> bool:
@@ -134,10 +134,10 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
             return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "no run worker was recorded")
         pid, problem = str(worker.pid), "is gone"
         if is_running(worker.process):
-            judgement = self._judge(worker, run, settings)
-            if judgement is None or judgement.condition is WorkerState.ALIVE:
+            health = self._judge(worker, run, settings)
+            if health is None or health.condition is WorkerState.ALIVE:
                 return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=pid)
-            problem = f"was {judgement.condition} and has been killed: {judgement.reason}"
+            problem = f"was {health.condition} and has been killed: {health.reason}"
             end_worker(worker.process)
             self._reap()
         if folder is not None and clear_after(run.run_id, folder):
@@ -247,7 +247,7 @@ def _settings_if_valid() -> Settings | None:
     try:
         return load_settings()
     except ValueError as error:  # pydantic's ValidationError is one, too
-        logger.warning("no worker can be judged by its heartbeats: %s", error)
+        logger.warning("cannot judge workers by their heartbeats: %s", error)
         return None
 
 

@@ -126,7 +126,7 @@ def replay_failed_requests(
                     store=open_store(present),
                     run_id=context.run.run_id,
                     policy=run_policy(present, gpu.sizing),
-                    vitals=sampler.vitals,
+                    status=sampler.status,
                     throttle=sampler.throttle,
                 )
                 _report(context, report, present)

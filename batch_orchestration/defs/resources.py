@@ -29,13 +29,13 @@ from batch_orchestration.gpu.health import device_monitor, no_gate, require_heal
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.inference.faults.oom_recovery import remembered_fallback
 from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
-from batch_orchestration.inference.run import RunPolicy
+from batch_orchestration.inference.policy import RunPolicy
 from batch_orchestration.inference.sampler import RunSampler
 from batch_orchestration.inference.window.sizing import Sizing, size_run
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.store import Store
-from batch_orchestration.workers.reporter import vitals_of_this_worker
-from batch_orchestration.workers.vitals import RunVitals
+from batch_orchestration.workers.reporter import status_of_this_worker
+from batch_orchestration.workers.run_status import RunStatus
 
 logger = logging.getLogger(__name__)
 #: At the end of a run; the engine's own figures are not worth a longer wait for the store.
@@ -195,7 +195,7 @@ class GpuResource(dg.ConfigurableResource):
     def sampling(self, run_id: str, settings: Settings) -> RunSampler:
         """Return a context manager that samples a run and monitors its devices."""
         return RunSampler(
-            vitals_of_this_worker() or RunVitals(),
+            status_of_this_worker() or RunStatus(),
             folder=data_folder(settings),
             run_id=run_id,
             seconds=settings.sample_seconds,

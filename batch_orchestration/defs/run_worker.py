@@ -44,7 +44,7 @@ def main() -> None:
     raise_open_file_limit()
     # A descriptor of its own, because Dagster redirects the standard one while a step runs.
     faulthandler.register(STACKS_SIGNAL, file=os.dup(sys.stderr.fileno()), all_threads=True)
-    with _heart(run_id, job), patient_events():
+    with _heartbeats(run_id, job), patient_events():
         from dagster._cli import cli
 
         cli(command)
@@ -62,21 +62,21 @@ def patient_events() -> Iterator[None]:
     from dagster import DagsterInstance
 
     store = DagsterInstance.handle_new_event
-    left_out = _LeftOut()
+    dropped = _DroppedEvents()
 
     def handle_new_event(instance: "DagsterInstance", event: "EventLogEntry", **how: Any) -> None:
         while True:
             try:
                 store(instance, event, **how)
             except Exception as error:  # any exception of a storage; examined below
-                if _is_only_said(event):
-                    return left_out.note(error)
+                if _may_be_dropped(event):
+                    return dropped.note(error)
                 if not _is_short(instance, event, error):
                     raise
                 report_progress()
                 time.sleep(RETRY_SECONDS)
             else:
-                return left_out.tell()
+                return dropped.report()
 
     DagsterInstance.handle_new_event = handle_new_event  # type: ignore[method-assign, assignment]
     try:
@@ -85,7 +85,7 @@ def patient_events() -> Iterator[None]:
         DagsterInstance.handle_new_event = store  # type: ignore[method-assign]
 
 
-class _LeftOut:
+class _DroppedEvents:
     """Counts dropped events, and reports them once the worker's own log can be written again."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class _LeftOut:
         self._count += 1
         self._error = str(error).splitlines()[0]
 
-    def tell(self) -> None:
+    def report(self) -> None:
         if not self._count:
             return
         count, self._count = self._count, 0
@@ -104,13 +104,13 @@ class _LeftOut:
             print(f"Dagster did not store {count} log lines: {self._error}", file=sys.__stderr__)
 
 
-def _is_only_said(event: "EventLogEntry") -> bool:
+def _may_be_dropped(event: "EventLogEntry") -> bool:
     from dagster import DagsterEventType
 
     if event.dagster_event is None:
         return True
-    said = (DagsterEventType.ASSET_OBSERVATION, DagsterEventType.ENGINE_EVENT)
-    return event.dagster_event.event_type in said
+    messages = (DagsterEventType.ASSET_OBSERVATION, DagsterEventType.ENGINE_EVENT)
+    return event.dagster_event.event_type in messages
 
 
 def _is_short(instance: "DagsterInstance", event: "EventLogEntry", error: Exception) -> bool:
@@ -143,7 +143,7 @@ def _no_descriptor() -> bool:
 
 
 @contextlib.contextmanager
-def _heart(run_id: str, job: str) -> Iterator[None]:
+def _heartbeats(run_id: str, job: str) -> Iterator[None]:
     try:
         settings = load_settings()
     except ValueError as error:  # pydantic's ValidationError is one, too

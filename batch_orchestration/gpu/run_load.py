@@ -6,7 +6,7 @@ from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.gpu.facts import GpuFacts
 
 
-class RunLoad(msgspec.Struct, frozen=True, kw_only=True):
+class RunLoad(msgspec.Struct, kw_only=True):
     """The load of a run's engine and GPUs at one moment.
 
     Attributes:

@@ -15,7 +15,7 @@ from batch_orchestration.gpu.run_load import RunLoad
 Moment = Annotated[float, msgspec.Meta(ge=0, lt=253_402_300_800)]
 
 
-class RunSample(RunLoad, frozen=True, kw_only=True):
+class RunSample(RunLoad, kw_only=True):
     """The load of a run, as kept for its report.
 
     Attributes:

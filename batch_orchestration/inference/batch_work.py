@@ -9,7 +9,6 @@ from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.errors import JournalError, JournalInUse, Shortage, StorageError
 from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.core.results import ChunkReport, Provenance
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import JournalState, replay_journal
 from batch_orchestration.files.kept_input import ChunkRef
 from batch_orchestration.inference.chunk_pass import (
@@ -20,10 +19,9 @@ from batch_orchestration.inference.chunk_pass import (
 )
 from batch_orchestration.inference.committer import Committer, Results
 from batch_orchestration.inference.faults.halting import FailureWatch
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.inference.progress import RunProgress, remaining_work
 from batch_orchestration.queue.halts import halt_in_force
-from batch_orchestration.store.store import Store
-from batch_orchestration.workers.vitals import RunVitals
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +35,7 @@ class BatchWork:
         chunks: Chunks to feed; None for a guest: all that are neither committed nor in use.
         results: Queue for the committed chunks.
         provenance: Available once the engine has started.
-        memory_level: The engine's present memory level.
-        failures: Pauses the batch if too many of its requests fail.
+        deadline: End of the batch's window, if this run enforces it.
 
     Attributes:
         unanswered: Requests that were drawn and have no outcome yet.
@@ -51,19 +48,19 @@ class BatchWork:
         self,
         plan: BatchPlan,
         chunks: Sequence[ChunkRef] | None,
+        run: RunContext,
         *,
-        folder: DataFolder,
-        store: Store,
-        run_id: str,
         results: Results,
         provenance: Callable[[], Provenance],
-        memory_level: Callable[[], str | None],
-        max_tokens_cap: int | None,
-        vitals: RunVitals,
-        failures: FailureWatch,
+        deadline: float,
     ) -> None:
-        self._vitals = vitals
-        self._failures = failures
+        folder = run.folder
+        self._run = run
+        self._overrides = run.policy.overrides(plan.options.model)
+        self._deadline = deadline
+        self._failures = FailureWatch(
+            plan, folder, run_id=run.run_id, default=run.policy.max_failure_rate
+        )
         self.plan = plan
         self.is_guest = chunks is None
         self.unanswered = self.chunks_drawn = 0
@@ -71,15 +68,13 @@ class BatchWork:
         self.progress = RunProgress(
             plan,
             folder.progress_path(plan.batch_id),
-            run_id=run_id,
+            run_id=run.run_id,
             chunks=chunks or (),
             remaining=remaining_work(folder, plan.batch_id),
-            max_tokens_cap=max_tokens_cap,
+            max_tokens_cap=run.policy.max_tokens_cap,
         )
-        self._folder = folder
         self._pruned = folder.pruned_path(plan.batch_id).exists()
         self._provenance = provenance
-        self._memory_level = memory_level
         self._refs = deque(chunks or ())
         #: Set by the committer's thread once the committed chunks are known.
         self._takeable: Sequence[ChunkRef] | None = None
@@ -89,13 +84,13 @@ class BatchWork:
         #: How many chunks in a row were in use by another run.
         self._in_use = 0
         self.committer = Committer(
-            store,
+            run.store,
             batch_id=plan.batch_id,
-            run_id=run_id,
+            run_id=run.run_id,
             known=self._learn_committed,
             results=results,
             is_guest=self.is_guest,
-            waits=vitals.note_progress,
+            status=run.status,
         )
 
     @property
@@ -160,7 +155,7 @@ class BatchWork:
         """Halt if another run has halted the batch meanwhile."""
         # An unreadable halt counts as in force; other unreadable decisions are reported elsewhere.
         with contextlib.suppress(StorageError):
-            if not self.has_left and halt_in_force(self._folder, self.plan.batch_id):
+            if not self.has_left and halt_in_force(self._run.folder, self.plan.batch_id):
                 self.halt()
 
     def leave(self) -> None:
@@ -172,7 +167,7 @@ class BatchWork:
 
     def ends_early(self) -> bool:
         """Whether an early end of the batch has been decided."""
-        return self._folder.early_end(self.plan.batch_id).path.exists()
+        return self._run.folder.early_end(self.plan.batch_id).path.exists()
 
     def sync(self) -> None:
         """Make the records in the open journals survive a power loss."""
@@ -202,7 +197,7 @@ class BatchWork:
         if self.is_guest and self._takeable is None:
             numbers = {report.number for report in known}
             self._takeable = [
-                ChunkRef.of(self.plan, chunk.number, self._folder)
+                ChunkRef.of(self.plan, chunk.number, self._run.folder)
                 for chunk in self.plan.chunks
                 if chunk.number not in numbers
             ]
@@ -211,22 +206,27 @@ class BatchWork:
         """Open the next chunk for writing; return the transient error that prevents it, if any."""
         ref = self._refs.popleft()
         try:
-            chunk_pass = ChunkPass(ref, provenance=self._provenance())
+            chunk_pass = ChunkPass(
+                ref,
+                provenance=self._provenance(),
+                overrides=self._overrides,
+                deadline=self._deadline,
+            )
         except Shortage as full:
             self._refs.appendleft(ref)
             return full
         except JournalInUse as in_use:
-            return self._leave_alone(ref, in_use)
+            return self._skip(ref, in_use)
         self._in_use = 0
         self.chunks_drawn += 1
-        self._vitals.begin_chunk(self.plan.batch_id, ref.chunk.number)
+        self._run.status.begin_chunk(self.plan.batch_id, ref.chunk.number)
         self.progress.phase = "feeding"
         self._open[chunk_pass] = ref
         self._count_found(chunk_pass.journal.state)
         self._drawing, self._requests = chunk_pass, chunk_pass.pending()
         return None
 
-    def _leave_alone(self, ref: ChunkRef, in_use: JournalInUse) -> JournalInUse | None:
+    def _skip(self, ref: ChunkRef, in_use: JournalInUse) -> JournalInUse | None:
         """Leave a chunk to the run that is using it: a guest's for good, our own until it is free.
 
         Our other chunks come first; only if all of them are in use does the run wait.
@@ -258,4 +258,4 @@ class BatchWork:
             with contextlib.suppress(Shortage):
                 chunk_pass.journal.sync()
             chunk_pass.journal.close()
-            self.committer.add(ref, memory_level=self._memory_level())
+            self.committer.add(ref, memory_level=self._run.engine.fallback.description)

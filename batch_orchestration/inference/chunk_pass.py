@@ -1,12 +1,13 @@
 """One pass over the pending requests of a chunk: its journal, and the requests still unsettled."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from batch_orchestration.core.errors import JournalInUse, PlanMismatch, Shortage, UnstorableRecord
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
-from batch_orchestration.core.requests import Request, parse_line
+from batch_orchestration.core.requests import Overrides, Request, parse_line
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.files.kept_input import ChunkRef
@@ -19,12 +20,24 @@ class RequestPass:
     """One pass over requests of a batch: writes their journal, and settles each of them once.
 
     Attributes:
+        overrides: Changes to the bodies of its requests.
+        deadline: End of the batch's window, if this run enforces it.
         unsettled: Indices of the requests that have no outcome yet.
     """
 
-    def __init__(self, batch_id: str, indices: Iterable[int], journal: Journal) -> None:
+    def __init__(
+        self,
+        batch_id: str,
+        indices: Iterable[int],
+        journal: Journal,
+        *,
+        overrides: Overrides,
+        deadline: float = math.inf,
+    ) -> None:
         self.batch_id = batch_id
         self.journal = journal
+        self.overrides = overrides
+        self.deadline = deadline
         self.unsettled = set(indices) - journal.state.settled
 
     def pending_request(self, request: Request) -> "PendingRequest":
@@ -47,7 +60,9 @@ class RequestPass:
 class ChunkPass(RequestPass):
     """One pass over a chunk."""
 
-    def __init__(self, ref: ChunkRef, *, provenance: Provenance) -> None:
+    def __init__(
+        self, ref: ChunkRef, *, provenance: Provenance, overrides: Overrides, deadline: float
+    ) -> None:
         self.ref = ref
         journal = Journal.open(
             ref.journal_path,
@@ -56,7 +71,9 @@ class ChunkPass(RequestPass):
             provenance=provenance,
             at=time.time(),
         )
-        super().__init__(ref.plan.batch_id, ref.indices, journal)
+        super().__init__(
+            ref.plan.batch_id, ref.indices, journal, overrides=overrides, deadline=deadline
+        )
 
     def pending(self) -> Iterator["PendingRequest"]:
         """Yield the requests that have no outcome yet, in file order.
@@ -127,7 +144,7 @@ class PendingRequest:
         except UnstorableRecord as refusal:
             outcome = Failure(
                 code=FailureCode.RESPONSE_UNREADABLE,
-                message=f"the engine's answer cannot be kept: {refusal.__cause__}",
+                message=f"the engine's answer cannot be stored: {refusal.__cause__}",
                 latency_seconds=outcome.latency_seconds,
             )
             record(self.request, outcome, self.submissions, at)

@@ -15,8 +15,10 @@ from batch_orchestration.core.results import ChunkReport
 from batch_orchestration.files.journal import JournalEntry, read_journal
 from batch_orchestration.files.kept_input import ChunkRef, busy_seconds, settled_requests
 from batch_orchestration.store.store import Store
+from batch_orchestration.workers.run_status import RunStatus
 
 logger = logging.getLogger(__name__)
+
 #: A commit takes a tenth of a second; a longer one waits for a lock and may be abandoned.
 STOP_SECONDS = 10.0
 #: Between two attempts, while the store is locked or the disk is full.
@@ -45,7 +47,7 @@ class Committer:
         known: Called from this thread with the chunks that the store held when the work began.
         results: Queue for the result of each chunk; several committers can share it.
         is_guest: Log errors instead of reporting them, and leave the batch to its own run.
-        waits: Called after each attempt at a commit that found the store locked or the disk full.
+        status: Each attempt that finds the store locked or the disk full is noted there.
     """
 
     def __init__(
@@ -57,13 +59,13 @@ class Committer:
         known: Callable[[Iterable[ChunkReport]], None],
         results: Results | None = None,
         is_guest: bool = False,
-        waits: Callable[[], None] = lambda: None,
+        status: RunStatus,
     ) -> None:
-        self._tell_waiting = waits
+        self._status = status
         self._store = store
         self._batch_id = batch_id
         self._run_id = run_id
-        self._tell_known = known
+        self._note_known = known
         self._waiting: queue.SimpleQueue[tuple[ChunkRef, str | None] | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._known: dict[int, ChunkReport] = {}
@@ -130,20 +132,20 @@ class Committer:
                 step()
             except (StoreLocked, Shortage) as transient:
                 logger.warning(
-                    "commits of batch %s wait (%d complete chunks); answers are safe in the"
-                    " journals and the feed goes on: %s",
+                    "commits of batch %s wait (%d complete chunks); the answers are in the"
+                    " journals and requests are still sent: %s",
                     self._batch_id,
                     self.backlog,
                     transient,
                 )
-                self._tell_waiting()
+                self._status.note_progress()
                 self._stopping.wait(RETRY_SECONDS)
             else:
                 return
 
     def _learn_known(self) -> None:
         self._known = self._store.chunk_reports(self._batch_id)
-        self._tell_known(self._known.values())
+        self._note_known(self._known.values())
 
     def _commit(self, ref: ChunkRef, memory_level: str | None) -> None:
         if (report := self._known.get(ref.chunk.number)) is not None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 import random
 import secrets
 import time
@@ -13,22 +12,21 @@ from functools import partial
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
 from batch_orchestration.core.errors import EngineDied, EngineSick, GpuUnhealthy
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Outcome
-from batch_orchestration.core.requests import Overrides, prepare_body
+from batch_orchestration.core.requests import prepare_body
 from batch_orchestration.engines.access import CHAT, is_doubtful
-from batch_orchestration.engines.base import Engine, EngineInfo
+from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.engines.metrics import EngineMetrics
-from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.chunk_pass import PendingRequest, TransientError
 from batch_orchestration.inference.faults.access import AccessCheck
 from batch_orchestration.inference.faults.engine_life import EngineLife
-from batch_orchestration.inference.faults.hang_watch import LOOKS_PER_LIMIT, HangWatch
+from batch_orchestration.inference.faults.hang_watch import POLLS_PER_LIMIT, HangWatch
 from batch_orchestration.inference.faults.isolation import LABEL_END, Isolation, to_confirm
+from batch_orchestration.inference.faults.oom_recovery import OomRecovery
 from batch_orchestration.inference.faults.retries import Breaker, retry_delay
 from batch_orchestration.inference.faults.transient_errors import TransientErrors
-from batch_orchestration.inference.open_files import connections_possible
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.inference.waiting import EngineWaits
-from batch_orchestration.inference.window.window import EnginePoll, RequestWindow, Window
-from batch_orchestration.workers.vitals import MARGIN_SECONDS, RunVitals
+from batch_orchestration.inference.window.window import EnginePoll, RequestWindow
 
 logger = logging.getLogger(__name__)
 
@@ -62,83 +60,59 @@ class Feeder:
 
     def __init__(
         self,
-        engine: Engine,
+        run: RunContext,
         source: Iterator[PendingRequest | TransientError],
         *,
-        window: Window,
-        overrides: Callable[[PendingRequest], Overrides],
         settled: Callable[[PendingRequest, Outcome], None],
-        started: Callable[[EngineInfo], None] = lambda identity: None,
-        vitals: RunVitals | None = None,
-        throttle: Callable[[], Throttle] = Throttle,
-        deadline: Callable[[PendingRequest], float] = lambda pending: math.inf,
+        started: Callable[[EngineInfo], None],
     ) -> None:
-        self._vitals = vitals or RunVitals()
-        self._engine = engine
+        engine, policy, status = run.engine, run.policy, run.status
+        self._engine, self._policy, self._status = engine, policy, status
         self._source = source
-        self._window = window
-        self._overrides = overrides
-        self._deadline = deadline
         self._settled = settled
         self._started = started
-        self._served: tuple[str, ...] = ()
-        self._life = self._new_life()
-        self._breaker = Breaker(window.breaker)
-        self._hang_watch = HangWatch(engine, floor_seconds=window.hang_seconds, moved=self._moved)
-        looks = window.hang_seconds / LOOKS_PER_LIMIT
-        self._poll = EnginePoll(engine, heard=self._heard, most_seconds=looks)
-        waited = self._vitals.note_progress
-        self._room = RequestWindow(
-            window, most=self._most_in_flight, throttle=throttle, waited=waited
-        )
-        self._gate = self._new_gate()
-        #: Endpoint of the latest submission, for controls before the first answer.
-        self._asked_at = CHAT
         self._isolation: Isolation[PendingRequest] = Isolation()
+        self._memory = OomRecovery(engine.fallback, in_flight=policy.most_in_flight)
+        self.window = RequestWindow(run, memory=self._memory)
+        self._transient_errors = TransientErrors(status, self.window)
+        self._breaker = Breaker(policy.breaker)
+        self._hang_watch = HangWatch(engine, floor_seconds=policy.hang_seconds, status=status)
+        most_seconds = policy.hang_seconds / POLLS_PER_LIMIT
+        self._poll = EnginePoll(engine, react=self._react, most_seconds=most_seconds)
+        self._life = EngineLife(
+            engine,
+            policy=policy,
+            status=status,
+            memory=self._memory,
+            isolation=self._isolation,
+            started=self._engine_started,
+            control=self._send_control,
+        )
+        self._access_check = AccessCheck(
+            self._send,
+            where=engine.name,
+            retry=policy.retry,
+            window=self.window,
+            transient_errors=self._transient_errors,
+        )
+        #: Endpoint of the latest submission, for controls before the first answer.
+        self._latest_endpoint = CHAT
         #: Drawn from the source and still without an outcome, in the order of drawing.
         self._unanswered: dict[PendingRequest, None] = {}
         #: Requests that a dead engine left unanswered and that are not suspect.
-        self._again: deque[PendingRequest] = deque()
+        self._resubmit: deque[PendingRequest] = deque()
         #: Requests that are being answered now.
         self._tasks: dict[PendingRequest, asyncio.Task[None]] = {}
         self._abandoned: set[str] = set()
         self._halted: set[str] = set()
         self._source_is_dry = False
-        self._obstacles = TransientErrors(
-            waited=waited, is_over=lambda: self._room.stop is not None
-        )
         #: Waits that the engine asked for.
         self.waits = EngineWaits()
-        self.in_flight = 0
-
-    def _new_life(self) -> EngineLife:
-        return EngineLife(
-            self._engine,
-            window=self._window,
-            vitals=self._vitals,
-            begun=self._begun,
-            control=self._control,
-            suspects=lambda: len(self._isolation),
-        )
-
-    def _new_gate(self) -> AccessCheck:
-        return AccessCheck(
-            self._ask,
-            served=lambda: self._served,
-            where=self._engine.name,
-            retry=self._window.retry,
-            pause=self._delay,
-            freed=self._room.look_again,
-        )
 
     @property
     def is_dry(self) -> bool:
         """Whether nothing is left to give to the engine."""
         return self._fresh_is_over and not self._isolation
-
-    def note_window(self) -> None:
-        """Record the present width of the window in the vitals."""
-        self._vitals.window, self._vitals.unheld_window = self._room.limit, self._room.unheld
 
     async def feed(self) -> None:
         """Settle everything that the source yields.
@@ -154,16 +128,16 @@ class Feeder:
         await self._life.start()
         suspects_took = 0.0
         while self._isolation or not self._fresh_is_over:
-            if self._isolation and (self._fresh_is_over or not self._wants_proof):
+            if self._isolation and (self._fresh_is_over or not self._needs_proof):
                 began = loop.time()
-                if self._wants_proof:
+                if self._needs_proof:
                     await self._life.prove_sound()
                 await self._run_turn_of_suspects(*self._isolation.next_group())
                 suspects_took = loop.time() - began
             await self._run_turn_of_fresh(loop.time() + suspects_took)
 
     @property
-    def _wants_proof(self) -> bool:
+    def _needs_proof(self) -> bool:
         """Whether the engine has to answer something before the next suspect is tested.
 
         If another restart is allowed, it has to do so after the suspect's death instead. The proof
@@ -174,7 +148,7 @@ class Feeder:
         return last_chance and not self._life.deaths.proven
 
     def abandon(self, batch_id: str) -> bool:
-        """Let go of a batch's drawn requests; return whether none of them is being answered.
+        """Drop a batch's drawn requests; return whether none of them is being answered.
 
         From then on nothing more is recorded about its requests.
         """
@@ -195,22 +169,22 @@ class Feeder:
     def _tasks_of(self, batch_id: str) -> list[asyncio.Task[None]]:
         return [task for pending, task in self._tasks.items() if pending.chunk.batch_id == batch_id]
 
-    def _is_let_go(self, pending: PendingRequest) -> bool:
+    def _is_dropped(self, pending: PendingRequest) -> bool:
         return pending.chunk.batch_id in self._abandoned | self._halted
 
-    def _still_asked(self, requests: Iterable[PendingRequest]) -> list[PendingRequest]:
-        return [pending for pending in requests if not self._is_let_go(pending)]
+    def _without_dropped(self, requests: Iterable[PendingRequest]) -> list[PendingRequest]:
+        return [pending for pending in requests if not self._is_dropped(pending)]
 
     @property
     def _fresh_is_over(self) -> bool:
-        return self._source_is_dry and not self._again
+        return self._source_is_dry and not self._resubmit
 
     def _fresh(self, until: float) -> Iterator[PendingRequest | TransientError]:
         """Yield fresh requests to the end, or, while suspects wait, until the time `until`."""
         loop = asyncio.get_running_loop()
-        while not self._isolation or self._wants_proof or loop.time() < until:
-            if self._again:
-                if not self._is_let_go(again := self._again.popleft()):
+        while not self._isolation or self._needs_proof or loop.time() < until:
+            if self._resubmit:
+                if not self._is_dropped(again := self._resubmit.popleft()):
                     yield again
             elif (pending := next(self._source, None)) is None:
                 self._source_is_dry = True
@@ -224,12 +198,12 @@ class Feeder:
         death = await self._run_window(self._fresh(until))
         if death is None:
             return
-        left, self._unanswered = self._still_asked(self._unanswered), {}
+        left, self._unanswered = self._without_dropped(self._unanswered), {}
         suspects = [pending for pending in left if pending.in_flight]
         if await self._life.ease(death):
-            self._again.extend(left)
+            self._resubmit.extend(left)
         else:
-            self._again.extend(pending for pending in left if not pending.in_flight)
+            self._resubmit.extend(pending for pending in left if not pending.in_flight)
             logger.warning("%d requests were in flight and are suspect: %s", len(suspects), death)
             label = f"{secrets.token_hex(4)}{LABEL_END}"
             await self._suspect(label if len(suspects) > 1 else to_confirm(label), suspects)
@@ -238,14 +212,14 @@ class Feeder:
         await self._life.restart(death)
 
     async def _run_turn_of_suspects(self, label: str, group: list[PendingRequest]) -> None:
-        group = self._still_asked(group)
+        group = self._without_dropped(group)
         logger.info("testing %d suspects apart (group %s)", len(group), label)
         untested = iter(group)
         was_proven, death = self._life.deaths.proven, await self._run_window(untested)
         if death is None:
             self._isolation.note_answered(label)
             return
-        left = self._still_asked([*self._unanswered, *untested])
+        left = self._without_dropped([*self._unanswered, *untested])
         self._unanswered = {}
         for pending in left:
             pending.in_flight = False
@@ -268,7 +242,7 @@ class Feeder:
         """Convict a request that killed the engine alone, if the engine answers something else."""
         if death.exhaustion:
             # Before the restart, so that the others are answered as configured.
-            self._life.oom_recovery.note_culprit()
+            self._memory.note_culprit()
         if was_proven:
             await self._convict(label, pending, death)
             await self._life.restart(death)
@@ -280,7 +254,7 @@ class Feeder:
 
     async def _suspect(self, label: str, suspects: list[PendingRequest]) -> None:
         for pending, group in self._isolation.split(label, suspects).items():
-            await self._obstacles.durably(partial(pending.suspect, group))
+            await self._transient_errors.durably(partial(pending.suspect, group))
             crash_point(CrashPoint.AFTER_SUSPECT)
 
     async def _convict(self, label: str, pending: PendingRequest, death: EngineDied) -> None:
@@ -290,42 +264,29 @@ class Feeder:
             code=FailureCode.OUT_OF_MEMORY if death.exhaustion else FailureCode.ENGINE_KILLED,
             message=f"the engine died whenever it had this request alone: {death}",
         )
-        if await self._obstacles.durably(partial(pending.settle, failure)):
+        if await self._transient_errors.durably(partial(pending.settle, failure)):
             self._settled(pending, failure)
 
-    async def _control(self) -> EngineDied | None:
-        """Ask a control; return the engine's death if the engine died on it."""
+    async def _send_control(self) -> EngineDied | None:
+        """Send a control; return the engine's death if the engine died on it."""
         death: BaseException | None = None
         self._hang_watch.begin()
         try:
             async with self._poll.polling():
-                await self._gate.prove_sound(self._asked_at)
+                await self._access_check.prove_sound(self._latest_endpoint)
         except* EngineDied as deaths:
             death = first_leaf(deaths)
         assert death is None or isinstance(death, EngineDied)
         return death
 
-    def _begun(self, engine: EngineInfo) -> None:
-        """Begin with an engine that has just been started."""
-        self._served = engine.models
-        self._vitals.derivation = self._room.begin(engine)
+    def _engine_started(self, identity: EngineInfo) -> None:
+        self._access_check.served = identity.models
+        self._status.derivation = self.window.begin(identity)
         # The old engine may have died of a probe, whose result then never arrives.
-        self._breaker = Breaker(self._window.breaker)
+        self._breaker = Breaker(self._policy.breaker)
         self._hang_watch.note_start()
-        self._vitals.enter("feeding", patience_seconds=self._patience_seconds)
-        self._started(engine)
-
-    @property
-    def _patience_seconds(self) -> float:
-        """Time without progress that is only slow; `HangWatch` ends a stuck engine earlier."""
-        return self._hang_watch.limit_seconds + MARGIN_SECONDS
-
-    def _most_in_flight(self) -> int:
-        return min(self._life.oom_recovery.in_flight, connections_possible())
-
-    def _moved(self) -> None:
-        self._vitals.patience_seconds = self._patience_seconds
-        self._vitals.note_progress()
+        self._status.enter("feeding", patience_seconds=self._hang_watch.patience_seconds)
+        self._started(identity)
 
     async def _run_window(
         self, requests: Iterator[PendingRequest | TransientError]
@@ -337,14 +298,14 @@ class Feeder:
         """
         all_drawn, death = False, None
         self._hang_watch.begin()
-        self.note_window()
+        self.window.note_limits()
         try:
             async with self._poll.polling(), asyncio.TaskGroup() as group:
-                while not all_drawn and await self._room.open(self._taken):
+                while not all_drawn and await self.window.open(self._places_taken):
                     if (pending := next(requests, None)) is None:
                         all_drawn = True
                     elif isinstance(pending, TransientError):
-                        await self._obstacles.wait(pending)
+                        await self._transient_errors.wait(pending)
                     else:
                         self._unanswered[pending] = None
                         task = self._tasks[pending] = group.create_task(self._settle(pending))
@@ -352,27 +313,25 @@ class Feeder:
         except* EngineDied as deaths:
             death = first_leaf(deaths)
         assert death is None or isinstance(death, EngineDied)
-        stop = self._room.stop
+        stop = self.window.stop
         if stop is not None and (death or self._unanswered or not all_drawn):
             # If the device is unfit, a death of the engine makes no request suspect.
             raise GpuUnhealthy(stop) from death
         return death
 
-    def _taken(self) -> int:
+    def _places_taken(self) -> int:
         """Return how many places of the window are taken."""
-        return len(self._tasks) - self._gate.held
+        return len(self._tasks) - self._access_check.held
 
     def _ended(self, pending: PendingRequest, _: object) -> None:
         del self._tasks[pending]
-        self._room.look_again()
+        self.window.check_again()
 
-    async def _heard(self, figures: EngineMetrics | None) -> None:
+    async def _react(self, metrics: EngineMetrics | None) -> None:
         """React to the engine's metrics; None if it did not answer."""
-        self._vitals.engine = figures
-        now = asyncio.get_running_loop().time()
-        self._room.hear(figures, in_flight=self.in_flight, now=now)
-        self.note_window()
-        await self._hang_watch.judge(figures, in_flight=self.in_flight)
+        self._status.engine = metrics
+        self.window.follow(metrics, now=asyncio.get_running_loop().time())
+        await self._hang_watch.judge(metrics)
 
     async def _settle(self, pending: PendingRequest) -> None:
         outcome = await self._answer(pending)
@@ -380,12 +339,14 @@ class Feeder:
             return
         crash_point(CrashPoint.BEFORE_OUTCOME)
         recorded: list[Outcome] = []
-        if not await self._obstacles.durably(lambda: recorded.append(pending.settle(outcome))):
+        if not await self._transient_errors.durably(
+            lambda: recorded.append(pending.settle(outcome))
+        ):
             return
         crash_point(CrashPoint.AFTER_OUTCOME)
         del self._unanswered[pending]
         self._settled(pending, *recorded)
-        self._room.note_settled()
+        self.window.note_settled()
 
     async def _answer(self, pending: PendingRequest) -> Outcome | None:
         """Return the outcome; None if no further attempt may be made.
@@ -393,7 +354,9 @@ class Feeder:
         That is the case if throttling ends the feed, or if the batch is paused or abandoned.
         """
         body = prepare_body(
-            pending.request, overrides=self._overrides(pending), served=self._served
+            pending.request,
+            overrides=pending.chunk.overrides,
+            served=self._access_check.served,
         )
         asked_again = False
         while await self._may_submit(pending):
@@ -404,7 +367,7 @@ class Feeder:
                 raise
             if not isinstance(outcome, Failure):
                 return outcome
-            if is_doubtful(outcome) and not await self._gate.is_its_own(
+            if is_doubtful(outcome) and not await self._access_check.is_its_own(
                 outcome, pending.request.endpoint, body, asked_again=asked_again
             ):
                 asked_again = True
@@ -413,67 +376,62 @@ class Feeder:
             delay = retry_delay(
                 outcome,
                 attempts=pending.failed_attempts,
-                policy=self._window.retry,
+                policy=self._policy.retry,
                 jitter=random.random(),
-                seconds_left=self._deadline(pending) - time.time(),
+                seconds_left=pending.chunk.deadline - time.time(),
             )
             if delay is None:
                 return outcome
-            await self._obstacles.durably(partial(pending.fail_attempt, outcome))
+            await self._transient_errors.durably(partial(pending.fail_attempt, outcome))
             with self.waits.noted(pending, outcome, delay):
-                await self._obstacles.delay(delay, unless=partial(self._is_let_go, pending))
+                await self._transient_errors.delay(delay, unless=partial(self._is_dropped, pending))
         return None
 
     async def _submit(self, pending: PendingRequest, body: bytes) -> Outcome | None:
         """Return the outcome; None if the feed ended before the attempt was in the journal."""
         batch_id, index = pending.chunk.batch_id, pending.request.index
         crash_point(CrashPoint.BEFORE_SUBMIT)
-        if not await self._obstacles.durably(pending.submit):
+        if not await self._transient_errors.durably(pending.submit):
             return None
         crash_point(CrashPoint.AFTER_SUBMIT)
         loop, endpoint = asyncio.get_running_loop(), pending.request.endpoint
-        given_at, self._asked_at = loop.time(), endpoint
+        sent_at, self._latest_endpoint = loop.time(), endpoint
         pending.in_flight = True
-        outcome = await self._ask(
+        outcome = await self._send(
             endpoint, body, request_id=f"{batch_id}-{index}-{pending.submissions}"
         )
         # Not in a `finally`: requests of a dead engine stay marked.
         pending.in_flight = False
         if isinstance(outcome, Completion):
             self._life.deaths.note_answer()
-            self._gate.note_answer(endpoint, body, outcome, given_at=given_at)
+            self._access_check.note_answer(endpoint, body, outcome, sent_at=sent_at)
         failed = isinstance(outcome, Failure) and outcome.retryable
         self._breaker.record(failed=failed, now=loop.time())
         return outcome
 
-    async def _ask(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
+    async def _send(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
         """Give a request, or a control, to the engine."""
-        self.in_flight += 1
-        self._vitals.in_flight = self.in_flight
+        self._status.in_flight += 1
         try:
             outcome = await self._engine.answer(endpoint, body, request_id=request_id)
         finally:
-            self.in_flight -= 1
-            self._vitals.in_flight = self.in_flight
+            self._status.in_flight -= 1
         self._hang_watch.note_progress()
         return outcome
-
-    async def _delay(self, seconds: float) -> None:
-        await self._obstacles.delay(seconds)
 
     async def _may_submit(self, pending: PendingRequest) -> bool:
         """Wait until breaker and device permit it; return False if it is permitted no more."""
         loop = asyncio.get_running_loop()
-        while self._room.stop is None and not self._is_let_go(pending):
-            if not self._room.is_paused and self._breaker.may_submit(loop.time()):
+        while self.window.stop is None and not self._is_dropped(pending):
+            if not self.window.is_paused and self._breaker.may_submit(loop.time()):
                 return True
             if self._breaker.gave_up:
                 raise EngineSick(
-                    "the engine fails nearly everything it is given, and failed"
-                    f" {self._window.breaker.probes} probes in a row; what was answered is kept,"
-                    " and the batch goes on where it stopped once the engine is well"
+                    "the engine fails nearly all requests, and failed"
+                    f" {self._policy.breaker.probes} probes in a row. Answers so far are kept; the"
+                    " batch continues there once the engine works again"
                 )
-            self._vitals.note_progress()
+            self._status.note_progress()
             await asyncio.sleep(BREAKER_POLL_SECONDS)
         return False
 

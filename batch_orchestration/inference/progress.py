@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,19 +31,13 @@ class CommittedChunk:
 
     Attributes:
         reused: Whether the store held it before this run.
-        done: Requests of the batch with an outcome, of `total`.
         utilization: Utilization of the own batch's time by this run so far; None for a guest.
     """
 
     report: ChunkReport
     reused: bool
     engine: EngineInfo | None
-    done: int
-    total: int
-    completed: int
-    failed: int
-    output_tokens_per_second: float
-    eta_seconds: float | None
+    progress: Progress
     utilization: float | None = None
 
 
@@ -64,8 +58,8 @@ class RunProgress:
         max_tokens_cap: int | None = None,
     ) -> None:
         self.phase = "starting engine"
-        self.in_flight: Callable[[], int] = lambda: 0
-        self.waiting: Callable[[], Wait | None] = lambda: None
+        self.in_flight = 0
+        self.waiting: Wait | None = None
         self._plan = plan
         self._path = path
         self._run_id = run_id
@@ -160,13 +154,13 @@ class RunProgress:
             total=self._plan.requests,
             completed=completed,
             failed=failed,
-            in_flight=self.in_flight(),
+            in_flight=self.in_flight,
             prompt_tokens=self._meter.prompt_tokens,
             completion_tokens=self._meter.completion_tokens,
             requests_per_second=requests_per_second,
             output_tokens_per_second=tokens_per_second,
             eta_seconds=self._eta_seconds(self.pending, requests_per_second),
-            waiting=self.waiting(),
+            waiting=self.waiting,
         )
 
     def _eta_seconds(self, pending: int, requests_per_second: float) -> float | None:
@@ -177,14 +171,13 @@ class RunProgress:
 
     def _log(self) -> None:
         now = self.snapshot()
-        done = now.completed + now.failed
         logger.info(
             "%s: %d of %d requests done (%.1f %%), %d failed, %d in flight,"
             " %.1f requests/s, %.0f output tokens/s, ETA %s",
             now.batch_id,
-            done,
+            now.done,
             now.total,
-            100 * done / now.total,
+            100 * now.done / now.total,
             now.failed,
             now.in_flight,
             now.requests_per_second,

@@ -1,4 +1,4 @@
-"""Samples the vitals and devices of a run every few seconds, in a thread of its own.
+"""Samples the status and devices of a run every few seconds, in a thread of its own.
 
 Nothing waits for the thread. A sample that cannot be written is missing from a plot; devices that
 cannot be read get no more work (see `gpu.monitor`).
@@ -13,7 +13,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.monitor import DeviceMonitor
 from batch_orchestration.gpu.samples import RunSample, append_sample
 from batch_orchestration.gpu.thermal import Throttle
-from batch_orchestration.workers.vitals import RunVitals
+from batch_orchestration.workers.run_status import RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -25,21 +25,21 @@ class RunSampler:
     """A thread that takes samples while the context is entered.
 
     Args:
-        vitals: Vitals of the run; the sampler sets `gpus`, others set the rest.
+        status: Status of the run; the sampler sets `gpus`, others set the rest.
         seconds: Between two samples.
         watch: Monitor of the run's devices; None if it uses none.
     """
 
     def __init__(
         self,
-        vitals: RunVitals,
+        status: RunStatus,
         *,
         folder: DataFolder,
         run_id: str,
         seconds: float,
         watch: DeviceMonitor | None = None,
     ) -> None:
-        self.vitals = vitals
+        self.status = status
         self._folder = folder
         self._run_id = run_id
         self._seconds = seconds
@@ -81,15 +81,15 @@ class RunSampler:
             self._over.wait(self._seconds)
 
     def _sample(self) -> None:
-        vitals = self.vitals
+        status = self.status
         if self._watch is not None:
-            vitals.gpus = self._watch.look()
-        if vitals.own_batch_id is None:
+            status.gpus = self._watch.look()
+        if status.primary_batch_id is None:
             return
         sample = RunSample(
             at=time.time(),
             run_id=self._run_id,
-            batch_id=vitals.own_batch_id,
-            **vitals.load(),
+            batch_id=status.primary_batch_id,
+            **status.load(),
         )
-        append_sample(self._folder, vitals.own_batch_id, sample)
+        append_sample(self._folder, status.primary_batch_id, sample)

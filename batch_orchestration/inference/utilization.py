@@ -5,25 +5,24 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
 
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.inference.batch_work import BatchWork
 from batch_orchestration.inference.feeder import Feeder
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.workers.utilization import (
     RunSnapshot,
     Stage,
     TimeAccountant,
     TimeBreakdown,
     Utilization,
-    kept,
 )
 from batch_orchestration.workers.utilization_files import account_path, read_account, write_account
-from batch_orchestration.workers.vitals import RunVitals
 
 logger = logging.getLogger(__name__)
 
 #: Ten samples a second cost nothing, and no part of a breakdown is off by more than one of them.
-LOOK_SECONDS = 0.1
+SAMPLE_SECONDS = 0.1
 #: As often as the progress file.
 WRITE_SECONDS = 1.0
 
@@ -37,27 +36,21 @@ class TimeBreakdowns:
         own: The run's own batch.
         guests: The batches served beside it, added as they join.
         clock: Monotonic seconds.
-
-    Attributes:
-        feeder: None until there is something to ask.
     """
 
     def __init__(
         self,
         own: BatchWork,
         guests: Mapping[str, BatchWork],
+        feeder: Feeder,
+        run: RunContext,
         *,
-        folder: DataFolder,
-        run_id: str,
-        vitals: RunVitals,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.feeder: Feeder | None = None
         self._own = own
         self._guests = guests
-        self._folder = folder
-        self._run_id = run_id
-        self._vitals = vitals
+        self._feeder = feeder
+        self._run = run
         self._clock = clock
         self._accountant = TimeAccountant(own.plan.batch_id)
         self._began_at = time.time()
@@ -69,24 +62,24 @@ class TimeBreakdowns:
         self.note()
 
     @contextlib.asynccontextmanager
-    async def looking(self) -> AsyncIterator[None]:
+    async def sampled(self) -> AsyncIterator[None]:
         """Sample and write while the body feeds; the time after it counts as committing."""
-        watch = asyncio.create_task(self._keep_looking())
+        sampling = asyncio.create_task(self._sample())
         try:
             yield
         finally:
-            watch.cancel()
+            sampling.cancel()
             self.begin_committing()
 
-    async def _keep_looking(self) -> None:
+    async def _sample(self) -> None:
         while True:
             self.tick()
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(SAMPLE_SECONDS)
 
     def note(self) -> None:
         """Charge the time since the last sample; call where something begins or ends, too."""
-        moment = RunSnapshot(stage=Stage.COMMITTING) if self._is_fed else self._moment()
-        self._accountant.observe(moment, self._clock())
+        snapshot = RunSnapshot(stage=Stage.COMMITTING) if self._is_fed else self._snapshot()
+        self._accountant.observe(snapshot, self._clock())
 
     def begin_committing(self) -> None:
         """Record that nothing is left to ask: time counts as committing from now on."""
@@ -107,41 +100,39 @@ class TimeBreakdowns:
         self._write()
 
     @property
-    def kept_so_far(self) -> Utilization | None:
+    def utilization(self) -> Utilization | None:
         """Utilization of the own batch's time by this run so far."""
-        return kept([self._account(self._own.plan.batch_id)])
+        return Utilization.of([self._account(self._own.plan.batch_id)])
 
-    def _moment(self) -> RunSnapshot:
+    def _snapshot(self) -> RunSnapshot:
         """Return the state of the run, with a fresh window, because heat may change it any time."""
-        vitals, feeder = self._vitals, self.feeder
-        if feeder is None:
-            return RunSnapshot(stage=Stage.STARTING, restarts=vitals.restarts)
-        feeder.note_window()
-        by_batch = {batch_id: guest.unanswered for batch_id, guest in self._guests.items()}
-        by_batch[self._own.plan.batch_id] = max(0, feeder.in_flight - sum(by_batch.values()))
+        status = self._run.status
+        self._feeder.window.note_limits()
         works = (self._own, *self._guests.values())
+        for guest in works[1:]:
+            guest.progress.in_flight = guest.unanswered
+        others = sum(guest.unanswered for guest in works[1:])
+        self._own.progress.in_flight = max(0, status.in_flight - others)
         return RunSnapshot(
-            stage=Stage.FEEDING if vitals.phase == "feeding" else Stage.STARTING,
-            in_flight=feeder.in_flight,
-            by_batch=by_batch,
-            window=vitals.window,
-            unheld_window=vitals.unheld_window,
-            dry=feeder.is_dry,
-            engine=vitals.engine,
+            stage=Stage.FEEDING if status.phase == "feeding" else Stage.STARTING,
+            by_batch={work.plan.batch_id: work.progress.in_flight for work in works},
+            unthrottled_window=status.unthrottled_window,
+            dry=self._feeder.is_dry,
             tokens=sum(work.progress.completion_tokens for work in works),
-            restarts=vitals.restarts,
+            **status.load(),
         )
 
     def _account(self, batch_id: str) -> TimeBreakdown:
         if batch_id not in self._earlier:
-            path = account_path(self._folder, batch_id, self._run_id)
+            path = account_path(self._run.folder, batch_id, self._run.run_id)
             self._earlier[batch_id] = read_account(path)
+        quantities: Mapping[str, Any] = self._accountant.accounts()[batch_id]
         account = TimeBreakdown(
             batch_id=batch_id,
-            run_id=self._run_id,
+            run_id=self._run.run_id,
             began_at=self._began_at,
             updated_at=time.time(),
-            **self._accountant.accounts()[batch_id],
+            **quantities,
         )
         earlier = self._earlier[batch_id]
         return account if earlier is None else account.after(earlier)
@@ -151,9 +142,11 @@ class TimeBreakdowns:
         try:
             for batch_id, quantities in list(self._accountant.accounts().items()):
                 if quantities != self._written.get(batch_id):
-                    write_account(self._folder, self._account(batch_id))
+                    write_account(self._run.folder, self._account(batch_id))
                     self._written[batch_id] = dict(quantities)
         except OSError as error:
             if not self._complained:
                 self._complained = True
-                logger.warning("the accounts of run %s cannot be written: %s", self._run_id, error)
+                logger.warning(
+                    "the accounts of run %s cannot be written: %s", self._run.run_id, error
+                )

@@ -123,7 +123,7 @@ def clear_after_crashes(folder: DataFolder) -> list[str]:
     for record in sorted((folder.logs / "engines").glob("*.process.json")):
         run_id = record.name.removesuffix(".process.json")
         if _end_engine(record):
-            cleared.append(f"ended the engine that run {run_id} had left")
+            cleared.append(f"ended the engine left by run {run_id}")
     for path in heartbeat_paths(folder):
         with contextlib.suppress(OSError):
             last_heartbeat = read_last_heartbeat(path)
@@ -158,7 +158,7 @@ def _end_engine(record: Path) -> bool:
     try:
         return end_recorded(record, grace_seconds=ENGINE_GRACE_SECONDS)
     except (EngineError, OSError) as error:
-        logger.warning("what %s describes is still there: %s", record, error)
+        logger.warning("cannot end the engine recorded in %s: %s", record, error)
         return False
 
 

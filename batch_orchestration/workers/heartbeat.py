@@ -4,23 +4,16 @@ from enum import StrEnum
 
 import msgspec
 
-from batch_orchestration.gpu.run_load import RunLoad
+from batch_orchestration.workers.run_status import RunStatus
 
 
-class Heartbeat(RunLoad, frozen=True, kw_only=True):
-    """A run worker and its load at one moment.
+class Heartbeat(RunStatus, kw_only=True):
+    """The status of a run at one moment, and its worker.
 
     Attributes:
         job: Dagster's name of the job.
         pid: Unique with `started` (clock ticks from boot) and `boot_id`.
         at: When this was written: a thread of the worker was alive then.
-        phase: Current activity: `starting engine`, `feeding`, `committing`, …
-        batch_id: The current batch; None before the first.
-        chunk: The chunk begun last.
-        progress_at: Last sign of progress: an outcome, a token, a commit, a new phase.
-        patience_seconds: This long without progress is slow but not yet stuck, given the engine's
-            behavior so far.
-        loop_at: When the event loop last came round; None while none is expected to.
         every_seconds: Between two heartbeats, by the settings with which the worker was started.
     """
 
@@ -30,12 +23,6 @@ class Heartbeat(RunLoad, frozen=True, kw_only=True):
     started: int
     boot_id: str
     at: float
-    phase: str
-    batch_id: str | None = None
-    chunk: int | None = None
-    progress_at: float
-    patience_seconds: float
-    loop_at: float | None = None
     every_seconds: float = 5.0
 
 
@@ -53,7 +40,7 @@ class LastHeartbeat(msgspec.Struct, frozen=True, kw_only=True):
     outdated: bool = False
 
     @property
-    def told(self) -> Heartbeat | None:
+    def current(self) -> Heartbeat | None:
         """The heartbeat if it is the latest; None if the latest could not be written."""
         return None if self.outdated else self.heartbeat
 
@@ -115,20 +102,20 @@ def judge_worker(
         if quiet.heartbeat > FIRST_HEARTBEAT_SECONDS:
             return _silent(f"it has shown no heartbeat in {quiet.heartbeat:.0f} s")
         return WorkerHealth(WorkerState.ALIVE, "no heartbeat to be seen yet")
-    told = last_heartbeat.told
-    doing = "" if told is None else f" while {told.phase} ({told.in_flight} in flight)"
-    if told is not None:
-        silent_seconds = max(silent_seconds, MISSED_HEARTBEATS * told.every_seconds)
+    beat = last_heartbeat.current
+    doing = "" if beat is None else f" while {beat.phase} ({beat.in_flight} in flight)"
+    if beat is not None:
+        silent_seconds = max(silent_seconds, MISSED_HEARTBEATS * beat.every_seconds)
     if quiet.heartbeat > silent_seconds:
         return _silent(f"its last heartbeat was {quiet.heartbeat:.0f} s ago{doing}")
-    if told is None:
-        return WorkerHealth(WorkerState.ALIVE, "its heartbeat is heard; it cannot be written")
-    if told.loop_at is not None and quiet.loop > silent_seconds:
+    if beat is None:
+        return WorkerHealth(WorkerState.ALIVE, "it is alive, but cannot write its heartbeat")
+    if beat.loop_at is not None and quiet.loop > silent_seconds:
         return _stuck(f"its event loop has not come round for {quiet.loop:.0f} s{doing}")
-    if quiet.progress > told.patience_seconds:
+    if quiet.progress > beat.patience_seconds:
         return _stuck(
             f"no outcome, token or commit for {quiet.progress:.0f} s{doing};"
-            f" {told.patience_seconds:.0f} s would only be slow"
+            f" {beat.patience_seconds:.0f} s would only be slow"
         )
     return WorkerHealth(WorkerState.ALIVE, f"last progress {quiet.progress:.0f} s ago{doing}")
 

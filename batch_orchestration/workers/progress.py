@@ -1,4 +1,4 @@
-"""The progress file: the state of a run, every second, beside the store and never through it."""
+"""The progress of a batch, written every second beside the store, and the rates in it."""
 
 from collections import deque
 from pathlib import Path
@@ -9,6 +9,9 @@ from batch_orchestration.files.regular import read_regular
 
 #: A run writes its progress each second; a file older than this is not to be trusted.
 STALE_SECONDS = 10.0
+#: Of the rates: long enough to smooth the arrival of whole windows, short enough to follow a
+#: slowdown.
+WINDOW_SECONDS = 30.0
 _RESTING_PHASES = frozenset({"done", "stopped"})
 
 
@@ -55,6 +58,11 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     waiting: Wait | None = None
 
     @property
+    def done(self) -> int:
+        """Requests of the batch with an outcome."""
+        return self.completed + self.failed
+
+    @property
     def resting(self) -> bool:
         """Whether the run has finished its work for the batch."""
         return self.phase in _RESTING_PHASES
@@ -80,10 +88,6 @@ def read_progress(path: Path) -> Progress | None:
         return msgspec.json.decode(read_regular(path), type=Progress)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
-
-
-#: Long enough to smooth the arrival of whole windows, short enough to follow a slowdown.
-WINDOW_SECONDS = 30.0
 
 
 class Meter:

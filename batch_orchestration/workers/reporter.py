@@ -1,12 +1,14 @@
 """The heartbeat writer of a run worker: a thread that reports the run status every few seconds."""
 
+import asyncio
 import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
+import msgspec
 from filelock import BaseFileLock, Timeout
 
 from batch_orchestration.engines.processes.records import ProcessIdentity, identify
@@ -17,19 +19,19 @@ from batch_orchestration.workers.heartbeat_files import (
     touch_heartbeat,
     write_heartbeat,
 )
-from batch_orchestration.workers.vitals import WORK_SECONDS, RunVitals, finite
+from batch_orchestration.workers.run_status import WORK_SECONDS, RunStatus
 
 logger = logging.getLogger(__name__)
 
 #: Between two attempts to acquire a lock.
 LOCK_SECONDS = 5.0
-#: Stands for unlimited patience, since JSON has no infinity.
-LONGEST_PATIENCE_SECONDS = 1e9
+#: Between two rounds of an event loop that is watched.
+LOOP_SECONDS = 1.0
 
-_of_this_process: RunVitals | None = None
+_of_this_process: RunStatus | None = None
 
 
-def vitals_of_this_worker() -> RunVitals | None:
+def status_of_this_worker() -> RunStatus | None:
     """Return the run status that this process reports; None if it has no heartbeat writer."""
     return _of_this_process
 
@@ -47,6 +49,23 @@ def report_progress() -> None:
     """Report that the work of this worker advances: a line, a row, an answer."""
     if _of_this_process is not None:
         _of_this_process.note_progress()
+
+
+@contextlib.asynccontextmanager
+async def loop_watched(status: RunStatus) -> AsyncIterator[None]:
+    """Keep `loop_at` current during the body; a blocked event loop does not come round."""
+
+    async def come_round() -> None:
+        while True:
+            status.loop_at = time.time()
+            await asyncio.sleep(LOOP_SECONDS)
+
+    rounds = asyncio.create_task(come_round())
+    try:
+        yield
+    finally:
+        rounds.cancel()
+        status.loop_at = None
 
 
 @contextlib.contextmanager
@@ -68,22 +87,22 @@ def holding(lock: BaseFileLock) -> Iterator[None]:
 @contextlib.contextmanager
 def heartbeats_written(
     *, folder: DataFolder, run_id: str, job: str, every_seconds: float
-) -> Iterator[RunVitals]:
+) -> Iterator[RunStatus]:
     """Write heartbeats of this process during the body, which is all that the worker does.
 
     The heartbeat is removed however the body ends; only a kill leaves it behind.
     """
     global _of_this_process
-    vitals, over = RunVitals(), threading.Event()
-    heart = _HeartbeatWriter(
-        vitals, folder=folder, run_id=run_id, job=job, every_seconds=every_seconds
+    status, over = RunStatus(), threading.Event()
+    writer = _HeartbeatWriter(
+        status, folder=folder, run_id=run_id, job=job, every_seconds=every_seconds
     )
-    thread = threading.Thread(target=heart.beat, args=(over,), name="heart", daemon=True)
-    _of_this_process = vitals
-    heart.beat_once()
+    thread = threading.Thread(target=writer.beat, args=(over,), name="heartbeats", daemon=True)
+    _of_this_process = status
+    writer.beat_once()
     thread.start()
     try:
-        yield vitals
+        yield status
     finally:
         over.set()
         # A disk that hangs must not keep the worker from ending.
@@ -96,7 +115,7 @@ def heartbeats_written(
 class _HeartbeatWriter:
     def __init__(
         self,
-        vitals: RunVitals,
+        status: RunStatus,
         *,
         folder: DataFolder,
         run_id: str,
@@ -104,12 +123,12 @@ class _HeartbeatWriter:
         every_seconds: float,
     ) -> None:
         self._every_seconds = every_seconds
-        self._vitals = vitals
+        self._status = status
         self._path = folder.heartbeat_path(run_id)
         self._run_id = run_id
         self._job = job
         me = identify(os.getpid())
-        assert me is not None, "who asks is running"
+        assert me is not None, "this process is running"
         self._me: ProcessIdentity = me
         self._failing = False
 
@@ -130,7 +149,6 @@ class _HeartbeatWriter:
             self._failing = False
 
     def _heartbeat(self) -> Heartbeat:
-        vitals = self._vitals
         return Heartbeat(
             run_id=self._run_id,
             job=self._job,
@@ -138,12 +156,6 @@ class _HeartbeatWriter:
             started=self._me.started,
             boot_id=self._me.boot_id,
             at=time.time(),
-            phase=vitals.phase,
-            batch_id=vitals.batch_id,
-            chunk=vitals.chunk,
-            progress_at=vitals.progress_at,
-            patience_seconds=finite(vitals.patience_seconds, otherwise=LONGEST_PATIENCE_SECONDS),
-            loop_at=vitals.loop_at,
             every_seconds=self._every_seconds,
-            **vitals.load(),
+            **msgspec.structs.asdict(self._status),
         )

@@ -9,7 +9,7 @@ import msgspec
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
-from batch_orchestration.workers.utilization import TimeBreakdown, Utilization, kept
+from batch_orchestration.workers.utilization import TimeBreakdown, Utilization
 
 
 def accounts_path(folder: DataFolder, batch_id: str) -> Path:
@@ -61,4 +61,4 @@ def utilization_of(folder: DataFolder, batch_id: str) -> Utilization | None:
     Raises:
         BatchNotFound: `batch_id` is not valid.
     """
-    return kept(read_accounts(folder, batch_id))
+    return Utilization.of(read_accounts(folder, batch_id))

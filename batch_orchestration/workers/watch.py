@@ -62,11 +62,11 @@ class _Seen:
     def take_in(self, last_heartbeat: LastHeartbeat | None, now: float) -> None:
         self.looked_at = now
         self._heartbeat.observe(None if last_heartbeat is None else last_heartbeat.at, now)
-        told = None if last_heartbeat is None else last_heartbeat.told
-        if told is not None:  # else their state is unknown
+        beat = None if last_heartbeat is None else last_heartbeat.current
+        if beat is not None:  # else their state is unknown
             # A new phase counts as progress, and its patience starts with it.
-            self._progress.observe((told.progress_at, told.phase), now)
-            self._loop.observe(told.loop_at, now)
+            self._progress.observe((beat.progress_at, beat.phase), now)
+            self._loop.observe(beat.loop_at, now)
 
     @property
     def quiet(self) -> IdleTimes:

@@ -10,7 +10,7 @@ from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.inference.window import window as engine_poll
 from batch_orchestration.inference.window.sizing import Sizing, size_run
 from batch_orchestration.settings import Settings
-from batch_orchestration.workers.vitals import RunVitals
+from batch_orchestration.workers.run_status import RunStatus
 from batch_orchestration_tests.support.workbench import make_policy
 from batch_orchestration_tests.unit.inference.test_sizing import Site
 
@@ -31,7 +31,7 @@ def derive(site: Site) -> Sizing:
     return size_run(settings, folder=site.folder, store=site.store, batch_ids=batches)
 
 
-def answer(site: Site, engine: VllmEngine, sizing: Sizing, vitals: RunVitals) -> int:
+def answer(site: Site, engine: VllmEngine, sizing: Sizing, status: RunStatus) -> int:
     """Answer the batch; return how many of its requests are."""
     policy = make_policy(
         bounds=sizing.bounds,
@@ -46,7 +46,7 @@ def answer(site: Site, engine: VllmEngine, sizing: Sizing, vitals: RunVitals) ->
         store=site.store,
         run_id="run-1",
         policy=policy,
-        vitals=vitals,
+        status=status,
     )
     return sum(chunk.report.completed for chunk in chunks)
 
@@ -55,7 +55,7 @@ def test_a_batch_is_answered_through_derived_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_poll, "POLL_SECONDS", 0.05)
-    site, vitals = Site(tmp_path, requests=40), RunVitals()
+    site, status = Site(tmp_path, requests=40), RunStatus()
     sizing = derive(site)
     engine = VllmEngine(
         str(site.model),
@@ -66,7 +66,7 @@ def test_a_batch_is_answered_through_derived_sizes(
     )
 
     try:
-        answered = answer(site, engine, sizing, vitals)
+        answered = answer(site, engine, sizing, status)
     finally:
         engine.stop()
 
@@ -75,8 +75,8 @@ def test_a_batch_is_answered_through_derived_sizes(
     assert 16_000 <= engine.info.kv_cache_tokens <= 16_384
     assert sizing.flags == {"max-num-seqs": 40}
     assert engine.info.max_num_seqs == 40
-    assert vitals.derivation is not None
-    assert vitals.derivation.startswith("window 37 = 31 running")
-    assert vitals.engine is not None
-    assert vitals.engine.generation_tokens
-    assert vitals.engine.kv_cache_tokens == engine.info.kv_cache_tokens
+    assert status.derivation is not None
+    assert status.derivation.startswith("window 37 = 31 running")
+    assert status.engine is not None
+    assert status.engine.generation_tokens
+    assert status.engine.kv_cache_tokens == engine.info.kv_cache_tokens

@@ -26,9 +26,9 @@ def wait_for_blocked_loop(dagster: DagsterProcesses, run: Run) -> float:
 
     def blocked() -> float | None:
         last_heartbeat = read_last_heartbeat(path)
-        told = last_heartbeat and last_heartbeat.told
-        late = told and told.loop_at and told.at - told.loop_at > 2.5
-        return told.loop_at if told and late else None
+        beat = last_heartbeat and last_heartbeat.current
+        late = beat and beat.loop_at and beat.at - beat.loop_at > 2.5
+        return beat.loop_at if beat and late else None
 
     return wait_until(blocked, 60, "the worker is blocked")
 

@@ -88,7 +88,7 @@ def test_journaling_pauses_on_a_full_disk_and_goes_on_when_there_is_room(
     ballast = fill(disk, but=ROOM_BYTES)
 
     with running(bench, plan) as wait:
-        message = wait_for(caplog, "paused until there is room")
+        message = wait_for(caplog, "paused until the disk has space")
         before = durable_outcomes(bench.folder, plan)
         time.sleep(2.5)
         while_full = durable_outcomes(bench.folder, plan)
@@ -115,7 +115,7 @@ def test_a_chunk_that_begins_on_a_full_disk_waits_for_room(
     ballast = fill(disk, but=0)
 
     with running(bench, plan) as wait:
-        wait_for(caplog, "paused until there is room")
+        wait_for(caplog, "paused until the disk has space")
         while_full = durable_outcomes(bench.folder, plan)
         ballast.unlink()
         wait()
@@ -140,7 +140,7 @@ def test_an_engine_that_dies_while_the_disk_is_full_leaves_its_suspects_to_be_fo
         return EngineDied("scripted")
 
     with running(bench, plan, engine=ScriptedEngine(script), engine_restarts=20) as wait:
-        wait_for(caplog, "paused until there is room")
+        wait_for(caplog, "paused until the disk has space")
         ballast.unlink()
         wait()
 
@@ -169,7 +169,7 @@ def test_commits_wait_for_room_while_answers_go_on_into_the_journals(
         ballast.unlink()
         wait()
 
-    assert "answers are safe in the journals" in message
+    assert "the answers are in the journals" in message
     assert bench.indices(plan) == list(range(REQUESTS))
     assert bench.store.batch(plan.batch_id).chunks_committed == 3
 

@@ -36,7 +36,8 @@ from batch_orchestration.files.journal import (
 )
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.inference.run import CommittedChunk, RunPolicy, run_chunks
+from batch_orchestration.inference.policy import RunPolicy
+from batch_orchestration.inference.run import CommittedChunk, run_chunks
 from batch_orchestration.lifecycle.cancellation import Cancellation, cancel, end_overdue
 from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration.lifecycle.resumption import resume
@@ -44,7 +45,7 @@ from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry,
 from batch_orchestration.queue.halts import halt_in_force, halts_in_force
 from batch_orchestration.queue.ordering import whole_points
 from batch_orchestration.store.store import Store
-from batch_orchestration.workers.vitals import RunVitals
+from batch_orchestration.workers.run_status import RunStatus
 from batch_orchestration_tests.support.builders import NOW, believe_the_clock, make_batch
 from batch_orchestration_tests.support.forks import run_forked
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, StickingEngine
@@ -195,7 +196,7 @@ class Workbench:
         numbers: Sequence[int] | None = None,
         run_id: str = "run-1",
         force: bool = False,
-        vitals: RunVitals | None = None,
+        status: RunStatus | None = None,
         throttle: Callable[[], Throttle] = Throttle,
         **policy: Any,
     ) -> Generator[CommittedChunk, None, None]:
@@ -213,7 +214,7 @@ class Workbench:
             run_id=run_id,
             policy=make_policy(**{**self._policy, **policy}),
             force=force,
-            vitals=vitals,
+            status=status,
             throttle=throttle,
         )
 

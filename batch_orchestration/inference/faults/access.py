@@ -1,4 +1,6 @@
-"""Decides whether a refusal is the request's own or that of the gate, which refuses everything.
+"""Decides whether a refusal concerns one request or everything; keeps controls to find that out.
+
+"The gate" is whatever refuses everything: a proxy, a missing key, a quota.
 
 A refusal is recorded only after the engine let in something that it was given *after* the refusal:
 another request, or a control. One control settles all refusals before it. If the control is refused
@@ -15,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -32,9 +34,19 @@ from batch_orchestration.engines.access import (
     one_token_probes,
 )
 from batch_orchestration.inference.faults.retries import RetryPolicy, retry_delay
+from batch_orchestration.inference.faults.transient_errors import TransientErrors
+from batch_orchestration.inference.window.window import RequestWindow
+
+logger = logging.getLogger(__name__)
 
 #: Longer bodies never become controls: they would stay in memory and cost as much again.
 LONGEST_BODY = 64 * 2**10
+#: How long a refusal of a known kind waits for a proof that costs nothing.
+PATIENCE_SECONDS = 1.0
+#: Beyond this number of requests or bytes, held requests keep their place in the window.
+MOST_HELD, MOST_HELD_BYTES = 256, 16 * 2**20
+#: How many kinds of refusal are remembered as the requests' own.
+MOST_KINDS = 64
 
 
 class _Named(msgspec.Struct):
@@ -48,7 +60,7 @@ class Controls:
     """Keeps the cheapest answered request of each endpoint and model, for use as a control."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, str | None], tuple[int, Control]] = {}
+        self._cheapest: dict[tuple[str, str | None], tuple[int, Control]] = {}
         self._latest: Control | None = None
 
     def note_answer(self, endpoint: str, body: bytes, completion: Completion) -> None:
@@ -59,9 +71,9 @@ class Controls:
         # About four bytes are a token; a generated token costs more than a prompt token.
         cost = 4 * completion.usage.completion_tokens + len(body) // 4
         key = endpoint, control.model
-        if key not in self._kept or cost < self._kept[key][0]:
-            self._kept[key] = cost, control
-        self._latest = self._kept[key][1]
+        if key not in self._cheapest or cost < self._cheapest[key][0]:
+            self._cheapest[key] = cost, control
+        self._latest = self._cheapest[key][1]
 
     def like(self, endpoint: str, body: bytes, *, served: tuple[str, ...]) -> list[Control]:
         """Return the controls to ask in place of a request, best first.
@@ -72,9 +84,9 @@ class Controls:
         Args:
             served: Models that the engine lists.
         """
-        kept = self._kept.get((endpoint, _model(body)))
-        if kept is not None:
-            return [kept[1]]
+        cheapest = self._cheapest.get((endpoint, _model(body)))
+        if cheapest is not None:
+            return [cheapest[1]]
         return self.any(endpoint, served=served)
 
     def any(self, endpoint: str, *, served: tuple[str, ...]) -> list[Control]:
@@ -92,16 +104,7 @@ def _model(body: bytes) -> str | None:
         return None
 
 
-logger = logging.getLogger(__name__)
-#: How long a refusal of a known kind waits for a proof that costs nothing.
-PATIENCE_SECONDS = 1.0
-#: Beyond this number of requests or bytes, held requests keep their place in the window.
-MOST_HELD, MOST_HELD_BYTES = 256, 16 * 2**20
-#: How many kinds of refusal are remembered as the requests' own.
-MOST_KINDS = 64
-
-
-class Ask(Protocol):
+class Send(Protocol):
     """Sends a control to the engine."""
 
     def __call__(self, endpoint: str, body: bytes, *, request_id: str) -> Awaitable[Outcome]:
@@ -112,32 +115,30 @@ class AccessCheck:
     """The state of the gate, as far as one run knows it.
 
     Args:
-        served: Returns the models that the engine lists.
-        where: The engine in messages.
+        where: Address of the engine, for messages.
         retry: When to send a control again after a retryable failure.
-        pause: Waits the given number of seconds before such a retry.
-        freed: Called when a request gives up its place in the window.
+        window: Requests give up their places in it while they are held.
 
     Attributes:
+        served: Models that the engine lists; set by the feeder.
         held: Refused requests that wait for a proof outside the window.
     """
 
     def __init__(
         self,
-        ask: Ask,
+        send: Send,
         *,
-        served: Callable[[], tuple[str, ...]],
         where: str,
         retry: RetryPolicy,
-        pause: Callable[[float], Awaitable[None]],
-        freed: Callable[[], None],
+        window: RequestWindow,
+        transient_errors: TransientErrors,
     ) -> None:
-        self._ask = ask
-        self._served = served
+        self.served: tuple[str, ...] = ()
+        self._send = send
         self._where = where
         self._retry = retry
-        self._pause = pause
-        self._freed = freed
+        self._window = window
+        self._transient_errors = transient_errors
         self._controls = Controls()
         self._asking = asyncio.Lock()
         #: Latest time at which the engine was given something that it let in.
@@ -149,11 +150,11 @@ class AccessCheck:
         self._held_bytes = 0
 
     def note_answer(
-        self, endpoint: str, body: bytes, completion: Completion, *, given_at: float
+        self, endpoint: str, body: bytes, completion: Completion, *, sent_at: float
     ) -> None:
         """Record an answer, and the time at which the engine was given its request."""
         self._controls.note_answer(endpoint, body, completion)
-        self._note_open(given_at)
+        self._note_open(sent_at)
 
     async def is_its_own(
         self, refusal: Failure, endpoint: str, body: bytes, *, asked_again: bool
@@ -175,8 +176,8 @@ class AccessCheck:
             await self._hold(since, len(body))
         async with self._asking:
             if self._open_at < since:
-                logger.info("HTTP %s may be the gate's; asking a control", refusal.status)
-                await self._prove(self._controls.like(endpoint, body, served=self._served()))
+                logger.info("HTTP %s may concern everything; sending a control", refusal.status)
+                await self._prove(self._controls.like(endpoint, body, served=self.served))
         if asked_again and kind is not None and len(self._own_kinds) < MOST_KINDS:
             self._own_kinds.add(kind)
         return known or asked_again
@@ -184,7 +185,7 @@ class AccessCheck:
     async def prove_sound(self, endpoint: str) -> None:
         """Check with a control that the engine answers at all; raises like `is_its_own`."""
         async with self._asking:
-            await self._prove(self._controls.any(endpoint, served=self._served()))
+            await self._prove(self._controls.any(endpoint, served=self.served))
 
     async def _hold(self, since: float, size: int) -> None:
         """Wait at most `PATIENCE_SECONDS` for a newer proof."""
@@ -192,7 +193,7 @@ class AccessCheck:
             return
         self.held += 1
         self._held_bytes += size
-        self._freed()
+        self._window.check_again()
         if self.held == MOST_HELD:
             self._wake()
         try:
@@ -204,9 +205,9 @@ class AccessCheck:
             self.held -= 1
             self._held_bytes -= size
 
-    def _note_open(self, given_at: float) -> None:
-        if given_at > self._open_at:
-            self._open_at = given_at
+    def _note_open(self, sent_at: float) -> None:
+        if sent_at > self._open_at:
+            self._open_at = sent_at
         self._wake()
 
     def _wake(self) -> None:
@@ -216,10 +217,10 @@ class AccessCheck:
     async def _prove(self, controls: Sequence[Control]) -> None:
         attempts = 0
         while True:
-            given_at = asyncio.get_running_loop().time()
+            sent_at = asyncio.get_running_loop().time()
             control, outcome = await self._first_that_may(controls)
             if lets_in(outcome):
-                return self._note_open(given_at)
+                return self._note_open(sent_at)
             assert isinstance(outcome, Failure)
             if not outcome.retryable:
                 raise self._refused(control, outcome)
@@ -229,10 +230,10 @@ class AccessCheck:
             )
             if delay is None:
                 raise EngineSick(
-                    f"{self._where} answers not even a control request: {outcome.message};"
-                    " nothing was recorded about what it refused"
+                    f"{self._where} does not answer control requests: {outcome.message}; the"
+                    " requests that it refused stay pending"
                 )
-            await self._pause(delay)
+            await self._transient_errors.delay(delay)
 
     async def _first_that_may(self, controls: Sequence[Control]) -> tuple[Control, Outcome]:
         """Ask one control after the other, as long as only the control's endpoint is refused.
@@ -244,7 +245,7 @@ class AccessCheck:
         for control in controls:
             self._asked += 1
             crash_point(CrashPoint.BEFORE_CONTROL)
-            outcome = await self._ask(
+            outcome = await self._send(
                 control.endpoint, control.body, request_id=f"control-{self._asked}"
             )
             crash_point(CrashPoint.AFTER_CONTROL)
@@ -257,13 +258,13 @@ class AccessCheck:
                 break
         return asked[0]
 
-    def _refused(self, control: Control, said: Failure) -> EngineRefusesUs:
-        line = first_line(said.message)
+    def _refused(self, control: Control, refusal: Failure) -> EngineRefusesUs:
+        line = first_line(refusal.message)
         return EngineRefusesUs(
             f"{self._where} refuses access: a control request at {control.endpoint} was"
-            f" answered HTTP {said.status}: {line}; no request has paid for it",
+            f" answered HTTP {refusal.status}: {line}; no request counts as failed for it",
             page=control.endpoint,
             model=control.model,
-            status=said.status,
+            status=refusal.status,
             line=line,
         )

@@ -10,10 +10,13 @@ from batch_orchestration.core.errors import (
     EngineStartFailed,
 )
 from batch_orchestration.engines.base import Engine, EngineInfo
-from batch_orchestration.inference.faults.isolation import most_deaths
+from batch_orchestration.inference.chunk_pass import PendingRequest
+from batch_orchestration.inference.faults.isolation import Isolation, most_deaths
 from batch_orchestration.inference.faults.oom_recovery import OomRecovery
-from batch_orchestration.inference.window.window import Window
-from batch_orchestration.workers.vitals import MARGIN_SECONDS, RunVitals
+from batch_orchestration.inference.policy import RunPolicy
+from batch_orchestration.workers.run_status import MARGIN_SECONDS, RunStatus
+
+logger = logging.getLogger(__name__)
 
 #: After this many deaths without an answer, the last one on a control, no request is to blame. An
 #: engine that has answered before is allowed one more, because it may die by chance now and then.
@@ -70,9 +73,6 @@ class DeathCount:
         self.in_a_row += 1
 
 
-logger = logging.getLogger(__name__)
-
-
 class EngineLife:
     """The engine of a run through all of its starts and deaths.
 
@@ -80,12 +80,12 @@ class EngineLife:
     engine that dies on controls, too, is given up.
 
     Args:
-        begun: Called with each engine that is ready.
-        control: Asks a control; returns the engine's death if the engine died on it.
-        suspects: Returns how many requests are suspect now, for messages.
+        memory: Handles engines that run out of memory.
+        isolation: The suspects, for messages.
+        started: Called with each engine that is ready.
+        control: Sends a control; returns the engine's death if the engine died on it.
 
     Attributes:
-        oom_recovery: Handles engines that run out of memory.
         deaths: Deaths in this run; the caller records each answer there.
         restarts: Restarts in this run.
     """
@@ -94,19 +94,20 @@ class EngineLife:
         self,
         engine: Engine,
         *,
-        window: Window,
-        vitals: RunVitals,
-        begun: Callable[[EngineInfo], None],
+        policy: RunPolicy,
+        status: RunStatus,
+        memory: OomRecovery,
+        isolation: Isolation[PendingRequest],
+        started: Callable[[EngineInfo], None],
         control: Callable[[], Awaitable[EngineDied | None]],
-        suspects: Callable[[], int],
     ) -> None:
         self._engine = engine
-        self._window = window
-        self._vitals = vitals
-        self._begun = begun
+        self._policy = policy
+        self._status = status
+        self._memory = memory
+        self._isolation = isolation
+        self._started = started
         self._control = control
-        self._suspects = suspects
-        self.oom_recovery = OomRecovery(engine.fallback, in_flight=window.most)
         self.deaths = DeathCount()
         self.restarts = 0
 
@@ -119,26 +120,26 @@ class EngineLife:
             EngineDied: The limit of restarts is exceeded.
         """
         while True:
-            self._vitals.enter(
+            self._status.enter(
                 "starting engine",
-                patience_seconds=self._window.start_timeout_seconds + MARGIN_SECONDS,
+                patience_seconds=self._policy.start_timeout_seconds + MARGIN_SECONDS,
             )
             try:
                 identity = await self._engine.start()
             except EngineStartFailed as failure:
-                if not await self.oom_recovery.ease(failure):
+                if not await self._memory.ease(failure):
                     raise
                 self._count_restart(failure)
             else:
                 self.deaths.note_start()
-                return self._begun(identity)
+                return self._started(identity)
 
     async def ease(self, death: EngineDied) -> bool:
         """Reduce the engine's memory use if it ran out of memory; return whether that may help.
 
         If it cannot help, the death is counted.
         """
-        if await self.oom_recovery.ease(death):
+        if await self._memory.ease(death):
             return True
         self.deaths.note_death()
         return False
@@ -160,7 +161,7 @@ class EngineLife:
     @property
     def may_restart(self) -> bool:
         """Whether the limit allows another restart."""
-        return self.restarts < self._window.engine_restarts
+        return self.restarts < self._policy.engine_restarts
 
     async def prove_sound(self) -> bool:
         """Have the engine answer a control, unless it has answered since its start.
@@ -174,23 +175,23 @@ class EngineLife:
         while (death := await self._control()) is not None:
             if not await self.ease(death) and self.deaths.is_hopeless:
                 raise EngineKeepsDying(
-                    f"the engine dies whatever it is asked: {self.deaths.in_a_row} times in a row"
-                    " without one answer, at last of a control request; no request is to blame,"
-                    f" and what was answered is kept. Last death: {death}"
+                    f"the engine died {self.deaths.in_a_row} times in a row without one answer, the"
+                    " last time on a control request, so no request is to blame. Answers so far"
+                    f" are kept. Last death: {death}"
                 ) from death
             self._count_restart(death)
             await self.start()
-        self.deaths.note_control(within=most_deaths(self._window.most))
+        self.deaths.note_control(within=most_deaths(self._policy.most_in_flight))
         return self.restarts == before
 
     def _count_restart(self, death: EngineError) -> None:
         self.restarts += 1
-        self._vitals.restarts += 1
-        if self.restarts > self._window.engine_restarts:
+        self._status.restarts += 1
+        if self.restarts > self._policy.engine_restarts:
             raise EngineDied(
                 f"the engine died {self.restarts} times in this run and may be restarted"
-                f" {self._window.engine_restarts} times (BATCH_ENGINE_RESTARTS);"
-                f" {self._suspects()} requests are suspect, the next run goes on with them."
+                f" {self._policy.engine_restarts} times (BATCH_ENGINE_RESTARTS);"
+                f" {len(self._isolation)} requests are suspect; the next run tests them."
                 f" Last death: {death}"
             ) from death
-        logger.warning("restart %d of %d", self.restarts, self._window.engine_restarts)
+        logger.warning("restart %d of %d", self.restarts, self._policy.engine_restarts)

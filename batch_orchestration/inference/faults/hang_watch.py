@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
 
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.core.waiting import IdleClock
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.metrics import EngineMetrics
+from batch_orchestration.workers.run_status import MARGIN_SECONDS, RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ PATIENCE = 5.0
 #: Limit until the first token after a start, in `floor_seconds`: kernels are compiled on first use.
 FIRST_TOKEN_FLOORS = 3.0
 #: Polls of an engine per `floor_seconds`, at least.
-LOOKS_PER_LIMIT = 12
+POLLS_PER_LIMIT = 12
 #: Longest time between two polls, for an engine whose polls all run into their time limit. If more
 #: time passes, this process was suspended, with its engine or without it.
 LONGEST_STEP_SECONDS = 30.0
@@ -31,18 +31,16 @@ class HangWatch:
     progress. Engines that expose no token counters are exempt; the per-request timeout covers them.
 
     Args:
-        moved: Called at each sign of progress.
+        status: Signs of progress are noted there, and the time that may pass between them.
     """
 
-    def __init__(
-        self, engine: Engine, *, floor_seconds: float, moved: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, engine: Engine, *, floor_seconds: float, status: RunStatus) -> None:
         self._engine = engine
-        self._tell_moved = moved
+        self._status = status
         self._floor_seconds = floor_seconds
         self._idle = IdleClock(longest_step=LONGEST_STEP_SECONDS, now=0.0)
         self._longest_pause = 0.0
-        self._figures: EngineMetrics | None = None
+        self._metrics: EngineMetrics | None = None
         self._is_new = True
 
     @property
@@ -51,9 +49,14 @@ class HangWatch:
         floor = self._floor_seconds * (FIRST_TOKEN_FLOORS if self._is_new else 1.0)
         return max(floor, PATIENCE * self._longest_pause)
 
+    @property
+    def patience_seconds(self) -> float:
+        """Time without progress that is only slow: this watch ends a stuck engine earlier."""
+        return self.limit_seconds + MARGIN_SECONDS
+
     def note_start(self) -> None:
         """Record that the engine was started and has produced nothing yet."""
-        self._figures, self._is_new = None, True
+        self._metrics, self._is_new = None, True
 
     def begin(self) -> None:
         """Begin to watch: pauses count from now on."""
@@ -63,17 +66,18 @@ class HangWatch:
         """Record an outcome or a token."""
         self._move(still_new=False)
 
-    async def judge(self, figures: EngineMetrics | None, *, in_flight: int) -> None:
+    async def judge(self, metrics: EngineMetrics | None) -> None:
         """Judge the engine by its metrics; None if it did not answer.
 
         Raises:
             EngineDied: The engine was stuck and has been stopped.
         """
+        in_flight = self._status.in_flight
         if not in_flight:
             self.begin()
             return
-        if figures is not None:
-            self._compare(figures)
+        if metrics is not None:
+            self._compare(metrics)
         pause = self._idle.check(_now())
         if pause > self.limit_seconds:
             logger.error("the engine is stuck; ending it")
@@ -83,11 +87,11 @@ class HangWatch:
                 f" {in_flight} requests in flight"
             )
 
-    def _compare(self, figures: EngineMetrics) -> None:
-        before, self._figures = self._figures, figures
-        if figures.tokens is None or (before and figures.tokens != before.tokens):
+    def _compare(self, metrics: EngineMetrics) -> None:
+        before, self._metrics = self._metrics, metrics
+        if metrics.tokens is None or (before and metrics.tokens != before.tokens):
             self.note_progress()
-        elif figures != before:
+        elif metrics != before:
             self._move(still_new=self._is_new)
 
     def _move(self, *, still_new: bool) -> None:
@@ -96,7 +100,8 @@ class HangWatch:
             self._longest_pause = max(self._longest_pause, pause)
         self._idle.restart(_now())
         self._is_new = still_new
-        self._tell_moved()
+        self._status.patience_seconds = self.patience_seconds
+        self._status.note_progress()
 
 
 def _now() -> float:

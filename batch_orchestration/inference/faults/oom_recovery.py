@@ -1,21 +1,18 @@
-"""Memory levels that outlive a run, and the memory demand of a run's chunks."""
+"""Steps an engine down when memory runs out; memory levels that outlive a run."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from batch_orchestration.core.batches import MemoryDemand, settings_hash
+from batch_orchestration.core.batches import settings_hash
 from batch_orchestration.core.errors import EngineDied, EngineError, EngineStartFailed
-from batch_orchestration.core.requests import Request, parse_line
-from batch_orchestration.engines.memory_demand import memory_demand
 from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.memory_level_file import MemoryLevelFile
-from batch_orchestration.files.kept_input import ChunkRef
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +64,6 @@ def _below(level: MemoryLevel, top: MemoryLevel) -> MemoryLevel:
         if value is not None and (highest := getattr(top, name)) is not None
     }
     return msgspec.structs.replace(level, **lower)
-
-
-def chunk_needs(refs: Sequence[ChunkRef], *, max_tokens_cap: int | None) -> MemoryDemand:
-    """Return the memory demand of the chunks' requests, which are read for it."""
-    return memory_demand(_requests(refs), max_tokens_cap=max_tokens_cap)
-
-
-def _requests(refs: Iterable[ChunkRef]) -> Iterator[Request]:
-    for ref in refs:
-        for line in ref.lines():
-            request = parse_line(line.data, index=line.index, line=line.line, model_required=False)
-            if isinstance(request, Request):
-                yield request
 
 
 def _remember(

@@ -1,7 +1,7 @@
-"""Limits the requests at the engine at this moment: the lowest of several limits holds.
+"""Limits the requests at the engine at this moment, and polls the engine's metrics for that.
 
-The window may narrow while it is full. Requests in flight are not cancelled for that; they are only
-not replaced until there is room again.
+The lowest of several limits holds. The window may narrow while it is full. Requests in flight are
+not cancelled for that; they are only not replaced until there is room again.
 """
 
 import asyncio
@@ -9,73 +9,37 @@ import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 
 from batch_orchestration.engines.base import Engine, EngineInfo
 from batch_orchestration.engines.metrics import EngineMetrics
-from batch_orchestration.estimates.derivation import Derived
-from batch_orchestration.gpu.thermal import Throttle
-from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
-from batch_orchestration.inference.window.control import Bounds, WindowControl
+from batch_orchestration.inference.faults.oom_recovery import OomRecovery
+from batch_orchestration.inference.open_files import connections_possible
+from batch_orchestration.inference.policy import RunContext
+from batch_orchestration.inference.window.control import WindowControl
 
 logger = logging.getLogger(__name__)
+
 #: Between checks of a full window, because a change of the throttling raises no event.
 LOOK_SECONDS = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """How many requests the engine gets, and how often requests and engine are tried again.
-
-    Attributes:
-        in_flight: Initial number of requests given to the engine at a time.
-        bounds: Limits within which that number follows the engine's metrics; None if it is fixed.
-        derive: Derives that number for an engine that was started.
-        engine_restarts: How often a dead engine is restarted before the run gives up.
-        hang_seconds: Time without progress after which the engine counts as dead; a multiple of the
-            longest pause so far replaces it if that is longer.
-        start_timeout_seconds: Until the engine is ready. The engine enforces this limit itself;
-            here it tells when a start is late.
-    """
-
-    in_flight: int
-    bounds: Bounds | None = None
-    derive: Callable[[EngineInfo], Derived] | None = None
-    retry: RetryPolicy
-    breaker: BreakerPolicy
-    engine_restarts: int
-    hang_seconds: float
-    start_timeout_seconds: float = 900.0
-
-    @property
-    def most(self) -> int:
-        """The most requests that may be in flight at any time."""
-        return self.in_flight if self.bounds is None else self.bounds.most
+#: vLLM updates its metrics with every step; the window need not follow faster than this.
+POLL_SECONDS = 1.0
+#: An engine without metrics is polled only to see that it is alive.
+BLIND_SECONDS = 10.0
 
 
 class RequestWindow:
     """Opens and closes for one request after the other.
 
     Args:
-        window: Initial width, and whether it then follows the engine.
-        most: The most requests that may be in flight, regardless of the width.
-        throttle: Returns the present throttling of the devices.
-        waited: Called at each check during a pause: a wait with a known reason is not a stall.
+        run: Its policy has the initial width, and whether the window then follows the engine; the
+            limits are recorded in its status.
+        memory: Its `in_flight` limits the window, too, as does the number of possible connections.
     """
 
-    def __init__(
-        self,
-        window: Window,
-        *,
-        most: Callable[[], int],
-        throttle: Callable[[], Throttle],
-        waited: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._window = window
-        self._control = WindowControl(window.in_flight, window.bounds)
-        self._most = most
-        self._care = throttle
-        self._waited = waited
+    def __init__(self, run: RunContext, *, memory: OomRecovery) -> None:
+        self._policy, self._status, self._throttle = run.policy, run.status, run.throttle
+        self._control = WindowControl(run.policy.in_flight, run.policy.bounds)
+        self._memory = memory
         self._changed = asyncio.Event()
         self._share = 1.0
         self._settled = 0
@@ -83,7 +47,7 @@ class RequestWindow:
     @property
     def stop(self) -> str | None:
         """Why the engine may get nothing more; None while it may."""
-        return self._care().stop
+        return self._throttle().stop
 
     @property
     def limit(self) -> int:
@@ -92,23 +56,27 @@ class RequestWindow:
         Throttling scales the window that is left after the memory limit, so that it has an effect
         even on a window that memory narrows. Only a share of 0 pauses the run.
         """
-        share = self._care().share
-        return max(1, math.floor(share * self.unheld)) if share > 0 else 0
+        share = self._throttle().share
+        return max(1, math.floor(share * self.unthrottled)) if share > 0 else 0
 
     @property
-    def unheld(self) -> int:
+    def unthrottled(self) -> int:
         """How many requests might be in flight now without throttling."""
-        return min(self._control.width, self._most())
+        return min(self._control.width, self._memory.in_flight, connections_possible())
 
     @property
     def is_paused(self) -> bool:
         """Whether throttling allows no request at all."""
-        return self._care().share == 0
+        return self._throttle().share == 0
 
     @property
-    def is_curbed(self) -> bool:
+    def is_limited(self) -> bool:
         """Whether something other than the width keeps the window narrow."""
         return self.limit < self._control.width
+
+    def note_limits(self) -> None:
+        """Record the present limits in the run status."""
+        self._status.window, self._status.unthrottled_window = self.limit, self.unthrottled
 
     def begin(self, engine: EngineInfo) -> str | None:
         """Set the width for an engine that has just started.
@@ -116,21 +84,22 @@ class RequestWindow:
         Returns:
             The derivation of the width; None if the width was given.
         """
-        if self._window.derive is None:
+        if self._policy.derive is None:
             return None
-        derived = self._window.derive(engine)
+        derived = self._policy.derive(engine)
         logger.info("%s", derived)
-        self._control = WindowControl(int(derived.value), self._window.bounds)
+        self._control = WindowControl(int(derived.value), self._policy.bounds)
         return str(derived)
 
-    def hear(self, figures: EngineMetrics | None, *, in_flight: int, now: float) -> None:
+    def follow(self, metrics: EngineMetrics | None, *, now: float) -> None:
         """Follow the engine's metrics, unless something else keeps the window narrow."""
-        told = None if self.is_curbed else figures
-        before = self._control.width
-        if self._control.note(told, in_flight=in_flight, settled=self._settled, now=now):
+        metrics = None if self.is_limited else metrics
+        before, in_flight = self._control.width, self._status.in_flight
+        if self._control.note(metrics, in_flight=in_flight, settled=self._settled, now=now):
             after = self._control.width
             logger.info("window %d, was %d: %s", after, before, self._control.reason)
-            self.look_again()
+            self.check_again()
+        self.note_limits()
 
     def note_settled(self) -> None:
         """Count an outcome; the rate of outcomes shows how long the engine takes for one."""
@@ -139,7 +108,7 @@ class RequestWindow:
     async def open(self, taken: Callable[[], int]) -> bool:
         """Wait until there is room for one more; return False if nothing more may be sent."""
         while self.stop is None:
-            self._tell()
+            self._log_pause()
             if taken() < self.limit:
                 return True
             self._changed.clear()
@@ -148,36 +117,27 @@ class RequestWindow:
                     await self._changed.wait()
         return False
 
-    def look_again(self) -> None:
+    def check_again(self) -> None:
         """Wake the waiting feeder: a request has ended, or the window is wider."""
         self._changed.set()
 
-    def _tell(self) -> None:
+    def _log_pause(self) -> None:
         """Log once when throttling pauses the run, and once when the run goes on."""
-        share = self._care().share
+        share = self._throttle().share
         if share == 0:
-            self._waited()
+            self._status.note_progress()
         if share == 0 < self._share:
-            logger.warning("paused: the device needs a rest; what is in flight is kept")
+            logger.warning("paused while the device cools; requests in flight go on")
         elif share > 0 == self._share:
-            logger.info(
-                "going on: the device is ready again, for %.0f %% of the window", share * 100
-            )
+            logger.info("resumed: the device is cool enough for %.0f %% of the window", share * 100)
         self._share = share
-
-
-#: vLLM updates its metrics with every step; the window need not follow faster than this.
-POLL_SECONDS = 1.0
-#: An engine without metrics is polled only to see that it is alive.
-BLIND_SECONDS = 10.0
 
 
 class EnginePoll:
     """Polls the engine while a window is open, and passes its metrics on.
 
     Args:
-        engine: Polled by `measure`.
-        heard: Called with the metrics, or None without an answer; its exceptions end the window.
+        react: Called with the metrics, or None without an answer; its exceptions end the window.
         most_seconds: The longest time between two polls.
     """
 
@@ -185,16 +145,16 @@ class EnginePoll:
         self,
         engine: Engine,
         *,
-        heard: Callable[[EngineMetrics | None], Awaitable[None]],
+        react: Callable[[EngineMetrics | None], Awaitable[None]],
         most_seconds: float,
     ) -> None:
         self._engine = engine
-        self._heard = heard
+        self._react = react
         self._most_seconds = most_seconds
 
     @contextlib.asynccontextmanager
     async def polling(self) -> AsyncIterator[None]:
-        """Poll while the body runs; exceptions of `heard` are raised in a group."""
+        """Poll while the body runs; exceptions of `react` are raised in a group."""
         async with asyncio.TaskGroup() as group:
             poll = group.create_task(self._poll())
             try:
@@ -206,6 +166,6 @@ class EnginePoll:
         seconds = POLL_SECONDS
         while True:
             await asyncio.sleep(min(seconds, self._most_seconds))
-            figures = await self._engine.measure()
-            seconds = BLIND_SECONDS if figures == EngineMetrics() else POLL_SECONDS
-            await self._heard(figures)
+            metrics = await self._engine.measure()
+            seconds = BLIND_SECONDS if metrics == EngineMetrics() else POLL_SECONDS
+            await self._react(metrics)

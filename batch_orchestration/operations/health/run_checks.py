@@ -78,13 +78,13 @@ def _judged(run_id: str, last_heartbeat: LastHeartbeat, context: CheckContext) -
         _quiet(last_heartbeat, context.now),
         silent_seconds=context.settings.silent_seconds,
     )
-    told = last_heartbeat.told
+    beat = last_heartbeat.current
     if judgement.condition is not WorkerState.ALIVE:
         return unhealthy(check, f"{judgement.condition}: {judgement.reason}", page)
-    if told is None:
+    if beat is None:
         return degraded(check, judgement.reason, page)
-    batch = f" of {told.batch_id}" if told.batch_id else ""
-    return healthy(check, f"{told.job}{batch}: {judgement.reason}")
+    batch = f" of {beat.batch_id}" if beat.batch_id else ""
+    return healthy(check, f"{beat.job}{batch}: {judgement.reason}")
 
 
 def _quiet(last_heartbeat: LastHeartbeat, now: float) -> IdleTimes:
@@ -102,9 +102,9 @@ def engine(context: CheckContext) -> Iterator[Finding]:
         yield _remote(context.settings)
     last_heartbeats = read_last_heartbeats(context.folder).values()
     beats = [
-        last_heartbeat.told
+        last_heartbeat.current
         for last_heartbeat in last_heartbeats
-        if last_heartbeat.told is not None and is_alive(last_heartbeat, context)
+        if last_heartbeat.current is not None and is_alive(last_heartbeat, context)
     ]
     limit = context.settings.alert_engine_restarts
     for beat in beats:

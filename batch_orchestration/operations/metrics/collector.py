@@ -35,7 +35,7 @@ from batch_orchestration.queue.files import read_pause, read_queue
 from batch_orchestration.workers.heartbeat import Heartbeat, LastHeartbeat
 from batch_orchestration.workers.heartbeat_files import read_last_heartbeats
 from batch_orchestration.workers.progress import read_progress
-from batch_orchestration.workers.utilization import kept
+from batch_orchestration.workers.utilization import Utilization
 
 #: Most batches and runs with their own series.
 MOST_NAMED = 25
@@ -150,7 +150,7 @@ def _put_batches(
             left = batch.total - completed - failed
             for state, count in (("completed", completed), ("failed", failed), ("pending", left)):
                 page.put("batch_requests", count, batch=batch.batch_id, state=state)
-            if (share := kept(accounts.of(batch.batch_id))) is not None:
+            if (share := Utilization.of(accounts.of(batch.batch_id))) is not None:
                 page.put("batch_utilization_ratio", share.fraction, batch=batch.batch_id)
     page.put("requests_pending", pending)
 

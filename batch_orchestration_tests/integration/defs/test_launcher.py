@@ -132,7 +132,7 @@ def test_a_worker_is_detached_recorded_and_runs_to_the_end(bench):
     assert os.getsid(bench.worker.pid) == bench.worker.pid
     assert bench.seen() is WorkerStatus.RUNNING
     assert bench.health_seen_by_another_process() is WorkerStatus.RUNNING
-    beat = read_last_heartbeat(bench.heartbeat).told
+    beat = read_last_heartbeat(bench.heartbeat).current
     assert (beat.run_id, beat.job) == (bench.run_id, "waiting")
     assert worker_of(beat) == bench.worker
     bench.until.touch()

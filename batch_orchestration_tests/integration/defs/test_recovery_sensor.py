@@ -82,7 +82,7 @@ def test_an_engine_whose_worker_is_gone_is_ended_while_nothing_runs(deployment, 
 
     reason = deployment.reason("recovery_sensor")
 
-    assert reason == f"ended the engine that run {RUN_ID} had left"
+    assert reason == f"ended the engine left by run {RUN_ID}"
     assert not any(is_running(member) for member in family)
     assert not record.exists()
 

@@ -226,7 +226,7 @@ def test_an_answer_that_cannot_be_kept_is_a_failure_of_its_request(bench: Closin
     assert failed.index == 3
     assert isinstance(failed.outcome, Failure)
     assert failed.outcome.code == FailureCode.RESPONSE_UNREADABLE
-    assert "cannot be kept" in failed.outcome.message
+    assert "cannot be stored" in failed.outcome.message
 
 
 @pytest.mark.parametrize(("window", "seconds"), [("24h", 600), ("10m", 300)])

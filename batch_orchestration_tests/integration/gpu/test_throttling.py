@@ -53,7 +53,7 @@ class Device:
         self.engine = SlowEngine(self._script)
         self.script: Script = lambda body, times: None
         self._changes = list(changes)
-        self._care = Throttle()
+        self._throttle = Throttle()
         self.submitted = 0
 
     def _script(self, body: bytes, times: int):
@@ -62,8 +62,8 @@ class Device:
 
     def throttle(self) -> Throttle:
         if self._changes and self.submitted >= self._changes[0][0]:
-            self._care = self._changes.pop(0)[1]
-        return self._care
+            self._throttle = self._changes.pop(0)[1]
+        return self._throttle
 
 
 def run(bench: Workbench, device: Device, requests: int = 60, **policy):
@@ -121,7 +121,7 @@ def test_a_pause_keeps_what_is_in_flight_and_goes_on_by_itself(
     assert bench.indices(plan) == list(range(60))
     assert set(device.engine.submissions.values()) == {1}
     assert [r.message for r in caplog.records].count(
-        "paused: the device needs a rest; what is in flight is kept"
+        "paused while the device cools; requests in flight go on"
     ) == 1
 
 
@@ -197,7 +197,7 @@ def test_a_stop_does_not_wait_for_an_hour_that_the_engine_asked_for(tmp_path: Pa
 def test_a_stop_does_not_wait_for_room_on_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(obstacles, "OBSTACLE_POLL_SECONDS", 0.002)
+    monkeypatch.setattr(obstacles, "RETRY_POLL_SECONDS", 0.002)
     bench, device = Workbench(tmp_path), Device((10, Throttle(stop="ECC")))
 
     def no_room(*_: object) -> None:

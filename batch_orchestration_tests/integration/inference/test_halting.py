@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import DiskFull, EngineDied, IllegalTransition
-from batch_orchestration.core.lifecycle import Halt, Resumption
+from batch_orchestration.core.lifecycle import Halt
 from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.dispatch.run_planning import KnownRun, RunState
 from batch_orchestration.files.data_folder import DataFolder
@@ -207,17 +207,6 @@ def test_after_a_resumption_only_later_outcomes_are_judged(bench: Workbench) -> 
     assert len(bench.lines(plan, "output.jsonl")) == 300 - failed
 
 
-def test_a_batch_may_be_resumed_with_another_rate(bench: Workbench) -> None:
-    plan = bench.admit_now(100)
-    bench.run(plan, refusing("question"))
-
-    bench.resume(plan, max_failure_rate=1.0)
-    bench.run(plan, refusing("question"), run_id="run-2")
-    bench.deliver(plan)
-
-    assert len(bench.lines(plan, "errors.jsonl")) == 100
-
-
 def test_a_rate_that_is_no_share_is_refused(bench: Workbench) -> None:
     plan = bench.admit_now(100)
     bench.run(plan, refusing("question"))
@@ -357,18 +346,6 @@ def test_a_decision_that_is_damaged_stands(bench: Workbench, damage: bytes) -> N
     assert engine.starts == 0
     assert str(bench.folder.halt(plan.batch_id).path) in bench.dispatch().waiting[0]
     bench.resume(plan, at=time.time() + 1)
-    assert bench.halt(plan) is None
-
-
-def test_a_resumption_after_the_decision_ends_it_though_the_file_is_there(
-    bench: Workbench,
-) -> None:
-    plan = bench.admit_now(100)
-    bench.run(plan, refusing("question"))
-
-    bench.folder.resumption(plan.batch_id).write(Resumption(at=time.time(), actor="tester"))
-
-    assert bench.folder.halt(plan.batch_id).path.exists()
     assert bench.halt(plan) is None
 
 

@@ -12,11 +12,11 @@ import pytest
 from batch_orchestration.core.errors import EngineDied, EngineStartFailed, PlanMismatch
 from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.files.journal import read_journal
-from batch_orchestration.inference.run import run_chunks
+from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.workers.progress import read_progress
 from batch_orchestration_tests.support.builders import make_body
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, answer_to
-from batch_orchestration_tests.support.workbench import Workbench, make_policy
+from batch_orchestration_tests.support.workbench import Workbench
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_every_request_is_answered_once_and_every_chunk_committed(bench: Workben
     assert [chunk.report.number for chunk in chunks] == [0, 1, 2, 3]
     assert bench.indices(plan) == list(range(35))
     assert set(engine.submissions.values()) == {1}
-    assert (chunks[-1].done, chunks[-1].total) == (35, 35)
+    assert (chunks[-1].progress.done, chunks[-1].progress.total) == (35, 35)
 
 
 def test_each_answer_is_stored_with_the_request_that_it_answers(bench: Workbench) -> None:
@@ -79,7 +79,7 @@ def test_a_second_run_submits_nothing_and_hands_out_the_chunks_again(bench: Work
     assert [chunk.reused for chunk in again] == [True, True, True]
     assert [chunk.report.run_id for chunk in again] == ["run-1"] * 3
     assert idle.starts == 0
-    assert again[-1].done == 25
+    assert again[-1].progress.done == 25
 
 
 def test_a_refused_request_costs_one_row(bench: Workbench) -> None:
@@ -199,29 +199,30 @@ def test_a_forced_run_marks_its_rows_with_the_settings_in_force(bench: Workbench
     assert plan.settings_hash not in hashes[10:]
 
 
-def test_a_changed_input_stops_the_run_before_anything_is_sent(bench: Workbench) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [(b"question 2", b"question 9", r"input\.jsonl"), (b"", b"{}\n", "still being written")],
+    ids=["changed", "longer"],
+)
+def test_an_input_that_changed_after_admission_stops_the_run_before_anything_is_sent(
+    bench: Workbench, old: bytes, new: bytes, reason: str
+) -> None:
     plan = bench.admitted(5)
     path = bench.folder.input_path(plan.batch_id)
-    path.write_bytes(path.read_bytes().replace(b"question 2", b"question 9"))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(old, new) if old else content + new)
     engine = ScriptedEngine()
 
-    with pytest.raises(PlanMismatch, match=r"input\.jsonl"):
+    with pytest.raises(PlanMismatch, match=reason):
         bench.run(plan, engine)
 
     assert engine.submissions.total() == 0
+    assert bench.indices(plan) == []
 
 
 def test_closing_the_iterator_stops_the_feed_and_keeps_what_arrived(bench: Workbench) -> None:
     plan = bench.admitted(200)
-    policy = make_policy(in_flight=4)
-    chunks = run_chunks(
-        {plan.batch_id: range(20)},
-        engine=ScriptedEngine(),
-        folder=bench.folder,
-        store=bench.store,
-        run_id="run-1",
-        policy=policy,
-    )
+    chunks = bench.commits(plan, ScriptedEngine(), in_flight=4)
 
     first = next(chunks)
     chunks.close()
@@ -242,14 +243,8 @@ def test_a_chunk_is_handed_out_while_later_ones_are_still_being_fed(bench: Workb
             return Failure(code=FailureCode.TIMEOUT, message="not yet")
         return None
 
-    chunks = run_chunks(
-        {plan.batch_id: range(3)},
-        engine=ScriptedEngine(script),
-        folder=bench.folder,
-        store=bench.store,
-        run_id="run-1",
-        policy=make_policy(retry=msgspec.structs.replace(make_policy().retry, max_attempts=10**9)),
-    )
+    patient = RetryPolicy(max_attempts=10**9, base_delay_seconds=0.0)
+    chunks = bench.commits(plan, ScriptedEngine(script), retry=patient)
 
     assert [next(chunks).report.number, next(chunks).report.number] == [0, 1]
     assert len(bench.indices(plan)) == 20
@@ -308,14 +303,3 @@ def test_a_failed_attempt_counts_in_the_next_run_too(bench: Workbench) -> None:
     assert isinstance(entry.outcome, Failure)
     assert attempts["n"] == 4
     assert [attempt.code for attempt in entry.failed_attempts] == ["timeout", "timeout"]
-
-
-def test_an_input_that_grew_after_admission_is_not_answered_in_part(bench: Workbench) -> None:
-    plan = bench.admitted(5)
-    with bench.folder.input_path(plan.batch_id).open("ab") as late:
-        late.write(b'{"custom_id": "late"}\n')
-
-    with pytest.raises(PlanMismatch, match="still being written"):
-        bench.run(plan, ScriptedEngine())
-
-    assert bench.indices(plan) == []

@@ -87,7 +87,7 @@ def test_what_a_guest_gets_is_told_of_the_guest(bench: Workbench) -> None:
     commits = bench.run(big, PacedEngine(), in_flight=4, run_id="the big one's run")
 
     theirs = [chunk for chunk in commits if chunk.report.batch_id == urgent.batch_id]
-    assert (theirs[-1].done, theirs[-1].total) == (25, 25)
+    assert (theirs[-1].progress.done, theirs[-1].progress.total) == (25, 25)
     assert {one.provenance.run_id for one in bench.store.settled(urgent.batch_id)} == {
         "the big one's run"
     }

@@ -1,16 +1,15 @@
-"""A run against the simulated server with a KV cache: its window follows what the server tells."""
+"""A run against the simulated server with a KV cache: its window follows the server's metrics."""
 
 from pathlib import Path
 
 import pytest
 
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
-from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.inference.window import control as window_control
 from batch_orchestration.inference.window import window as engine_poll
 from batch_orchestration.inference.window.control import Bounds
-from batch_orchestration.workers.vitals import RunVitals
-from batch_orchestration_tests.support.workbench import Workbench, make_policy
+from batch_orchestration.workers.run_status import RunStatus
+from batch_orchestration_tests.support.workbench import Workbench
 
 #: A token takes 8 ms for few sequences and for many; 20 of them run, and more of them wait.
 MACHINE = (
@@ -28,28 +27,18 @@ def _quick_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_window_that_is_too_narrow_grows_to_what_the_engine_can_use(tmp_path: Path) -> None:
     (control := tmp_path / "control.json").write_text(MACHINE)
     engine = SimulatedEngine(log_path=tmp_path / "engine.log", control_path=control)
-    bench, vitals = Workbench(tmp_path / "data"), RunVitals()
+    bench, status = Workbench(tmp_path / "data"), RunStatus()
     plan = bench.admitted(600, requests_per_chunk=50)
-    policy = make_policy(
-        in_flight=4, bounds=Bounds(least=2, most=64), model_aliases={"*": "simulated-model"}
-    )
+    policy = {"bounds": Bounds(least=2, most=64), "model_aliases": {"*": "simulated-model"}}
 
     try:
-        chunks = run_chunks(
-            {plan.batch_id: range(len(plan.chunks))},
-            engine=engine,
-            folder=bench.folder,
-            store=bench.store,
-            run_id="run-1",
-            policy=policy,
-            vitals=vitals,
-        )
-        windows = [vitals.window for _ in chunks]
+        chunks = bench.commits(plan, engine, status=status, in_flight=4, **policy)
+        windows = [status.window for _ in chunks]
     finally:
         engine.stop()
 
     assert bench.indices(plan) == list(range(600))
     # On a busy machine answers travel slowly, and more must be on their way.
     assert 20 <= windows[-1] < 64
-    assert vitals.engine is not None
-    assert vitals.engine.kv_cache_tokens == 4000
+    assert status.engine is not None
+    assert status.engine.kv_cache_tokens == 4000

@@ -7,6 +7,7 @@ import pytest
 from batch_orchestration.core.errors import EngineDied
 from batch_orchestration.engines.metrics import EngineMetrics
 from batch_orchestration.inference.faults.hang_watch import HangWatch
+from batch_orchestration.workers.run_status import RunStatus
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 
 LIMIT = 100.0
@@ -18,13 +19,14 @@ class Watched:
     def __init__(self, monkeypatch):
         self.now = 0.0
         monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: self.now)
-        self.watch = HangWatch(ScriptedEngine(), floor_seconds=LIMIT)
+        self.status = RunStatus(in_flight=4)
+        self.watch = HangWatch(ScriptedEngine(), floor_seconds=LIMIT, status=self.status)
         self.watch.begin()
 
-    async def look(self, *, tokens, kv_usage=0.1, after=1.0, in_flight=4):
+    async def look(self, *, tokens, kv_usage=0.1, after=1.0):
         self.now += after
         figures = EngineMetrics(generation_tokens=tokens, kv_usage=kv_usage)
-        await self.watch.judge(figures, in_flight=in_flight)
+        await self.watch.judge(figures)
 
     async def look_for(self, seconds, *, tokens, kv_usage=0.1):
         for _ in range(int(seconds)):

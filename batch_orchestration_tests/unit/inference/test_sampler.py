@@ -13,7 +13,7 @@ from batch_orchestration.gpu.monitor import DeviceMonitor
 from batch_orchestration.gpu.samples import read_samples
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.sampler import RunSampler
-from batch_orchestration.workers.vitals import RunVitals
+from batch_orchestration.workers.run_status import RunStatus
 
 GPU = GpuFacts(index=0, uuid="GPU-1", name="Test", temperature_celsius=60)
 HOT = GpuFacts(index=0, uuid="GPU-1", name="Test", temperature_celsius=99)
@@ -25,25 +25,25 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def vitals():
-    vitals = RunVitals(patience_seconds=60)
-    vitals.begin_batch("b-1")
-    return vitals
+def status():
+    status = RunStatus(patience_seconds=60)
+    status.begin_batch("b-1")
+    return status
 
 
 def watch(read):
     return DeviceMonitor(read, devices=1, limits=GpuLimits(), fence_off=lambda *_: True)
 
 
-def sampler(vitals, folder, **fields):
-    return RunSampler(vitals, folder=folder, run_id="run-1", **{"seconds": 60, **fields})
+def sampler(status, folder, **fields):
+    return RunSampler(status, folder=folder, run_id="run-1", **{"seconds": 60, **fields})
 
 
-def test_a_run_without_devices_is_sampled_from_its_start_to_its_end(folder, vitals):
-    with sampler(vitals, folder) as sampling:
-        vitals.in_flight, vitals.window = 3, 8
-        vitals.requests_per_second = 1.5
-        vitals.engine = EngineMetrics(running=3, kv_usage=0.25)
+def test_a_run_without_devices_is_sampled_from_its_start_to_its_end(folder, status):
+    with sampler(status, folder) as sampling:
+        status.in_flight, status.window = 3, 8
+        status.requests_per_second = 1.5
+        status.engine = EngineMetrics(running=3, kv_usage=0.25)
         throttle = sampling.throttle()
 
     last = read_samples(folder, "b-1")[-1]
@@ -55,33 +55,33 @@ def test_a_run_without_devices_is_sampled_from_its_start_to_its_end(folder, vita
     assert throttle == Throttle()
 
 
-def test_devices_go_into_the_samples_and_the_vitals(folder, vitals):
-    with sampler(vitals, folder, watch=watch(lambda: (GPU,))):
+def test_devices_go_into_the_samples_and_the_vitals(folder, status):
+    with sampler(status, folder, watch=watch(lambda: (GPU,))):
         pass
 
-    assert vitals.gpus == (GPU,)
+    assert status.gpus == (GPU,)
     assert read_samples(folder, "b-1")[-1].gpus == (GPU,)
 
 
-def test_before_there_is_a_batch_devices_are_watched_and_nothing_is_written(folder, vitals):
-    vitals.own_batch_id = None
-    with sampler(vitals, folder, watch=watch(lambda: (HOT,))) as sampling:
+def test_before_there_is_a_batch_devices_are_watched_and_nothing_is_written(folder, status):
+    status.primary_batch_id = None
+    with sampler(status, folder, watch=watch(lambda: (HOT,))) as sampling:
         pass
 
     assert sampling.throttle().share == 0.5
     assert not folder.batches.exists()
 
 
-def test_what_cannot_be_written_is_said_once_and_stops_nothing(folder, vitals, caplog):
+def test_what_cannot_be_written_is_said_once_and_stops_nothing(folder, status, caplog):
     folder.batches.write_text("not a folder")
-    with sampler(vitals, folder, seconds=0.001, watch=watch(lambda: (GPU,))):
+    with sampler(status, folder, seconds=0.001, watch=watch(lambda: (GPU,))):
         time.sleep(0.05)
 
     assert len([r for r in caplog.records if "sample of the run is missing" in r.message]) == 1
-    assert vitals.gpus == (GPU,)
+    assert status.gpus == (GPU,)
 
 
-def test_a_driver_that_hangs_does_not_keep_the_run_from_ending(folder, vitals, monkeypatch):
+def test_a_driver_that_hangs_does_not_keep_the_run_from_ending(folder, status, monkeypatch):
     monkeypatch.setattr("batch_orchestration.inference.sampler.STOP_SECONDS", 0.05)
     release = threading.Event()
 
@@ -90,16 +90,16 @@ def test_a_driver_that_hangs_does_not_keep_the_run_from_ending(folder, vitals, m
         return (GPU,)
 
     began = time.monotonic()
-    with sampler(vitals, folder, watch=watch(read)):
+    with sampler(status, folder, watch=watch(read)):
         pass
     release.set()
 
     assert time.monotonic() - began < 60
 
 
-def test_samples_stay_with_the_runs_own_batch_while_it_serves_a_guest(folder, vitals):
-    vitals.begin_chunk("guest", 0)
-    with sampler(vitals, folder):
+def test_samples_stay_with_the_runs_own_batch_while_it_serves_a_guest(folder, status):
+    status.begin_chunk("guest", 0)
+    with sampler(status, folder):
         pass
 
     assert read_samples(folder, "b-1")[-1].batch_id == "b-1"

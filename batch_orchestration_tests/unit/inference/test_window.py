@@ -1,17 +1,27 @@
 """The window that the engine, its memory and its device's health make narrow together."""
 
 import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
+from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.gpu.thermal import Throttle
+from batch_orchestration.inference.faults.oom_recovery import OomRecovery
 from batch_orchestration.inference.window import window as request_window
-from batch_orchestration.inference.window.window import RequestWindow, Window
+from batch_orchestration.inference.window.window import RequestWindow
+from batch_orchestration.workers.run_status import RunStatus
 from batch_orchestration_tests.support.workbench import make_policy
 
 
-def make_window(in_flight: int, **fields) -> Window:
-    return make_policy(in_flight=in_flight, **fields).window
+def make_window(
+    in_flight: int, throttle: Callable[[], Throttle], *, most: int = 256
+) -> RequestWindow:
+    run = SimpleNamespace(
+        policy=make_policy(in_flight=in_flight), throttle=throttle, status=RunStatus()
+    )
+    return RequestWindow(run, memory=OomRecovery(MemoryFallback(MemoryLevel()), in_flight=most))
 
 
 @pytest.mark.parametrize(
@@ -29,12 +39,10 @@ def make_window(in_flight: int, **fields) -> Window:
     ],
 )
 def test_the_narrowest_party_decides(width: int, most: int, share: float, limit: int) -> None:
-    window = RequestWindow(
-        make_window(width), most=lambda: most, throttle=lambda: Throttle(share=share)
-    )
+    window = make_window(width, lambda: Throttle(share=share), most=most)
 
     assert window.limit == limit
-    assert window.is_curbed == (limit < width)
+    assert window.is_limited == (limit < width)
 
 
 def test_it_opens_as_soon_as_somebody_leaves_or_the_pause_is_over(
@@ -42,7 +50,7 @@ def test_it_opens_as_soon_as_somebody_leaves_or_the_pause_is_over(
 ) -> None:
     monkeypatch.setattr(request_window, "LOOK_SECONDS", 0.001)
     taken, throttle = [1, 1], Throttle()
-    window = RequestWindow(make_window(2), most=lambda: 2, throttle=lambda: throttle)
+    window = make_window(2, lambda: throttle)
 
     async def one_more() -> list[bool]:
         nonlocal throttle
@@ -50,7 +58,7 @@ def test_it_opens_as_soon_as_somebody_leaves_or_the_pause_is_over(
         await asyncio.sleep(0)
         seen = [waiting.done()]
         taken.pop()
-        window.look_again()
+        window.check_again()
         seen.append(await waiting)
         throttle = Throttle(share=0.0)
         paused = asyncio.create_task(window.open(lambda: 0))
@@ -65,7 +73,7 @@ def test_it_opens_as_soon_as_somebody_leaves_or_the_pause_is_over(
 def test_a_stop_ends_the_wait_even_of_a_full_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_window, "LOOK_SECONDS", 0.001)
     throttle = Throttle()
-    window = RequestWindow(make_window(1), most=lambda: 1, throttle=lambda: throttle)
+    window = make_window(1, lambda: throttle)
 
     async def stopped() -> bool:
         nonlocal throttle

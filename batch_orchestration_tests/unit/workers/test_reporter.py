@@ -1,4 +1,4 @@
-"""The heart of a worker: what it writes, what it does without room, and what it leaves behind."""
+"""The heartbeats of a worker: written, on a full disk, and removed afterwards."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ from batch_orchestration.workers.reporter import (
     heartbeats_written,
     holding,
     report_phase,
-    vitals_of_this_worker,
+    status_of_this_worker,
 )
 from batch_orchestration_tests.support.children import child, next_line
 
@@ -45,7 +45,7 @@ def beats_of(folder, run_id="run"):
     )
 
 
-def wait_for_pulse(folder, condition, run_id="run"):
+def wait_for_heartbeat(folder, condition, run_id="run"):
     deadline = time.monotonic() + 5
     while (
         last_heartbeat := read_last_heartbeat(folder.heartbeat_path(run_id))
@@ -56,13 +56,11 @@ def wait_for_pulse(folder, condition, run_id="run"):
 
 
 def test_a_heartbeat_says_who_works_at_what_and_is_gone_at_a_clean_end(folder):
-    with beats_of(folder) as vitals:
-        vitals.enter("feeding", patience_seconds=160.0)
-        vitals.begin_chunk("candidates-1", 7)
-        vitals.in_flight = 12
-        beat = wait_for_pulse(
-            folder, lambda last_heartbeat: last_heartbeat.heartbeat.in_flight == 12
-        ).told
+    with beats_of(folder) as status:
+        status.enter("feeding", patience_seconds=160.0)
+        status.begin_chunk("candidates-1", 7)
+        status.in_flight = 12
+        beat = wait_for_heartbeat(folder, lambda last: last.heartbeat.in_flight == 12).current
 
         assert worker_of(beat) == identify(os.getpid())
         assert (beat.run_id, beat.job, beat.phase) == ("run", "answer_chunks", "feeding")
@@ -70,17 +68,17 @@ def test_a_heartbeat_says_who_works_at_what_and_is_gone_at_a_clean_end(folder):
         assert living_workers(folder) == {"run": identify(os.getpid())}
 
     assert list(folder.heartbeats.iterdir()) == []
-    assert vitals_of_this_worker() is None
+    assert status_of_this_worker() is None
 
 
 def test_work_that_is_no_answering_says_what_it_is_and_has_minutes_for_each_sign(folder):
-    report_phase("delivering", "nobody's heart")  # no worker: nothing happens
+    report_phase("delivering", "a batch")  # no worker: nothing happens
 
-    with beats_of(folder) as vitals:
+    with beats_of(folder) as status:
         report_phase("delivering", "candidates-1")
 
-        assert (vitals.phase, vitals.patience_seconds) == ("delivering", 660.0)
-        assert vitals is vitals_of_this_worker()
+        assert (status.phase, status.patience_seconds) == ("delivering", 660.0)
+        assert status is status_of_this_worker()
 
 
 def test_waiting_for_a_lock_is_no_standstill(folder, monkeypatch):
@@ -93,12 +91,12 @@ def test_waiting_for_a_lock_is_no_standstill(folder, monkeypatch):
         with holding(FileLock(path)):
             waited.set()
 
-    with beats_of(folder) as vitals, FileLock(path) as lock:
-        began = vitals.progress_at
+    with beats_of(folder) as status, FileLock(path) as lock:
+        began = status.progress_at
         waiting = threading.Thread(target=wait)
         waiting.start()
         time.sleep(0.3)
-        assert vitals.progress_at > began
+        assert status.progress_at > began
         assert not waited.is_set()
         lock.release()
         waiting.join(10)
@@ -112,14 +110,14 @@ def refuse(*_):
 
 def test_a_heartbeat_tells_as_much_on_a_full_disk(folder, monkeypatch):
     """If it could only be heard there, a full disk would hide a worker that is stuck."""
-    with beats_of(folder) as vitals:
-        first = wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is not None)
+    with beats_of(folder) as status:
+        first = wait_for_heartbeat(folder, lambda last: last.current is not None)
         monkeypatch.setattr(heartbeat_files.Path, "write_bytes", refuse)
-        vitals.in_flight = 12
+        status.in_flight = 12
 
-        beat = wait_for_pulse(
+        beat = wait_for_heartbeat(
             folder,
-            lambda last_heartbeat: last_heartbeat.told and last_heartbeat.told.in_flight == 12,
+            lambda last: last.current and last.current.in_flight == 12,
         )
         assert beat.at > first.at
 
@@ -128,21 +126,16 @@ def test_a_heartbeat_that_cannot_be_overwritten_either_is_heard_all_the_same(fol
     """Judged by an old file it would be stuck; judged by none, silent."""
     path = folder.heartbeat_path("run")
     with beats_of(folder):
-        first = wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is not None)
+        first = wait_for_heartbeat(folder, lambda last: last.current is not None)
         with monkeypatch.context() as full:
             full.setattr("batch_orchestration.workers.reporter.write_heartbeat", refuse)
 
-            heard = wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is None)
+            heard = wait_for_heartbeat(folder, lambda last: last.current is None)
             assert heard.at > first.at
             assert worker_of(heard.heartbeat) == identify(os.getpid())
             path.unlink()
-            assert (
-                wait_for_pulse(
-                    folder, lambda last_heartbeat: last_heartbeat.at > first.at
-                ).heartbeat
-                is None
-            )
-        wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is not None)
+            assert wait_for_heartbeat(folder, lambda last: last.at > first.at).heartbeat is None
+        wait_for_heartbeat(folder, lambda last: last.current is not None)
 
     assert list(folder.heartbeats.iterdir()) == []
 
@@ -155,27 +148,25 @@ def test_what_a_heartbeat_tells_does_not_depend_on_the_clock_of_a_file_server(fo
 
         last_heartbeat = read_last_heartbeat(path)
 
-    assert last_heartbeat.told is not None
-    assert last_heartbeat.at == last_heartbeat.told.at
+    assert last_heartbeat.current is not None
+    assert last_heartbeat.at == last_heartbeat.current.at
 
 
-def test_no_figure_and_no_mistake_of_ours_ends_the_heart(folder, monkeypatch, caplog):
+def test_no_error_ends_the_heartbeats(folder, monkeypatch, caplog):
     """A healthy worker would be killed as silent a minute later."""
-    with beats_of(folder) as vitals:
-        vitals.requests_per_second = float("inf")
-        vitals.output_tokens_per_second = float("nan")
-        vitals.enter("feeding", patience_seconds=float("inf"))
-        beat = wait_for_pulse(
+    with beats_of(folder) as status:
+        status.enter("feeding", patience_seconds=float("inf"))
+        beat = wait_for_heartbeat(
             folder,
-            lambda last_heartbeat: last_heartbeat.told and last_heartbeat.told.phase == "feeding",
+            lambda last: last.current and last.current.phase == "feeding",
         )
-        assert beat.told.patience_seconds > 1e8
+        assert beat.current.patience_seconds > 1e8
 
         with monkeypatch.context() as broken:
-            broken.delattr(vitals, "phase")
-            heard = wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is None)
-            wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.at > heard.at)
-        wait_for_pulse(folder, lambda last_heartbeat: last_heartbeat.told is not None)
+            broken.setattr(status, "phase", object())
+            heard = wait_for_heartbeat(folder, lambda last: last.current is None)
+            wait_for_heartbeat(folder, lambda last: last.at > heard.at)
+        wait_for_heartbeat(folder, lambda last: last.current is not None)
 
     assert len(caplog.records) == 1
 

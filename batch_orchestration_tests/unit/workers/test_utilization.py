@@ -14,7 +14,7 @@ from batch_orchestration.workers.utilization import (
     Stage,
     TimeAccountant,
     TimeBreakdown,
-    kept,
+    Utilization,
 )
 
 PARTS = (
@@ -25,7 +25,7 @@ PARTS = (
 
 def feeding(in_flight: int, **fields: Any) -> RunSnapshot:
     """A run that feeds its own batch, with a window of 8."""
-    values = {"window": 8, "unheld_window": 8, "by_batch": {"own": in_flight}}
+    values = {"window": 8, "unthrottled_window": 8, "by_batch": {"own": in_flight}}
     return RunSnapshot(stage=Stage.FEEDING, in_flight=in_flight, **{**values, **fields})
 
 
@@ -72,7 +72,7 @@ def test_a_window_that_heat_closes_is_not_the_feeders_fault() -> None:
 
 
 def test_a_window_that_is_not_known_yet_is_not_held_back() -> None:
-    unknown = feeding(0, window=0, unheld_window=0)
+    unknown = feeding(0, window=0, unthrottled_window=0)
 
     account = account_of((0.0, unknown), (1.0, unknown))
 
@@ -179,7 +179,7 @@ def test_tokens_while_full_are_told_from_tokens_over_all() -> None:
 
     assert (account.full_seconds, account.full_tokens) == (10.0, 1_000.0)
     assert account.tokens == 1_400.0, "what another run had made the engine write is not counted"
-    total = kept([account])
+    total = Utilization.of([account])
     assert total is not None
     assert total.full_tokens_per_second == 100.0
     assert total.tokens_per_second == pytest.approx(1_400 / 15)
@@ -226,12 +226,12 @@ def test_a_utilization_is_that_of_all_runs_together() -> None:
         batch_id="b", run_id="2", wall_seconds=50.0, busy_seconds=40.0, drain_seconds=10.0
     )
 
-    total = kept([killed, second])
+    total = Utilization.of([killed, second])
 
     assert total is not None
-    assert (total.runs, total.wall_seconds, total.kept_seconds) == (2, 100.0, 40.0)
+    assert (total.runs, total.wall_seconds, total.used_seconds) == (2, 100.0, 40.0)
     assert total.fraction == pytest.approx(0.4)
-    assert kept([]) is None
+    assert Utilization.of([]) is None
 
 
 counts = st.integers(0, 20)
@@ -247,7 +247,7 @@ moments = st.builds(
     in_flight=counts,
     by_batch=st.dictionaries(st.sampled_from(["own", "guest", "other"]), counts),
     window=counts,
-    unheld_window=counts,
+    unthrottled_window=counts,
     dry=st.booleans(),
     engine=figures,
     tokens=st.integers(0, 10_000),
