@@ -115,7 +115,7 @@ def _clean_runs(
         yield from _clean_runs_of(instance, cleanup, batch_id, before)
     # Runs of batches that are left now must not be removed.
     for record in _old_runs(instance, before):
-        if _is_nobodys(record.dagster_run, cleanup, before):
+        if _is_needless(record.dagster_run, cleanup, before):
             yield _removed(instance, record.dagster_run.run_id, cleanup)
 
 
@@ -143,8 +143,8 @@ def _ended_before(record: dg.RunRecord, before: float) -> bool:
     return ended and (record.end_time or record.update_timestamp.timestamp()) < before
 
 
-def _is_nobodys(run: dg.DagsterRun, cleanup: Cleanup, before: float) -> bool:
-    """Whether a run has no batch, or only batches that ended before `before`, too."""
+def _is_needless(run: dg.DagsterRun, cleanup: Cleanup, before: float) -> bool:
+    """Whether a run has no batch, or only batches that were settled before `before`."""
     if (claim := run.tags.get(CLAIM_TAG)) and (cleanup.folder.claims / claim).exists():
         return False
     if run.tags.get(BATCH_TAG) in cleanup.settled:

@@ -28,10 +28,10 @@ END_SECONDS = 60.0
     minimum_interval_seconds=INTERVAL_SECONDS,
     default_status=dg.DefaultSensorStatus.RUNNING,
     description=(
-        "Clears away what dead run workers left, also before a restart of the machine: engines "
-        "that hold device memory, and heartbeats. Fails runs whose worker died while it started, "
-        "and ends workers that outlive their run. Finds them only by what was recorded when they "
-        "were started. Each tick says what it did; it starts no runs."
+        "Cleans up after dead run workers, also after a restart of the machine: ends engines "
+        "that hold device memory and removes heartbeats. Fails runs whose worker died while it "
+        "started, and ends workers that outlive their run. Finds processes only by the records "
+        "of their start. Each tick lists its actions. Starts no runs."
     ),
 )
 def recovery_sensor(
@@ -39,15 +39,15 @@ def recovery_sensor(
 ) -> dg.SkipReason:
     """Clean up after dead workers; a cleanup that fails is repeated at the next tick."""
     folder, instance = data_folder(settings), context.instance
-    did = [
+    actions = [
         *_lost_starts(instance, folder),
         *_outliving(instance, folder),
         *clear_after_crashes(folder),
         *_unreadable(instance, folder, settings.silent_seconds),
     ]
-    for what in did:
-        context.log.warning(what)
-    return dg.SkipReason("; ".join(did) or "nothing was left over")
+    for action in actions:
+        context.log.warning(action)
+    return dg.SkipReason("; ".join(actions) or "there was nothing to clean up")
 
 
 def _lost_starts(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[str]:
@@ -63,10 +63,10 @@ def _lost_starts(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[s
         # Since the query the run may have begun, and ended.
         now = instance.get_run_by_id(run.run_id)
         if now is not None and now.status is dg.DagsterRunStatus.STARTING:
-            who = "the worker" if worker is None else f"run worker {worker.pid}"
-            what = f"{who} of run {run.run_id} died while it started"
-            instance.report_run_failed(run, what)
-            yield what
+            name = "the worker" if worker is None else f"run worker {worker.pid}"
+            message = f"{name} of run {run.run_id} died while it started"
+            instance.report_run_failed(run, message)
+            yield message
 
 
 def _outliving(instance: dg.DagsterInstance, folder: DataFolder) -> Iterator[str]:
@@ -89,4 +89,4 @@ def _unreadable(
         run = instance.get_run_by_id(run_id)
         if time.time() - at > silent_seconds and (run is None or run.is_finished):
             clear_after(run_id, folder)
-            yield f"removed the heartbeat of run {run_id}, which nobody can read"
+            yield f"removed the heartbeat of run {run_id}, which was unreadable"

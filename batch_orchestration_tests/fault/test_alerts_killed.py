@@ -10,14 +10,14 @@ import pytest
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.operations.alerts import cycle as alerting
-from batch_orchestration_tests.support.alert_bench import Tower
+from batch_orchestration_tests.support.alert_bench import AlertBench
 from batch_orchestration_tests.support.alert_servers import Webhook, serving
 from batch_orchestration_tests.support.forks import run_forked
 
 
 def cycle(root: Path, url: str, now: float, moment: str) -> None:
     """Run the alert cycle once; die at the moment that is told."""
-    tower = Tower(root, SimpleNamespace(url=url))
+    tower = AlertBench(root, SimpleNamespace(url=url))
     tower.now = now
 
     def die(*_: object, **__: object) -> None:
@@ -51,7 +51,7 @@ def test_killed_at_any_moment_it_loses_no_alert(tmp_path, monkeypatch, moment, a
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with serving(Webhook()) as webhook:
-        tower = Tower(tmp_path, webhook)
+        tower = AlertBench(tmp_path, webhook)
         tower.begin()
         tower.end(tower.add(failing=(1, 2)), BatchStatus.COMPLETED)
         tower.now += 30

@@ -4,20 +4,14 @@ import msgspec
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.errors import DiskFull
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.alerts.channels import alert_channels
 from batch_orchestration.operations.alerts.cycle import run_alert_cycle
 from batch_orchestration.operations.alerts.state import AlertState
 from batch_orchestration.operations.health.report import Finding, HealthReport, Level
 from batch_orchestration.settings import Settings
-from batch_orchestration.store.store import Store
-from batch_orchestration_tests.support.builders import (
-    NOW,
-    make_input,
-    make_plan,
-    make_settled_chunk,
-)
+from batch_orchestration_tests.support.builders import NOW, make_settled_chunk
+from batch_orchestration_tests.support.workbench import Workbench
 
 TICK = 30.0
 
@@ -31,18 +25,16 @@ class FullDisk(StateFile):
         super().write(value)
 
 
-class Tower:
-    """A data folder with its store, watched on a clock that the test moves."""
+class AlertBench(Workbench):
+    """A workbench whose alerts go to a webhook, on a clock that the test moves."""
 
     def __init__(self, root, webhook):
         self.webhook = webhook
-        self.settings = Settings(
-            data_dir=root / "data", engine="simulated", alert_webhook_url=webhook.url,
+        super().__init__(root / "data", lock_seconds=5)
+        self.in_force = Settings(
+            data_dir=self.folder.root, engine="simulated", alert_webhook_url=webhook.url,
             alert_dead_letters=3, _env_file=None,
         )  # fmt: skip
-        self.folder = DataFolder(self.settings.data_dir)
-        self.folder.create()
-        self.store = Store(self.folder.duckdb, deadline_seconds=5)
         self.now = NOW
         self.findings: tuple[Finding, ...] = ()
 
@@ -60,9 +52,9 @@ class Tower:
 
     def cycle(self):
         return run_alert_cycle(
-            settings=self.settings,
+            settings=self.in_force,
             folder=self.folder,
-            channels=alert_channels(self.settings),
+            channels=alert_channels(self.in_force),
             now=self.now,
         )
 
@@ -71,9 +63,8 @@ class Tower:
         self.tick()
         self.now += 1
 
-    def add(self, name="b.jsonl", *, requests=10, failing=()):
-        plan = make_plan(make_input(requests), file_name=name)
-        self.store.add_batch(plan, at=self.now)
+    def add(self, name="b", *, requests=10, failing=()):
+        plan = self.admitted(requests, name, at=self.now)
         for chunk in plan.chunks:
             settled = [
                 msgspec.structs.replace(request, settled_at=self.now)

@@ -10,7 +10,6 @@ import duckdb
 import msgspec
 
 from batch_orchestration.engines.processes.records import identify
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.health.examine import examine_health
 from batch_orchestration.operations.health.report import Finding, HealthReport
@@ -19,38 +18,35 @@ from batch_orchestration.queue.entries import (
     EntryState,
     NeedsAttention,
     QueueEntry,
-    QueueView,
 )
-from batch_orchestration.queue.files import write_needs_attention, write_queue
+from batch_orchestration.queue.files import write_needs_attention
 from batch_orchestration.settings import Settings
-from batch_orchestration.store.store import Store
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration_tests.support.builders import NOW
+from batch_orchestration_tests.support.workbench import Workbench
 
 #: Reserves nothing, so that the disk of whoever runs the tests does not matter.
 SETTINGS: dict[str, Any] = {"engine": "simulated", "disk_reserve_bytes": 0}
 
 
-class HealthBench:
+class HealthBench(Workbench):
     """Ticks as Dagster's sensors do, on a clock that the test moves."""
 
     def __init__(self, root: Path, **settings: Any) -> None:
-        values = {**SETTINGS, "data_dir": root / "data", **settings}
-        self.settings = Settings(**values, _env_file=None)
-        self.folder = DataFolder(self.settings.data_dir)
-        self.folder.create()
-        self.store = Store(self.folder.duckdb, deadline_seconds=5)
+        super().__init__(root / "data", lock_seconds=5)
+        values = {**SETTINGS, "data_dir": self.folder.root, **settings}
+        self.in_force = Settings(**values, _env_file=None)
         self.store.migrate()
         self.now = NOW
 
     def tick(self, *entries: QueueEntry, needs: tuple[NeedsAttention, ...] = ()) -> None:
         """What `dispatch_sensor` leaves behind."""
-        write_queue(self.folder, QueueView(at=self.now, entries=entries))
+        self.queue(*entries, at=self.now)
         write_needs_attention(self.folder, needs)
 
     def look(self, **arguments: Any) -> HealthReport:
         """Look once, as the command does."""
-        return examine_health(settings=self.settings, folder=self.folder, now=self.now, **arguments)
+        return examine_health(settings=self.in_force, folder=self.folder, now=self.now, **arguments)
 
     def watch(self) -> HealthReport:
         """Look once and keep what was found, as the sensor does."""

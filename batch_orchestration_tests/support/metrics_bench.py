@@ -15,7 +15,7 @@ from batch_orchestration.operations.metrics.collector import metrics_text
 from batch_orchestration.queue.entries import EntryKind, EntryState, WaitReason
 from batch_orchestration.workers.utilization import TimeBreakdown
 from batch_orchestration.workers.utilization_files import write_account
-from batch_orchestration_tests.support.builders import NOW, make_batch, make_settled_chunk
+from batch_orchestration_tests.support.builders import NOW, make_settled_chunk
 from batch_orchestration_tests.support.health_bench import HealthBench, entry
 
 PREFIX = "batch_orchestration_"
@@ -52,8 +52,7 @@ class MetricsBench(HealthBench):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.now = time.time()
-        self.plan = make_batch(self.folder, 20)
-        self.store.add_batch(self.plan, at=NOW)
+        self.plan = self.admitted(20)
         self.commit(0, failing=(3,))
         self.tick(
             entry(self.plan.batch_id, state=EntryState.RUNNING),

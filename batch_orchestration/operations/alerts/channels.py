@@ -134,13 +134,13 @@ def run_command(settings: Settings, notification: Notification) -> None:
     Raises:
         AlertNotSent: The command cannot be run, failed, or had to be ended.
     """
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
                 settings.alert_command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=said,
+                stderr=errors,
                 start_new_session=True,
             )
         except OSError as error:
@@ -152,8 +152,8 @@ def run_command(settings: Settings, notification: Notification) -> None:
         finally:
             _end(process)
         if process.returncode:
-            said.seek(0)
-            words = said.read(_SHOWN).decode(errors="replace").strip()
+            errors.seek(0)
+            words = errors.read(_SHOWN).decode(errors="replace").strip()
             raise AlertNotSent(f"the command ended with {process.returncode}: {words}")
 
 
@@ -283,5 +283,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _reason(error: object) -> str:
     """Return the system's reason, without the addresses that libraries add."""
-    told = getattr(error, "strerror", None)
-    return told if isinstance(told, str) and told else type(error).__name__
+    reason = getattr(error, "strerror", None)
+    return reason if isinstance(reason, str) and reason else type(error).__name__

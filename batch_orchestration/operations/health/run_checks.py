@@ -140,12 +140,12 @@ def _restarts(beat: Heartbeat, context: CheckContext) -> int:
 
 
 def _load(beat: Heartbeat) -> str:
-    told = beat.engine
+    metrics = beat.engine
     parts = [f"{beat.in_flight} in flight of {beat.window}"]
-    if told is not None and told.waiting is not None:
-        parts.append(f"{told.waiting} waiting in the engine")
-    if told is not None and told.kv_usage is not None:
-        parts.append(f"KV cache {told.kv_usage:.0%}")
+    if metrics is not None and metrics.waiting is not None:
+        parts.append(f"{metrics.waiting} waiting in the engine")
+    if metrics is not None and metrics.kv_usage is not None:
+        parts.append(f"KV cache {metrics.kv_usage:.0%}")
     return ", ".join(parts)
 
 

@@ -17,7 +17,7 @@ def bench(tmp_path, monkeypatch):
 
 def say(bench, *arguments, exit_code):
     cli = CommandLine(bench.folder)
-    given = {"settings": bench.settings, "clock": lambda: bench.now}
+    given = {"settings": bench.in_force, "clock": lambda: bench.now}
     if "--json" in arguments:
         return cli.json("health", exit_code=exit_code, **given)
     return cli.run("health", exit_code=exit_code, **given).stdout

@@ -90,7 +90,7 @@ def test_an_engine_whose_worker_is_gone_is_ended_while_nothing_runs(deployment, 
 def test_an_engine_whose_worker_runs_is_not_touched(deployment, family):
     record = leave_engine(deployment, family, owner=identify(os.getpid()))
 
-    assert deployment.reason("recovery_sensor") == "nothing was left over"
+    assert deployment.reason("recovery_sensor") == "there was nothing to clean up"
 
     assert all(is_running(member) for member in family)
     assert record.exists()
@@ -102,7 +102,7 @@ def test_whoever_has_got_the_pids_of_an_earlier_boot_is_not_touched(deployment, 
     members = [msgspec.structs.replace(member, **before) for member in family]
     record = leave_engine(deployment, members, owner=nobody())
 
-    assert deployment.reason("recovery_sensor") == "nothing was left over"
+    assert deployment.reason("recovery_sensor") == "there was nothing to clean up"
 
     assert all(is_running(member) for member in family)
     assert not record.exists()
@@ -161,12 +161,12 @@ def test_a_worker_that_outlives_its_run_is_ended(deployment, family, monkeypatch
     worker = family[0]
     run_id = add_run(deployment, dg.DagsterRunStatus.STARTED, worker=worker)
     heartbeat = beat_as(deployment, run_id, worker)
-    assert deployment.reason("recovery_sensor") == "nothing was left over"
+    assert deployment.reason("recovery_sensor") == "there was nothing to clean up"
     run = deployment.instance.get_run_by_id(run_id)
     deployment.instance.report_run_canceling(run)
     deployment.instance.report_run_canceled(run)
 
-    assert deployment.reason("recovery_sensor") == "nothing was left over"
+    assert deployment.reason("recovery_sensor") == "there was nothing to clean up"
     assert is_running(worker)
     monkeypatch.setattr(recovery, "END_SECONDS", -1.0)
     assert "outlived" in deployment.reason("recovery_sensor")

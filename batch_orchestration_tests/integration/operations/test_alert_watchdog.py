@@ -5,7 +5,7 @@ import pytest
 from batch_orchestration.operations.alerts import cycle as alerting
 from batch_orchestration.operations.alerts.channels import alert_channels
 from batch_orchestration.operations.alerts.cycle import Watchdog
-from batch_orchestration_tests.support.alert_bench import FullDisk, Tower
+from batch_orchestration_tests.support.alert_bench import AlertBench, FullDisk
 from batch_orchestration_tests.support.alert_servers import Webhook, serving
 
 
@@ -14,7 +14,7 @@ def tower(tmp_path, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with serving(Webhook()) as server:
-        yield Tower(tmp_path, server)
+        yield AlertBench(tmp_path, server)
 
 
 class Guard:
@@ -23,9 +23,9 @@ class Guard:
     def __init__(self, tower):
         self.tower, self.seconds = tower, 0.0
         self.dog = Watchdog(
-            tower.settings,
+            tower.in_force,
             tower.folder,
-            alert_channels(tower.settings),
+            alert_channels(tower.in_force),
             clock=lambda: self.seconds,
         )
 

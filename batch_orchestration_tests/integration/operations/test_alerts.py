@@ -23,9 +23,9 @@ from batch_orchestration.operations.alerts import sources as alert_sources
 from batch_orchestration.operations.alerts.sources import SLACK_SECONDS
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
 from batch_orchestration.settings import Settings
-from batch_orchestration_tests.support.alert_bench import TICK, FullDisk, Tower
+from batch_orchestration_tests.support.alert_bench import TICK, AlertBench, FullDisk
 from batch_orchestration_tests.support.alert_servers import Webhook, serving
-from batch_orchestration_tests.support.builders import NOW, make_input, make_plan, write_plan
+from batch_orchestration_tests.support.builders import NOW
 from batch_orchestration_tests.support.deployment import Deployment
 from batch_orchestration_tests.support.estimates import make_estimate
 
@@ -40,7 +40,7 @@ def webhook(monkeypatch):
 
 @pytest.fixture
 def tower(tmp_path, webhook):
-    made = Tower(tmp_path, webhook)
+    made = AlertBench(tmp_path, webhook)
     yield made
     alerting._unsaved.clear()
 
@@ -128,7 +128,7 @@ def test_dead_letters_are_told_when_there_are_too_many_and_when_they_are_gone(to
     assert "engine_refused: 5" in tower.webhook.texts[0]
     assert tower.kinds == [AlertKind.DEAD_LETTERS]
 
-    tower.settings = tower.settings.model_copy(update={"alert_dead_letters": 5})
+    tower.in_force = tower.in_force.model_copy(update={"alert_dead_letters": 5})
     for _ in range(12):
         tower.tick()
 
@@ -156,11 +156,9 @@ def add_score(tower, batch_id, *, actual_seconds):
 
 def test_a_batch_far_beyond_its_estimate_is_late_until_it_ends(tower):
     tower.begin()
-    plan = make_plan(make_input(10))
-    write_plan(tower.folder, plan)
+    plan = tower.admitted(10, at=tower.now)
     path = tower.folder.plan_path(plan.batch_id).with_name("estimate.json")
     path.write_bytes(msgspec.json.encode(ESTIMATE))
-    tower.store.add_batch(plan, at=tower.now)
 
     tower.tick(seconds=110 + SLACK_SECONDS)
     assert tower.webhook.texts == []

@@ -185,7 +185,7 @@ def test_a_queue_in_which_nothing_moves_though_it_could_is_unhealthy_after_a_whi
     for _ in range(2):
         bench.tick(entry())
         assert bench.watch().level is Level.HEALTHY
-        bench.now += bench.settings.stalled_seconds / 2
+        bench.now += bench.in_force.stalled_seconds / 2
 
     bench.tick(entry())
 
@@ -208,7 +208,7 @@ def test_a_queue_in_which_nothing_moves_though_it_could_is_unhealthy_after_a_whi
 def test_a_queue_that_moves_or_is_kept_is_not_stalled(bench, later):
     bench.tick(entry())
     bench.watch()
-    bench.now += 2 * bench.settings.stalled_seconds
+    bench.now += 2 * bench.in_force.stalled_seconds
     bench.tick(*later)
 
     assert bench.find("queue").level is Level.HEALTHY
@@ -219,7 +219,7 @@ def test_a_queue_is_not_stalled_while_a_run_lives(bench):
         bench.tick(entry())
         bench.beat()
         assert bench.watch().level is Level.HEALTHY
-        bench.now += bench.settings.stalled_seconds
+        bench.now += bench.in_force.stalled_seconds
 
 
 def test_a_file_whose_admissions_fail_again_and_again_stalls_the_queue(bench):
@@ -235,7 +235,7 @@ def test_a_file_whose_admissions_fail_again_and_again_stalls_the_queue(bench):
         )
         bench.beat()  # of an admission that will fail, too
         found.append(bench.find("queue"))
-        bench.now += bench.settings.stalled_seconds + 1
+        bench.now += bench.in_force.stalled_seconds + 1
 
     assert [finding.level for finding in found] == [Level.HEALTHY, Level.UNHEALTHY]
     assert "people.jsonl was taken from the inbox" in found[1].reason
@@ -284,7 +284,7 @@ def test_slow_is_not_stuck(bench):
 
 
 def test_a_live_process_without_a_word_is_unhealthy(bench):
-    bench.beat(at=bench.now - bench.settings.silent_seconds - 1)
+    bench.beat(at=bench.now - bench.in_force.silent_seconds - 1)
 
     assert "silent" in bench.find("worker:run-1").reason
     assert bench.find("worker:run-1").level is Level.UNHEALTHY
@@ -305,7 +305,7 @@ def test_a_heartbeat_that_can_only_be_heard_is_not_healthy(bench):
     path = bench.folder.heartbeat_path("run-1")
     path.write_bytes(b'{"run_id": 3}')
     levels = []
-    for age in (5, bench.settings.silent_seconds + 5):
+    for age in (5, bench.in_force.silent_seconds + 5):
         os.utime(path, (bench.now - age, bench.now - age))
         levels.append(bench.find("worker:run-1").level)
 
@@ -313,7 +313,7 @@ def test_a_heartbeat_that_can_only_be_heard_is_not_healthy(bench):
 
 
 def test_an_event_loop_that_does_not_come_round_is_stuck_though_the_heart_beats(bench):
-    bench.beat(loop_at=bench.now - bench.settings.silent_seconds - 1)
+    bench.beat(loop_at=bench.now - bench.in_force.silent_seconds - 1)
 
     assert "event loop" in bench.find("worker:run-1").reason
     assert bench.find("worker:run-1").level is Level.UNHEALTHY
@@ -332,7 +332,7 @@ def test_a_batch_at_work_without_any_heartbeat_is_degraded_until_its_run_says_it
 
 
 def test_an_engine_that_is_started_again_and_again_is_degraded(bench):
-    bench.beat(restarts=bench.settings.alert_engine_restarts + 1)
+    bench.beat(restarts=bench.in_force.alert_engine_restarts + 1)
 
     assert bench.find("engine:run-1").level is Level.DEGRADED
 

@@ -33,7 +33,7 @@ def test_the_alert_is_of_the_batch_and_goes_on_with_its_next_run(tmp_path):
         bench.beat(run_id, batch_id="b-1", restarts=9)
         bench.watch()
         state = AlertState(began=NOW, cursor=NOW)
-        seen = from_health(bench.settings, bench.folder, state, bench.now)
+        seen = from_health(bench.in_force, bench.folder, state, bench.now)
         checks |= {f.check for f in seen.findings if f.kind is AlertKind.ENGINE_RESTARTS}
 
     assert checks == {"engine_restarts:b-1"}
