@@ -135,7 +135,6 @@ def halt_events(
     batch_id: str, halt: Halt
 ) -> Iterator[dg.AssetObservation | dg.AssetCheckEvaluation]:
     """Yield the events of a paused batch: one beside its progress, one in its failure check."""
-    examples = table_of(halt.examples, "custom_id", "code", "message")
     metadata = metadata_of(
         halt,
         *("failed", "judged", "max_failure_rate"),
@@ -143,7 +142,7 @@ def halt_events(
         failure_rate=halt.failed / max(halt.judged, 1),
         paused_by_run=halt.actor,
         next_step=what_helps(batch_id),
-        examples=examples if halt.examples else None,
+        examples=table_of(halt.examples, "custom_id", "code", "message"),
     )
     yield dg.AssetObservation(MANIFEST_KEY, partition=batch_id, metadata=metadata)
     yield dg.AssetCheckEvaluation(

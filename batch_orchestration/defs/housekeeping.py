@@ -18,7 +18,7 @@ from pydantic import Field
 
 from batch_orchestration.defs.housekeeping_in_dagster import chunk_partitions, dagster_parts
 from batch_orchestration.defs.job_factory import config_of, one_op_job
-from batch_orchestration.defs.metadata import table_of
+from batch_orchestration.defs.metadata import metadata_of, table_of
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.lifecycle.clock import DELETION_SECONDS, clock_doubt
 from batch_orchestration.operations.housekeeping.clean import (
@@ -69,7 +69,7 @@ def housekeeping(
         names = ", ".join(removal.subject for removal in removals[:NAMES_SHOWN])
         context.log.info(f"{part}: {verb} {len(removals):,}: {names}")
     columns = ("part", "removed", "size_bytes", "seconds", "note")
-    context.add_output_metadata({"parts": table_of(report.results, *columns)})
+    context.add_output_metadata(metadata_of(parts=table_of(report.results, *columns)))
     if problems := [f"{r.part}: {r.problem}" for r in report.results if r.problem]:
         raise dg.Failure(description="; ".join(problems), allow_retries=False)
 

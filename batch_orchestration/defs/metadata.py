@@ -32,14 +32,21 @@ def _shown(value: object) -> dg.MetadataValue | str | int | float | bool:
     return dg.MetadataValue.json(dict(value)) if isinstance(value, Mapping) else str(value)
 
 
-def table_of(rows: Iterable[object], *columns: str) -> dg.MetadataValue:
-    """Return a table with these fields of each row; None is an empty cell."""
-    records = [
-        dg.TableRecord({name: _cell(getattr(row, name)) for name in columns}) for row in rows
-    ]
+def table_of(rows: Iterable[object], *columns: str) -> dg.MetadataValue | None:
+    """Return a table with these fields of each row, None as an empty cell; None without rows."""
+    return _table({name: _cell(getattr(row, name)) for name in columns} for row in rows)
+
+
+def counts_table(counts: Mapping[str, int]) -> dg.MetadataValue | None:
+    """Return failures by code as a table, the most frequent first; None without failures."""
+    rows = sorted(counts.items(), key=lambda item: -item[1])
+    return _table({"code": code, "requests": count} for code, count in rows)
+
+
+def _table(rows: Iterable[dict[str, str | int | float | bool]]) -> dg.MetadataValue | None:
     # Dagster cannot infer the columns of a table without rows.
-    schema = None if records else dg.TableSchema(columns=[*map(dg.TableColumn, columns)])
-    return dg.MetadataValue.table(records, schema=schema)
+    records = [dg.TableRecord(row) for row in rows]
+    return dg.MetadataValue.table(records) if records else None
 
 
 def _cell(value: object) -> str | int | float | bool:
@@ -48,13 +55,6 @@ def _cell(value: object) -> str | int | float | bool:
     if isinstance(value, int):
         return value
     return "" if value is None else str(value)
-
-
-def counts_table(counts: Mapping[str, int]) -> dg.MetadataValue | None:
-    """Return failures by code as a table, the most frequent first; None without failures."""
-    rows = sorted(counts.items(), key=lambda item: -item[1])
-    records = [dg.TableRecord({"code": code, "requests": count}) for code, count in rows]
-    return dg.MetadataValue.table(records) if records else None
 
 
 def list_of(lines: Iterable[str]) -> dg.MetadataValue | None:
