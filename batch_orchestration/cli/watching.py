@@ -78,7 +78,7 @@ def _how_it_ended(view: BatchStatusView) -> str:
         return f"batch {view.batch_id} ended as {view.status}"
     return (
         f"batch {view.batch_id} ended as {view.early_end}. {view.completed:,} of {view.total:,}"
-        f" requests are answered; `resume {view.batch_id}` asks the rest"
+        f" requests are answered; `resume {view.batch_id}` sends the rest"
     )
 
 
@@ -153,7 +153,7 @@ def describe(view: BatchStatusView) -> str:
     if view.final:
         return str(view.status)
     if view.early_end:
-        return f"{view.status}: {view.early_end}; what is answered is being delivered"
+        return f"{view.status}: {view.early_end}; answers so far are being delivered"
     if view.halt:
         return f"{view.status}: {view.halt}"
     if view.live:
@@ -161,7 +161,7 @@ def describe(view: BatchStatusView) -> str:
         return f"{view.status}: {view.live.phase}{waits}"
     if view.silent_seconds and view.progress:
         return (
-            f"{view.status}: no word from its run (pid {view.progress.pid}) for "
+            f"{view.status}: its run (pid {view.progress.pid}) has not reported for "
             f"{duration(view.silent_seconds)}"
         )
     if view.status is BatchStatus.IN_PROGRESS:
@@ -173,7 +173,7 @@ def describe(view: BatchStatusView) -> str:
 def waiting(wait: Wait) -> str:
     """Return how many requests the engine has asked to wait, and when the first continues."""
     until = datetime.fromtimestamp(wait.until).astimezone()
-    return f"{wait.requests:,} wait at the engine's wish, the first until {until:%H:%M:%S}"
+    return f"{wait.requests:,} wait as the engine asked, the first until {until:%H:%M:%S}"
 
 
 def figures(view: BatchStatusView) -> list[str]:

@@ -106,7 +106,7 @@ class Committer:
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             if self._is_guest:
                 self.gave_up = True
-                logger.warning("%s is left to its own run: %s", self._batch_id, error)
+                logger.warning("batch %s is left to its own run: %s", self._batch_id, error)
             else:
                 self.results.put(error)
         finally:

@@ -213,7 +213,7 @@ class Feeder:
 
     async def _run_turn_of_suspects(self, label: str, group: list[PendingRequest]) -> None:
         group = self._without_dropped(group)
-        logger.info("testing %d suspects apart (group %s)", len(group), label)
+        logger.info("testing %d suspects alone (group %s)", len(group), label)
         untested = iter(group)
         was_proven, death = self._life.deaths.proven, await self._run_window(untested)
         if death is None:

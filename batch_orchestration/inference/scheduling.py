@@ -212,7 +212,7 @@ class Turns:
         if self._folder.paused.exists():
             return "the queue is paused"
         if sum(work.chunks_drawn for work in self.guests.values()) >= self._most_guest_chunks:
-            return f"it has served {self._most_guest_chunks} chunks of others, as many as it may"
+            return f"it has served {self._most_guest_chunks} chunks of other batches, the limit"
         other = next((entry for entry in self._before if not self._can_serve(entry)), None)
         self._before = [entry for entry in self._before if self._can_serve(entry)]
         if other is not None and self._is_news(other):

@@ -100,8 +100,8 @@ def judge_worker(
     """
     if last_heartbeat is None:
         if quiet.heartbeat > FIRST_HEARTBEAT_SECONDS:
-            return _silent(f"it has shown no heartbeat in {quiet.heartbeat:.0f} s")
-        return WorkerHealth(WorkerState.ALIVE, "no heartbeat to be seen yet")
+            return _silent(f"it has written no heartbeat for {quiet.heartbeat:.0f} s")
+        return WorkerHealth(WorkerState.ALIVE, "it has not written a heartbeat yet")
     beat = last_heartbeat.current
     doing = "" if beat is None else f" while {beat.phase} ({beat.in_flight} in flight)"
     if beat is not None:
@@ -111,7 +111,7 @@ def judge_worker(
     if beat is None:
         return WorkerHealth(WorkerState.ALIVE, "it is alive, but cannot write its heartbeat")
     if beat.loop_at is not None and quiet.loop > silent_seconds:
-        return _stuck(f"its event loop has not come round for {quiet.loop:.0f} s{doing}")
+        return _stuck(f"its event loop has been blocked for {quiet.loop:.0f} s{doing}")
     if quiet.progress > beat.patience_seconds:
         return _stuck(
             f"no outcome, token or commit for {quiet.progress:.0f} s{doing};"

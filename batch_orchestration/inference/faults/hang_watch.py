@@ -80,7 +80,7 @@ class HangWatch:
             self._compare(metrics)
         pause = self._idle.check(_now())
         if pause > self.limit_seconds:
-            logger.error("the engine is stuck; ending it")
+            logger.error("the engine is stuck and is being stopped")
             await asyncio.to_thread(self._engine.stop)
             raise EngineDied(
                 f"stuck: no outcome and no token for {pause:.0f} s with"

@@ -52,7 +52,10 @@ def remembered_fallback(
     levels = tuple(level for level in (_below(each, top) for each in levels) if level != top)
     fallback = MemoryFallback(top, descent=levels, worked=partial(_remember, memory, engine, clock))
     if descent is not None:
-        logger.info("memory settings by what worked before: %s", fallback.description)
+        logger.info(
+            "the engine starts with the memory settings that worked before: %s",
+            fallback.description,
+        )
     return fallback
 
 
@@ -108,7 +111,7 @@ class OomRecovery:
         sequences = self._fallback.level.max_num_seqs
         if sequences is None or sequences >= self.in_flight:
             return False
-        logger.warning("from now on %d requests in flight", sequences)
+        logger.warning("at most %d requests are in flight from now on", sequences)
         self.in_flight = sequences
         return True
 

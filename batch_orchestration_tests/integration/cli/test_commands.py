@@ -102,7 +102,7 @@ def test_status_counts_uncommitted_outcomes_and_disbelieves_a_silent_run(cli, tm
 
     text = cli.run("status", plan.batch_id).stdout
 
-    assert "no word from its run (pid 4242) for 5 min" in text
+    assert "its run (pid 4242) has not reported for 5 min" in text
     assert "tokens/s" not in text
     assert cli.json("status", plan.batch_id)["progress"] is None
 

@@ -50,7 +50,7 @@ def test_watch_and_status_say_who_cancelled_and_how_to_go_on(cli, tmp_path):
     shown = cli.run("status", plan.batch_id).stdout
     told = cli.json("status", plan.batch_id)
 
-    assert "what is answered is being delivered" in under_way
+    assert "answers so far are being delivered" in under_way
     assert "ended as cancelled by" in watched.stderr
     assert "wrong file" in watched.stderr
     assert "0 of 3 requests are answered" in watched.stderr

@@ -258,7 +258,7 @@ def test_a_wait_that_the_engine_asks_for_is_shown_with_its_reason_and_its_end(
     assert progress.waiting.requests == 3
     assert progress.waiting.until - asked_at == pytest.approx(seconds, abs=60)
     assert "24 h 0 min (HTTP status 429): come back tomorrow" in " ".join(told.split())
-    assert "3 wait at the engine's wish" in " ".join(overview.split())
+    assert "3 wait as the engine asked" in " ".join(overview.split())
     assert as_json["requests"] == 3
     assert not run.is_alive()
 

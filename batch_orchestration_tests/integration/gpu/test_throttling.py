@@ -11,11 +11,10 @@ from batch_orchestration.core.outcomes import Failure, FailureCode, Outcome
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.chunk_pass import PendingRequest
 from batch_orchestration.inference.faults import transient_errors as obstacles
-from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.inference.window import window as request_window
 from batch_orchestration_tests.support.builders import make_failure
 from batch_orchestration_tests.support.scripted_engine import Script, ScriptedEngine
-from batch_orchestration_tests.support.workbench import Workbench, make_policy
+from batch_orchestration_tests.support.workbench import Workbench
 
 
 @pytest.fixture(autouse=True)
@@ -68,16 +67,8 @@ class Device:
 
 def run(bench: Workbench, device: Device, requests: int = 60, **policy):
     plan = bench.admitted(requests)
-    chunks = run_chunks(
-        {plan.batch_id: range(len(plan.chunks))},
-        engine=device.engine,
-        folder=bench.folder,
-        store=bench.store,
-        run_id="run-1",
-        policy=make_policy(in_flight=16, **policy),
-        throttle=device.throttle,
-    )
-    return plan, chunks
+    policy = {"in_flight": 16, "throttle": device.throttle, **policy}
+    return plan, bench.commits(plan, device.engine, **policy)
 
 
 def test_a_smaller_share_narrows_the_window_and_cancels_nothing(tmp_path: Path) -> None:
@@ -106,17 +97,7 @@ def test_a_pause_keeps_what_is_in_flight_and_goes_on_by_itself(
         return Throttle() if looks > 20 else now
 
     plan = bench.admitted(60)
-    list(
-        run_chunks(
-            {plan.batch_id: range(len(plan.chunks))},
-            engine=device.engine,
-            folder=bench.folder,
-            store=bench.store,
-            run_id="run-1",
-            policy=make_policy(in_flight=16),
-            throttle=throttle,
-        )
-    )
+    bench.run(plan, device.engine, in_flight=16, throttle=throttle)
 
     assert bench.indices(plan) == list(range(60))
     assert set(device.engine.submissions.values()) == {1}
@@ -230,17 +211,7 @@ def test_a_pause_costs_a_request_that_waits_for_its_next_attempt_none(tmp_path: 
             during.add(len(device.engine.taken))
         return now
 
-    list(
-        run_chunks(
-            {plan.batch_id: range(len(plan.chunks))},
-            engine=device.engine,
-            folder=bench.folder,
-            store=bench.store,
-            run_id="run-1",
-            policy=make_policy(in_flight=16),
-            throttle=throttle,
-        )
-    )
+    bench.run(plan, device.engine, in_flight=16, throttle=throttle)
 
     assert bench.indices(plan) == list(range(16))
     assert len(during) == 1

@@ -54,37 +54,29 @@ def test_each_stage_of_a_run_is_charged_by_its_name() -> None:
     assert account.wall_seconds == 111.0
 
 
-def test_places_that_are_left_empty_are_a_gap_only_while_there_is_something_to_give() -> None:
-    gap = account_of((0.0, feeding(6)), (4.0, feeding(6)))
-    drain = account_of((0.0, feeding(6, dry=True)), (4.0, feeding(6, dry=True)))
+@pytest.mark.parametrize(
+    ("moment", "busy", "held", "gap", "drain"),
+    [
+        (feeding(6), 6, 0, 2, 0),
+        (feeding(6, dry=True), 6, 0, 0, 2),
+        # Of 8 places 4 may be filled and 3 are: half is held back, an eighth is a gap.
+        (feeding(3, window=4), 3, 4, 1, 0),
+        (feeding(7, window=4), 7, 1, 0, 0),
+        (feeding(0, window=0, unthrottled_window=0), 0, 0, 8, 0),
+        # A request that waits a moment while the window is open does not make the engine small.
+        (feeding(3, engine=EngineMetrics(running=2, waiting=1)), 3, 0, 5, 0),
+        # Answers that are not read yet count as in flight, but the engine does not have them.
+        (feeding(8, engine=EngineMetrics(running=2, waiting=0)), 2, 0, 6, 0),
+    ],
+    ids=["gap", "drain", "hot", "narrowed while full", "window unknown", "few given", "unread"],
+)
+def test_time_is_divided_by_the_places_that_are_filled(
+    moment: RunSnapshot, busy: float, held: float, gap: float, drain: float
+) -> None:
+    account = account_of((0.0, moment), (8.0, moment))
 
-    assert (gap.busy_seconds, gap.feed_gap_seconds, gap.drain_seconds) == (3.0, 1.0, 0.0)
-    assert (drain.busy_seconds, drain.feed_gap_seconds, drain.drain_seconds) == (3.0, 0.0, 1.0)
-
-
-def test_a_window_that_heat_closes_is_not_the_feeders_fault() -> None:
-    """Of 8 places 4 may be filled and 3 are: half is held back, an eighth is a gap."""
-    hot = feeding(3, window=4)
-
-    account = account_of((0.0, hot), (8.0, hot))
-
-    assert (account.busy_seconds, account.held_seconds, account.feed_gap_seconds) == (3.0, 4.0, 1.0)
-
-
-def test_a_window_that_is_not_known_yet_is_not_held_back() -> None:
-    unknown = feeding(0, window=0, unthrottled_window=0)
-
-    account = account_of((0.0, unknown), (1.0, unknown))
-
-    assert (account.held_seconds, account.feed_gap_seconds) == (0.0, 1.0)
-
-
-def test_what_was_in_flight_before_the_window_closed_still_counts_as_busy() -> None:
-    closing = feeding(7, window=4)
-
-    account = account_of((0.0, closing), (8.0, closing))
-
-    assert (account.busy_seconds, account.held_seconds, account.feed_gap_seconds) == (7.0, 1.0, 0.0)
+    parts = (account.busy_seconds, account.held_seconds, account.feed_gap_seconds)
+    assert (*parts, account.drain_seconds) == (busy, held, gap, drain)
 
 
 def test_a_window_wider_than_the_engine_does_not_make_a_full_engine_look_idle() -> None:
@@ -95,15 +87,6 @@ def test_a_window_wider_than_the_engine_does_not_make_a_full_engine_look_idle() 
     account = account_of(*looks)
 
     assert account.busy_seconds == 9.0
-
-
-def test_an_engine_that_is_given_little_does_not_pass_for_a_small_one() -> None:
-    """One request that waits a moment while the window is open says nothing of the engine."""
-    moment = feeding(3, engine=EngineMetrics(running=2, waiting=1))
-
-    account = account_of((0.0, moment), (8.0, moment))
-
-    assert (account.busy_seconds, account.feed_gap_seconds) == (3.0, 5.0)
 
 
 def test_an_engine_that_once_ran_few_is_believed_when_it_runs_more() -> None:
@@ -125,15 +108,6 @@ def test_a_full_window_at_which_nothing_waits_may_be_too_narrow_and_is_told_so()
     account = account_of((0.0, narrow), (3.0, fed), (10.0, fed))
 
     assert (account.busy_seconds, account.narrow_seconds) == (10.0, 3.0)
-
-
-def test_a_full_window_of_requests_that_the_engine_does_not_have_is_a_gap() -> None:
-    """The feeder is too slow: answers lie about at its side, and count as in flight until read."""
-    starving = feeding(8, engine=EngineMetrics(running=2, waiting=0))
-
-    account = account_of((0.0, starving), (8.0, starving))
-
-    assert (account.busy_seconds, account.feed_gap_seconds) == (2.0, 6.0)
 
 
 def test_an_engine_that_falls_silent_is_believed_to_have_what_it_was_given() -> None:
