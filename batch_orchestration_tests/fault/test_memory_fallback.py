@@ -28,7 +28,7 @@ from batch_orchestration_tests.support.builders import (
     write_plan,
 )
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.support.workbench import Workbench
+from batch_orchestration_tests.support.workbench import SETTINGS, Workbench
 
 IN_FLIGHT = 64
 
@@ -218,7 +218,7 @@ def test_a_start_without_room_for_the_context_is_repeated_with_what_the_batch_ne
     tmp_path: Path,
 ) -> None:
     bench = Workbench(tmp_path)
-    plan = bench.admitted(30)
+    plan = bench.admitted(30, settings={**SETTINGS, "max_tokens_cap": 500})
     engine = PickyEngine(
         MemoryFallback(CONFIGURED),
         lambda level: (
@@ -228,7 +228,7 @@ def test_a_start_without_room_for_the_context_is_repeated_with_what_the_batch_ne
         ),
     )
 
-    bench.run(plan, engine, max_tokens_cap=500)
+    bench.run(plan, engine, max_tokens_cap=500, answer_settings=plan.settings)
 
     assert bench.indices(plan) == list(range(30))
     assert 500 < engine.tried[-1].max_model_len < 3000

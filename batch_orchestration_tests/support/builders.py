@@ -81,7 +81,12 @@ def make_plan(
     # `NOW` is long ago by the clock that runs look at.
     options = options or BatchOptions(completion_window="36500d")
     sha256 = hashlib.sha256(content).hexdigest()
-    chunks = make_chunks(content, requests_per_chunk=requests_per_chunk)
+    settings = settings or {"engine": "simulated", "model": MODEL}
+    chunks = make_chunks(
+        content,
+        requests_per_chunk=requests_per_chunk,
+        max_tokens_cap=settings.get("max_tokens_cap"),
+    )
     return BatchPlan(
         batch_id=batch_id(file_name, identity(sha256, options)),
         identity=identity(sha256, options),
@@ -92,12 +97,14 @@ def make_plan(
         faulty=faulty,
         chunks=chunks,
         options=options,
-        settings=settings or {"engine": "simulated", "model": MODEL},
+        settings=settings,
         created_at=created_at,
     )
 
 
-def make_chunks(content: bytes, *, requests_per_chunk: int = 10) -> tuple[Chunk, ...]:
+def make_chunks(
+    content: bytes, *, requests_per_chunk: int = 10, max_tokens_cap: int | None = None
+) -> tuple[Chunk, ...]:
     """Cut a file after every so many requests; trailing blank lines belong to the last chunk."""
     lines = list(read_lines(io.BytesIO(content), max_line_bytes=2**24))
     requests = [line for line in lines if not line.blank]
@@ -116,7 +123,7 @@ def make_chunks(content: bytes, *, requests_per_chunk: int = 10) -> tuple[Chunk,
             start=start,
             end=end,
             digest=digest.hexdigest(),
-            memory=memory_demand(_usable(lines, start, end), max_tokens_cap=None),
+            memory=memory_demand(_usable(lines, start, end), max_tokens_cap=max_tokens_cap),
         )
         chunks.append(chunk)
     return tuple(chunks)

@@ -157,6 +157,7 @@ class Workbench:
         name: str | None = None,
         *,
         requests_per_chunk: int = 10,
+        settings: dict[str, Any] = SETTINGS,
         at: float = NOW,
         **options: Any,
     ) -> BatchPlan:
@@ -164,6 +165,7 @@ class Workbench:
 
         Args:
             name: Of the file; the prompts then begin with it.
+            settings: Settings that answers depend on, as the plan records them.
             options: Fields of `BatchOptions`.
         """
         plan = make_batch(
@@ -171,7 +173,7 @@ class Workbench:
             requests,
             requests_per_chunk=requests_per_chunk,
             name=name,
-            settings=SETTINGS,
+            settings=settings,
             at=at,
             **options,
         )
