@@ -46,28 +46,6 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     discard_reason: str | None = None
 
 
-class DeadLetterEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """A change of a dead letter's state: one entry of its history.
-
-    Attributes:
-        state: The new state.
-        actor: Run or person that caused the change.
-        operation: Number of the replay or discard; None for a failure or commit of a batch's run.
-        code: Failure code, if the event is a failure.
-        reason: Message of a failure, reason of a discard, or overrides of a replay.
-    """
-
-    index: int
-    at: float
-    state: DeadLetterState
-    actor: str
-    operation: int | None
-    code: str | None
-    reason: str
-    engine: str
-    settings_hash: str
-
-
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """A filter for the dead letters of a batch; an empty field does not restrict.
 

@@ -103,10 +103,10 @@ class EstimateTables:
             shared = {
                 "batch_id": score.batch_id,
                 "model": score.estimate.engine.get("model", ""),
-                "scored_at": at,
+                "scored_at": score.scored_at,
             }
             found = [shared | _row(request) for request in answered]
-            rows.insert(db, "answered_requests", _ANSWERED, found)
+            rows.insert(db, "answered_requests", found)
 
     def scores(self, *, limit: int, until: float | None = None) -> list[Score]:
         """Return the latest scores, newest first, up to `until` if it is given."""
@@ -205,7 +205,9 @@ class EstimateTables:
 
     def _scores(self, where: str, parameter: object) -> list[Score]:
         with self._store.reading() as db:
-            found = _fetch(db, Score.__struct_fields__, "estimates", f"WHERE {where}", [parameter])
+            found = rows.select(
+                db, "estimates", Score.__struct_fields__, f"WHERE {where}", [parameter]
+            )
         return [
             Score(estimate=msgspec.json.decode(row.pop("estimate"), type=Estimate), **row)
             for row in found
@@ -213,17 +215,11 @@ class EstimateTables:
 
     def _select(self, kind: type[_T], table: str, rest: str, parameters: list[Any]) -> list[_T]:
         with self._store.reading() as db:
-            found = _fetch(db, kind.__struct_fields__, table, rest, parameters)
+            found = rows.select(db, table, kind.__struct_fields__, rest, parameters)
         return msgspec.convert(found, list[kind])  # type: ignore[valid-type]
 
 
 _WHERE_ENGINE = "WHERE engine = ? AND model = ? AND device = ? AND args_hash = ?"
-_ANSWERED = {
-    **dict.fromkeys(("batch_id", "model", "shape"), "object"),
-    **dict.fromkeys(("characters", "prompt_tokens", "completion_tokens"), "int64"),
-    "cut": "bool",
-    "scored_at": "datetime64[us]",
-}
 
 
 def _add_estimate(db: duckdb.DuckDBPyConnection, batch_id: str, estimate: Estimate) -> None:
@@ -245,19 +241,6 @@ def _row(value: msgspec.Struct) -> rows.Row:
         name: rows.timestamp(field) if name.endswith("_at") else field
         for name, field in msgspec.to_builtins(value).items()
     }
-
-
-def _fetch(
-    db: duckdb.DuckDBPyConnection,
-    columns: Sequence[str],
-    table: str,
-    rest: str,
-    parameters: list[Any],
-) -> list[rows.Row]:
-    """Return rows by column name, with times as POSIX seconds."""
-    selected = [f"epoch({name})" if name.endswith("_at") else name for name in columns]
-    found = db.execute(f"SELECT {', '.join(selected)} FROM {table} {rest}", parameters).fetchall()
-    return [dict(zip(columns, row, strict=True)) for row in found]
 
 
 def cache_engine_info(engine: Engine, in_force: EngineInForce, store: Store, *, at: float) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import msgspec
 
 from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.files.atomic import disk_errors
@@ -18,32 +19,6 @@ from batch_orchestration.store.store import Store
 
 #: Read from a file at a time, which bounds how long the store is locked for others.
 MOST_BYTES = 4 * 2**20
-_COLUMNS = {
-    "run_id": "object",
-    "batch_id": "object",
-    "sampled_at": "datetime64[us]",
-    "gpu": "object",
-    "gpu_index": "int64",
-    "name": "object",
-    "memory_used_bytes": "Int64",
-    "memory_free_bytes": "Int64",
-    "memory_total_bytes": "Int64",
-    "temperature_celsius": "Int64",
-    "slowdown_celsius": "Int64",
-    "utilization_percent": "Int64",
-    "power_watts": "Float64",
-    "power_limit_watts": "Float64",
-    "sm_clock_mhz": "Int64",
-    "memory_clock_mhz": "Int64",
-    "throttle_reasons": "object",
-    "ecc_uncorrectable_errors": "Int64",
-    "remap_pending": "boolean",
-    "remap_failed": "boolean",
-    "recovery_action": "object",
-    "in_flight": "int64",
-    "window_requests": "int64",
-    "output_tokens_per_second": "float64",
-}
 _OF_FILE = "WHERE batch_id = ? AND run_id = ?"
 
 
@@ -90,12 +65,12 @@ def _take_in(db: duckdb.DuckDBPyConnection, batch_id: str, path: Path) -> bool:
         # Rows of these moments come from the same lines, read before the file was replaced or the
         # store lost its offset. Only exact moments are deleted, not a range: a clock that is set
         # back repeats times.
-        moments = list({row["sampled_at"] for row in found})
+        moments = list({rows.timestamp(row["sampled_at"]) for row in found})
         db.execute(
             f"DELETE FROM gpu_samples {_OF_FILE} AND sampled_at IN (SELECT unnest(?::TIMESTAMP[]))",
             [*of_file, moments],
         )
-        rows.insert(db, "gpu_samples", _COLUMNS, found)
+        rows.insert(db, "gpu_samples", found)
     db.execute(f"DELETE FROM gpu_sample_files {_OF_FILE}", of_file)
     db.execute("INSERT INTO gpu_sample_files VALUES (?, ?, ?)", [*of_file, reached])
     return more
@@ -117,12 +92,11 @@ def _whole_lines(path: Path, offset: int) -> tuple[bytes, int, bool]:
 
 def _rows(batch_id: str, sample: RunSample) -> Iterator[rows.Row]:
     for device in sample.gpus:
-        told = {name: getattr(device, name, None) for name in _COLUMNS}
         reasons = device.throttle_reasons
-        yield told | {
+        yield msgspec.structs.asdict(device) | {
             "run_id": sample.run_id,
             "batch_id": batch_id,
-            "sampled_at": rows.timestamp(sample.at),
+            "sampled_at": sample.at,
             "gpu": device.uuid,
             "gpu_index": device.index,
             "throttle_reasons": None if reasons is None else ",".join(reasons),

@@ -1,4 +1,4 @@
-"""Dead letters in the store: the queue `failed_requests`, and the history `dead_letter_events`."""
+"""Dead letters in the store: the table `failed_requests`, and its history `dead_letter_events`."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -10,7 +10,6 @@ import msgspec
 
 from batch_orchestration.core.dead_letters import (
     DeadLetter,
-    DeadLetterEvent,
     DeadLetterState,
     Discard,
     Operation,
@@ -18,34 +17,12 @@ from batch_orchestration.core.dead_letters import (
     Selection,
     after_replay,
 )
-from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
+from batch_orchestration.core.outcomes import Completion, FailureCode
 from batch_orchestration.core.results import SettledRequest
 from batch_orchestration.files.journal_reading import JournalEntry
 from batch_orchestration.store import rows
 
-_STATE = {
-    "state": "object",
-    "first_failed_at": "datetime64[us]",
-    "last_failed_at": "datetime64[us]",
-    "replay": "Int64",
-    "resolved_at": "datetime64[us]",
-    "discarded_at": "datetime64[us]",
-    "discard_reason": "object",
-}
-#: Columns of `failed_requests`, with their types.
-LETTERS = {**rows.FAILED_REQUESTS, **_STATE}
-_EVENTS = {
-    "batch_id": "object",
-    "request_index": "int64",
-    "happened_at": "datetime64[us]",
-    "state": "object",
-    "actor": "object",
-    "operation": "Int64",
-    "code": "object",
-    "reason": "object",
-    "engine": "object",
-    "settings_hash": "object",
-}
+_RESOLVED = ("state", "resolved_at")
 #: Condition for requests that count as failed, that is, that were not answered later.
 UNRESOLVED = "state <> 'resolved'"
 
@@ -56,9 +33,8 @@ def new_letter(failed_row: rows.Row) -> rows.Row:
     settled_at = failed_row["settled_at"]
     return {
         **failed_row,
-        **dict.fromkeys(_STATE),
         "state": str(DeadLetterState.DEAD),
-        "first_failed_at": rows.timestamp(attempts[0].at) if attempts else settled_at,
+        "first_failed_at": attempts[0].at if attempts else settled_at,
         "last_failed_at": settled_at,
     }
 
@@ -66,35 +42,36 @@ def new_letter(failed_row: rows.Row) -> rows.Row:
 def dead_event(letter: rows.Row, operation: int | None = None) -> rows.Row:
     """Return the event for a failure that has become final."""
     return {
-        **{name: letter[name] for name in ("batch_id", "request_index", "code", "settings_hash")},
+        **letter,
         "happened_at": letter["settled_at"],
         "state": str(DeadLetterState.DEAD),
         "actor": letter["run_id"],
         "operation": operation,
         "reason": letter["message"],
-        "engine": letter["engine"],
     }
 
 
-def resolved_by_commit(letter: rows.Row, result: rows.Row) -> rows.Row:
-    """Return the row of a dead letter that another commit of its chunk has answered."""
-    return {**letter, "state": "resolved", "resolved_at": result["settled_at"]}
+def resolve_by_commit(
+    db: duckdb.DuckDBPyConnection, letters: Sequence[rows.Row], *, run_id: str
+) -> None:
+    """Mark dead letters as resolved that another commit of their chunk has answered.
 
-
-def resolved_event(letter: rows.Row, *, run_id: str) -> rows.Row:
-    """Return the event for a dead letter from `resolved_by_commit`."""
-    reason = "its chunk was committed again, with an answer"
-    return dead_event(letter) | {
-        "happened_at": letter["resolved_at"],
-        "state": str(DeadLetterState.RESOLVED),
-        "actor": run_id,
-        "reason": reason,
-    }
-
-
-def insert_letters(db: duckdb.DuckDBPyConnection, letters: Sequence[rows.Row]) -> None:
-    """Insert rows of `failed_requests`."""
-    rows.insert(db, "failed_requests", LETTERS, letters)
+    Args:
+        letters: Their rows, with `resolved_at`.
+    """
+    resolved = [
+        {
+            **letter,
+            "state": str(DeadLetterState.RESOLVED),
+            "happened_at": letter["resolved_at"],
+            "actor": run_id,
+            "operation": None,
+            "reason": "its chunk was committed again, with an answer",
+        }
+        for letter in letters
+    ]
+    rows.update(db, "failed_requests", resolved, _RESOLVED)
+    insert_events(db, resolved)
 
 
 def insert_events(db: duckdb.DuckDBPyConnection, events: Sequence[rows.Row]) -> None:
@@ -105,7 +82,7 @@ def insert_events(db: duckdb.DuckDBPyConnection, events: Sequence[rows.Row]) -> 
             for name in ("batch_id", "request_index", "happened_at", "state", "operation", "code")
         )
         unless = f"WHERE NOT EXISTS (FROM dead_letter_events known WHERE {same})"
-        rows.insert(db, "dead_letter_events", _EVENTS, events, unless)
+        rows.insert(db, "dead_letter_events", events, unless)
 
 
 def select_letters(
@@ -113,7 +90,7 @@ def select_letters(
 ) -> list[DeadLetter]:
     """Return the selected dead letters in index order."""
     where, parameters = _condition(batch_id, selection)
-    found = rows.select(db, "failed_requests", [*LETTERS], where, parameters)
+    found = rows.select(db, "failed_requests", ["*"], where, parameters)
     return [_letter(row) for row in found]
 
 
@@ -143,43 +120,12 @@ def _condition(batch_id: str, selection: Selection) -> tuple[str, list[Any]]:
     return where, parameters
 
 
-def events(
-    db: duckdb.DuckDBPyConnection, batch_id: str, index: int | None
-) -> list[DeadLetterEvent]:
-    """Return the history of a batch's dead letters, or of one of them, oldest event first."""
-    where = "WHERE batch_id = ? AND request_index = coalesce(?, request_index)"
-    rest = f"{where} ORDER BY happened_at, request_index, operation NULLS FIRST"
-    found = rows.select(db, "dead_letter_events", [*_EVENTS], rest, [batch_id, index])
-    return [
-        DeadLetterEvent(
-            index=row["request_index"],
-            at=rows.posix_seconds(row["happened_at"]),
-            state=DeadLetterState(row["state"]),
-            **{
-                name: row[name]
-                for name in ("actor", "operation", "code", "reason", "engine", "settings_hash")
-            },
-        )
-        for row in found
-    ]
-
-
 def _letter(row: rows.Row) -> DeadLetter:
-    request = rows.settled_request(row)
-    assert isinstance(request.outcome, Failure)
-    return DeadLetter(
-        request=request,
-        chunk=row["chunk"],
-        state=DeadLetterState(row["state"]),
-        first_failed_at=rows.posix_seconds(row["first_failed_at"]),
-        last_failed_at=rows.posix_seconds(row["last_failed_at"]),
-        replay=row["replay"],
-        resolved_at=row["resolved_at"] and rows.posix_seconds(row["resolved_at"]),
-        discarded_at=row["discarded_at"] and rows.posix_seconds(row["discarded_at"]),
-        discard_reason=row["discard_reason"],
-    )
+    return rows.struct_of(DeadLetter, row, request=rows.settled_request(row))
 
 
+#: Columns of a dead letter that a replay reads: its texts would be much memory, and do not change.
+_WITHOUT_TEXTS = ("* EXCLUDE (body, response)",)
 #: Indices are passed as one list parameter, because there may be very many.
 _AMONG = "request_index IN (SELECT unnest(?::BIGINT[]))"
 _ENTRIES_AT_A_TIME = 1000
@@ -287,28 +233,41 @@ def _settle(
     """Apply outcomes to the dead letters that a replay holds; return the changed chunks."""
     where = f"WHERE batch_id = ? AND replay = ? AND state = 'replaying' AND {_AMONG}"
     key = [replay.batch_id, replay.number, list(arrived)]
-    letters = rows.select(db, "failed_requests", [*LETTERS], where, key)
-    answered: list[rows.Row] = []
-    events: list[rows.Row] = []
-    settled: list[rows.Row] = []
+    answers: list[rows.Row] = []
+    resolved: list[rows.Row] = []
+    failed: list[rows.Row] = []
+    letters = rows.select(db, "failed_requests", _WITHOUT_TEXTS, where, key)
     for letter in letters:
         request = _replayed(rows.settled_request(letter), arrived[letter["request_index"]])
         if isinstance(request.outcome, Completion):
             result = rows.result_row(replay.batch_id, letter["chunk"], request, request.outcome)
-            answered.append(budget.fit(result, request))
-            moment = rows.timestamp(request.settled_at)
-            settled.append({**letter, "state": "resolved", "resolved_at": moment})
-            events.append(_answered_event(replay, request))
+            answers.append(budget.fit(result, request))
+            resolved.append(_resolved(letter, answers[-1], replay))
         else:
             row = rows.failed_row(replay.batch_id, letter["chunk"], request, request.outcome)
-            failed = {**letter, **budget.fit(row, request), "body": letter["body"]}
-            settled.append({**failed, "state": "dead", "last_failed_at": failed["settled_at"]})
-            events.append(dead_event(settled[-1], replay.number))
-    db.execute(f"DELETE FROM failed_requests {where}", key)
-    insert_letters(db, settled)
-    rows.insert(db, "results", rows.RESULTS, answered)
-    insert_events(db, events)
+            again = new_letter(budget.fit(row, request))
+            failed.append({**again, "first_failed_at": letter["first_failed_at"]})
+    rows.insert(db, "results", answers)
+    rows.update(db, "failed_requests", resolved, _RESOLVED)
+    rows.update(db, "failed_requests", failed, {*failed[0]} - {"body"} if failed else ())
+    insert_events(db, [*resolved, *(dead_event(row, replay.number) for row in failed)])
     return {letter["chunk"] for letter in letters}
+
+
+def _resolved(letter: rows.Row, answer: rows.Row, replay: Replay) -> rows.Row:
+    """Return a dead letter that a replay has answered, with the columns of its event."""
+    return {
+        **letter,
+        "state": str(DeadLetterState.RESOLVED),
+        "resolved_at": answer["settled_at"],
+        "happened_at": answer["settled_at"],
+        "actor": answer["run_id"],
+        "operation": replay.number,
+        "code": None,
+        "reason": "answered",
+        "engine": answer["engine"],
+        "settings_hash": answer["settings_hash"],
+    }
 
 
 def _replayed(before: SettledRequest, entry: JournalEntry) -> SettledRequest:
@@ -324,21 +283,6 @@ def _replayed(before: SettledRequest, entry: JournalEntry) -> SettledRequest:
     return after_replay(before, replayed)
 
 
-def _answered_event(replay: Replay, request: SettledRequest) -> rows.Row:
-    return {
-        "batch_id": replay.batch_id,
-        "request_index": request.index,
-        "happened_at": rows.timestamp(request.settled_at),
-        "state": str(DeadLetterState.RESOLVED),
-        "actor": rows.text(request.provenance.run_id),
-        "operation": replay.number,
-        "code": None,
-        "reason": "answered",
-        "engine": rows.text(request.provenance.engine),
-        "settings_hash": rows.text(request.provenance.settings_hash),
-    }
-
-
 def _events(
     operation: Operation, state: DeadLetterState, indices: Iterable[int], reason: str
 ) -> list[rows.Row]:
@@ -346,7 +290,7 @@ def _events(
         {
             "batch_id": operation.batch_id,
             "request_index": index,
-            "happened_at": rows.timestamp(operation.at),
+            "happened_at": operation.at,
             "state": str(state),
             "actor": rows.text(operation.actor),
             "operation": operation.number,

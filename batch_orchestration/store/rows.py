@@ -1,16 +1,20 @@
-"""Conversion between core values and rows of the store; DataFrames are used in `store/` only."""
+"""Conversion between core values and rows of the store; DataFrames are used in `store/` only.
 
+In a row, times are POSIX seconds; `insert`, `update` and `select` convert them.
+"""
+
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import msgspec
 
 from batch_orchestration.core.batches import BatchOptions, BatchPlan, BatchStatus
-from batch_orchestration.core.outcomes import Completion, Failure, FailureCode, Usage, unicode_text
+from batch_orchestration.core.outcomes import Completion, Failure, Outcome, Usage, unicode_text
 from batch_orchestration.core.requests import LARGEST_KEPT_BODY
 from batch_orchestration.core.results import (
     Attempt,
@@ -24,6 +28,7 @@ from batch_orchestration.files.atomic import disk_errors
 from batch_orchestration.files.journal_records import record_at
 
 Row = dict[str, Any]
+_S = TypeVar("_S", bound=msgspec.Struct)
 
 #: Limits on the bytes of responses and bodies in one transaction, and in one row. DuckDB uses about
 #: five times the memory of a transaction and of the row group rewritten by its commit. A row group
@@ -31,113 +36,87 @@ Row = dict[str, Any]
 BUDGET_BYTES = 16 * 2**20
 LARGEST_BYTES = LARGEST_KEPT_BODY
 
-# Types of DataFrame columns; explicit, because pandas cannot infer the type of a column of None.
-_TEXT = "object"
-_INTEGER = "int64"
-_INTEGER_OR_NULL = "Int64"
-_REAL = "float64"
-_TIME = "datetime64[us]"
-
-_REQUEST = {
-    "batch_id": _TEXT,
-    "chunk": _INTEGER,
-    "request_index": _INTEGER,
-    "line": _INTEGER,
-    "custom_id": _TEXT,
-    "endpoint": _TEXT,
+#: Types of DataFrame columns by DuckDB's, because pandas cannot infer the type of a column of None.
+_DTYPES = {
+    "VARCHAR": "object",
+    "INTEGER": "Int64",
+    "BIGINT": "Int64",
+    "DOUBLE": "Float64",
+    "BOOLEAN": "boolean",
+    "TIMESTAMP": "datetime64[us]",
 }
-_HISTORY = {
-    "attempts": _INTEGER,
-    "failed_attempts": _TEXT,
-    "settled_at": _TIME,
-    "run_id": _TEXT,
-    "engine": _TEXT,
-    "engine_version": _TEXT,
-    "model": _TEXT,
-    "settings_hash": _TEXT,
-}
-#: Columns of `results`, with their types.
-RESULTS = {
-    **_REQUEST,
-    "http_status": _INTEGER,
-    "response": _TEXT,
-    "response_at": _TEXT,
-    "request_id": _TEXT,
-    "finish_reason": _TEXT,
-    "prompt_tokens": _INTEGER,
-    "completion_tokens": _INTEGER,
-    "latency_seconds": _REAL,
-    **_HISTORY,
-}
-#: Columns of `failed_requests`, with their types.
-FAILED_REQUESTS = {
-    **_REQUEST,
-    "code": _TEXT,
-    "message": _TEXT,
-    "http_status": _INTEGER_OR_NULL,
-    "response": _TEXT,
-    "response_at": _TEXT,
-    "request_id": _TEXT,
-    "latency_seconds": _REAL,
-    "body": _TEXT,
-    **_HISTORY,
-}
-#: Columns of `chunks` that are known at admission, with their types.
-PLANNED_CHUNKS = {
-    "batch_id": _TEXT,
-    "chunk": _INTEGER,
-    "first_index": _INTEGER,
-    "requests": _INTEGER,
-    "status": _TEXT,
-}
+_KEY = ("batch_id", "request_index")
 
 decode_attempts = msgspec.json.Decoder(tuple[Attempt, ...]).decode
 
 
-def insert(
-    connection: duckdb.DuckDBPyConnection, table: str, columns: dict[str, str],
-    rows: Sequence[Row], rest: str = "",
-) -> None:  # fmt: skip
-    """Insert rows in bulk, each with every column; `rest` may end the statement with a filter."""
-    if not rows:
-        return
+def insert(db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Row], rest: str = "") -> None:
+    """Insert rows in bulk, all with the same columns; those that the table lacks are left out.
+
+    Args:
+        rest: The end of the statement, such as a filter of the rows.
+    """
+    if rows:
+        with _incoming(db, table, rows, rows[0]) as columns:
+            names = ", ".join(columns)
+            db.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM incoming {rest}")
+
+
+def update(
+    db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Row], columns: Iterable[str]
+) -> None:
+    """Set columns of requests in bulk; their other columns, such as large texts, stay unwritten."""
+    if rows:
+        with _incoming(db, table, rows, {*_KEY, *columns}) as names:
+            changes = ", ".join(f"{name} = incoming.{name}" for name in names if name not in _KEY)
+            same = " AND ".join(f"{table}.{name} = incoming.{name}" for name in _KEY)
+            db.execute(f"UPDATE {table} SET {changes} FROM incoming WHERE {same}")
+
+
+@contextlib.contextmanager
+def _incoming(
+    db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Row], columns: Container[str]
+) -> Iterator[list[str]]:
+    """Register the rows as `incoming`; yield the columns that they share with the table."""
     # Imported here, because it takes half a second, needless for commands that only read.
     import pandas as pd
 
-    frame = pd.DataFrame(
-        {
-            name: pd.Series([row[name] for row in rows], dtype=dtype)
-            for name, dtype in columns.items()
-        }
-    )
-    names = ", ".join(columns)
-    connection.register("incoming", frame)
-    connection.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM incoming {rest}")
-    connection.unregister("incoming")
+    frame = {
+        name: pd.Series([_stored(row[name], kind) for row in rows], dtype=_DTYPES[kind])
+        for name, kind, *_ in db.execute(f"DESCRIBE {table}").fetchall()
+        if name in columns
+    }
+    db.register("incoming", pd.DataFrame(frame))
+    try:
+        yield [*frame]
+    finally:
+        db.unregister("incoming")
+
+
+def _stored(value: Any, kind: str) -> Any:
+    return timestamp(value) if kind == "TIMESTAMP" and value is not None else value
 
 
 def select(
-    connection: duckdb.DuckDBPyConnection,
+    db: duckdb.DuckDBPyConnection,
     table: str,
-    columns: Sequence[str],
+    columns: Iterable[str],
     rest: str,
     parameters: Sequence[Any] = (),
 ) -> list[Row]:
     """Return the rows of `SELECT columns FROM table rest`, by column name."""
-    rows = connection.execute(
-        f"SELECT {', '.join(columns)} FROM {table} {rest}", list(parameters)
-    ).fetchall()
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+    found = db.execute(f"SELECT {', '.join(columns)} FROM {table} {rest}", [*parameters])
+    names = [column[0] for column in found.description or ()]
+    return [dict(zip(names, map(_loaded, row), strict=True)) for row in found.fetchall()]
+
+
+def _loaded(value: Any) -> Any:
+    return value.replace(tzinfo=UTC).timestamp() if isinstance(value, datetime) else value
 
 
 def timestamp(at: float) -> datetime:
     """Return POSIX seconds in the store's format: UTC, without a time zone."""
     return datetime.fromtimestamp(at, UTC).replace(tzinfo=None)
-
-
-def posix_seconds(moment: datetime) -> float:
-    """Return a timestamp of the store as POSIX seconds: the inverse of `timestamp`, to 1 µs."""
-    return moment.replace(tzinfo=UTC).timestamp()
 
 
 def text(value: bytes | str) -> str:
@@ -253,24 +232,26 @@ def _request_columns(batch_id: str, number: int, request: SettledRequest) -> Row
         "endpoint": text(request.endpoint),
         "attempts": request.attempts,
         "failed_attempts": text(msgspec.json.encode(request.failed_attempts)),
-        "settled_at": timestamp(request.settled_at),
+        "settled_at": request.settled_at,
         **{name: text(value) for name, value in msgspec.structs.asdict(request.provenance).items()},
     }
 
 
+def struct_of(kind: type[_S], row: Row, **others: Any) -> _S:
+    """Return a struct from the columns named like its fields; `others` are the other fields."""
+    return msgspec.convert({**row, **others}, kind)
+
+
 def settled_request(row: Row) -> SettledRequest:
     """Return the request in a row of `results` or `failed_requests`."""
-    return SettledRequest(
+    return struct_of(
+        SettledRequest,
+        row,
         index=row["request_index"],
-        line=row["line"],
-        custom_id=row["custom_id"],
-        endpoint=row["endpoint"],
         body=(row.get("body") or "").encode(),
-        outcome=_failure(row) if "code" in row else _completion(row),
-        attempts=row["attempts"],
+        outcome=_outcome(row),
         failed_attempts=decode_attempts(row["failed_attempts"]),
-        settled_at=posix_seconds(row["settled_at"]),
-        provenance=Provenance(**{name: row[name] for name in Provenance.__struct_fields__}),
+        provenance=struct_of(Provenance, row),
     )
 
 
@@ -281,38 +262,29 @@ def as_stored(batch_id: str, number: int, request: SettledRequest) -> SettledReq
     return settled_request(failed_row(batch_id, number, request, request.outcome))
 
 
-def _completion(row: Row) -> Completion:
-    return Completion(
-        status=row["http_status"],
-        body=msgspec.Raw(row["response"].encode()),
-        request_id=row["request_id"],
-        finish_reason=row["finish_reason"],
-        usage=Usage(prompt_tokens=row["prompt_tokens"], completion_tokens=row["completion_tokens"]),
-        latency_seconds=row["latency_seconds"],
-    )
+def _outcome(row: Row) -> Outcome:
+    response = row.get("response")
+    body = None if response is None else msgspec.Raw(response.encode())
+    if "code" in row:
+        failure = struct_of(Failure, row, status=row["http_status"], body=None)
+        # msgspec cannot convert an optional Raw.
+        return msgspec.structs.replace(failure, body=body)
+    usage = struct_of(Usage, row)
+    return struct_of(Completion, row, status=row["http_status"], body=body, usage=usage)
 
 
-def _failure(row: Row) -> Failure:
-    return Failure(
-        code=FailureCode(row["code"]),
-        message=row["message"],
-        status=row["http_status"],
-        body=None if row["response"] is None else msgspec.Raw(row["response"].encode()),
-        request_id=row["request_id"],
-        latency_seconds=row["latency_seconds"],
-    )
+_BATCH_FIGURES = (
+    *("chunks_committed", "completed", "failed"),
+    *("prompt_tokens", "completion_tokens"),
+)
 
 
 def batch_row(plan: BatchPlan, at: float) -> Row:
-    """Return the row of `batches` for a batch that was just admitted."""
+    """Return the row of `batches` for a batch that was just admitted, its times as timestamps."""
+    same = ("batch_id", "identity", "sha256", "size_bytes", "requests", "faulty")
     return {
-        "batch_id": plan.batch_id,
-        "identity": plan.identity,
+        **{name: getattr(plan, name) for name in same},
         "file_name": text(plan.file_name),
-        "sha256": plan.sha256,
-        "size_bytes": plan.size_bytes,
-        "requests": plan.requests,
-        "faulty": plan.faulty,
         "chunks": len(plan.chunks),
         "requests_per_chunk": plan.requests_per_chunk,
         "model": text(str(plan.settings.get("model", ""))),
@@ -327,13 +299,6 @@ def batch_row(plan: BatchPlan, at: float) -> Row:
     }
 
 
-_BATCH_FIGURES = (
-    "chunks_committed",
-    "completed",
-    "failed",
-    "prompt_tokens",
-    "completion_tokens",
-)
 #: Column with the time at which a batch reached a status.
 STATUS_TIMES = {
     status: "created_at" if status is BatchStatus.VALIDATING else f"{status}_at"
@@ -341,22 +306,20 @@ STATUS_TIMES = {
 }
 #: Columns of `batches` that make up a `BatchRecord`.
 BATCHES = (
-    *("batch_id", "file_name", "identity", "status", "requests", "chunks"),
-    *(
-        "requests_per_chunk",
-        "options",
-        "settings_hash",
-        "model",
-        *_BATCH_FIGURES,
-        *STATUS_TIMES.values(),
-    ),
+    *(name for name in BatchRecord.__struct_fields__ if name not in {"total", "times"}),
+    *("requests", *STATUS_TIMES.values()),
+)
+#: Columns of `chunks` that make up a `ChunkReport`.
+CHUNK_REPORTS = (
+    *(name for name in ChunkReport.__struct_fields__ if name != "number"),
+    "chunk",
 )
 
 
 def status_times(row: Row) -> dict[str, float]:
     """Return the time at which each status was reached, by status word."""
     return {
-        str(status): posix_seconds(row[column])
+        str(status): row[column]
         for status, column in STATUS_TIMES.items()
         if row[column] is not None
     }
@@ -364,37 +327,13 @@ def status_times(row: Row) -> dict[str, float]:
 
 def batch_record(row: Row) -> BatchRecord:
     """Return the batch in a row of `batches`."""
-    return BatchRecord(
-        batch_id=row["batch_id"],
-        file_name=row["file_name"],
-        identity=row["identity"],
-        status=BatchStatus(row["status"]),
-        total=row["requests"],
-        chunks=row["chunks"],
-        requests_per_chunk=row["requests_per_chunk"],
-        options=msgspec.json.decode(row["options"], type=BatchOptions),
-        settings_hash=row["settings_hash"],
-        model=row["model"],
-        times=status_times(row),
-        **{name: row[name] for name in _BATCH_FIGURES},
+    options = msgspec.json.decode(row["options"], type=BatchOptions)
+    return struct_of(
+        BatchRecord, row, total=row["requests"], options=options, times=status_times(row)
     )
-
-
-#: Columns of `chunks` that make up a `ChunkReport`.
-CHUNK_REPORTS = (
-    *("batch_id", "chunk", "requests", "completed", "failed", "prompt_tokens"),
-    *("completion_tokens", "attempts", "seconds", "committed_at", "run_id", "failures_by_code"),
-    "memory_level",
-)
 
 
 def chunk_report(row: Row) -> ChunkReport:
     """Return the figures in a row of `chunks` for a committed chunk."""
-    return ChunkReport(
-        **{
-            **{name: value for name, value in row.items() if name != "chunk"},
-            "number": row["chunk"],
-            "committed_at": posix_seconds(row["committed_at"]),
-            "failures_by_code": msgspec.json.decode(row["failures_by_code"], type=dict[str, int]),
-        }
-    )
+    by_code = msgspec.json.decode(row["failures_by_code"])
+    return struct_of(ChunkReport, row, number=row["chunk"], failures_by_code=by_code)

@@ -22,6 +22,11 @@ _PROMPT_TOKENS, _COMPLETION_TOKENS = map(_SUM.format, ("prompt_tokens", "complet
 _WITHIN = ", ".join(f"count(*) FILTER (latency_seconds <= {bound})" for bound in LATENCY_BOUNDS)
 _LATENCY_COUNTS = f"[{_WITHIN}, count(*)]"
 _LATENCY_MICROS = "coalesce(sum(try_cast(latency_seconds * 1e6 AS BIGINT)), 0)"
+#: Columns of a dead letter that a commit of its chunk reads.
+_LETTER = (
+    *("batch_id", "request_index", "state", "replay"),
+    *("code", "engine", "settings_hash"),
+)
 _FAILED = f"{OF_CHUNK} AND {letters.UNRESOLVED}"
 
 
@@ -40,7 +45,7 @@ def insert_batch(db: duckdb.DuckDBPyConnection, plan: BatchPlan, at: float) -> N
         }
         for chunk in plan.chunks
     ]
-    rows.insert(db, "chunks", rows.PLANNED_CHUNKS, chunks)
+    rows.insert(db, "chunks", chunks)
 
 
 class ChunkOutcomes:
@@ -99,31 +104,35 @@ class ChunkOutcomes:
         now stays as `resolved`.
         """
         key = [self.batch_id, self.number]
-        before = rows.select(db, "failed_requests", [*letters.LETTERS], OF_CHUNK, key)
-        fresh = {row["request_index"] for row in self.results}
-        kept = [row for row in before if _stands(row, answered=row["request_index"] in fresh)]
-        touched = [row["request_index"] for row in kept]
-        others = f"{OF_CHUNK} AND request_index NOT IN (SELECT unnest(?::BIGINT[]))"
-        db.execute(f"DELETE FROM results {others}", [*key, touched])
-        db.execute(f"DELETE FROM failed_requests {others}", [*key, touched])
-        protected = set(touched)
-        results = [row for row in self.results if row["request_index"] not in protected]
-        failed = [row for row in self.failed if row["request_index"] not in protected]
-        answered = {row["request_index"]: row for row in results}
-        resolved = [
-            letters.resolved_by_commit(row, answered[row["request_index"]])
-            for row in before
-            if row["request_index"] in answered
-        ]
-        rows.insert(db, "results", rows.RESULTS, results)
-        letters.insert_letters(db, [*failed, *resolved])
-        letters.insert_events(
-            db,
-            [
-                *map(letters.dead_event, failed),
-                *(letters.resolved_event(row, run_id=run_id) for row in resolved),
-            ],
+        columns = (
+            "batch_id",
+            "request_index",
+            "state",
+            "replay",
+            "code",
+            "engine",
+            "settings_hash",
         )
+        before = rows.select(db, "failed_requests", columns, OF_CHUNK, key)
+        answers = {row["request_index"]: row for row in self.results}
+        standing: set[int] = set()
+        resolved: list[rows.Row] = []
+        for letter in before:
+            index = letter["request_index"]
+            if _stands(letter, answered=index in answers):
+                standing.add(index)
+            elif index in answers:
+                resolved.append({**letter, "resolved_at": answers[index]["settled_at"]})
+        staying = standing.union(letter["request_index"] for letter in resolved)
+        others = f"{OF_CHUNK} AND request_index NOT IN (SELECT unnest(?::BIGINT[]))"
+        db.execute(f"DELETE FROM results {others}", [*key, [*standing]])
+        db.execute(f"DELETE FROM failed_requests {others}", [*key, [*staying]])
+        results = [row for row in self.results if row["request_index"] not in standing]
+        failed = [row for row in self.failed if row["request_index"] not in standing]
+        rows.insert(db, "results", results)
+        rows.insert(db, "failed_requests", failed)
+        letters.insert_events(db, [letters.dead_event(row) for row in failed])
+        letters.resolve_by_commit(db, resolved, run_id=run_id)
 
 
 def _stands(letter: rows.Row, *, answered: bool) -> bool:
@@ -277,11 +286,8 @@ def settled_rows(db: duckdb.DuckDBPyConnection, batch_id: str, number: int) -> l
         return []
     found = [
         row
-        for table, columns, where in (
-            ("results", rows.RESULTS, OF_CHUNK),
-            ("failed_requests", rows.FAILED_REQUESTS, _FAILED),
-        )
-        for row in rows.select(db, table, [*columns], where, [batch_id, number])
+        for table, where in (("results", OF_CHUNK), ("failed_requests", _FAILED))
+        for row in rows.select(db, table, ["*"], where, [batch_id, number])
     ]
     found.sort(key=lambda row: row["request_index"])
     return found
@@ -348,16 +354,8 @@ def change_status(
 def events(db: duckdb.DuckDBPyConnection, batch_id: str) -> list[BatchEvent]:
     """Return the status changes of a batch, oldest first."""
     rest = "WHERE batch_id = ? ORDER BY number"
-    return [
-        BatchEvent(
-            at=rows.posix_seconds(row["happened_at"]),
-            from_status=row["from_status"] and BatchStatus(row["from_status"]),
-            to_status=BatchStatus(row["to_status"]),
-            actor=row["actor"],
-            reason=row["reason"],
-        )
-        for row in rows.select(db, "batch_events", _COLUMNS, rest, [batch_id])
-    ]
+    found = rows.select(db, "batch_events", _COLUMNS, rest, [batch_id])
+    return [rows.struct_of(BatchEvent, row, at=row["happened_at"]) for row in found]
 
 
 def _insert(

@@ -11,7 +11,6 @@ from batch_orchestration.core.batches import BatchPlan, BatchStatus
 from batch_orchestration.core.dead_letters import (
     UNRESOLVED,
     DeadLetter,
-    DeadLetterEvent,
     Operation,
     Replay,
     Selection,
@@ -21,11 +20,8 @@ from batch_orchestration.core.lifecycle import FINAL, BatchEvent
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.results import BatchRecord, ChunkReport, SettledRequest
 from batch_orchestration.files.journal_reading import JournalEntry
-from batch_orchestration.store import connection, rows, schema
-from batch_orchestration.store import dead_letters as letter_operations
+from batch_orchestration.store import connection, rows, schema, statements
 from batch_orchestration.store import dead_letters as letters
-from batch_orchestration.store import statements as commits
-from batch_orchestration.store import statements as statuses
 from batch_orchestration.store.user_queries import ask
 
 _TABLES = (
@@ -91,8 +87,8 @@ class Store:
                 raise StorageError(f"another batch has the id {plan.batch_id}")
             if known:
                 return
-            commits.insert_batch(db, plan, at)
-            statuses.record_admission(db, plan, at=at, actor=actor)
+            statements.insert_batch(db, plan, at)
+            statements.record_admission(db, plan, at=at, actor=actor)
 
     def commit_chunk(
         self,
@@ -111,7 +107,7 @@ class Store:
 
         Args:
             requests: Every request of the chunk exactly once; consumed one by one.
-            run_id: The run that commits.
+            run_id: The run that statements.
             seconds: See `ChunkReport`.
             memory_level: See `ChunkReport`.
 
@@ -119,28 +115,28 @@ class Store:
             OutcomeMismatch: A request is missing, repeated or not of this chunk.
             BatchNotFound: The store does not have this chunk.
         """
-        outcomes = commits.ChunkOutcomes(batch_id, number, requests, self._root)
+        outcomes = statements.ChunkOutcomes(batch_id, number, requests, self._root)
         with self.writing() as db:
             outcomes.check_one_to_one(db)
             outcomes.replace(db, run_id=run_id)
-            commits.update_chunk(
+            statements.update_chunk(
                 db, batch_id, number,
                 run_id=run_id, at=at, seconds=seconds, memory_level=memory_level,
             )  # fmt: skip
-            commits.update_batch(db, batch_id)
-            (report,) = commits.chunk_reports(db, commits.OF_CHUNK, [batch_id, number])
+            statements.update_batch(db, batch_id)
+            (report,) = statements.chunk_reports(db, statements.OF_CHUNK, [batch_id, number])
         return report
 
     def chunk_reports(self, batch_id: str) -> dict[int, ChunkReport]:
         """Return the figures of the committed chunks of a batch, by number."""
         with self.reading() as db:
-            reports = commits.chunk_reports(db, "WHERE batch_id = ?", [batch_id])
+            reports = statements.chunk_reports(db, "WHERE batch_id = ?", [batch_id])
         return {report.number: report for report in reports}
 
     def tokens_since(self, at: float) -> dict[str, int]:
         """Return prompt plus completion tokens of the chunks committed since `at`, by batch id."""
         with self.reading() as db:
-            return commits.tokens_since(db, rows.timestamp(at))
+            return statements.tokens_since(db, rows.timestamp(at))
 
     def batch(self, batch_id: str) -> BatchRecord:
         """Return a batch.
@@ -179,11 +175,7 @@ class Store:
         """
         return self._batches(
             "WHERE created_at >= ? OR requests >= ? * epoch(? - created_at)",
-            [
-                rows.timestamp(since),
-                requests_per_second,
-                rows.timestamp(now),
-            ],
+            [rows.timestamp(since), requests_per_second, rows.timestamp(now)],
         )
 
     def is_empty(self) -> bool:
@@ -210,7 +202,7 @@ class Store:
             IllegalTransition: The status cannot follow the batch's current one; nothing changed.
         """
         with self.writing() as db:
-            statuses.change_status(db, batch_id, status, at=at, actor=actor, reason=reason)
+            statements.change_status(db, batch_id, status, at=at, actor=actor, reason=reason)
 
     def reopen_batch(
         self,
@@ -234,15 +226,15 @@ class Store:
         """
         with self.writing() as db:
             ready = BatchStatus.IN_PROGRESS
-            statuses.change_status(db, batch_id, ready, at=at, actor=actor, reason=reason)
-            numbers = commits.take_back(db, batch_id, codes)
-            commits.update_batch(db, batch_id)
+            statements.change_status(db, batch_id, ready, at=at, actor=actor, reason=reason)
+            numbers = statements.take_back(db, batch_id, codes)
+            statements.update_batch(db, batch_id)
         return len(numbers)
 
     def batch_events(self, batch_id: str) -> list[BatchEvent]:
         """Return the status changes of a batch, oldest first."""
         with self.reading() as db:
-            return statuses.events(db, batch_id)
+            return statements.events(db, batch_id)
 
     def settled(self, batch_id: str) -> Iterator[SettledRequest]:
         """Yield the requests of the committed chunks in index order.
@@ -259,14 +251,14 @@ class Store:
     def settled_in(self, batch_id: str, number: int) -> Iterator[SettledRequest]:
         """Yield the requests of one chunk, like `settled`; none unless it is committed."""
         with self.reading() as db:
-            found = commits.settled_rows(db, batch_id, number)
+            found = statements.settled_rows(db, batch_id, number)
         for row in found:
             yield rows.settled_request(rows.with_response(row, self._root))
 
     def journals_with_answers(self) -> set[Path]:
         """Return the journals with responses that were not stored for their size."""
         with self.reading() as db:
-            return {self._root / name for name in commits.journals_with_answers(db)}
+            return {self._root / name for name in statements.journals_with_answers(db)}
 
     def failures(self, batch_id: str, *, limit: int | None = None) -> list[SettledRequest]:
         """Return the failed requests of the committed chunks in index order."""
@@ -286,11 +278,6 @@ class Store:
         with self.reading() as db:
             return letters.select_codes(db, batch_id, selection)
 
-    def dead_letter_events(self, batch_id: str, index: int | None = None) -> list[DeadLetterEvent]:
-        """Return the history of a batch's dead letters, or of one of them, oldest event first."""
-        with self.reading() as db:
-            return letters.events(db, batch_id, index)
-
     def apply_operations(
         self,
         batch_id: str,
@@ -304,14 +291,14 @@ class Store:
             outcomes: Returns the outcomes of a replay so far.
         """
         with self.writing() as db:
-            for number in letter_operations.apply(db, operations, outcomes, self._root):
-                commits.count_chunk(db, batch_id, number)
-            commits.update_batch(db, batch_id)
+            for number in letters.apply(db, operations, outcomes, self._root):
+                statements.count_chunk(db, batch_id, number)
+            statements.update_batch(db, batch_id)
 
     def failure_counts(self, batch_id: str) -> dict[str, int]:
         """Return the number of failed requests by code, the most frequent code first."""
         with self.reading() as db:
-            return commits.failure_counts(db, "WHERE batch_id = ?", [batch_id])
+            return statements.failure_counts(db, "WHERE batch_id = ?", [batch_id])
 
     def check_sound(self) -> None:
         """Check the file for damage by reading all its tables.
@@ -327,7 +314,7 @@ class Store:
         """Return column names and rows of a user's SQL query, which can only read the store.
 
         Raises:
-            StorageError: See `questions.ask`.
+            StorageError: See `user_queries.ask`.
         """
         self.migrate()
         return ask(self._path, sql, deadline_seconds=self._deadline_seconds)

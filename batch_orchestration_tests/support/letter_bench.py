@@ -124,9 +124,16 @@ class LetterBench(Workbench):
         letters = self.store.dead_letters(self.batch_id, Selection(states=()))
         return {letter.request.index: str(letter.state) for letter in letters}
 
+    def events(self, index: int, columns: str) -> list[tuple[Any, ...]]:
+        """Columns of a dead letter's history, oldest event first."""
+        return self.store.query(
+            f"SELECT {columns} FROM dead_letter_events WHERE request_index = {index}"
+            " ORDER BY happened_at, operation NULLS FIRST"
+        )[1]
+
     def history(self, index: int) -> list[str]:
         """States that a dead letter was in, in order."""
-        return [str(event.state) for event in self.store.dead_letter_events(self.batch_id, index)]
+        return [state for (state,) in self.events(index, "state")]
 
     def lines(self, name: str) -> list[bytes]:
         """Lines of a file in the outbox."""

@@ -148,7 +148,7 @@ def _ending(
         level=Level.UNHEALTHY,
         title=f"Batch {batch.batch_id} failed",
         reason=f"{event['actor']}: {event['reason']}",
-        since=rows.posix_seconds(event["happened_at"]),
+        since=event["happened_at"],
         counts=failures,
         link=batch_link(settings, batch.batch_id),
         next_command=f"{CLI} status {batch.batch_id}",

@@ -1,7 +1,9 @@
 """Dead letters over a real store and journals: replayed, discarded, taken out as a file."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +14,10 @@ from batch_orchestration.core.outcomes import Completion, Failure, FailureCode
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.dead_letters import actions as dead_letters
 from batch_orchestration.dead_letters.actions import as_input
+from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.kept_input import ChunkRef, settled_requests
+from batch_orchestration.store import rows
 from batch_orchestration.store.operations import Operations, open_replays
 from batch_orchestration_tests.support.builders import (
     NOW,
@@ -69,9 +73,8 @@ def test_a_letter_that_fails_again_is_dead_with_its_whole_history(bench: LetterB
     assert [attempt.code for attempt in letter.request.failed_attempts] == ["engine_refused"]
     assert letter.request.provenance.run_id == "replay-run"
     assert letter.first_failed_at < letter.last_failed_at
-    events = bench.store.dead_letter_events(bench.batch_id, 4)
     # The test's clock of the request for a replay is not the journal's.
-    assert sorted((event.state, event.actor, event.operation or 0) for event in events) == [
+    assert sorted(bench.events(4, "state, actor, coalesce(operation, 0)")) == [
         ("dead", "replay-run", 1),
         ("dead", "run-1", 0),
         ("replaying", "tester", 1),
@@ -94,6 +97,30 @@ def test_an_answered_letter_keeps_its_failures_beside_its_answer(bench: LetterBe
     assert isinstance(letter.request.outcome, Failure)
     assert letter.resolved_at == settled.settled_at
     assert bench.states() == {3: "dead", 4: "dead", 17: "resolved"}
+
+
+@pytest.mark.parametrize("engine", [ScriptedEngine, lambda: refusing(3, 4, 17)])
+def test_a_replay_writes_no_more_text_than_a_transaction_may_have(
+    bench: LetterBench, engine: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of a commit is a multiple of its texts, and a replay has up to 10,000 letters."""
+    texts: list[str] = []
+
+    def spying(db: Any, table: str, found: Any, columns: Any) -> Any:
+        named = [name for name in ("response", "body") if name in columns]
+        texts.extend(row[name] for row in found for name in named if row.get(name))
+        return incoming(db, table, found, columns)
+
+    incoming = rows._incoming
+    monkeypatch.setattr(rows, "_incoming", spying)
+    monkeypatch.setattr(rows, "BUDGET_BYTES", 0)
+    bench.ask()
+
+    bench.replay(1, engine())
+
+    assert texts == []
+    assert all(request.body for request in bench.store.failures(bench.batch_id))
+    bench.assert_accounts_add_up()
 
 
 def test_letters_are_selected_by_code_id_and_number(bench: LetterBench) -> None:
@@ -122,9 +149,10 @@ def test_overrides_reach_the_engine_and_mark_the_answers(bench: LetterBench) -> 
     settled = {request.index: request for request in bench.store.settled(bench.batch_id)}
     assert settled[3].provenance.settings_hash != bench.plan.settings_hash
     assert settled[0].provenance.settings_hash == bench.plan.settings_hash
-    events = bench.store.dead_letter_events(bench.batch_id, 3)
-    (asked,) = [event for event in events if event.state is DeadLetterState.REPLAYING]
-    assert json.loads(asked.reason)["max_tokens"] == 7
+    (asked,) = [
+        reason for state, reason in bench.events(3, "state, reason") if state == "replaying"
+    ]
+    assert json.loads(asked)["max_tokens"] == 7
 
 
 def test_a_replay_has_a_fresh_budget_of_attempts(tmp_path: Path) -> None:
