@@ -26,7 +26,7 @@ from batch_orchestration.admission.reading.batch_files import is_batch_file_name
 from batch_orchestration.admission.results import AdmissionResult, Admitted, Queued, Returned
 from batch_orchestration.admission.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
 from batch_orchestration.core.batches import BatchPlan, Origin
-from batch_orchestration.core.errors import ClaimNotFound, FileDamaged
+from batch_orchestration.core.errors import ClaimNotFound
 from batch_orchestration.files.atomic import make_folder, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import (
@@ -106,7 +106,7 @@ class ClaimFolder:
         """Create the claim's folder with a durable record of the file's origin."""
         self.root.mkdir()
         sync_folder(self.root.parent)
-        write_atomically(self.origin_path, msgspec.json.encode(origin))
+        StateFile(self.origin_path, Origin).write(origin)
 
     def origin(self) -> Origin:
         """Return the origin of the file; the inbox itself if none was recorded."""
@@ -165,13 +165,11 @@ class ClaimFolder:
 
     def attempts(self) -> Attempts:
         """Return the attempts so far; if their record is damaged, none."""
-        with contextlib.suppress(FileDamaged):  # the next attempt overwrites it
-            return StateFile(self.attempts_path, Attempts).read() or Attempts()
-        return Attempts()
+        return StateFile(self.attempts_path, Attempts).read_if_sound() or Attempts()
 
     def note(self, attempts: Attempts) -> None:
         """Record the attempts durably."""
-        write_atomically(self.attempts_path, msgspec.json.encode(attempts))
+        StateFile(self.attempts_path, Attempts).write(attempts)
 
     def decide(self, result: AdmissionResult) -> None:
         """Record a result durably, before anything is moved."""
@@ -365,13 +363,11 @@ class FileScans:
 
     def find(self, stats: os.stat_result) -> FileScan | None:
         """Return the scan of a file; None if the file was not read, or has changed since."""
-        with contextlib.suppress(FileDamaged):  # the file is read again
-            return StateFile(self._file(stats), FileScan).read()
-        return None
+        return StateFile(self._file(stats), FileScan).read_if_sound()
 
     def keep(self, stats: os.stat_result, scan: FileScan) -> None:
         """Record the scan of a file durably."""
-        write_atomically(self._file(stats), msgspec.json.encode(scan))
+        StateFile(self._file(stats), FileScan).write(scan)
 
     def forget_others(self, files: Collection[os.stat_result]) -> None:
         """Remove the scans of all but these files: the others are batches, or gone."""

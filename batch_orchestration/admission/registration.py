@@ -17,7 +17,7 @@ from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.files.atomic import sync_folder
-from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.files.data_folder import DataFolder, journal_name
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.files.sharing import share, shared_lock
 from batch_orchestration.files.unfinished import marked
@@ -62,7 +62,7 @@ def write_fault_journals(
     provenance = Provenance(run_id=ADMISSION_RUN_ID, settings_hash=plan.settings_hash)
     size = plan.requests_per_chunk
     for number, of_chunk in itertools.groupby(faults, key=lambda fault: fault.index // size):
-        path = work / _STAGED_JOURNALS / f"{number:05d}.journal"
+        path = work / _STAGED_JOURNALS / journal_name(number)
         with Journal.open(
             path, batch_id=plan.batch_id, number=number, provenance=provenance, at=at
         ) as journal:

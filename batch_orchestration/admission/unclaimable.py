@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import msgspec
 
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
 
@@ -35,12 +34,12 @@ class UntakenFiles:
     """The files that could not be taken, by their names within the inbox."""
 
     def __init__(self, folder: DataFolder) -> None:
-        self._path = folder.claims / ".untaken.json"
+        self._file = StateFile(folder.claims / ".untaken.json", dict[str, Untaken])
 
     def read(self) -> Mapping[str, Untaken]:
         """Return the recorded files; none if the record is unreadable, so all are tried again."""
         try:
-            return StateFile(self._path, dict[str, Untaken]).read() or {}
+            return self._file.read() or {}
         except StorageError:
             return {}
 
@@ -49,7 +48,7 @@ class UntakenFiles:
         before = self.read()
         fresh = {name: each for name, each in before.items() if now - each.at < RETRY_SECONDS}
         if (after := {**fresh, **found}) != before:
-            write_atomically(self._path, msgspec.json.encode(after))
+            self._file.write(after)
 
 
 def reason_of(known: Untaken | None, stats: os.stat_result, *, now: float) -> str | None:

@@ -7,8 +7,7 @@ import msgspec
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.engines.memory_fallback import MemoryLevel
-from batch_orchestration.files.atomic import write_atomically
-from batch_orchestration.files.regular import read_regular
+from batch_orchestration.files.state_file import StateFile
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ class MemoryLevelFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = StateFile(path, dict[str, Descent])
 
     def recall(self, engine: str) -> Descent | None:
         """Return an engine's descent; None if it is not known to need one."""
@@ -59,16 +58,13 @@ class MemoryLevelFile:
 
     def _read(self) -> dict[str, Descent]:
         try:
-            return msgspec.json.decode(read_regular(self._path), type=dict[str, Descent])
-        except FileNotFoundError:
-            return {}
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            logger.warning("%s is of no use and will be replaced: %s", self._path, error)
+            return self._file.read() or {}
+        except StorageError as error:
+            logger.warning("the record of memory levels will be replaced: %s", error)
             return {}
 
     def _write(self, descents: dict[str, Descent]) -> None:
-        content = msgspec.json.format(msgspec.json.encode(descents)) + b"\n"
         try:
-            write_atomically(self._path, content)
+            self._file.write(descents)
         except StorageError as error:
             logger.warning("the next run will have to find its memory settings again: %s", error)

@@ -157,7 +157,7 @@ class DataFolder:
 
     def journal_path(self, batch_id: str, number: int) -> Path:
         """Path of a chunk's journal."""
-        return self.journals / _folder_name(batch_id) / f"{number:05d}.journal"
+        return self.journals / _folder_name(batch_id) / journal_name(number)
 
     def outbox_path(self, batch_id: str) -> Path:
         """Folder of a batch's output files."""
@@ -197,6 +197,17 @@ class DataFolder:
 
     def _of_batch(self, batch_id: str) -> Path:
         return self.batches / _folder_name(batch_id)
+
+
+def journal_name(number: int, attempt: int = 1) -> str:
+    """Return the name of a chunk's journal, such as `00000.1.journal`.
+
+    Args:
+        number: Number of the chunk.
+        attempt: All passes of one machine append to one journal. A chunk that another machine takes
+            over will have a further journal.
+    """
+    return f"{number:05d}.{attempt}.journal"
 
 
 def _folder_name(batch_id: str) -> str:

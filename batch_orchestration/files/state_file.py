@@ -63,9 +63,8 @@ class StateFile(Generic[State]):
         """Replace the value without waiting for the disk: a power loss may leave an empty file.
 
         Raises:
-            OSError: The file cannot be written.
+            OSError: The file cannot be written, or its folder is missing.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_bytes(_encoded(value))

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import msgspec
-
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.engines.processes.records import boot_id
-from batch_orchestration.files.atomic import disk_errors, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.gpu.facts import GpuFacts
@@ -28,10 +25,10 @@ def put_up_fence(folder: DataFolder, fence: Fence) -> bool:
     Raises:
         StorageError: It cannot be written.
     """
-    path = fence_path(folder, fence.uuid)
-    if path.exists():
+    file = StateFile(fence_path(folder, fence.uuid), Fence)
+    if file.path.exists():
         return False
-    write_atomically(path, msgspec.json.format(msgspec.json.encode(fence)) + b"\n")
+    file.write(fence)
     return True
 
 
@@ -62,10 +59,8 @@ def clear_fence(folder: DataFolder, uuid: str, *, at: float, by: str) -> Fence |
         return None
     record = ClearedFence(fence=fence, at=at, by=by)
     kept = folder.fences / "cleared" / f"{path.stem}-{at:.3f}.json"
-    write_atomically(kept, msgspec.json.format(msgspec.json.encode(record)) + b"\n")
-    with disk_errors(path):
-        path.unlink(missing_ok=True)
-        sync_folder(path.parent)
+    StateFile(kept, ClearedFence).write(record)
+    StateFile(path, Fence).remove()
     return fence
 
 

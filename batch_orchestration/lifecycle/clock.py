@@ -7,17 +7,16 @@ The last sample is kept in a small file, so that ticks in different processes fo
 samples; after a reboot the series begins again.
 """
 
-import contextlib
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from batch_orchestration.core.errors import FileDamaged, StorageError
 from batch_orchestration.engines.processes.records import boot_id
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.regular import read_regular
+from batch_orchestration.files.state_file import StateFile
 
 #: The clocks must agree for at least this long; NTP usually sets a clock within this time.
 LEAST_SECONDS = 60.0
@@ -73,11 +72,12 @@ def clock_doubt(
     Args:
         most_seconds: Longest time that a jump causes doubt.
     """
-    path, now = clock_path(folder), read()
+    file, now = StateFile(clock_path(folder), ClockRecord), read()
     try:
-        row = _continued(_kept(path), now)
-        _keep(path, row)
-    except OSError as error:
+        row = _continued(_last(file), now)
+        # If a power loss empties the file, the series begins again.
+        file.write_unsynced(row)
+    except (OSError, StorageError) as error:
         return f"whether the clock is right is not known: {error}"
     needed = min(max(LEAST_SECONDS, row.jump), most_seconds)
     agreed = now.steady - row.since
@@ -90,12 +90,10 @@ def clock_doubt(
     )
 
 
-def _kept(path: Path) -> ClockRecord | None:
+def _last(file: StateFile[ClockRecord]) -> ClockRecord | None:
     try:
-        return msgspec.json.decode(read_regular(path), type=ClockRecord)
-    except FileNotFoundError:
-        return None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        return file.read()
+    except FileDamaged:
         # Emptied by a power loss, or by a person: taken for a jump of the longest delay.
         return ClockRecord(Clocks("", 0.0, 0.0), 0.0, 0.0)
 
@@ -111,14 +109,3 @@ def _continued(row: ClockRecord | None, now: Clocks) -> ClockRecord:
     if jump > TOLERANCE_SECONDS + SLEW * steady:
         return ClockRecord(now, now.steady, max(jump, row.jump))
     return ClockRecord(now, row.since, row.jump)
-
-
-def _keep(path: Path, row: ClockRecord) -> None:
-    """Replace the file. Never fsynced: if a power loss empties it, the series begins again."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(msgspec.json.encode(row))
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

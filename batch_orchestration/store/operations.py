@@ -16,7 +16,7 @@ from filelock import BaseFileLock
 from batch_orchestration.core.dead_letters import Discard, Operation, Replay
 from batch_orchestration.core.errors import DeadLetterError, FileDamaged, JournalInUse
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.files.atomic import disk_errors, make_folder, write_atomically
+from batch_orchestration.files.atomic import disk_errors, make_folder
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal, JournalEntry, read_journal
 from batch_orchestration.files.sharing import share, shared_lock
@@ -85,15 +85,13 @@ class Operations:
         if isinstance(operation, Replay):
             mark(self._folder, self.batch_id)
         ending = _OPEN if isinstance(operation, Replay) else ".json"
-        write_atomically(self._file(operation, ending), msgspec.json.encode(operation))
+        StateFile(self._file(operation, ending), Operation).write(operation)
 
     def close(self, replay: Replay, *, at: float) -> None:
         """Record durably that a replay is over."""
         closed = msgspec.structs.replace(replay, closed_at=at)
-        write_atomically(self._file(replay, ".json"), msgspec.json.encode(closed))
-        open_file = self._file(replay, _OPEN)
-        with disk_errors(open_file):
-            open_file.unlink(missing_ok=True)
+        StateFile(self._file(replay, ".json"), Replay).write(closed)
+        StateFile(self._file(replay, _OPEN), Replay).remove()
 
     def outcomes(self, replay: Replay) -> Iterator[JournalEntry]:
         """Yield the outcomes of a replay so far."""

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.files.regular import read_regular
+from batch_orchestration.core.errors import StorageError
+from batch_orchestration.files.state_file import StateFile
 
 #: A run writes its progress each second; a file older than this is not to be trusted.
 STALE_SECONDS = 10.0
@@ -77,16 +78,14 @@ def write_progress(path: Path, progress: Progress) -> None:
 
     Not fsynced: after a power loss, the next run writes it again.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(msgspec.json.encode(progress))
-    temporary.replace(path)
+    StateFile(path, Progress).write_unsynced(progress)
 
 
 def read_progress(path: Path) -> Progress | None:
     """Return the last progress written; None if there is none that can be read."""
     try:
-        return msgspec.json.decode(read_regular(path), type=Progress)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return StateFile(path, Progress).read()
+    except StorageError:
         return None
 
 

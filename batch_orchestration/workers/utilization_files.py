@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-import msgspec
-
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
@@ -32,9 +30,7 @@ def write_account(folder: DataFolder, account: TimeBreakdown) -> None:
     """
     path = account_path(folder, account.batch_id, account.run_id)
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(msgspec.json.encode(account))
-    temporary.replace(path)
+    StateFile(path, TimeBreakdown).write_unsynced(account)
 
 
 def read_account(path: Path) -> TimeBreakdown | None:

@@ -118,7 +118,7 @@ def test_large_answers_are_the_same_bytes_from_journal_store_files_and_a_store_m
     recovery = recover(folder=bench.folder, problem=str(problem), clock=lambda: NOW + 60)
 
     assert recovery.complete
-    assert left_to_journals(bench) == [f"journals/{plan.batch_id}/00000.journal"]
+    assert left_to_journals(bench) == [f"journals/{plan.batch_id}/00000.1.journal"]
     assert committed == lines_of(bench, plan) == before
     assert tables_of(bench) == tables
     assert deliver(bench, plan) == files
@@ -160,7 +160,7 @@ def test_journals_that_have_large_answers_outlive_their_retention_and_the_input_
 
     assert (removed, again, len(inputs)) == ([plan.batch_id], [], 1)
     left = bench.folder.journal_path(plan.batch_id, 0).parent.glob("*.journal")
-    assert [path.name for path in left] == ["00000.journal"]
+    assert [path.name for path in left] == ["00000.1.journal"]
     assert lines_of(bench, plan) == before
     assert deliver(bench, plan) == files
 
@@ -181,7 +181,7 @@ def test_a_large_answer_that_was_damaged_later_is_named_and_asked_again_by_recov
         content[len(content) * 3 // 5] ^= 1
         journal.write_bytes(content)
 
-    with pytest.raises(FileDamaged, match=r"00000\.journal .* `.* recover --force`"):
+    with pytest.raises(FileDamaged, match=r"00000\.1\.journal .* `.* recover --force`"):
         deliver(bench, plan)
     recover(folder=bench.folder, problem="asked for by --force", clock=lambda: NOW + 60)
     engine = ScriptedEngine()

@@ -258,6 +258,7 @@ class EngineProcess:
             owner=owner,
             members=(),
             command=command,
+            host=os.uname().nodename,
             socket=str(self.socket or ""),
         )
         process_records.write_record(self._record_path, self._record)

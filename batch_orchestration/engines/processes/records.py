@@ -43,6 +43,7 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
         members: The other processes of the group, as far as they were observed.
         command: For display; never used to find a process.
         socket: Path at which the server listens, if any; removed with the server's remains.
+        host: Name of the machine, for display: its boot id is compared.
     """
 
     leader: ProcessIdentity
@@ -50,6 +51,7 @@ class ProcessRecord(msgspec.Struct, frozen=True, kw_only=True):
     members: tuple[ProcessIdentity, ...]
     command: tuple[str, ...]
     socket: str = ""
+    host: str = ""
 
 
 def boot_id() -> str:

@@ -83,9 +83,9 @@ def test_faulty_lines_are_settled_in_the_journals_of_their_chunks(bench):
     assert (repeated.line, repeated.custom_id, repeated.endpoint) == (41, "request-1", ENDPOINT)
     assert msgspec.json.decode(repeated.body) == make_body("question 1")
     assert sorted(p.name for p in (bench.folder.journals / plan.batch_id).glob("*.journal")) == [
-        "00000.journal",
-        "00002.journal",
-        "00004.journal",
+        "00000.1.journal",
+        "00002.1.journal",
+        "00004.1.journal",
     ]
 
 
