@@ -113,7 +113,7 @@ def request_replay(
         lines = original_lines(plan, codes, folder, overrides=overrides, model_required=required)
         sound, left_out = _sort_out(lines, codes)
         if not sound:
-            raise DeadLetterError(f"none of them can be replayed: {_listed(left_out)}")
+            raise DeadLetterError(f"none of the requests can be replayed: {_listed(left_out)}")
         replays = list(_kept(operations, asked, sound))
         operations.apply_to(store)
     return RequestedReplay(replays=replays, left_out=left_out)
@@ -159,7 +159,7 @@ def discard(
         DeadLetterError: The reason is empty, no letter is selected, or a replay of them is running.
     """
     if not reason.strip():
-        raise DeadLetterError("a discard needs a reason: it is all that will be known later")
+        raise DeadLetterError("a discard needs a reason: it is recorded with each request")
     folder.read_plan(batch_id)
     operations = Operations(folder, batch_id)
     with operations.lock():
@@ -201,7 +201,7 @@ def as_input(
         DeadLetterError: The file exists, or there is nothing to write.
     """
     if path.exists():
-        raise DeadLetterError(f"{path} exists and is left as it is: name another file")
+        raise DeadLetterError(f"{path} exists already: name another file")
     plan = folder.read_plan(batch_id)
     codes = store.dead_letter_codes(batch_id, selection)
     _require_some(codes, batch_id, selection, store)
@@ -217,7 +217,8 @@ def as_input(
             written += 1
         if not written:
             raise DeadLetterError(
-                f"none of them ever was a request, nothing was written: {_listed(left_out)}"
+                "none of the lines was ever a valid request, so nothing was written:"
+                f" {_listed(left_out)}"
             )
     return WrittenInput(written=written, left_out=left_out)
 
@@ -235,7 +236,7 @@ def _require_some(
     taken = msgspec.structs.replace(selection, states=(DeadLetterState.REPLAYING,), limit=None)
     replaying = len(store.dead_letter_codes(batch_id, taken))
     hint = f"; {replaying} are being replayed" if replaying else ""
-    raise DeadLetterError(f"batch {batch_id} has no dead letter that is meant{hint}")
+    raise DeadLetterError(f"no dead letter of batch {batch_id} matches the selection{hint}")
 
 
 def _sort_out(
@@ -246,9 +247,11 @@ def _sort_out(
     left_out: list[LeftOut] = []
     for line in lines:
         if isinstance(line.parsed, Fault):
-            left_out.append(_left_out(line, f"is no valid request: {line.parsed.message}"))
+            left_out.append(_left_out(line, f"is not a valid request: {line.parsed.message}"))
         elif codes[line.raw.index] is FailureCode.DUPLICATE_CUSTOM_ID:
-            reason = "another request of the batch has its custom_id; submit it in another file"
+            reason = (
+                "another request of the batch has the same custom_id; submit it in another file"
+            )
             left_out.append(_left_out(line, reason))
         else:
             sound.append(line.raw.index)
@@ -267,8 +270,8 @@ def _take_back(operations: Operations, selection: Selection, store: Store, *, at
             continue
         if operations.running(operation):
             raise DeadLetterError(
-                f"replay {operation.number} of batch {operations.batch_id} is at work on them:"
-                " terminate its run first, or wait for it"
+                f"replay {operation.number} of batch {operations.batch_id} is running and includes"
+                " some of them: terminate its run first, or wait until it ends"
             )
         operations.close(operation, at=at)
     operations.apply_to(store)

@@ -108,7 +108,7 @@ def creating(
             with _duckdb_errors(path), contextlib.closing(duckdb.connect(unfinished)) as again:
                 again.execute("CHECKPOINT")
         if log.exists():
-            raise StorageError(f"{path} could not be made: DuckDB left {log.name} behind")
+            raise StorageError(f"{path} could not be created: DuckDB left {log.name} behind")
         with disk_errors(path):
             share(unfinished)
             unfinished.replace(path)
@@ -362,7 +362,7 @@ def _duckdb_errors(path: Path) -> Iterator[None]:
         if not refused and any(word in reason for word in _DAMAGED):
             raise StoreDamaged(
                 f"the store {path} is damaged: {reason}\nNothing is lost: `python -m"
-                " batch_orchestration recover` sets it aside and makes it anew from the plans and"
+                " batch_orchestration recover` sets it aside and rebuilds it from plans and"
                 " journals"
             ) from error
         raise StorageError(f"{path}: {reason}") from error

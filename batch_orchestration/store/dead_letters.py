@@ -23,6 +23,8 @@ from batch_orchestration.files.journal_reading import JournalEntry
 from batch_orchestration.store import rows
 
 _RESOLVED = ("state", "resolved_at")
+#: Columns of a dead letter but for its texts: they would be much memory, and do not change.
+WITHOUT_TEXTS = ("* EXCLUDE (body, response)",)
 #: Condition for requests that count as failed, that is, that were not answered later.
 UNRESOLVED = "state <> 'resolved'"
 
@@ -124,8 +126,6 @@ def _letter(row: rows.Row) -> DeadLetter:
     return rows.struct_of(DeadLetter, row, request=rows.settled_request(row))
 
 
-#: Columns of a dead letter that a replay reads: its texts would be much memory, and do not change.
-_WITHOUT_TEXTS = ("* EXCLUDE (body, response)",)
 #: Indices are passed as one list parameter, because there may be very many.
 _AMONG = "request_index IN (SELECT unnest(?::BIGINT[]))"
 _ENTRIES_AT_A_TIME = 1000
@@ -236,7 +236,7 @@ def _settle(
     answers: list[rows.Row] = []
     resolved: list[rows.Row] = []
     failed: list[rows.Row] = []
-    letters = rows.select(db, "failed_requests", _WITHOUT_TEXTS, where, key)
+    letters = rows.select(db, "failed_requests", WITHOUT_TEXTS, where, key)
     for letter in letters:
         request = _replayed(rows.settled_request(letter), arrived[letter["request_index"]])
         if isinstance(request.outcome, Completion):

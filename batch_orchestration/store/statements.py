@@ -22,11 +22,6 @@ _PROMPT_TOKENS, _COMPLETION_TOKENS = map(_SUM.format, ("prompt_tokens", "complet
 _WITHIN = ", ".join(f"count(*) FILTER (latency_seconds <= {bound})" for bound in LATENCY_BOUNDS)
 _LATENCY_COUNTS = f"[{_WITHIN}, count(*)]"
 _LATENCY_MICROS = "coalesce(sum(try_cast(latency_seconds * 1e6 AS BIGINT)), 0)"
-#: Columns of a dead letter that a commit of its chunk reads.
-_LETTER = (
-    *("batch_id", "request_index", "state", "replay"),
-    *("code", "engine", "settings_hash"),
-)
 _FAILED = f"{OF_CHUNK} AND {letters.UNRESOLVED}"
 
 
@@ -104,16 +99,7 @@ class ChunkOutcomes:
         now stays as `resolved`.
         """
         key = [self.batch_id, self.number]
-        columns = (
-            "batch_id",
-            "request_index",
-            "state",
-            "replay",
-            "code",
-            "engine",
-            "settings_hash",
-        )
-        before = rows.select(db, "failed_requests", columns, OF_CHUNK, key)
+        before = rows.select(db, "failed_requests", letters.WITHOUT_TEXTS, OF_CHUNK, key)
         answers = {row["request_index"]: row for row in self.results}
         standing: set[int] = set()
         resolved: list[rows.Row] = []

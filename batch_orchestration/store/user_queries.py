@@ -74,8 +74,8 @@ def ask(
             return columns, _rows(db, most_rows=most_rows, most_bytes=most_bytes)
         except duckdb.InterruptException as error:
             raise StorageError(
-                f"the query took more than {most_seconds:g} s and was stopped, as commits of"
-                " running batches wait meanwhile; ask for less, or copy the store and ask the copy"
+                f"the query took more than {most_seconds:g} s and was stopped, because commits of"
+                " running batches wait for it: narrow it, or query a copy of the store"
             ) from error
         finally:
             alarm.cancel()
@@ -102,7 +102,7 @@ def _check_one_select(db: duckdb.DuckDBPyConnection, sql: str) -> None:
     except ValueError:  # a type of statement unknown to this version of the binding
         kinds = []
     if kinds != [duckdb.StatementType.SELECT]:
-        raise StorageError("a query is one SELECT statement; the store is only read here")
+        raise StorageError("a query must be one SELECT statement; it can only read the store")
 
 
 def _rows(

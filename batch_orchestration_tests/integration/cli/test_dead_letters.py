@@ -74,7 +74,7 @@ def test_fields_of_the_body_are_given_as_json(cli, batch_id):
 def test_nothing_to_replay_ends_with_1_and_the_reason(cli, batch_id):
     result = cli.run("replay", batch_id, "--code", "timeout", exit_code=1)
 
-    assert "no dead letter that is meant" in result.stderr
+    assert "matches the selection" in result.stderr
     assert cli.run("replay", batch_id, "--code", "nonsense", exit_code=2).stderr
 
 

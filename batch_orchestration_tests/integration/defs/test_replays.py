@@ -84,7 +84,7 @@ def test_a_replay_of_nothing_fails_with_the_reason_and_is_not_tried_again(
     unknown = deployment.launch("replay_failed_requests", batch=batch_id, codes=["nonsense"])
     none = deployment.launch("replay_failed_requests", batch=batch_id, codes=["timeout"])
 
-    for result, reason in ((unknown, "codes are"), (none, "no dead letter that is meant")):
+    for result, reason in ((unknown, "codes are"), (none, "matches the selection")):
         assert not result.success
         (failure,) = result.get_step_failure_events()
         assert reason in str(failure.step_failure_data.error_display_string)

@@ -75,51 +75,18 @@ def test_threads_of_one_process_share_a_store(store: Store) -> None:
     assert store.batch(plan.batch_id).completed == 16
 
 
-def test_a_query_sees_the_answers_of_finished_chunks(store: Store) -> None:
-    plan = admitted(store)
-    commit(store, plan, 0, make_settled_chunk(plan.chunks[0]))
+@pytest.mark.parametrize("before", ["nothing", "an empty file", "a store that is deleted"])
+def test_a_missing_or_empty_file_becomes_a_store(store: Store, tmp_path: Path, before: str) -> None:
+    path = tmp_path / "data" / "batch.duckdb"
+    if before == "a store that is deleted":
+        admitted(store)
+        path.unlink()
+    elif before == "an empty file":  # as a process leaves it that dies right after creating it
+        path.parent.mkdir()
+        path.touch()
 
-    columns, found = store.query(
-        "SELECT custom_id, response->>'$.choices[0].message.content' AS text, model"
-        " FROM results WHERE request_index = 7"
-    )
-
-    assert columns == ["custom_id", "text", "model"]
-    assert found == [("request-7", "answer 7", "demo-model")]
-
-
-@pytest.mark.parametrize(
-    "sql", ["SELEC 1", "SELECT * FROM checksum", "DROP TABLE results", "COMMIT"]
-)
-def test_a_query_that_is_wrong_or_writes_is_refused_with_the_reason(store: Store, sql: str) -> None:
-    plan = admitted(store)
-    commit(store, plan, 0, make_settled_chunk(plan.chunks[0]))
-
-    with pytest.raises(StorageError) as refused:
-        store.query(sql)
-
-    assert "damaged" not in str(refused.value)
-    assert len(list(store.settled(plan.batch_id))) == 10
-    assert store.batch(plan.batch_id).total == 25
-
-
-def test_looking_at_an_empty_data_folder_finds_nothing(store: Store) -> None:
     assert store.batches() == []
     store.check_writable()
-
-
-def test_an_empty_file_becomes_a_store(tmp_path: Path) -> None:
-    """As a process leaves it that dies right after it created the file."""
-    (tmp_path / "batch.duckdb").touch()
-
-    assert Store(tmp_path / "batch.duckdb").batches() == []
-
-
-def test_a_deleted_file_is_made_again(store: Store, tmp_path: Path) -> None:
-    admitted(store)
-    (tmp_path / "data" / "batch.duckdb").unlink()
-
-    assert store.batches() == []
 
 
 def test_migrations_are_applied_once(store: Store, tmp_path: Path) -> None:
@@ -131,26 +98,20 @@ def test_migrations_are_applied_once(store: Store, tmp_path: Path) -> None:
     assert [name for _, name in store.query("FROM schema_migrations")[1]] == there_are
 
 
-def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "batch.duckdb"
-    with duckdb.connect(path) as stranger:
-        stranger.execute("CREATE TABLE schema_migrations (version INTEGER, name VARCHAR)")
-        stranger.execute("INSERT INTO schema_migrations VALUES (999, '0999_future.sql')")
-
-    with pytest.raises(StorageError, match="newer version"):
-        Store(path).batches()
-
-
-def test_a_file_of_an_earlier_version_is_left_alone_and_the_error_says_what_to_do(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [(999, "newer version"), (10, r"earlier version.*start with a new data folder")],
+)
+def test_a_file_of_another_version_is_left_alone_and_the_error_says_what_to_do(
+    tmp_path: Path, version: int, reason: str
 ) -> None:
     path = tmp_path / "batch.duckdb"
-    with duckdb.connect(path) as older:
-        older.execute("CREATE TABLE schema_migrations (version INTEGER, name VARCHAR)")
-        older.execute("INSERT INTO schema_migrations VALUES (10, '0010_chunk_latencies.sql')")
+    with duckdb.connect(path) as other:
+        other.execute("CREATE TABLE schema_migrations (version INTEGER, name VARCHAR)")
+        other.execute("INSERT INTO schema_migrations VALUES (?, 'other.sql')", [version])
     before = path.read_bytes()
 
-    with pytest.raises(StoreOfOtherVersion, match=r"earlier version.*start with a new data folder"):
+    with pytest.raises(StoreOfOtherVersion, match=reason):
         Store(path).batches()
     with pytest.raises(StoreOfOtherVersion):  # it needs no recovery, which would set it aside
         find_problem(folder=DataFolder(tmp_path), store=Store(path))

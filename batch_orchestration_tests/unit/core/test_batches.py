@@ -1,4 +1,4 @@
-"""Identity of a batch, and the settings that its answers depend on."""
+"""Identity and origin of a batch, its settings, and the keys of its chunks."""
 
 import hashlib
 
@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from batch_orchestration.core.batches import (
     BatchOptions,
+    Origin,
     batch_id,
     chunk_key,
     identity,
+    origin_in,
     parse_chunk_key,
     settings_difference,
     settings_hash,
@@ -109,3 +111,69 @@ def test_a_difference_of_settings_names_both_values() -> None:
         "model: 'a' → 'b'",
         "seed: '(not set)' → 2",
     ]
+
+
+BATCH_IDS = st.from_regex(r"[a-z0-9]+(-[a-z0-9]+)*", fullmatch=True)
+
+
+@given(BATCH_IDS, st.integers(0, 99_999))
+def test_a_chunk_key_gives_back_batch_and_number(batch_id: str, number: int) -> None:
+    assert parse_chunk_key(chunk_key(batch_id, number)) == (batch_id, number)
+
+
+@given(BATCH_IDS, st.integers(0, 99_999), st.integers(0, 99_999))
+def test_chunk_keys_sort_in_file_order(batch_id: str, one: int, other: int) -> None:
+    assert (chunk_key(batch_id, one) < chunk_key(batch_id, other)) == (one < other)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "candidates",
+        "candidates/",
+        "candidates/1",
+        "candidates/000001",
+        "candidates/0000x",
+        "candidates/00001\n",
+        "/00001",
+        "../00001",
+        "a..b/00001",
+        "a/b/00001",
+        "candi dates/00001",
+        "candidates...x/00001",
+    ],
+)
+def test_a_key_that_was_not_made_here_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="not a chunk key"):
+        parse_chunk_key(key)
+
+
+def test_a_chunk_number_of_six_digits_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a chunk key"):
+        chunk_key("candidates", 100_000)
+
+
+PRIORITIES = {"high": 10, "low": -10}
+
+
+@pytest.mark.parametrize(
+    ("folders", "source", "priority"),
+    [
+        ((), "inbox", 0),
+        (("high",), "inbox", 10),
+        (("HIGH",), "inbox", 10),
+        (("alice",), "alice", 0),
+        (("alice", "low"), "alice", -10),
+        (("low", "alice"), "alice", -10),
+        (("alice", "reports"), "alice", 0),
+        (("low", "high"), "inbox", 10),
+        (("x" * 100,), "x" * 64, 0),
+    ],
+)
+def test_folders_name_the_source_and_the_priority(folders, source, priority):
+    origin = origin_in(folders, PRIORITIES, arrived_at=7.0)
+
+    assert origin == Origin(
+        folder="/".join(folders), source=source, priority=priority, arrived_at=7.0
+    )

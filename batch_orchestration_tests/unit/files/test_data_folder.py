@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.core.errors import BatchNotFound, DiskFull, StorageError
-from batch_orchestration.files.atomic import atomic_writer, write_atomically
+from batch_orchestration.core.errors import BatchNotFound, FileDamaged, StorageError
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration_tests.support.builders import make_input, make_plan, write_plan
 
@@ -48,60 +47,22 @@ def test_a_damaged_plan_is_told_by_its_path(tmp_path: Path) -> None:
         folder.read_plan(plan.batch_id)
 
 
-def test_nothing_is_visible_until_the_body_ends(tmp_path: Path) -> None:
-    path = tmp_path / "outbox" / "output.jsonl"
+def test_the_plan_in_a_copied_folder_is_no_plan_of_that_batch(tmp_path):
+    folder, plan = DataFolder(tmp_path), make_plan(make_input(1))
+    write_plan(folder, plan)
+    copy = folder.plan_path(f"{plan.batch_id}-copy")
+    copy.parent.mkdir()
+    copy.write_bytes(folder.plan_path(plan.batch_id).read_bytes())
 
-    with atomic_writer(path) as file:
-        file.write(b"half")
-        assert not path.exists()
-
-    assert path.read_bytes() == b"half"
-
-
-def test_a_body_that_raises_leaves_the_old_content_and_no_rest(tmp_path: Path) -> None:
-    path = tmp_path / "output.jsonl"
-    write_atomically(path, b"old")
-
-    def write_half() -> None:
-        with atomic_writer(path) as file:
-            file.write(b"half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        write_half()
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileDamaged, match="is a copy"):
+        folder.read_plan(f"{plan.batch_id}-copy")
 
 
-def test_the_longest_file_names_can_be_written_atomically(tmp_path: Path) -> None:
-    path = tmp_path / ("ü" * 127)
+def test_folders_that_cannot_be_batches_are_none(tmp_path):
+    folder, plan = DataFolder(tmp_path), make_plan(make_input(1))
+    write_plan(folder, plan)
+    for name in (f"My Copy of {plan.batch_id} (batch)", "Ünicode", ".hidden"):
+        (folder.batches / name).mkdir()
+        (folder.batches / name / "plan.json").write_bytes(b"{}")
 
-    write_atomically(path, b"text")
-
-    assert path.read_bytes() == b"text"
-
-
-def test_files_are_readable_by_those_whom_the_umask_allows(tmp_path: Path) -> None:
-    plain = tmp_path / "plain"
-    plain.touch()
-
-    write_atomically(tmp_path / "atomic", b"text")
-
-    assert (tmp_path / "atomic").stat().st_mode == plain.stat().st_mode
-
-
-def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
-    (tmp_path / "outbox").write_text("a file in the way")
-
-    with pytest.raises(StorageError, match="cannot write"):
-        write_atomically(tmp_path / "outbox" / "output.jsonl", b"text")
-
-
-def test_a_full_disk_met_by_the_body_is_told_as_such(tmp_path: Path) -> None:
-    def fill() -> None:
-        with atomic_writer(tmp_path / "output.jsonl"), open("/dev/full", "wb", 0) as full:  # noqa: PTH123
-            full.write(b"text")
-
-    with pytest.raises(DiskFull):
-        fill()
-    assert list(tmp_path.iterdir()) == []
+    assert folder.batch_ids() == [plan.batch_id]

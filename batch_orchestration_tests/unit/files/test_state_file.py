@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import FileDamaged
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.regular import open_regular, read_regular
 from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.queue.entries import Pause
-from batch_orchestration_tests.support.builders import make_input, make_plan, write_plan
 
 
 def socket_at(path: Path) -> None:
@@ -77,24 +75,3 @@ def test_a_file_that_may_not_be_read_is_damaged(tmp_path, monkeypatch):
 
     with pytest.raises(FileDamaged, match="Permission denied"):
         StateFile(path, Pause).read()
-
-
-def test_the_plan_in_a_copied_folder_is_no_plan_of_that_batch(tmp_path):
-    folder, plan = DataFolder(tmp_path), make_plan(make_input(1))
-    write_plan(folder, plan)
-    copy = folder.plan_path(f"{plan.batch_id}-copy")
-    copy.parent.mkdir()
-    copy.write_bytes(folder.plan_path(plan.batch_id).read_bytes())
-
-    with pytest.raises(FileDamaged, match="is a copy"):
-        folder.read_plan(f"{plan.batch_id}-copy")
-
-
-def test_folders_that_cannot_be_batches_are_none(tmp_path):
-    folder, plan = DataFolder(tmp_path), make_plan(make_input(1))
-    write_plan(folder, plan)
-    for name in (f"My Copy of {plan.batch_id} (batch)", "Ünicode", ".hidden"):
-        (folder.batches / name).mkdir()
-        (folder.batches / name / "plan.json").write_bytes(b"{}")
-
-    assert folder.batch_ids() == [plan.batch_id]

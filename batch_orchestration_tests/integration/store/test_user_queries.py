@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.core.errors import StorageError
+from batch_orchestration.core.errors import StorageError, StoreDamaged
 from batch_orchestration.store.user_queries import ask
 from batch_orchestration_tests.support.workbench import Workbench
 
@@ -94,6 +94,7 @@ REFUSED = [
     ";",
     "-- nothing",
     "SELEC 1",
+    "SELECT * FROM checksum",
 ]
 
 
@@ -107,6 +108,7 @@ def test_what_is_more_than_a_look_at_the_store_is_refused_and_leaves_no_trace(
         bench.store.query(sql.format(root=root))
 
     assert SECRET not in str(refused.value)
+    assert not isinstance(refused.value, StoreDamaged)
     assert everything_below(root) == before
     assert bench.store.query("SELECT count(*) FROM batches")[1] == [(1,)]
 
