@@ -42,7 +42,6 @@ class JournalState:
         suspects: Isolation group by index, for requests in flight when an engine died.
         in_flight: Indices that an earlier pass submitted and left without a result; this pass does
             not change them.
-        dropped_records: Number of unreadable pieces skipped during reading.
         passes: Number of the latest pass.
     """
 
@@ -52,7 +51,6 @@ class JournalState:
     failed_attempts: dict[int, int] = field(default_factory=dict)
     suspects: dict[int, str] = field(default_factory=dict)
     in_flight: set[int] = field(default_factory=set)
-    dropped_records: int = 0
     passes: int = 0
 
     def apply(self, record: Record) -> None:
@@ -156,7 +154,6 @@ def replay_journal(
     state = JournalState()
     for record in read_records(path, end=end) if path.exists() else ():
         if record is None:
-            state.dropped_records += 1
             continue
         if isinstance(record, PassRecord) and (record.batch_id, record.number) != (
             batch_id,

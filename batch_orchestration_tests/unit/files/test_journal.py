@@ -176,7 +176,6 @@ def test_opening_tells_what_is_settled_in_flight_and_how_often_it_was_tried(path
     assert state.settled == {0, 1}
     assert state.in_flight == {3}
     assert state.attempts == {0: 0, 1: 1, 2: 1, 3: 1}
-    assert state.dropped_records == 0
 
 
 def test_what_a_dead_pass_left_in_flight_stays_suspect_until_its_fate_is_known(path: Path) -> None:
