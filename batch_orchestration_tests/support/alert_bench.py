@@ -26,15 +26,16 @@ class FullDisk(StateFile):
 
 
 class AlertBench(Workbench):
-    """A workbench whose alerts go to a webhook, on a clock that the test moves."""
+    """A workbench whose alerts go to a webhook, or to other channels; the test moves its clock."""
 
-    def __init__(self, root, webhook):
+    def __init__(self, root, webhook=None, *, channels=None):
         self.webhook = webhook
         super().__init__(root / "data", lock_seconds=5)
         self.in_force = Settings(
-            data_dir=self.folder.root, engine="simulated", alert_webhook_url=webhook.url,
-            alert_dead_letters=3, _env_file=None,
+            data_dir=self.folder.root, engine="simulated", alert_dead_letters=3,
+            alert_webhook_url=webhook.url if webhook else "", _env_file=None,
         )  # fmt: skip
+        self.channels = channels or alert_channels(self.in_force)
         self.now = NOW
         self.findings: tuple[Finding, ...] = ()
 
@@ -50,12 +51,13 @@ class AlertBench(Workbench):
         )
         return self.cycle()
 
-    def cycle(self):
+    def cycle(self, observed=None):
         return run_alert_cycle(
             settings=self.in_force,
             folder=self.folder,
-            channels=alert_channels(self.in_force),
+            channels=self.channels,
             now=self.now,
+            observed=observed,
         )
 
     def begin(self):

@@ -8,25 +8,20 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.core.errors import AlertNotSent, TooManyOpenFiles
-from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.operations.alerts import cycle
-from batch_orchestration.operations.alerts.cycle import run_alert_cycle
 from batch_orchestration.operations.alerts.notification import Notification
 from batch_orchestration.operations.alerts.sources import _of_rejected
-from batch_orchestration.operations.alerts.state import AlertState, Observation
+from batch_orchestration.operations.alerts.state import Observation
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
-from batch_orchestration.settings import Settings
+from batch_orchestration_tests.support.alert_bench import AlertBench
 from batch_orchestration_tests.support.builders import NOW
 
 
-class Site:
-    """A data folder with one channel, on a clock that the test moves."""
+class Site(AlertBench):
+    """With one channel, which keeps what it sends or is down."""
 
     def __init__(self, root: Path) -> None:
-        self.settings = Settings(data_dir=root, engine="simulated", _env_file=None)
-        self.folder = DataFolder(root)
-        self.folder.create()
+        super().__init__(root, channels={"channel": self._send})
         self.sent: list[str] = []
         self.is_down = False
 
@@ -35,14 +30,9 @@ class Site:
             raise AlertNotSent("down")
         self.sent.append(notification.text)
 
-    def cycle(self, *findings: Finding, now: float) -> None:
-        run_alert_cycle(
-            settings=self.settings,
-            folder=self.folder,
-            channels={"channel": self._send},
-            now=now,
-            observed=Observation(findings=list(findings)),
-        )
+    def observe(self, *findings: Finding, now: float) -> None:
+        self.now = now
+        self.cycle(Observation(findings=list(findings)))
 
 
 def failed_at(at: float) -> Finding:
@@ -85,33 +75,27 @@ def one_descriptor_left() -> Iterator[None]:
 def test_a_state_that_cannot_be_opened_for_want_of_descriptors_is_no_damaged_one(
     site: Site, request: pytest.FixtureRequest
 ) -> None:
-    site.cycle(now=NOW)
+    site.observe(now=NOW)
     site.is_down = True
-    site.cycle(failed_at(NOW + 1), now=NOW + 2)
+    site.observe(failed_at(NOW + 1), now=NOW + 2)
     before = site.folder.alerts.read_bytes()
 
     request.getfixturevalue("one_descriptor_left")
     with pytest.raises(TooManyOpenFiles):
-        site.cycle(now=NOW + 3)
+        site.observe(now=NOW + 3)
 
     assert site.folder.alerts.read_bytes() == before
-    state = read_alert_state_later(site, request)
-    assert state is not None
-    assert state.channels["channel"].pending.count == 1
-
-
-def read_alert_state_later(site: Site, request: pytest.FixtureRequest):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft + 64), hard))
-    return StateFile(site.folder.alerts, AlertState).read()
+    assert site.state.channels["channel"].pending.count == 1
 
 
 def test_what_happened_since_the_last_cycle_is_sent_though_the_state_is_damaged(site: Site) -> None:
-    site.cycle(now=NOW)
+    site.observe(now=NOW)
     site.folder.alerts.write_bytes(b"")
     os.utime(site.folder.alerts, (NOW, NOW))
 
-    site.cycle(failed_at(NOW + 300), now=NOW + 900)
+    site.observe(failed_at(NOW + 300), now=NOW + 900)
 
     assert "Batch b failed" in "".join(site.sent)
     assert "The alert state was damaged" in "".join(site.sent)
@@ -121,9 +105,9 @@ def test_a_rejected_file_with_a_name_that_is_no_text_stops_no_alert(
     site: Site, tmp_path: Path
 ) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl.errors.json"))
-    site.cycle(now=NOW)
+    site.observe(now=NOW)
 
-    site.cycle(_of_rejected(path, site.settings, NOW + 1), failed_at(NOW + 1), now=NOW + 2)
+    site.observe(_of_rejected(path, site.in_force, NOW + 1), failed_at(NOW + 1), now=NOW + 2)
 
     assert "The file caf?.jsonl was rejected" in "".join(site.sent)
     assert "Batch b failed" in "".join(site.sent)

@@ -3,7 +3,6 @@
 import pytest
 
 from batch_orchestration.operations.alerts import cycle as alerting
-from batch_orchestration.operations.alerts.channels import alert_channels
 from batch_orchestration.operations.alerts.cycle import Watchdog
 from batch_orchestration_tests.support.alert_bench import AlertBench, FullDisk
 from batch_orchestration_tests.support.alert_servers import Webhook, serving
@@ -25,7 +24,7 @@ class Guard:
         self.dog = Watchdog(
             tower.in_force,
             tower.folder,
-            alert_channels(tower.in_force),
+            tower.channels,
             clock=lambda: self.seconds,
         )
 
