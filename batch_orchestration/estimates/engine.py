@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.core.batches import settings_hash
-from batch_orchestration.core.errors import EngineStartFailed
+from batch_orchestration.engines.model_folder import local_model
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
 from batch_orchestration.engines.vllm.flags import (
     CPU_ARGS,
     flags_of,
-    model_folder,
     names_are_checked,
     top_level,
 )
@@ -85,23 +84,17 @@ def _vllm_in_force(settings: Settings) -> EngineInForce:
     device = str(settings.device)
     in_flight = settings.in_flight or MOST_IN_FLIGHT
     level = top_level(settings.model, device=device, args=args, in_flight=in_flight)
+    model = local_model(settings.model)
     return EngineInForce(
         kind="vllm",
         model=settings.model,
         device=device,
         args={**(CPU_ARGS if device == "cpu" else {}), **args},
-        folder=_folder(settings.model),
+        folder=None if model is None else model.path,
         served=_served(settings, args),
         checks_names=names_are_checked(settings.engine_environment()) and "enable-lora" not in args,
         at_a_time=level.max_num_seqs or DEFAULT_IN_FLIGHT,
     )
-
-
-def _folder(model: str) -> Path | None:
-    try:
-        return model_folder(model)
-    except EngineStartFailed:
-        return None
 
 
 def _served(settings: Settings, args: Mapping[str, Any]) -> tuple[str, ...] | None:

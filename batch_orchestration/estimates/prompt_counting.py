@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
+from batch_orchestration.engines.model_folder import ModelFolder
 from batch_orchestration.estimates.profile import prompt_texts
 
 logger = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ def _load(folder: Path, modified: int) -> PromptCounter | None:
 
 
 def _template(folder: Path) -> Render | None:
-    config = _read_json(folder / "tokenizer_config.json")
+    config = ModelFolder(folder).read_json("tokenizer_config.json")
     source = _template_source(folder, config)
     if source is None:
         return None
@@ -139,10 +138,3 @@ def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in source}
         source = named.get("default")
     return source if isinstance(source, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return {}

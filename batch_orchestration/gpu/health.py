@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from batch_orchestration.core.errors import EngineStartFailed, GpuUnhealthy, GpuUnreadable
 from batch_orchestration.core.waiting import BackgroundCall
+from batch_orchestration.engines.model_folder import DTYPE_BYTES, ModelFolder, find_model
 from batch_orchestration.engines.processes.records import group_members, is_running, read_record
-from batch_orchestration.engines.vllm.flags import flags_of, model_folder
+from batch_orchestration.engines.vllm.flags import flags_of
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import fence_off, standing_fences
@@ -32,52 +32,22 @@ LEAST_TOKENS = 2048
 MARGIN_BYTES = 2**30
 #: Share of the weights, for padding and copies while they are loaded.
 MARGIN_SHARE = 0.05
-DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "fp8": 1}
 
 
-def needed_bytes(
-    weight_bytes: float, config: Mapping[str, Any], *, kv_dtype_bytes: int, devices: int
-) -> int:
+def needed_bytes(weight_bytes: float, *, kv_bytes_per_token: int, devices: int) -> int:
     """Return the memory that must be free on each device for a model to be served at all.
 
-        weights / devices x 1.05 + 1 GiB + tokens x KV bytes per token,
-        KV bytes per token = 2 x layers x KV heads / devices x head size x bytes per number
+        weights / devices x 1.05 + 1 GiB + `LEAST_TOKENS` x KV bytes per token
 
-    The second formula is vLLM's allocation: a key and a value per layer, head and token
-    (vllm/v1/kv_cache_interface.py, `AttentionSpec.page_size_bytes`). Tensor parallelism gives each
-    device its share of heads, at least one. Models with latent attention keep one compressed vector
-    per layer and token instead of keys and values (ibid., `MLAAttentionSpec`: `kv_lora_rank` +
-    `qk_rope_head_dim` numbers, on every device). Tokens are `LEAST_TOKENS`, a minimum: the more
-    memory is free beyond it, the more requests run at a time.
+    This is a minimum: the more memory is free beyond it, the more requests run at a time.
 
     Args:
         weight_bytes: Size of all weights as they will be on the devices.
-        config: The model's `config.json`; if it lacks the shape, the KV cache counts as 0.
-        kv_dtype_bytes: Bytes per number in the KV cache.
+        kv_bytes_per_token: See `ModelFolder.kv_bytes_per_token`.
         devices: Number of devices over which the model is spread.
     """
-    per_token = kv_bytes_per_token(config, dtype_bytes=kv_dtype_bytes, devices=devices)
     weights = weight_bytes / devices * (1 + MARGIN_SHARE)
-    return round(weights + MARGIN_BYTES + LEAST_TOKENS * per_token)
-
-
-def kv_bytes_per_token(config: Mapping[str, Any], *, dtype_bytes: int, devices: int) -> int:
-    """Return the bytes of one token in the KV cache of each device; 0 if the shape is unknown."""
-    # Multimodal models keep the shape of their language part separately.
-    shape = config.get("text_config") or config
-    layers = _whole(shape, "num_hidden_layers", "n_layer")
-    heads = _whole(shape, "num_attention_heads", "n_head")
-    kv_heads = _whole(shape, "num_key_value_heads") or heads
-    hidden = _whole(shape, "hidden_size", "n_embd")
-    head_size = _whole(shape, "head_dim") or (hidden // heads if heads else 0)
-    if latent := _whole(shape, "kv_lora_rank"):
-        return layers * (latent + _whole(shape, "qk_rope_head_dim")) * dtype_bytes
-    return 2 * layers * max(1, kv_heads // devices) * head_size * dtype_bytes
-
-
-def _whole(shape: Mapping[str, Any], *names: str) -> int:
-    values = (shape.get(name) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), 0)
+    return round(weights + MARGIN_BYTES + LEAST_TOKENS * kv_bytes_per_token)
 
 
 logger = logging.getLogger(__name__)
@@ -254,20 +224,16 @@ def own_pids(folder: DataFolder) -> frozenset[int]:
 def engine_need(settings: Settings) -> GpuNeed:
     """Return the resources that vLLM will need with these settings."""
     args = flags_of(settings.engine_args)
-    devices = 1
-    for flag in _SPREADING:
-        devices *= _count(args.get(flag))
-    unknown = _unknown_because(settings, args)
-    if unknown is not None:
-        return GpuNeed(devices=devices, why=unknown)
-    folder = Path(settings.model).expanduser()
-    config = _config(folder)
-    weights = (weight_bytes(folder) or 0) * _cast(config, str(args.get("dtype", "auto")))
-    needed = needed_bytes(weights, config, kv_dtype_bytes=kv_dtype_bytes(args), devices=devices)
+    devices = math.prod(_count(args.get(flag)) for flag in _SPREADING)
+    model = _measurable_model(settings, args)
+    if isinstance(model, str):
+        return GpuNeed(devices=devices, why=f"not known: {model}")
+    weights = model.loaded_bytes(str(args.get("dtype", "auto")))
+    per_token = model.kv_bytes_per_token(dtype_bytes=kv_dtype_bytes(args), devices=devices)
     each = f" on each of {devices}" if devices > 1 else ""
     return GpuNeed(
         devices=devices,
-        memory_bytes=needed,
+        memory_bytes=needed_bytes(weights, kv_bytes_per_token=per_token, devices=devices),
         why=(
             f"{weights / devices / _GIB:.1f} GiB of weights{each} + {MARGIN_SHARE:.0%}, 1 GiB for"
             " the engine, and the smallest KV cache"
@@ -284,65 +250,17 @@ def kv_dtype_bytes(args: Mapping[str, Any]) -> int:
     return DTYPE_BYTES.get(str(args.get("kv-cache-dtype", "auto")).split("_")[0], 2)
 
 
-def model_config(model: str) -> Mapping[str, Any]:
-    """Return the `config.json` of a model in a folder; empty if there is none to read."""
+def _measurable_model(settings: Settings, args: Mapping[str, Any]) -> ModelFolder | str:
+    """Return the model, or why the memory for its weights is unknown."""
     try:
-        folder = model_folder(model)
-    except EngineStartFailed:
-        return {}
-    return {} if folder is None else _config(folder)
-
-
-def weight_bytes(folder: Path) -> int | None:
-    """Return the size of a model's weights in its files; None if there are none.
-
-    If a folder has several formats, vLLM loads safetensors, by their index if there is one.
-    """
-    index = folder / "model.safetensors.index.json"
-    try:
-        return int(msgspec.json.decode(index.read_bytes())["metadata"]["total_size"])
-    except (OSError, msgspec.DecodeError, KeyError, TypeError, ValueError):
-        pass
-    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin"):
-        if files := list(folder.glob(pattern)):
-            return sum(path.stat().st_size for path in files)
-    return None
-
-
-def _unknown_because(settings: Settings, args: Mapping[str, Any]) -> str | None:
-    try:
-        folder = model_folder(settings.model)
+        folder = find_model(settings.model)
     except EngineStartFailed as error:
-        return f"not known: {error}"
+        return str(error)
     if folder is None:
-        return f"not known: {settings.model} is the name of a model on a hub, not a folder"
+        return f"{settings.model} is the name of a model on a hub, not a folder"
     if changed := [flag for flag in _CHANGES_WEIGHTS if args.get(flag) is not None]:
-        return f"not known: engine_args change the weights ({', '.join(changed)})"
-    if weight_bytes(folder) is None:
-        return f"not known: there are no weights in {folder}"
-    return None
-
-
-def _config(folder: Path) -> Mapping[str, Any]:
-    try:
-        config = msgspec.json.decode((folder / "config.json").read_bytes())
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _cast(config: Mapping[str, Any], dtype: str) -> float:
-    """Return the factor by which loading changes the size of the weights.
-
-    vLLM's `auto` loads float32 as 16 bits. Weights that are quantized in the files stay as they
-    are.
-    """
-    shape = config.get("text_config") or config
-    stored = shape.get("torch_dtype") or shape.get("dtype") or config.get("torch_dtype")
-    if config.get("quantization_config") or stored not in DTYPE_BYTES:
-        return 1.0
-    target = DTYPE_BYTES.get(dtype, 2 if DTYPE_BYTES[stored] > 2 else DTYPE_BYTES[stored])
-    return target / DTYPE_BYTES[stored]
+        return f"engine_args change the weights ({', '.join(changed)})"
+    return f"there are no weights in {folder.path}" if folder.weight_bytes is None else folder
 
 
 def _count(value: object) -> int:

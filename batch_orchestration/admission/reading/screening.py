@@ -4,8 +4,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 from batch_orchestration.admission.reading.feasibility import (
     CHAT,
     EMBEDDINGS,
@@ -18,6 +16,7 @@ from batch_orchestration.admission.reading.feasibility import (
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration.core.requests import Fault, Overrides, Request
+from batch_orchestration.engines.model_folder import ModelFolder
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS
 from batch_orchestration.engines.vllm.flags import whole_number
 from batch_orchestration.estimates.batch_estimates import CalibrationData, estimate_profile
@@ -83,11 +82,9 @@ def _vllm_limits(engine: EngineInForce, facts: CachedEngineInfo | None) -> Limit
 def _runner(engine: EngineInForce) -> Runner | None:
     if engine.folder is None:
         return None
-    try:
-        config = msgspec.json.decode((engine.folder / "config.json").read_bytes(), type=dict)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return runner_of(config, engine.args, pools=(engine.folder / "modules.json").exists())
+    config = ModelFolder(engine.folder).config
+    pools = (engine.folder / "modules.json").exists()
+    return runner_of(config, engine.args, pools=pools) if config else None
 
 
 class Feasibility:

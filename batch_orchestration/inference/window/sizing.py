@@ -7,6 +7,7 @@ from typing import Any
 
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.engines.base import EngineInfo
+from batch_orchestration.engines.model_folder import DTYPE_BYTES, local_model
 from batch_orchestration.engines.vllm.flags import flags_of, whole_number
 from batch_orchestration.estimates import derivation
 from batch_orchestration.estimates.batch_estimates import read_estimate
@@ -22,13 +23,10 @@ from batch_orchestration.estimates.estimate import Estimate
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import (
-    DTYPE_BYTES,
     LEAST_TOKENS,
     GpuCheck,
     check_gpu,
-    kv_bytes_per_token,
     kv_dtype_bytes,
-    model_config,
     no_gate,
 )
 from batch_orchestration.inference.window.control import Bounds
@@ -166,11 +164,13 @@ def _cache_expected(
     share: Derived | None,
 ) -> int | None:
     """Return the KV cache's tokens expected from the model's shape; None if unknown."""
-    config = model_config(settings.model)
+    model = local_model(settings.model)
+    if model is None:
+        return None
     if settings.device is Device.CPU:
         cache_bytes = whole_number(engine_in_force(settings).args.get("kv-cache-memory-bytes"))
         dtype = str(engine_in_force(settings).args.get("dtype"))
-        per_token = kv_bytes_per_token(config, dtype_bytes=DTYPE_BYTES.get(dtype, 4), devices=1)
+        per_token = model.kv_bytes_per_token(dtype_bytes=DTYPE_BYTES.get(dtype, 4), devices=1)
         return cache_bytes // per_token if cache_bytes and per_token else None
     if gpu is None or share is None or gpu.need.memory_bytes is None:
         return None
@@ -179,7 +179,7 @@ def _cache_expected(
         claimed_bytes=share.value * total,
         needed_bytes=gpu.need.memory_bytes,
         least_tokens=LEAST_TOKENS,
-        bytes_per_token=kv_bytes_per_token(
-            config, dtype_bytes=kv_dtype_bytes(args), devices=gpu.need.devices
+        bytes_per_token=model.kv_bytes_per_token(
+            dtype_bytes=kv_dtype_bytes(args), devices=gpu.need.devices
         ),
     )

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from batch_orchestration.core.errors import EngineStartFailed
-from batch_orchestration.engines.vllm.flags import model_folder, server_command, server_env
+from batch_orchestration.engines.model_folder import find_model
+from batch_orchestration.engines.vllm.flags import server_command, server_env
 
 
 def command(model: str = "org/model", **options: Any) -> list[str]:
@@ -89,8 +90,8 @@ def test_no_model_and_no_folder_are_said_plainly(tmp_path: Path) -> None:
 
 
 def test_a_name_with_at_most_one_slash_may_be_a_hubs() -> None:
-    assert model_folder("org/model-1.5") is None
-    assert model_folder("gpt2") is None
+    assert find_model("org/model-1.5") is None
+    assert find_model("gpt2") is None
 
 
 def test_the_environment_on_a_gpu_is_this(monkeypatch: pytest.MonkeyPatch) -> None:

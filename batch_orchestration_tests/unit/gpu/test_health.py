@@ -21,10 +21,10 @@ from batch_orchestration.gpu.health import (
     device_monitor,
     engine_need,
     gpu_problem,
+    needed_bytes,
     no_gate,
     own_pids,
     require_healthy_gpu,
-    weight_bytes,
 )
 from batch_orchestration.gpu.nvml import read_gpus
 from batch_orchestration.operations.health.report import Level
@@ -292,33 +292,6 @@ def test_spread_over_devices_it_fits(install, make_settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stored", "args", "share"),
-    [
-        ("bfloat16", {}, 1),
-        ("float32", {}, 0.5),
-        ("float32", {"dtype": "float32"}, 1),
-        ("float16", {"dtype": "float32"}, 2),
-    ],
-)
-def test_weights_take_what_they_take_when_loaded(make_settings, tmp_path, stored, args, share):
-    model = make_model(tmp_path / "m", size=10 * GIB, config={"torch_dtype": stored})
-    need = engine_need(make_settings(model=str(model), engine_args=args))
-
-    assert need.memory_bytes == round(10 * GIB * share * 1.05) + GIB
-
-
-def test_of_several_formats_the_one_that_is_loaded_counts(tmp_path):
-    make_model(tmp_path, size=7, name="pytorch_model.bin")
-    assert weight_bytes(tmp_path) == 7
-    make_model(tmp_path, size=5, name="consolidated.safetensors")
-    make_model(tmp_path, size=4, name="model.safetensors")
-    assert weight_bytes(tmp_path) == 4
-    index = {"metadata": {"total_size": 3}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert weight_bytes(tmp_path) == 3
-
-
-@pytest.mark.parametrize(
     ("model", "args", "why"),
     [
         ("org/on-a-hub", {}, "name of a model on a hub"),
@@ -327,10 +300,19 @@ def test_of_several_formats_the_one_that_is_loaded_counts(tmp_path):
         ("{folder}/empty", {}, "there are no weights"),
     ],
 )
-def test_where_nobody_knows_the_need_it_says_so(make_settings, tmp_path, model, args, why):
+def test_an_unknown_need_says_why(make_settings, tmp_path, model, args, why):
     make_model(tmp_path / "m", size=1)
     (tmp_path / "m" / "empty").mkdir()
     need = engine_need(make_settings(model=model.format(folder=tmp_path / "m"), engine_args=args))
 
     assert need.memory_bytes is None
     assert why in need.why
+
+
+@pytest.mark.parametrize(("devices", "share"), [(1, 1.0), (4, 0.25)])
+def test_weights_margin_and_the_smallest_cache_are_needed(devices, share):
+    weights, per_token = 16 * 10**9, 128 * 1024
+
+    needed = needed_bytes(weights, kv_bytes_per_token=per_token, devices=devices)
+
+    assert needed == weights * share * 1.05 + GIB + 2048 * per_token
