@@ -131,6 +131,8 @@ class Settings(BaseSettings):
     """Time limit until the engine is ready."""
     engine_restarts: int = Field(30, ge=0)
     """Restarts of a dead engine in one run."""
+    engine_keep_alive: float = Field(600, ge=0)
+    """Seconds for which an engine stays warm after the last run; 0 ends it with its run."""
     memory_level_retry_seconds: float = Field(86_400, ge=0)
     """Time on a memory level before the next higher one is tried."""
     breaker_last: int = Field(50, ge=1)

@@ -1,8 +1,13 @@
 """The order of the tests."""
 
+import os
 from collections import Counter
 
 import pytest
+
+# Engines end with their runs: one that stays warm for ten minutes would be left by each test. The
+# tests of engine hosts set a time of their own.
+os.environ.setdefault("BATCH_ENGINE_KEEP_ALIVE", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

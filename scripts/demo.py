@@ -29,6 +29,7 @@ from batch_orchestration.core.batches import BatchOptions, BatchStatus
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.results import SIMULATED
 from batch_orchestration.core.text import duration
+from batch_orchestration.hosting.hosts import end_engines
 from batch_orchestration.status.views import BatchStatusView, find_identity, view_batch
 
 EXAMPLE = REPOSITORY / "examples" / "candidates.jsonl"
@@ -247,7 +248,11 @@ def _dagster(context: Context) -> Iterator[DagsterDev | None]:
             REPOSITORY, log_path=context.folder.logs / "dagster-dev.log", environ=_environ()
         ) as dagster,
     ):
-        yield dagster
+        try:
+            yield dagster
+        finally:
+            # It would stay warm, but nothing uses it once Dagster has stopped.
+            end_engines(context.folder, only_idle=False)
 
 
 def _environ() -> dict[str, str]:

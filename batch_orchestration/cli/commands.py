@@ -9,6 +9,7 @@ from batch_orchestration.cli.dead_letters import discard, failures, replay
 from batch_orchestration.cli.estimates import estimates
 from batch_orchestration.cli.gpu import gpu
 from batch_orchestration.cli.health import health
+from batch_orchestration.cli.hosting import engine
 from batch_orchestration.cli.housekeeping import housekeeping
 from batch_orchestration.cli.lifecycle import cancel_batch, resume_queue_or_batch
 from batch_orchestration.cli.metrics import metrics
@@ -69,6 +70,7 @@ def config(as_json: bool) -> None:
 
 for command in (
     *(submit, validate, status, watch_batch, results, cancel_batch, resume_queue_or_batch, pause),
-    *(failures, replay, discard, recover, gpu, health, alerts, housekeeping, estimates, metrics),
+    *(failures, replay, discard, recover, gpu, engine, health, alerts),
+    *(housekeeping, estimates, metrics),
 ):
     main.add_command(command)

@@ -15,7 +15,6 @@ from batch_orchestration.engines.base import Engine
 from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.engines.openai_server import OpenAIServerEngine, ServerOptions
-from batch_orchestration.engines.processes.records import end_recorded
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL
 from batch_orchestration.engines.simulated.engine import MAX_NUM_SEQS, SimulatedEngine
 from batch_orchestration.engines.vllm.engine import VllmEngine
@@ -27,6 +26,9 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import share
 from batch_orchestration.gpu.health import device_monitor, no_gate, require_healthy_gpu
 from batch_orchestration.gpu.sample_table import SampleTaker
+from batch_orchestration.hosting.hosted_process import device_of, hosted_process
+from batch_orchestration.hosting.hosts import end_leftovers
+from batch_orchestration.hosting.records import hosts_lock
 from batch_orchestration.inference.faults.oom_recovery import remembered_fallback
 from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
 from batch_orchestration.inference.policy import RunPolicy
@@ -130,8 +132,8 @@ class RunFlags(dg.Config):
 class GpuResource(dg.ConfigurableResource):
     """The engine that answers requests, and the device under it.
 
-    The engine starts only when a chunk has pending requests. It is kept from one retry of the step
-    to the next and stopped, with its whole process group, when the run ends.
+    The engine starts only when a chunk has pending requests, unless an earlier run left it warm. It
+    is kept from one retry of the step to the next, and released when the run ends.
 
     Only the deployment's settings choose the engine, its address and its key: fields of this
     resource can be changed in the launchpad, and are kept with the run.
@@ -168,27 +170,28 @@ class GpuResource(dg.ConfigurableResource):
     def for_run(self, run_id: str, settings: Settings, *, batch_ids: Sequence[str] = ()) -> Engine:
         """Return the run's engine, not started yet; the same one each time.
 
-        Engines left by a killed run are ended first, because they hold device memory. The engine
+        Engines left by a killed host or run are ended first: they hold device memory. The engine
         checks a GPU before each start of vLLM on it, and raises `GpuUnhealthy` if it is unhealthy.
 
         Args:
             batch_ids: The batches that the engine is sized for (`inference.window.sizing`).
         """
         if self._engine is None:
-            logs = data_folder(settings).logs / "engines"
-            ended = [end_recorded(record) for record in sorted(logs.glob("*.process.json"))]
-            if any(ended) and no_gate(settings) is None:
+            folder = data_folder(settings)
+            with hosts_lock(folder):
+                ended = end_leftovers(folder)
+            if ended and no_gate(settings) is None:
                 # The free memory is measured next, and the driver takes a while to release it.
                 time.sleep(SETTLE_SECONDS)
             if (without := no_gate(settings)) is not None:
                 logger.info(without)
             self._sizing = size_run(
                 settings,
-                folder=data_folder(settings),
+                folder=folder,
                 store=open_store(settings, deadline_seconds=REMEMBER_SECONDS),
                 batch_ids=batch_ids,
             )
-            self._engine = self._build(logs / f"{run_id}.log", settings)
+            self._engine = self._build(folder.logs / "engines" / f"{run_id}.log", settings)
             self._settings = settings
         return self._engine
 
@@ -204,12 +207,12 @@ class GpuResource(dg.ConfigurableResource):
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Iterator["GpuResource"]:
-        """Provide the resource to a run, and stop its engine however the run ends."""
+        """Provide the resource to a run, and release its engine however the run ends."""
         try:
             yield self
         finally:
             if self._engine is not None:
-                self._engine.stop()
+                self._engine.release()
                 self._remember(self._engine)
 
     def _remember(self, engine: Engine) -> None:
@@ -231,6 +234,7 @@ class GpuResource(dg.ConfigurableResource):
                 device = str(settings.device)
                 args = {**self._sizing.flags, **settings.engine_args}
                 top = top_level(settings.model, device=device, args=args, in_flight=most)
+                fallback = self._fallback(settings, top)
                 return VllmEngine(
                     settings.model,
                     log_path=log_path,
@@ -238,7 +242,8 @@ class GpuResource(dg.ConfigurableResource):
                     device=device,
                     args=args,
                     env=settings.engine_environment(),
-                    fallback=self._fallback(settings, top),
+                    fallback=fallback,
+                    process=hosted_process(settings, fallback, log_path=log_path),
                     before_start=partial(require_healthy_gpu, settings),
                     options=options,
                 )
@@ -250,11 +255,13 @@ class GpuResource(dg.ConfigurableResource):
                 )
             case EngineKind.SIMULATED:
                 top = MemoryLevel(max_num_seqs=min(MAX_NUM_SEQS, most))
+                fallback = self._fallback(settings, top)
                 return SimulatedEngine(
                     log_path=log_path,
                     models=[settings.served_model_name or DEFAULT_MODEL],
                     control_path=data_folder(settings).root / "simulated.json",
-                    fallback=self._fallback(settings, top),
+                    fallback=fallback,
+                    process=hosted_process(settings, fallback, log_path=log_path),
                     options=options,
                 )
 
@@ -263,7 +270,7 @@ class GpuResource(dg.ConfigurableResource):
             top,
             memory=MemoryLevelFile(data_folder(settings).memory_levels),
             model=settings.model or str(settings.engine),
-            device=str(settings.device),
+            device=device_of(settings),
             args=settings.engine_args,
             retry_seconds=settings.memory_level_retry_seconds,
             derived=tuple(self._sizing.flags),

@@ -78,3 +78,6 @@ class Engine(Protocol):
 
     def stop(self) -> None:
         """End the engine and free its device memory. Idempotent."""
+
+    def release(self) -> None:
+        """End this run's use of the engine, which may stay warm for others. Idempotent."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,8 +21,7 @@ from batch_orchestration.engines.openai_server import (
     ServerOptions,
 )
 from batch_orchestration.engines.processes import logs
-from batch_orchestration.engines.processes.process import EngineProcess
-from batch_orchestration.engines.processes.sockets import choose_socket
+from batch_orchestration.engines.processes.process import EngineProcess, Launch, ServerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +32,6 @@ LOG_LINES_IN_ERROR = 30
 LAST_LINES = 3
 CAUSES = 3
 ALL_LINES = 10**9
-
-Launch = Callable[[Path], tuple[Sequence[str], Mapping[str, str | None]]]
-"""From Unix socket to command and additional environment; see `child_environment`."""
 
 
 class ChildServerEngine(Engine):
@@ -48,6 +44,8 @@ class ChildServerEngine(Engine):
         log_path: File to which the server's output is appended.
         record_path: File in which its processes are recorded; beside the log by default. Two
             engines at a time need two records.
+        process: The server's process if it is not a child of this one, with a log and a record of
+            its own.
         before_start: Called in a thread before each start, after remains of an earlier server have
             been ended. If it raises, no server is started and `start` raises the same.
     """
@@ -60,6 +58,7 @@ class ChildServerEngine(Engine):
         fallback: MemoryFallback,
         log_path: Path,
         record_path: Path | None = None,
+        process: ServerProcess | None = None,
         before_start: Callable[[], None] = lambda: None,
         options: ServerOptions = DEFAULT_OPTIONS,
     ) -> None:
@@ -70,12 +69,12 @@ class ChildServerEngine(Engine):
         self._launch = launch
         self._before_start = before_start
         self.fallback = fallback
-        self.process = EngineProcess(
+        self.process: ServerProcess = process or EngineProcess(
             name=self.name,
             log_path=log_path,
             record_path=record_path or log_path.with_suffix(".process.json"),
         )
-        #: How often the server was started.
+        #: How often a server was started; a warm one does not count.
         self.starts = 0
         self._server: OpenAIServerEngine | None = None
         self._stopped = False
@@ -92,12 +91,24 @@ class ChildServerEngine(Engine):
         self._stopped = False
         await self.disconnect()
         self._server = None
+        # A server that is here is dead, stuck, or of another memory level.
         await asyncio.to_thread(self.process.stop)
-        await asyncio.to_thread(self._before_start)
+        while True:
+            warm = await asyncio.to_thread(self.process.obtain, self._launch, self._before_start)
+            try:
+                return await self._become_ready(warm)
+            except EngineStartFailed as error:
+                if warm is None or self._stopped:
+                    raise
+                logger.warning("a warm server is of no use, another one is started: %s", error)
+
+    async def _become_ready(self, warm: EngineInfo | None) -> EngineInfo:
+        """Wait until the server answers; return its description."""
+        self.starts += warm is None
         began, seconds = time.monotonic(), self._options.start_timeout_seconds
         try:
             async with asyncio.timeout(seconds):
-                server = await self._start_server()
+                server = await self._connect()
                 info = await server.start()
         except TimeoutError as error:
             self._fail(f"was not ready in {seconds:g} s", error)
@@ -105,12 +116,13 @@ class ChildServerEngine(Engine):
             self.process.stop()
             raise
         self._server = server
-        self.info = msgspec.structs.replace(
+        self.info = warm or msgspec.structs.replace(
             info,
             start_seconds=round(time.monotonic() - began, 3),
             max_num_seqs=self.fallback.level.max_num_seqs,
         )
-        logger.info("%s is ready after %.1f s", self.name, self.info.start_seconds)
+        await asyncio.to_thread(self.process.announce, self.info)
+        logger.info("%s is ready after %.1f s", self.name, time.monotonic() - began)
         return self.info
 
     async def answer(self, endpoint: str, body: bytes, *, request_id: str) -> Outcome:
@@ -145,15 +157,18 @@ class ChildServerEngine(Engine):
         self._stopped = True
         self.process.stop()
 
-    async def _start_server(self) -> OpenAIServerEngine:
-        socket = choose_socket()
-        command, env = self._launch(socket)
+    def release(self) -> None:
+        """End this run's use of the server. See `Engine.release`."""
+        self._stopped = True
+        self.process.release()
+
+    async def _connect(self) -> OpenAIServerEngine:
+        """Return the client of the server's process, once the server is ready."""
         self._life = exhaustion.SignsOfLife(self._observe())
-        await asyncio.to_thread(self.process.spawn, command, env, socket=socket)
         self._require_not_stopped()
-        self.starts += 1
+        socket = self.process.socket
         logger.info(
-            "starting %s (pid %s, %s); its log is %s",
+            "%s is pid %s at %s; its log is %s",
             self.name,
             self.process.pid,
             socket,

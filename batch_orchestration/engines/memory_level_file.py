@@ -12,6 +12,11 @@ from batch_orchestration.files.state_file import StateFile
 logger = logging.getLogger(__name__)
 
 
+def engine_name(model: str, device: str, settings: str) -> str:
+    """Return the name under which the descent of an engine is kept; settings are its hash."""
+    return f"{model} on {device} ({settings}" + (")" if settings else "")
+
+
 class Descent(msgspec.Struct, frozen=True, kw_only=True):
     """The levels that an engine had to step down.
 
@@ -55,6 +60,18 @@ class MemoryLevelFile:
         descents = self._read()
         if known := descents.get(engine):
             self._write(descents | {engine: Descent(levels=known.levels, since=at)})
+
+    def let_retry(self, model: str, device: str) -> None:
+        """Let the next start of each engine of a model try a higher level, however late it is."""
+        begin = engine_name(model, device, "")
+        self._write(
+            {
+                engine: msgspec.structs.replace(descent, since=0.0)
+                if engine.startswith(begin)
+                else descent
+                for engine, descent in self._read().items()
+            }
+        )
 
     def _read(self) -> dict[str, Descent]:
         try:

@@ -192,6 +192,9 @@ class OpenAIServerEngine(Engine):
     def stop(self) -> None:
         """Do nothing: the server keeps running, since it was not started here."""
 
+    def release(self) -> None:
+        """Do nothing, for the same reason."""
+
     async def _healthy(self, session: aiohttp.ClientSession) -> bool:
         # Any answer below 500 will do, even that the page does not exist.
         try:

@@ -52,6 +52,11 @@ class DataFolder:
         return self.root / "outbox"
 
     @property
+    def engines(self) -> Path:
+        """Records of the engine hosts that run."""
+        return self.root / "engines"
+
+    @property
     def logs(self) -> Path:
         """Logs of engines and runs."""
         return self.root / "logs"

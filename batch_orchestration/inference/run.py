@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from batch_orchestration.core.batches import BatchPlan, MemoryDemand, settings_hash
-from batch_orchestration.core.errors import IllegalTransition
+from batch_orchestration.core.errors import EngineError, GpuUnhealthy, IllegalTransition
 from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.engines.base import Engine, EngineInfo
@@ -155,6 +155,10 @@ class _BatchRun:
             self._loop.run_until_complete(self._feed_task)
         except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
             self._feed_error = error
+            if isinstance(first_leaf(error), EngineError | GpuUnhealthy):
+                # No other run shall find it warm. What survives is ended before the next start.
+                with contextlib.suppress(EngineError):
+                    self._run.engine.stop()
         finally:
             for work in self._works.values():
                 work.close_journals()

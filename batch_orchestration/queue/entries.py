@@ -52,11 +52,16 @@ class EntryState(StrEnum):
 
 
 class Pause(msgspec.Struct, frozen=True, kw_only=True):
-    """A person's decision to pause the queue."""
+    """A person's decision to pause the queue.
+
+    Attributes:
+        release_gpu: Whether engines are ended as soon as no run uses them.
+    """
 
     at: float
     actor: str
     reason: str = ""
+    release_gpu: bool = False
 
 
 class QueueEntry(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,7 +32,9 @@ from batch_orchestration_tests.support.dagster_processes import REPOSITORY
 SERVICES = sorted(UNITS.glob("*.service"))
 #: Runs once, before the others.
 INSTANCE = "batch-orchestration-instance.service"
-LASTING = [unit for unit in SERVICES if unit.name != INSTANCE]
+#: Runs once, when all services stop.
+ENGINES = "batch-orchestration-engines.service"
+LASTING = [unit for unit in SERVICES if unit.name not in (INSTANCE, ENGINES)]
 REQUESTS = 60
 
 
@@ -83,6 +85,13 @@ def test_dagsters_storage_is_there_before_anybody_uses_it():
     for unit in users:
         assert read_unit(unit)["Unit"]["Requires"] == INSTANCE
         assert INSTANCE in read_unit(unit)["Unit"]["After"].split()
+
+
+def test_warm_engines_end_with_the_services():
+    service = read_unit(UNITS / ENGINES)["Service"]
+
+    assert (service["Type"], service["RemainAfterExit"]) == ("oneshot", "yes")
+    assert service["ExecStop"].endswith("-m batch_orchestration engine stop --idle")
 
 
 def test_only_the_daemon_leaves_its_children_alone():

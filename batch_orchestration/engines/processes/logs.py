@@ -28,6 +28,14 @@ def last_lines(
     return [line for line in lines if line.strip()][-count:]
 
 
+def size(path: Path) -> int:
+    """Return the present size of a log in bytes; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def message_of(line: str) -> str:
     """Return a line without the prefix of vLLM's logger."""
     return _PREFIX.sub("", line).strip()

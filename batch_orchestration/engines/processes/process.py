@@ -8,19 +8,23 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import msgspec
 
 from batch_orchestration.core.errors import EngineStartFailed
+from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.engines.processes import guarded_exec, logs, sockets
 from batch_orchestration.engines.processes import records as process_records
 from batch_orchestration.engines.processes.environment import child_environment
 from batch_orchestration.engines.processes.parent_guard import GUARD_VARIABLE
 from batch_orchestration.engines.processes.records import ProcessRecord
+
+Launch = Callable[[Path], tuple[Sequence[str], Mapping[str, str | None]]]
+"""From Unix socket to command and additional environment; see `child_environment`."""
 
 _GUARDED_EXEC = str(Path(guarded_exec.__file__).resolve())
 _Call = tuple["Future[subprocess.Popen[bytes]]", Sequence[str], Mapping[str, str], BinaryIO]
@@ -100,6 +104,66 @@ STOP_GRACE_SECONDS = 15.0
 ORPHAN_GRACE_SECONDS = 1.0
 
 
+class ServerProcess(Protocol):
+    """A server's process as its engine sees it: a child of ours, or of an engine host."""
+
+    name: str
+
+    @property
+    def pid(self) -> int | None:
+        """Pid of the server, which is also the id of its process group; None if there is none."""
+
+    @property
+    def log_path(self) -> Path:
+        """The server's log."""
+
+    @property
+    def log_size(self) -> int:
+        """Current size of the log in bytes."""
+
+    @property
+    def socket(self) -> Path | None:
+        """Socket of the server, if there is one."""
+
+    def obtain(self, launch: Launch, before_start: Callable[[], None]) -> EngineInfo | None:
+        """Use a warm server, or end what an earlier one left and start a new one.
+
+        Returns:
+            The information that another run announced of a warm server; None for a new one.
+
+        Args:
+            before_start: Called before a server is started, and not if a warm one is used; whatever
+                it raises, this raises, and no server is started.
+
+        Raises:
+            EngineStartFailed: The server cannot be started.
+        """
+
+    def announce(self, info: EngineInfo) -> None:
+        """Leave the description of a server that is ready to later runs."""
+
+    def note_members(self) -> None:
+        """Record the processes that the server has started, so that they can be found later."""
+
+    def exit_reason(self) -> str | None:
+        """Return how the server ended; None while it runs or if there never was one."""
+
+    def stop(self) -> None:
+        """End the whole process group, whoever uses it, and wait until it is gone. Idempotent.
+
+        Raises:
+            EngineError: A process outlived SIGKILL; device memory may still be held.
+        """
+
+    def release(self) -> None:
+        """End this use of the server, which may stay warm for others. Idempotent."""
+
+    def last_log_lines(
+        self, count: int, *, since: int = 0, tail_bytes: int = logs.TAIL_BYTES
+    ) -> list[str]:
+        """Return the server's last log lines since it was started, and after byte `since`."""
+
+
 class EngineProcess:
     """A server's process group, from `spawn` to `stop`; it may be spawned again afterwards.
 
@@ -117,7 +181,7 @@ class EngineProcess:
         self._record: ProcessRecord | None = None
         #: Socket of the running server, if it has one.
         self.socket: Path | None = None
-        self._log_start = 0
+        self.log_start = 0
         self._exit: str | None = None
 
     @property
@@ -125,6 +189,20 @@ class EngineProcess:
         """Pid of the server, which is also the id of its process group; None if there is none."""
         child = self._child
         return None if child is None else child.pid
+
+    def obtain(self, launch: Launch, before_start: Callable[[], None]) -> None:
+        """Start a server; see `ServerProcess.obtain`."""
+        self.stop()
+        before_start()
+        socket = sockets.choose_socket()
+        self.spawn(*launch(socket), socket=socket)
+
+    def announce(self, info: EngineInfo) -> None:
+        """Do nothing: no other run uses this server."""
+
+    def release(self) -> None:
+        """End the server: no other run uses it."""
+        self.stop()
 
     def spawn(
         self,
@@ -149,7 +227,7 @@ class EngineProcess:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             environment = child_environment({**env, GUARD_VARIABLE: str(os.getpid())})
             with self.log_path.open("ab") as log:
-                self._log_start = log.tell()
+                self.log_start = log.tell()
                 try:
                     if socket is not None:
                         sockets.make_private_folder(socket)
@@ -213,16 +291,13 @@ class EngineProcess:
         self, count: int, *, since: int = 0, tail_bytes: int = logs.TAIL_BYTES
     ) -> list[str]:
         """Return the server's last log lines since it was spawned, and after byte `since`."""
-        start = max(self._log_start, since)
+        start = max(self.log_start, since)
         return logs.last_lines(self.log_path, count, start=start, tail_bytes=tail_bytes)
 
     @property
     def log_size(self) -> int:
         """Current size of the log in bytes."""
-        try:
-            return self.log_path.stat().st_size
-        except OSError:
-            return 0
+        return logs.size(self.log_path)
 
     def _stop_at_exit(self, owner_pid: int) -> None:
         # A forked child inherits the exit handler, but not the server.

@@ -13,6 +13,7 @@ from pathlib import Path
 from batch_orchestration.engines.child_server import ChildServerEngine
 from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
 from batch_orchestration.engines.openai_server import DEFAULT_OPTIONS, ServerOptions
+from batch_orchestration.engines.processes.process import ServerProcess
 from batch_orchestration.engines.processes.sockets import BACKLOG
 from batch_orchestration.engines.simulated.answers import CONTEXT_TOKENS, DEFAULT_MODEL
 
@@ -42,6 +43,7 @@ class SimulatedEngine(ChildServerEngine):
         *,
         log_path: Path,
         record_path: Path | None = None,
+        process: ServerProcess | None = None,
         models: Sequence[str] = (DEFAULT_MODEL,),
         context_tokens: int = CONTEXT_TOKENS,
         max_num_seqs: int = MAX_NUM_SEQS,
@@ -73,6 +75,7 @@ class SimulatedEngine(ChildServerEngine):
             log_path=log_path,
             before_start=before_start,
             record_path=record_path,
+            process=process,
             options=options,
         )
 

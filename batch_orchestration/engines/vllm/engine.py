@@ -10,6 +10,7 @@ from typing import Any
 from batch_orchestration.engines.child_server import ChildServerEngine
 from batch_orchestration.engines.memory_fallback import MemoryFallback
 from batch_orchestration.engines.openai_server import DEFAULT_OPTIONS, ServerOptions
+from batch_orchestration.engines.processes.process import ServerProcess
 from batch_orchestration.engines.vllm.flags import flags_of, server_command, server_env, top_level
 
 
@@ -33,6 +34,7 @@ class VllmEngine(ChildServerEngine):
         *,
         log_path: Path,
         record_path: Path | None = None,
+        process: ServerProcess | None = None,
         served_model_name: str = "",
         device: str = "cuda",
         args: Mapping[str, Any] | None = None,
@@ -61,6 +63,7 @@ class VllmEngine(ChildServerEngine):
             fallback=memory,
             log_path=log_path,
             record_path=record_path,
+            process=process,
             before_start=before_start,
             options=options,
         )

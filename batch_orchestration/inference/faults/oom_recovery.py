@@ -12,7 +12,7 @@ import msgspec
 from batch_orchestration.core.batches import settings_hash
 from batch_orchestration.core.errors import EngineDied, EngineError, EngineStartFailed
 from batch_orchestration.engines.memory_fallback import MemoryFallback, MemoryLevel
-from batch_orchestration.engines.memory_level_file import MemoryLevelFile
+from batch_orchestration.engines.memory_level_file import MemoryLevelFile, engine_name
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def remembered_fallback(
         if name.replace("_", "-") not in derived
     }
     configured = {"args": dict(args), "top": fixed}
-    engine = f"{model} on {device} ({settings_hash(configured)})"
+    engine = engine_name(model, device, settings_hash(configured))
     descent = memory.recall(engine)
     levels = () if descent is None else descent.levels
     if descent is not None and clock() - descent.since >= retry_seconds:

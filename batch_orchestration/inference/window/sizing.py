@@ -22,6 +22,7 @@ from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.estimate import Estimate
 from batch_orchestration.estimates.tables import EstimateTables
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.health import (
     LEAST_TOKENS,
     GpuCheck,
@@ -29,6 +30,7 @@ from batch_orchestration.gpu.health import (
     kv_dtype_bytes,
     no_gate,
 )
+from batch_orchestration.hosting.hosts import idle_pids
 from batch_orchestration.inference.window.control import Bounds
 from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.store.store import Store
@@ -95,7 +97,7 @@ def size_run(
         gpu = None if no_gate(settings) is not None else check_gpu(settings)
         share = None
         if gpu is not None and not _MEMORY_FLAGS & args.keys():
-            share = memory_share_of(gpu)
+            share = memory_share_of(gpu, reusable=idle_pids(folder))
         cache = cache or _cache_expected(settings, args, gpu, share)
         slots = None if "max-num-seqs" in args else _slots(settings, cache, sized)
         sized = _with(sized, [each for each in (share, slots) if each is not None])
@@ -129,20 +131,27 @@ def _reading_cost(
     return derivation.reading_cost(measured.costs, at_a_time=at_a_time)
 
 
-def memory_share_of(gpu: GpuCheck) -> Derived | None:
+def memory_share_of(gpu: GpuCheck, *, reusable: frozenset[int] = frozenset()) -> Derived | None:
     """Return the share of memory to claim on the devices that the engine will use.
 
     None if the memory of one of them is unknown.
+
+    Args:
+        reusable: Pids of warm engines, which are ended before another one starts.
     """
     devices = gpu.devices[: gpu.need.devices]
     known = [
-        (each.memory_free_bytes, each.memory_total_bytes)
+        (each.memory_free_bytes + _held_by(each, reusable), each.memory_total_bytes)
         for each in devices
         if each.memory_free_bytes is not None and each.memory_total_bytes
     ]
     if len(known) < gpu.need.devices:
         return None
     return derivation.memory_share(known, needed_bytes=gpu.need.memory_bytes)
+
+
+def _held_by(device: GpuFacts, pids: frozenset[int]) -> int:
+    return sum(each.memory_bytes or 0 for each in device.processes or () if each.pid in pids)
 
 
 def _cache_known(settings: Settings, store: Store) -> int | None:
