@@ -151,7 +151,8 @@ class DagsterProcesses(DagsterClient):
             for name, value in os.environ.items()
             if not name.startswith(("BATCH_", "DAGSTER_"))
         }
-        return {**kept, **self._settings}
+        # Else each test would leave an engine for ten minutes; `test_engine_hosts` keeps them warm.
+        return {**kept, "BATCH_ENGINE_KEEP_ALIVE": "0", **self._settings}
 
     def _answers(self) -> bool:
         assert self._dev is not None
