@@ -22,10 +22,11 @@ from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.delivery.assembly import delivery_lock_path
 from batch_orchestration.delivery.outbox import OutboxFiles
 from batch_orchestration.delivery.recount import recount
-from batch_orchestration.files.atomic import disk_errors, write_atomically
+from batch_orchestration.files.atomic import disk_errors
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import input_removed_path
 from batch_orchestration.files.sharing import shared_lock
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.gpu.sample_table import prune_samples
 from batch_orchestration.operations.housekeeping.clean import (
     LEAST_REST_SECONDS,
@@ -95,7 +96,7 @@ def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: floa
             if counted.problem is not None or counted.partial:
                 logger.warning("the journals of %s stay: %s", batch_id, counted.problem)
                 return False
-            write_atomically(folder.pruned_path(batch_id), msgspec.json.encode(Pruned(at=now)))
+            StateFile(folder.pruned_path(batch_id), Pruned).write(Pruned(at=now))
         _remove(journals)
     logger.info("removed %d journals of %s, delivered long ago", len(journals), batch_id)
     return True
@@ -103,9 +104,8 @@ def _prune(batch_id: str, journals: list[Path], folder: DataFolder, *, now: floa
 
 def clean_inputs(cleanup: Cleanup, keep_seconds: float) -> Iterator[Removal]:
     """Remove kept inputs of batches that were completed that long ago and have no journals left."""
-    before = cleanup.now - keep_seconds
     faults = Faults()
-    for batch_id in cleanup.completed_before(before):
+    for batch_id in cleanup.completed_before(cleanup.now - keep_seconds):
         with faults.of(batch_id):
             plan = cleanup.folder.read_plan(batch_id)
             files = _inputs(plan, cleanup.folder)
@@ -128,7 +128,7 @@ def _remove_input(plan: BatchPlan, files: list[Path], cleanup: Cleanup) -> None:
     removed = InputRemoved(
         at=cleanup.now, file_name=plan.file_name, sha256=plan.sha256, size_bytes=plan.size_bytes
     )
-    write_atomically(input_removed_path(plan, cleanup.folder), msgspec.json.encode(removed))
+    StateFile(input_removed_path(plan, cleanup.folder), InputRemoved).write(removed)
     _remove(files)
     logger.info("removed the kept input of %s, delivered long ago: %s", plan.batch_id, removed)
 

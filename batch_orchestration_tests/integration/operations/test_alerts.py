@@ -268,13 +268,16 @@ def test_a_check_that_could_not_be_done_has_not_recovered_because_the_report_is_
     assert not any("[recovered]" in text for text in tower.webhook.texts)
 
 
-def test_while_the_store_cannot_be_read_nothing_of_it_is_over_and_no_event_is_lost(tower):
+@pytest.mark.parametrize("accident", ["damaged", "deleted"])
+def test_while_the_store_cannot_be_read_nothing_of_it_is_over_and_no_event_is_lost(tower, accident):
     tower.begin()
     tower.add(requests=100, failing=range(5))
     tower.tick()
     content = tower.folder.duckdb.read_bytes()
 
-    tower.folder.duckdb.write_bytes(b"no database" * 1000)
+    tower.folder.duckdb.unlink()
+    if accident == "damaged":
+        tower.folder.duckdb.write_bytes(b"no database" * 1000)
     for _ in range(20):
         tower.tick()
     assert tower.kinds == [AlertKind.DEAD_LETTERS]
