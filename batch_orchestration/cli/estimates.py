@@ -1,18 +1,20 @@
 """`estimates`: how accurate the estimates of the last batches were."""
 
-from collections.abc import Sequence
-
 import click
-from rich.table import Table
-from rich.text import Text
 
 from batch_orchestration.cli.context import json_option, open_context, print_json
 from batch_orchestration.cli.escaping import say
+from batch_orchestration.cli.tables import table
 from batch_orchestration.core.text import duration
 from batch_orchestration.estimates.estimate import seconds_band, tokens_band
 from batch_orchestration.estimates.scores import Accuracy, Score, accuracy
 from batch_orchestration.estimates.scoring import LAST_BATCHES
 from batch_orchestration.estimates.tables import EstimateTables
+
+_COLUMNS = (
+    *("Batch", "Answer tokens expected", "Actual", "Time expected", "Actual", "Error"),
+    "In band",
+)
 
 
 @click.command()
@@ -21,20 +23,20 @@ from batch_orchestration.estimates.tables import EstimateTables
     type=click.IntRange(min=1),
     default=LAST_BATCHES,
     show_default=True,
-    help="So many batches.",
+    help="Number of batches.",
 )
 @json_option
 def estimates(last: int, as_json: bool) -> None:
-    """Show the estimates of the last batches beside the actual values, and their accuracy."""
+    """Show the estimates of the last batches, the actual values, and the accuracy."""
     context = open_context()
     scores = EstimateTables(context.store).scores(limit=last) if context.store.exists else []
     if as_json:
         print_json({"calibration": accuracy(scores), "batches": [*map(_object, scores)]})
         return
     if not scores:
-        say("No batch with an estimate is completed yet.")
+        say("No batch with an estimate has been completed yet.")
         return
-    context.console.print(_table(scores))
+    context.console.print(table(_COLUMNS, map(_row, scores)))
     for line in _summary(accuracy(scores)):
         say(line)
 
@@ -55,23 +57,17 @@ def _object(score: Score) -> dict[str, object]:
     }
 
 
-def _table(scores: Sequence[Score]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("Batch", "Answer tokens expected", "Actual", "Time expected", "Actual", "Error",
-                   "In band"):  # fmt: skip
-        table.add_column(column, overflow="fold")
-    for score in scores:
-        expected = score.estimate.seconds
-        table.add_row(
-            Text(score.batch_id),
-            tokens_band(score.estimate.completion_tokens),
-            f"{score.actual_completion_tokens:,}",
-            "" if expected is None else seconds_band(expected),
-            duration(score.actual_seconds),
-            "" if score.error is None else f"{score.error:.0%}",
-            {None: "", True: "yes", False: "no"}[score.inside],
-        )
-    return table
+def _row(score: Score) -> tuple[object, ...]:
+    expected = score.estimate.seconds
+    return (
+        score.batch_id,
+        tokens_band(score.estimate.completion_tokens),
+        f"{score.actual_completion_tokens:,}",
+        expected and seconds_band(expected),
+        duration(score.actual_seconds),
+        None if score.error is None else f"{score.error:.0%}",
+        None if score.inside is None else "yes" if score.inside else "no",
+    )
 
 
 def _summary(found: Accuracy) -> list[str]:
@@ -81,6 +77,6 @@ def _summary(found: Accuracy) -> list[str]:
     if found.median_error is not None and found.inside is not None:
         lines.append(
             f"Time: median error {found.median_error:.0%}; {found.inside:.0%} of"
-            f" {found.with_seconds:,} within their band (80% would be just right)."
+            f" {found.with_seconds:,} within their band (80% is ideal)."
         )
     return lines

@@ -24,10 +24,10 @@ class CalibrationConfig(dg.Config):
     """
 
     requests: int = Field(
-        32, ge=1, le=1000, description="Of each round that keeps the engine busy."
+        32, ge=1, le=1000, description="Requests of each round that keeps the engine busy."
     )
     seconds: float = Field(
-        300, gt=0, description="After so many no further round is begun; the first one always is."
+        300, gt=0, description="Time limit; no round begins after it but the first."
     )
 
 
@@ -41,8 +41,8 @@ def benchmark_engine(
     """Measure the engine for a few minutes: time estimates use the result until batches have run.
 
     Launch it once after an installation, and after a change of model, device or engine flags. It
-    waits for the device like any other run. It sends made-up prompts of two lengths, and keeps
-    their cost in the table `benchmarks`.
+    waits for the device like any other run. It sends made-up prompts of two lengths and
+    stores each round in the table `benchmarks`.
     """
     present = gpu.in_force(settings)
     late = present.engine_start_timeout_seconds + MARGIN_SECONDS

@@ -150,5 +150,5 @@ def _read(path: Path, kind: type[_T]) -> _T | None:
     try:
         return StateFile(path, kind).read()
     except StorageError as error:
-        logger.warning("ignored: %s", error)
+        logger.warning("estimating without a file: %s", error)
         return None

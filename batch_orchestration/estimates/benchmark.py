@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,9 +108,9 @@ async def calibrate(
     info = await engine.start()
     report_phase("measuring the engine")
     try:
-        ask = _Asker(engine, in_force, model=info.models[0], run_id=run_id)
+        client = _Client(engine, in_force, model=info.models[0], run_id=run_id)
         # Also a warm-up: an engine's first request pays one-time costs.
-        await ask.choose_endpoint()
+        await client.choose_endpoint()
         context = info.max_model_len
         began = time.monotonic()
         found: list[Measurement] = []
@@ -119,7 +119,7 @@ async def calibrate(
         ):
             if found and time.monotonic() - began > seconds:
                 break
-            measured = await ask.measure(planned)
+            measured = await client.measure(planned)
             if measured is not None:
                 found.append(measured)
                 logger.info("%s took %.2f s", planned, measured.seconds)
@@ -127,10 +127,12 @@ async def calibrate(
         await engine.disconnect()
     if not found:
         raise CalibrationFailed("the engine answered none of the made-up requests")
-    return CalibrationReport(rounds=tuple(found), throughput=throughput(found), failed=ask.failed)
+    return CalibrationReport(
+        rounds=tuple(found), throughput=throughput(found), failed=client.failed
+    )
 
 
-class _Asker:
+class _Client:
     """Sends made-up requests with different first words, so that no prefix cache can help."""
 
     def __init__(self, engine: Engine, in_force: EngineInForce, *, model: str, run_id: str) -> None:
@@ -140,7 +142,7 @@ class _Asker:
         self._run_id = run_id
         self._dice = random.Random(run_id)
         self._endpoint = CHAT
-        self._asked = 0
+        self._sent = 0
         self.failed = 0
 
     async def choose_endpoint(self) -> None:
@@ -151,11 +153,11 @@ class _Asker:
         """
         messages = []
         for self._endpoint in (CHAT, COMPLETION, EMBEDDING):
-            outcome = await self._ask(SHORT_PROMPT, SHORT_ANSWER)
+            outcome = await self._send(SHORT_PROMPT, SHORT_ANSWER)
             if isinstance(outcome, Completion):
                 return
             messages.append(f"{self._endpoint}: {outcome.message}")
-        raise CalibrationFailed("the engine answers nothing: " + "; ".join(messages))
+        raise CalibrationFailed("the engine answers on no endpoint: " + "; ".join(messages))
 
     async def measure(self, planned: Round) -> Measurement | None:
         """Send the requests of one round and return the measurement; None without an answer."""
@@ -188,20 +190,20 @@ class _Asker:
         self, waiting: Iterator[int], planned: Round, outcomes: list[Outcome]
     ) -> None:
         outcomes.extend(
-            [await self._ask(planned.prompt_tokens, planned.answer_tokens) for _ in waiting]
+            [await self._send(planned.prompt_tokens, planned.answer_tokens) for _ in waiting]
         )
 
-    async def _ask(self, prompt_tokens: int, answer_tokens: int) -> Completion | Failure:
-        self._asked += 1
+    async def _send(self, prompt_tokens: int, answer_tokens: int) -> Completion | Failure:
+        self._sent += 1
         body = self._body(self._text(prompt_tokens), answer_tokens)
         outcome = await self._engine.answer(
-            self._endpoint, msgspec.json.encode(body), request_id=f"calibration-{self._asked}"
+            self._endpoint, msgspec.json.encode(body), request_id=f"calibration-{self._sent}"
         )
         report_progress()
         return outcome
 
     def _text(self, tokens: int) -> str:
-        words = [str(self._asked), *self._dice.choices(WORDS, k=tokens)]
+        words = [str(self._sent), *self._dice.choices(WORDS, k=tokens)]
         return " ".join(words)[: tokens * CHARACTERS_PER_TOKEN]
 
     def _body(self, text: str, answer_tokens: int) -> dict[str, Any]:
@@ -210,6 +212,6 @@ class _Asker:
         # `ignore_eos` and `min_tokens` are vLLM's extensions that fix the length of answers.
         limits = {"max_tokens": answer_tokens, "ignore_eos": True, "min_tokens": answer_tokens}
         if self._endpoint == CHAT:
-            asked: Sequence[Any] | str = [{"role": "user", "content": text}]
-            return {"model": self._model, "messages": asked, **limits}
+            messages = [{"role": "user", "content": text}]
+            return {"model": self._model, "messages": messages, **limits}
         return {"model": self._model, "prompt": text, **limits}

@@ -103,7 +103,7 @@ def window(
         words.append(f"{KV_SHARE} x {kv_cache_tokens:,} tokens of KV cache / {_held(tokens)}")
     if not bounds:
         value = min(most, DEFAULT_IN_FLIGHT)
-        return Derived(name="window", value=value, why="the default, for nothing is known yet")
+        return Derived(name="window", value=value, why="the default: the engine is not known yet")
     running = max(1, math.floor(min(bounds)))
     queue = queued(running)
     why = f"{running:,} running ({'; or '.join(words)}) + {queue:,} waiting at the engine"
@@ -228,7 +228,7 @@ def chunk_size(costs: Costs | None, tokens: RequestTokens | None, *, at_a_time: 
     """
     if costs is None or tokens is None:
         return Derived(
-            name="chunk", value=DEFAULT_CHUNK, why="the default, for this engine was never measured"
+            name="chunk", value=DEFAULT_CHUNK, why="the default: the engine was never measured"
         )
     seconds = costs.seconds(
         work_shared(

@@ -34,8 +34,6 @@ CUT_ANSWERS_GO_ON = 2
 #: Standard deviation of log(answer length of a whole batch / expected length), with an expectation
 #: from history and from the prior.
 BATCH_SPREAD, PRIOR_SPREAD = 0.15, 0.40
-#: The same for prompt tokens, by the basis of their count.
-TOKENIZED_SPREAD, LEARNED_SPREAD, GUESSED_SPREAD = 0.02, 0.08, 0.25
 #: Prior of capped answers: deciles of the share of the cap that an answer uses.
 PRIOR_SHORT = (0.15, 0.25, 0.4, 0.5, 0.65, 0.8, 1.0, 1.0, 1.0, 1.0)
 PRIOR_LONG = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0, 1.0)
@@ -69,6 +67,10 @@ class Basis(StrEnum):
     TOKENIZER = "tokenizer"
     LEARNED = "learned ratio"
     CHARACTERS = "4 characters a token"
+
+
+#: Standard deviation of log(prompt tokens of a whole batch / expected tokens), by their basis.
+PROMPT_SPREAD = {Basis.TOKENIZER: 0.02, Basis.LEARNED: 0.08, Basis.CHARACTERS: 0.25}
 
 
 class AnsweredRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,7 +232,7 @@ def estimate(
         at_a_time: Most requests that the engine computes together.
         seed: Seed of the draws.
     """
-    models = _models(profile, history)
+    models, basis = _models(profile, history), _basis(profile, history)
     dice = random.Random(seed)
     prompt = sum(model.prompt_tokens for model in models.values())
     prompts, answers, seconds = [], [], []
@@ -240,7 +242,7 @@ def estimate(
         for shape, (tokens, _) in drawn.items():
             sums[shape] += tokens / DRAWS
         answers.append(sum(tokens for tokens, _ in drawn.values()))
-        prompts.append(prompt * math.exp(dice.gauss(0.0, _prompt_spread(profile, history))))
+        prompts.append(prompt * math.exp(dice.gauss(0.0, PROMPT_SPREAD[basis])))
         if throughput is not None:
             longest = max((longest for _, longest in drawn.values()), default=0.0)
             work = work_alone(
@@ -257,7 +259,7 @@ def estimate(
         requests=profile.requests,
         prompt_tokens=_band(prompts),
         completion_tokens=_band(answers),
-        basis=_basis(profile, history),
+        basis=basis,
         seconds=_band(seconds) if seconds else None,
         from_history=known / profile.requests if profile.requests else 0.0,
         measurements=0 if throughput is None else throughput.measurements,
@@ -297,16 +299,6 @@ def _basis(profile: TokenProfile, history: TokenHistory) -> Basis:
     return Basis.CHARACTERS if history.tokens_per_character is None else Basis.LEARNED
 
 
-def _prompt_spread(profile: TokenProfile, history: TokenHistory) -> float:
-    match _basis(profile, history):
-        case Basis.TOKENIZER:
-            return TOKENIZED_SPREAD
-        case Basis.LEARNED:
-            return LEARNED_SPREAD
-        case Basis.CHARACTERS:
-            return GUESSED_SPREAD
-
-
 def _band(draws: Sequence[float]) -> Band:
     ordered = sorted(draws)
 
@@ -329,15 +321,15 @@ def tokens_band(band: Band) -> str:
 def estimate_rows(estimate: Estimate) -> list[tuple[str, str]]:
     """Return the rows of a table of the estimate, as names and texts.
 
-    A time that is not known is shown as such, not left out.
+    An unknown time is shown as such, not left out.
     """
-    time = "not known: this engine was never measured; the job benchmark_engine does it"
+    time = "unknown: the engine was never measured; run the job benchmark_engine"
     if estimate.seconds is not None:
         time = seconds_band(estimate.seconds)
-        time += f", by {estimate.measurements:,} measurements"
+        time += f", from {estimate.measurements:,} measurements"
     if estimate.start_seconds is not None:
         time += f"; engine start {duration(estimate.start_seconds)}"
-    answers = f"{tokens_band(estimate.completion_tokens)}, {estimate.from_history:.0%} by history"
+    answers = f"{tokens_band(estimate.completion_tokens)}, {estimate.from_history:.0%} from history"
     rows = [
         ("Expected prompt tokens", f"{tokens_band(estimate.prompt_tokens)} by {estimate.basis}"),
         ("Expected completion tokens", answers),
@@ -356,9 +348,9 @@ def window_warning(estimate: Estimate) -> str | None:
     done = estimate.until_done
     if done is None or estimate.window_seconds is None or not estimate.may_miss_window:
         return None
-    verdict = "cannot" if estimate.cannot_meet_window else "may not"
+    modal = "cannot" if estimate.cannot_meet_window else "may not"
     return (
-        f"by the estimate it {verdict} end within its completion window of"
-        f" {duration(estimate.window_seconds)}: {duration(done.low)} to {duration(done.high)},"
-        f" {duration(estimate.ahead_seconds)} of them behind other batches"
+        f"by its estimate, the batch {modal} end within its completion window of"
+        f" {duration(estimate.window_seconds)}: it takes {duration(done.low)} to"
+        f" {duration(done.high)}, including {duration(estimate.ahead_seconds)} behind other batches"
     )

@@ -146,7 +146,7 @@ def shape_of_request(request: Request, *, max_tokens_cap: int | None) -> str:
         length = "very long"
     else:
         length = "short" if cap <= SMALL_CAP else "long"
-    return f"{kind}, {'JSON' if _asks_json(fields) else 'text'}, {length}"
+    return f"{kind}, {'JSON' if _wants_json(fields) else 'text'}, {length}"
 
 
 def _answer_cap(endpoint: str, fields: Mapping[str, Any], max_tokens_cap: int | None) -> int | None:
@@ -188,7 +188,7 @@ def _texts(content: object) -> list[str]:
     return [part for part in parts if isinstance(part, str)]
 
 
-def _asks_json(fields: Mapping[str, Any]) -> bool:
+def _wants_json(fields: Mapping[str, Any]) -> bool:
     form = fields.get("response_format")
     kind = form.get("type") if isinstance(form, dict) else None
     return bool(

@@ -89,7 +89,7 @@ def _load(folder: Path, modified: int) -> PromptCounter | None:
     except ImportError:
         return None
     except Exception as error:  # noqa: BLE001 - the library raises Exception itself
-        logger.warning("no use of %s/tokenizer.json: %s", folder, error)
+        logger.warning("cannot use %s/tokenizer.json: %s", folder, error)
         return None
     # Embedding models come with both; the engine uses neither.
     tokenizer.no_truncation()
@@ -115,7 +115,7 @@ def _template(folder: Path) -> Render | None:
         )
         template = environment.from_string(source)
     except Exception as error:  # noqa: BLE001 - see above
-        logger.warning("no use of the chat template of %s: %s", folder, error)
+        logger.warning("cannot use the chat template of %s: %s", folder, error)
         return None
     special = {
         name: token.get("content", "") if isinstance(token, dict) else token or ""

@@ -1,4 +1,4 @@
-"""Estimates on the command line: before a batch, of a batch, and of the last ones together."""
+"""Estimates on the command line: of a file, of a batch, and of the last batches."""
 
 from batch_orchestration_tests.support.builders import make_input
 
@@ -19,24 +19,22 @@ def test_a_file_is_estimated_before_anything_is_admitted(cli, tmp_path):
     assert not cli.folder.duckdb.exists()
 
 
-def test_finished_batches_are_listed_with_how_far_off_the_estimate_was(cli, tmp_path):
+def test_an_estimate_is_shown_with_its_batch_and_then_among_the_scored_ones(cli, tmp_path):
+    assert "No batch with an estimate" in cli.run("estimates").output
+    assert cli.json("estimates")["batches"] == []
+
     plan = cli.admit_batch(tmp_path, requests=12)
+
     assert "Expected completion tokens" in cli.run("status", plan.batch_id).output
-    assert cli.json("status", plan.batch_id)["estimate"]["requests"] == 12
+    assert cli.json("status", plan.batch_id)["estimate"]["requests"] == plan.requests
+
     cli.settle(plan)
     cli.assemble(plan)
 
-    shown = cli.run("estimates").output
-    told = cli.json("estimates")
-
+    shown, report = cli.run("estimates").output, cli.json("estimates")
     assert plan.batch_id in shown
     assert "1 batches scored." in shown
-    (batch,) = told["batches"]
+    (batch,) = report["batches"]
     assert batch["actual_tokens"] == 12 * (7 + 3)
     assert batch["expected_seconds"] is None
-    assert told["calibration"]["batches"] == 1
-
-
-def test_nothing_is_said_before_the_first_batch(cli):
-    assert "No batch with an estimate" in cli.run("estimates").output
-    assert cli.json("estimates")["batches"] == []
+    assert report["calibration"]["batches"] == 1

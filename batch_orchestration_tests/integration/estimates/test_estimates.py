@@ -46,7 +46,9 @@ def report_of(deployment, batch_id):
     return (deployment.folder.outbox_path(batch_id) / "report.md").read_text()
 
 
-def test_a_calibration_gives_the_first_batch_an_estimate_of_its_time(deployment):
+def test_a_calibration_gives_the_first_batch_a_time_and_stores_engine_info(
+    deployment,
+):
     result = calibrate(deployment)
 
     (output,) = [e for e in result.all_events if e.event_type_value == "STEP_OUTPUT"]
@@ -59,11 +61,6 @@ def test_a_calibration_gives_the_first_batch_an_estimate_of_its_time(deployment)
     assert estimate.start_seconds > 0
     _, rows = deployment.store.query("SELECT DISTINCT engine, source FROM benchmarks")
     assert rows == [("simulated", "calibration")]
-
-
-def test_what_the_engine_said_of_itself_is_remembered(deployment):
-    calibrate(deployment)
-
     ((models, longest, start),) = deployment.store.query(
         "SELECT models, max_model_len, start_seconds FROM engine_facts"
     )[1]
@@ -82,12 +79,17 @@ def test_without_a_measurement_only_the_time_is_unknown(deployment):
     assert deployment.store.query("SELECT count(*) FROM estimates")[1] == [(1,)]
 
 
-def test_a_finished_batch_is_scored_and_teaches_the_next_one(deployment):
+def test_a_finished_batch_is_scored_and_used_for_the_next_estimate(deployment):
     calibrate(deployment)
     first = complete(deployment, "first.jsonl", make_file())
+    report = report_of(deployment, first)
 
-    second = deployment.admit("second.jsonl", make_file(100, requests=40))
+    second = complete(deployment, "second.jsonl", make_file(100, requests=40))
 
+    again = dg.RunRequest(job_name="deliver_batch", partition_key=first)
+    assert deployment.run(again).success
+    assert "Over the last 1 batches up to this one" in report
+    assert report_of(deployment, first) == report
     score = EstimateTables(deployment.store).score_of(first)
     learned = read_estimate(deployment.folder, second)
     assert score.actual_seconds > 0
@@ -100,20 +102,7 @@ def test_a_finished_batch_is_scored_and_teaches_the_next_one(deployment):
     assert 40 * 8 < learned.completion_tokens.mid < 40 * 20
 
 
-def test_the_report_compares_and_says_the_same_when_it_is_written_again(deployment):
-    calibrate(deployment)
-    batch_id = complete(deployment, "a.jsonl", make_file())
-    before = report_of(deployment, batch_id)
-    complete(deployment, "b.jsonl", make_file(50))
-
-    assert deployment.run(dg.RunRequest(job_name="deliver_batch", partition_key=batch_id)).success
-
-    assert "## Estimate" in before
-    assert "Over the last 1 batches up to this one" in before
-    assert report_of(deployment, batch_id) == before
-
-
-def test_a_batch_says_what_it_is_expected_to_take_where_it_was_admitted(deployment):
+def test_the_materialization_of_an_admitted_batch_has_its_estimate(deployment):
     calibrate(deployment)
     deployment.drop("a.jsonl", make_file())
     (request,) = deployment.requests("inbox_sensor")

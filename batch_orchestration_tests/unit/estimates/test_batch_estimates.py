@@ -96,7 +96,7 @@ def test_the_warning_of_a_batch_that_cannot_meet_its_window_has_the_numbers() ->
     warning = window_warning(estimate)
     assert warning is not None
     assert "cannot end within its completion window of 10 min 0 s" in warning
-    assert "1 min 0 s of them behind other batches" in warning
+    assert "including 1 min 0 s behind other batches" in warning
 
 
 def test_a_batch_that_cannot_meet_its_window_is_refused_only_if_windows_are_strict() -> None:
