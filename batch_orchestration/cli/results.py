@@ -12,8 +12,8 @@ import click
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.escaping import escaped, say
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.delivery.exports import TableFormat, write_table
-from batch_orchestration.delivery.lines import flat_outcome, output_line
+from batch_orchestration.delivery.exports import TableFormat, flat_outcome, write_table
+from batch_orchestration.delivery.lines import output_line
 from batch_orchestration.delivery.snapshot import Snapshot, read_snapshot, take_snapshot
 from batch_orchestration.files.atomic import atomic_writer
 
@@ -30,7 +30,7 @@ class Format(StrEnum):
 
 @click.command()
 @click.argument("batch_id", metavar="BATCH")
-@click.option("--partial", is_flag=True, help="What there is so far of a batch that goes on.")
+@click.option("--partial", is_flag=True, help="The outcomes so far of an unfinished batch.")
 @click.option(
     "--format",
     "format_",
@@ -48,7 +48,7 @@ class Format(StrEnum):
 @click.option(
     "--raw-cells",
     is_flag=True,
-    help="csv: leave text that a spreadsheet would run as a formula as it is, without a ' before.",
+    help="csv: put no ' before text that a spreadsheet would run as a formula.",
 )
 @json_option
 def results(
@@ -68,19 +68,19 @@ def results(
     if as_json and output is None:
         raise click.UsageError("--json prints a summary and needs --output FILE")
     if kind is Format.PARQUET and output is None and sys.stdout.isatty():
-        raise click.UsageError("parquet is not for terminals: give --output FILE")
+        raise click.UsageError("a terminal cannot show parquet: add --output FILE")
     context = open_context()
     snapshot = take_snapshot(batch_id, folder=context.folder, store=context.store)
     if snapshot.partial and not partial:
         raise click.ClickException(
             f"{batch_id} is {snapshot.status}: {_so_far(snapshot)} requests have an outcome;"
-            " --partial gives these"
+            " --partial prints them"
         )
     if snapshot.partial:
         say(f"partial: {_so_far(snapshot)} requests of {batch_id}", err=True)
     elif snapshot.status in _EARLY:
         say(
-            f"{batch_id} is {snapshot.status}: what was not answered has the code"
+            f"{batch_id} is {snapshot.status}: requests without an answer have the code"
             f" batch_{snapshot.status}",
             err=True,
         )

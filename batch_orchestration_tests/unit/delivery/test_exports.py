@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.delivery.exports import TableFormat, write_table
-from batch_orchestration.delivery.lines import FlatOutcome
+from batch_orchestration.delivery.exports import FlatOutcome, TableFormat, write_table
 
 
 def written(path: Path, texts: list[str], **options: bool) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from batch_orchestration.core.outcomes import Usage
-from batch_orchestration.delivery.lines import flat_outcome
+from batch_orchestration.delivery.exports import flat_outcome
 from batch_orchestration_tests.support.builders import (
     MODEL,
     make_completion,
