@@ -138,7 +138,7 @@ def show_result(view: BatchStatusView, context: Context) -> None:
         ("Requests", f"{view.total:,}"),
         ("Answered", f"{view.completed:,}"),
         ("Failed", f"{view.failed:,}  " + ", ".join(f"{c} {n}" for c, n in by_code.items())),
-        ("Tokens", f"{view.prompt_tokens:,} prompt, {view.completion_tokens:,} completion"),
+        ("Tokens", "{:,} prompt, {:,} completion".format(*view.tokens)),
         ("Duration", f"{duration(seconds)}, from admission to these files"),
         ("Output file", str(view.output_file)),
         ("Error file", str(view.error_file)),

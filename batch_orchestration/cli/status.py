@@ -207,7 +207,7 @@ def _details(
                      f"{view.total - view.done:,} pending"),
         ("Run", "  ".join(figures(view)) if view.live else ""),
         ("Waits", _waits(view)),
-        ("Tokens", f"{view.prompt_tokens:,} prompt, {view.completion_tokens:,} completion"),
+        ("Tokens", "{:,} prompt, {:,} completion".format(*view.tokens)),
         ("Failures", ", ".join(f"{code} {count:,}" for code, count in failures_by_code.items())),
         ("Engine", f"{view.engine}: answers are made up" if simulated else view.engine),
         ("Model", view.model),

@@ -6,25 +6,23 @@ from typing import Any
 
 import msgspec
 
+from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.lifecycle import Halt
 from batch_orchestration.core.requests import Request, parse_line
 from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.input_lines import read_lines
 from batch_orchestration.status.views import BatchStatusView
-from batch_orchestration.workers.progress import Progress, Wait
+from batch_orchestration.workers.progress import Progress
 
 #: Faulty lines at the head of a file that are skipped in search of its endpoint.
 _LINES_READ = 100
 _LINE_BYTES = 2**20
-_TIMES = (
-    "in_progress",
-    "finalizing",
-    "completed",
-    "failed",
-    "expired",
-    "cancelling",
-    "cancelled",
+_TIMES = [status for status in BatchStatus if status is not BatchStatus.VALIDATING]
+#: Fields of a run's progress that are shown as they are.
+_PROGRESS = (
+    *("run_id", "phase", "in_flight", "requests_per_second", "output_tokens_per_second"),
+    "eta_seconds",
 )
 
 
@@ -57,9 +55,9 @@ def batch_object(view: BatchStatusView, *, folder: DataFolder) -> dict[str, Any]
             "failed": view.failed,
         },
         "usage": {
-            "input_tokens": view.prompt_tokens,
-            "output_tokens": view.completion_tokens,
-            "total_tokens": view.prompt_tokens + view.completion_tokens,
+            "input_tokens": view.tokens[0],
+            "output_tokens": view.tokens[1],
+            "total_tokens": sum(view.tokens),
         },
         "metadata": dict(view.options.metadata),
         "priority": view.options.priority,
@@ -78,22 +76,12 @@ def _halt(halt: Halt | None) -> dict[str, Any] | None:
 def _progress(live: Progress | None) -> dict[str, Any] | None:
     if live is None:
         return None
+    wait = live.waiting
     return {
-        "run_id": live.run_id,
-        "phase": live.phase,
-        "in_flight": live.in_flight,
-        "requests_per_second": live.requests_per_second,
-        "output_tokens_per_second": live.output_tokens_per_second,
-        "eta_seconds": live.eta_seconds,
+        **{name: getattr(live, name) for name in _PROGRESS},
         "updated_at": int(live.updated_at),
-        "waiting": _waiting(live.waiting),
+        "waiting": wait and {**msgspec.to_builtins(wait), "until": int(wait.until)},
     }
-
-
-def _waiting(wait: Wait | None) -> dict[str, Any] | None:
-    if wait is None:
-        return None
-    return {"requests": wait.requests, "until": int(wait.until), "reason": wait.reason}
 
 
 def _endpoint(input_path: Path) -> str | None:

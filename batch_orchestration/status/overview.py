@@ -114,17 +114,13 @@ def _read_queue(folder: DataFolder) -> QueueView | None:
 
 def rejections(folder: DataFolder) -> Iterator[Rejected]:
     """Yield the rejected files that still exist, newest first."""
-    verdicts = sorted(
-        (folder.claims / ".settled").glob("*.json"),
-        key=_changed_at,
-        reverse=True,
-    )
+    results = (folder.claims / ".settled").glob("*.json")
     faults = Faults()  # `find_damage` reports the same
-    for path in verdicts:
+    for path in sorted(results, key=_changed_at, reverse=True):
         with faults.of(path.name):
-            verdict = read_result(path)
-            if isinstance(verdict, Rejected) and Path(verdict.rejected_path).exists():
-                yield verdict
+            result = read_result(path)
+            if isinstance(result, Rejected) and Path(result.rejected_path).exists():
+                yield result
 
 
 def _changed_at(path: Path) -> float:

@@ -1,13 +1,14 @@
 """Views of batches: the records of the store, joined with the progress of their runs."""
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batch_orchestration.core.batches import ID_HASH_DIGITS, BatchOptions, BatchPlan, BatchStatus
-from batch_orchestration.core.errors import BatchNotFound, FileDamaged, StoreLocked
+from batch_orchestration.core.errors import FileDamaged, StoreLocked
 from batch_orchestration.core.fault_isolation import Faults
-from batch_orchestration.core.lifecycle import FINAL, EarlyEnd, Halt, Resumption, deadline
+from batch_orchestration.core.lifecycle import FINAL, EarlyEnd, Halt, deadline
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.lifecycle.cancellation import delivered
@@ -18,36 +19,30 @@ from batch_orchestration.workers.progress import STALE_SECONDS, Progress, read_p
 
 @dataclass(frozen=True, kw_only=True)
 class BatchStatusView:
-    """One batch at one moment.
+    """One batch at one moment: its plan, its record in the store and the progress of its run.
 
     Attributes:
-        status: If `store_problem` is set, only a guess from files.
-        completed: Answered requests, committed or not; `failed` likewise.
-        times: When a status was reached, by status word.
-        progress: The last progress file of its run; the batch may be further since.
-        progress_age: Age of `progress` in seconds.
+        record: None if the store does not have the batch yet, or cannot be read.
+        status: Status of the record; without a record, the status that follows from files.
         early_end: Why it ends, or ended, early; None if it does not.
         halt: Why it is paused; None if it is not.
         deadline: When its completion window ends.
         store_problem: Why the store could not be read; None if it could.
+        progress: The last progress file of its run; the batch may be further since.
+        progress_age: Age of `progress` in seconds.
     """
 
     plan: BatchPlan
+    record: BatchRecord | None
     status: BatchStatus
-    completed: int
-    failed: int
-    prompt_tokens: int
-    completion_tokens: int
-    model: str
-    times: dict[str, float]
     output_file: Path | None
     error_file: Path | None
-    progress: Progress | None
-    progress_age: float | None
+    early_end: EarlyEnd | None
+    halt: Halt | None
+    deadline: float
     store_problem: str | None
-    early_end: EarlyEnd | None = None
-    halt: Halt | None = None
-    deadline: float = 0.0
+    progress: Progress | None = None
+    progress_age: float | None = None
 
     @property
     def batch_id(self) -> str:
@@ -70,9 +65,35 @@ class BatchStatusView:
         return self.plan.requests
 
     @property
+    def completed(self) -> int:
+        """Number of answered requests, committed or not."""
+        return self._counts.completed if self._counts else 0
+
+    @property
+    def failed(self) -> int:
+        """Number of failed requests, committed or not."""
+        return self._counts.failed if self._counts else 0
+
+    @property
     def done(self) -> int:
         """Number of requests with an outcome."""
         return self.completed + self.failed
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Prompt and completion tokens of the committed chunks."""
+        record = self.record
+        return (record.prompt_tokens, record.completion_tokens) if record else (0, 0)
+
+    @property
+    def model(self) -> str:
+        """The model that answers; empty if it is unknown."""
+        return self.record.model if self.record else ""
+
+    @property
+    def times(self) -> Mapping[str, float]:
+        """When each status was reached, by status word."""
+        return self.record.times if self.record else {}
 
     @property
     def final(self) -> bool:
@@ -94,6 +115,12 @@ class BatchStatusView:
         age = self.progress_age or 0.0
         return age if age > STALE_SECONDS else None
 
+    @property
+    def _counts(self) -> BatchRecord | Progress | None:
+        """The larger counts: a run counts outcomes in journals, and the store outlives the run."""
+        known = [each for each in (self.record, self.progress) if each is not None]
+        return max(known, key=lambda each: each.completed + each.failed, default=None)
+
 
 def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -> BatchStatusView:
     """Return the view of a batch; if the store is locked, from its files alone.
@@ -102,14 +129,12 @@ def view_batch(batch_id: str, *, folder: DataFolder, store: Store, now: float) -
         BatchNotFound: The batch has no plan.
     """
     plan = folder.read_plan(batch_id)
+    record, problem = None, None
     try:
-        view = _from_record(plan, store.batch(batch_id), folder)
-    except BatchNotFound:
-        # Admission writes the plan first and the record right after.
-        view = _from_plan(plan, folder, problem=None, status=BatchStatus.VALIDATING)
+        record = store.records([batch_id]).get(batch_id)
     except StoreLocked as locked:
-        view = _from_plan(plan, folder, problem=str(locked))
-    return with_progress(view, folder=folder, now=now)
+        problem = str(locked)
+    return _view(plan, record, folder, problem=problem, now=now)
 
 
 def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchStatusView]:
@@ -128,13 +153,10 @@ def view_batches(*, folder: DataFolder, store: Store, now: float) -> list[BatchS
     except StoreLocked as locked:
         records, problem = {}, str(locked)
     views = (
-        _from_record(plan, records[batch_id], folder)
-        if batch_id in records
-        else _from_plan(plan, folder, problem=problem)
+        _view(plan, records.get(batch_id), folder, problem=problem, now=now)
         for batch_id, plan in plans.items()
     )
-    now_views = (with_progress(view, folder=folder, now=now) for view in views)
-    return sorted(now_views, key=lambda view: view.plan.created_at, reverse=True)
+    return sorted(views, key=lambda view: view.plan.created_at, reverse=True)
 
 
 def with_progress(view: BatchStatusView, *, folder: DataFolder, now: float) -> BatchStatusView:
@@ -142,72 +164,47 @@ def with_progress(view: BatchStatusView, *, folder: DataFolder, now: float) -> B
     if view.final and not view.store_problem:
         return view
     progress = read_progress(folder.progress_path(view.batch_id))
-    if progress is None:
-        return view
-    age = max(0.0, now - progress.updated_at)
-    view = replace(view, progress=progress, progress_age=age)
-    # A run also counts outcomes in journals; the store may be ahead of a run that is gone.
-    if progress.completed + progress.failed <= view.done:
-        return view
-    return replace(view, completed=progress.completed, failed=progress.failed)
+    age = None if progress is None else max(0.0, now - progress.updated_at)
+    return replace(view, progress=progress, progress_age=age)
 
 
-def _from_record(plan: BatchPlan, record: BatchRecord, folder: DataFolder) -> BatchStatusView:
-    return replace(
-        _from_plan(plan, folder, problem=None, status=record.status),
-        completed=record.completed,
-        failed=record.failed,
-        prompt_tokens=record.prompt_tokens,
-        completion_tokens=record.completion_tokens,
-        model=record.model,
-        times=dict(record.times),
-    )
-
-
-def _from_plan(
-    plan: BatchPlan, folder: DataFolder, *, problem: str | None, status: BatchStatus | None = None
+def _view(
+    plan: BatchPlan,
+    record: BatchRecord | None,
+    folder: DataFolder,
+    *,
+    problem: str | None,
+    now: float,
 ) -> BatchStatusView:
-    outbox = folder.outbox_path(plan.batch_id)
-    output_file = _if_there(outbox / "output.jsonl")
-    early_end, resumption = _decisions(plan.batch_id, folder)
-    return BatchStatusView(
+    """Return a view; `operations.health.damage` reports the decisions that cannot be read."""
+    batch_id, outbox = plan.batch_id, folder.outbox_path(plan.batch_id)
+    early_end = folder.early_end(batch_id).read_if_sound()
+    if record is not None:
+        status = record.status
+    elif problem is None:
+        # Admission writes the plan first and the record right after.
+        status = BatchStatus.VALIDATING
+    else:
+        status = _status_by_files(batch_id, early_end, folder)
+    halt = None
+    if status not in FINAL:
+        with contextlib.suppress(FileDamaged):
+            halt = halt_in_force(folder, batch_id)
+    view = BatchStatusView(
         plan=plan,
-        status=status or _guess(plan.batch_id, early_end, folder),
-        completed=0,
-        failed=0,
-        prompt_tokens=0,
-        completion_tokens=0,
-        model="",
-        times={},
-        output_file=output_file,
-        error_file=_if_there(outbox / "errors.jsonl"),
-        progress=None,
-        progress_age=None,
+        record=record,
+        status=status,
+        output_file=_if_present(outbox / "output.jsonl"),
+        error_file=_if_present(outbox / "errors.jsonl"),
+        early_end=None if status is BatchStatus.COMPLETED else early_end,
+        halt=halt,
+        deadline=deadline(plan, folder.resumption(batch_id).read_if_sound()),
         store_problem=problem,
-        early_end=early_end if status is not BatchStatus.COMPLETED else None,
-        halt=None if status in FINAL else _halt(plan.batch_id, folder),
-        deadline=deadline(plan, resumption),
     )
+    return with_progress(view, folder=folder, now=now)
 
 
-def _halt(batch_id: str, folder: DataFolder) -> Halt | None:
-    with contextlib.suppress(FileDamaged):  # `operations.health.damage` reports it
-        return halt_in_force(folder, batch_id)
-    return None
-
-
-def _decisions(batch_id: str, folder: DataFolder) -> tuple[EarlyEnd | None, Resumption | None]:
-    """Return the decisions about a batch; `operations.health.damage` reports unreadable ones."""
-    early_end, resumption = None, None
-    with contextlib.suppress(FileDamaged):
-        early_end = folder.early_end(batch_id).read()
-    with contextlib.suppress(FileDamaged):
-        resumption = folder.resumption(batch_id).read()
-    return early_end, resumption
-
-
-def _guess(batch_id: str, early_end: EarlyEnd | None, folder: DataFolder) -> BatchStatus:
-    """Return the status that follows from a batch's files."""
+def _status_by_files(batch_id: str, early_end: EarlyEnd | None, folder: DataFolder) -> BatchStatus:
     with contextlib.suppress(FileDamaged):
         if delivered(folder, batch_id):
             return early_end.status if early_end else BatchStatus.COMPLETED
@@ -216,7 +213,7 @@ def _guess(batch_id: str, early_end: EarlyEnd | None, folder: DataFolder) -> Bat
     return BatchStatus.IN_PROGRESS
 
 
-def _if_there(path: Path) -> Path | None:
+def _if_present(path: Path) -> Path | None:
     return path if path.exists() else None
 
 
