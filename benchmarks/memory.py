@@ -27,7 +27,7 @@ from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.operations.recovery import recover
 from batch_orchestration_tests.support.builders import MODEL, NOW, make_line, make_plan
-from batch_orchestration_tests.support.closing_bench import ClosingBench
+from batch_orchestration_tests.support.workbench import Workbench
 
 ANSWERS = 1000
 #: Words of the simulated engine: with them an answer is about a mebibyte.
@@ -67,12 +67,12 @@ def main() -> None:
 
 def measure(root: Path, answers: int) -> dict[str, Any]:
     """Return peak in MiB and seconds of each step."""
-    large = ClosingBench(root / "large")
+    large = Workbench(root / "large")
     plan = admit(large, answers, TOKENS)
     found = {"worker": step("worker", large)}
     journal = large.folder.journal_path(plan.batch_id, 0)
     size = journal.stat().st_size / answers / 2**20
-    ended = ClosingBench(root / "ended")
+    ended = Workbench(root / "ended")
     admit(ended, answers, TOKENS)
     ended.folder.journal_path(plan.batch_id, 0).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(journal, ended.folder.journal_path(plan.batch_id, 0))
@@ -82,7 +82,7 @@ def measure(root: Path, answers: int) -> dict[str, Any]:
     return {"mebibytes": size, "steps": found}
 
 
-def admit(bench: ClosingBench, answers: int, tokens: int, *, per_chunk: int = 0) -> BatchPlan:
+def admit(bench: Workbench, answers: int, tokens: int, *, per_chunk: int = 0) -> BatchPlan:
     """Admit a batch of requests for answers of so many tokens."""
     content = b"".join(
         make_line(
@@ -103,7 +103,7 @@ def admit(bench: ClosingBench, answers: int, tokens: int, *, per_chunk: int = 0)
     return plan
 
 
-def step(name: str, bench: ClosingBench) -> list[float]:
+def step(name: str, bench: Workbench) -> list[float]:
     """Run a step in a process of its own; return its peak in MiB, its seconds, and those of CPU."""
     command = [sys.executable, "-c", f"from benchmarks.memory import child; child({name!r})"]
     command.append(str(bench.folder.root))
@@ -114,7 +114,7 @@ def step(name: str, bench: ClosingBench) -> list[float]:
 
 def child(name: str) -> None:
     """Do a step, and print what `step` returns."""
-    bench = ClosingBench(Path(sys.argv[1]))
+    bench = Workbench(Path(sys.argv[1]))
     (batch_id,) = bench.folder.batch_ids()
     began = time.perf_counter()
     STEPS[name](bench, bench.folder.read_plan(batch_id))
@@ -124,7 +124,7 @@ def child(name: str) -> None:
     print(peak >> 10, seconds, time.process_time())
 
 
-def run_worker(bench: ClosingBench, plan: BatchPlan) -> None:
+def run_worker(bench: Workbench, plan: BatchPlan) -> None:
     """Feed, journal and commit, as a run does."""
     engine = SimulatedEngine(
         log_path=bench.folder.logs / "engine.log", models=(MODEL,), context_tokens=2 * TOKENS
@@ -137,7 +137,7 @@ def run_worker(bench: ClosingBench, plan: BatchPlan) -> None:
     assert record.completed == plan.requests, record
 
 
-def close_out_cancelled(bench: ClosingBench, plan: BatchPlan) -> None:
+def close_out_cancelled(bench: Workbench, plan: BatchPlan) -> None:
     """Cancel it, commit what is answered, and deliver."""
     cancel(
         plan.batch_id, folder=bench.folder, store=bench.store, actor="me", reason="", at=time.time()
@@ -145,26 +145,26 @@ def close_out_cancelled(bench: ClosingBench, plan: BatchPlan) -> None:
     bench.deliver(plan)
 
 
-def read_results(bench: ClosingBench, plan: BatchPlan) -> None:
+def read_results(bench: Workbench, plan: BatchPlan) -> None:
     """Read the lines of all results, as `results` does."""
     finished = take_snapshot(plan.batch_id, folder=bench.folder, store=bench.store)
     requests = read_snapshot(finished, folder=bench.folder, store=bench.store)
     assert sum(len(output_line(plan.batch_id, one)) > 1 for one in requests) == plan.requests
 
 
-def make_store_anew(bench: ClosingBench, plan: BatchPlan) -> None:
+def make_store_anew(bench: Workbench, plan: BatchPlan) -> None:
     """Recover, which delivers again."""
     done = recover(folder=bench.folder, problem="measured", clock=time.time)
     assert done.complete, done
     assert done.batches[0].completed == plan.requests
 
 
-def deliver(bench: ClosingBench, plan: BatchPlan) -> None:
+def deliver(bench: Workbench, plan: BatchPlan) -> None:
     """Write the output."""
     bench.deliver(plan)
 
 
-STEPS: dict[str, Callable[[ClosingBench, BatchPlan], None]] = {
+STEPS: dict[str, Callable[[Workbench, BatchPlan], None]] = {
     "worker": run_worker,
     "close_out": close_out_cancelled,
     "deliver": deliver,

@@ -40,12 +40,12 @@ def cancel_batch(batch_id: str, reason: str, as_json: bool) -> None:
             }
         )
     elif cancellation.over:
-        say(f"{batch_id} is {cancellation.early_end} already.")
+        say(f"{batch_id} has already been {cancellation.early_end}")
     elif cancellation.earlier:
-        say(f"{batch_id} is being cancelled already: {cancellation.early_end}")
+        say(f"{batch_id} is already being cancelled: {cancellation.early_end}")
     else:
         say(
-            f"{batch_id} is being cancelled. What is answered is delivered as soon as its run has\n"
+            f"{batch_id} is being cancelled. Its answers are delivered as soon as its run has\n"
             f"stopped: python -m batch_orchestration watch {batch_id}"
         )
 
@@ -55,12 +55,12 @@ def cancel_batch(batch_id: str, reason: str, as_json: bool) -> None:
 @click.option(
     "--completion-window",
     metavar="DURATION",
-    help="A new one, counted from now, like 24h; an expired batch needs it.",
+    help="A new window, counted from now, like 24h; an expired batch needs it.",
 )
 @click.option(
     "--max-failure-rate",
     type=click.FloatRange(0, 1),
-    help="A new one, 0 to 1, for the requests that are left; 1 never pauses the batch again.",
+    help="A new limit, 0 to 1, for the remaining requests; 1 never pauses the batch again.",
 )
 @_reason
 @json_option
@@ -71,15 +71,15 @@ def resume_queue_or_batch(
     reason: str,
     as_json: bool,
 ) -> None:
-    """Go on with BATCH, which is paused, was cancelled or has expired.
+    """Continue BATCH, which is paused, cancelled or expired.
 
     Only requests without an answer are sent. The output files are written again when every request
-    is answered. Without BATCH, a queue that was paused by `pause` goes on.
+    is answered. Without BATCH, the queue continues after `pause`.
     """
     context = open_context()
     if batch_id is None:
         if completion_window or reason or max_failure_rate is not None:
-            raise click.UsageError("all options but --json are about a batch: name it")
+            raise click.UsageError("without BATCH, --json is the only option")
         _resume_queue(context, as_json=as_json)
         return
     try:
@@ -99,7 +99,7 @@ def resume_queue_or_batch(
         print_json({"batch_id": batch_id, "resumption": resumption})
     else:
         say(
-            f"{batch_id} goes on as soon as the engine is free: python -m batch_orchestration"
+            f"{batch_id} continues as soon as the engine is free: python -m batch_orchestration"
             f" watch {batch_id}"
         )
 
@@ -111,4 +111,4 @@ def _resume_queue(context: Context, *, as_json: bool) -> None:
     elif before is None:
         say("The queue was not paused.")
     else:
-        say(f"The queue goes on; {before.actor} had paused it.")
+        say(f"The queue continues; {before.actor} had paused it.")

@@ -29,7 +29,7 @@ from batch_orchestration.defs.events import (
     progress_observation,
     sizes_metadata,
 )
-from batch_orchestration.defs.lifecycle import closed_chunks, tag_early_end
+from batch_orchestration.defs.lifecycle import close_out_chunks, tag_early_end
 from batch_orchestration.defs.metadata import Metadata
 from batch_orchestration.defs.partitions import BATCH_TAG, batches, chunks
 from batch_orchestration.defs.resources import (
@@ -282,7 +282,7 @@ def batch_output(
     report_phase("delivering", batch_id)
     folder, store, run_id = data_folder(settings), open_store(settings), context.run.run_id
     claim_batch(context.instance, context.run, [batch_id], folder)
-    for event in closed_chunks(
+    for event in close_out_chunks(
         context.instance, batch_id, folder=folder, store=store, run_id=run_id
     ):
         context.log_event(event)

@@ -80,7 +80,7 @@ def sizes_metadata(window: int, derivations: Iterable[str | None]) -> Metadata:
     return metadata_of(window=window, derivation=list_of(filter(None, derivations)))
 
 
-def closed_chunk_materialization(
+def closed_out_materialization(
     key: dg.AssetKey, report: ChunkReport, early_end: EarlyEnd, *, plan: BatchPlan
 ) -> dg.AssetMaterialization:
     """Return the event of a committed chunk whose batch ends early."""

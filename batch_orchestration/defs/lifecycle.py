@@ -10,7 +10,7 @@ from pydantic import Field
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import EarlyEnd
 from batch_orchestration.core.results import BatchRecord
-from batch_orchestration.defs.events import closed_chunk_materialization
+from batch_orchestration.defs.events import closed_out_materialization
 from batch_orchestration.defs.job_factory import one_op_job
 from batch_orchestration.defs.resources import SettingsResource, data_folder, open_store
 from batch_orchestration.defs.runs import tags_about
@@ -53,19 +53,19 @@ def cancel_batch(
         reason=config.reason,
         at=time.time(),
     )
-    before = "it was before: " if cancellation.earlier else ""
-    context.log.info(f"{config.batch}: {before}{cancellation.early_end}")
+    already = "already " if cancellation.earlier else ""
+    context.log.info(f"{config.batch} is {already}{cancellation.early_end}")
 
 
 class ResumeConfig(dg.Config):
     """The batch to resume."""
 
-    batch: str = Field(description="Id of a batch that is paused, was cancelled or has expired.")
+    batch: str = Field(description="Id of a batch that is paused, cancelled or expired.")
     completion_window: str = Field(
-        "", description="A new one, like 24h, counted from now; an expired batch needs it."
+        "", description="A new window, like 24h, counted from now; an expired batch needs it."
     )
     max_failure_rate: float | None = Field(
-        None, description="A new one, 0 to 1, for the requests that are left; 1 never pauses it."
+        None, description="A new limit, 0 to 1, for the remaining requests; 1 never pauses it."
     )
     reason: str = Field("", description="Why; kept in the batch's history.")
 
@@ -74,7 +74,7 @@ class ResumeConfig(dg.Config):
 def resume_batch(
     context: dg.OpExecutionContext, config: ResumeConfig, settings: SettingsResource
 ) -> None:
-    """Go on with a batch that is paused or ended early.
+    """Continue a batch that is paused or ended early.
 
     Only requests without an answer are sent. The output files are written again when every request
     is answered.
@@ -94,10 +94,10 @@ def resume_batch(
         )
     except ValueError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
-    context.log.info(f"{config.batch} goes on")
+    context.log.info(f"{config.batch} continues")
 
 
-def look_after(
+def end_due_batches(
     instance: dg.DagsterInstance,
     batches: Sequence[BatchRecord],
     runs: Iterable[KnownRun],
@@ -133,7 +133,7 @@ def look_after(
         doubt=doubt,
         faults=faults,
     )
-    taken = _taken_out_of_the_queue(instance, known, early_ends)
+    taken = _cancel_queued(instance, known, early_ends)
     return [_stopped(run) if run.run_id in taken else run for run in known], early_ends
 
 
@@ -154,7 +154,7 @@ def _terminated(runs: Iterable[KnownRun], batch_id: str) -> str | None:
     )
 
 
-def _taken_out_of_the_queue(
+def _cancel_queued(
     instance: dg.DagsterInstance, runs: Sequence[KnownRun], early_ends: Collection[str]
 ) -> set[str]:
     """Cancel the queued chunk runs whose batches all end early."""
@@ -179,7 +179,7 @@ def tag_early_end(instance: dg.DagsterInstance, run_id: str, early_end: EarlyEnd
     instance.add_run_tags(run_id, {EARLY_END_TAG: str(early_end.status)})
 
 
-def closed_chunks(
+def close_out_chunks(
     instance: dg.DagsterInstance,
     batch_id: str,
     *,
@@ -199,4 +199,4 @@ def closed_chunks(
     for report in fail_unanswered(
         batch_id, folder=folder, store=store, run_id=run_id, clock=time.time
     ):
-        yield closed_chunk_materialization(CHUNKS_KEY, report, early_end, plan=plan)
+        yield closed_out_materialization(CHUNKS_KEY, report, early_end, plan=plan)

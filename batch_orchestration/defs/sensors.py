@@ -20,7 +20,7 @@ from batch_orchestration.defs.jobs import (
     answer_chunks,
     deliver_batch,
 )
-from batch_orchestration.defs.lifecycle import look_after
+from batch_orchestration.defs.lifecycle import end_due_batches
 from batch_orchestration.defs.partitions import (
     add_partitions,
     batch_tags,
@@ -183,7 +183,7 @@ def dispatch_sensor(
         queue, problems = _keep_queue(context, settings, now=now, faults=faults)
         batches = _known_to_dagster(context.instance, store.unfinished(), folder, faults)
         runs = known_runs(context.instance, [batch.batch_id for batch in batches], now=now)
-        runs, early_ends = look_after(
+        runs, early_ends = end_due_batches(
             *(context.instance, batches, runs),
             folder=folder,
             store=store,

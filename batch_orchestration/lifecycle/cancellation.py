@@ -32,6 +32,7 @@ from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.files.atomic import disk_errors, shortages
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.sharing import shared_lock
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.files.unfinished import mark
 from batch_orchestration.lifecycle.clock import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.store.store import Store
@@ -91,8 +92,8 @@ def cancel(
         set_damaged_decisions_aside(batch_id, folder, at=at)
         known = folder.early_end(batch_id).read()
         record = _record(batch_id, folder, store)
-        if record and (obstacle := _nothing_to_cancel(record, known)) is not None:
-            raise IllegalTransition(f"there is nothing to cancel: batch {batch_id} {obstacle}")
+        if record and (cause := _nothing_to_cancel(record, known)) is not None:
+            raise IllegalTransition(f"there is nothing to cancel: batch {batch_id} {cause}")
         early_end = known or EarlyEnd(
             status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason
         )
@@ -100,7 +101,7 @@ def cancel(
             folder.early_end(batch_id).write(early_end)
             crash_point(CrashPoint.AFTER_EARLY_END)
         if record:
-            _tell_store(record, early_end, store)
+            _set_cancelling(record, early_end, store)
     over = record is not None and record.status is BatchStatus.CANCELLED
     return Cancellation(early_end=early_end, earlier=known is not None, over=over)
 
@@ -205,12 +206,12 @@ def end_overdue(
                 elif now < deadline(batch, folder.resumption(batch_id).read()):
                     continue
                 elif doubt is not None:
-                    logger.warning("%s seems to be overdue and goes on: %s", batch_id, doubt)
+                    logger.warning("%s appears overdue and continues: %s", batch_id, doubt)
                 else:
                     early_end = expire(batch, folder=folder, actor=actor, now=now)
             if early_end is not None:
                 with early_end_lock(folder, batch_id):
-                    _tell_store(store.batch(batch_id), early_end, store)
+                    _set_cancelling(store.batch(batch_id), early_end, store)
                 early_ends[batch_id] = early_end
     return early_ends
 
@@ -223,7 +224,7 @@ def _decide_again(
         known = folder.early_end(batch_id).read()
         if known is not None or store.batch(batch_id).status is not BatchStatus.CANCELLING:
             return known
-        reason = "being cancelled; the reason was in early-end.json, which is gone"
+        reason = "unknown: early-end.json was removed while the batch was being cancelled"
         early_end = EarlyEnd(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
         folder.early_end(batch_id).write(early_end)
     return early_end
@@ -266,16 +267,16 @@ def _nothing_to_cancel(record: BatchRecord, known: EarlyEnd | None) -> str | Non
     if status in (BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.FAILED):
         return f"is {status}"
     if known is not None and known.status is BatchStatus.EXPIRED:
-        return "has expired, what is answered is being delivered"
+        return "has expired, and its answers are being delivered"
     if status is BatchStatus.CANCELLED and known is None:
-        return "is just being resumed; try again in a moment"
+        return "is being resumed; try again in a moment"
     # A batch in `cancelling` without a decision lost it, because the file was damaged.
     if known is None and status is not BatchStatus.CANCELLING and not _can_end_early(record):
         return "has an outcome for every request, and its files are being written"
     return None
 
 
-def _tell_store(record: BatchRecord, early_end: EarlyEnd, store: Store) -> None:
+def _set_cancelling(record: BatchRecord, early_end: EarlyEnd, store: Store) -> None:
     """Set the status for a cancellation; the status of an expired batch changes at its end."""
     if (
         early_end.status is not BatchStatus.CANCELLED
@@ -294,9 +295,9 @@ def _tell_store(record: BatchRecord, early_end: EarlyEnd, store: Store) -> None:
 
 
 #: Interval of the checks for a decision; a person who cancels should see the effect.
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 #: Between two requests to stop; one that coincides with the engine's death may be missed.
-INSIST_SECONDS = 1.0
+ABORT_SECONDS = 1.0
 #: For commits of complete chunks after a decision; a locked store must not delay the run's end.
 COMMIT_SECONDS = 4.0
 
@@ -309,7 +310,6 @@ class EarlyEndWatch:
         only_new: Whether the deadline and earlier decisions are ignored.
 
     Attributes:
-        seen: The decision, once the watch has found one.
         deadline: End of the batch's window; infinite with `only_new`.
     """
 
@@ -319,64 +319,31 @@ class EarlyEndWatch:
         self._plan = plan
         self._folder = folder
         self._run_id = run_id
-        self._known = folder.early_end(plan.batch_id).read() if only_new else None
+        self._earlier = folder.early_end(plan.batch_id).read() if only_new else None
         resumption = folder.resumption(plan.batch_id).read()
         self.deadline = float("inf") if only_new else deadline(plan, resumption)
-        self.seen: EarlyEnd | None = None
-        self._seen_at = 0.0
-        self._told_of_damage = self._told_of_doubt = False
+        self._found: EarlyEnd | None = None
+        self._found_at = 0.0
+        self._warned_of_damage = self._warned_of_doubt = False
 
     @property
     def impatient(self) -> bool:
         """Whether the time for commits is over; close-out then handles the uncommitted chunks."""
-        return self.seen is not None and time.monotonic() - self._seen_at > COMMIT_SECONDS
-
-    def look(self) -> EarlyEnd | None:
-        """Return the decision, if there is one; a `Shortage` leaves the check to the next call."""
-        with (
-            contextlib.suppress(Shortage),
-            shortages(self._folder.early_end(self._plan.batch_id).path),
-        ):
-            self._look()
-        return self.seen
-
-    def _look(self) -> None:
-        now = time.time()
-        if self.seen is None and (found := self._read()) != self._known:
-            self.seen = found
-        if self.seen is None and now >= self.deadline and self._clock_is_right():
-            self.seen = expire(self._plan, folder=self._folder, actor=self._run_id, now=now)
-
-    def _clock_is_right(self) -> bool:
-        doubt = clock_doubt(self._folder, most_seconds=EXPIRY_SECONDS)
-        if doubt is not None and not self._told_of_doubt:
-            self._told_of_doubt = True
-            logger.warning("%s seems to be overdue and goes on: %s", self._plan.batch_id, doubt)
-        return doubt is None
-
-    def _read(self) -> EarlyEnd | None:
-        """Return the decision; if it cannot be read, this run goes on but no other is started."""
-        try:
-            return self._folder.early_end(self._plan.batch_id).read()
-        except FileDamaged as damaged:
-            if not self._told_of_damage:
-                logger.warning("%s; this run goes on", damaged)
-            self._told_of_damage = True
-            return self._known
+        return self._found is not None and time.monotonic() - self._found_at > COMMIT_SECONDS
 
     async def until_early_end(self, work: Coroutine[Any, Any, None]) -> None:
         """Await the work; as soon as the batch ends early, abort it and return.
 
         Exceptions of the work itself are raised.
         """
-        if self._noticed():
+        if self._ends_early():
             work.close()
             return
         working = asyncio.ensure_future(work)
         try:
             while not working.done():
-                await asyncio.wait({working}, timeout=LOOK_SECONDS)
-                if not working.done() and self._noticed():
+                await asyncio.wait({working}, timeout=CHECK_SECONDS)
+                if not working.done() and self._ends_early():
                     await _abort(working)
                     return
         except asyncio.CancelledError:
@@ -385,19 +352,44 @@ class EarlyEndWatch:
             raise
         await working
 
-    def _noticed(self) -> bool:
-        if self.look() is None:
-            return False
-        self._seen_at = time.monotonic()
-        logger.warning(
-            "%s ends early, %s; what is in flight is let go", self._plan.batch_id, self.seen
-        )
-        return True
+    def _ends_early(self) -> bool:
+        early_end_file = self._folder.early_end(self._plan.batch_id)
+        # A shortage leaves the check to the next call.
+        with contextlib.suppress(Shortage), shortages(early_end_file.path):
+            if self._found is None and (found := self._decision(early_end_file)) is not None:
+                self._found, self._found_at = found, time.monotonic()
+                logger.warning(
+                    "%s ends early, %s; requests in flight are dropped", self._plan.batch_id, found
+                )
+        return self._found is not None
+
+    def _decision(self, early_end_file: StateFile[EarlyEnd]) -> EarlyEnd | None:
+        """Return the decision to end the batch early, and make it if the deadline is over."""
+        try:
+            found = early_end_file.read()
+        except FileDamaged as damaged:
+            # This run continues, but no other is started.
+            if not self._warned_of_damage:
+                logger.warning("%s; this run continues", damaged)
+            self._warned_of_damage, found = True, None
+        if found is not None and found != self._earlier:
+            return found
+        now = time.time()
+        if now >= self.deadline and self._clock_is_trusted():
+            return expire(self._plan, folder=self._folder, actor=self._run_id, now=now)
+        return None
+
+    def _clock_is_trusted(self) -> bool:
+        doubt = clock_doubt(self._folder, most_seconds=EXPIRY_SECONDS)
+        if doubt is not None and not self._warned_of_doubt:
+            self._warned_of_doubt = True
+            logger.warning("%s appears overdue and continues: %s", self._plan.batch_id, doubt)
+        return doubt is None
 
 
 async def _abort(working: asyncio.Future[None]) -> None:
     while not working.done():
         working.cancel()
-        await asyncio.wait({working}, timeout=INSIST_SECONDS)
+        await asyncio.wait({working}, timeout=ABORT_SECONDS)
     if not working.cancelled() and (error := working.exception()) is not None:
         logger.warning("while it was stopped: %s", error)

@@ -78,14 +78,14 @@ def clock_doubt(
         # If a power loss empties the file, the series begins again.
         file.write_unsynced(row)
     except (OSError, StorageError) as error:
-        return f"whether the clock is right is not known: {error}"
+        return f"the clock cannot be checked: {error}"
     needed = min(max(LEAST_SECONDS, row.jump), most_seconds)
     agreed = now.steady - row.since
     if agreed >= needed:
         return None
-    cause = f"it jumped by {row.jump:,.0f} s" if row.jump else "it was looked at for the first time"
+    cause = f"it jumped by {row.jump:,.0f} s" if row.jump else "it was first checked"
     return (
-        f"the clock may be wrong: {cause} {agreed:,.0f} s ago; it is believed in"
+        f"the clock may be wrong: {cause} {agreed:,.0f} s ago; it is trusted again in"
         f" {needed - agreed:,.0f} s"
     )
 

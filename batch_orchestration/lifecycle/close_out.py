@@ -75,7 +75,7 @@ def fail_unanswered(
         report_progress()
         with faults.of(ref.key):
             yield commit_ended(ref, early_end, store=store, run_id=run_id, at=clock())
-    logger.info("%s: %d chunks closed out, %s", batch_id, len(refs), early_end)
+    logger.info("%s: %d chunks closed out: %s", batch_id, len(refs), early_end)
     if left := list(faults):
         raise StorageError(
             f"{len(left)} of {len(refs)} chunks cannot be closed out, the others are: {left[0]}"

@@ -10,7 +10,7 @@ import logging
 
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
-from batch_orchestration.core.errors import IllegalTransition
+from batch_orchestration.core.errors import IllegalTransition, StoreLocked
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import (
     RESUMABLE,
@@ -53,8 +53,7 @@ def resume(
         BatchNotFound: There is no such batch.
         IllegalTransition: The batch is not paused and has not ended early, or its window is over.
         ValueError: The window is not a duration, or the limit not between 0 and 1.
-        StoreLocked: The store is locked. If the decision was already written, `finish_resumptions`
-            carries it out.
+        StoreLocked: The store is locked, and nothing was decided.
     """
     folder.read_plan(batch_id)
     if max_failure_rate is not None and not 0 <= max_failure_rate <= 1:
@@ -83,7 +82,10 @@ def resume(
         mark(folder, batch_id)
         folder.resumption(batch_id).write(resumption)
         crash_point(CrashPoint.AFTER_RESUMPTION)
-        _carry_out(record, resumption, folder, store)
+        try:
+            _carry_out(record, resumption, folder, store)
+        except StoreLocked as locked:
+            logger.info("%s is resumed at the next tick of dispatch_sensor: %s", batch_id, locked)
     return resumption
 
 
@@ -134,7 +136,7 @@ def _carry_out(
     # The files first: a run that starts right after must not find them.
     folder.halt(record.batch_id).remove()
     if record.status not in RESUMABLE:
-        logger.info("%s goes on, it was paused", record.batch_id)
+        logger.info("%s continues after its pause", record.batch_id)
         return
     folder.early_end(record.batch_id).remove()
     crash_point(CrashPoint.AFTER_REOPENING)
@@ -145,10 +147,10 @@ def _carry_out(
         actor=resumption.actor,
         reason=resumption.reason or "resumed",
     )
-    logger.info("%s goes on: %d chunks hold requests without an answer", record.batch_id, chunks)
+    logger.info("%s continues: %d chunks have requests without an answer", record.batch_id, chunks)
 
 
 def _why(record: BatchRecord) -> str:
     if record.status is BatchStatus.CANCELLING:
-        return "is still being cancelled; wait until it is delivered"
+        return "is being cancelled; resume it after its delivery"
     return f"is {record.status}"

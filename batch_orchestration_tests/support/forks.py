@@ -24,7 +24,6 @@ _context.set_forkserver_preload(
         "pytest",
         "pandas",
         "batch_orchestration_tests.fault.crashing_asset",
-        "batch_orchestration_tests.fault.crashing_early_end",
         "batch_orchestration_tests.support.workbench",
     ]
 )

@@ -74,7 +74,7 @@ def test_resume_brings_a_batch_back_and_refuses_what_it_cannot(cli, tmp_path):
     )
     said = cli.run("resume", plan.batch_id, "--completion-window", "1h30m").stdout
 
-    assert "goes on" in said
+    assert "continues" in said
     told = cli.json("status", plan.batch_id)
     assert (told["status"], told["early_end"]) == ("in_progress", None)
     assert told["request_counts"] == {"total": 3, "completed": 0, "failed": 0}

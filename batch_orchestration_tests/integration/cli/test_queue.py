@@ -31,9 +31,9 @@ def test_pause_and_resume_say_what_they_did(cli):
     assert "batch_orchestration resume" in paused.stdout
     assert read_pause(cli.folder).reason == "new disks"
     refused = cli.run("resume", "--completion-window", "1h", exit_code=2)
-    assert "about a batch" in refused.stderr
+    assert "without BATCH" in refused.stderr
     assert read_pause(cli.folder) is not None
-    assert "The queue goes on" in cli.run("resume").stdout
+    assert "The queue continues" in cli.run("resume").stdout
     assert read_pause(cli.folder) is None
     assert "was not paused" in cli.run("resume").stdout
     assert cli.json("resume") == {"was_paused": False}

@@ -1,4 +1,4 @@
-"""Partial results: what has an outcome by now, while a run goes on, from the store and journals."""
+"""Partial results: the outcomes so far, from the store and journals, while a run continues."""
 
 import csv
 import io
@@ -92,8 +92,8 @@ def test_committed_rows_and_those_of_journals_come_in_input_order(bench):
     assert finished.status is BatchStatus.IN_PROGRESS
 
 
-def test_what_is_recorded_after_the_look_is_left_for_the_next_one(bench):
-    """Else the count that is told first would not be that of the rows that follow."""
+def test_outcomes_after_the_snapshot_are_left_for_the_next_one(bench):
+    """Otherwise the count that is printed first would not match the rows."""
     plan = half_done(bench)
     finished = take_snapshot(plan.batch_id, folder=bench.folder, store=bench.store)
     with journal(bench, plan, 1) as begun:
@@ -265,11 +265,14 @@ def test_an_unfinished_batch_leaves_partial_files_and_goes_on_as_it_was(bench):
     assert (counts.partial, counts.completed, counts.failed, counts.problem) == (True, 11, 2, None)
 
 
-def test_the_delivery_removes_the_partial_files(bench):
+def test_the_next_delivery_replaces_or_removes_the_partial_files(bench):
     plan = half_done(bench)
     deliver_now(bench, plan)
-    commit(bench, plan, 1)
     commit(bench, plan, 2)
+    report = deliver_now(bench, plan)
+    assert report.totals.total == 23
+    assert len(bench.lines(plan, "output.partial.jsonl")) == 21
+    commit(bench, plan, 1)
 
     deliver_now(bench, plan)
 
@@ -277,17 +280,6 @@ def test_the_delivery_removes_the_partial_files(bench):
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["errors.jsonl", "output.jsonl", "report.html", "report.md"]
     assert bench.store.batch(plan.batch_id).status is BatchStatus.COMPLETED
-
-
-def test_a_later_partial_delivery_replaces_an_earlier_one(bench):
-    plan = half_done(bench)
-    deliver_now(bench, plan)
-    commit(bench, plan, 2)
-
-    report = deliver_now(bench, plan)
-
-    assert report.totals.total == 23
-    assert len(report.files.output.read_bytes().splitlines()) == 21
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -384,13 +376,10 @@ def test_a_file_that_cannot_be_written_leaves_no_rest(bench, cli, tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--json"], ["--format", "xlsx"]])
-def test_wrong_usage_ends_with_2(bench, cli, words):
+def test_wrong_usage_and_unknown_batches_are_refused(bench, cli, words):
     plan = half_done(bench)
 
     cli.run("results", plan.batch_id, "--partial", *words, exit_code=2)
-
-
-def test_results_of_an_unknown_batch_end_with_1(cli):
     assert "no batch" in cli.run("results", "nothing-00000000", exit_code=1).stderr
 
 

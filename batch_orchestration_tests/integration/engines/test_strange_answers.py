@@ -20,17 +20,17 @@ from batch_orchestration.inference.faults.retries import RetryPolicy
 from batch_orchestration.operations.recovery import recover
 from batch_orchestration.workers.progress import Progress, read_progress
 from batch_orchestration_tests.support.builders import make_request
-from batch_orchestration_tests.support.closing_bench import ClosingBench
 from batch_orchestration_tests.support.command_line import CommandLine
 from batch_orchestration_tests.support.raw_server import Answer, http, raw_server
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.workbench import Workbench
 
 GOOD = b'{"id": "1", "choices": [{"message": {"content": "yes"}}], "usage": {"prompt_tokens": 3}}'
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> ClosingBench:
-    return ClosingBench(tmp_path)
+def bench(tmp_path: Path) -> Workbench:
+    return Workbench(tmp_path)
 
 
 def number_of(body: bytes) -> int:
@@ -39,7 +39,7 @@ def number_of(body: bytes) -> int:
     return int(words[1]) if len(words) > 1 else 1_000
 
 
-def run_against(bench: ClosingBench, answer: Answer, *, requests: int, run_id: str = "run-1"):
+def run_against(bench: Workbench, answer: Answer, *, requests: int, run_id: str = "run-1"):
     """Run a batch against a server that answers so; return its plan."""
     plan = bench.admit_now(requests)
     with raw_server(answer) as url:
@@ -55,7 +55,7 @@ def run_against(bench: ClosingBench, answer: Answer, *, requests: int, run_id: s
     return plan
 
 
-def check_delivered(bench: ClosingBench, plan, *, good: range) -> None:
+def check_delivered(bench: Workbench, plan, *, good: range) -> None:
     """Each request has one row; the good ones are answered; both files add up."""
     settled = {request.index: request.outcome for request in bench.store.settled(plan.batch_id)}
     assert bench.indices(plan) == list(range(plan.requests))
@@ -124,7 +124,7 @@ RAW = st.builds(
 def test_any_bytes_as_answers_leave_one_row_each_and_harm_no_neighbour(
     tmp_path_factory: pytest.TempPathFactory, strange: list[bytes]
 ) -> None:
-    bench = ClosingBench(tmp_path_factory.mktemp("strange"))
+    bench = Workbench(tmp_path_factory.mktemp("strange"))
 
     def answer(path: str, body: bytes) -> list[bytes]:
         number = number_of(body)
@@ -136,7 +136,7 @@ def test_any_bytes_as_answers_leave_one_row_each_and_harm_no_neighbour(
 
 
 def test_counts_that_no_request_has_are_committed_cancelled_and_recovered(
-    bench: ClosingBench,
+    bench: Workbench,
 ) -> None:
     absurd = [2**63, 2**62, 10**30, -5]
 
@@ -155,7 +155,7 @@ def test_counts_that_no_request_has_are_committed_cancelled_and_recovered(
     assert bench.store.batch(plan.batch_id).prompt_tokens == before.prompt_tokens > 2**32
 
 
-def poison(bench: ClosingBench, monkeypatch: pytest.MonkeyPatch, plan) -> None:
+def poison(bench: Workbench, monkeypatch: pytest.MonkeyPatch, plan) -> None:
     """Write a journal as an earlier version did, which took any count for true."""
     encode = msgspec.json.Encoder().encode
 
@@ -179,7 +179,7 @@ def poison(bench: ClosingBench, monkeypatch: pytest.MonkeyPatch, plan) -> None:
 
 
 def test_a_journal_with_absurd_counts_can_be_committed(
-    bench: ClosingBench, monkeypatch: pytest.MonkeyPatch
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = bench.admit_now(20)
     poison(bench, monkeypatch, plan)
@@ -190,7 +190,7 @@ def test_a_journal_with_absurd_counts_can_be_committed(
 
 
 def test_a_journal_with_absurd_counts_can_be_cancelled_and_recovered(
-    bench: ClosingBench, monkeypatch: pytest.MonkeyPatch
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = bench.admit_now(20)
     poison(bench, monkeypatch, plan)
@@ -207,7 +207,7 @@ def test_a_journal_with_absurd_counts_can_be_cancelled_and_recovered(
     assert codes == [None] * 10 + [FailureCode.BATCH_CANCELLED] * 10
 
 
-def test_an_answer_that_cannot_be_kept_is_a_failure_of_its_request(bench: ClosingBench) -> None:
+def test_an_answer_that_cannot_be_kept_is_a_failure_of_its_request(bench: Workbench) -> None:
     """Whichever engine it is that returns what no engine should."""
     plan = bench.admit_now(10)
 
@@ -231,10 +231,10 @@ def test_an_answer_that_cannot_be_kept_is_a_failure_of_its_request(bench: Closin
 
 @pytest.mark.parametrize(("window", "seconds"), [("24h", 600), ("10m", 300)])
 def test_a_wait_that_the_engine_asks_for_is_shown_with_its_reason_and_its_end(
-    bench: ClosingBench, monkeypatch: pytest.MonkeyPatch, window: str, seconds: float
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, window: str, seconds: float
 ) -> None:
     monkeypatch.setenv("BATCH_DATA_DIR", str(bench.folder.root))
-    plan = bench.admit_now(3, window=window)
+    plan = bench.admit_now(3, completion_window=window)
     overloaded = Failure(
         code=FailureCode.ENGINE_OVERLOADED,
         message="come back tomorrow",
@@ -263,7 +263,7 @@ def test_a_wait_that_the_engine_asks_for_is_shown_with_its_reason_and_its_end(
     assert not run.is_alive()
 
 
-def waiting_progress(bench: ClosingBench, batch_id: str) -> Progress:
+def waiting_progress(bench: Workbench, batch_id: str) -> Progress:
     """The first progress that tells of three requests that wait."""
     for _ in range(600):
         progress = read_progress(bench.folder.progress_path(batch_id))

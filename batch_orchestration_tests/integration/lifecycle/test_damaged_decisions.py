@@ -9,12 +9,13 @@ from batch_orchestration.core.lifecycle import deadline
 from batch_orchestration.lifecycle.cancellation import end_overdue
 from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration_tests.support.builders import write_plan
-from batch_orchestration_tests.support.closing_bench import ClosingBench, StickingEngine
+from batch_orchestration_tests.support.scripted_engine import StickingEngine
+from batch_orchestration_tests.support.workbench import Workbench
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return ClosingBench(tmp_path)
+    return Workbench(tmp_path)
 
 
 def appended(path):
@@ -83,7 +84,7 @@ def test_one_whose_window_is_over_is_delivered_too(bench):
     plan = bench.admit_now(30)
     bench.let_expire(plan)
     appended(bench.folder.input_path(plan.batch_id))
-    bench.look()
+    bench.end_overdue()
 
     report = bench.deliver(plan)
 
@@ -116,7 +117,7 @@ def test_nothing_is_decided_about_a_batch_whose_decision_cannot_be_read(bench, n
     other = bench.admit_now(20)
     bench.cancel(other)
 
-    assert set(bench.look()) == {other.batch_id}
+    assert set(bench.end_overdue()) == {other.batch_id}
     assert bench.status(plan) == "in_progress"
 
 
@@ -126,7 +127,7 @@ def test_a_batch_whose_decision_to_cancel_is_removed_goes_on_being_cancelled(ben
     assert bench.status(plan) == "cancelling"
     bench.folder.early_end(plan.batch_id).path.unlink()
 
-    assert set(bench.look()) == {plan.batch_id}
+    assert set(bench.end_overdue()) == {plan.batch_id}
 
     report = bench.deliver(plan)
     assert (bench.status(plan), report.totals.failed) == ("cancelled", 30)

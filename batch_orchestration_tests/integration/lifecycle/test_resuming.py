@@ -2,46 +2,50 @@
 
 import os
 import time
-from pathlib import Path
 
 import pytest
 
-from batch_orchestration.core.batches import BatchPlan
-from batch_orchestration.core.dead_letters import DeadLetterState, Replay, Selection
-from batch_orchestration.core.errors import BatchNotFound, IllegalTransition
+from batch_orchestration.core.dead_letters import DeadLetterState, Selection
+from batch_orchestration.core.errors import BatchNotFound, IllegalTransition, StoreLocked
 from batch_orchestration.dead_letters.actions import request_replay
 from batch_orchestration.dead_letters.replaying import run_replay
 from batch_orchestration.lifecycle.resumption import finish_resumptions, resume
 from batch_orchestration.operations.recovery import recover
 from batch_orchestration.status.views import view_batch
 from batch_orchestration.store.operations import Operations
+from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import make_completion, make_failure
-from batch_orchestration_tests.support.closing_bench import ClosingBench, StickingEngine
-from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
-from batch_orchestration_tests.support.workbench import make_policy
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, StickingEngine
+from batch_orchestration_tests.support.workbench import Workbench, make_policy
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> ClosingBench:
-    return ClosingBench(tmp_path / "data")
+def bench(tmp_path):
+    return Workbench(tmp_path / "data")
 
 
-def cancelled_half_way(bench: ClosingBench):
-    """Of 60 requests 23 are answered: two chunks, and a part of the third."""
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A cancelled batch; of 60 requests 23 are answered: two chunks, and a part of the third."""
+    bench = Workbench(tmp_path_factory.mktemp("half-way"))
     plan, engine = bench.admit_now(60), StickingEngine(answers=23)
     bench.run_until_stuck(plan, engine, lambda: bench.cancel(plan))
     bench.deliver(plan)
-    return plan, engine
+    return bench, plan, engine
+
+
+@pytest.fixture
+def half_way(prepared, tmp_path):
+    bench, plan, engine = prepared
+    return bench.copied(tmp_path / "data"), plan, engine
 
 
 def refuse_some(body: bytes, times: int):
     return make_failure() if b"question 5" in body else None
 
 
-def test_only_what_has_no_answer_is_asked_and_the_end_is_as_if_undisturbed(
-    bench: ClosingBench, tmp_path: Path
-) -> None:
-    plan, engine = cancelled_half_way(bench)
+def test_only_what_has_no_answer_is_asked_and_the_end_is_as_if_undisturbed(half_way, tmp_path):
+    bench, plan, engine = half_way
     answered = [line["custom_id"] for line in bench.lines(plan, "output.jsonl")]
 
     bench.resume(plan)
@@ -52,7 +56,7 @@ def test_only_what_has_no_answer_is_asked_and_the_end_is_as_if_undisturbed(
     assert sum(again.submissions.values()) == 60 - len(answered) == 37
     asked_twice = again.submissions.keys() & engine.submissions.keys()
     assert len(asked_twice) == engine.aborted, "only what was let go is asked again"
-    undisturbed = ClosingBench(tmp_path / "undisturbed")
+    undisturbed = Workbench(tmp_path / "undisturbed")
     same = undisturbed.admit_now(60)
     undisturbed.finish(same)
     assert same.batch_id == plan.batch_id
@@ -70,10 +74,8 @@ def test_only_what_has_no_answer_is_asked_and_the_end_is_as_if_undisturbed(
     assert "**Cancelled**" not in report
 
 
-def test_dead_letters_of_the_early_end_are_resolved_by_the_later_commit(
-    bench: ClosingBench,
-) -> None:
-    plan, _ = cancelled_half_way(bench)
+def test_dead_letters_of_the_early_end_are_resolved_by_the_later_commit(half_way):
+    bench, plan, _ = half_way
 
     bench.resume(plan)
     bench.finish(plan, ScriptedEngine(refuse_some))
@@ -89,8 +91,8 @@ def test_dead_letters_of_the_early_end_are_resolved_by_the_later_commit(
     assert (record.completed, record.failed) == (50, 10)
 
 
-def test_a_batch_may_be_cancelled_and_resumed_again_and_again(bench: ClosingBench) -> None:
-    plan, _ = cancelled_half_way(bench)
+def test_a_batch_may_be_cancelled_and_resumed_again_and_again(half_way):
+    bench, plan, _ = half_way
 
     bench.resume(plan)
     bench.run(plan, ScriptedEngine(), numbers=[2, 3])
@@ -106,7 +108,7 @@ def test_a_batch_may_be_cancelled_and_resumed_again_and_again(bench: ClosingBenc
     assert len(bench.lines(plan, "output.jsonl")) == 60
 
 
-def test_a_batch_cancelled_before_it_began_starts_from_the_beginning(bench: ClosingBench) -> None:
+def test_a_batch_cancelled_before_it_began_starts_from_the_beginning(bench):
     plan = bench.admit_now(15)
     bench.cancel(plan)
     bench.deliver(plan)
@@ -119,21 +121,21 @@ def test_a_batch_cancelled_before_it_began_starts_from_the_beginning(bench: Clos
     assert len(bench.lines(plan, "output.jsonl")) == 15
 
 
-def test_an_expired_batch_needs_a_new_window_which_counts_from_now(bench: ClosingBench) -> None:
-    plan = bench.admit_now(25, window="1h", at=time.time() - 7200)
-    bench.look()
+def test_an_expired_batch_needs_a_new_window_which_counts_from_now(bench):
+    plan = bench.admit_now(25, completion_window="1h", at=time.time() - 7200)
+    bench.end_overdue()
     bench.deliver(plan)
 
     with pytest.raises(IllegalTransition, match=r"window of batch .* is over"):
         bench.resume(plan)
     with pytest.raises(ValueError, match="not a duration"):
-        bench.resume(plan, window="soon")
+        bench.resume(plan, completion_window="soon")
     assert bench.status(plan) == "expired"
     began = time.time()
-    resumption = bench.resume(plan, window="2h")
+    resumption = bench.resume(plan, completion_window="2h")
 
     assert began + 7200 <= resumption.deadline <= time.time() + 7200
-    assert bench.look() == {}
+    assert bench.end_overdue() == {}
     assert bench.folder.read_plan(plan.batch_id) == plan
     view = view_batch(plan.batch_id, folder=bench.folder, store=bench.store, now=time.time())
     assert view.deadline == resumption.deadline
@@ -141,13 +143,13 @@ def test_an_expired_batch_needs_a_new_window_which_counts_from_now(bench: Closin
     assert bench.status(plan) == "completed"
 
 
-def test_what_did_not_end_early_cannot_be_resumed(bench: ClosingBench) -> None:
+def test_what_did_not_end_early_cannot_be_resumed(bench):
     plan = bench.admit_now(5)
 
     with pytest.raises(IllegalTransition, match="is in_progress"):
         bench.resume(plan)
     bench.cancel(plan)
-    with pytest.raises(IllegalTransition, match="still being cancelled"):
+    with pytest.raises(IllegalTransition, match="is being cancelled"):
         bench.resume(plan)
     bench.deliver(plan)
     bench.resume(plan)
@@ -158,7 +160,28 @@ def test_what_did_not_end_early_cannot_be_resumed(bench: ClosingBench) -> None:
         resume("nothing-00000000", folder=bench.folder, store=bench.store, actor="", at=0)
 
 
-def test_a_resumption_that_was_carried_out_is_left_alone(bench: ClosingBench) -> None:
+class LockedAtTheEnd(Store):
+    """A store that another process locks as soon as its batch was read."""
+
+    def reopen_batch(self, *_, **__):
+        raise StoreLocked("held by another process")
+
+
+def test_a_store_locked_after_the_decision_delays_the_resumption_only(bench):
+    plan = bench.admit_now(5)
+    bench.cancel(plan)
+    bench.deliver(plan)
+    bench.store = LockedAtTheEnd(bench.folder.duckdb)
+
+    bench.resume(plan)
+    assert bench.status(plan) == "cancelled"
+
+    bench.store = Store(bench.folder.duckdb)
+    assert finish_resumptions(folder=bench.folder, store=bench.store) == [plan.batch_id]
+    assert bench.status(plan) == "in_progress"
+
+
+def test_a_resumption_that_was_carried_out_is_left_alone(bench):
     plan = bench.admit_now(5)
     bench.cancel(plan)
     bench.deliver(plan)
@@ -170,8 +193,8 @@ def test_a_resumption_that_was_carried_out_is_left_alone(bench: ClosingBench) ->
     assert bench.status(plan) == "cancelled"
 
 
-def test_a_store_lost_after_a_resumption_goes_on_with_the_rest(bench: ClosingBench) -> None:
-    plan, _ = cancelled_half_way(bench)
+def test_a_store_lost_after_a_resumption_goes_on_with_the_rest(half_way):
+    bench, plan, _ = half_way
     bench.resume(plan)
     bench.folder.duckdb.unlink()
 
@@ -185,7 +208,7 @@ def test_a_store_lost_after_a_resumption_goes_on_with_the_rest(bench: ClosingBen
     assert len(bench.lines(plan, "output.jsonl")) == 60
 
 
-def replay_of(bench: ClosingBench, plan: BatchPlan, *numbers: int) -> Replay:
+def replay_of(bench, plan, *numbers):
     """Ask for a replay of these requests; nobody runs it yet."""
     asked = request_replay(
         plan.batch_id,
@@ -202,18 +225,31 @@ def replay_of(bench: ClosingBench, plan: BatchPlan, *numbers: int) -> Replay:
     return replay
 
 
-def close(bench: ClosingBench, replay: Replay) -> None:
+def close(bench, replay):
     """Close a replay that has no outcome."""
     operations = Operations(bench.folder, replay.batch_id)
     operations.close(replay, at=time.time())
     operations.apply_to(bench.store)
 
 
+def run(bench, replay, script):
+    """Run a replay."""
+    run_replay(
+        replay.batch_id,
+        replay.number,
+        engine=ScriptedEngine(script),
+        folder=bench.folder,
+        store=bench.store,
+        run_id="replay",
+        policy=make_policy(),
+    )
+
+
 @pytest.mark.parametrize("order", ["closed before", "closed after the commit", "fails afterwards"])
 def test_a_replay_without_an_answer_keeps_no_answer_of_a_resumed_batch_out_of_the_store(
-    bench: ClosingBench, order: str
-) -> None:
-    plan, _ = cancelled_half_way(bench)
+    half_way, order
+):
+    bench, plan, _ = half_way
     replay = replay_of(bench, plan, 30, 41)
     if order == "closed before":
         close(bench, replay)
@@ -223,15 +259,7 @@ def test_a_replay_without_an_answer_keeps_no_answer_of_a_resumed_batch_out_of_th
     if order == "closed after the commit":
         close(bench, replay)
     if order == "fails afterwards":
-        run_replay(
-            plan.batch_id,
-            replay.number,
-            engine=ScriptedEngine(lambda body, times: make_failure()),
-            folder=bench.folder,
-            store=bench.store,
-            run_id="replay",
-            policy=make_policy(),
-        )
+        run(bench, replay, lambda body, times: make_failure())
     bench.deliver(plan)
 
     assert len(bench.lines(plan, "output.jsonl")) == 60
@@ -242,20 +270,10 @@ def test_a_replay_without_an_answer_keeps_no_answer_of_a_resumed_batch_out_of_th
     assert len(bench.lines(plan, "output.jsonl")) == 60
 
 
-def test_an_answer_of_a_replay_stands_when_the_batch_is_resumed_and_answers_again(
-    bench: ClosingBench,
-) -> None:
-    plan, _ = cancelled_half_way(bench)
+def test_an_answer_of_a_replay_stands_when_the_batch_is_resumed_and_answers_again(half_way):
+    bench, plan, _ = half_way
     replay = replay_of(bench, plan, 30)
-    run_replay(
-        plan.batch_id,
-        replay.number,
-        engine=ScriptedEngine(lambda body, times: make_completion("of the replay")),
-        folder=bench.folder,
-        store=bench.store,
-        run_id="replay",
-        policy=make_policy(),
-    )
+    run(bench, replay, lambda body, times: make_completion("of the replay"))
 
     bench.resume(plan)
     bench.finish(plan)

@@ -16,7 +16,6 @@ from batch_orchestration.queue.rate_limits import RateLimits
 from batch_orchestration.queue.submitted import read_rates
 from batch_orchestration.store.operations import open_replays, replay_asked_since
 from batch_orchestration_tests.support.builders import NOW, make_batch
-from batch_orchestration_tests.support.closing_bench import ClosingBench
 from batch_orchestration_tests.support.letter_bench import LetterBench
 from batch_orchestration_tests.support.workbench import Workbench
 
@@ -44,7 +43,7 @@ def unlisted_batch(root: Path) -> tuple[Workbench, str, Callable[[], object]]:
 
 def resumed_batch(root: Path) -> tuple[Workbench, str, Callable[[], object]]:
     """A batch whose resumption was decided by somebody who was killed right after."""
-    bench = ClosingBench(root)
+    bench = Workbench(root)
     plan = bench.admit_now(10)
     bench.cancel(plan)
     bench.deliver(plan)

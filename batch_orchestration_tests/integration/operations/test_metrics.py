@@ -26,7 +26,6 @@ from batch_orchestration.operations.metrics.names import METRICS
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.utilization_files import account_path
 from batch_orchestration_tests.support.builders import NOW
-from batch_orchestration_tests.support.closing_bench import ClosingBench, StickingEngine
 from batch_orchestration_tests.support.letter_bench import LetterBench
 from batch_orchestration_tests.support.metrics_bench import (
     PREFIX,
@@ -36,7 +35,8 @@ from batch_orchestration_tests.support.metrics_bench import (
     value,
     waiting_file,
 )
-from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, StickingEngine
+from batch_orchestration_tests.support.workbench import Workbench
 
 STRANGER = """
 import sys, time, duckdb
@@ -186,7 +186,7 @@ def test_labels_stay_few_however_many_batches_and_runs_there_are(bench: MetricsB
 # --- counters -------------------------------------------------------------------------------------
 
 
-def counters(bench: LetterBench | ClosingBench) -> dict[tuple[str, str], float]:
+def counters(bench: LetterBench | Workbench) -> dict[tuple[str, str], float]:
     """Every series of the page that must not fall."""
     return {
         (sample.name, str(sorted(sample.labels.items()))): sample.value
@@ -202,7 +202,7 @@ def fallen(before: dict[tuple[str, str], float], after: dict[tuple[str, str], fl
 
 def test_no_counter_falls_when_a_batch_is_resumed(tmp_path: Path) -> None:
     """The answers of the chunks that are asked again leave the store until they are committed."""
-    bench = ClosingBench(tmp_path / "data")
+    bench = Workbench(tmp_path / "data")
     plan, engine = bench.admit_now(60), StickingEngine(answers=23)
     bench.run_until_stuck(plan, engine, lambda: bench.cancel(plan))
     bench.deliver(plan)

@@ -7,38 +7,38 @@ import pytest
 from batch_orchestration.operations.housekeeping.clean import Cleanup, Part, run_cleanup
 from batch_orchestration.operations.housekeeping.retention import clean_journals
 from batch_orchestration_tests.support.builders import NOW
-from batch_orchestration_tests.support.closing_bench import ClosingBench
 from batch_orchestration_tests.support.letter_bench import LetterBench
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
+from batch_orchestration_tests.support.workbench import Workbench
 
 DAY = 86400.0
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> ClosingBench:
-    return ClosingBench(tmp_path)
+def bench(tmp_path: Path) -> Workbench:
+    return Workbench(tmp_path)
 
 
 def test_a_look_that_doubts_the_clock_expires_nothing_and_a_later_one_does(
-    bench: ClosingBench,
+    bench: Workbench,
 ) -> None:
     plan = bench.admit_now(10)
     bench.let_expire(plan)
 
-    assert bench.look(doubt="the clock jumped") == {}
+    assert bench.end_overdue(doubt="the clock jumped") == {}
     assert bench.folder.early_end(plan.batch_id).read() is None
-    assert plan.batch_id in bench.look()
+    assert plan.batch_id in bench.end_overdue()
 
 
-def test_a_doubtful_clock_does_not_keep_a_person_from_cancelling(bench: ClosingBench) -> None:
+def test_a_doubtful_clock_does_not_keep_a_person_from_cancelling(bench: Workbench) -> None:
     plan = bench.admit_now(10)
 
-    early_ends = bench.look(terminated="run-1", doubt="the clock jumped")
+    early_ends = bench.end_overdue(terminated="run-1", doubt="the clock jumped")
 
     assert early_ends[plan.batch_id].actor == "run-1"
 
 
-def test_a_run_whose_clock_has_jumped_answers_everything(bench: ClosingBench) -> None:
+def test_a_run_whose_clock_has_jumped_answers_everything(bench: Workbench) -> None:
     """No look was ever made: the run's own is the first."""
     plan = bench.admit_now(20)
     bench.let_expire(plan)
