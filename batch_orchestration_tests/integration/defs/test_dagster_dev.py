@@ -16,7 +16,6 @@ from batch_orchestration_tests.support.dagster_processes import PATIENCE, dagste
 
 pytestmark = pytest.mark.slow
 
-#: Fields of the engine's resource that the launchpad's form fills in.
 #: The backfill daemon looks once in 30 s, and again when the run has ended.
 BACKFILL_SECONDS = 120.0
 #: Of each request of the big batch and of the urgent one: 32 at a time, the big one takes 75 s.
