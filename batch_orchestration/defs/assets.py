@@ -11,15 +11,6 @@ from pydantic import Field
 from batch_orchestration import __version__
 from batch_orchestration.core.batches import BatchPlan, parse_chunk_key, settings_hash
 from batch_orchestration.core.crash_points import CrashPoint, crash_point
-from batch_orchestration.core.errors import (
-    BatchNotFound,
-    EngineError,
-    EngineKeepsDying,
-    EngineRefusesUs,
-    GpuUnhealthy,
-    PlanMismatch,
-    StorageError,
-)
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.defs.events import (
     MANIFEST_KEY,
@@ -40,23 +31,14 @@ from batch_orchestration.defs.resources import (
     run_policy,
     sample_taker,
 )
-from batch_orchestration.defs.runs import (
-    ask_person,
-    claim_batch,
-    mark_partial,
-    mark_unfit,
-    retry_step,
-    wait_for_the_gate,
-)
+from batch_orchestration.defs.runs import claim_batch, engine_errors, mark_partial
 from batch_orchestration.delivery.assembly import deliver
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.inference.run import CommittedChunk, run_chunks
 from batch_orchestration.inference.sampler import RunSampler
 from batch_orchestration.inference.window.sizing import Sizing
-from batch_orchestration.queue.entries import WaitReason
 from batch_orchestration.queue.halts import halt_in_force, what_helps
-from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import report_phase
 from batch_orchestration.workers.run_status import RunStatus
@@ -146,7 +128,8 @@ def chunk_results(
         with contextlib.closing(commits):
             present_hash = settings_hash(present.answer_settings())
             sizes = partial(_sizes, gpu.sizing, sampler.status)
-            _report(context, commits, present_hash, sizes, settings=present)
+            with engine_errors(context.op_execution_context, present):
+                _report(context, commits, present_hash, sizes)
     faults = Faults()
     for batch_id in selection:
         with faults.of(batch_id):
@@ -221,36 +204,20 @@ def _report(
     commits: Iterator[CommittedChunk],
     settings_hash: str,
     sizes: Callable[[], Metadata],
-    *,
-    settings: Settings,
 ) -> None:
     """Report each chunk to Dagster at its commit.
 
     Chunks that an earlier run committed are reported too: Dagster planned them again and would
     otherwise call them failed.
     """
-    try:
-        for commit in commits:
-            crash_point(CrashPoint.BEFORE_EVENT)
-            context.log_event(
-                chunk_materialization(
-                    context.asset_key, commit, settings_hash=settings_hash, sizes=sizes()
-                )
+    for commit in commits:
+        crash_point(CrashPoint.BEFORE_EVENT)
+        context.log_event(
+            chunk_materialization(
+                context.asset_key, commit, settings_hash=settings_hash, sizes=sizes()
             )
-            context.log_event(progress_observation(commit))
-    except (BatchNotFound, PlanMismatch, EngineKeepsDying) as error:
-        ask_person(context.instance, context.run.run_id, str(error))
-        raise dg.Failure(description=str(error), allow_retries=False) from error
-    except GpuUnhealthy as unhealthy:
-        # Not a failure: every request sent is answered. `dispatch_sensor` waits for a healthy
-        # device.
-        mark_unfit(context.instance, context.run.run_id)
-        context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: the batch waits: {unhealthy}")
-    except EngineRefusesUs as refused:
-        # Not a failure either: the refusal has cost no request an attempt.
-        wait_for_the_gate(context, refused, settings)
-    except (EngineError, StorageError) as error:
-        raise retry_step(context.op_execution_context) from error
+        )
+        context.log_event(progress_observation(commit))
 
 
 @dg.asset(

@@ -8,16 +8,7 @@ import dagster as dg
 from pydantic import Field
 
 from batch_orchestration.core.dead_letters import Selection
-from batch_orchestration.core.errors import (
-    BatchNotFound,
-    DeadLetterError,
-    EngineError,
-    EngineKeepsDying,
-    EngineRefusesUs,
-    GpuUnhealthy,
-    PlanMismatch,
-    StorageError,
-)
+from batch_orchestration.core.errors import DeadLetterError
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import ANY_MODEL
@@ -36,19 +27,10 @@ from batch_orchestration.defs.resources import (
     open_store,
     run_policy,
 )
-from batch_orchestration.defs.runs import (
-    ask_person,
-    free_run_key,
-    mark_unfit,
-    retry_step,
-    run_state,
-    tags_about,
-    wait_for_the_gate,
-)
+from batch_orchestration.defs.runs import engine_errors, free_run_key, run_state, tags_about
 from batch_orchestration.dispatch.run_planning import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
-from batch_orchestration.queue.entries import WaitReason
 from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.load import closed_gate
 from batch_orchestration.queue.refused_engine import refusal_in_words
@@ -111,35 +93,27 @@ def replay_failed_requests(
     stopped.
     """
     present, batch_id = gpu.in_force(settings), config.batch
-    try:
-        with gpu.sampling(context.run.run_id, present) as sampler:
-            for number in _numbers(context, config, present):
-                tags = tags_about(batch_id, data_folder(present))
-                tags |= {REPLAY_TAG: _tag(batch_id, number)}
-                context.instance.add_run_tags(context.run.run_id, tags)
-                engine = gpu.for_run(context.run.run_id, present, batch_ids=[batch_id])
-                report = run_replay(
-                    batch_id,
-                    number,
-                    engine=engine,
-                    folder=data_folder(present),
-                    store=open_store(present),
-                    run_id=context.run.run_id,
-                    policy=run_policy(present, gpu.sizing),
-                    status=sampler.status,
-                    throttle=sampler.throttle,
-                )
-                _report(context, report, present)
-    except GpuUnhealthy as unhealthy:
-        mark_unfit(context.instance, context.run.run_id)
-        context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: the replay waits: {unhealthy}")
-    except EngineRefusesUs as refused:
-        wait_for_the_gate(context, refused, present)
-    except (BatchNotFound, PlanMismatch, DeadLetterError, EngineKeepsDying) as error:
-        ask_person(context.instance, context.run.run_id, str(error))
-        raise dg.Failure(description=str(error), allow_retries=False) from error
-    except (EngineError, StorageError) as error:
-        raise retry_step(context) from error
+    with (
+        engine_errors(context, present),
+        gpu.sampling(context.run.run_id, present) as sampler,
+    ):
+        for number in _numbers(context, config, present):
+            tags = tags_about(batch_id, data_folder(present))
+            tags |= {REPLAY_TAG: _tag(batch_id, number)}
+            context.instance.add_run_tags(context.run.run_id, tags)
+            engine = gpu.for_run(context.run.run_id, present, batch_ids=[batch_id])
+            report = run_replay(
+                batch_id,
+                number,
+                engine=engine,
+                folder=data_folder(present),
+                store=open_store(present),
+                run_id=context.run.run_id,
+                policy=run_policy(present, gpu.sizing),
+                status=sampler.status,
+                throttle=sampler.throttle,
+            )
+            _report(context, report, present)
 
 
 def _numbers(context: dg.OpExecutionContext, config: ReplayConfig, settings: Settings) -> list[int]:

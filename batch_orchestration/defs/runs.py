@@ -7,7 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
 
-from batch_orchestration.core.errors import BatchOrchestrationError, EngineRefusesUs
+from batch_orchestration.core.errors import (
+    BatchNotFound,
+    BatchOrchestrationError,
+    DeadLetterError,
+    EngineError,
+    EngineKeepsDying,
+    EngineRefusesUs,
+    GpuUnhealthy,
+    PlanMismatch,
+    StorageError,
+)
 from batch_orchestration.defs.partitions import (
     BATCH_TAG,
     PARTITION_TAG,
@@ -126,48 +136,43 @@ def _is_taken(instance: dg.DagsterInstance, key: str) -> bool:
     return any(run.status is not dg.DagsterRunStatus.NOT_STARTED for run in runs)
 
 
-def ask_person(instance: dg.DagsterInstance, run_id: str, reason: str) -> None:
-    """Keep dispatch from retrying the work of a failed run until a person has looked at it."""
-    text = f"{run_id}: {reason.splitlines()[0][:_REASON_LENGTH]}"
-    instance.add_run_tags(run_id, {ASKS_PERSON_TAG: text})
+@contextlib.contextmanager
+def engine_errors(context: dg.OpExecutionContext, settings: Settings) -> Iterator[None]:
+    """Let an error of the body decide how its run ends, and whether it is retried.
 
+    If the device is unfit or the engine refuses every request, the run ends well, because no
+    request has lost an attempt; dispatch waits until the cause is gone. If only a person can help,
+    the run fails for good. After any other error of engine or store, Dagster retries the step.
 
-def retry_step(context: dg.OpExecutionContext) -> dg.RetryRequested:
-    """Return the exception that makes Dagster retry the step after a growing pause.
-
-    Not a `RetryPolicy`: Dagster honours that even after a person terminated the run.
+    Raises:
+        dg.Failure: A person must act first.
+        dg.RetryRequested: The step is retried. Not by a `RetryPolicy`: Dagster honours that even
+            after a person terminated the run.
+        StorageError: The refusal of an engine cannot be written.
     """
-    return dg.RetryRequested(
-        max_retries=STEP_RETRIES, seconds_to_wait=STEP_RETRY_SECONDS * 2**context.retry_number
-    )
+    instance, run_id = context.instance, context.run.run_id
+    try:
+        yield
+    except GpuUnhealthy as unhealthy:
+        instance.add_run_tags(run_id, {UNFIT_TAG: run_id})
+        context.log.warning(f"{WaitReason.GPU_UNHEALTHY}: the work waits: {unhealthy}")
+    except EngineRefusesUs as refused:
+        folder, now = DataFolder(settings.data_dir), time.time()
+        refusal = note_refusal(refused, folder=folder, settings=settings, run_id=run_id, now=now)
+        instance.add_run_tags(run_id, {REFUSED_TAG: run_id})
+        context.log.warning(f"{WaitReason.ENGINE_REFUSES_US}: {describe(refusal, now=now)}")
+    except (BatchNotFound, PlanMismatch, DeadLetterError, EngineKeepsDying) as error:
+        reason = str(error).splitlines()[0][:_REASON_LENGTH]
+        instance.add_run_tags(run_id, {ASKS_PERSON_TAG: f"{run_id}: {reason}"})
+        raise dg.Failure(description=str(error), allow_retries=False) from error
+    except (EngineError, StorageError) as error:
+        pause = STEP_RETRY_SECONDS * 2**context.retry_number
+        raise dg.RetryRequested(max_retries=STEP_RETRIES, seconds_to_wait=pause) from error
 
 
 def mark_partial(instance: dg.DagsterInstance, run_id: str) -> None:
     """Mark a run that does not deliver its batch, however it ends."""
     instance.add_run_tags(run_id, {PARTIAL_TAG: run_id})
-
-
-def mark_unfit(instance: dg.DagsterInstance, run_id: str) -> None:
-    """Mark a run that ended because its device was unfit for an engine."""
-    instance.add_run_tags(run_id, {UNFIT_TAG: run_id})
-
-
-def wait_for_the_gate(
-    context: dg.OpExecutionContext | dg.AssetExecutionContext,
-    refused: EngineRefusesUs,
-    settings: Settings,
-) -> None:
-    """Let a run that the engine refused end well, and all runs wait until the refusal is over.
-
-    Raises:
-        StorageError: The refusal cannot be written.
-    """
-    folder, now = DataFolder(settings.data_dir), time.time()
-    refusal = note_refusal(
-        refused, folder=folder, settings=settings, run_id=context.run.run_id, now=now
-    )
-    context.instance.add_run_tags(context.run.run_id, {REFUSED_TAG: context.run.run_id})
-    context.log.warning(f"{WaitReason.ENGINE_REFUSES_US}: {describe(refusal, now=now)}")
 
 
 def claim_batch(
