@@ -1,6 +1,7 @@
 """Health in Dagster: a sensor that examines it, and an asset check that shows the findings."""
 
 import time
+from typing import Any
 
 import dagster as dg
 
@@ -27,12 +28,7 @@ def deployment_is_healthy(settings: SettingsResource) -> dg.AssetCheckResult:
     prints the same on a terminal, even while Dagster is down.
     """
     report = examine_health(settings=settings, folder=data_folder(settings), now=time.time())
-    return dg.AssetCheckResult(
-        passed=report.level is Level.HEALTHY,
-        severity=_severity(report),
-        description=report.summary,
-        metadata=_metadata(report),
-    )
+    return dg.AssetCheckResult(**_result(report))
 
 
 @dg.sensor(
@@ -53,7 +49,9 @@ def health_sensor(context: dg.SensorEvaluationContext, settings: SettingsResourc
     except StorageError:
         before = None
     if before is None or before.problem_levels() != report.problem_levels():
-        context.instance.report_runless_asset_event(_evaluation(report))
+        context.instance.report_runless_asset_event(
+            dg.AssetCheckEvaluation(asset_key=QUEUE_KEY, check_name=_CHECK, **_result(report))
+        )
     try:
         StateFile(folder.health, HealthReport).write(report)
     except StorageError as error:
@@ -61,20 +59,15 @@ def health_sensor(context: dg.SensorEvaluationContext, settings: SettingsResourc
     return dg.SkipReason(report.summary)
 
 
-def _evaluation(report: HealthReport) -> dg.AssetCheckEvaluation:
-    return dg.AssetCheckEvaluation(
-        asset_key=QUEUE_KEY,
-        check_name=_CHECK,
-        passed=report.level is Level.HEALTHY,
-        severity=_severity(report),
-        description=report.summary,
-        metadata=_metadata(report),
-    )
-
-
-def _severity(report: HealthReport) -> dg.AssetCheckSeverity:
-    worst = report.level is Level.UNHEALTHY
-    return dg.AssetCheckSeverity.ERROR if worst else dg.AssetCheckSeverity.WARN
+def _result(report: HealthReport) -> dict[str, Any]:
+    """Return the fields that the check's results and evaluations share."""
+    is_error = report.level is Level.UNHEALTHY
+    return {
+        "passed": report.level is Level.HEALTHY,
+        "severity": dg.AssetCheckSeverity.ERROR if is_error else dg.AssetCheckSeverity.WARN,
+        "description": report.summary,
+        "metadata": _metadata(report),
+    }
 
 
 def _metadata(report: HealthReport) -> dict[str, dg.MetadataValue]:
