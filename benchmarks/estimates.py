@@ -29,6 +29,7 @@ from batch_orchestration.engines.openai_server import ServerOptions
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.estimates.benchmark import CalibrationReport, calibrate
+from batch_orchestration.estimates.derivation import DEFAULT_IN_FLIGHT
 from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.estimate import Estimate, seconds_band, tokens_band
 from batch_orchestration.estimates.scores import Score, accuracy
@@ -82,6 +83,7 @@ class Bench:
             model_aliases={"*": options.model.name},
             engine_args={"max-model-len": CONTEXT},
             max_tokens_cap=options.cap,
+            in_flight=DEFAULT_IN_FLIGHT,
             settle_seconds=0,
             requests_per_chunk=50,
         )

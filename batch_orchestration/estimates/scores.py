@@ -1,4 +1,4 @@
-"""The accuracy of estimates: estimated against actual figures, of one batch and of several."""
+"""The accuracy of estimates: estimated against actual values, of one batch and of several."""
 
 import statistics
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ _ROW_INCHES, _ROW_LETTERS = 0.16, 48
 #: Limit on points: more cannot be distinguished in a picture as wide as a page.
 MOST_INTERVALS = 120
 MOST_SAMPLES = 120
-#: Fewer points are no curve and add nothing to the figures in the text.
+#: Fewer points are no curve and add nothing to the numbers in the text.
 LEAST_POINTS = 3
 #: One line per colour: lines that share a colour could not be compared.
 MOST_GPUS = len(COLOURS)
@@ -247,15 +247,15 @@ def gpu_plot(samples: Sequence[RunSample], *, since: float) -> Plot | None:
     if len(groups) < LEAST_POINTS:
         return None
     labels = _gpu_labels(samples)
-    figures: tuple[tuple[str, Callable[[GpuFacts], float | None], float | None], ...] = (
+    values: tuple[tuple[str, Callable[[GpuFacts], float | None], float | None], ...] = (
         ("utilization, %", lambda gpu: gpu.utilization_percent, 100),
         ("memory, GiB", lambda gpu: _gibibytes(gpu.memory_used_bytes), None),
         ("temperature, °C", lambda gpu: gpu.temperature_celsius, None),
     )
     panels = []
-    for unit, figure, top in figures:
+    for unit, value, top in values:
         lines = [
-            Line(label, _means(groups, _of_gpu(uuid, figure)), colour)
+            Line(label, _means(groups, _of_gpu(uuid, value)), colour)
             for (uuid, label), colour in zip(labels.items(), COLOURS, strict=False)
         ]
         lines = [line for line in lines if any(value is not None for value in line.values)]

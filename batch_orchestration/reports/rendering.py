@@ -53,7 +53,7 @@ def batch_report(
         record: Record of the batch; the report uses no time that a second assembly changes.
         chunks: Chunk reports by number.
         outbox: Folder of the delivered files, as a person would write it.
-        scored: The estimate made at admission, with actual figures.
+        scored: The estimate made at admission, with the actual values.
         early_end: The early end of the batch; None if it was completed.
     """
     shown = sorted(chunks.values(), key=lambda chunk: chunk.number)
