@@ -25,6 +25,8 @@ class Fence(msgspec.Struct, frozen=True, kw_only=True):
         by: The run that put up the fence.
         boot_id: The boot in which that happened; None if the file of the fence is unreadable.
         facts: The device at that time; None if it was lost, or if the file is unreadable.
+        cleared_at: Time at which it was removed; None while it is in force.
+        cleared_by: A person, or the recovery check.
     """
 
     uuid: str
@@ -33,18 +35,8 @@ class Fence(msgspec.Struct, frozen=True, kw_only=True):
     by: str
     boot_id: str | None = None
     facts: GpuFacts | None = None
-
-
-class ClearedFence(msgspec.Struct, frozen=True, kw_only=True):
-    """A fence that is no longer in force.
-
-    Attributes:
-        by: A person, or the recovery check.
-    """
-
-    fence: Fence
-    at: float
-    by: str
+    cleared_at: float | None = None
+    cleared_by: str = ""
 
 
 def new_faults(before: GpuFacts, now: GpuFacts) -> Iterator[str]:
@@ -86,8 +78,8 @@ def holds_because(fence: Fence, device: GpuFacts, *, boot_id: str) -> str | None
     count = device.ecc_uncorrectable_errors
     counted = None if fence.facts is None else fence.facts.ecc_uncorrectable_errors
     if counted is not None and count is None:
-        return "it no longer tells its memory errors"
-    began_anew = counted is not None and count is not None and count < counted
-    if began_anew or fence.boot_id not in (None, boot_id):
+        return "it no longer reports its memory errors"
+    restarted = counted is not None and count is not None and count < counted
+    if restarted or fence.boot_id not in (None, boot_id):
         return None
     return "nothing shows that it was reset since"

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
+
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.engines.processes.records import boot_id
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.gpu.facts import GpuFacts
-from batch_orchestration.gpu.faults import ClearedFence, Fence, holds_because
+from batch_orchestration.gpu.faults import Fence, holds_because
 
 
 def fence_path(folder: DataFolder, uuid: str) -> Path:
@@ -57,35 +59,23 @@ def clear_fence(folder: DataFolder, uuid: str, *, at: float, by: str) -> Fence |
     fence = _read(path)
     if fence is None:
         return None
-    record = ClearedFence(fence=fence, at=at, by=by)
-    kept = folder.fences / "cleared" / f"{path.stem}-{at:.3f}.json"
-    StateFile(kept, ClearedFence).write(record)
+    cleared = msgspec.structs.replace(fence, cleared_at=at, cleared_by=by)
+    StateFile(folder.fences / "cleared" / f"{path.stem}-{at:.3f}.json", Fence).write(cleared)
     StateFile(path, Fence).remove()
     return fence
-
-
-def cleared_fences(folder: DataFolder) -> list[ClearedFence]:
-    """Return the cleared fences, oldest first; unreadable records are left out."""
-    found = []
-    for path in (folder.fences / "cleared").glob("*.json"):
-        try:
-            record = StateFile(path, ClearedFence).read()
-        except StorageError:
-            continue
-        if record is not None:
-            found.append(record)
-    return sorted(found, key=lambda record: record.at)
 
 
 def _read(path: Path) -> Fence | None:
     try:
         return StateFile(path, Fence).read()
     except StorageError as error:
-        return Fence(uuid=path.stem, at=0.0, reason=f"its fence says nothing: {error}", by="nobody")
+        return Fence(
+            uuid=path.stem, at=0.0, reason=f"its fence is unreadable: {error}", by="unknown"
+        )
 
 
 logger = logging.getLogger(__name__)
-#: Stands in `ClearedFence.by` if no person cleared the fence.
+#: Stands in `Fence.cleared_by` if no person cleared the fence.
 RECOVERY_CHECK = "recovery check"
 
 
@@ -108,7 +98,7 @@ def fence_off(folder: DataFolder, device: GpuFacts, reason: str, lost: bool, *, 
         if put_up_fence(folder, fence):
             logger.error("GPU %s is fenced: %s", fence.uuid, reason)
     except StorageError as error:
-        logger.error("GPU %s cannot be fenced, it is tried again: %s", fence.uuid, error)  # noqa: TRY400
+        logger.error("GPU %s cannot be fenced; trying again: %s", fence.uuid, error)  # noqa: TRY400
         return False
     return True
 
@@ -126,7 +116,7 @@ def standing_fences(folder: DataFolder, devices: Sequence[GpuFacts]) -> dict[str
     except StorageError as error:
         return dict.fromkeys(
             (device.hardware_uuid for device in devices),
-            f"nobody can tell whether it is fenced: {error}",
+            f"it is unknown whether it is fenced: {error}",
         )
     seen = {device.hardware_uuid: device for device in devices}
     return {
@@ -148,5 +138,5 @@ def _standing(folder: DataFolder, uuid: str, fence: Fence, device: GpuFacts | No
         clear_fence(folder, uuid, at=time.time(), by=RECOVERY_CHECK)
     except StorageError as error:
         return f"{fenced} (it has recovered, but the fence cannot be removed: {error})"
-    logger.warning("GPU %s has recovered and is not fenced any more: %s", uuid, fenced)
+    logger.warning("GPU %s has recovered and is no longer fenced: %s", uuid, fenced)
     return None

@@ -41,16 +41,6 @@ _POSSIBLE = {
 _GIB = 2**30
 
 
-class GpuLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Upper limits of a device.
-
-    Attributes:
-        max_celsius: None for 5 below its own slowdown threshold, or 85 if it reports none.
-    """
-
-    max_celsius: float | None = None
-
-
 class GpuNeed(msgspec.Struct, frozen=True, kw_only=True):
     """Resources that an engine needs.
 
@@ -67,8 +57,8 @@ class GpuNeed(msgspec.Struct, frozen=True, kw_only=True):
 def unhealthy_reasons(
     readings: Sequence[GpuFacts] | GpuUnreadable,
     *,
-    limits: GpuLimits,
     need: GpuNeed,
+    max_celsius: float | None = None,
     own: frozenset[int] = frozenset(),
     fences: Mapping[str, str] | None = None,
 ) -> list[str]:
@@ -76,6 +66,7 @@ def unhealthy_reasons(
 
     Args:
         readings: The devices that CUDA will show, in its order, or why they are unreadable.
+        max_celsius: See `limit_celsius`.
         own: Pids of our own engines: they are no strangers, and their memory counts as free.
         fences: Why a device is fenced, by the UUID of the whole device.
     """
@@ -89,7 +80,7 @@ def unhealthy_reasons(
         for device in readings[: need.devices]
         for reason in (
             *_fenced(device, fences or {}),
-            *_reasons(device, limits, need, own),
+            *_reasons(device, max_celsius, need, own),
         )
     ]
 
@@ -103,14 +94,14 @@ def _fenced(device: GpuFacts, fences: Mapping[str, str]) -> Iterator[str]:
 
 
 def _reasons(
-    device: GpuFacts, limits: GpuLimits, need: GpuNeed, own: frozenset[int]
+    device: GpuFacts, max_celsius: float | None, need: GpuNeed, own: frozenset[int]
 ) -> Iterator[str]:
     impossible = list(nonsense(device))
     yield from impossible
     if impossible:
         # All other reasons would be based on these values.
         return
-    yield from _heat(device, limits)
+    yield from _heat(device, max_celsius)
     yield from standing_faults(device)
     if device.mig_enabled and not device.mig_instance:
         yield "it is cut into MIG instances; name one in CUDA_VISIBLE_DEVICES (MIG-…)"
@@ -137,17 +128,21 @@ def nonsense(device: GpuFacts) -> Iterator[str]:
             yield f"it reports nonsense: process {process.pid} holds {process.memory_bytes} bytes"
 
 
-def max_celsius(device: GpuFacts, limits: GpuLimits) -> float:
-    """Return the temperature above which no engine is started on a device."""
-    if limits.max_celsius is not None:
-        return limits.max_celsius
+def limit_celsius(device: GpuFacts, max_celsius: float | None) -> float:
+    """Return the temperature above which no engine is started on a device.
+
+    Args:
+        max_celsius: None for 5 below the device's slowdown threshold, or 85 if it reports none.
+    """
+    if max_celsius is not None:
+        return max_celsius
     if device.slowdown_celsius is None:
         return DEFAULT_MAX_CELSIUS
     return device.slowdown_celsius - SLOWDOWN_MARGIN_CELSIUS
 
 
-def _heat(device: GpuFacts, limits: GpuLimits) -> Iterator[str]:
-    limit = max_celsius(device, limits)
+def _heat(device: GpuFacts, max_celsius: float | None) -> Iterator[str]:
+    limit = limit_celsius(device, max_celsius)
     if device.temperature_celsius is not None and device.temperature_celsius > limit:
         yield f"{device.temperature_celsius} °C, {limit:g} °C allowed"
 

@@ -19,10 +19,9 @@ from batch_orchestration.engines.vllm.flags import flags_of
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.fences import fence_off, standing_fences
-from batch_orchestration.gpu.gate import GpuLimits, GpuNeed, unhealthy_reasons
+from batch_orchestration.gpu.gate import GpuNeed, unhealthy_reasons
 from batch_orchestration.gpu.monitor import DeviceMonitor
 from batch_orchestration.gpu.nvml import ListeningReader, read_gpus
-from batch_orchestration.gpu.thermal import ThermalPolicy
 from batch_orchestration.settings import Device, EngineKind, Settings
 
 #: Tokens for which the gate requires room in the KV cache: with less, vLLM does not start even at
@@ -57,8 +56,6 @@ READ_SECONDS = 5.0
 #: check for this long before it considers the device unfit.
 PATIENCE_SECONDS = 6.0
 _LOOK_SECONDS = 1.0
-#: Used by every run.
-THERMAL_POLICY = ThermalPolicy()
 #: vLLM's flags that spread a model over devices.
 _SPREADING = ("tensor-parallel-size", "pipeline-parallel-size")
 #: Flags that make the weights on the device differ from those in the files.
@@ -182,9 +179,9 @@ def check_gpu(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuCheck:
         judged = msgspec.structs.replace(need, memory_bytes=None) if own else need
         seen = () if isinstance(readings, GpuUnreadable) else readings
         fences = standing_fences(DataFolder(settings.data_dir), seen)
-        verdict = partial(unhealthy_reasons, readings, need=judged, own=own, fences=fences)
-        reasons = verdict(limits=GpuLimits(max_celsius=settings.gpu_max_temperature))
-        throttled = bool(own and reasons) and not verdict(limits=GpuLimits(max_celsius=math.inf))
+        against = partial(unhealthy_reasons, readings, need=judged, own=own, fences=fences)
+        reasons = against(max_celsius=settings.gpu_max_temperature)
+        throttled = bool(own and reasons) and not against(max_celsius=math.inf)
     return GpuCheck(
         no_gate=without,
         devices=() if isinstance(readings, GpuUnreadable) else tuple(readings),
@@ -205,9 +202,8 @@ def device_monitor(settings: Settings, *, run_id: str) -> DeviceMonitor | None:
     return DeviceMonitor(
         partial(reader.readings, seconds=READ_SECONDS),
         devices=engine_need(settings).devices,
-        limits=GpuLimits(max_celsius=settings.gpu_max_temperature),
+        max_celsius=settings.gpu_max_temperature,
         fence_off=partial(fence_off, folder, by=run_id),
-        policy=THERMAL_POLICY,
     )
 
 

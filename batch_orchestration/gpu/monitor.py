@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.gpu.facts import GpuFacts
 from batch_orchestration.gpu.faults import new_faults, recounted
-from batch_orchestration.gpu.gate import GpuLimits, nonsense
+from batch_orchestration.gpu.gate import nonsense
 from batch_orchestration.gpu.thermal import (
-    ThermalPolicy,
     ThermalState,
     Throttle,
     heat_of,
@@ -39,8 +38,8 @@ class DeviceMonitor:
     Args:
         read: Returns the devices that CUDA shows, in its order, or why they cannot be read.
         devices: Number of them that the engine uses, from the first.
+        max_celsius: See `gate.limit_celsius`.
         fence_off: Called with a device that has a fault, until it returns True.
-        policy: How fast hot devices are throttled.
         clock: Monotonic seconds.
     """
 
@@ -49,16 +48,14 @@ class DeviceMonitor:
         read: Callable[[], Sequence[GpuFacts] | GpuUnreadable],
         *,
         devices: int,
-        limits: GpuLimits,
+        max_celsius: float | None,
         fence_off: FenceOff,
-        policy: ThermalPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._read = read
         self._devices = devices
-        self._limits = limits
+        self._max_celsius = max_celsius
         self._fence_off = fence_off
-        self._policy = policy or ThermalPolicy()
         self._clock = clock
         #: The devices at the first plausible reading, in CUDA's order.
         self._first: tuple[GpuFacts, ...] = ()
@@ -118,8 +115,8 @@ class DeviceMonitor:
                 self._fault(device, fault)
         self._first = tuple(map(recounted, before, mine))
         self._seen_at = self._clock()
-        heat = heat_of(mine, self._limits, self._policy)
-        self._thermal = next_state(self._thermal, heat, now=self._seen_at, policy=self._policy)
+        heat = heat_of(mine, self._max_celsius)
+        self._thermal = next_state(self._thermal, heat, now=self._seen_at)
         return mine
 
     def _unseen(self, why: str) -> tuple[GpuFacts, ...]:

@@ -10,7 +10,7 @@ from enum import IntEnum
 import msgspec
 
 from batch_orchestration.gpu.facts import GpuFacts
-from batch_orchestration.gpu.gate import GpuLimits, max_celsius
+from batch_orchestration.gpu.gate import limit_celsius
 
 #: Shares of the window, from whole to paused. Halving sheds load fast. Below an eighth, most of the
 #: power that a device draws is its base load, and only a pause helps.
@@ -23,6 +23,16 @@ SHARES = (1.0, 0.5, 0.25, 0.125, 0.0)
 THERMAL_REASONS = frozenset(
     {"hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown"}
 )
+#: A device that stays hot loses a step at each such interval. A die follows its load within
+#: seconds, a heat sink within tens of seconds.
+SHRINK_SECONDS = 10.0
+#: Time to be cool before each step back: three times as long, so that the share rises more slowly
+#: than it fell.
+CALM_SECONDS = 30.0
+#: Cool is below the limit by more than this. Between, nothing changes.
+MARGIN_CELSIUS = 5.0
+#: Readings further apart than this prove nothing about the time between.
+GAP_SECONDS = 15.0
 
 
 class Heat(IntEnum):
@@ -31,24 +41,6 @@ class Heat(IntEnum):
     COOL = 0
     BETWEEN = 1
     HOT = 2
-
-
-class ThermalPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """How fast devices are throttled and released.
-
-    Attributes:
-        shrink_seconds: After each such interval, a device that stays hot loses the next step. A die
-            follows its load within seconds, a heat sink within tens of seconds.
-        calm_seconds: Time to be cool before each step back: three times as long, so that the share
-            rises more slowly than it fell.
-        margin_celsius: Cool is below the limit by more than this. Between, nothing changes.
-        gap_seconds: Readings further apart than this prove nothing about the time between.
-    """
-
-    shrink_seconds: float = 10.0
-    calm_seconds: float = 30.0
-    margin_celsius: float = 5.0
-    gap_seconds: float = 15.0
 
 
 class ThermalState(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,39 +64,41 @@ class ThermalState(msgspec.Struct, frozen=True, kw_only=True):
         return SHARES[self.depth]
 
 
-def heat_of(devices: Sequence[GpuFacts], limits: GpuLimits, policy: ThermalPolicy) -> Heat:
-    """Return the heat of the hottest device, which limits the engine as a whole."""
-    return max((_heat(device, limits, policy) for device in devices), default=Heat.COOL)
+def heat_of(devices: Sequence[GpuFacts], max_celsius: float | None = None) -> Heat:
+    """Return the heat of the hottest device, which limits the engine as a whole.
+
+    Args:
+        max_celsius: See `gate.limit_celsius`.
+    """
+    return max((_heat(device, max_celsius) for device in devices), default=Heat.COOL)
 
 
-def _heat(device: GpuFacts, limits: GpuLimits, policy: ThermalPolicy) -> Heat:
-    limit, celsius = max_celsius(device, limits), device.temperature_celsius
+def _heat(device: GpuFacts, max_celsius: float | None) -> Heat:
+    limit, celsius = limit_celsius(device, max_celsius), device.temperature_celsius
     if THERMAL_REASONS.intersection(device.throttle_reasons or ()):
         return Heat.HOT
-    if celsius is None or celsius < limit - policy.margin_celsius:
+    if celsius is None or celsius < limit - MARGIN_CELSIUS:
         return Heat.COOL
     return Heat.HOT if celsius > limit else Heat.BETWEEN
 
 
-def next_state(
-    state: ThermalState, heat: Heat, *, now: float, policy: ThermalPolicy
-) -> ThermalState:
+def next_state(state: ThermalState, heat: Heat, *, now: float) -> ThermalState:
     """Return the state after one reading of the devices.
 
     Of two states with readings at the same moments, the one with hotter readings never has the
-    larger share. A step back needs `calm_seconds` of cool readings only, so within that time the
+    larger share. A step back needs `CALM_SECONDS` of cool readings only, so within that time the
     share cannot fall, rise and fall again.
     """
-    calm_since = state.calm_since if now - state.read_at <= policy.gap_seconds else None
+    calm_since = state.calm_since if now - state.read_at <= GAP_SECONDS else None
     if heat is not Heat.COOL:
         calm_since = None
     elif calm_since is None:
         calm_since = now
     after = msgspec.structs.replace(state, calm_since=calm_since, read_at=now)
-    if heat is Heat.HOT and now - state.shrunk_at >= policy.shrink_seconds:
+    if heat is Heat.HOT and now - state.shrunk_at >= SHRINK_SECONDS:
         depth = min(state.depth + 1, len(SHARES) - 1)
         return msgspec.structs.replace(after, depth=depth, shrunk_at=now)
-    if state.depth and calm_since is not None and now - calm_since >= policy.calm_seconds:
+    if state.depth and calm_since is not None and now - calm_since >= CALM_SECONDS:
         return msgspec.structs.replace(after, depth=state.depth - 1, calm_since=now)
     return after
 

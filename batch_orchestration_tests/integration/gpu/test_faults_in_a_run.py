@@ -4,6 +4,7 @@ The deployment is one for vLLM on CUDA, with its gate, its watch and a made-up N
 the engine is the simulated one: it has the same protocol, and needs no device.
 """
 
+import json
 import sys
 from collections import Counter
 from contextlib import closing
@@ -18,10 +19,10 @@ from batch_orchestration.engines.processes.records import is_running, read_recor
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.gpu import health as gpu_health
-from batch_orchestration.gpu.fences import cleared_fences, read_fences
+from batch_orchestration.gpu import thermal
+from batch_orchestration.gpu.fences import read_fences
 from batch_orchestration.gpu.health import require_healthy_gpu
 from batch_orchestration.gpu.samples import read_samples
-from batch_orchestration.gpu.thermal import ThermalPolicy
 from batch_orchestration.settings import Device, EngineKind
 from batch_orchestration_tests.integration.defs.test_assets import chunk_run
 from batch_orchestration_tests.support.builders import make_input
@@ -93,8 +94,8 @@ def deployment(tmp_path, monkeypatch, gpu):
     monkeypatch.setattr(gpu_health, "PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr("batch_orchestration.dispatch.run_planning.UNFIT_SECONDS", 0.0)
     monkeypatch.setattr("batch_orchestration.inference.window.window.LOOK_SECONDS", 0.02)
-    fast = ThermalPolicy(shrink_seconds=0.15, calm_seconds=0.3)
-    monkeypatch.setattr(gpu_health, "THERMAL_POLICY", fast)
+    monkeypatch.setattr(thermal, "SHRINK_SECONDS", 0.15)
+    monkeypatch.setattr(thermal, "CALM_SECONDS", 0.3)
     deployment = Deployment(
         tmp_path,
         engine=EngineKind.VLLM,
@@ -205,7 +206,8 @@ def test_errors_of_memory_end_the_run_with_all_answers_kept_and_fence_the_device
     assert deployment.run(request).success
 
     assert read_fences(deployment.folder) == {}
-    assert [cleared.by for cleared in cleared_fences(deployment.folder)] == ["recovery check"]
+    (record,) = (deployment.folder.fences / "cleared").iterdir()
+    assert json.loads(record.read_bytes())["cleared_by"] == "recovery check"
     assert answered_once(deployment, batch_id)
     assert deployment.store.batch(batch_id).completed == REQUESTS
 

@@ -1,5 +1,6 @@
 """The gate where it acts: a batch waits for a device that is not fit, and pays nothing for it."""
 
+import json
 import sys
 import threading
 from contextlib import ExitStack, closing
@@ -15,7 +16,7 @@ from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.dead_letters.actions import request_replay
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.gpu import health as gpu_health
-from batch_orchestration.gpu.fences import cleared_fences, fence_off
+from batch_orchestration.gpu.fences import fence_off
 from batch_orchestration.gpu.nvml import read_gpus
 from batch_orchestration.settings import Device, EngineKind
 from batch_orchestration.store.operations import Operations, open_replays
@@ -236,8 +237,9 @@ def test_a_person_clears_a_fence_and_is_remembered(deployment, cli, install):
     assert "not shown: GPU-2: fenced since" in fenced
     assert "It was: it fell" in cleared.stderr
     assert "healthy: an engine may be started" in cleared.stdout
-    (record,) = cleared_fences(deployment.folder)
-    assert (record.by, record.fence.reason) == (person(), "it fell")
+    (file,) = (deployment.folder.fences / "cleared").iterdir()
+    record = json.loads(file.read_bytes())
+    assert (record["cleared_by"], record["reason"]) == (person(), "it fell")
 
 
 def test_the_command_without_a_gpu_ends_with_1(cli, no_gpu):

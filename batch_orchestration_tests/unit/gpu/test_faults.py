@@ -56,7 +56,7 @@ def fence(then, *, boot_id="boot-1"):
             facts(ecc_uncorrectable_errors=2),
             facts(ecc_uncorrectable_errors=None),
             "boot-2",
-            "no longer tells",
+            "no longer reports",
         ),
     ],
 )

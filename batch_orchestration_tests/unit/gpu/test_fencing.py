@@ -2,14 +2,15 @@
 
 import sys
 
+import msgspec
 import pytest
 
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu import fences as fencing
 from batch_orchestration.gpu.facts import GpuFacts
+from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.gpu.fences import (
     RECOVERY_CHECK,
-    cleared_fences,
     fence_off,
     fence_path,
     read_fences,
@@ -64,8 +65,9 @@ def test_a_recovered_device_is_freed_and_that_is_kept(folder, boot):
 
     assert standing_fences(folder, [WELL]) == {}
     assert read_fences(folder) == {}
-    (cleared,) = cleared_fences(folder)
-    assert (cleared.by, cleared.fence.reason) == (RECOVERY_CHECK, "2 errors")
+    (record,) = (folder.fences / "cleared").iterdir()
+    cleared = msgspec.json.decode(record.read_bytes(), type=Fence)
+    assert (cleared.cleared_by, cleared.reason) == (RECOVERY_CHECK, "2 errors")
 
 
 def test_a_lost_device_is_freed_by_a_restart_alone(folder, boot):
@@ -96,7 +98,7 @@ def test_a_fence_that_cannot_be_read_stands_even_after_a_restart(folder, boot, c
 
     (why,) = standing_fences(folder, [WELL]).values()
 
-    assert "says nothing" in why
+    assert "is unreadable" in why
     assert path.read_bytes() == content
 
 
@@ -104,7 +106,7 @@ def test_fences_that_nobody_can_list_stand_for_every_device(folder):
     folder.fences.parent.mkdir(exist_ok=True)
     folder.fences.write_text("not a folder")
 
-    assert "nobody can tell" in standing_fences(folder, [WELL])["GPU-1"]
+    assert "it is unknown" in standing_fences(folder, [WELL])["GPU-1"]
 
 
 def test_a_fence_that_cannot_be_removed_stands(folder, boot):

@@ -5,7 +5,7 @@ import pytest
 
 from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.gpu.facts import GpuFacts, GpuProcess
-from batch_orchestration.gpu.gate import GpuLimits, GpuNeed, unhealthy_reasons
+from batch_orchestration.gpu.gate import GpuNeed, unhealthy_reasons
 
 GIB = 2**30
 HEALTHY = GpuFacts(
@@ -39,8 +39,8 @@ SILENT = GpuFacts(
 )
 
 
-def verdict(*devices, limits=GpuLimits(), need=GpuNeed(memory_bytes=20 * GIB), own=()):  # noqa: B008
-    return unhealthy_reasons(devices, limits=limits, need=need, own=frozenset(own))
+def reasons_against(*devices, need=GpuNeed(memory_bytes=20 * GIB), own=(), max_celsius=None):  # noqa: B008
+    return unhealthy_reasons(devices, max_celsius=max_celsius, need=need, own=frozenset(own))
 
 
 def with_facts(**facts):
@@ -68,11 +68,11 @@ def process(**fields):
     ids=repr,
 )
 def test_a_healthy_device_has_no_reason_against_it(facts):
-    assert verdict(with_facts(**facts)) == []
+    assert reasons_against(with_facts(**facts)) == []
 
 
 def test_what_a_device_does_not_have_is_not_held_against_it():
-    assert verdict(SILENT) == []
+    assert reasons_against(SILENT) == []
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_what_a_device_does_not_have_is_not_held_against_it():
     ids=repr,
 )
 def test_whatever_is_wrong_shuts_the_gate_and_is_named(facts, reason):
-    reasons = verdict(with_facts(**facts))
+    reasons = reasons_against(with_facts(**facts))
 
     assert any(reason in found for found in reasons)
     assert all(found.startswith("GPU 0 (Test): ") for found in reasons)
@@ -148,7 +148,7 @@ def test_a_fenced_device_shuts_the_gate_and_says_how_to_clear_it():
 
     for device in (HEALTHY, instance):
         (reason,) = unhealthy_reasons(
-            [device], limits=GpuLimits(), need=GpuNeed(), fences={"GPU-1": "fenced", "GPU-2": "no"}
+            [device], need=GpuNeed(), fences={"GPU-1": "fenced", "GPU-2": "no"}
         )
         assert reason == (
             "GPU 0 (Test): fenced; once it is well: python -m batch_orchestration gpu --clear GPU-1"
@@ -158,20 +158,18 @@ def test_a_fenced_device_shuts_the_gate_and_says_how_to_clear_it():
 def test_nothing_is_concluded_from_nonsense():
     device = with_facts(memory_used_bytes=-1, temperature_celsius=100, remap_pending=True)
 
-    assert len(verdict(device)) == 1
+    assert len(reasons_against(device)) == 1
 
 
 @pytest.mark.parametrize("devices", [0, 1])
 def test_a_missing_device_shuts_the_gate(devices):
-    (reason,) = verdict(*[HEALTHY] * devices, need=GpuNeed(devices=2))
+    (reason,) = reasons_against(*[HEALTHY] * devices, need=GpuNeed(devices=2))
 
     assert reason.startswith("2 GPU(s) needed")
 
 
 def test_what_cannot_be_read_shuts_the_gate():
-    reasons = unhealthy_reasons(
-        GpuUnreadable("NVML says: GPU is lost"), limits=GpuLimits(), need=GpuNeed()
-    )
+    reasons = unhealthy_reasons(GpuUnreadable("NVML says: GPU is lost"), need=GpuNeed())
 
     assert reasons == ["NVML says: GPU is lost"]
 
@@ -179,23 +177,23 @@ def test_what_cannot_be_read_shuts_the_gate():
 def test_only_the_devices_that_the_engine_will_use_are_judged():
     sick = msgspec.structs.replace(HEALTHY, index=1, remap_failed=True)
 
-    assert verdict(HEALTHY, sick) == []
-    assert len(verdict(HEALTHY, sick, need=GpuNeed(devices=2))) == 1
+    assert reasons_against(HEALTHY, sick) == []
+    assert len(reasons_against(HEALTHY, sick, need=GpuNeed(devices=2))) == 1
 
 
 @pytest.mark.parametrize(("limit", "healthy"), [(60.0, False), (61.0, True), (90.0, True)])
 def test_a_limit_that_is_set_is_the_one_that_counts(limit, healthy):
     device = with_facts(temperature_celsius=61, slowdown_celsius=62)
 
-    assert (verdict(device, limits=GpuLimits(max_celsius=limit)) == []) is healthy
+    assert (reasons_against(device, max_celsius=limit) == []) is healthy
 
 
 def test_our_own_engine_is_no_stranger_and_gives_back_what_it_holds():
     device = with_facts(memory_free_bytes=GIB, processes=(process(memory_bytes=70 * GIB),))
 
-    assert verdict(device, own=[4242]) == []
-    assert len(verdict(device, own=[1])) == 2
+    assert reasons_against(device, own=[4242]) == []
+    assert len(reasons_against(device, own=[1])) == 2
 
 
 def test_memory_is_not_judged_where_nobody_knows_what_is_needed():
-    assert verdict(with_facts(memory_free_bytes=0), need=GpuNeed()) == []
+    assert reasons_against(with_facts(memory_free_bytes=0), need=GpuNeed()) == []

@@ -5,7 +5,6 @@ import pytest
 
 from batch_orchestration.core.errors import GpuUnreadable
 from batch_orchestration.gpu.facts import GpuFacts
-from batch_orchestration.gpu.gate import GpuLimits
 from batch_orchestration.gpu.monitor import PAUSE_SECONDS, STOP_SECONDS, DeviceMonitor
 from batch_orchestration.gpu.thermal import Throttle
 
@@ -35,7 +34,7 @@ class Bench:
         self.watch = DeviceMonitor(
             lambda: self.answer or tuple(self.devices.values()),
             devices=len(devices) if used is None else used,
-            limits=GpuLimits(),
+            max_celsius=None,
             fence_off=self._fence,
             clock=lambda: self.now,
         )
