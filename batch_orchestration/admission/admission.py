@@ -62,9 +62,10 @@ from batch_orchestration.estimates.batch_estimates import (
 )
 from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.tables import EstimateTables
-from batch_orchestration.files.atomic import shortages, sync_folder, write_atomically
+from batch_orchestration.files.atomic import shortages, sync_folder
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import fit_name, move_over, readable_name
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.files.unfinished import mark
 from batch_orchestration.queue.capacity import Blocker
 from batch_orchestration.queue.load import check_file_capacity, demand_of, never_fits
@@ -289,7 +290,7 @@ class _Admission:
     def _commit(self, user_file: Path, before: Fingerprint, plan: BatchPlan) -> Admitted:
         work = self._place.work
         write_fault_journals(work, plan, self._faults(), at=self._clock())
-        write_atomically(work / "plan.json", msgspec.json.encode(plan) + b"\n")
+        StateFile(work / "plan.json", BatchPlan).write(plan)
         self._spool.unlink()
         result = Admitted(
             batch_id=plan.batch_id,

@@ -6,10 +6,7 @@
 import contextlib
 from collections.abc import Sequence
 
-import msgspec
-
 from batch_orchestration.core.errors import StorageError
-from batch_orchestration.files.atomic import disk_errors, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.queue.entries import NeedsAttention, Pause, QueueView
@@ -17,7 +14,7 @@ from batch_orchestration.queue.entries import NeedsAttention, Pause, QueueView
 
 def write_queue(folder: DataFolder, view: QueueView) -> None:
     """Replace the public view of the queue."""
-    write_atomically(folder.queue, msgspec.json.encode(view))
+    StateFile(folder.queue, QueueView).write(view)
 
 
 def read_queue(folder: DataFolder) -> QueueView | None:
@@ -31,16 +28,13 @@ def read_queue(folder: DataFolder) -> QueueView | None:
 
 def pause(folder: DataFolder, pause: Pause) -> None:
     """Pause the queue durably; a later pause replaces an earlier one."""
-    write_atomically(folder.paused, msgspec.json.encode(pause))
+    StateFile(folder.paused, Pause).write(pause)
 
 
 def unpause(folder: DataFolder) -> Pause | None:
     """Resume the queue; return the pause that ends, None if there was none."""
     before = read_pause(folder)
-    with disk_errors(folder.paused):
-        folder.paused.unlink(missing_ok=True)
-        if before is not None:
-            sync_folder(folder.root)
+    StateFile(folder.paused, Pause).remove()
     return before
 
 
@@ -62,7 +56,7 @@ def write_needs_attention(folder: DataFolder, needs: Sequence[NeedsAttention]) -
     with contextlib.suppress(StorageError):  # a damaged file is replaced
         if read_needs_attention(folder) == tuple(needs):
             return
-    write_atomically(folder.needs, msgspec.json.encode(needs))
+    StateFile(folder.needs, tuple[NeedsAttention, ...]).write(tuple(needs))
 
 
 def read_needs_attention(folder: DataFolder) -> tuple[NeedsAttention, ...] | None:

@@ -23,7 +23,6 @@ from batch_orchestration.engines.access import (
     lets_in,
     one_token_probe,
 )
-from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.queue.files import read_queue
@@ -57,7 +56,7 @@ def note_refusal(
         looked_at=now,
         looks=before.looks + 1 if before is not None and relapse else 0,
     )
-    write_atomically(folder.refusal, msgspec.json.encode(refusal))
+    StateFile(folder.refusal, Refusal).write(refusal)
     return refusal
 
 
@@ -110,7 +109,7 @@ def look_again(folder: DataFolder, settings: Settings, *, now: float) -> Refusal
     else:
         seen = msgspec.structs.replace(seen, status=said.status, line=first_line(said.message))
     with contextlib.suppress(StorageError):  # the next tick probes again
-        write_atomically(folder.refusal, msgspec.json.encode(seen))
+        StateFile(folder.refusal, Refusal).write(seen)
     return None if said is None else seen
 
 

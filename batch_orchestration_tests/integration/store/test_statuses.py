@@ -99,11 +99,3 @@ def test_whatever_is_wanted_status_times_and_events_agree(wanted: list[BatchStat
         assert [e.from_status for e in events[1:]] == [e.to_status for e in events[:-1]]
         latest = {str(event.to_status): event.at for event in events}
         assert record.times.items() <= latest.items()
-
-
-def test_every_status_has_a_column_for_its_time(store: Store) -> None:
-    batch_id = admitted(store)
-
-    columns = store.query(f"SELECT * FROM batches WHERE batch_id = '{batch_id}'")[0]
-
-    assert {f"{status}_at" for status in BatchStatus if status != "validating"} <= set(columns)
