@@ -135,9 +135,9 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         pid, problem = str(worker.pid), "is gone"
         if is_running(worker.process):
             health = self._judge(worker, run, settings)
-            if health is None or health.condition is WorkerState.ALIVE:
+            if health is None or health.state is WorkerState.ALIVE:
                 return CheckRunHealthResult(WorkerStatus.RUNNING, run_worker_id=pid)
-            problem = f"was {health.condition} and has been killed: {health.reason}"
+            problem = f"was {health.state} and has been killed: {health.reason}"
             end_worker(worker.process)
             self._reap()
         if folder is not None and clear_after(run.run_id, folder):
@@ -162,7 +162,7 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
             last_heartbeat = read_last_heartbeat(
                 DataFolder(settings.data_dir).heartbeat_path(run.run_id)
             )
-        return self._watch.look(run.run_id, last_heartbeat)
+        return self._watch.check(run.run_id, last_heartbeat)
 
     def get_run_worker_debug_info(
         self, run: dg.DagsterRun, include_container_logs: bool | None = True

@@ -72,7 +72,7 @@ class WorkerState(StrEnum):
 class WorkerHealth(msgspec.Struct, frozen=True):
     """A worker's state, and the figures behind it."""
 
-    condition: WorkerState
+    state: WorkerState
     reason: str
 
 
@@ -84,7 +84,7 @@ FIRST_HEARTBEAT_SECONDS = 300.0
 
 
 def judge_worker(
-    last_heartbeat: LastHeartbeat | None, quiet: IdleTimes, *, silent_seconds: float
+    last_heartbeat: LastHeartbeat | None, idle: IdleTimes, *, silent_seconds: float
 ) -> WorkerHealth:
     """Distinguish a worker that is alive, however slow, from one that is silent or stuck.
 
@@ -99,25 +99,25 @@ def judge_worker(
             loop, which comes round every second.
     """
     if last_heartbeat is None:
-        if quiet.heartbeat > FIRST_HEARTBEAT_SECONDS:
-            return _silent(f"it has written no heartbeat for {quiet.heartbeat:.0f} s")
+        if idle.heartbeat > FIRST_HEARTBEAT_SECONDS:
+            return _silent(f"it has written no heartbeat for {idle.heartbeat:.0f} s")
         return WorkerHealth(WorkerState.ALIVE, "it has not written a heartbeat yet")
     beat = last_heartbeat.current
     doing = "" if beat is None else f" while {beat.phase} ({beat.in_flight} in flight)"
     if beat is not None:
         silent_seconds = max(silent_seconds, MISSED_HEARTBEATS * beat.every_seconds)
-    if quiet.heartbeat > silent_seconds:
-        return _silent(f"its last heartbeat was {quiet.heartbeat:.0f} s ago{doing}")
+    if idle.heartbeat > silent_seconds:
+        return _silent(f"its last heartbeat was {idle.heartbeat:.0f} s ago{doing}")
     if beat is None:
         return WorkerHealth(WorkerState.ALIVE, "it is alive, but cannot write its heartbeat")
-    if beat.loop_at is not None and quiet.loop > silent_seconds:
-        return _stuck(f"its event loop has been blocked for {quiet.loop:.0f} s{doing}")
-    if quiet.progress > beat.patience_seconds:
+    if beat.loop_at is not None and idle.loop > silent_seconds:
+        return _stuck(f"its event loop has been blocked for {idle.loop:.0f} s{doing}")
+    if idle.progress > beat.patience_seconds:
         return _stuck(
-            f"no outcome, token or commit for {quiet.progress:.0f} s{doing};"
+            f"no outcome, token or commit for {idle.progress:.0f} s{doing};"
             f" {beat.patience_seconds:.0f} s would only be slow"
         )
-    return WorkerHealth(WorkerState.ALIVE, f"last progress {quiet.progress:.0f} s ago{doing}")
+    return WorkerHealth(WorkerState.ALIVE, f"last progress {idle.progress:.0f} s ago{doing}")
 
 
 def _silent(reason: str) -> WorkerHealth:

@@ -36,31 +36,31 @@ class WorkerWatch:
     ) -> None:
         self._silent_seconds = silent_seconds
         self._clock = clock
-        self._seen: dict[str, _Seen] = {}
+        self._observed: dict[str, _Observed] = {}
 
-    def look(self, run_id: str, last_heartbeat: LastHeartbeat | None) -> WorkerHealth:
+    def check(self, run_id: str, last_heartbeat: LastHeartbeat | None) -> WorkerHealth:
         """Judge a worker by its last heartbeat."""
         now = self._clock()
-        seen = self._seen.setdefault(run_id, _Seen(now))
-        seen.take_in(last_heartbeat, now)
+        observed = self._observed.setdefault(run_id, _Observed(now))
+        observed.observe(last_heartbeat, now)
         # Runs that have ended are no longer checked.
-        self._seen = {
-            asked: seen
-            for asked, seen in self._seen.items()
-            if now - seen.looked_at < FORGET_SECONDS
+        self._observed = {
+            known: worker
+            for known, worker in self._observed.items()
+            if now - worker.checked_at < FORGET_SECONDS
         }
-        return judge_worker(last_heartbeat, seen.quiet, silent_seconds=self._silent_seconds)
+        return judge_worker(last_heartbeat, observed.idle, silent_seconds=self._silent_seconds)
 
 
-class _Seen:
+class _Observed:
     def __init__(self, now: float) -> None:
-        self.looked_at = now
+        self.checked_at = now
         self._heartbeat, self._progress, self._loop = (
             IdleClock(longest_step=LONGEST_STEP_SECONDS, now=now) for _ in range(3)
         )
 
-    def take_in(self, last_heartbeat: LastHeartbeat | None, now: float) -> None:
-        self.looked_at = now
+    def observe(self, last_heartbeat: LastHeartbeat | None, now: float) -> None:
+        self.checked_at = now
         self._heartbeat.observe(None if last_heartbeat is None else last_heartbeat.at, now)
         beat = None if last_heartbeat is None else last_heartbeat.current
         if beat is not None:  # else their state is unknown
@@ -69,7 +69,7 @@ class _Seen:
             self._loop.observe(beat.loop_at, now)
 
     @property
-    def quiet(self) -> IdleTimes:
+    def idle(self) -> IdleTimes:
         return IdleTimes(
             heartbeat=self._heartbeat.seconds,
             progress=self._progress.seconds,

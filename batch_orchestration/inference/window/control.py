@@ -85,18 +85,18 @@ class WindowControl:
         """
         if self._bounds is None:
             return False
-        look = _Look.of(figures, in_flight, settled, now)
-        if look is None or in_flight > self.width:
+        poll = _Poll.of(figures, in_flight, settled, now)
+        if poll is None or in_flight > self.width:
             self._epoch = None
             return False
-        if self._epoch is None or look.begins_anew(self._epoch.first):
-            self._epoch = _Epoch(look)
+        if self._epoch is None or poll.is_of_another_engine(self._epoch.first):
+            self._epoch = _Epoch(poll)
             return False
-        self._epoch.add(look)
+        self._epoch.add(poll)
         if not self._epoch.is_long_enough:
             return False
         before, epoch = self.width, self._epoch
-        self._epoch = _Epoch(look)
+        self._epoch = _Epoch(poll)
         if epoch.in_flight >= FILLED * self.width - 1:
             self._decide(epoch, self._bounds)
         return self.width != before
@@ -129,7 +129,7 @@ class WindowControl:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Look:
+class _Poll:
     """One poll of an engine that exposes all the metrics needed."""
 
     at: float
@@ -146,7 +146,7 @@ class _Look:
     @classmethod
     def of(
         cls, figures: EngineMetrics | None, in_flight: int, settled: int, now: float
-    ) -> "_Look | None":
+    ) -> "_Poll | None":
         if figures is None or figures.running is None or figures.waiting is None:
             return None
         return cls(
@@ -162,7 +162,7 @@ class _Look:
             in_flight=in_flight,
         )
 
-    def begins_anew(self, first: "_Look") -> bool:
+    def is_of_another_engine(self, first: "_Poll") -> bool:
         """Whether its counters are those of another engine."""
         return (
             self.prompt_tokens < first.prompt_tokens
@@ -174,13 +174,13 @@ class _Look:
 class _Epoch:
     """The polls since the latest decision."""
 
-    def __init__(self, first: _Look) -> None:
+    def __init__(self, first: _Poll) -> None:
         self.first = self._last = first
-        self._looks: list[_Look] = []
+        self._polls: list[_Poll] = []
 
-    def add(self, look: _Look) -> None:
-        self._last = look
-        self._looks.append(look)
+    def add(self, poll: _Poll) -> None:
+        self._last = poll
+        self._polls.append(poll)
 
     @property
     def is_long_enough(self) -> bool:
@@ -192,24 +192,24 @@ class _Epoch:
 
     @property
     def in_flight(self) -> float:
-        return fmean(look.in_flight for look in self._looks)
+        return fmean(poll.in_flight for poll in self._polls)
 
     @property
     def running(self) -> float:
-        return fmean(look.running for look in self._looks)
+        return fmean(poll.running for poll in self._polls)
 
     @property
     def waiting(self) -> float:
-        return fmean(look.waiting for look in self._looks)
+        return fmean(poll.waiting for poll in self._polls)
 
     @property
     def never_needed(self) -> int:
         """How many requests waited at every poll."""
-        return min(look.waiting for look in self._looks)
+        return min(poll.waiting for poll in self._polls)
 
     @property
     def usage(self) -> float:
-        return fmean(look.usage for look in self._looks)
+        return fmean(poll.usage for poll in self._polls)
 
     def waste(self, reading_cost: float) -> float:
         """Share of work that was done again: for each preemption, the tokens of a mean sequence."""

@@ -73,21 +73,21 @@ def _judged(run_id: str, last_heartbeat: LastHeartbeat, context: CheckContext) -
         level = Level.DEGRADED if silent <= NOTICED_SECONDS else Level.UNHEALTHY
         reason = f"its process {beat.pid} is gone; Dagster ends the run and starts another"
         return Finding(check=check, level=level, reason=reason, next_command=page)
-    judgement = judge_worker(
+    health = judge_worker(
         last_heartbeat,
-        _quiet(last_heartbeat, context.now),
+        _idle_times(last_heartbeat, context.now),
         silent_seconds=context.settings.silent_seconds,
     )
     beat = last_heartbeat.current
-    if judgement.condition is not WorkerState.ALIVE:
-        return unhealthy(check, f"{judgement.condition}: {judgement.reason}", page)
+    if health.state is not WorkerState.ALIVE:
+        return unhealthy(check, f"{health.state}: {health.reason}", page)
     if beat is None:
-        return degraded(check, judgement.reason, page)
+        return degraded(check, health.reason, page)
     batch = f" of {beat.batch_id}" if beat.batch_id else ""
-    return healthy(check, f"{beat.job}{batch}: {judgement.reason}")
+    return healthy(check, f"{beat.job}{batch}: {health.reason}")
 
 
-def _quiet(last_heartbeat: LastHeartbeat, now: float) -> IdleTimes:
+def _idle_times(last_heartbeat: LastHeartbeat, now: float) -> IdleTimes:
     beat = last_heartbeat.heartbeat
     return IdleTimes(
         heartbeat=now - last_heartbeat.at,

@@ -38,8 +38,8 @@ def make_heartbeat(at=NOW, *, progress_at=NOW, loop_at=None, patience=PATIENCE, 
     return LastHeartbeat(at=at, heartbeat=heartbeat, outdated=outdated)
 
 
-def state(last_heartbeat, **quiet):
-    return judge_worker(last_heartbeat, IdleTimes(**quiet), silent_seconds=SILENT_SECONDS).condition
+def state(last_heartbeat, **idle):
+    return judge_worker(last_heartbeat, IdleTimes(**idle), silent_seconds=SILENT_SECONDS).state
 
 
 class Observer:
@@ -51,7 +51,7 @@ class Observer:
 
     def look(self, last_heartbeat, *, after=POLL):
         self.now += after
-        return self.watch.look("run", last_heartbeat).condition
+        return self.watch.check("run", last_heartbeat).state
 
     def seconds_until(self, wanted, heartbeat_at):
         """Look every few seconds until the worker is judged so."""
@@ -82,8 +82,8 @@ class Observer:
         (LastHeartbeat(at=NOW), {"heartbeat": 5.0, "progress": 1e6}, WorkerState.ALIVE),
     ],
 )
-def test_what_was_seen_gives_this_judgement(last_heartbeat, quiet, expected):
-    assert state(last_heartbeat, **quiet) is expected
+def test_what_was_seen_gives_this_judgement(last_heartbeat, idle, expected):
+    assert state(last_heartbeat, **idle) is expected
 
 
 def test_a_worker_that_was_started_with_rarer_heartbeats_is_judged_by_those():

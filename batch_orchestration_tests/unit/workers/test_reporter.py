@@ -13,6 +13,7 @@ from batch_orchestration.engines.processes.records import identify, is_running
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.workers import heartbeat_files
 from batch_orchestration.workers.cleanup import (
+    WORKER_TAG,
     clear_after_crashes,
     end_worker,
     living_workers,
@@ -39,20 +40,20 @@ def folder(tmp_path):
     return folder
 
 
-def beats_of(folder, run_id="run"):
+def beats_of(folder, *, every_seconds=EVERY):
     return heartbeats_written(
-        folder=folder, run_id=run_id, job="answer_chunks", every_seconds=EVERY
+        folder=folder, run_id="run", job="answer_chunks", every_seconds=every_seconds
     )
 
 
-def wait_for_heartbeat(folder, condition, run_id="run"):
+def wait_for_heartbeat(folder, condition=lambda last: last.current is not None):
     deadline = time.monotonic() + 5
-    while (
-        last_heartbeat := read_last_heartbeat(folder.heartbeat_path(run_id))
-    ) is None or not condition(last_heartbeat):
-        assert time.monotonic() < deadline, last_heartbeat
+    while (last := read_last_heartbeat(folder.heartbeat_path("run"))) is None or not condition(
+        last
+    ):
+        assert time.monotonic() < deadline, last
         time.sleep(EVERY)
-    return last_heartbeat
+    return last
 
 
 def test_a_heartbeat_says_who_works_at_what_and_is_gone_at_a_clean_end(folder):
@@ -111,7 +112,7 @@ def refuse(*_):
 def test_a_heartbeat_tells_as_much_on_a_full_disk(folder, monkeypatch):
     """If it could only be heard there, a full disk would hide a worker that is stuck."""
     with beats_of(folder) as status:
-        first = wait_for_heartbeat(folder, lambda last: last.current is not None)
+        first = wait_for_heartbeat(folder)
         monkeypatch.setattr(heartbeat_files.Path, "write_bytes", refuse)
         status.in_flight = 12
 
@@ -126,7 +127,7 @@ def test_a_heartbeat_that_cannot_be_overwritten_either_is_heard_all_the_same(fol
     """Judged by an old file it would be stuck; judged by none, silent."""
     path = folder.heartbeat_path("run")
     with beats_of(folder):
-        first = wait_for_heartbeat(folder, lambda last: last.current is not None)
+        first = wait_for_heartbeat(folder)
         with monkeypatch.context() as full:
             full.setattr("batch_orchestration.workers.reporter.write_heartbeat", refuse)
 
@@ -135,7 +136,7 @@ def test_a_heartbeat_that_cannot_be_overwritten_either_is_heard_all_the_same(fol
             assert worker_of(heard.heartbeat) == identify(os.getpid())
             path.unlink()
             assert wait_for_heartbeat(folder, lambda last: last.at > first.at).heartbeat is None
-        wait_for_heartbeat(folder, lambda last: last.current is not None)
+        wait_for_heartbeat(folder)
 
     assert list(folder.heartbeats.iterdir()) == []
 
@@ -143,7 +144,7 @@ def test_a_heartbeat_that_cannot_be_overwritten_either_is_heard_all_the_same(fol
 @pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
 def test_what_a_heartbeat_tells_does_not_depend_on_the_clock_of_a_file_server(folder, ahead):
     path = folder.heartbeat_path("run")
-    with heartbeats_written(folder=folder, run_id="run", job="answer_chunks", every_seconds=60.0):
+    with beats_of(folder, every_seconds=60.0):
         os.utime(path, (time.time() + ahead, time.time() + ahead))
 
         last_heartbeat = read_last_heartbeat(path)
@@ -166,15 +167,12 @@ def test_no_error_ends_the_heartbeats(folder, monkeypatch, caplog):
             broken.setattr(status, "phase", object())
             heard = wait_for_heartbeat(folder, lambda last: last.current is None)
             wait_for_heartbeat(folder, lambda last: last.at > heard.at)
-        wait_for_heartbeat(folder, lambda last: last.current is not None)
+        wait_for_heartbeat(folder)
 
     assert len(caplog.records) == 1
 
 
 def test_a_heartbeat_that_cannot_be_written_at_all_stops_nothing(folder, monkeypatch, caplog):
-    def refuse(*_):
-        raise OSError(30, "Read-only file system")
-
     monkeypatch.setattr("batch_orchestration.workers.reporter.write_heartbeat", refuse)
 
     with beats_of(folder):
@@ -246,11 +244,7 @@ def test_a_stranger_with_the_same_pid_is_not_ended():
 
 
 def test_a_retry_does_not_take_its_parents_worker_for_its_own():
-    tags = {
-        ".dagster/batch_orchestration/worker": (
-            '{"pid": 1, "started": 1, "boot_id": "b", "run_id": "parent"}'
-        )
-    }
+    tags = {WORKER_TAG: '{"pid": 1, "started": 1, "boot_id": "b", "run_id": "parent"}'}
 
     assert recorded_worker("parent", tags).pid == 1
     assert recorded_worker("retry", tags) is None
