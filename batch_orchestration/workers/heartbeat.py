@@ -6,6 +6,12 @@ import msgspec
 
 from batch_orchestration.workers.run_status import RunStatus
 
+#: If this many in a row are missed, that is no accident, whatever settings the worker has.
+MISSED_HEARTBEATS = 3
+#: A worker without a heartbeat is starting or about to end: loading all the code took 30 s on two
+#: busy cores. After this long, it is neither.
+FIRST_HEARTBEAT_SECONDS = 300.0
+
 
 class Heartbeat(RunStatus, kw_only=True):
     """The status of a run at one moment, and its worker.
@@ -74,13 +80,6 @@ class WorkerHealth(msgspec.Struct, frozen=True):
 
     state: WorkerState
     reason: str
-
-
-#: If this many in a row are missed, that is no accident, whatever settings the worker has.
-MISSED_HEARTBEATS = 3
-#: A worker without a heartbeat is starting or about to end: loading all the code took 30 s on two
-#: busy cores. After this long, it is neither.
-FIRST_HEARTBEAT_SECONDS = 300.0
 
 
 def judge_worker(

@@ -62,7 +62,7 @@ class Observer:
 
 
 @pytest.mark.parametrize(
-    ("last_heartbeat", "quiet", "expected"),
+    ("last_heartbeat", "idle", "expected"),
     [
         (None, {"heartbeat": FIRST_HEARTBEAT_SECONDS}, WorkerState.ALIVE),
         (None, {"heartbeat": FIRST_HEARTBEAT_SECONDS + 1}, WorkerState.SILENT),
@@ -70,11 +70,8 @@ class Observer:
         (make_heartbeat(), {"heartbeat": 61.0}, WorkerState.SILENT),
         (make_heartbeat(), {"heartbeat": 5.0, "progress": PATIENCE}, WorkerState.ALIVE),
         (make_heartbeat(), {"heartbeat": 5.0, "progress": PATIENCE + 1}, WorkerState.STUCK),
-        (
-            make_heartbeat(),
-            {"heartbeat": 5.0, "loop": 1e6},
-            WorkerState.ALIVE,
-        ),  # there is no loop now
+        # There is no loop now.
+        (make_heartbeat(), {"heartbeat": 5.0, "loop": 1e6}, WorkerState.ALIVE),
         (make_heartbeat(loop_at=NOW), {"heartbeat": 5.0, "loop": 61.0}, WorkerState.STUCK),
         # No room to write: it can be heard, and that is all that is known.
         (make_heartbeat(outdated=True), {"heartbeat": 5.0, "progress": 1e6}, WorkerState.ALIVE),
