@@ -127,7 +127,7 @@ def read_answer(
     if head is not None and not _value(head.error):
         head.error = _error_of_a_choice(head.choices)
     if not 200 <= status < 300:
-        message = _message(head, body) or f"HTTP status {status} without a word"
+        message = _message(head, body) or f"HTTP status {status} without a message"
         code = _failure_code(status, head, message)
     elif head is None:
         message = f"HTTP status {status}, but not a JSON object ({why}): {_excerpt(body)!r}"

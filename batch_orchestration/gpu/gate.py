@@ -107,7 +107,7 @@ def _reasons(
         yield "it is cut into MIG instances; name one in CUDA_VISIBLE_DEVICES (MIG-…)"
     for process in device.processes or ():
         if process.pid not in own and _holds_memory(process):
-            yield f"{_described(process)}, which is none of ours"
+            yield f"{_described(process)}, which is not ours"
     yield from _memory(device, need, own)
 
 
@@ -165,7 +165,7 @@ def _holds_memory(process: GpuProcess) -> bool:
 
 
 def _described(process: GpuProcess) -> str:
-    held = "memory, nobody tells how much"
+    held = "an unknown amount of memory"
     if process.memory_bytes is not None:
         held = f"{process.memory_bytes / _GIB:.1f} GiB"
     return f"pid {process.pid} ({process.name or 'name unknown'}) holds {held}"

@@ -82,7 +82,7 @@ class DeviceMonitor:
         elif self._missed_at is None:
             self._missed_at = now
         elif self._stop is None and now - self._missed_at > STOP_SECONDS:
-            self._stop = f"nobody has seen the devices for {now - self._seen_at:.0f} s"
+            self._stop = f"the devices have not been read for {now - self._seen_at:.0f} s"
         share = 0.0 if unseen or self._stop else self._thermal.share
         return Throttle(share=share, stop=self._stop)
 

@@ -69,7 +69,7 @@ def import_nvml() -> Any:
         import pynvml
     except ImportError as error:
         raise GpuUnreadable(
-            f"NVML cannot be asked, for pynvml is not installed: {error}"
+            f"NVML cannot be used, because pynvml is not installed: {error}"
         ) from error
     return pynvml
 
@@ -349,7 +349,7 @@ class ListeningReader:
     def _complain(self, which: str, error: Exception) -> None:
         if not self._complained:
             self._complained = True
-            logger.info("Xids of %s are not listened to: %s", which, error)
+            logger.info("cannot listen for Xids of %s: %s", which, error)
 
     def _fetch(self) -> None:
         while self._events is not None:

@@ -392,7 +392,7 @@ def test_an_unknown_model_is_told_apart(status: int, message: str, code: str | i
         (b'{"detail": [{"loc": ["body"]}]}', '{"detail": [{"loc": ["body"]}]}'),
         (b"<html>Bad Gateway</html>", "<html>Bad Gateway</html>"),
         (b"\xff\xfe", "\ufffd\ufffd"),
-        (b"", "HTTP status 400 without a word"),
+        (b"", "HTTP status 400 without a message"),
     ],
 )
 def test_the_message_is_found_wherever_a_server_puts_it(body: bytes, message: str) -> None:

@@ -54,7 +54,7 @@ def test_a_device_that_cannot_be_listened_to_is_read_all_the_same(install, error
     second.xids += [79]
 
     assert xids(reader) == [(), (79,)]
-    assert "Xids of GPU 0 are not listened to" in caplog.text
+    assert "cannot listen for Xids of GPU 0" in caplog.text
 
 
 def test_without_nvml_it_is_as_unreadable_as_ever_and_listens_once_it_is_there(install):

@@ -244,7 +244,7 @@ def test_a_watch_whose_thread_hangs_ends_the_run_of_whoever_asks_for_care():
         bench.now += 0.5
         cares.append(bench.watch.throttle())
 
-    assert cares[-1] == Throttle(share=0.0, stop="nobody has seen the devices for 136 s")
+    assert cares[-1] == Throttle(share=0.0, stop="the devices have not been read for 136 s")
     assert bench.look().stop == cares[-1].stop
 
 
