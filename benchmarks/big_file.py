@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from batch_orchestration.core.batches import MAX_REQUESTS_PER_BATCH
-from batch_orchestration_tests.support.builders import make_line
+from batch_orchestration_tests.support.builders import make_line, make_settings
 from batch_orchestration_tests.support.dagster_processes import DagsterProcesses, dagster_dev
-from batch_orchestration_tests.support.inbox_bench import InboxBench, make_admission_settings
+from batch_orchestration_tests.support.workbench import Workbench
 
 FILE_NAME = "big.jsonl"
 #: For comparison: the smallest file of more than one window.
@@ -86,8 +86,8 @@ def admission_peak(path: Path, folder: Path, requests: int) -> float:
 
 
 def _admit(path: Path, root: Path, requests: int, answer: Any) -> None:
-    bench = InboxBench(root)
-    bench.settings = make_admission_settings(requests_per_chunk=1000)
+    bench = Workbench(root)
+    bench.settings = make_settings(requests_per_chunk=1000)
     with path.open("rb") as source, (bench.folder.inbox / FILE_NAME).open("wb") as target:
         target.writelines(line for line, _ in zip(source, range(requests), strict=False))
     (claim,) = bench.inbox.claim_ready(now=time.time() + 60)

@@ -20,8 +20,8 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.admission.admission import admit
+from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.results import Admitted
-from batch_orchestration.admission.settings import admission_settings, open_inbox
 from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.delivery.assembly import assemble
@@ -121,9 +121,9 @@ class Bench:
     def run(self, file: Path, options: BatchOptions) -> tuple[Estimate, Score]:
         """Answer one file from inbox to outbox; return what was expected and what it took."""
         submit(file, options, self.folder)
-        inbox = open_inbox(self.settings, self.folder)
+        inbox = Inbox(self.folder, self.settings)
         (claim,) = inbox.claim_ready(now=time.time() + 1)
-        settings = admission_settings(self.settings)
+        settings = self.settings
         batch = admit(claim, folder=self.folder, store=self.store, settings=settings)
         assert isinstance(batch, Admitted), batch
         for _ in run_chunks(

@@ -29,7 +29,7 @@ from batch_orchestration_tests.fault.mixed_batches import (
 )
 from batch_orchestration_tests.fault.soak import OTHERS, Figures, opened, soak
 from batch_orchestration_tests.support.builders import make_body, make_line
-from batch_orchestration_tests.support.inbox_bench import InboxBench
+from batch_orchestration_tests.support.workbench import Workbench
 
 REQUESTS, WINDOW = 1_000, 64
 GUILTY = (1, 3, 8)
@@ -71,7 +71,7 @@ def poison(guilty: int, *, seed: int) -> Poisoned:
     """Answer a batch some requests of which kill the engine each time."""
     chosen = set(random.Random(seed).sample(range(REQUESTS), guilty))
     with tempfile.TemporaryDirectory() as root:
-        bench = InboxBench(Path(root), clock=time.time, requests_per_chunk=100)
+        bench = Workbench(Path(root), clock=time.time, requests_per_chunk=100)
         plan = bench.plan_of("poison.jsonl", b"".join(_lines(chosen)))
         # Otherwise the first death would find the rest of the window answered.
         conditions = json.dumps({"latency_seconds": 0.05})

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.admission.claims import Attempts, Claim, ClaimFolder, keep_scan
+from batch_orchestration.admission.claims import Attempts, Claim, ClaimFolder
+from batch_orchestration.admission.known_files import FileScan, FileScans
 from batch_orchestration.admission.reading.batch_files import (
     Fingerprint,
     is_gzip_name,
@@ -33,7 +34,7 @@ from batch_orchestration.admission.registration import (
     register_missing,
     write_fault_journals,
 )
-from batch_orchestration.admission.rejection import next_step, write_errors_file
+from batch_orchestration.admission.rejection import next_step, refusal, write_errors_file
 from batch_orchestration.admission.results import (
     Admission,
     AdmissionResult,
@@ -43,7 +44,6 @@ from batch_orchestration.admission.results import (
     Rejected,
     Returned,
 )
-from batch_orchestration.admission.settings import AdmissionSettings
 from batch_orchestration.admission.sidecars import read_options, sidecar_beside
 from batch_orchestration.core.batches import BatchOptions, BatchPlan, LinePolicy, identity
 from batch_orchestration.core.errors import (
@@ -69,6 +69,7 @@ from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.files.unfinished import mark
 from batch_orchestration.queue.capacity import Blocker
 from batch_orchestration.queue.load import check_file_capacity, demand_of, never_fits
+from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding
 
@@ -88,7 +89,7 @@ def admit(
     *,
     folder: DataFolder,
     store: Store,
-    settings: AdmissionSettings,
+    settings: Settings,
     clock: Callable[[], float] = time.time,
 ) -> Admission:
     """Admit a claimed file as a batch, or determine why it cannot become one.
@@ -127,7 +128,7 @@ class _Admission:
         place: ClaimFolder,
         folder: DataFolder,
         store: Store,
-        settings: AdmissionSettings,
+        settings: Settings,
         clock: Callable[[], float],
     ) -> None:
         self._place = place
@@ -184,10 +185,9 @@ class _Admission:
             before = Fingerprint.of(user_file)
             try:
                 options = read_options(self._place.sidecar(), self._place.origin())
-                screening = self._intake(options)
-                reading = self._settings.reading(options, screening)
+                screening = self._screening(options)
+                reading = BatchFileReading(self._settings, options, screening=screening)
                 self._read(user_file, reading)
-                self._refuse_if_unusable(reading)
                 self._keep_estimate(screening, reading, options)
             except FileRefused as refused:
                 before.verify()
@@ -197,8 +197,8 @@ class _Admission:
         except FileStillChanging as changing:
             return self._release(user_file, str(changing))
 
-    def _intake(self, options: BatchOptions) -> Screening:
-        settings = self._settings.deployment
+    def _screening(self, options: BatchOptions) -> Screening:
+        settings = self._settings
         data = read_calibration_data(EstimateTables(self._store), engine_in_force(settings))
         return Screening(options, settings=settings, calibration_data=data, now=self._clock())
 
@@ -231,6 +231,8 @@ class _Admission:
             for parsed in reading.read(file):
                 if isinstance(parsed, Fault):
                     spool.write(encode(parsed.lean() if is_strict else parsed) + b"\n")
+        if (reason := refusal(reading, self._settings)) is not None:
+            raise FileRefused(reason)
 
     def _expand(self, user_file: Path) -> Path:
         target = self._place.work / "input.jsonl"
@@ -249,10 +251,6 @@ class _Admission:
         if self._spool.exists():
             with self._spool.open("rb") as spool:
                 yield from map(_decode_fault, spool)
-
-    def _refuse_if_unusable(self, reading: BatchFileReading) -> None:
-        if (reason := self._settings.refusal(reading)) is not None:
-            raise FileRefused(reason)
 
     def _admit(
         self,
@@ -277,7 +275,7 @@ class _Admission:
                 faulty=reading.faulty,
                 chunks=reading.chunks,
                 options=options,
-                settings=dict(self._settings.answer_settings),
+                settings=self._settings.answer_settings(),
                 created_at=self._clock(),
                 max_line_bytes=self._settings.max_line_bytes,
                 source=options.source,
@@ -344,24 +342,28 @@ class _Admission:
 
         Call it under `admission_lock`, so that no two files take the last capacity.
         """
-        rules, demand = self._settings.queue, demand_of(plan, self._place.work)
-        if rules is None:
-            return None
-        if (too_large := never_fits(demand, rules=rules)) is not None:
+        demand = demand_of(plan, self._place.work)
+        if (too_large := never_fits(demand, self._settings)) is not None:
             return self._reject(user_file, too_large, reading)
         blocker = check_file_capacity(
             plan,
             demand,
             folder=self._folder,
             store=self._store,
-            rules=rules,
+            settings=self._settings,
             now=self._clock(),
         )
         if blocker is None:
             return None
         before.verify()
         # Before the file reappears in the inbox: without a scan it would be claimed and read again.
-        keep_scan(self._folder, user_file, plan, demand, blocker, at=self._clock())
+        scan = FileScan(
+            requests=plan.requests,
+            tokens=demand.tokens or 0,
+            size_bytes=plan.size_bytes,
+            arrived_at=plan.arrived_at or self._clock(),
+        )
+        FileScans(self._folder).keep(user_file.lstat(), scan)
         return self._hold(user_file, blocker)
 
     def _hold(self, user_file: Path, blocker: Blocker) -> Queued:

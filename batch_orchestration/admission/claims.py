@@ -15,7 +15,7 @@ can be rebuilt; once it is gone, the result determines the remaining steps.
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +25,7 @@ import msgspec
 from batch_orchestration.admission.reading.batch_files import is_batch_file_name, is_gzip_name
 from batch_orchestration.admission.results import AdmissionResult, Admitted, Queued, Returned
 from batch_orchestration.admission.sidecars import SIDECAR_ENDING, find_sidecar, sidecar_beside
-from batch_orchestration.core.batches import BatchPlan, Origin
+from batch_orchestration.core.batches import Origin
 from batch_orchestration.core.errors import ClaimNotFound
 from batch_orchestration.files.atomic import make_folder, sync_folder, write_atomically
 from batch_orchestration.files.data_folder import DataFolder
@@ -38,8 +38,6 @@ from batch_orchestration.files.moving import (
 )
 from batch_orchestration.files.sharing import share, shared_lock
 from batch_orchestration.files.state_file import StateFile
-from batch_orchestration.queue.capacity import Blocker, Demand
-from batch_orchestration.queue.entries import WaitReason
 
 SomeResult = TypeVar("SomeResult", bound=AdmissionResult)
 
@@ -304,81 +302,3 @@ def read_result(path: Path) -> AdmissionResult | None:
     # mypy does not accept a union as `type[Kept]`.
     result: AdmissionResult | None = StateFile(path, AdmissionResult).read()  # type: ignore[arg-type]
     return result
-
-
-class FileScan(msgspec.Struct, frozen=True, kw_only=True):
-    """The file scan: figures of a file that was read and returned to the inbox.
-
-    Attributes:
-        requests: Non-blank lines, faulty ones included.
-        tokens: Expected, prompt and answer together.
-        size_bytes: Uncompressed.
-        arrived_at: First arrival in the inbox.
-        reason: Why the file was returned; `detail` is the same as a sentence.
-    """
-
-    requests: int
-    tokens: int
-    size_bytes: int
-    arrived_at: float
-    surveyed_at: float
-    reason: WaitReason
-    detail: str
-
-
-def keep_scan(
-    folder: DataFolder,
-    file: Path,
-    plan: BatchPlan,
-    demand: Demand,
-    blocker: Blocker,
-    *,
-    at: float,
-) -> None:
-    """Record the scan of a file that returns to the inbox."""
-    scan = FileScan(
-        requests=plan.requests,
-        tokens=demand.tokens or 0,
-        size_bytes=plan.size_bytes,
-        arrived_at=plan.arrived_at or at,
-        surveyed_at=at,
-        reason=blocker.reason,
-        detail=blocker.detail,
-    )
-    FileScans(folder).keep(file.lstat(), scan)
-
-
-class FileScans:
-    """The file scans of a data folder."""
-
-    def __init__(self, folder: DataFolder) -> None:
-        self._path = folder.scans
-
-    @property
-    def empty(self) -> bool:
-        """Whether there are no scans."""
-        with contextlib.suppress(FileNotFoundError):
-            return not any(self._path.iterdir())
-        return True
-
-    def find(self, stats: os.stat_result) -> FileScan | None:
-        """Return the scan of a file; None if the file was not read, or has changed since."""
-        return StateFile(self._file(stats), FileScan).read_if_sound()
-
-    def keep(self, stats: os.stat_result, scan: FileScan) -> None:
-        """Record the scan of a file durably."""
-        StateFile(self._file(stats), FileScan).write(scan)
-
-    def forget_others(self, files: Collection[os.stat_result]) -> None:
-        """Remove the scans of all but these files: the others are batches, or gone."""
-        kept = {self._file(stats).name for stats in files}
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._path) as entries:
-            for entry in entries:
-                if entry.name not in kept and not entry.name.startswith("."):
-                    with contextlib.suppress(OSError):  # a folder, for example, is harmless
-                        Path(entry.path).unlink(missing_ok=True)
-
-    def _file(self, stats: os.stat_result) -> Path:
-        # A rename changes none of the three; a write changes the mtime.
-        key = f"{stats.st_ino:x}-{stats.st_size:x}-{stats.st_mtime_ns:x}"
-        return self._path / f"{key}.json"

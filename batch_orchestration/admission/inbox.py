@@ -18,13 +18,13 @@ from typing import NamedTuple
 import filelock
 import msgspec
 
-from batch_orchestration.admission.claims import (
-    Claim,
-    ClaimFolder,
+from batch_orchestration.admission.claims import Claim, ClaimFolder, claimed, find_claim
+from batch_orchestration.admission.known_files import (
     FileScan,
     FileScans,
-    claimed,
-    find_claim,
+    Untaken,
+    UntakenFiles,
+    reason_of,
 )
 from batch_orchestration.admission.reading.batch_files import is_batch_file_name
 from batch_orchestration.admission.sidecars import (
@@ -35,7 +35,6 @@ from batch_orchestration.admission.sidecars import (
     options_said,
 )
 from batch_orchestration.admission.taking import NotTaken, take
-from batch_orchestration.admission.unclaimable import Untaken, UntakenFiles, reason_of
 from batch_orchestration.core.batches import REJECTED, BatchOptions, Origin, origin_in, slug
 from batch_orchestration.core.errors import ClaimNotFound
 from batch_orchestration.core.fault_isolation import Faults
@@ -43,6 +42,7 @@ from batch_orchestration.files.atomic import sync_folder
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.moving import readable_name
 from batch_orchestration.files.sharing import shared_lock
+from batch_orchestration.settings import Settings
 
 #: Levels of folders within the inbox.
 MAX_DEPTH = 2
@@ -213,16 +213,9 @@ class Waiting(NamedTuple):
 class Inbox:
     """The folder that users drop files into, and the claims on them."""
 
-    def __init__(
-        self,
-        folder: DataFolder,
-        *,
-        settle_seconds: float,
-        priorities: Mapping[str, int] | None = None,
-    ) -> None:
+    def __init__(self, folder: DataFolder, settings: Settings) -> None:
         self._folder = folder
-        self._settle_seconds = settle_seconds
-        self._priorities = priorities or {}
+        self._settings = settings
 
     def ready_files(self, *, now: float) -> list[Path]:
         """Return the complete files, by priority and then arrival."""
@@ -298,8 +291,8 @@ class Inbox:
         """Return the content of the inbox, by priority and then arrival."""
         found = look(
             self._folder.inbox,
-            priorities=self._priorities,
-            settle_seconds=self._settle_seconds,
+            priorities=self._settings.inbox_priorities,
+            settle_seconds=self._settings.settle_seconds,
             now=now,
         )
         untaken = UntakenFiles(self._folder).read()

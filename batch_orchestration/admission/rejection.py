@@ -10,6 +10,7 @@ from batch_orchestration.admission.results import Rejected
 from batch_orchestration.core.batches import LinePolicy, OnOversize
 from batch_orchestration.core.requests import Fault
 from batch_orchestration.files.atomic import atomic_writer
+from batch_orchestration.settings import Settings
 
 #: Length of a fault's message within a rejection reason.
 _QUOTED_CHARACTERS = 300
@@ -25,13 +26,7 @@ _OTHER_FORMATS = (
 )
 
 
-def refusal(
-    reading: BatchFileReading,
-    *,
-    line_policy: LinePolicy,
-    max_requests_per_batch: int,
-    on_oversize: OnOversize,
-) -> str | None:
+def refusal(reading: BatchFileReading, settings: Settings) -> str | None:
     """Return why a file that has been read cannot become a batch; None if it can."""
     if not reading.size_bytes:
         return "the file is empty"
@@ -40,14 +35,15 @@ def refusal(
     if not reading.usable:
         why = _hint(reading.beginning) or _commonest(reading)
         return f"none of its {reading.requests:,} requests can be used: {why}"
-    if line_policy is LinePolicy.STRICT and reading.faulty:
+    if settings.line_policy is LinePolicy.STRICT and reading.faulty:
         return (
             f"{reading.faulty:,} of its {reading.requests:,} requests are faulty,"
             " and the line policy is strict"
         )
-    if on_oversize is OnOversize.REJECT and reading.requests > max_requests_per_batch:
+    most = settings.max_requests_per_batch
+    if settings.on_oversize is OnOversize.REJECT and reading.requests > most:
         return (
-            f"its {reading.requests:,} requests are more than the {max_requests_per_batch:,} that"
+            f"its {reading.requests:,} requests are more than the {most:,} that"
             " BATCH_MAX_REQUESTS_PER_BATCH allows, and BATCH_ON_OVERSIZE is reject; cut it into"
             " several files, or set BATCH_ON_OVERSIZE=window"
         )

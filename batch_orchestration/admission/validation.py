@@ -11,7 +11,7 @@ from batch_orchestration.admission.inbox import reason_to_ignore
 from batch_orchestration.admission.reading.batch_files import Fingerprint, open_batch_file
 from batch_orchestration.admission.reading.lines import BatchFileReading
 from batch_orchestration.admission.reading.screening import Screening
-from batch_orchestration.admission.settings import AdmissionSettings
+from batch_orchestration.admission.rejection import refusal
 from batch_orchestration.admission.sidecars import own_sidecar, read_options
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused, StorageError
@@ -20,6 +20,7 @@ from batch_orchestration.estimates.batch_estimates import CalibrationData, read_
 from batch_orchestration.estimates.engine import engine_in_force
 from batch_orchestration.estimates.estimate import Estimate
 from batch_orchestration.estimates.tables import EstimateTables
+from batch_orchestration.settings import Settings
 
 #: Faults that a report lists; the others are only counted.
 MAX_LISTED_FAULTS = 1000
@@ -50,16 +51,11 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
     faults_not_listed: int
     estimate: Estimate | None = None
 
-    @property
-    def flawless(self) -> bool:
-        """Whether every request would be sent."""
-        return self.refusal is None and not self.faulty
-
 
 def validate(
     path: Path,
     *,
-    settings: AdmissionSettings,
+    settings: Settings,
     options: BatchOptions | None = None,
     max_listed_faults: int = MAX_LISTED_FAULTS,
     tables: EstimateTables | None = None,
@@ -78,16 +74,20 @@ def validate(
         FileNotFoundError: The file does not exist.
     """
     faults: list[Fault] = []
-    reading, estimate = BatchFileReading(settings.rules(options or BatchOptions())), None
+    reading, estimate = BatchFileReading(settings), None
     before = Fingerprint.of(path.resolve(strict=True))
     reason = reason_to_ignore(path.name, path.stat().st_mode)
     if reason is None:
         try:
             if options is None:
                 options = read_options(own_sidecar(path))
-            screening = _intake(options, settings, tables, clock())
-            reading = settings.reading(options, screening)
-            reason = _read(path, reading, settings, faults, max_listed_faults)
+            screening = _screening(options, settings, tables, clock())
+            reading = BatchFileReading(settings, options, screening=screening)
+            with open_batch_file(path, max_bytes=settings.max_file_bytes) as file:
+                for parsed in reading.read(file):
+                    if isinstance(parsed, Fault) and len(faults) < max_listed_faults:
+                        faults.append(parsed.lean())
+            reason = refusal(reading, settings)
             if reason is None:
                 estimate = screening.estimate(at=clock(), seed=reading.sha256)
                 screening.refuse_if_too_late(estimate)
@@ -109,30 +109,12 @@ def validate(
     )
 
 
-def _intake(
-    options: BatchOptions,
-    settings: AdmissionSettings,
-    tables: EstimateTables | None,
-    now: float,
+def _screening(
+    options: BatchOptions, settings: Settings, tables: EstimateTables | None, now: float
 ) -> Screening:
     """Return the screening of requests; without a readable store, it has no calibration data."""
-    deployment = settings.deployment
-    data = CalibrationData(engine=engine_in_force(deployment))
+    data = CalibrationData(engine=engine_in_force(settings))
     if tables is not None:
         with contextlib.suppress(StorageError):
             data = read_calibration_data(tables, data.engine)
-    return Screening(options, settings=deployment, calibration_data=data, now=now)
-
-
-def _read(
-    path: Path,
-    reading: BatchFileReading,
-    settings: AdmissionSettings,
-    faults: list[Fault],
-    max_listed_faults: int,
-) -> str | None:
-    with open_batch_file(path, max_bytes=settings.max_file_bytes) as file:
-        for parsed in reading.read(file):
-            if isinstance(parsed, Fault) and len(faults) < max_listed_faults:
-                faults.append(parsed.lean())
-    return settings.refusal(reading)
+    return Screening(options, settings=settings, calibration_data=data, now=now)

@@ -10,7 +10,7 @@ import click
 import msgspec
 from rich.table import Table
 
-from batch_orchestration.admission.settings import admission_settings
+from batch_orchestration.admission.reading.lines import model_required
 from batch_orchestration.cli.context import Context, json_option, open_context, person, print_json
 from batch_orchestration.cli.escaping import say
 from batch_orchestration.cli.tables import shortened, table
@@ -177,7 +177,7 @@ def replay(
         actor=person(),
         at=context.clock(),
         overrides=overrides | _fields(fields),
-        model_required=admission_settings(context.settings).model_required,
+        model_required=model_required(context.settings),
         force=force,
     )
     if not as_json:

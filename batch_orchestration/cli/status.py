@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batch_orchestration.admission.settings import open_inbox
+from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.escaping import say
 from batch_orchestration.cli.tables import moment, shortened, table
@@ -51,7 +51,7 @@ def _read(context: Context) -> Overview:
     return read_overview(
         folder=context.folder,
         store=context.store,
-        inbox=open_inbox(context.settings, context.folder),
+        inbox=Inbox(context.folder, context.settings),
         now=context.clock(),
     )
 

@@ -11,7 +11,6 @@ import msgspec
 from batch_orchestration.admission import submit as submission
 from batch_orchestration.admission import validation
 from batch_orchestration.admission.reading.batch_files import open_batch_file
-from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.admission.sidecars import named_problem, own_sidecar, read_options
 from batch_orchestration.cli.context import Context, json_option, open_context, print_json
 from batch_orchestration.cli.escaping import say
@@ -79,7 +78,7 @@ def submit(
         _say_estimate(
             validation.validate(
                 file,
-                settings=admission_settings(context.settings),
+                settings=context.settings,
                 options=options,
                 tables=EstimateTables(context.store),
                 max_listed_faults=0,
@@ -98,7 +97,7 @@ def validate(file: Path, as_json: bool) -> None:
     """Check FILE as admission would, without admitting it; exit 1 if a line is faulty."""
     context = open_context()
     report = validation.validate(
-        file, settings=admission_settings(context.settings), tables=EstimateTables(context.store)
+        file, settings=context.settings, tables=EstimateTables(context.store)
     )
     if as_json:
         print_json(report)

@@ -7,8 +7,8 @@ import msgspec
 from pydantic import Field
 
 from batch_orchestration.admission.admission import admit
+from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.results import Admitted, AlreadyAdmitted
-from batch_orchestration.admission.settings import admission_settings, open_inbox
 from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import BatchOrchestrationError, FileStillChanging
@@ -57,9 +57,9 @@ def admit_batch(
     """
     report_phase("admitting")
     folder, store = data_folder(settings), open_store(settings)
-    claim = open_inbox(settings, folder).claim(config.claim_id)
+    claim = Inbox(folder, settings).claim(config.claim_id)
     try:
-        result = admit(claim, folder=folder, store=store, settings=admission_settings(settings))
+        result = admit(claim, folder=folder, store=store, settings=settings)
     except FileStillChanging as still_changing:
         context.log.warning(str(still_changing))
         return

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import dagster as dg
 from pydantic import Field
@@ -11,7 +11,6 @@ from batch_orchestration.defs.events import MANIFEST_KEY, halt_events
 from batch_orchestration.defs.job_factory import one_op_job
 from batch_orchestration.defs.metadata import metadata_of
 from batch_orchestration.defs.resources import SettingsResource, data_folder
-from batch_orchestration.dispatch.refresh import KeptQueue
 from batch_orchestration.dispatch.table import queue_markdown
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.queue import files as queue_files
@@ -61,13 +60,18 @@ def resume_queue(context: dg.OpExecutionContext, settings: SettingsResource) -> 
     context.log.info(f"the queue goes on; {said}")
 
 
-def report_queue(context: dg.SensorEvaluationContext, queue: KeptQueue, folder: DataFolder) -> None:
-    """Report the changes of the queue since the previous tick to Dagster."""
-    for entry in queue.changed:
+def report_queue(
+    context: dg.SensorEvaluationContext,
+    view: QueueView,
+    changed: Iterable[QueueEntry],
+    folder: DataFolder,
+) -> None:
+    """Report the queue, and the entries changed since the previous tick, to Dagster."""
+    for entry in changed:
         context.instance.report_runless_asset_event(_observation(entry))
         for event in _halt_events(entry, folder):
             context.instance.report_runless_asset_event(event)
-    _report_overview(context.instance, queue.view)
+    _report_overview(context.instance, view)
 
 
 def _halt_events(

@@ -1,7 +1,6 @@
 """Replays of dead letters: the job that runs them, and the sensor that launches it."""
 
 import time
-from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -30,10 +29,8 @@ from batch_orchestration.defs.resources import (
 from batch_orchestration.defs.runs import engine_errors, free_run_key, run_state, tags_about
 from batch_orchestration.dispatch.run_planning import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.load import closed_gate
-from batch_orchestration.queue.refused_engine import refusal_in_words
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.operations import open_replays
 
@@ -176,9 +173,7 @@ def replay_sensor(
     reasons: list[str] = []
     folder = data_folder(settings)
     replays = open_replays(folder)
-    gate = closed_gate(
-        read_pause(folder), partial(gpu_problem, settings), partial(refusal_in_words, settings)
-    )
+    gate = closed_gate(read_pause(folder), settings)
     if replays and gate:
         return dg.SkipReason(str(gate))
     faults = Faults()

@@ -3,13 +3,11 @@
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 
 import dagster as dg
 
 from batch_orchestration.admission.claims import Claim
 from batch_orchestration.admission.inbox import Inbox
-from batch_orchestration.admission.settings import open_inbox
 from batch_orchestration.core.errors import StorageError, StoreDamaged, StoreLocked
 from batch_orchestration.core.fault_isolation import Faults, MemberFault
 from batch_orchestration.core.results import BatchRecord
@@ -35,7 +33,7 @@ from batch_orchestration.dispatch.queue_building import (
     in_order_of_service,
     run_priorities,
 )
-from batch_orchestration.dispatch.refresh import keep_queue
+from batch_orchestration.dispatch.refresh import refresh_queue
 from batch_orchestration.dispatch.run_planning import (
     MAX_FAILURES,
     NeededRun,
@@ -45,15 +43,14 @@ from batch_orchestration.dispatch.run_planning import (
 )
 from batch_orchestration.estimates.batch_estimates import read_estimate
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.lifecycle.clock import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.lifecycle.resumption import finish_resumptions
 from batch_orchestration.lifecycle.unfinished import keep_index
 from batch_orchestration.queue.entries import NeedsAttention, QueueView, WaitReason
 from batch_orchestration.queue.files import read_pause, write_needs_attention
 from batch_orchestration.queue.halts import halts_in_force
-from batch_orchestration.queue.load import closed_gate, queue_rules
-from batch_orchestration.queue.refused_engine import look_again, refusal_in_words
+from batch_orchestration.queue.load import closed_gate
+from batch_orchestration.queue.refused_engine import look_again
 from batch_orchestration.settings import Settings
 
 CLAIM_TAG = "claim"
@@ -79,7 +76,7 @@ def inbox_sensor(
 ) -> dg.SensorResult | dg.SkipReason:
     """Claim complete files and request their admission; only stat and rename, never read."""
     folder = data_folder(settings)
-    inbox, now, faults = open_inbox(settings, folder), time.time(), Faults()
+    inbox, now, faults = Inbox(folder, settings), time.time(), Faults()
     reasons = _claim(settings, inbox, now=now)
     reasons += [f"{waiting.name}: {waiting.reason}" for waiting in inbox.waiting(now=now)]
     requests = []
@@ -101,7 +98,7 @@ def _claim(settings: Settings, inbox: Inbox, *, now: float) -> list[str]:
             folder=data_folder(settings),
             store=open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS),
             inbox=inbox,
-            rules=queue_rules(settings),
+            settings=settings,
             now=now,
         )
     except StorageError as error:
@@ -212,7 +209,7 @@ def dispatch_sensor(
     except StorageError as error:
         return dg.SkipReason(f"no run is asked for now: {error}")
     with contextlib.suppress(StorageError):  # only readers of the file go without it
-        admissions = _failing_admissions(context.instance, open_inbox(settings, folder), now=now)
+        admissions = _failing_admissions(context.instance, Inbox(folder, settings), now=now)
         write_needs_attention(folder, [*verdict.needs, *map(_mend, faults), *admissions])
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
     requests = [_request(context.instance, needed) for needed in verdict.needed]
@@ -238,21 +235,21 @@ def _keep_queue(
     """
     folder = data_folder(settings)
     try:
-        queue = keep_queue(
+        view, changed = refresh_queue(
             folder=folder,
             store=open_store(settings, deadline_seconds=STORE_DEADLINE_SECONDS),
-            inbox=open_inbox(settings, folder),
-            rules=queue_rules(settings),
+            inbox=Inbox(folder, settings),
+            settings=settings,
             now=now,
             faults=faults,
         )
-        report_queue(context, queue, folder)
+        report_queue(context, view, changed, folder)
     except StoreLocked:
         raise
     except StorageError as error:
         view = QueueView(at=now, paused=read_pause(folder))
         return view, [f"the queue cannot be kept now: {error}"]
-    return queue.view, []
+    return view, []
 
 
 def _is_refusal(no_engine: str | None) -> bool:
@@ -262,9 +259,7 @@ def _is_refusal(no_engine: str | None) -> bool:
 
 def _no_engine(settings: Settings, queue: QueueView) -> str | None:
     """Return the reason why no engine can be started now; None if one can."""
-    gate = closed_gate(
-        queue.paused, partial(gpu_problem, settings), partial(refusal_in_words, settings)
-    )
+    gate = closed_gate(queue.paused, settings)
     return None if gate is None else str(gate)
 
 

@@ -6,15 +6,14 @@ It is rebuilt at each tick from durable state: the inbox, claims, plans and stor
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import msgspec
 
-from batch_orchestration.admission.claims import Claim, FileScan, FileScans
+from batch_orchestration.admission.claims import Claim
 from batch_orchestration.admission.inbox import DroppedFile, Inbox
+from batch_orchestration.admission.known_files import FileScan, FileScans
 from batch_orchestration.admission.reading.batch_files import is_gzip_name
 from batch_orchestration.admission.sidecars import options_said
 from batch_orchestration.core.batches import BatchOptions, BatchPlan
@@ -23,21 +22,27 @@ from batch_orchestration.core.lifecycle import Halt, deadline, window_seconds
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.estimates.batch_estimates import expected_seconds
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.queue.capacity import Demand
-from batch_orchestration.queue.decision import Decision, Rules, Standing, decide
+from batch_orchestration.queue.decision import decide
+from batch_orchestration.queue.demand import Demand
 from batch_orchestration.queue.entries import (
     EntryKind,
     EntryState,
-    Pause,
     QueueEntry,
     QueueView,
     WaitReason,
 )
 from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.halts import halts_in_force
-from batch_orchestration.queue.load import QueueRules, closed_gate, demand_in, left_of, read_load
-from batch_orchestration.queue.ordering import Candidate, Place, order, whole_points
-from batch_orchestration.queue.submitted import read_rates
+from batch_orchestration.queue.load import (
+    closed_gate,
+    demand_in,
+    left_of,
+    queue_limits,
+    read_load,
+    read_rates,
+)
+from batch_orchestration.queue.ordering import order, whole_points
+from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import read_progress
 
@@ -81,58 +86,8 @@ def served_of_late(store: Store, *, now: float) -> dict[str, float]:
 _GZIP_RATIO = 8
 
 
-class _QueuedItem(NamedTuple):
-    """A file, claim or batch, with its arrival, its deadline, and the engine seconds it needs."""
-
-    standing: Standing
-    at: float
-    deadline: float | None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Queue:
-    """The queue at one moment.
-
-    Attributes:
-        files: Files that may be claimed now, in the order of service.
-    """
-
-    view: QueueView
-    files: tuple[DroppedFile, ...]
-
-
-def read_queue(
-    *,
-    folder: DataFolder,
-    store: Store,
-    inbox: Inbox,
-    rules: QueueRules,
-    now: float,
-    faults: Faults | None = None,
-) -> Queue:
-    """Return the current queue.
-
-    Args:
-        faults: Collects members that cannot be read completely. They appear in the queue with
-            their known data, or not at all if nothing is known.
-
-    Raises:
-        StorageError: The store cannot be read.
-    """
-    return queue_of(
-        inbox.look(now=now),
-        folder=folder,
-        store=store,
-        inbox=inbox,
-        rules=rules,
-        now=now,
-        faults=faults,
-    )
-
-
 def claim_admissible(
-    *, folder: DataFolder, store: Store, inbox: Inbox, rules: QueueRules, now: float
+    *, folder: DataFolder, store: Store, inbox: Inbox, settings: Settings, now: float
 ) -> list[QueueEntry]:
     """Claim the files for which there is capacity; return the entries of complete files that wait.
 
@@ -146,177 +101,169 @@ def claim_admissible(
     def choose(files: Sequence[DroppedFile]) -> Sequence[DroppedFile]:
         if all(file.reason for file in files):
             return ()
-        queue = queue_of(files, folder=folder, store=store, inbox=inbox, rules=rules, now=now)
-        waiting.extend(_waiting_files(queue.view))
-        return queue.files
+        view = build_queue(
+            files, folder=folder, store=store, inbox=inbox, settings=settings, now=now
+        )
+        waiting.extend(
+            entry
+            for entry in view.entries
+            if entry.kind is EntryKind.FILE and entry.reason not in (None, WaitReason.SETTLING)
+        )
+        by_name = {inbox.name_of(file.path): file for file in files}
+        return [by_name[entry.id] for entry in view.entries if entry.admissible]
 
     inbox.claim_ready(now=now, choose=choose)
     inbox.forget_gone()
     return waiting
 
 
-def queue_of(
-    files: Sequence[DroppedFile],
+def build_queue(
+    files: Iterable[DroppedFile],
     *,
     folder: DataFolder,
     store: Store,
     inbox: Inbox,
-    rules: QueueRules,
+    settings: Settings,
     now: float,
     faults: Faults | None = None,
-) -> Queue:
-    """Return the queue for these files of the inbox; see `read_queue`."""
-    records = store.unfinished() if folder.duckdb.exists() else []
-    by_name = {inbox.name_of(file.path): file for file in files if _waits(file)}
-    paused = read_pause(folder)
+) -> QueueView:
+    """Return the current queue, with these files of the inbox.
+
+    Args:
+        faults: Collects members that cannot be read completely. They appear in the queue with
+            their known data, or not at all if nothing is known.
+
+    Raises:
+        StorageError: The store cannot be read.
+    """
     faults = Faults() if faults is None else faults
-    halts = halts_in_force(folder, records)
-    standings = [
-        *_each(
-            (
-                (r.batch_id, partial(_of_batch, r, folder, now, faults, halts.get(r.batch_id)))
-                for r in records
-            ),
-            faults,
-        ),
-        *_each(((c.claim_id, partial(_of_claim, c, folder)) for c in inbox.claims(faults)), faults),
-        *_each(((name, partial(_of_file, name, f)) for name, f in by_name.items()), faults),
-    ]
-    decision = decide(
-        _in_order(standings, store=store, rules=rules, now=now),
-        load=read_load(folder, records, limits=rules.limits, faults=faults),
-        rates=read_rates(folder, store, limits=rules.rates, now=now),
-        rules=Rules(
-            limits=rules.limits,
-            gate=closed_gate(paused, rules.device_problem, rules.engine_refusal),
-        ),
+    records = store.unfinished()
+    entries = list(_entries(files, records, folder=folder, inbox=inbox, now=now, faults=faults))
+    served = served_of_late(store, now=now) if entries else {}
+    ageing_seconds = settings.priority_ageing_seconds
+    paused, limits = read_pause(folder), queue_limits(settings)
+    decided = decide(
+        order(entries, now=now, ageing_seconds=ageing_seconds, served=served),
+        load=read_load(folder, records, limits=limits, faults=faults),
+        rates=read_rates(store, settings, now=now),
+        limits=limits,
+        gate=closed_gate(paused, settings),
         now=now,
     )
-    return _queue(decision, by_name, paused, now)
+    return with_expectations(QueueView(at=now, paused=paused, entries=decided))
 
 
-def _each(
-    members: Iterable[tuple[str, Callable[[], _QueuedItem]]], faults: Faults
-) -> Iterator[_QueuedItem]:
-    """Yield the item of each member that can be read."""
-    for member, arrived in members:
-        with faults.of(member):
-            yield arrived()
+def with_expectations(view: QueueView) -> QueueView:
+    """Return the queue with the estimated start and end of each entry.
 
-
-def _waiting_files(view: QueueView) -> Iterator[QueueEntry]:
+    Entries are assumed to be served one after the other. The start is unknown after an entry
+    without an estimate; while the queue is paused, only running entries have one. A paused batch
+    delays no other entry.
+    """
+    at: float | None = view.at
+    entries = []
     for entry in view.entries:
-        if entry.kind is EntryKind.FILE and entry.reason not in (None, WaitReason.SETTLING):
-            yield entry
+        if entry.reason is WaitReason.FAILURE_RATE:
+            entries.append(entry)
+            continue
+        running = entry.state is EntryState.RUNNING
+        start = at if view.paused is None or running else None
+        seconds = entry.engine_seconds
+        end = None if start is None or seconds is None else start + seconds
+        entries.append(msgspec.structs.replace(entry, expected_start=start, expected_end=end))
+        at = end
+    return msgspec.structs.replace(view, entries=tuple(entries))
 
 
-def _queue(
-    decision: Decision, files: Mapping[str, DroppedFile], paused: Pause | None, now: float
-) -> Queue:
-    return Queue(
-        view=QueueView(at=now, paused=paused, entries=decision.entries),
-        files=tuple(files[entry_id] for entry_id in decision.admissible),
-    )
-
-
-def _waits(file: DroppedFile) -> bool:
-    return file.reason is None or file.settling
-
-
-def _in_order(
-    arrivals: Sequence[_QueuedItem], *, store: Store, rules: QueueRules, now: float
-) -> list[Standing]:
-    """Return all in the order of service, with the priority that they gained by waiting."""
-    # Numbered, because names may repeat; ties keep the given order.
-    candidates = [
-        Candidate(
-            id=f"{number:06d}",
-            source=arrived.standing.entry.source,
-            priority=arrived.standing.entry.priority,
-            arrived_at=arrived.at,
-            deadline=arrived.deadline,
-            seconds=arrived.seconds,
-            work=arrived.standing.demand.tokens or 0,
-        )
-        for number, arrived in enumerate(arrivals)
+def _entries(
+    files: Iterable[DroppedFile],
+    records: Sequence[BatchRecord],
+    *,
+    folder: DataFolder,
+    inbox: Inbox,
+    now: float,
+    faults: Faults,
+) -> Iterator[QueueEntry]:
+    """Yield the entry of each batch, claim and file that can be read."""
+    halts = halts_in_force(folder, records)
+    members: list[tuple[str, Callable[[], QueueEntry]]] = [
+        *(
+            (r.batch_id, partial(_of_batch, r, folder, now, faults, halts.get(r.batch_id)))
+            for r in records
+        ),
+        *((c.claim_id, partial(_of_claim, c, folder)) for c in inbox.claims(faults)),
+        *(
+            (name, partial(_of_file, name, file))
+            for file in files
+            if (name := inbox.name_of(file.path)) and (file.reason is None or file.settling)
+        ),
     ]
-    served = served_of_late(store, now=now) if candidates else {}
-    places = order(candidates, now=now, policy=rules.ordering, served=served)
-    return [_placed(arrivals[int(place.candidate.id)].standing, place) for place in places]
+    for member, read_entry in members:
+        with faults.of(member):
+            yield read_entry()
 
 
-def _placed(standing: Standing, place: Place) -> Standing:
-    entry = msgspec.structs.replace(
-        standing.entry, effective_priority=place.effective_priority, detail=place.why
+def _of_file(name: str, file: DroppedFile) -> QueueEntry:
+    entry = _waiting_entry(
+        name, file.options(), file.origin.arrived_at, _demand(name, file.stats.st_size, file.scan)
     )
-    return replace(standing, entry=entry)
+    if not file.settling:
+        return entry
+    return msgspec.structs.replace(entry, reason=WaitReason.SETTLING, detail=file.reason or "")
 
 
-def _of_file(name: str, file: DroppedFile) -> _QueuedItem:
-    demand = _demand(file.path.name, file.stats.st_size, file.scan)
-    options = file.options()
-    standing = Standing(
-        entry=_waiting_entry(name, options, demand),
-        demand=demand,
-        settling=file.reason if file.settling else None,
-    )
-    return _of_options(standing, options, file.origin.arrived_at)
-
-
-def _of_claim(claim: Claim, folder: DataFolder) -> _QueuedItem:
+def _of_claim(claim: Claim, folder: DataFolder) -> QueueEntry:
     scan, size = None, 0
     with contextlib.suppress(FileNotFoundError):
         stats = claim.path.lstat()
         scan, size = FileScans(folder).find(stats), stats.st_size
-    demand = _demand(claim.path.name, size, scan)
     name = f"{claim.origin.folder}/{claim.file_name}".lstrip("/")
     options = options_said(claim.sidecar, claim.origin)
-    standing = Standing(
-        entry=_waiting_entry(name, options, demand),
-        demand=demand,
+    failing = claim.attempts.failing
+    return msgspec.structs.replace(
+        _waiting_entry(name, options, claim.origin.arrived_at, _demand(name, size, scan)),
         claimed=True,
-        failing=str(claim.attempts) if claim.attempts.failing else None,
+        failing=failing,
+        detail=str(claim.attempts) if failing else "is being read and admitted",
     )
-    return _of_options(standing, options, claim.origin.arrived_at)
 
 
-def _of_options(standing: Standing, options: BatchOptions, arrived_at: float) -> _QueuedItem:
-    wanted = arrived_at + window_seconds(options.completion_window)
-    return _QueuedItem(standing, arrived_at, wanted)
-
-
-def _waiting_entry(name: str, options: BatchOptions, demand: Demand) -> QueueEntry:
+def _waiting_entry(
+    name: str, options: BatchOptions, arrived_at: float, demand: Demand
+) -> QueueEntry:
     return QueueEntry(
         kind=EntryKind.FILE,
         id=name,
         source=options.source,
         priority=options.priority,
-        effective_priority=options.priority,
+        arrived_at=arrived_at,
+        deadline=arrived_at + window_seconds(options.completion_window),
         state=EntryState.WAITING,
-        place=0,
         requests=demand.requests,
         pending=demand.requests,
         tokens=demand.tokens,
+        size_bytes=demand.size_bytes,
+        new_bytes=demand.new_bytes,
     )
 
 
 def _demand(name: str, size_bytes: int, scan: FileScan | None) -> Demand:
     """Return the demand of a file; without a scan, only its size is known."""
+    is_gzip = is_gzip_name(name)
     if scan is None:
-        expanded = size_bytes * _GZIP_RATIO if is_gzip_name(name) else size_bytes
-        new = expanded if is_gzip_name(name) else 0
-        return Demand(requests=None, tokens=None, size_bytes=expanded, new_bytes=new)
+        size = size_bytes * _GZIP_RATIO if is_gzip else size_bytes
+        return Demand(requests=None, tokens=None, size_bytes=size, new_bytes=size if is_gzip else 0)
     return Demand(
         requests=scan.requests,
         tokens=scan.tokens,
         size_bytes=scan.size_bytes,
-        new_bytes=scan.size_bytes if is_gzip_name(name) else 0,
+        new_bytes=scan.size_bytes if is_gzip else 0,
     )
 
 
 def _of_batch(
     record: BatchRecord, folder: DataFolder, now: float, faults: Faults, halt: Halt | None
-) -> _QueuedItem:
+) -> QueueEntry:
     batch_id = record.batch_id
     plan: BatchPlan | None = None
     until: float | None = None
@@ -324,37 +271,29 @@ def _of_batch(
     with faults.of(batch_id):
         plan = folder.read_plan(batch_id)
         until = deadline(plan, folder.resumption(batch_id).read())
-    tokens = None if plan is None else left_of(demand_in(folder, plan), record).tokens
-    running = _is_running(folder, batch_id, now)
-    standing = Standing(
-        entry=QueueEntry(
-            kind=EntryKind.BATCH,
-            id=batch_id,
-            batch_id=batch_id,
-            source=record.source,
-            priority=record.options.priority,
-            effective_priority=record.options.priority,
-            deadline=until,
-            state=EntryState.RUNNING if running else EntryState.ADMITTED,
-            place=0,
-            requests=record.total,
-            pending=record.pending,
-            tokens=tokens,
-            settings_hash=record.settings_hash,
-        ),
-        demand=Demand(requests=record.pending, tokens=tokens, size_bytes=0),
-        halted=None if halt is None else halt.reason,
-    )
-    arrived_at = min(record.times.values()) if plan is None else plan.arrived_at or plan.created_at
-    seconds = None if plan is None else _seconds(plan, folder, record.pending)
-    return _QueuedItem(standing, arrived_at, until, seconds)
-
-
-def _seconds(plan: BatchPlan, folder: DataFolder, pending: int) -> float | None:
-    band = expected_seconds(plan, folder=folder, pending=pending)
-    return None if band is None else band.mid
-
-
-def _is_running(folder: DataFolder, batch_id: str, now: float) -> bool:
     progress = read_progress(folder.progress_path(batch_id))
-    return progress is not None and progress.is_of_a_live_run(now)
+    running = progress is not None and progress.is_of_a_live_run(now)
+    entry = QueueEntry(
+        kind=EntryKind.BATCH,
+        id=batch_id,
+        batch_id=batch_id,
+        source=record.source,
+        priority=record.options.priority,
+        arrived_at=min(record.times.values()),
+        deadline=until,
+        state=EntryState.RUNNING if running else EntryState.ADMITTED,
+        reason=None if halt is None else WaitReason.FAILURE_RATE,
+        detail="" if halt is None else halt.reason,
+        requests=record.total,
+        pending=record.pending,
+        settings_hash=record.settings_hash,
+    )
+    if plan is None:
+        return entry
+    seconds = expected_seconds(plan, folder=folder, pending=record.pending)
+    return msgspec.structs.replace(
+        entry,
+        arrived_at=plan.arrived_at or plan.created_at,
+        tokens=left_of(demand_in(folder, plan), record).tokens,
+        engine_seconds=None if seconds is None else seconds.mid,
+    )

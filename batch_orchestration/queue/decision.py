@@ -5,151 +5,91 @@ it. A file that is still being written, or whose source exceeds its rate, holds 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import msgspec
 
-from batch_orchestration.queue.capacity import (
-    Blocker,
-    Demand,
-    Limits,
-    Load,
-    check_capacity,
-    rate_blocker,
-)
-from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry, WaitReason
+from batch_orchestration.queue.capacity import Blocker, Load, check_capacity, rate_blocker
+from batch_orchestration.queue.demand import Limits
+from batch_orchestration.queue.entries import EntryKind, EntryState, QueueEntry
 from batch_orchestration.queue.rate_limits import SourceRates
-
-_NEXT = "there is room: it is admitted next"
-_BEING_READ = "is being read and admitted"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Standing:
-    """A queue entry before its decision.
-
-    Attributes:
-        entry: The public entry without place and reason; its detail explains its position.
-        settling: Why the file counts as still being written; None if it is complete.
-        halted: Why this batch alone is paused; None if it is not.
-        claimed: Whether the file is being read and admitted now.
-        failing: Previous admission errors of a claimed file. While set, the file takes no capacity:
-            otherwise other entries would wait for as long as it fails.
-    """
-
-    entry: QueueEntry
-    demand: Demand
-    settling: str | None = None
-    halted: str | None = None
-    claimed: bool = False
-    failing: str | None = None
-
-    @property
-    def open(self) -> bool:
-        """Whether the entry waits for admission."""
-        return self.entry.state is EntryState.WAITING and not self.claimed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """Limits in force and the gate of the queue.
-
-    Attributes:
-        gate: Blocker of all entries, such as a pause or an unfit device; None if there is none.
-    """
-
-    limits: Limits
-    gate: Blocker | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """All entries with their reasons, and the ids of those that may be admitted now."""
-
-    entries: tuple[QueueEntry, ...]
-    admissible: tuple[str, ...]
 
 
 def decide(
-    queue: Sequence[Standing], *, load: Load, rates: SourceRates, rules: Rules, now: float
-) -> Decision:
-    """Decide for each entry whether it can go on now.
+    queue: Sequence[QueueEntry],
+    *,
+    load: Load,
+    rates: SourceRates,
+    limits: Limits,
+    gate: Blocker | None = None,
+    now: float,
+) -> tuple[QueueEntry, ...]:
+    """Return all entries with their blockers; those that may be admitted now are `admissible`.
 
     Args:
-        queue: All entries, in the order of service.
+        queue: All entries, in the order of service. One that has a reason to wait keeps it.
         load: Load of the unfinished batches.
         rates: Recent submissions of the sources.
+        gate: Blocker of all entries, such as a pause or an unfit device; None if there is none.
     """
-    walk = _Walk(load, rates, rules, now)
-    for standing in queue:
-        if standing.claimed and standing.failing is None:
-            walk.count(standing)
-    entries = [walk.next(standing, place) for place, standing in enumerate(queue, start=1)]
-    return Decision(entries=tuple(entries), admissible=tuple(walk.admissible))
+    walk = _Walk(load, rates, limits, gate, now)
+    for entry in queue:
+        if entry.claimed and not entry.failing:
+            walk.count(entry)
+    return tuple([walk.next(entry) for entry in queue])
 
 
 class _Walk:
     """One pass from the head of the queue to its end that counts the entries it admits."""
 
-    def __init__(self, load: Load, rates: SourceRates, rules: Rules, now: float) -> None:
+    def __init__(
+        self, load: Load, rates: SourceRates, limits: Limits, gate: Blocker | None, now: float
+    ) -> None:
         self._load = load
         self._rates = rates
-        self._rules = rules
+        self._limits = limits
+        self._gate = gate
         self._now = now
         self._head: tuple[str, Blocker] | None = None
-        self.admissible: list[str] = []
 
-    def next(self, standing: Standing, place: int) -> QueueEntry:
-        """Return the next entry with its place and reason."""
-        blocker, detail = self._obstacle(standing), standing.entry.detail
-        if standing.claimed:
-            detail = standing.failing or _BEING_READ
-        elif standing.open and blocker is None:
-            self.count(standing)
-            self.admissible.append(standing.entry.id)
-            detail = _NEXT
-        return msgspec.structs.replace(
-            standing.entry,
-            place=place,
-            reason=blocker.reason if blocker else None,
-            detail=blocker.detail if blocker else detail,
-        )
+    def next(self, entry: QueueEntry) -> QueueEntry:
+        """Return the next entry with its reason."""
+        if entry.reason is not None:
+            return entry
+        if (blocker := self._blocker(entry)) is not None:
+            reason, detail = blocker
+            return msgspec.structs.replace(entry, reason=reason, detail=detail)
+        if not entry.unclaimed:
+            return entry
+        self.count(entry)
+        return msgspec.structs.replace(entry, detail="the queue has capacity: it is admitted next")
 
-    def count(self, standing: Standing) -> None:
+    def count(self, entry: QueueEntry) -> None:
         """Add an entry that the load and the rates do not include yet."""
-        known = standing.demand.requests is not None
-        demand = standing.demand.guessed(self._rules.limits)
-        self._load = self._load.plus(demand, self._rules.limits)
-        self._load = replace(self._load, guessed=self._load.guessed or not known)
-        if standing.entry.kind is EntryKind.FILE:
-            source, requests = standing.entry.source, demand.requests or 0
-            self._rates = self._rates.plus(source, requests, now=self._now)
+        demand = entry.demand.guessed(self._limits)
+        self._load = self._load.plus(demand, self._limits)
+        self._load = replace(self._load, guessed=self._load.guessed or entry.pending is None)
+        if entry.kind is EntryKind.FILE:
+            self._rates = self._rates.plus(entry.source, demand.requests or 0, now=self._now)
 
-    def _obstacle(self, standing: Standing) -> Blocker | None:
-        if standing.halted is not None:
-            return Blocker(WaitReason.FAILURE_RATE, standing.halted)
-        if not standing.open:
-            # A running batch finishes its run, and a claimed file is already being read.
-            return self._rules.gate if standing.entry.state is EntryState.ADMITTED else None
-        if standing.settling is not None:
-            return Blocker(WaitReason.SETTLING, standing.settling)
-        return self._rules.gate or self._rate(standing) or self._room(standing)
+    def _blocker(self, entry: QueueEntry) -> Blocker | None:
+        if entry.unclaimed:
+            rate = rate_blocker(self._rates, entry.source, entry.pending, now=self._now)
+            return self._gate or rate or self._capacity(entry)
+        # A running batch finishes its run, and a claimed file is already being read.
+        return self._gate if entry.state is EntryState.ADMITTED else None
 
-    def _rate(self, standing: Standing) -> Blocker | None:
-        source, requests = standing.entry.source, standing.demand.requests
-        return rate_blocker(self._rates, source, requests, now=self._now)
-
-    def _room(self, standing: Standing) -> Blocker | None:
+    def _capacity(self, entry: QueueEntry) -> Blocker | None:
         if self._head is not None:
             head_id, blocker = self._head
             return Blocker(blocker.reason, f"comes after {head_id}; {blocker.detail}")
-        demand = standing.demand
+        demand = entry.demand
         if self._load.guessed:
             # Otherwise the entry could take capacity that entries ahead of it turn out to need.
-            demand = demand.guessed(self._rules.limits)
-        found = check_capacity(demand, self._load, self._rules.limits)
+            demand = demand.guessed(self._limits)
+        found = check_capacity(demand, self._load, self._limits)
         if found is not None:
             if self._load.guessed:
                 found = found._replace(detail=f"{found.detail}; some are only guessed so far")
-            self._head = (standing.entry.id, found)
+            self._head = (entry.id, found)
         return found

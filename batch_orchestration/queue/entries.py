@@ -4,6 +4,8 @@ from enum import StrEnum
 
 import msgspec
 
+from batch_orchestration.queue.demand import Demand
+
 
 class WaitReason(StrEnum):
     """Why a queue entry cannot go on now.
@@ -73,13 +75,20 @@ class QueueEntry(msgspec.Struct, frozen=True, kw_only=True):
         source: The submitter.
         priority: The author's priority.
         effective_priority: The priority plus the points gained by waiting.
-        deadline: End of the completion window; None while the entry has no window.
+        arrived_at: When the file arrived in the inbox.
+        deadline: End of the completion window; for a file, if it were admitted on arrival.
         reason: Why the entry cannot go on now; None if it only waits for its place.
-        detail: A sentence with numbers that explains the reason.
+        detail: A sentence with numbers that explains the reason, or the place.
         place: Position in the order of service, from 1.
+        claimed: Whether the file is being read and admitted now.
+        failing: Whether earlier admissions of the claimed file failed. It takes no capacity then:
+            otherwise other entries would wait for as long as it fails.
         requests: None until the file is read.
         pending: Requests without an outcome.
         tokens: Expected tokens of the pending requests, prompt and answer together.
+        size_bytes: Size of a file after decompression.
+        new_bytes: The part of it that is not on the disk yet.
+        engine_seconds: Estimated engine time that is left; None without an estimate.
         expected_start: None without an estimate, as is `expected_end`.
         settings_hash: Hash of the settings that answers depend on. Batches with equal hashes can
             share an engine.
@@ -90,18 +99,44 @@ class QueueEntry(msgspec.Struct, frozen=True, kw_only=True):
     batch_id: str | None = None
     source: str
     priority: int
-    effective_priority: float
+    effective_priority: float = 0.0
+    arrived_at: float = 0.0
     deadline: float | None = None
     state: EntryState
     reason: WaitReason | None = None
     detail: str = ""
-    place: int
+    place: int = 0
+    claimed: bool = False
+    failing: bool = False
     requests: int | None = None
     pending: int | None = None
     tokens: int | None = None
+    size_bytes: int = 0
+    new_bytes: int = 0
+    engine_seconds: float | None = None
     expected_start: float | None = None
     expected_end: float | None = None
     settings_hash: str = ""
+
+    @property
+    def demand(self) -> Demand:
+        """The capacity that the entry needs."""
+        return Demand(
+            requests=self.pending,
+            tokens=self.tokens,
+            size_bytes=self.size_bytes,
+            new_bytes=self.new_bytes,
+        )
+
+    @property
+    def unclaimed(self) -> bool:
+        """Whether the entry is a file that waits for admission."""
+        return self.state is EntryState.WAITING and not self.claimed
+
+    @property
+    def admissible(self) -> bool:
+        """Whether the entry is a file that may be claimed now."""
+        return self.unclaimed and self.reason is None
 
 
 class QueueView(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,52 +1,70 @@
 """The load of this deployment: the work queued now, and whether one more batch fits beside it."""
 
 import shutil
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
-from batch_orchestration.core.batches import BatchPlan
+from batch_orchestration.core.batches import BatchPlan, BatchStatus
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.results import BatchRecord
 from batch_orchestration.estimates.batch_estimates import read_estimate_in
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.health import gpu_problem
-from batch_orchestration.queue.capacity import (
-    Blocker,
-    Demand,
-    Limits,
-    Load,
-    check_capacity,
-    rate_blocker,
-    rough_tokens,
-)
+from batch_orchestration.queue.capacity import Blocker, Load, check_capacity, rate_blocker
+from batch_orchestration.queue.demand import Demand, Limits, rough_tokens
 from batch_orchestration.queue.entries import Pause, WaitReason
 from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.halts import halts_in_force
-from batch_orchestration.queue.ordering import OrderPolicy
-from batch_orchestration.queue.rate_limits import Rate, RateLimits
+from batch_orchestration.queue.rate_limits import (
+    SECONDS_PER_HOUR,
+    Rate,
+    SourceRates,
+    SubmissionEvent,
+)
 from batch_orchestration.queue.refused_engine import refusal_in_words
-from batch_orchestration.queue.submitted import read_rates
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 
 
-@dataclass(frozen=True, kw_only=True)
-class QueueRules:
-    """The settings that the queue depends on.
+def queue_limits(settings: Settings) -> Limits:
+    """Return the limits on the queue."""
+    return Limits(
+        unfinished_batches=settings.max_unfinished_batches,
+        queued_requests=settings.max_queued_requests,
+        queued_tokens=settings.max_queued_tokens,
+        disk_reserve_bytes=settings.disk_reserve_bytes,
+        output_bytes_ratio=settings.output_bytes_ratio,
+        open_requests=settings.max_requests_per_batch,
+    )
 
-    Attributes:
-        ordering: Policy of the order of service.
-        device_problem: Returns the problem of the device; None if it is fit for work.
-        engine_refusal: Returns the refusal of the engine; None if none is known.
+
+def read_rates(store: Store, settings: Settings, *, now: float) -> SourceRates:
+    """Return the rate limits and the submissions of all sources that still count towards them.
+
+    They are derived from the stored batches, so no counter can get out of step. Files that wait in
+    the inbox do not count as submitted.
+
+    Raises:
+        StorageError: The store cannot be read.
     """
-
-    limits: Limits = field(default_factory=Limits)
-    rates: RateLimits = field(default_factory=RateLimits)
-    ordering: OrderPolicy = field(default_factory=OrderPolicy)
-    device_problem: Callable[[], str | None] = lambda: None
-    engine_refusal: Callable[[], str | None] = lambda: None
+    per_hour = settings.source_requests_per_hour
+    rates = SourceRates(
+        submissions=Rate(
+            per_hour=settings.source_submissions_per_hour, burst=settings.source_submissions_burst
+        ),
+        requests=Rate(per_hour=per_hour, burst=settings.source_requests_burst),
+    )
+    submitted = store.submitted(
+        since=max(0.0, now - rates.memory_seconds),
+        requests_per_second=per_hour / SECONDS_PER_HOUR,
+        now=now,
+    )
+    events = (
+        SubmissionEvent(record.source, record.times[BatchStatus.VALIDATING], record.total)
+        for record in submitted
+    )
+    return replace(rates, events=tuple(events))
 
 
 def check_file_capacity(
@@ -55,7 +73,7 @@ def check_file_capacity(
     *,
     folder: DataFolder,
     store: Store,
-    rules: QueueRules,
+    settings: Settings,
     now: float,
 ) -> Blocker | None:
     """Return the blocker of a file that was just read; None if it may be admitted now.
@@ -67,47 +85,39 @@ def check_file_capacity(
     """
     if (paused := read_pause(folder)) is not None:
         return pause_blocker(paused)
-    rates = read_rates(folder, store, limits=rules.rates, now=now)
+    rates = read_rates(store, settings, now=now)
     blocker = rate_blocker(rates, plan.source, plan.requests, now=now)
     if blocker is not None:
         return blocker
-    load = read_load(folder, store.unfinished(), limits=rules.limits)
-    return check_capacity(demand, load, rules.limits)
+    limits = queue_limits(settings)
+    return check_capacity(demand, read_load(folder, store.unfinished(), limits=limits), limits)
 
 
-def never_fits(demand: Demand, *, rules: QueueRules) -> str | None:
+def never_fits(demand: Demand, settings: Settings) -> str | None:
     """Return why a file exceeds the token limit even of an empty queue; None if it does not."""
-    tokens = demand.open_at_once(rules.limits).tokens or 0
-    limit = rules.limits.queued_tokens
-    if tokens <= limit:
+    tokens = demand.open_at_once(queue_limits(settings)).tokens or 0
+    if tokens <= settings.max_queued_tokens:
         return None
     return (
-        f"its {tokens:,} expected tokens at a time are more than the {limit:,} that may be queued"
-        " (BATCH_MAX_QUEUED_TOKENS)"
+        f"its {tokens:,} expected tokens at a time are more than the"
+        f" {settings.max_queued_tokens:,} that may be queued (BATCH_MAX_QUEUED_TOKENS)"
     )
 
 
-def closed_gate(
-    paused: Pause | None,
-    device_problem: Callable[[], str | None],
-    engine_refusal: Callable[[], str | None],
-) -> Blocker | None:
+def closed_gate(paused: Pause | None, settings: Settings) -> Blocker | None:
     """Return the blocker of all entries: a pause, an unfit device or an engine that refuses us.
 
     Args:
-        paused: The pause in force.
-        device_problem: Called only if there is no pause.
-        engine_refusal: Called only if the device is fit for work, too.
+        paused: The pause in force; while there is one, neither device nor engine is examined.
 
     Returns:
         None if no entry has to wait.
     """
     if paused is not None:
         return pause_blocker(paused)
-    problem = device_problem()
-    if problem is not None:
+    if (problem := gpu_problem(settings)) is not None:
         return Blocker(WaitReason.GPU_UNHEALTHY, problem)
-    refusal = engine_refusal()
+    refusal = refusal_in_words(settings)
     return None if refusal is None else Blocker(WaitReason.ENGINE_REFUSES_US, refusal)
 
 
@@ -173,30 +183,3 @@ def read_load(
             left = left_of(demand_in(folder, folder.read_plan(record.batch_id)), record)
             load = load.plus(left, limits)
     return load
-
-
-def queue_rules(settings: Settings) -> QueueRules:
-    """Return the settings that the queue depends on."""
-    return QueueRules(
-        limits=Limits(
-            unfinished_batches=settings.max_unfinished_batches,
-            queued_requests=settings.max_queued_requests,
-            queued_tokens=settings.max_queued_tokens,
-            disk_reserve_bytes=settings.disk_reserve_bytes,
-            output_bytes_ratio=settings.output_bytes_ratio,
-            open_requests=settings.max_requests_per_batch,
-        ),
-        rates=RateLimits(
-            submissions=Rate(
-                per_hour=settings.source_submissions_per_hour,
-                burst=settings.source_submissions_burst,
-            ),
-            requests=Rate(
-                per_hour=settings.source_requests_per_hour,
-                burst=settings.source_requests_burst,
-            ),
-        ),
-        ordering=OrderPolicy(ageing_seconds=settings.priority_ageing_seconds),
-        device_problem=partial(gpu_problem, settings),
-        engine_refusal=partial(refusal_in_words, settings),
-    )

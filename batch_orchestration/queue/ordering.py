@@ -1,4 +1,4 @@
-"""The order of service: which candidate gets the engine next, and why.
+"""The order of service: which entry gets the engine next, and why.
 
 Higher whole points of effective priority always come first. Effective priority is the author's
 priority plus one point for every `ageing_seconds` of waiting, without a limit, so nothing starves:
@@ -6,90 +6,33 @@ priority plus one point for every `ageing_seconds` of waiting, without a limit, 
     B never goes before A if B arrives more than (B's priority - A's priority + 1) x ageing_seconds
     after A.
 
-A candidate therefore waits only for candidates that arrived before that moment. With priorities
-between -10 and 10 and 600 s per point, newcomers of the highest priority go before one of the
-lowest for at most 3.5 hours.
+An entry therefore waits only for entries that arrived before that moment. With priorities between
+-10 and 10 and 600 s per point, newcomers of the highest priority go before one of the lowest for at
+most 3.5 hours.
 
 Within a whole point, the earliest deadline comes first if deadlines bind. Otherwise the least
 served source comes first, with its earliest deadline, then its earliest arrival. Deadlines bind if
-one quantum for the least served source would make a candidate late that the earliest-deadline order
+one quantum for the least served source would make an entry late that the earliest-deadline order
 serves in time.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
+import msgspec
 
-@dataclass(frozen=True, kw_only=True)
-class OrderPolicy:
-    """The parameters of the order of service.
+from batch_orchestration.queue.entries import QueueEntry
 
-    Attributes:
-        ageing_seconds: Waiting time that adds one point of priority.
-        quantum_seconds: Engine time of one candidate before another may take its turn: about one
-            chunk.
-    """
-
-    ageing_seconds: float = 600.0
-    quantum_seconds: float = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A batch or file that needs the engine.
-
-    Attributes:
-        id: Unique among the candidates.
-        source: The submitter.
-        priority: The author's priority.
-        seconds: Estimated engine time that is left; None if unknown.
-        work: Work that is left, in the unit in which the service of sources is counted.
-    """
-
-    id: str
-    source: str
-    priority: int
-    arrived_at: float
-    deadline: float | None = None
-    seconds: float | None = None
-    work: float = 0.0
-
-
-class Rule(StrEnum):
-    """The rule that decided a place."""
-
-    #: No other candidate with the same whole points of priority is left.
-    PRIORITY = "priority"
-    #: The candidate's source was served least.
-    FAIR_SHARE = "fair_share"
-    #: All candidates left with the same whole points have one source.
-    FIRST = "first"
-    #: A deadline would be missed if fairness decided.
-    DEADLINE = "deadline"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A place in the order of service; `why` explains it in words."""
-
-    candidate: Candidate
-    effective_priority: float
-    rule: Rule
-    why: str
-
-    @property
-    def points(self) -> int:
-        """Whole points of effective priority; deadlines and fairness only count among equals."""
-        return whole_points(self.effective_priority)
+#: Engine time of one entry before another may take its turn: about one chunk.
+QUANTUM_SECONDS = 60.0
 
 
 def effective_priority(
-    priority: int, arrived_at: float, *, now: float, policy: OrderPolicy
+    priority: int, arrived_at: float, *, now: float, ageing_seconds: float
 ) -> float:
     """Return the priority plus the points gained by waiting; a clock set back takes none away."""
-    return priority + max(0.0, now - arrived_at) / policy.ageing_seconds
+    return priority + max(0.0, now - arrived_at) / ageing_seconds
 
 
 def whole_points(effective_priority: float) -> int:
@@ -97,149 +40,126 @@ def whole_points(effective_priority: float) -> int:
     return math.floor(effective_priority)
 
 
-def starvation_bound(priority: int, others: int, *, policy: OrderPolicy) -> float:
-    """Return the seconds after which no newcomer of priority `others` goes before `priority`."""
-    return max(0.0, others - priority + 1) * policy.ageing_seconds
-
-
 def order(
-    candidates: Iterable[Candidate],
+    entries: Iterable[QueueEntry],
     *,
     now: float,
-    policy: OrderPolicy,
+    ageing_seconds: float,
+    quantum_seconds: float = QUANTUM_SECONDS,
     served: Mapping[str, float] | None = None,
-) -> list[Place]:
-    """Return all candidates in the order of service, each with the reason for its place.
+) -> list[QueueEntry]:
+    """Return all entries in the order of service, with place, effective priority and detail.
 
-    The first place is exact: its candidate gets the next quantum. The other places are the order of
-    first quanta if nothing else happens. The order of `candidates` does not matter.
+    The first place is exact: its entry gets the next quantum. The other places are the order of
+    first quanta if nothing else happens. The order of `entries` does not matter. The reason for the
+    place becomes the detail of an entry that has none yet.
 
     Args:
-        candidates: Candidates with unique ids.
-        served: Recent service of each source, in the unit of `Candidate.work`.
+        served: Tokens that each source received recently.
     """
-    levels: dict[int, list[Candidate]] = {}
-    for candidate in candidates:
-        points = whole_points(_effective(candidate, now, policy))
-        levels.setdefault(points, []).append(candidate)
+    levels: dict[int, list[QueueEntry]] = {}
+    for entry in entries:
+        effective = effective_priority(
+            entry.priority, entry.arrived_at, now=now, ageing_seconds=ageing_seconds
+        )
+        aged = msgspec.structs.replace(entry, effective_priority=effective)
+        levels.setdefault(whole_points(effective), []).append(aged)
     counters = dict(served or {})
-    places: list[Place] = []
+    ordered: list[QueueEntry] = []
     clock = now
     for points in sorted(levels, reverse=True):
-        places += _level(levels[points], counters, now=now, clock=clock, policy=policy)
-        clock += sum(candidate.seconds or 0.0 for candidate in levels[points])
-    return places
+        level = levels[points]
+        for entry, why in _level(level, counters, clock=clock, quantum_seconds=quantum_seconds):
+            detail = entry.detail or f"{_points(entry, now)}; {why}"
+            place = len(ordered) + 1
+            ordered.append(msgspec.structs.replace(entry, place=place, detail=detail))
+        clock += sum(entry.engine_seconds or 0.0 for entry in level)
+    return ordered
 
 
 @dataclass(kw_only=True)
 class _Share:
-    """A candidate of a level, with the engine time that it still needs."""
+    """An entry of a level, with the engine time that it still needs."""
 
-    candidate: Candidate
+    entry: QueueEntry
     left: float
     placed: bool = False
 
 
 def _level(
-    candidates: Sequence[Candidate],
+    entries: Sequence[QueueEntry],
     served: dict[str, float],
     *,
-    now: float,
     clock: float,
-    policy: OrderPolicy,
-) -> Iterator[Place]:
-    """Yield the places of candidates with the same whole points, and add to `served`.
+    quantum_seconds: float,
+) -> Iterator[tuple[QueueEntry, str]]:
+    """Yield entries with the same whole points in order, each with the rule that placed it.
 
     Args:
-        served: Service by source.
-        now: The time at which effective priorities are computed.
+        served: Tokens by source; the tokens of each yielded entry are added.
         clock: Expected start of the level's service, for deadlines.
     """
-    # In the order of deadlines. A placed candidate stays, with its time left after a quantum.
+    # In the order of deadlines. A placed entry stays, with its time left after a quantum.
     shares = [
-        _Share(candidate=candidate, left=candidate.seconds or 0.0)
-        for candidate in sorted(candidates, key=_by_deadline)
+        _Share(entry=entry, left=entry.engine_seconds or 0.0)
+        for entry in sorted(entries, key=_by_deadline)
     ]
-    for _ in candidates:
+    for _ in entries:
         waiting = [share for share in shares if not share.placed]
         # Among equals, and within a source, `min` picks the first: the earliest deadline.
-        fair = min(waiting, key=lambda share: served.get(share.candidate.source, 0.0))
-        quantum = _quantum(fair, policy)
-        late = _made_late(fair, shares, clock=clock, quantum=quantum)
+        fair = min(waiting, key=lambda share: served.get(share.entry.source, 0.0))
+        late = _made_late(fair, shares, clock, _quantum(fair, quantum_seconds))
         chosen = fair if late is None else waiting[0]
-        rule = Rule.DEADLINE if late is not None else _rule(waiting)
-        yield _place(chosen, rule, late, served, now=now, policy=policy)
+        source = chosen.entry.source
+        yield chosen.entry, _rule(chosen.entry, waiting, late, served.get(source, 0.0))
         chosen.placed = True
-        spent = _quantum(chosen, policy)
+        spent = _quantum(chosen, quantum_seconds)
         chosen.left = max(0.0, chosen.left - spent)
         clock += spent
-        source = chosen.candidate.source
-        served[source] = served.get(source, 0.0) + chosen.candidate.work
+        served[source] = served.get(source, 0.0) + (chosen.entry.tokens or 0)
 
 
-def _rule(waiting: Sequence[_Share]) -> Rule:
-    if len(waiting) == 1:
-        return Rule.PRIORITY
-    sources = {share.candidate.source for share in waiting}
-    return Rule.FIRST if len(sources) == 1 else Rule.FAIR_SHARE
-
-
-def _quantum(share: _Share, policy: OrderPolicy) -> float:
-    if share.candidate.seconds is None:
-        return policy.quantum_seconds
-    return min(policy.quantum_seconds, share.left)
+def _quantum(share: _Share, quantum_seconds: float) -> float:
+    unknown = share.entry.engine_seconds is None
+    return quantum_seconds if unknown else min(quantum_seconds, share.left)
 
 
 def _made_late(
-    fair: _Share, shares: Sequence[_Share], *, clock: float, quantum: float
-) -> Candidate | None:
-    """Return a candidate that is late only because `fair` gets a quantum first; None if none is.
+    fair: _Share, shares: Sequence[_Share], clock: float, quantum: float
+) -> QueueEntry | None:
+    """Return an entry that is late only because `fair` gets a quantum first; None if none is.
 
-    Only candidates before `fair` in the order of deadlines are delayed by that quantum.
+    Only entries before `fair` in the order of deadlines are delayed by that quantum.
     """
     for share in shares:
         if share is fair:
             return None
         clock += share.left
-        deadline = share.candidate.deadline
+        deadline = share.entry.deadline
         if deadline is not None and clock <= deadline < clock + quantum:
-            return share.candidate
+            return share.entry
     return None
 
 
-def _place(
-    share: _Share,
-    rule: Rule,
-    late: Candidate | None,
-    served: Mapping[str, float],
-    *,
-    now: float,
-    policy: OrderPolicy,
-) -> Place:
-    candidate = share.candidate
-    effective = _effective(candidate, now, policy)
-    waited = max(0.0, now - candidate.arrived_at)
-    points = (
-        f"priority {candidate.priority} and {waited / 60:.0f} min of waiting make {effective:.1f}"
-    )
-    match rule:
-        case Rule.PRIORITY:
-            why = f"{points}; nobody else is left with {whole_points(effective)} whole points"
-        case Rule.FAIR_SHARE:
-            amount = served.get(candidate.source, 0.0)
-            why = f"{points}; source {candidate.source} was served least of late ({amount:,.0f})"
-        case Rule.FIRST:
-            why = f"{points}; of source {candidate.source} the earliest deadline, or the first"
-        case Rule.DEADLINE:
-            assert late is not None
-            why = f"{points}; earliest deadline, else {late.id} would be late"
-    return Place(candidate=candidate, effective_priority=effective, rule=rule, why=why)
+def _rule(
+    chosen: QueueEntry, waiting: Sequence[_Share], late: QueueEntry | None, tokens: float
+) -> str:
+    """Return the rule that chose an entry among those that wait, in words."""
+    if late is not None:
+        return f"earliest deadline, else {late.id} would be late"
+    if len(waiting) == 1:
+        return f"no later entry has {whole_points(chosen.effective_priority)} whole points"
+    if len({share.entry.source for share in waiting}) == 1:
+        return f"earliest deadline of source {chosen.source}, or the first to arrive"
+    return f"source {chosen.source} has received the fewest tokens lately ({tokens:,.0f})"
 
 
-def _effective(candidate: Candidate, now: float, policy: OrderPolicy) -> float:
-    return effective_priority(candidate.priority, candidate.arrived_at, now=now, policy=policy)
+def _points(entry: QueueEntry, now: float) -> str:
+    minutes = max(0.0, now - entry.arrived_at) / 60
+    effective = entry.effective_priority
+    return f"priority {entry.priority} and {minutes:.0f} min of waiting make {effective:.1f}"
 
 
-def _by_deadline(candidate: Candidate) -> tuple[float, float, str]:
-    deadline = math.inf if candidate.deadline is None else candidate.deadline
-    return deadline, candidate.arrived_at, candidate.id
+def _by_deadline(entry: QueueEntry) -> tuple[float, float, str]:
+    deadline = math.inf if entry.deadline is None else entry.deadline
+    return deadline, entry.arrived_at, entry.id

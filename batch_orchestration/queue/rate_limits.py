@@ -74,11 +74,12 @@ class SubmissionEvent(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RateLimits:
-    """The rates of each source, in files and in requests."""
+class SourceRates:
+    """The rate limits of each source, in files and in requests, and its recent submissions."""
 
     submissions: Rate = Rate(per_hour=60, burst=20)
     requests: Rate = Rate(per_hour=400_000, burst=200_000)
+    events: tuple[SubmissionEvent, ...] = ()
 
     @property
     def memory_seconds(self) -> float:
@@ -89,14 +90,6 @@ class RateLimits:
         """
         hours = max(rate.burst / rate.per_hour for rate in (self.submissions, self.requests))
         return SECONDS_PER_HOUR * max(24.0, 10.0 * hours)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceRates:
-    """Recent submissions of each source, which determine the amount it may submit now."""
-
-    limits: RateLimits
-    events: tuple[SubmissionEvent, ...] = ()
 
     def retry_after(self, source: str, requests: int | None, *, now: float) -> float:
         """Return the seconds until a source may submit a file; 0 if it may submit now.
@@ -129,6 +122,6 @@ class SourceRates:
         counts = ((min(e.at, now), 1.0) for e in own)
         requests = ((min(e.at, now), float(e.requests)) for e in own)
         return (
-            Bucket.after(counts, rate=self.limits.submissions),
-            Bucket.after(requests, rate=self.limits.requests),
+            Bucket.after(counts, rate=self.submissions),
+            Bucket.after(requests, rate=self.requests),
         )

@@ -18,9 +18,8 @@ from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration_tests.support.builders import NOW, make_line
 from batch_orchestration_tests.support.engine_processes import engine_core_pid
-from batch_orchestration_tests.support.inbox_bench import InboxBench
 from batch_orchestration_tests.support.packaged_models import REPOSITORY, chat_model_folder
-from batch_orchestration_tests.support.workbench import SETTINGS, make_policy
+from batch_orchestration_tests.support.workbench import Workbench, make_policy
 
 pytestmark = pytest.mark.engine
 
@@ -44,7 +43,7 @@ class WholePath:
     """A data folder in which files are answered by the engine."""
 
     def __init__(self, root: Path, engine: VllmEngine) -> None:
-        self.bench = InboxBench(root, clock=time.time, model_required=False)
+        self.bench = Workbench(root, clock=time.time, model_aliases={"*": "smollm2-135m-instruct"})
         self.engine = engine
 
     def answer(self, name: str, content: bytes, **policy: Any) -> BatchPlan:
@@ -58,7 +57,7 @@ class WholePath:
             folder=self.bench.folder,
             store=self.bench.store,
             run_id="run-1",
-            policy=make_policy(answer_settings=SETTINGS, **values),
+            policy=make_policy(answer_settings=plan.settings, **values),
         ):
             pass
         assemble(

@@ -56,7 +56,7 @@ from batch_orchestration_tests.support.dagster_processes import (
     dagster_dev,
     wait_until,
 )
-from batch_orchestration_tests.support.inbox_bench import InboxBench
+from batch_orchestration_tests.support.workbench import Workbench
 
 PER_CHUNK = 20
 #: So many batches are always unfinished: a kill never finds everything idle.
@@ -111,7 +111,7 @@ class Workers:
 
     def __init__(self, root: Path, *, own_disk: bool) -> None:
         self.own_disk = own_disk
-        self._bench = InboxBench(root, clock=time.time, requests_per_chunk=PER_CHUNK)
+        self._bench = Workbench(root, clock=time.time, requests_per_chunk=PER_CHUNK)
         self.folder, self.store = self._bench.folder, self._bench.store
         self._worker: subprocess.Popen[bytes] | None = None
 
@@ -377,7 +377,7 @@ def _check(stage: Stage, contents: Mapping[str, bytes], figures: Figures) -> Non
 
 
 def _undisturbed(root: Path, contents: Mapping[str, bytes]) -> DataFolder:
-    bench = InboxBench(root, clock=time.time, requests_per_chunk=PER_CHUNK)
+    bench = Workbench(root, clock=time.time, requests_per_chunk=PER_CHUNK)
     engine = simulated_engine(bench.folder)
     try:
         for name, content in contents.items():

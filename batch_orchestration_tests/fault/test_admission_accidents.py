@@ -11,8 +11,13 @@ import pytest
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.results import Admitted, AlreadyAdmitted
 from batch_orchestration.core.errors import DiskFull, FileStillChanging
-from batch_orchestration_tests.support.builders import make_body, make_input, make_line
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
+from batch_orchestration_tests.support.builders import (
+    make_body,
+    make_input,
+    make_line,
+    make_settings,
+)
+from batch_orchestration_tests.support.workbench import LATER, Workbench
 
 SPAWN = multiprocessing.get_context("spawn")
 MEGABYTE = 2**20
@@ -20,7 +25,7 @@ MEGABYTE = 2**20
 
 @pytest.fixture
 def bench(tmp_path):
-    return InboxBench(tmp_path)
+    return Workbench(tmp_path)
 
 
 def append_lines(path: Path, first: int, last: int, pause_seconds: float) -> None:
@@ -31,7 +36,7 @@ def append_lines(path: Path, first: int, last: int, pause_seconds: float) -> Non
 
 
 def claim_and_admit(root: Path, barrier, answers) -> None:
-    bench = InboxBench(root)
+    bench = Workbench(root)
     barrier.wait(60)
     for claim in bench.inbox.claim_ready(now=LATER):
         answers.put((claim.file_name, str(bench.admit(claim))))
@@ -39,7 +44,7 @@ def claim_and_admit(root: Path, barrier, answers) -> None:
 
 
 def admit_claim(root: Path, claim_id: str, barrier, answers) -> None:
-    bench = InboxBench(root)
+    bench = Workbench(root)
     claim = bench.inbox.claim(claim_id)
     barrier.wait(60)
     answers.put(bench.admit(claim))
@@ -149,7 +154,7 @@ def iter_until_none(answers, *, ends: int):
 def test_equal_files_in_claims_of_their_own_are_admitted_once_by_processes_at_once(bench):
     for number in range(3):
         bench.drop(f"{number}.jsonl", make_input(2000))
-    claims = Inbox(bench.folder, settle_seconds=0).claim_ready(now=LATER)
+    claims = Inbox(bench.folder, make_settings(settle_seconds=0)).claim_ready(now=LATER)
     # The first claim is even admitted by two processes.
     claim_ids = [claims[0].claim_id, *(claim.claim_id for claim in claims)]
     barrier, answers = SPAWN.Barrier(4), SPAWN.Queue()
@@ -184,7 +189,7 @@ def write_big_file(path: Path, size_bytes: int) -> int:
 
 
 def admit_in_little_memory(root: Path, answers) -> None:
-    bench = InboxBench(root, requests_per_chunk=1000, max_file_bytes=2**40)
+    bench = Workbench(root, requests_per_chunk=1000, max_file_bytes=2**40)
     bench.admit_file("small.jsonl", make_input(1) + b"nope\n")
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     # The C library reserves 64 MB for a thread that allocates, which DuckDB's do when they like.

@@ -33,7 +33,7 @@ from batch_orchestration_tests.fault.mixed_batches import (
 from batch_orchestration_tests.support.builders import make_body, make_line
 from batch_orchestration_tests.support.children import ROOT
 from batch_orchestration_tests.support.forks import forked, run_forked
-from batch_orchestration_tests.support.inbox_bench import InboxBench
+from batch_orchestration_tests.support.workbench import Workbench
 
 CONTENT = mixed_input(90)
 
@@ -69,8 +69,8 @@ IN_A_PAUSE = {CrashPoint.AFTER_HALT}
 
 def admitted(
     root: Path, content: bytes = CONTENT, *, latency_seconds: float = 0.02
-) -> tuple[InboxBench, BatchPlan]:
-    bench = InboxBench(root, clock=time.time, requests_per_chunk=15)
+) -> tuple[Workbench, BatchPlan]:
+    bench = Workbench(root, clock=time.time, requests_per_chunk=15)
     plan = bench.plan_of("a.jsonl", content)
     # Slow enough for a full window at the moment of the accident.
     conditions = json.dumps({"latency_seconds": latency_seconds})

@@ -18,7 +18,6 @@ from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration_tests.fault.disks import fill, mount, small_disk
 from batch_orchestration_tests.fault.mixed_batches import durable_outcomes
 from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.inbox_bench import InboxBench
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.support.workbench import Workbench
 
@@ -178,7 +177,7 @@ def test_wherever_admission_meets_a_full_disk_it_says_so_and_the_file_is_admitte
     disk: Path,
 ) -> None:
     """With so many pages more at each attempt that it fails at one place after the other."""
-    bench = InboxBench(disk / "data")
+    bench = Workbench(disk / "data")
     claim = bench.claim("a.jsonl", make_input(50), meta=b'{"priority": 2}')
     failures = 0
     for pages in (*range(8), *range(8, 64, 8), 128, 256, 512):

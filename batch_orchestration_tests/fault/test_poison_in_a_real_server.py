@@ -16,7 +16,6 @@ from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration_tests.fault.mixed_batches import simulated_engine
 from batch_orchestration_tests.support.builders import make_body, make_line
-from batch_orchestration_tests.support.inbox_bench import InboxBench
 from batch_orchestration_tests.support.workbench import Workbench
 
 REQUESTS, WINDOW = 200, 32
@@ -29,7 +28,7 @@ def bench(tmp_path: Path) -> Workbench:
 
 def admitted(bench: Workbench, faults: Mapping[int, object]) -> BatchPlan:
     """A batch some requests of which ask the engine to do something wrong."""
-    inbox = InboxBench(bench.folder.root, clock=time.time, requests_per_chunk=50)
+    inbox = Workbench(bench.folder.root, clock=time.time, requests_per_chunk=50)
     asked = {index: {"simulate": fault} for index, fault in faults.items()}
     lines = [
         make_line(number, body=make_body(f"question {number}", **asked.get(number, {})))

@@ -18,7 +18,31 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.input_lines import RawLine, new_digest, read_lines
 from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.lifecycle.clock import read_clocks
+from batch_orchestration.settings import Settings
 
+#: Limits of the queue that no test reaches.
+UNLIMITED: dict[str, Any] = {
+    **dict.fromkeys(("max_unfinished_batches", "max_queued_requests"), 10**9),
+    **dict.fromkeys(("source_submissions_burst", "source_requests_burst"), 10**9),
+    "max_queued_tokens": 10**15,
+    "disk_reserve_bytes": 0,
+}
+
+
+def make_settings(**fields: Any) -> Settings:
+    """Settings with chunks of ten, an engine without known limits, and a queue without any."""
+    values: dict[str, Any] = {
+        "engine": "remote",
+        "base_url": "http://engine.invalid/v1",
+        "requests_per_chunk": 10,
+        "max_line_bytes": 2 * 2**20,
+        **UNLIMITED,
+    }
+    return Settings(**{**values, **fields}, _env_file=None)
+
+
+#: Settings on which answers depend, as in plans and runs of tests.
+ANSWER_SETTINGS = make_settings().answer_settings()
 ENDPOINT = "/v1/chat/completions"
 MODEL = "demo-model"
 #: Any instant; a whole number, so that it survives every representation of time.
@@ -81,7 +105,7 @@ def make_plan(
     # `NOW` is long ago by the clock that runs look at.
     options = options or BatchOptions(completion_window="36500d")
     sha256 = hashlib.sha256(content).hexdigest()
-    settings = settings or {"engine": "simulated", "model": MODEL}
+    settings = settings or ANSWER_SETTINGS
     chunks = make_chunks(
         content,
         requests_per_chunk=requests_per_chunk,

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from batch_orchestration.admission.admission import admit
 from batch_orchestration.admission.inbox import Inbox
-from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.cli import main
 from batch_orchestration.cli.context import Context
 from batch_orchestration.delivery.assembly import assemble
@@ -45,11 +44,11 @@ class CommandLine:
 
     def admit_inbox(self):
         """Claim and admit what lies in the inbox; return the verdicts."""
-        inbox = Inbox(self.folder, settle_seconds=0)
-        settings = admission_settings(load_settings())
+        settings = load_settings()
+        inbox = Inbox(self.folder, settings)
         return [
             admit(claim, folder=self.folder, store=self.store, settings=settings)
-            for claim in inbox.claim_ready(now=time.time() + 1)
+            for claim in inbox.claim_ready(now=time.time() + 60)
         ]
 
     def admit_batch(self, tmp_path, *, requests=3):

@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from batch_orchestration.admission.claims import ClaimFolder
-from batch_orchestration.dispatch.queue_building import claim_admissible
-from batch_orchestration.queue.capacity import Limits
-from batch_orchestration.queue.load import QueueRules
 from batch_orchestration_tests.support.builders import make_input, make_line
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
+from batch_orchestration_tests.support.workbench import Workbench
 
 META = b'{"priority": 7}'
 CONTENT = make_input(15) + b"not json\n" + make_line(99)
@@ -36,29 +33,16 @@ SCENARIOS: dict[str, tuple[str, bytes]] = {
     "duplicate": ("a b.jsonl", CONTENT),
     "held": ("alice/a b.jsonl", make_input(15)),
 }
-#: Beside the first batch, of 17 requests, the second file of `held` finds no room.
-ROOM_FOR_ONE = QueueRules(limits=Limits(queued_requests=20, disk_reserve_bytes=0))
+#: Beside the first batch, of 17 requests, there is no capacity for the second file of `held`.
+CAPACITY_FOR_ONE = {"max_requests_per_batch": 20, "max_queued_requests": 20}
 
 
-def bench_of(scenario: str, root: Path) -> InboxBench:
-    return InboxBench(root, queue=ROOM_FOR_ONE) if scenario == "held" else InboxBench(root)
+def bench_of(scenario: str, root: Path) -> Workbench:
+    return Workbench(root, **(CAPACITY_FOR_ONE if scenario == "held" else {}))
 
 
-def claim_all(bench: InboxBench) -> None:
-    if bench.settings.queue is None:
-        bench.inbox.claim_ready(now=LATER)
-        return
-    claim_admissible(
-        folder=bench.folder,
-        store=bench.store,
-        inbox=bench.inbox,
-        rules=bench.settings.queue,
-        now=LATER,
-    )
-
-
-def admit_all(bench: InboxBench) -> None:
-    claim_all(bench)
+def admit_all(bench: Workbench) -> None:
+    bench.claim_admissible()
     for claim in bench.inbox.claims():
         bench.admit(claim)
 
@@ -93,7 +77,7 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def report(bench: InboxBench, number: int, content: bytes) -> None:
+def report(bench: Workbench, number: int, content: bytes) -> None:
     """Print what is on the disk and in the store."""
     root = bench.folder.root
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix != ".lock")
@@ -140,7 +124,7 @@ def main(scenario: str, base: Path, stride: int) -> None:
         def recover(root: Path = root, number: int = number) -> None:
             bench = bench_of(scenario, root)
             admit_all(bench)
-            claim_all(bench)
+            bench.claim_admissible()
             report(bench, number, content)
 
         assert in_child(prepare) == 0

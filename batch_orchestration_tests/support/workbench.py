@@ -17,13 +17,14 @@ from typing import Any, Self
 
 import msgspec
 
-from batch_orchestration.admission.admission import AdmissionSettings, admit
+from batch_orchestration.admission.admission import admit
 from batch_orchestration.admission.claims import Claim
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.admission.results import Admission, Admitted
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.core.lifecycle import EarlyEnd, Halt, Resumption
 from batch_orchestration.delivery.assembly import Delivery, assemble
+from batch_orchestration.dispatch.queue_building import claim_admissible
 from batch_orchestration.dispatch.run_planning import Dispatch, KnownRun, dispatch
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.atomic import write_atomically
@@ -46,14 +47,19 @@ from batch_orchestration.queue.halts import halt_in_force, halts_in_force
 from batch_orchestration.queue.ordering import whole_points
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.run_status import RunStatus
-from batch_orchestration_tests.support.builders import NOW, believe_the_clock, make_batch
+from batch_orchestration_tests.support.builders import (
+    ANSWER_SETTINGS,
+    NOW,
+    believe_the_clock,
+    make_batch,
+    make_settings,
+)
 from batch_orchestration_tests.support.forks import run_forked
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, StickingEngine
 
-SETTINGS = {"engine": "simulated", "model": "demo-model"}
+SETTINGS = ANSWER_SETTINGS
 #: Later than any file of a test, however long the test takes.
 LATER = 4_000_000_000.0
-PRIORITIES = {"high": 10, "low": -10}
 
 
 def make_policy(**fields: Any) -> RunPolicy:
@@ -70,16 +76,6 @@ def make_policy(**fields: Any) -> RunPolicy:
     return RunPolicy(**{**values, **fields})
 
 
-def make_admission_settings(**fields: Any) -> AdmissionSettings:
-    """Lenient admission in chunks of ten."""
-    values: dict[str, Any] = {
-        "requests_per_chunk": 10,
-        "max_line_bytes": 2 * 2**20,
-        "answer_settings": SETTINGS,
-    }
-    return AdmissionSettings(**{**values, **fields})
-
-
 class Workbench:
     """One data folder.
 
@@ -87,7 +83,7 @@ class Workbench:
         lock_seconds: How long the store waits for its file.
         clock: The clock of admission.
         policy: Fields of the policy of every run; see `make_policy`.
-        admission: Settings of admission; see `make_admission_settings`.
+        settings: Of the deployment; see `make_settings`.
     """
 
     def __init__(
@@ -97,7 +93,7 @@ class Workbench:
         lock_seconds: float = 60.0,
         clock: Callable[[], float] = lambda: NOW,
         policy: Mapping[str, Any] | None = None,
-        **admission: Any,
+        **settings: Any,
     ) -> None:
         self.folder = DataFolder(root)
         self.folder.create()
@@ -105,8 +101,8 @@ class Workbench:
         self._lock_seconds = lock_seconds
         self.store = Store(self.folder.duckdb, deadline_seconds=lock_seconds)
         self.clock = clock
-        self.inbox = Inbox(self.folder, settle_seconds=5.0, priorities=PRIORITIES)
-        self.settings = make_admission_settings(**admission)
+        self.settings = make_settings(data_dir=root, **settings)
+        self.inbox = Inbox(self.folder, self.settings)
         self._policy = policy or {}
 
     def copied(self, root: Path) -> Self:
@@ -115,7 +111,7 @@ class Workbench:
         other = copy.copy(self)
         other.folder = DataFolder(root)
         other.store = Store(other.folder.duckdb, deadline_seconds=self._lock_seconds)
-        other.inbox = Inbox(other.folder, settle_seconds=5.0, priorities=PRIORITIES)
+        other.inbox = Inbox(other.folder, other.settings)
         return other
 
     # --- admission --------------------------------------------------------------------------------
@@ -134,6 +130,16 @@ class Workbench:
         self.drop(name, content, meta=meta)
         [claim] = self.inbox.claim_ready(now=LATER)
         return claim
+
+    def claim_admissible(self) -> list[QueueEntry]:
+        """Claim the files for which there is capacity; return those that wait."""
+        return claim_admissible(
+            folder=self.folder,
+            store=self.store,
+            inbox=self.inbox,
+            settings=self.settings,
+            now=LATER,
+        )
 
     def admit(self, claim: Claim) -> Admission:
         """Admit a claim."""

@@ -5,21 +5,28 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import msgspec
 
 from batch_orchestration.admission.reading.screening import Screening
-from batch_orchestration.core.batches import MOST_CHUNKS, Chunk, MemoryDemand
+from batch_orchestration.core.batches import MOST_CHUNKS, BatchOptions, Chunk, MemoryDemand
 from batch_orchestration.core.errors import BatchOrchestrationError
 from batch_orchestration.core.outcomes import FailureCode
-from batch_orchestration.core.requests import UTF8_BOM, Fault, Request, parse_line, too_long_fault
+from batch_orchestration.core.requests import (
+    ANY_MODEL,
+    UTF8_BOM,
+    Fault,
+    Request,
+    parse_line,
+    too_long_fault,
+)
 from batch_orchestration.engines.memory_demand import NO_DEMAND, combined, request_demand
 from batch_orchestration.estimates import derivation
-from batch_orchestration.estimates.derivation import Derived, request_tokens
+from batch_orchestration.estimates.derivation import DEFAULT_CHUNK, Derived, request_tokens
 from batch_orchestration.files.input_lines import RawLine, new_digest, read_lines
+from batch_orchestration.settings import Settings
 from batch_orchestration.workers.reporter import report_progress
 
 logger = logging.getLogger(__name__)
@@ -29,33 +36,22 @@ _PARTICULARS = re.compile(r"\d[\d,.]*|\"[^\"]*\"?|'[^']*'?")
 _MOST_KINDS = 100
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadingRules:
-    """The rules for lines and chunks.
-
-    Attributes:
-        model_required: False if the model may be set elsewhere than in the body.
-        max_tokens_cap: Upper bound of a request's token limit; None if there is none.
-    """
-
-    requests_per_chunk: int
-    max_line_bytes: int
-    model_required: bool = True
-    max_tokens_cap: int | None = None
+def model_required(settings: Settings, options: BatchOptions | None = None) -> bool:
+    """Whether each body must name a model, because neither an alias nor the batch does."""
+    named = options is not None and options.model is not None
+    return not named and ANY_MODEL not in settings.model_aliases
 
 
-def judge(
-    parsed: Request | Fault, examine: Callable[[Request], Request | Fault]
-) -> Request | Fault:
-    """Return the result of examining a usable request; return a fault unchanged.
+def screen(parsed: Request | Fault, screening: Screening | None) -> Request | Fault:
+    """Return the result of screening a usable request; return a fault unchanged.
 
-    If the examination fails, the line becomes a fault. Only errors of disk, memory and store are
+    If the screening fails, the line becomes a fault. Only errors of disk, memory and store are
     raised: these are not caused by the line.
     """
-    if isinstance(parsed, Fault):
+    if isinstance(parsed, Fault) or screening is None:
         return parsed
     try:
-        return examine(parsed)
+        return screening.examine(parsed)
     except (OSError, MemoryError, BatchOrchestrationError):
         raise
     except Exception as error:  # a line must stop neither its file nor other files
@@ -72,17 +68,16 @@ class BatchFileReading:
     counts cover the part that has been read so far.
 
     Args:
-        examine: Called for each request that is usable so far; its result is final.
-        choose_chunk_size: Called with the file at its beginning, where it must leave the file. Its
-            result replaces `requests_per_chunk` of the rules.
+        screening: Screens each request that is usable so far, and derives the chunk size. Without
+            it, no request is refused, and chunks have the configured or the default size.
     """
 
     def __init__(
         self,
-        rules: ReadingRules,
+        settings: Settings,
+        options: BatchOptions | None = None,
         *,
-        examine: Callable[[Request], Request | Fault] = lambda request: request,
-        choose_chunk_size: Callable[[BinaryIO], int] | None = None,
+        screening: Screening | None = None,
     ) -> None:
         self.requests = 0
         self.faults_by_code: Counter[FailureCode] = Counter()
@@ -92,12 +87,11 @@ class BatchFileReading:
         self.size_bytes = 0
         #: The first bytes that are not white space: they reveal formats other than JSON lines.
         self.beginning = b""
-        self._rules = rules
-        self._examine = examine
+        self._settings = settings
+        self._model_required = model_required(settings, options)
+        self._screening = screening
         self._sha256 = hashlib.sha256()
-        self._choose_chunk_size = choose_chunk_size
-        self.requests_per_chunk = rules.requests_per_chunk
-        self._chunks = _ChunkCutter(rules.requests_per_chunk)
+        self._chunks = _ChunkCutter(settings.requests_per_chunk or DEFAULT_CHUNK)
         self._first_lines: dict[bytes, int] = {}
 
     def read(self, file: BinaryIO) -> Iterator[Request | Fault]:
@@ -105,10 +99,10 @@ class BatchFileReading:
 
         If usable requests share a `custom_id`, all but the first become faults.
         """
-        if self._choose_chunk_size is not None:
-            self.requests_per_chunk = self._choose_chunk_size(file)
-            self._chunks = _ChunkCutter(self.requests_per_chunk)
-        for line in read_lines(file, self._rules.max_line_bytes, observe=self._observe):
+        if self._screening is not None:
+            size = choose_chunk_size(file, settings=self._settings, screening=self._screening)
+            self._chunks = _ChunkCutter(size)
+        for line in read_lines(file, self._settings.max_line_bytes, observe=self._observe):
             self.lines, self.size_bytes = line.line, line.end
             self._chunks.add(line)
             report_progress()
@@ -116,11 +110,11 @@ class BatchFileReading:
                 continue
             self.requests += 1
             self.beginning = self.beginning or line.data.removeprefix(UTF8_BOM).lstrip()[:16]
-            parsed = judge(self._refuse_duplicate(self._parse(line)), self._examine)
+            parsed = screen(self._refuse_duplicate(self._parse(line)), self._screening)
             if isinstance(parsed, Fault):
                 self._count_fault(parsed)
             else:
-                self._chunks.include(request_demand(parsed, self._rules.max_tokens_cap))
+                self._chunks.include(request_demand(parsed, self._settings.max_tokens_cap))
             yield parsed
 
     @property
@@ -167,11 +161,10 @@ class BatchFileReading:
                 index=line.index,
                 line=line.line,
                 size_bytes=line.end - line.start,
-                max_line_bytes=self._rules.max_line_bytes,
+                max_line_bytes=self._settings.max_line_bytes,
             )
-        model_required = self._rules.model_required
         return parse_line(
-            line.data, index=line.index, line=line.line, model_required=model_required
+            line.data, index=line.index, line=line.line, model_required=self._model_required
         )
 
     def _refuse_duplicate(self, parsed: Request | Fault) -> Request | Fault:
@@ -254,27 +247,26 @@ SAMPLE = 200
 def choose_chunk_size(
     file: BinaryIO,
     *,
-    configured: int | None,
-    most_requests: int,
-    rules: ReadingRules,
+    settings: Settings,
     screening: Screening,
     most_chunks: int = MOST_CHUNKS,
 ) -> int:
     """Return the number of requests per chunk for an open file, and log the reason.
 
+    It is at least the configured one, or else derived from the requests. It is at most the number
+    that may be open at a time, because a chunk is open as a whole; `most_chunks` overrides that.
     The file is at its beginning afterwards.
 
     Args:
-        configured: Minimum; None to derive it from the requests.
-        most_requests: Maximum, because a chunk is open as a whole. `most_chunks` overrides it.
         screening: Screens the file's requests later; only a fresh copy of it is used here.
         most_chunks: Maximum number of chunks for a file of any length.
     """
+    configured, most_requests = settings.requests_per_chunk, settings.max_requests_per_batch
     if configured is None and screening.knows_costs:
-        requests, sample = sample_lines(file, max_line_bytes=rules.max_line_bytes)
+        requests, sample = sample_lines(file, max_line_bytes=settings.max_line_bytes)
         derived = _derive(sample, screening.fresh_copy())
     else:
-        requests = sum(not line.blank for line in read_lines(file, rules.max_line_bytes))
+        requests = sum(not line.blank for line in read_lines(file, settings.max_line_bytes))
         derived = derivation.chunk_size(None, None, at_a_time=1)
         if configured is not None:
             derived = Derived(name="chunk", value=configured, why="as it is configured")
@@ -292,7 +284,7 @@ def choose_chunk_size(
 
 def _derive(sample: Sequence[bytes], trial: Screening) -> Derived:
     for number, data in enumerate(sample):
-        judge(parse_line(data, index=number, line=number + 1, model_required=False), trial.examine)
+        screen(parse_line(data, index=number, line=number + 1, model_required=False), trial)
     estimate = trial.estimate(at=0.0)
     tokens = request_tokens([estimate])
     return derivation.chunk_size(estimate.costs, tokens, at_a_time=estimate.at_a_time)

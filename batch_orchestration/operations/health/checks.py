@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from batch_orchestration.admission.settings import open_inbox
+from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.core.errors import StorageError, StoreLocked
 from batch_orchestration.core.text import duration
 from batch_orchestration.files.atomic import disk_errors
@@ -160,7 +160,7 @@ def queue(context: CheckContext) -> Iterator[Finding]:
 
 def _oldest_claim(context: CheckContext) -> str | None:
     """Return the file that was claimed too long ago; an admission takes minutes at most."""
-    for claim in open_inbox(context.settings, context.folder).claims():
+    for claim in Inbox(context.folder, context.settings).claims():
         with contextlib.suppress(FileNotFoundError):
             since = claim.path.with_name("claim.json").stat().st_mtime  # written once, first
             if context.now - since > context.settings.stalled_seconds:

@@ -12,7 +12,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from batch_orchestration.admission.claims import Attempts, ClaimFolder, FileScan
+from batch_orchestration.admission.claims import Attempts, ClaimFolder
+from batch_orchestration.admission.known_files import FileScan
 from batch_orchestration.admission.results import AdmissionResult
 from batch_orchestration.core.batches import BatchPlan, Origin, can_be_id
 from batch_orchestration.core.dead_letters import Replay

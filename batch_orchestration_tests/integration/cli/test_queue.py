@@ -2,13 +2,12 @@
 
 import pytest
 
-from batch_orchestration.admission.settings import open_inbox
-from batch_orchestration.dispatch.refresh import keep_queue
+from batch_orchestration.admission.inbox import Inbox
+from batch_orchestration.dispatch.refresh import refresh_queue
 from batch_orchestration.queue.files import read_pause
-from batch_orchestration.queue.load import queue_rules
 from batch_orchestration.settings import load_settings
 from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.inbox_bench import LATER
+from batch_orchestration_tests.support.workbench import LATER
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +18,8 @@ def one_batch_at_a_time(monkeypatch):
 def tick(cli):
     """What `dispatch_sensor` does for the queue."""
     settings = load_settings()
-    keep_queue(
-        folder=cli.folder, store=cli.store, inbox=open_inbox(settings, cli.folder),
-        rules=queue_rules(settings), now=LATER,
-    )  # fmt: skip
+    inbox = Inbox(cli.folder, settings)
+    refresh_queue(folder=cli.folder, store=cli.store, inbox=inbox, settings=settings, now=LATER)
 
 
 def test_pause_and_resume_say_what_they_did(cli):

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 import dagster as dg
 import pytest
 
-from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.defs import sensors
 from batch_orchestration.defs.partitions import chunks_by_batch, range_tags
 from batch_orchestration.defs.runs import RETRIED_BY_TAG, WILL_RETRY_TAG, known_runs
 from batch_orchestration.dispatch.run_planning import RunState
-from batch_orchestration.queue.capacity import Limits
-from batch_orchestration.queue.load import queue_rules
-from batch_orchestration.queue.rate_limits import Rate, RateLimits
+from batch_orchestration.queue.demand import Limits
+from batch_orchestration.queue.load import queue_limits, read_rates
+from batch_orchestration.queue.rate_limits import Rate, SourceRates
 from batch_orchestration.settings import Settings
 from batch_orchestration_tests.support.builders import make_input
 from batch_orchestration_tests.support.deployment import FAILURE, STARTED
@@ -265,10 +264,7 @@ def test_a_range_across_batches_covers_the_end_of_one_and_the_start_of_the_other
 
 def test_a_default_installation_has_limits(deployment):
     """A limit that has to be switched on protects nobody."""
-    settings = Settings.model_construct()
-    rules = queue_rules(settings)
-
-    assert rules.limits == Limits(
+    assert queue_limits(Settings.model_construct()) == Limits(
         unfinished_batches=5,
         queued_requests=100_000,
         queued_tokens=1_000_000_000,
@@ -276,10 +272,9 @@ def test_a_default_installation_has_limits(deployment):
         output_bytes_ratio=3.0,
         open_requests=50_000,
     )
-    assert rules.rates == RateLimits(
+    assert read_rates(deployment.store, Settings.model_construct(), now=0.0) == SourceRates(
         submissions=Rate(per_hour=60, burst=20), requests=Rate(per_hour=400_000, burst=200_000)
     )
-    assert admission_settings(settings).queue is not None
 
 
 def test_by_default_the_sixth_batch_waits_and_the_tick_says_why(deployment):

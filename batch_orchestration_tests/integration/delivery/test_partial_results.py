@@ -12,7 +12,6 @@ import pytest
 
 from batch_orchestration.admission.admission import admit
 from batch_orchestration.admission.inbox import Inbox
-from batch_orchestration.admission.settings import admission_settings
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.lifecycle import UNASKED_CODES, EarlyEnd
 from batch_orchestration.delivery.assembly import assemble, deliver
@@ -175,10 +174,8 @@ def admitted_mixture(bench, *, requests):
     (bench.folder.inbox / "mixed.jsonl").write_bytes(b"".join(lines))
     values = {"requests_per_chunk": 20, "model_aliases": {"*": "simulated-model"}}
     settings = Settings(data_dir=bench.folder.root, engine="simulated", **values, _env_file=None)
-    (claim,) = Inbox(bench.folder, settle_seconds=0).claim_ready(now=time.time() + 1)
-    verdict = admit(
-        claim, folder=bench.folder, store=bench.store, settings=admission_settings(settings)
-    )
+    (claim,) = Inbox(bench.folder, settings).claim_ready(now=time.time() + 60)
+    verdict = admit(claim, folder=bench.folder, store=bench.store, settings=settings)
     return bench.folder.read_plan(verdict.batch_id), settings
 
 

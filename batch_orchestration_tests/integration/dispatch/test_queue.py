@@ -4,9 +4,10 @@ import json
 from contextlib import ExitStack, closing
 
 import dagster as dg
+import msgspec
 import pytest
 
-from batch_orchestration.dispatch.refresh import with_expectations
+from batch_orchestration.dispatch.queue_building import with_expectations
 from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue.entries import EntryKind, Pause, QueueView, WaitReason
 from batch_orchestration_tests.support.builders import NOW, make_input
@@ -123,9 +124,12 @@ def test_nobody_knows_when_the_turn_comes_behind_what_has_no_estimate(deploy):
         deployment.admit(f"{name}.jsonl", make_input(requests))
     deployment.tick("dispatch_sensor")
     view: QueueView = queue_files.read_queue(deployment.folder)
-    seconds = dict(zip((entry.id for entry in view.entries), (60.0, None, 10.0), strict=True))
+    entries = (
+        msgspec.structs.replace(entry, engine_seconds=seconds)
+        for entry, seconds in zip(view.entries, (60.0, None, 10.0), strict=True)
+    )
 
-    expected = with_expectations(view, lambda entry: seconds[entry.id]).entries
+    expected = with_expectations(msgspec.structs.replace(view, entries=tuple(entries))).entries
 
     assert [entry.expected_start for entry in expected] == [view.at, view.at + 60, None]
     assert [entry.expected_end for entry in expected] == [view.at + 60, None, None]

@@ -14,7 +14,8 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.inference.faults.failure_rate import FIRST_OUTCOMES
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.queue.load import Limits, read_load
+from batch_orchestration.queue.demand import Limits
+from batch_orchestration.queue.load import read_load
 from batch_orchestration_tests.support.scripted_engine import (
     REFUSAL,
     PacedEngine,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_orchestration.admission.settings import open_inbox
+from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.files.data_folder import DataFolder
@@ -116,7 +116,7 @@ def named(deployment, paths):
     overview = read_overview(
         folder=deployment.folder,
         store=deployment.store,
-        inbox=open_inbox(deployment.settings, deployment.folder),
+        inbox=Inbox(deployment.folder, deployment.settings),
         now=now,
     )
     found = {p: [f for f in report.findings if str(p) in f.reason] for p in paths}
@@ -276,7 +276,7 @@ def test_foreign_folders_among_the_batches_stop_nothing_and_are_named(deployment
     overview = read_overview(
         folder=deployment.folder,
         store=deployment.store,
-        inbox=open_inbox(deployment.settings, deployment.folder),
+        inbox=Inbox(deployment.folder, deployment.settings),
         now=time.time(),
     )
     for copy in copies:

@@ -12,8 +12,8 @@ from batch_orchestration.admission.registration import register_lost
 from batch_orchestration.files.unfinished import mark, marked
 from batch_orchestration.lifecycle.resumption import finish_resumptions, resume
 from batch_orchestration.lifecycle.unfinished import MARK_SECONDS, SEARCH_SECONDS, keep_index
-from batch_orchestration.queue.rate_limits import RateLimits
-from batch_orchestration.queue.submitted import read_rates
+from batch_orchestration.queue.load import read_rates
+from batch_orchestration.settings import Settings
 from batch_orchestration.store.operations import open_replays, replay_asked_since
 from batch_orchestration_tests.support.builders import NOW, make_batch
 from batch_orchestration_tests.support.letter_bench import LetterBench
@@ -187,14 +187,14 @@ def test_a_run_finds_the_replay_that_was_asked_for_since_it_began(tmp_path):
 
 def test_rates_remember_what_is_of_late_and_what_is_still_owed_alone(tmp_path):
     bench = Workbench(tmp_path)
-    limits = RateLimits()
+    settings = Settings(engine="simulated", _env_file=None)
     ages_and_sizes = [(3600.0, 10), (2 * DAY, 20), (2 * DAY, 10 * 400_000 * 24)]
     for age, requests in ages_and_sizes:
         plan = make_batch(bench.folder, 1 + len(bench.store.batches()))
         bench.store.add_batch(plan, at=NOW - age)
         set_size(bench, plan.batch_id, NOW - age, requests)
 
-    rates = read_rates(bench.folder, bench.store, limits=limits, now=NOW)
+    rates = read_rates(bench.store, settings, now=NOW)
 
     assert sorted(event.requests for event in rates.events) == [10, 10 * 400_000 * 24]
 

@@ -27,7 +27,7 @@ from batch_orchestration.queue.entries import (
     WaitReason,
 )
 from batch_orchestration.queue.files import pause
-from batch_orchestration_tests.support.builders import NOW, make_batch, make_input
+from batch_orchestration_tests.support.builders import NOW, make_batch, make_input, make_settings
 from batch_orchestration_tests.support.command_line import CommandLine
 from batch_orchestration_tests.support.deployment import Deployment
 from batch_orchestration_tests.support.health_bench import HealthBench, entry
@@ -225,7 +225,7 @@ def test_a_queue_is_not_stalled_while_a_run_lives(bench):
 def test_a_file_whose_admissions_fail_again_and_again_stalls_the_queue(bench):
     path = bench.folder.inbox / "people.jsonl"
     path.write_bytes(make_input(2))
-    inbox = Inbox(bench.folder, settle_seconds=0)
+    inbox = Inbox(bench.folder, make_settings(settle_seconds=0))
     (claim,) = inbox.claim_ready(now=time.time() + 1)
     os.utime(claim.path.with_name("claim.json"), (NOW, NOW))
     found = []

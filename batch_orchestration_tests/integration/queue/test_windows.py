@@ -7,13 +7,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from batch_orchestration.dispatch.queue_building import claim_admissible
-from batch_orchestration.queue.capacity import Limits
-from batch_orchestration.queue.load import QueueRules
 from batch_orchestration_tests.support.builders import make_input, make_line
 from batch_orchestration_tests.support.deployment import Deployment
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, StickingEngine
-from batch_orchestration_tests.support.workbench import LATER, Workbench
+from batch_orchestration_tests.support.workbench import Workbench
 
 
 def window_bench(root: Path, **settings: Any) -> Workbench:
@@ -59,18 +56,14 @@ def test_awkward_lines_over_many_windows_come_back_in_their_order(tmp_path):
 
 
 def test_a_long_batch_takes_room_for_its_window_and_leaves_the_rest_to_others(tmp_path):
-    limits = Limits(queued_requests=30, disk_reserve_bytes=0, open_requests=20)
-    rules = QueueRules(limits=limits)
-    bench = window_bench(tmp_path, queue=rules, max_requests_per_batch=20)
+    bench = window_bench(tmp_path, max_queued_requests=30, max_requests_per_batch=20)
     plan = bench.plan_of("long.jsonl", make_input(90))
     bench.drop("small.jsonl", make_input(10))
     bench.drop("smaller.jsonl", make_input(1))
 
     def claim() -> list[str]:
         """Admit what there is room for; return what waits, and why."""
-        waiting = claim_admissible(
-            folder=bench.folder, store=bench.store, inbox=bench.inbox, rules=rules, now=LATER
-        )
+        waiting = bench.claim_admissible()
         held = [str(bench.admit(claim)) for claim in bench.inbox.claims()]
         return [entry.detail for entry in waiting] + held
 

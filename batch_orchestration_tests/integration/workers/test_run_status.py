@@ -9,7 +9,7 @@ from collections import Counter
 import msgspec
 import pytest
 
-from batch_orchestration.admission.reading.lines import BatchFileReading, ReadingRules
+from batch_orchestration.admission.reading.lines import BatchFileReading
 from batch_orchestration.core.errors import CalibrationFailed, EngineDied
 from batch_orchestration.core.outcomes import Failure, FailureCode
 from batch_orchestration.delivery.assembly import assemble
@@ -20,7 +20,7 @@ from batch_orchestration.operations.housekeeping.clean import Cleanup, Part, Rem
 from batch_orchestration.store.connection import writing
 from batch_orchestration.workers import reporter
 from batch_orchestration.workers.run_status import RunStatus
-from batch_orchestration_tests.support.builders import make_failure, make_input
+from batch_orchestration_tests.support.builders import make_failure, make_input, make_settings
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
 from batch_orchestration_tests.support.workbench import Workbench
 
@@ -112,7 +112,7 @@ def test_admission_delivery_cleaning_and_measuring_give_a_sign_with_each_step(be
     monkeypatch.setattr(reporter, "_of_this_process", status)
 
     reporter.report_phase("admitting")
-    reading = BatchFileReading(ReadingRules(requests_per_chunk=10, max_line_bytes=10_000))
+    reading = BatchFileReading(make_settings())
     assert len(list(reading.read(io.BytesIO(make_input(30))))) == 30
     plan = bench.admitted(20)
     bench.run(plan, ScriptedEngine())

@@ -23,12 +23,12 @@ from batch_orchestration_tests.support.builders import (
     make_input,
     make_line,
 )
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
+from batch_orchestration_tests.support.workbench import LATER, Workbench
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return InboxBench(tmp_path)
+    return Workbench(tmp_path)
 
 
 def errors_of(verdict: Rejected) -> dict:
@@ -45,7 +45,7 @@ def test_a_flawless_file_becomes_a_batch(bench):
     assert (verdict.requests, verdict.faulty, verdict.chunks) == (25, 0, 3)
     plan = bench.folder.read_plan(verdict.batch_id)
     assert (plan.file_name, plan.options.priority) == ("My File.jsonl", 7)
-    assert plan.settings == bench.settings.answer_settings
+    assert plan.settings == bench.settings.answer_settings()
     assert plan.created_at == NOW
     assert bench.folder.input_path(verdict.batch_id).read_bytes() == content
     record = bench.store.batch(verdict.batch_id)
@@ -164,7 +164,7 @@ def test_the_errors_file_lists_every_fault(bench):
 
 
 def test_under_the_strict_policy_one_fault_refuses_the_file(tmp_path):
-    bench = InboxBench(tmp_path, line_policy=LinePolicy.STRICT)
+    bench = Workbench(tmp_path, line_policy=LinePolicy.STRICT)
 
     verdict = bench.admit_file("a.jsonl", make_input(9) + b"nope\n")
 
@@ -261,7 +261,7 @@ def test_other_options_make_another_batch(bench):
 
 def test_a_taken_id_is_made_longer(bench):
     plan = bench.plan_of("a.jsonl", make_input(3))
-    other = InboxBench(bench.folder.root.with_name("other"))
+    other = Workbench(bench.folder.root.with_name("other"))
     (other.folder.batches / plan.batch_id).mkdir()
     (other.folder.outbox / f"a-{plan.identity[:9]}").mkdir()
 

@@ -1,4 +1,4 @@
-"""Chunks by what their requests cost: a sample of the file tells, before it is cut."""
+"""Chunks sized by the cost of their requests, from a sample of the file."""
 
 import io
 
@@ -6,7 +6,6 @@ import pytest
 
 from batch_orchestration.admission.reading.lines import (
     BatchFileReading,
-    ReadingRules,
     choose_chunk_size,
     sample_lines,
 )
@@ -14,28 +13,26 @@ from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.estimates.batch_estimates import CalibrationData
 from batch_orchestration.estimates.costs import Costs, Throughput
-from batch_orchestration.settings import Settings
-from batch_orchestration_tests.support.builders import NOW, make_body, make_input, make_line
+from batch_orchestration_tests.support.builders import (
+    NOW,
+    make_body,
+    make_input,
+    make_line,
+    make_settings,
+)
 
-RULES = ReadingRules(requests_per_chunk=1000, max_line_bytes=10_000)
+SETTINGS = make_settings(requests_per_chunk=None)
 
 
-def make_intake(**costs: float) -> Screening:
+def make_screening(**costs: float) -> Screening:
     none = {"request": 0.0, "prompt_token": 0.0, "completion_token": 0.0, "step": 0.0}
     measured = Throughput(costs=Costs(**{**none, **costs}), spread=0.2, measurements=5, fitted=True)
     data = CalibrationData(throughput=measured if costs else None)
-    return Screening(BatchOptions(), settings=Settings(), calibration_data=data, now=NOW)
+    return Screening(BatchOptions(), settings=SETTINGS, calibration_data=data, now=NOW)
 
 
-def choose(
-    file: io.BytesIO, screening: Screening, *, rules: ReadingRules = RULES, **limits: int
-) -> int:
-    return choose_chunk_size(
-        file,
-        rules=rules,
-        screening=screening,
-        **{"configured": None, "most_requests": 50_000, **limits},  # type: ignore[arg-type]
-    )
+def choose(file: io.BytesIO, screening: Screening) -> int:
+    return choose_chunk_size(file, settings=SETTINGS, screening=screening)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +42,7 @@ def choose(
 def test_a_chunk_takes_a_minute_by_what_was_measured(costs: dict[str, float], size: int) -> None:
     file = io.BytesIO(make_input(300))
 
-    assert choose(file, make_intake(**costs)) == size
+    assert choose(file, make_screening(**costs)) == size
     assert file.tell() == 0
 
 
@@ -53,11 +50,10 @@ def test_a_file_that_is_sorted_by_length_is_sampled_all_over_and_by_requests() -
     """At its beginning all prompts are short; by its bytes nearly all would be long."""
     body = make_body("word " * 1600)
     long = b"".join(make_line(500 + number, body=body) for number in range(500))
-    rules = ReadingRules(requests_per_chunk=1000, max_line_bytes=100_000)
-    screening = make_intake(prompt_token=1e-4)
+    screening = make_screening(prompt_token=1e-4)
 
     def size(content: bytes) -> int:
-        return choose(io.BytesIO(content), screening, rules=rules)
+        return choose(io.BytesIO(content), screening)
 
     # About 2,000 tokens in each long prompt and 30 in each short one.
     assert size(make_input(500)) == 5000
@@ -71,9 +67,12 @@ def test_a_batch_is_never_cut_into_thousands_of_chunks(
     configured: int | None, costs: dict[str, float]
 ) -> None:
     """Whether its chunks are configured, derived or the default: they grow with the file."""
-    screening = make_intake(**costs)
-
-    size = choose(io.BytesIO(make_input(2000)), screening, configured=configured, most_chunks=10)  # type: ignore[arg-type]
+    size = choose_chunk_size(
+        io.BytesIO(make_input(2000)),
+        settings=make_settings(requests_per_chunk=configured),
+        screening=make_screening(**costs),
+        most_chunks=10,
+    )
 
     assert size == max(configured or (50 if costs else 1000), 200)
 
@@ -101,18 +100,17 @@ def test_every_nth_request_is_looked_at(content: bytes, lines: int, sampled: int
 
 def test_the_file_is_cut_as_chosen_and_covered_whole() -> None:
     content = make_input(130)
-    reading = BatchFileReading(RULES, choose_chunk_size=lambda file: 50)
+    reading = BatchFileReading(SETTINGS, screening=make_screening(request=10.0))
 
     assert sum(1 for _ in reading.read(io.BytesIO(content))) == 130
 
     assert [chunk.requests for chunk in reading.chunks] == [50, 50, 30]
     assert reading.chunks[-1].end == len(content)
-    assert reading.requests_per_chunk == 50
 
 
-def test_what_the_intake_learns_is_that_of_the_whole_file() -> None:
-    """The sample is seen by another one, or its requests would count twice."""
-    screening = make_intake(request=0.1)
+def test_the_sample_leaves_the_screening_of_the_whole_file_alone() -> None:
+    """Otherwise the requests of the sample would count twice."""
+    screening = make_screening(request=0.1)
     content = make_input(40)
     choose(io.BytesIO(content), screening)
 

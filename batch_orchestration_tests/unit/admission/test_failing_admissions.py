@@ -11,17 +11,14 @@ from batch_orchestration.admission.admission import MAX_ADMISSION_FAILURES
 from batch_orchestration.admission.claims import ClaimFolder
 from batch_orchestration.admission.results import Admitted, Rejected
 from batch_orchestration.core.errors import StorageError, StoreLocked
-from batch_orchestration.dispatch.queue_building import claim_admissible
-from batch_orchestration.queue.capacity import Limits
-from batch_orchestration.queue.load import QueueRules
 from batch_orchestration.status.overview import rejections
-from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
+from batch_orchestration_tests.support.builders import make_input, make_settings
+from batch_orchestration_tests.support.workbench import Workbench
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return InboxBench(tmp_path)
+    return Workbench(tmp_path)
 
 
 @pytest.fixture
@@ -50,13 +47,8 @@ def attempt(bench, claim, error):
 
 
 def claim_next(bench, *, most_batches):
-    claim_admissible(
-        folder=bench.folder,
-        store=bench.store,
-        inbox=bench.inbox,
-        rules=QueueRules(limits=Limits(unfinished_batches=most_batches, disk_reserve_bytes=0)),
-        now=LATER,
-    )
+    bench.settings = make_settings(max_unfinished_batches=most_batches)
+    bench.claim_admissible()
     return [claim.file_name for claim in bench.inbox.claims()]
 
 

@@ -9,16 +9,16 @@ import pytest
 
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.core.errors import ClaimNotFound
-from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
+from batch_orchestration_tests.support.builders import make_input, make_settings
+from batch_orchestration_tests.support.workbench import LATER, Workbench
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return InboxBench(tmp_path)
+    return Workbench(tmp_path)
 
 
-def reasons(bench: InboxBench, *, now: float = LATER) -> dict[str, str]:
+def reasons(bench: Workbench, *, now: float = LATER) -> dict[str, str]:
     return {waiting.path.name: waiting.reason for waiting in bench.inbox.waiting(now=now)}
 
 
@@ -226,7 +226,7 @@ def test_of_many_ticks_at_once_each_file_is_claimed_by_one(bench):
     found = []
 
     def tick():
-        found.extend(Inbox(bench.folder, settle_seconds=0).claim_ready(now=LATER))
+        found.extend(Inbox(bench.folder, make_settings(settle_seconds=0)).claim_ready(now=LATER))
 
     threads = [threading.Thread(target=tick) for _ in range(6)]
     for thread in threads:

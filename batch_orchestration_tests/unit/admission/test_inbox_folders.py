@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.admission.claims import ClaimFolder
+from batch_orchestration.admission.reading.lines import BatchFileReading
 from batch_orchestration.admission.results import Admitted, AlreadyAdmitted
 from batch_orchestration.core.batches import Origin
 from batch_orchestration.core.errors import FileStillChanging
 from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
+from batch_orchestration_tests.support.workbench import LATER, Workbench
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return InboxBench(tmp_path)
+    return Workbench(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +88,14 @@ def test_what_changes_while_it_is_read_goes_back_to_its_folder_with_its_side_car
     bench, monkeypatch
 ):
     claim = bench.claim("alice/high/a.jsonl", make_input(2), meta=b'{"user": "bob"}')
-    rules = type(bench.settings).rules
+    read = BatchFileReading.read
 
-    def written_meanwhile(settings, options):
-        with claim.path.open("ab") as file:
-            file.write(b"more")
-        return rules(settings, options)
+    def written_meanwhile(reading, file):
+        with claim.path.open("ab") as same:
+            same.write(b"more")
+        return read(reading, file)
 
-    monkeypatch.setattr(type(bench.settings), "rules", written_meanwhile)
+    monkeypatch.setattr(BatchFileReading, "read", written_meanwhile)
     with pytest.raises(FileStillChanging, match="alice/high"):
         bench.admit(claim)
 

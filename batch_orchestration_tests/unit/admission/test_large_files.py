@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,15 @@ from hypothesis import strategies as st
 from batch_orchestration.admission.reading.batch_files import open_batch_file
 from batch_orchestration.admission.reading.lines import (
     BatchFileReading,
-    ReadingRules,
     choose_chunk_size,
 )
-from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.admission.results import Admitted, Rejected
 from batch_orchestration.admission.validation import validate
-from batch_orchestration.core.batches import BatchOptions, OnOversize
+from batch_orchestration.core.batches import OnOversize
 from batch_orchestration.core.errors import FileRefused
-from batch_orchestration.estimates.batch_estimates import CalibrationData
-from batch_orchestration.settings import Settings
-from batch_orchestration_tests.support.builders import NOW, make_input, make_line
+from batch_orchestration_tests.support.builders import make_input, make_line, make_settings
 from batch_orchestration_tests.support.workbench import Workbench
-
-INTAKE = Screening(BatchOptions(), settings=Settings(), calibration_data=CalibrationData(), now=NOW)
+from batch_orchestration_tests.unit.admission.test_chunk_sizing import make_screening
 
 
 def window_bench(root: Path, **settings: Any) -> Workbench:
@@ -50,18 +44,16 @@ def test_however_long_a_file_is_its_chunks_are_few_and_cover_it_once_in_order(
     lines, at_least, most_requests, most_chunks, mark, last
 ):
     content = mark + b"".join(lines) + last
-    rules = ReadingRules(requests_per_chunk=1000, max_line_bytes=100)
-    choose = partial(
-        choose_chunk_size,
-        configured=at_least,
-        most_requests=most_requests,
-        rules=rules,
-        screening=INTAKE,
-        most_chunks=most_chunks,
+    settings = make_settings(
+        requests_per_chunk=at_least, max_requests_per_batch=most_requests, max_line_bytes=100
     )
-    reading = BatchFileReading(rules, choose_chunk_size=choose)
+    file = io.BytesIO(content)
+    size = choose_chunk_size(
+        file, settings=settings, screening=make_screening(), most_chunks=most_chunks
+    )
+    reading = BatchFileReading(make_settings(requests_per_chunk=size, max_line_bytes=100))
 
-    list(reading.read(io.BytesIO(content)))
+    list(reading.read(file))
 
     chunks = reading.chunks
     sizes = [chunk.requests for chunk in chunks]

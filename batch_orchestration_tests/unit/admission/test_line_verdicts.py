@@ -8,11 +8,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.admission.reading.lines import choose_chunk_size
+from batch_orchestration.admission.reading.lines import BatchFileReading, choose_chunk_size
 from batch_orchestration.admission.reading.screening import Screening
 from batch_orchestration.admission.results import Admitted
 from batch_orchestration.admission.validation import validate
-from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import (
     Fault,
@@ -25,8 +24,8 @@ from batch_orchestration.core.requests import (
 from batch_orchestration.engines.memory_demand import memory_demand
 from batch_orchestration.estimates.profile import shape_of_request
 from batch_orchestration_tests.support.builders import make_body, make_line
-from batch_orchestration_tests.support.inbox_bench import InboxBench, make_admission_settings
-from batch_orchestration_tests.unit.admission.test_chunk_sizing import RULES, make_intake
+from batch_orchestration_tests.support.workbench import Workbench
+from batch_orchestration_tests.unit.admission.test_chunk_sizing import SETTINGS, make_screening
 
 SOUND = make_line(0)
 NUMBERS = st.sampled_from(
@@ -76,18 +75,10 @@ def test_no_line_stops_a_step_and_all_steps_agree(tmp_path: Path, line: bytes) -
     content = SOUND + line + b"\n"
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    admission = make_admission_settings()
 
-    report = validate(path, settings=admission)
-    reading = admission.reading(BatchOptions(), make_intake())
+    report = validate(path, settings=SETTINGS)
+    reading = BatchFileReading(SETTINGS, screening=make_screening(request=0.1))
     read = list(reading.read(io.BytesIO(content)))
-    choose_chunk_size(
-        io.BytesIO(content),
-        configured=None,
-        most_requests=50_000,
-        rules=RULES,
-        screening=make_intake(request=0.1),
-    )
 
     assert (report.refusal, report.requests) == (None, len(read))
     assert list(report.faults) == [parsed.lean() for parsed in read if isinstance(parsed, Fault)]
@@ -119,7 +110,7 @@ def test_what_the_examination_of_a_line_stumbles_over_is_that_lines_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     stumbling_over(monkeypatch, error)
-    bench = InboxBench(tmp_path)
+    bench = Workbench(tmp_path)
 
     verdict = bench.admit_file("a.jsonl", b"".join(map(make_line, range(5))))
 
@@ -129,15 +120,10 @@ def test_what_the_examination_of_a_line_stumbles_over_is_that_lines_fault(
     assert (plan.requests, plan.faulty, entry.index) == (5, 1, 3)
     assert entry.outcome.code is FailureCode.INVALID_REQUEST
     assert f"the request cannot be examined: {type(error).__name__}" in entry.outcome.message
-    # Nor does the choice of the chunk's size stumble.
+    # Nor does it stop the choice of the chunk size.
     file = io.BytesIO(b"".join(map(make_line, range(5))))
-    screening = make_intake(request=0.1)
-    assert (
-        choose_chunk_size(
-            file, configured=None, most_requests=50_000, rules=RULES, screening=screening
-        )
-        == 600
-    )
+    screening = make_screening(request=0.1)
+    assert choose_chunk_size(file, settings=SETTINGS, screening=screening) == 600
 
 
 @pytest.mark.parametrize("trouble", [OSError("disk"), MemoryError()])
@@ -145,7 +131,7 @@ def test_a_trouble_of_the_machine_is_no_lines_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: Exception
 ) -> None:
     stumbling_over(monkeypatch, trouble)
-    bench = InboxBench(tmp_path)
+    bench = Workbench(tmp_path)
 
     with pytest.raises(type(trouble)):
         bench.admit_file("a.jsonl", b"".join(map(make_line, range(5))))

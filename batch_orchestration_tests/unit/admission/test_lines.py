@@ -8,20 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_orchestration.admission.reading.lines import BatchFileReading, ReadingRules
+from batch_orchestration.admission.reading.lines import BatchFileReading
 from batch_orchestration.core.batches import MemoryDemand
 from batch_orchestration.core.outcomes import FailureCode
 from batch_orchestration.core.requests import UTF8_BOM, Fault, Request
 from batch_orchestration.engines.memory_demand import request_demand
 from batch_orchestration.files.input_lines import read_chunk
-from batch_orchestration_tests.support.builders import make_body, make_chunks, make_input, make_line
+from batch_orchestration_tests.support.builders import (
+    make_body,
+    make_chunks,
+    make_input,
+    make_line,
+    make_settings,
+)
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "batches"
 
 
-def read(content: bytes, *, requests_per_chunk: int = 10, **rules):
-    values = {"max_line_bytes": 2**21, **rules}
-    reading = BatchFileReading(ReadingRules(requests_per_chunk=requests_per_chunk, **values))
+def read(content: bytes, **settings):
+    reading = BatchFileReading(make_settings(**settings))
     return reading, list(reading.read(io.BytesIO(content)))
 
 
@@ -209,7 +214,8 @@ def test_the_runner_reads_back_every_chunk_as_it_was_planned(tmp_path):
 def test_files_of_other_projects_have_the_right_counts(
     name, model_required, requests, usable, lines
 ):
-    reading, parsed = read((SHARED / name).read_bytes(), model_required=model_required)
+    aliases = {} if model_required else {"*": "any"}
+    reading, parsed = read((SHARED / name).read_bytes(), model_aliases=aliases)
 
     assert (reading.requests, reading.usable, reading.lines) == (requests, usable, lines)
     assert len(parsed) == requests

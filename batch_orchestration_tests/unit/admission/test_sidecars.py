@@ -6,13 +6,13 @@ from batch_orchestration.admission.sidecars import read_options
 from batch_orchestration.admission.submit import submit
 from batch_orchestration.admission.validation import validate
 from batch_orchestration.core.errors import FileRefused
-from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench, make_admission_settings
+from batch_orchestration_tests.support.builders import make_input, make_settings
+from batch_orchestration_tests.support.workbench import LATER, Workbench
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return InboxBench(tmp_path)
+    return Workbench(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_validate_and_submit_say_the_same_of_a_side_car_in_doubt(bench, tmp_path
         (tmp_path / name).write_bytes(make_input(2))
     (tmp_path / "a.meta.json").write_bytes(b'{"priority": 5}')
 
-    report = validate(tmp_path / "a.jsonl", settings=make_admission_settings())
+    report = validate(tmp_path / "a.jsonl", settings=make_settings())
 
     assert "the side-car a.meta.json fits a.jsonl and a.jsonl.gz" in (report.refusal or "")
     with pytest.raises(FileRefused, match=r"fits a\.jsonl and a\.jsonl\.gz"):

@@ -11,14 +11,14 @@ from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused
 from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
+from batch_orchestration_tests.support.workbench import LATER, Workbench
 
 OPTIONS = BatchOptions(priority=5, metadata={"team": "hr"})
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return InboxBench(tmp_path / "data")
+    return Workbench(tmp_path / "data")
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 from batch_orchestration.admission import taking
 from batch_orchestration.admission.results import Rejected
 from batch_orchestration_tests.support.builders import make_input
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
 from batch_orchestration_tests.support.other_user import (
     COLLEAGUE,
     GROUP,
@@ -19,13 +18,14 @@ from batch_orchestration_tests.support.other_user import (
     as_user,
     needs_root,
 )
+from batch_orchestration_tests.support.workbench import LATER, Workbench
 
 CONTENT = make_input(3)
 
 
 @pytest.fixture
 def bench(tmp_path):
-    return InboxBench(tmp_path)
+    return Workbench(tmp_path)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def elsewhere(tmp_path):
         pytest.skip("there is no second file system here")
     folder = Path(tempfile.mkdtemp(dir=other))
     (tmp_path / "inbox").symlink_to(folder)
-    yield InboxBench(tmp_path)
+    yield Workbench(tmp_path)
     shutil.rmtree(folder)
 
 
@@ -181,9 +181,9 @@ def test_a_file_that_cannot_be_taken_says_why_holds_up_no_other_and_is_tried_aga
 
 
 IN_A_STICKY_FOLDER = """
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
+from batch_orchestration_tests.support.workbench import LATER, Workbench
 import batch_orchestration.admission.inbox
-bench = InboxBench(Path(root) / "data")
+bench = Workbench(Path(root) / "data")
 bench.folder.inbox.chmod(0o777)
 print([c.file_name for c in bench.inbox.claim_ready(now=LATER)])
 print([(w.name, w.reason) for w in bench.inbox.waiting(now=LATER)])

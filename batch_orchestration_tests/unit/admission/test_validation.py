@@ -6,8 +6,7 @@ import pytest
 
 from batch_orchestration.admission.validation import validate
 from batch_orchestration.core.batches import BatchOptions, LinePolicy
-from batch_orchestration_tests.support.builders import make_input, make_line
-from batch_orchestration_tests.support.inbox_bench import make_admission_settings
+from batch_orchestration_tests.support.builders import make_input, make_line, make_settings
 
 
 @pytest.fixture
@@ -18,7 +17,7 @@ def path(tmp_path):
 def check(path, *, options=None, max_listed_faults=1000, **settings):
     return validate(
         path,
-        settings=make_admission_settings(**settings),
+        settings=make_settings(**settings),
         options=options,
         max_listed_faults=max_listed_faults,
     )
@@ -29,7 +28,7 @@ def test_a_flawless_file_is_told_so_and_left_alone(path):
 
     report = check(path)
 
-    assert report.flawless
+    assert report.refusal is None
     assert (report.requests, report.faulty, report.chunks, report.lines) == (25, 0, 3, 26)
     assert [p.name for p in path.parent.iterdir()] == ["a.jsonl"]
 
@@ -40,7 +39,6 @@ def test_all_faults_are_counted_and_the_first_are_listed(path):
     report = check(path, max_listed_faults=10)
 
     assert report.refusal is None
-    assert not report.flawless
     assert [fault.line for fault in report.faults] == list(range(2, 12))
     assert report.faults_not_listed == 21
     assert report.faults_by_code == {"invalid_json": 30, "duplicate_custom_id": 1}
@@ -105,7 +103,7 @@ def test_the_side_car_is_validated_unless_options_are_given(path):
 
     assert "`priority`" in check(path).refusal
     assert "none of its 1" in check(path, options=BatchOptions()).refusal
-    assert check(path, options=BatchOptions(model="m")).flawless
+    assert check(path, options=BatchOptions(model="m")).refusal is None
 
 
 def test_a_name_that_the_inbox_would_ignore_is_told(path):

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from batch_orchestration.queue.capacity import Demand, Limits, Load, check_capacity, rough_tokens
+from batch_orchestration.queue.capacity import Load, check_capacity
+from batch_orchestration.queue.demand import Demand, Limits, rough_tokens
 from batch_orchestration.queue.entries import WaitReason
 
 GIB = 2**30

@@ -4,15 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batch_orchestration.queue.capacity import Limits
-from batch_orchestration.queue.ordering import starvation_bound
-from batch_orchestration.queue.rate_limits import Rate, RateLimits
+from batch_orchestration.queue.demand import Limits
+from batch_orchestration.queue.entries import QueueEntry
+from batch_orchestration.queue.rate_limits import Rate, SourceRates
 from batch_orchestration_tests.support.queue_simulation import (
-    POLICY,
+    AGEING_SECONDS,
     REQUESTS_PER_SECOND,
     START,
     History,
-    Job,
     Simulation,
     by_the_rules,
     crowd,
@@ -20,12 +19,14 @@ from batch_orchestration_tests.support.queue_simulation import (
     feasible,
     first_in_first_out,
     late_by_choice,
+    make_job,
     priority_without_ageing,
     random_jobs,
+    starvation_bound,
 )
 
 LIMITS = Limits(unfinished_batches=5, queued_requests=40_000, queued_tokens=15_000_000)
-RATES = RateLimits(
+RATES = SourceRates(
     submissions=Rate(per_hour=60, burst=20), requests=Rate(per_hour=300_000, burst=60_000)
 )
 NO_LIMITS = Limits(unfinished_batches=10**6, queued_requests=10**12, queued_tokens=10**15)
@@ -49,7 +50,7 @@ def starved(history: History) -> list[str]:
         for chosen, others in [*served, *admitted]
         for other in others
         if chosen.arrived_at - other.arrived_at
-        > starvation_bound(other.priority, chosen.priority, policy=POLICY)
+        > starvation_bound(other.priority, chosen.priority, ageing_seconds=AGEING_SECONDS)
     ]
 
 
@@ -115,14 +116,11 @@ def test_first_in_first_out_would_let_urgent_work_wait_for_old_work() -> None:
 
 at_once = st.lists(
     st.builds(
-        lambda number, source, requests, slack: Job(
-            id=f"job-{number}",
+        lambda number, source, requests, slack: make_job(
+            f"job-{number}",
             source=source,
-            priority=0,
-            arrived_at=START,
             requests=requests,
             deadline=START + requests / REQUESTS_PER_SECOND + slack,
-            left=requests,
         ),
         st.integers(0, 10**6),
         st.sampled_from("abc"),
@@ -137,7 +135,7 @@ at_once = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(at_once)
-def test_where_some_order_keeps_every_deadline_ours_does(jobs: list[Job]) -> None:
+def test_where_some_order_keeps_every_deadline_ours_does(jobs: list[QueueEntry]) -> None:
     if not feasible(jobs):
         return
 

@@ -10,7 +10,6 @@ from batch_orchestration.queue.rate_limits import (
     SECONDS_PER_HOUR,
     Bucket,
     Rate,
-    RateLimits,
     SourceRates,
     SubmissionEvent,
 )
@@ -80,11 +79,11 @@ def test_a_clock_that_goes_back_gives_nothing_away_and_never_locks_for_ever():
 
 
 def test_sources_do_not_pay_for_each_other():
-    limits = RateLimits(
-        submissions=Rate(per_hour=60, burst=2), requests=Rate(per_hour=3600, burst=100)
+    sources = SourceRates(
+        submissions=Rate(per_hour=60, burst=2),
+        requests=Rate(per_hour=3600, burst=100),
+        events=(SubmissionEvent("alice", 0.0, 40), SubmissionEvent("alice", 0.0, 40)),
     )
-    events = (SubmissionEvent("alice", 0.0, 40), SubmissionEvent("alice", 0.0, 40))
-    sources = SourceRates(limits=limits, events=events)
 
     assert sources.retry_after("bob", 100, now=0.0) == 0
     assert sources.retry_after("alice", 1, now=0.0) == 60  # by count
@@ -93,8 +92,8 @@ def test_sources_do_not_pay_for_each_other():
 
 
 def test_a_file_that_nobody_has_counted_needs_one_request_of_its_share():
-    limits = RateLimits(requests=Rate(per_hour=3600, burst=100))
-    sources = SourceRates(limits=limits, events=(SubmissionEvent("alice", 0.0, 100),))
+    events = (SubmissionEvent("alice", 0.0, 100),)
+    sources = SourceRates(requests=Rate(per_hour=3600, burst=100), events=events)
 
     assert sources.retry_after("alice", None, now=0.0) == pytest.approx(1)
     assert sources.retry_after("alice", None, now=1.0) == 0

@@ -1,50 +1,39 @@
-"""A file for which there is no room goes back, keeps its place, and is read again once there is."""
+"""A file without capacity returns to the inbox, keeps its place, and is read again later."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batch_orchestration.admission.claims import FileScans
+from batch_orchestration.admission.known_files import FileScans
 from batch_orchestration.admission.results import Admitted, Queued, Rejected
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.dispatch.queue_building import claim_admissible, read_queue
+from batch_orchestration.dispatch.queue_building import build_queue
 from batch_orchestration.queue import files as queue_files
-from batch_orchestration.queue.capacity import Limits
-from batch_orchestration.queue.entries import Pause, WaitReason
-from batch_orchestration.queue.load import QueueRules
-from batch_orchestration.queue.rate_limits import Rate, RateLimits
-from batch_orchestration.queue.submitted import retry_after_seconds
-from batch_orchestration_tests.support.builders import NOW, make_input
-from batch_orchestration_tests.support.inbox_bench import LATER, InboxBench
-
-ROOMY = {"disk_reserve_bytes": 0}
+from batch_orchestration.queue import load
+from batch_orchestration.queue.entries import Pause, QueueEntry, WaitReason
+from batch_orchestration_tests.support.builders import NOW, make_input, make_settings
+from batch_orchestration_tests.support.workbench import LATER, Workbench
 
 
-def rules(*, rates: RateLimits | None = None, **limits: Any) -> QueueRules:
-    return QueueRules(limits=Limits(**{**ROOMY, **limits}), rates=rates or RateLimits())
+def bench_with(tmp_path: Path, **settings: Any) -> Workbench:
+    most = settings.get("max_queued_requests", 50_000)
+    return Workbench(tmp_path, max_requests_per_batch=most, **settings)
 
 
-def bench_with(tmp_path, queue: QueueRules) -> InboxBench:
-    return InboxBench(tmp_path, queue=queue)
+def tick(bench: Workbench) -> dict[str, QueueEntry]:
+    """One tick of the sensor: claim the files that fit; return those that wait, by name."""
+    return {entry.id: entry for entry in bench.claim_admissible()}
 
 
-def tick(bench: InboxBench):
-    """One tick of the sensor: claim what may be; return what waits, by its name."""
-    waiting = claim_admissible(
-        folder=bench.folder, store=bench.store, inbox=bench.inbox,
-        rules=bench.settings.queue, now=LATER,
-    )  # fmt: skip
-    return {entry.id: entry for entry in waiting}
-
-
-def finish(bench: InboxBench, batch_id: str) -> None:
+def finish(bench: Workbench, batch_id: str) -> None:
     for status in (BatchStatus.FINALIZING, BatchStatus.COMPLETED):
         bench.store.set_status(batch_id, status, at=NOW, actor="test", reason="")
 
 
-def test_a_file_without_room_goes_back_and_its_numbers_are_kept(tmp_path):
-    bench = bench_with(tmp_path, rules(queued_requests=5))
+def test_a_file_without_capacity_returns_and_its_figures_are_recorded(tmp_path):
+    bench = bench_with(tmp_path, max_queued_requests=5)
     arrived_at = bench.drop("alice/first.jsonl", make_input(3)).stat().st_ctime
     first = bench.admit(bench.inbox.claim_ready(now=LATER)[0])
     claim = bench.claim("alice/second.jsonl", make_input(4), meta=b'{"priority": 2}')
@@ -65,8 +54,8 @@ def test_a_file_without_room_goes_back_and_its_numbers_are_kept(tmp_path):
     assert bench.folder.batch_ids() == [first.batch_id]
 
 
-def test_a_held_file_is_not_read_again_before_there_is_room_and_then_is(tmp_path):
-    bench = bench_with(tmp_path, rules(queued_requests=5))
+def test_a_returned_file_is_read_again_only_once_there_is_capacity(tmp_path):
+    bench = bench_with(tmp_path, max_queued_requests=5)
     first = bench.admit_file("first.jsonl", make_input(3))
     bench.admit_file("second.jsonl", make_input(4))
 
@@ -83,8 +72,8 @@ def test_a_held_file_is_not_read_again_before_there_is_room_and_then_is(tmp_path
     assert FileScans(bench.folder).empty
 
 
-def test_a_held_file_keeps_its_place_before_those_that_came_later(tmp_path):
-    bench = bench_with(tmp_path, rules(queued_requests=5))
+def test_a_returned_file_keeps_its_place_before_later_files(tmp_path):
+    bench = bench_with(tmp_path, max_queued_requests=5)
     bench.admit_file("first.jsonl", make_input(3))
     bench.admit_file("second.jsonl", make_input(4))
     bench.drop("third.jsonl", make_input(1))
@@ -96,8 +85,8 @@ def test_a_held_file_keeps_its_place_before_those_that_came_later(tmp_path):
     assert "comes after second.jsonl" in waiting["third.jsonl"].detail
 
 
-def test_a_file_that_is_written_anew_is_another_file(tmp_path):
-    bench = bench_with(tmp_path, rules(queued_requests=5))
+def test_a_rewritten_file_is_another_file(tmp_path):
+    bench = bench_with(tmp_path, max_queued_requests=5)
     bench.admit_file("first.jsonl", make_input(3))
     bench.admit_file("second.jsonl", make_input(4))
     bench.drop("second.jsonl", make_input(2))
@@ -111,30 +100,30 @@ def test_a_file_that_is_written_anew_is_another_file(tmp_path):
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        ({"unfinished_batches": 1}, WaitReason.QUEUE_FULL),
-        ({"queued_requests": 5}, WaitReason.REQUESTS_QUEUED),
-        ({"queued_tokens": 1600}, WaitReason.TOKENS_QUEUED),
+        ({"max_unfinished_batches": 1}, WaitReason.QUEUE_FULL),
+        ({"max_requests_per_batch": 5, "max_queued_requests": 5}, WaitReason.REQUESTS_QUEUED),
+        ({"max_queued_tokens": 1600}, WaitReason.TOKENS_QUEUED),
         ({"disk_reserve_bytes": 2**62}, WaitReason.DISK_LOW),
     ],
 )
 def test_each_limit_holds_a_file_and_lets_it_go_when_it_is_raised(tmp_path, limits, reason):
-    bench = bench_with(tmp_path, rules())
+    bench = bench_with(tmp_path)
     bench.admit_file("first.jsonl", make_input(3))
     claim = bench.claim("second.jsonl", make_input(4))
-    bench.settings = bench_with(tmp_path, rules(**limits)).settings
+    bench.settings = make_settings(**limits)
 
     held = bench.admit(claim)
     waits = tick(bench)["second.jsonl"]
 
     assert isinstance(held, Queued)
     assert held.reason is waits.reason is reason
-    bench.settings = bench_with(tmp_path, rules()).settings
+    bench.settings = make_settings()
     assert tick(bench) == {}
     assert len(bench.inbox.claims()) == 1
 
 
-def test_a_paused_queue_admits_nothing_not_even_what_was_claimed(tmp_path):
-    bench = bench_with(tmp_path, rules())
+def test_a_paused_queue_admits_nothing_not_even_a_claimed_file(tmp_path):
+    bench = bench_with(tmp_path)
     claim = bench.claim("a.jsonl", make_input(3))
     queue_files.pause(bench.folder, Pause(at=NOW, actor="ada", reason="maintenance"))
 
@@ -149,10 +138,10 @@ def test_a_paused_queue_admits_nothing_not_even_what_was_claimed(tmp_path):
     assert len(bench.inbox.claims()) == 1
 
 
-def test_a_sick_device_keeps_files_where_they_are_until_it_is_well(tmp_path):
+def test_an_unfit_device_keeps_files_in_the_inbox_until_it_is_fit(tmp_path, monkeypatch):
     problem = ["its memory has errors"]
-    queue = QueueRules(limits=Limits(**ROOMY), device_problem=lambda: problem[0])
-    bench = bench_with(tmp_path, queue)
+    monkeypatch.setattr(load, "gpu_problem", lambda settings: problem[0])
+    bench = bench_with(tmp_path)
     bench.drop("a.jsonl", make_input(3))
 
     waits = tick(bench)["a.jsonl"]
@@ -162,9 +151,8 @@ def test_a_sick_device_keeps_files_where_they_are_until_it_is_well(tmp_path):
     assert tick(bench) == {}
 
 
-def test_who_submits_too_fast_waits_and_is_told_when_while_others_go_on(tmp_path):
-    rates = RateLimits(submissions=Rate(per_hour=60, burst=1))
-    bench = bench_with(tmp_path, rules(rates=rates))
+def test_a_source_above_its_rate_waits_and_no_other(tmp_path):
+    bench = bench_with(tmp_path, source_submissions_per_hour=60, source_submissions_burst=1)
     bench.admit_file("alice/first.jsonl", make_input(3))
     second = bench.claim("alice/second.jsonl", make_input(4))
     other = bench.claim("bob/other.jsonl", make_input(5))
@@ -175,14 +163,10 @@ def test_who_submits_too_fast_waits_and_is_told_when_while_others_go_on(tmp_path
     assert isinstance(held, Queued)
     assert held.reason is WaitReason.SUBMISSION_RATE
     assert "may go in 60 s" in held.detail
-    asked = {"folder": bench.folder, "store": bench.store, "limits": rates}
-    assert retry_after_seconds("alice", 1, now=NOW, **asked) == 60
-    assert retry_after_seconds("alice", 1, now=NOW + 60, **asked) == 0
-    assert retry_after_seconds("carol", 1, now=NOW, **asked) == 0
 
 
-def test_what_alone_is_too_much_for_the_queue_is_rejected_with_the_numbers(tmp_path):
-    bench = bench_with(tmp_path, rules(queued_tokens=100))
+def test_a_file_that_exceeds_an_empty_queue_is_rejected_with_the_numbers(tmp_path):
+    bench = bench_with(tmp_path, max_queued_tokens=100)
 
     verdict = bench.admit_file("a.jsonl", make_input(3))
 
@@ -191,8 +175,8 @@ def test_what_alone_is_too_much_for_the_queue_is_rejected_with_the_numbers(tmp_p
     assert (bench.folder.rejected / "a.jsonl").exists()
 
 
-def test_of_two_admissions_at_once_one_takes_the_last_room(tmp_path):
-    bench = bench_with(tmp_path, rules(unfinished_batches=1))
+def test_of_several_admissions_at_once_one_takes_the_last_capacity(tmp_path):
+    bench = bench_with(tmp_path, max_unfinished_batches=1)
     for number in range(4):
         bench.drop(f"{number}.jsonl", make_input(number + 1))
     claims = bench.inbox.claim_ready(now=LATER)
@@ -212,8 +196,8 @@ def test_of_two_admissions_at_once_one_takes_the_last_room(tmp_path):
     assert len(bench.files_of(bench.folder.inbox)) == 3
 
 
-def test_no_more_is_claimed_than_there_may_be_batches(tmp_path):
-    bench = bench_with(tmp_path, rules(unfinished_batches=2))
+def test_no_more_files_are_claimed_than_batches_may_be_unfinished(tmp_path):
+    bench = bench_with(tmp_path, max_unfinished_batches=2)
     bench.admit_file("first.jsonl", make_input(3))
     for name in "abc":
         bench.drop(f"{name}.jsonl", make_input(2))
@@ -226,18 +210,18 @@ def test_no_more_is_claimed_than_there_may_be_batches(tmp_path):
     assert waiting.keys() == again.keys()
 
 
-def test_the_queue_tells_everything_in_the_order_of_service(tmp_path):
-    bench = bench_with(tmp_path, rules(unfinished_batches=1))
+def test_the_queue_has_every_file_and_batch_in_the_order_of_service(tmp_path):
+    bench = bench_with(tmp_path, max_unfinished_batches=1)
     plan = bench.plan_of("first.jsonl", make_input(3))
     bench.drop("later.jsonl", make_input(2))
     bench.drop("high/urgent.jsonl", make_input(2), meta=b'{"user": "alice"}')
 
-    queue = read_queue(
-        folder=bench.folder, store=bench.store, inbox=bench.inbox,
-        rules=bench.settings.queue, now=bench.folder.inbox.stat().st_ctime + 60,
-    )  # fmt: skip
+    now = bench.folder.inbox.stat().st_ctime + 60
+    entries = build_queue(
+        bench.inbox.look(now=now), folder=bench.folder, store=bench.store, inbox=bench.inbox,
+        settings=bench.settings, now=now,
+    ).entries  # fmt: skip
 
-    entries = queue.view.entries
     assert [entry.place for entry in entries] == [1, 2, 3]
     assert entries[0].id == "high/urgent.jsonl"
     assert {entry.id for entry in entries[1:]} == {plan.batch_id, "later.jsonl"}
@@ -246,4 +230,4 @@ def test_the_queue_tells_everything_in_the_order_of_service(tmp_path):
         10,
         "queue_full",
     )
-    assert queue.files == ()
+    assert not any(entry.admissible for entry in entries)
