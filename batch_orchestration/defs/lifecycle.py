@@ -127,7 +127,11 @@ def end_due_batches(
         readable,
         folder=folder,
         store=store,
-        terminated=lambda batch_id: _terminated(known, batch_id),
+        terminated={
+            run.batch_id: run.run_id
+            for run in reversed(known)
+            if run.terminated and run.chunks is not None
+        },
         actor=SENSOR_ACTOR,
         now=now,
         doubt=doubt,
@@ -140,18 +144,6 @@ def end_due_batches(
 def _superseded(run: KnownRun, resumed_at: float) -> KnownRun:
     over = run.state is not RunState.LIVE and run.ended_at <= resumed_at
     return replace(run, state=RunState.SUPERSEDED, terminated=False) if over else run
-
-
-def _terminated(runs: Iterable[KnownRun], batch_id: str) -> str | None:
-    """Return the run over chunks of this batch that a person terminated, if there is one."""
-    return next(
-        (
-            r.run_id
-            for r in runs
-            if r.batch_id == batch_id and r.terminated and r.chunks is not None
-        ),
-        None,
-    )
 
 
 def _cancel_queued(

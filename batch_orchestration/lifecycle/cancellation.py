@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,16 +94,18 @@ def cancel(
         record = _record(batch_id, folder, store)
         if record and (cause := _nothing_to_cancel(record, known)) is not None:
             raise IllegalTransition(f"there is nothing to cancel: batch {batch_id} {cause}")
-        early_end = known or EarlyEnd(
-            status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason
-        )
-        if known is None:
-            folder.early_end(batch_id).write(early_end)
-            crash_point(CrashPoint.AFTER_EARLY_END)
+        cancelled = EarlyEnd(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
+        early_end = known or _decide(batch_id, cancelled, folder)
         if record:
             _set_cancelling(record, early_end, store)
     over = record is not None and record.status is BatchStatus.CANCELLED
     return Cancellation(early_end=early_end, earlier=known is not None, over=over)
+
+
+def _decide(batch_id: str, early_end: EarlyEnd, folder: DataFolder) -> EarlyEnd:
+    folder.early_end(batch_id).write(early_end)
+    crash_point(CrashPoint.AFTER_EARLY_END)
+    return early_end
 
 
 def require_batch(batch_id: str, folder: DataFolder) -> None:
@@ -160,10 +162,8 @@ def expire(
         reason = f"its completion window of {batch.options.completion_window} is over"
         if ends_at > deadline(batch):
             reason = "the completion window that it was resumed with is over"
-        early_end = EarlyEnd(status=BatchStatus.EXPIRED, at=now, actor=actor, reason=reason)
-        folder.early_end(batch_id).write(early_end)
-        crash_point(CrashPoint.AFTER_EARLY_END)
-    return early_end
+        expired = EarlyEnd(status=BatchStatus.EXPIRED, at=now, actor=actor, reason=reason)
+        return _decide(batch_id, expired, folder)
 
 
 def end_overdue(
@@ -171,7 +171,7 @@ def end_overdue(
     *,
     folder: DataFolder,
     store: Store,
-    terminated: Callable[[str], str | None],
+    terminated: Mapping[str, str],
     actor: str,
     now: float,
     doubt: str | None = None,
@@ -183,8 +183,7 @@ def end_overdue(
 
     Args:
         batches: Unfinished batches.
-        terminated: Given a batch id, returns the run of the batch that a person terminated since
-            the last resumption; None if there is none.
+        terminated: By batch id, the run that a person terminated since the last resumption.
         actor: The sensor that checks the deadlines.
         doubt: Why the clock is not trusted, in which case no batch expires; None if it is.
         faults: Collects batches whose decision cannot be read or made.
@@ -198,7 +197,7 @@ def end_overdue(
             if early_end is None and batch.status is BatchStatus.CANCELLING:
                 early_end = _decide_again(batch_id, folder=folder, store=store, actor=actor, at=now)
             elif early_end is None and _can_end_early(batch):
-                if (run_id := terminated(batch_id)) is not None:
+                if (run_id := terminated.get(batch_id)) is not None:
                     reason = "a person terminated this run"
                     early_end = cancel(
                         batch_id, folder=folder, store=store, actor=run_id, reason=reason, at=now
@@ -225,9 +224,8 @@ def _decide_again(
         if known is not None or store.batch(batch_id).status is not BatchStatus.CANCELLING:
             return known
         reason = "unknown: early-end.json was removed while the batch was being cancelled"
-        early_end = EarlyEnd(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
-        folder.early_end(batch_id).write(early_end)
-    return early_end
+        cancelled = EarlyEnd(status=BatchStatus.CANCELLED, at=at, actor=actor, reason=reason)
+        return _decide(batch_id, cancelled, folder)
 
 
 def delivered(folder: DataFolder, batch_id: str) -> bool:

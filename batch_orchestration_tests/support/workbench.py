@@ -321,11 +321,12 @@ class Workbench:
         self, *, terminated: str | None = None, doubt: str | None = None
     ) -> dict[str, EarlyEnd]:
         """End batches as a tick of the sensor does."""
+        batches = self.store.batches()
         return end_overdue(
-            self.store.batches(),
+            batches,
             folder=self.folder,
             store=self.store,
-            terminated=lambda batch_id: terminated,
+            terminated={batch.batch_id: terminated for batch in batches if terminated},
             actor="sensor",
             now=time.time(),
             doubt=doubt,
