@@ -31,7 +31,7 @@ from batch_orchestration_tests.support.deployment import Deployment
 #: Folders that all members share: without them there is no deployment.
 SHARED_FOLDERS = {
     *("inbox", "rejected", "claims", "batches", "journals", "outbox", "logs"),
-    *("heartbeats", "scans", "fences", "unfinished"),
+    *("heartbeats", "scans", "fences", "unfinished", "engines"),
 }
 #: The store has tests of its own: `recover` makes it anew.
 ELSEWHERE = {"duckdb"}
@@ -228,7 +228,7 @@ def test_a_batch_goes_on_by_itself_once_its_file_is_mended(deployment, kind, way
         path.write_bytes(whole)
 
     assert serve(deployment, victim) == {BatchStatus.COMPLETED}
-    assert deployment.folder.needs.read_bytes() == b"[]"
+    assert deployment.folder.needs.read_bytes() == b"[]\n"
 
 
 def test_damaged_files_of_the_deployment_stop_no_batch(deployment):
