@@ -10,6 +10,7 @@ import pytest
 
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.dead_letters.actions import request_replay
+from batch_orchestration.hosting.hosts import end_engines
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.support.builders import make_body, make_input, make_line
 from batch_orchestration_tests.support.dagster_processes import PATIENCE, dagster_dev
@@ -31,6 +32,8 @@ def dagster(tmp_path_factory):
     settings = {
         "BATCH_REQUESTS_PER_CHUNK": "10",
         "BATCH_IN_FLIGHT": "32",
+        # As by default: one engine serves all of these tests, run after run.
+        "BATCH_ENGINE_KEEP_ALIVE": "600",
         # Of ten requests each.
         "BATCH_CHUNKS_PER_RUN": "500",
         # More than any file of these tests, but the one that shall be split.
@@ -41,6 +44,7 @@ def dagster(tmp_path_factory):
         bad = make_line(1, body=make_body("question 1", max_tokens=-1))
         processes.drop("refused.jsonl", make_line(0) + bad)
         yield processes
+        end_engines(processes.folder, only_idle=False)
 
 
 def lines(path):
