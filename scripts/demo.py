@@ -191,7 +191,7 @@ def _demonstrate(context: Context, *, keep: bool, again: bool) -> None:
     if done and done.final:
         context.console.print(f"This batch was done earlier, as {done.batch_id}. Its result:\n")
         show_result(done, context)
-        context.console.print("\nTo run it anew: make demo DEMO_ARGS=--again")
+        context.console.print("\nTo run it again: make demo DEMO_ARGS=--again")
         if not keep:
             return
     with _dagster(context) as dagster:

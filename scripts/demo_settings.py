@@ -1,4 +1,4 @@
-"""What the demo and `make dev` run on where nobody said otherwise: one home for both."""
+"""What the demo and `make dev` run on unless the environment says otherwise: one home for both."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from prepare_model import default_folder
 from batch_orchestration.engines.simulated.answers import DEFAULT_MODEL as SIMULATED_MODEL
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-#: The model's own 8,192 tokens would take memory from other things, and nobody asks for them.
+#: The model's own 8,192 tokens would take memory from other things, and no request uses them.
 MAX_MODEL_LEN = 2048
 #: vLLM 0.32 dies on a CPU ("CPU Generator does not use offset") when the prefill of a request with
 #: a `seed` does not fit into one step.

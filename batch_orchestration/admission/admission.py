@@ -164,9 +164,9 @@ class _Admission:
             where = "".join(traceback.format_exception(error))
             logger.warning("%s: admission failed\n%s", user_file.name, readable_name(where))
             failed = before.failed + 1
-            said = " ".join(str(error).split())[:_REASON_LENGTH]
+            text = " ".join(str(error).split())[:_REASON_LENGTH]
             # The error may quote input that cannot be encoded as UTF-8.
-            reason = readable_name(f"{type(error).__name__}: {said}")
+            reason = readable_name(f"{type(error).__name__}: {text}")
             if failed < MAX_ADMISSION_FAILURES or self._place.restore() != user_file:
                 attempts = Attempts(
                     begun=before.begun, failed=failed, reason=reason, at=self._clock()

@@ -108,15 +108,15 @@ def read_options(sidecar: Path | None, origin: Origin | None = None) -> BatchOpt
         raise FileRefused(f"side-car {sidecar.name}: larger than {SIDECAR_MAX_BYTES:,} bytes")
     try:
         names = foreign_json.decode(content.removeprefix(UTF8_BOM))
-        said = msgspec.convert(names, type=BatchOptions)
+        given = msgspec.convert(names, type=BatchOptions)
     except foreign_json.BadJson as error:
         raise FileRefused(f"side-car {sidecar.name}: {error.reason}") from error
     except msgspec.ValidationError as error:
         raise FileRefused(f"side-car {sidecar.name}: {named_problem(error)}") from error
     return msgspec.structs.replace(
-        said,
-        priority=said.priority if "priority" in names else origin.priority,
-        user=said.user or user,
+        given,
+        priority=given.priority if "priority" in names else origin.priority,
+        user=given.user or user,
     )
 
 

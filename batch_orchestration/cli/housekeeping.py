@@ -66,8 +66,8 @@ def _ask_dagster(parts: Sequence[str], context: Context, *, dry_run: bool) -> Cl
     try:
         return msgspec.json.decode(done.stdout, type=CleanupReport)
     except msgspec.DecodeError:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        problem = said[-1] if said else f"ended with exit code {done.returncode}"
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        problem = lines[-1] if lines else f"ended with exit code {done.returncode}"
         at = context.clock()
         return CleanupReport(
             results=tuple(PartResult(part=part, at=at, problem=problem) for part in parts)

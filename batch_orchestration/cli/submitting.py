@@ -162,7 +162,7 @@ class Submission:
             untouched = self.inbox_path is not None and self.inbox_path.exists()
             overdue = self.context.clock() - started > PATIENCE_SECONDS
             if untouched and overdue and not reminded:
-                say("Nobody takes the file. Is Dagster running? `make dev`", err=True)
+                say("The file has not been claimed. Is Dagster running? `make dev`", err=True)
                 reminded = True
             self.context.sleep(LOOK_SECONDS)
         return found
@@ -201,9 +201,9 @@ def _say_sent(sent: Submission, *, as_json: bool, lines: bool) -> None:
 
 
 def _options(file: Path, given: dict[str, Any]) -> BatchOptions:
-    said = msgspec.to_builtins(read_options(own_sidecar(file)))
+    written = msgspec.to_builtins(read_options(own_sidecar(file)))
     try:
-        return msgspec.convert(said | given, BatchOptions)
+        return msgspec.convert(written | given, BatchOptions)
     except msgspec.ValidationError as error:
         raise click.UsageError(named_problem(error)) from error
 

@@ -280,11 +280,11 @@ def identity(sha256: str, options: BatchOptions) -> str:
     Args:
         sha256: SHA-256 of the uncompressed content, hexadecimal.
     """
-    said = msgspec.to_builtins(options)
+    given = msgspec.to_builtins(options)
     for name in _LATER_OPTIONS:
-        if said[name] is None:
-            del said[name]
-    return hashlib.sha256(sha256.encode() + msgspec.json.encode(said, order="sorted")).hexdigest()
+        if given[name] is None:
+            del given[name]
+    return hashlib.sha256(sha256.encode() + msgspec.json.encode(given, order="sorted")).hexdigest()
 
 
 def batch_id(file_name: str, identity: str, *, digits: int = ID_HASH_DIGITS) -> str:

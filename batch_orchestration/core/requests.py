@@ -60,7 +60,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     def lean(self) -> "Request":
         """Return a copy to hold for long, without the decoded prompt; `body` still has it."""
-        kept = {name: said for name, said in self.fields.items() if name not in _ENGINES_FIELDS}
+        kept = {name: value for name, value in self.fields.items() if name not in _ENGINES_FIELDS}
         return msgspec.structs.replace(self, fields=kept)
 
     def refused(self, code: FailureCode, message: str) -> "Fault":

@@ -56,8 +56,8 @@ def pause_queue(
 def resume_queue(context: dg.OpExecutionContext, settings: SettingsResource) -> None:
     """Resume the queue after `pause_queue`."""
     before = queue_files.unpause(data_folder(settings))
-    said = "it was not paused" if before is None else f"{before.actor} had paused it"
-    context.log.info(f"the queue goes on; {said}")
+    before_it = "it was not paused" if before is None else f"{before.actor} had paused it"
+    context.log.info(f"the queue goes on; {before_it}")
 
 
 def report_queue(
@@ -95,8 +95,8 @@ def _observation(entry: QueueEntry) -> dg.AssetObservation:
 
 def _report_overview(instance: dg.DagsterInstance, view: QueueView) -> None:
     # A queue that differs only in its times is not reported again.
-    told = [(e.id, e.place, e.state, e.reason, e.pending) for e in view.entries]
-    digest = hashlib.sha256(repr((told, view.paused)).encode()).hexdigest()[:16]
+    shown = [(e.id, e.place, e.state, e.reason, e.pending) for e in view.entries]
+    digest = hashlib.sha256(repr((shown, view.paused)).encode()).hexdigest()[:16]
     latest = instance.get_latest_materialization_event(QUEUE_KEY)
     if latest is not None:
         materialization = latest.asset_materialization

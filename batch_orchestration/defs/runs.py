@@ -108,7 +108,7 @@ def run_state(record: dg.RunRecord, *, now: float) -> RunState | None:
 def _state_of_retry(record: dg.RunRecord, *, now: float) -> RunState | None:
     """Return the state of a retry that has just been created, and may not be queued yet.
 
-    None if Dagster failed to queue it: then nobody will, and the work is requested again.
+    None if Dagster failed to queue it: then it never will, and the work is requested again.
     """
     if record.dagster_run.status is not dg.DagsterRunStatus.NOT_STARTED:
         return run_state(record, now=now)

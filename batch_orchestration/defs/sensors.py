@@ -102,7 +102,7 @@ def _claim(settings: Settings, inbox: Inbox, *, now: float) -> list[str]:
             now=now,
         )
     except StorageError as error:
-        return [f"files wait, for nobody knows whether there is room for them: {error}"]
+        return [f"files wait, because it is not known whether there is capacity for them: {error}"]
     return [f"{entry.id}: {entry.reason}, {entry.detail}" for entry in waiting]
 
 
@@ -191,7 +191,7 @@ def dispatch_sensor(
         # The other batches go on; these do by themselves as soon as their files are mended.
         batches = [batch for batch in batches if batch.batch_id not in faults]
         no_engine = _no_engine(settings, queue) if batches else None
-        verdict = dispatch(
+        plan = dispatch(
             in_order_of_service(batches, queue),
             runs,
             reports=store.chunk_reports,
@@ -210,10 +210,10 @@ def dispatch_sensor(
         return dg.SkipReason(f"no run is asked for now: {error}")
     with contextlib.suppress(StorageError):  # only readers of the file go without it
         admissions = _failing_admissions(context.instance, Inbox(folder, settings), now=now)
-        write_needs_attention(folder, [*verdict.needs, *map(_mend, faults), *admissions])
+        write_needs_attention(folder, [*plan.needs, *map(_mend, faults), *admissions])
     idle = f"batches at work: {len(batches)}" if batches else "no unfinished batch"
-    requests = [_request(context.instance, needed) for needed in verdict.needed]
-    waiting = [*problems, *map(str, faults), *verdict.waiting]
+    requests = [_request(context.instance, needed) for needed in plan.needed]
+    waiting = [*problems, *map(str, faults), *plan.waiting]
     return _result(context, requests, waiting, idle=idle)
 
 

@@ -142,12 +142,12 @@ def read_answer(
             latency_seconds=latency_seconds,
         )
     else:
-        said = _message(head, body)
-        message = f"HTTP status {status}, but {lack}: {said}"
+        text = _message(head, body)
+        message = f"HTTP status {status}, but {lack}: {text}"
         if (inner := _inner_status(head)) is None:
             code = FailureCode.RESPONSE_UNREADABLE
         else:
-            status, code = inner, _failure_code(inner, head, said)
+            status, code = inner, _failure_code(inner, head, text)
     return Failure(
         code=code,
         message=message[:MESSAGE_MAX_LENGTH],
@@ -247,9 +247,9 @@ def _inner_status(head: _Head) -> int | None:
     """Return the HTTP status that an error itself contains, as a number or as a word."""
     error = _value(head.error)
     inner = error if isinstance(error, dict) else {"code": error}
-    said = [inner.get(name) for name in ("code", "status", "status_code", "type")]
-    said += [_value(raw) for raw in (head.code, head.status, head.type)]
-    words = [str(word).strip() for word in said if isinstance(word, str | int | float)]
+    named = [inner.get(name) for name in ("code", "status", "status_code", "type")]
+    named += [_value(raw) for raw in (head.code, head.status, head.type)]
+    words = [str(word).strip() for word in named if isinstance(word, str | int | float)]
     if number := next(filter(_ERROR_STATUS.fullmatch, words), None):
         return int(number[:3])
     return next(

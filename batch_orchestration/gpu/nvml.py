@@ -226,9 +226,9 @@ def _slowdown(nvml: Any, device: Any, celsius: int | None) -> int | None:
 
     From Hopper on, devices report no threshold, but the degrees left to it.
     """
-    told = _threshold(nvml, device, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
-    if told is not None or celsius is None:
-        return told
+    reported = _threshold(nvml, device, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN)
+    if reported is not None or celsius is None:
+        return reported
     margin: int | None = _reported(nvml, lambda: nvml.nvmlDeviceGetMarginTemperature(device))
     return None if margin is None else celsius + margin
 
@@ -355,9 +355,9 @@ class ListeningReader:
         while self._events is not None:
             try:
                 event = self._nvml.nvmlEventSetWait_v2(self._events, 0)
-                heard = self._heard[text_of(self._nvml.nvmlDeviceGetUUID(event.device))]
+                codes = self._heard[text_of(self._nvml.nvmlDeviceGetUUID(event.device))]
             except self._nvml.NVMLError:
                 # No event is left (`NVMLError_Timeout`), or the device is lost: reading reports it.
                 return
             if event.eventType & self._nvml.nvmlEventTypeXidCriticalError:
-                heard.append(int(event.eventData))
+                codes.append(int(event.eventData))

@@ -4,7 +4,7 @@
 which is also the first lease. The server is its child and ends with it, however it ends.
 
 The host ends the server when nothing has used it for the keep-alive time; at once when it is idle
-and a device is fenced or a person wants the GPU back; and when it is told to. Then it ends itself.
+and a device is fenced or a person wants the GPU back; and on request. Then it ends itself.
 """
 
 import asyncio
@@ -245,7 +245,7 @@ async def _run(first: socket.socket) -> None:
 
 
 def main() -> None:
-    """Host one engine, as ordered on standard input, as a child of nobody here."""
+    """Host one engine, as ordered on standard input, as a child of init."""
     if os.fork():
         os._exit(0)
     keep_from_others()

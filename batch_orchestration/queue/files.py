@@ -47,7 +47,7 @@ def read_pause(folder: DataFolder) -> Pause | None:
         return StateFile(folder.paused, Pause).read()
     except StorageError as error:
         return Pause(
-            at=0.0, actor="somebody", reason=f"{error}; resume the queue, or pause it anew"
+            at=0.0, actor="somebody", reason=f"{error}; resume the queue, or pause it again"
         )
 
 

@@ -101,16 +101,16 @@ def look_again(folder: DataFolder, settings: Settings, *, now: float) -> Refusal
         return refusal
     if not _somebody_waits(folder):
         return refusal
-    said = asyncio.run(_probe(refusal, settings))
+    answer = asyncio.run(_probe(refusal, settings))
     seen = msgspec.structs.replace(refusal, looked_at=now, looks=refusal.looks + 1)
-    if said is None:
+    if answer is None:
         seen = msgspec.structs.replace(seen, let_in_at=now)
         logger.warning("%s lets us in again; the batches go on", refusal.engine)
     else:
-        seen = msgspec.structs.replace(seen, status=said.status, line=first_line(said.message))
+        seen = msgspec.structs.replace(seen, status=answer.status, line=first_line(answer.message))
     with contextlib.suppress(StorageError):  # the next tick probes again
         StateFile(folder.refusal, Refusal).write(seen)
-    return None if said is None else seen
+    return None if answer is None else seen
 
 
 def _somebody_waits(folder: DataFolder) -> bool:

@@ -64,17 +64,19 @@ def _vllm_limits(engine: EngineInForce, facts: CachedEngineInfo | None) -> Limit
     served = engine.served
     if served is None and facts is not None:
         served = facts.models
-    told = None if facts is None else facts.max_model_len
+    longest = None if facts is None else facts.max_model_len
     cache = None if facts is None else facts.kv_cache_tokens
     if "max-model-len" in args:
         # `auto` depends on the free memory, which may be more at the next start.
-        told = whole_number(args["max-model-len"])
-        cache = cache if told is not None else None
+        longest = whole_number(args["max-model-len"])
+        cache = cache if longest is not None else None
     return Limits(
         served=served if engine.checks_names else None,
-        max_model_len=told,
+        max_model_len=longest,
         # vLLM does not start with a cache too small for a request of maximum length.
-        kv_cache_tokens=cache if told is not None and cache is not None and cache >= told else None,
+        kv_cache_tokens=cache
+        if longest is not None and cache is not None and cache >= longest
+        else None,
         runner=_runner(engine),
     )
 

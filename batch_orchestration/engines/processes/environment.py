@@ -37,8 +37,8 @@ def child_environment(
     ours = os.environ if ours is None else ours
     environment = {name: value for name, value in ours.items() if _is_for_servers(name)}
     for name, value in given.items():
-        if (said := ours.get(name) if value is None else value) is not None:
-            environment[name] = said
+        if (present := ours.get(name) if value is None else value) is not None:
+            environment[name] = present
     return environment
 
 

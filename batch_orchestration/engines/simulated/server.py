@@ -169,8 +169,8 @@ class SimulatedServer:
         return self._pace
 
     async def _list_models(self, _request: web.Request) -> web.Response:
-        told = {"object": "model", "owned_by": FINGERPRINT, "max_model_len": self._context_tokens}
-        models = [{"id": m, **told} for m in self._models]
+        shared = {"object": "model", "owned_by": FINGERPRINT, "max_model_len": self._context_tokens}
+        models = [{"id": m, **shared} for m in self._models]
         return _json({"object": "list", "data": models})
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:

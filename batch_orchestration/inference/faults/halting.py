@@ -91,8 +91,8 @@ class FailureWatch:
 def _most_failures(plan: BatchPlan, resumption: Resumption | None, default: float) -> float:
     if resumption is not None and resumption.max_failure_rate is not None:
         return resumption.max_failure_rate
-    said = plan.options.max_failure_rate
-    return default if said is None else said
+    own = plan.options.max_failure_rate
+    return default if own is None else own
 
 
 def _earlier(plan: BatchPlan, folder: DataFolder, *, since: float) -> list[FailedRequest | None]:

@@ -315,6 +315,6 @@ def test_without_the_store_nothing_is_claimed(deployment, monkeypatch):
     with stranger(deployment):
         reason = deployment.reason("inbox_sensor")
 
-    assert "nobody knows whether there is room" in reason
+    assert "it is not known whether there is capacity" in reason
     assert (deployment.folder.inbox / "b.jsonl").exists()
     assert len(deployment.requests("inbox_sensor")) == 1
