@@ -19,7 +19,6 @@ from pathlib import Path
 import msgspec
 
 from batch_orchestration.admission.claims import Attempts, Claim, ClaimFolder
-from batch_orchestration.admission.known_files import FileScan, FileScans
 from batch_orchestration.admission.reading.batch_files import (
     Fingerprint,
     is_gzip_name,
@@ -27,6 +26,7 @@ from batch_orchestration.admission.reading.batch_files import (
 )
 from batch_orchestration.admission.reading.lines import BatchFileReading
 from batch_orchestration.admission.reading.screening import Screening
+from batch_orchestration.admission.refusal import next_step, refusal, write_errors_file
 from batch_orchestration.admission.registration import (
     admission_lock,
     free_batch_id,
@@ -34,7 +34,6 @@ from batch_orchestration.admission.registration import (
     register_missing,
     write_fault_journals,
 )
-from batch_orchestration.admission.rejection import next_step, refusal, write_errors_file
 from batch_orchestration.admission.results import (
     Admission,
     AdmissionResult,
@@ -44,6 +43,7 @@ from batch_orchestration.admission.results import (
     Rejected,
     Returned,
 )
+from batch_orchestration.admission.scans import FileScan, FileScans
 from batch_orchestration.admission.sidecars import read_options, sidecar_beside
 from batch_orchestration.core.batches import BatchOptions, BatchPlan, LinePolicy, identity
 from batch_orchestration.core.errors import (

@@ -19,14 +19,14 @@ import filelock
 import msgspec
 
 from batch_orchestration.admission.claims import Claim, ClaimFolder, claimed, find_claim
-from batch_orchestration.admission.known_files import (
+from batch_orchestration.admission.reading.batch_files import is_batch_file_name
+from batch_orchestration.admission.scans import (
     FileScan,
     FileScans,
     Untaken,
     UntakenFiles,
     reason_of,
 )
-from batch_orchestration.admission.reading.batch_files import is_batch_file_name
 from batch_orchestration.admission.sidecars import (
     SIDECAR_ENDING,
     doubt_about_sidecar,
@@ -35,7 +35,14 @@ from batch_orchestration.admission.sidecars import (
     options_said,
 )
 from batch_orchestration.admission.taking import NotTaken, take
-from batch_orchestration.core.batches import REJECTED, BatchOptions, Origin, origin_in, slug
+from batch_orchestration.core.batches import (
+    DEFAULT_SOURCE,
+    REJECTED,
+    SOURCE_MAX_LENGTH,
+    BatchOptions,
+    Origin,
+    slug,
+)
 from batch_orchestration.core.errors import ClaimNotFound
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.files.atomic import sync_folder
@@ -105,6 +112,27 @@ def look(
                 reason=reason,
                 settling=settling,
             )
+
+
+def origin_in(
+    folders: Sequence[str], priorities: Mapping[str, int], *, arrived_at: float
+) -> Origin:
+    """Return the origin of a file, derived from the folders that contain it.
+
+    Args:
+        folders: Folder names from the inbox down. The first one that is not a priority folder is
+            the source. The last priority folder sets the priority.
+        priorities: Priority by folder name; case is ignored.
+    """
+    by_name = {name.casefold(): priority for name, priority in priorities.items()}
+    priority = [by_name[name.casefold()] for name in folders if name.casefold() in by_name]
+    sources = [name for name in folders if name.casefold() not in by_name]
+    return Origin(
+        folder="/".join(folders),
+        source=sources[0][:SOURCE_MAX_LENGTH] if sources else DEFAULT_SOURCE,
+        priority=priority[-1] if priority else 0,
+        arrived_at=arrived_at,
+    )
 
 
 def reason_to_ignore(name: str, mode: int) -> str | None:

@@ -11,7 +11,7 @@ from batch_orchestration.admission.inbox import reason_to_ignore
 from batch_orchestration.admission.reading.batch_files import Fingerprint, open_batch_file
 from batch_orchestration.admission.reading.lines import BatchFileReading
 from batch_orchestration.admission.reading.screening import Screening
-from batch_orchestration.admission.rejection import refusal
+from batch_orchestration.admission.refusal import refusal
 from batch_orchestration.admission.sidecars import own_sidecar, read_options
 from batch_orchestration.core.batches import BatchOptions
 from batch_orchestration.core.errors import FileRefused, StorageError

@@ -6,7 +6,7 @@ from batch_orchestration.cli.context import Context, json_option, open_context, 
 from batch_orchestration.cli.escaping import say
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.resumption import resume
-from batch_orchestration.queue import files as queue_files
+from batch_orchestration.queue import pause as queue_pause
 
 _reason = click.option("--reason", default="", help="Why; kept in the batch's history and report.")
 
@@ -105,7 +105,7 @@ def resume_queue_or_batch(
 
 
 def _resume_queue(context: Context, *, as_json: bool) -> None:
-    before = queue_files.unpause(context.folder)
+    before = queue_pause.unpause(context.folder)
     if as_json:
         print_json({"was_paused": before is not None})
     elif before is None:

@@ -4,7 +4,7 @@ import click
 
 from batch_orchestration.cli.context import json_option, open_context, person, print_json
 from batch_orchestration.cli.escaping import say
-from batch_orchestration.queue import files as queue_files
+from batch_orchestration.queue import pause as queue_pause
 from batch_orchestration.queue.entries import Pause
 
 
@@ -21,7 +21,7 @@ def pause(reason: str, release_gpu: bool, as_json: bool) -> None:
     context = open_context()
     context.folder.create()
     paused = Pause(at=context.clock(), actor=person(), reason=reason, release_gpu=release_gpu)
-    queue_files.pause(context.folder, paused)
+    queue_pause.pause(context.folder, paused)
     if as_json:
         print_json(paused)
     else:

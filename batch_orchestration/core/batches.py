@@ -3,7 +3,6 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -30,27 +29,6 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     source: str = DEFAULT_SOURCE
     priority: int = 0
     arrived_at: float = 0.0
-
-
-def origin_in(
-    folders: Sequence[str], priorities: Mapping[str, int], *, arrived_at: float
-) -> Origin:
-    """Return the origin of a file, derived from the folders that contain it.
-
-    Args:
-        folders: Folder names from the inbox down. The first one that is not a priority folder is
-            the source. The last priority folder sets the priority.
-        priorities: Priority by folder name; case is ignored.
-    """
-    by_name = {name.casefold(): priority for name, priority in priorities.items()}
-    priority = [by_name[name.casefold()] for name in folders if name.casefold() in by_name]
-    sources = [name for name in folders if name.casefold() not in by_name]
-    return Origin(
-        folder="/".join(folders),
-        source=sources[0][:SOURCE_MAX_LENGTH] if sources else DEFAULT_SOURCE,
-        priority=priority[-1] if priority else 0,
-        arrived_at=arrived_at,
-    )
 
 
 #: Most chunks of one batch. More would make a batch slow to display and to backfill.

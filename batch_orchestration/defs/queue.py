@@ -13,7 +13,7 @@ from batch_orchestration.defs.metadata import metadata_of
 from batch_orchestration.defs.resources import SettingsResource, data_folder
 from batch_orchestration.dispatch.table import queue_markdown
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.queue import files as queue_files
+from batch_orchestration.queue import pause as queue_pause
 from batch_orchestration.queue.entries import Pause, QueueEntry, QueueView, WaitReason
 from batch_orchestration.queue.halts import halt_in_force
 
@@ -48,14 +48,14 @@ def pause_queue(
     Runs at work finish the chunks that they have begun.
     """
     pause = Pause(at=time.time(), actor=f"run {context.run.run_id[:8]}", reason=config.reason)
-    queue_files.pause(data_folder(settings), pause)
+    queue_pause.pause(data_folder(settings), pause)
     context.log.info("the queue is paused; the job resume_queue lets it go on")
 
 
 @one_op_job("resume_the_queue")
 def resume_queue(context: dg.OpExecutionContext, settings: SettingsResource) -> None:
     """Resume the queue after `pause_queue`."""
-    before = queue_files.unpause(data_folder(settings))
+    before = queue_pause.unpause(data_folder(settings))
     before_it = "it was not paused" if before is None else f"{before.actor} had paused it"
     context.log.info(f"the queue goes on; {before_it}")
 

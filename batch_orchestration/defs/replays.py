@@ -29,8 +29,8 @@ from batch_orchestration.defs.resources import (
 from batch_orchestration.defs.runs import engine_errors, free_run_key, run_state, tags_about
 from batch_orchestration.dispatch.run_planning import MAX_FAILURES, RunState, backoff_left
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.load import closed_gate
+from batch_orchestration.queue.pause import read_pause
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.operations import open_replays
 

@@ -47,9 +47,10 @@ from batch_orchestration.lifecycle.clock import EXPIRY_SECONDS, clock_doubt
 from batch_orchestration.lifecycle.resumption import finish_resumptions
 from batch_orchestration.lifecycle.unfinished import keep_index
 from batch_orchestration.queue.entries import NeedsAttention, QueueView, WaitReason
-from batch_orchestration.queue.files import read_pause, write_needs_attention
+from batch_orchestration.queue.files import write_needs_attention
 from batch_orchestration.queue.halts import halts_in_force
 from batch_orchestration.queue.load import closed_gate
+from batch_orchestration.queue.pause import read_pause
 from batch_orchestration.queue.refused_engine import look_again
 from batch_orchestration.settings import Settings
 

@@ -13,8 +13,8 @@ import msgspec
 
 from batch_orchestration.admission.claims import Claim
 from batch_orchestration.admission.inbox import DroppedFile, Inbox
-from batch_orchestration.admission.known_files import FileScan, FileScans
 from batch_orchestration.admission.reading.batch_files import is_gzip_name
+from batch_orchestration.admission.scans import FileScan, FileScans
 from batch_orchestration.admission.sidecars import options_said
 from batch_orchestration.core.batches import BatchOptions, BatchPlan
 from batch_orchestration.core.fault_isolation import Faults
@@ -31,7 +31,6 @@ from batch_orchestration.queue.entries import (
     QueueView,
     WaitReason,
 )
-from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.halts import halts_in_force
 from batch_orchestration.queue.load import (
     closed_gate,
@@ -42,6 +41,7 @@ from batch_orchestration.queue.load import (
     read_rates,
 )
 from batch_orchestration.queue.ordering import order, whole_points
+from batch_orchestration.queue.pause import read_pause
 from batch_orchestration.settings import Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration.workers.progress import read_progress

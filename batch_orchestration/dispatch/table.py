@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from datetime import datetime
 
 from batch_orchestration.queue.entries import QueueEntry, QueueView
-from batch_orchestration.queue.load import pause_blocker
+from batch_orchestration.queue.pause import pause_blocker
 
 COLUMNS = (
     *("Place", "What", "Source", "Priority", "State", "Requests", "Pending"),

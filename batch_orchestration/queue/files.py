@@ -1,4 +1,4 @@
-"""Files of the queue in the data folder: its last view, its pause, and `needs-attention.json`.
+"""Files of the queue in the data folder: its last view, and `needs-attention.json`.
 
 `dispatch_sensor` writes the view. `needs-attention.json` lists the batches that wait for a person.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from batch_orchestration.core.errors import StorageError
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.state_file import StateFile
-from batch_orchestration.queue.entries import NeedsAttention, Pause, QueueView
+from batch_orchestration.queue.entries import NeedsAttention, QueueView
 
 
 def write_queue(folder: DataFolder, view: QueueView) -> None:
@@ -24,31 +24,6 @@ def read_queue(folder: DataFolder) -> QueueView | None:
         StorageError: The file is damaged.
     """
     return StateFile(folder.queue, QueueView).read()
-
-
-def pause(folder: DataFolder, pause: Pause) -> None:
-    """Pause the queue durably; a later pause replaces an earlier one."""
-    StateFile(folder.paused, Pause).write(pause)
-
-
-def unpause(folder: DataFolder) -> Pause | None:
-    """Resume the queue; return the pause that ends, None if there was none."""
-    before = read_pause(folder)
-    StateFile(folder.paused, Pause).remove()
-    return before
-
-
-def read_pause(folder: DataFolder) -> Pause | None:
-    """Return the pause; None if the queue is not paused.
-
-    A damaged pause file still counts as a pause, because a person wrote it.
-    """
-    try:
-        return StateFile(folder.paused, Pause).read()
-    except StorageError as error:
-        return Pause(
-            at=0.0, actor="somebody", reason=f"{error}; resume the queue, or pause it again"
-        )
 
 
 def write_needs_attention(folder: DataFolder, needs: Sequence[NeedsAttention]) -> None:

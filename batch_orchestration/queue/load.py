@@ -14,8 +14,8 @@ from batch_orchestration.gpu.health import gpu_problem
 from batch_orchestration.queue.capacity import Blocker, Load, check_capacity, rate_blocker
 from batch_orchestration.queue.demand import Demand, Limits, rough_tokens
 from batch_orchestration.queue.entries import Pause, WaitReason
-from batch_orchestration.queue.files import read_pause
 from batch_orchestration.queue.halts import halts_in_force
+from batch_orchestration.queue.pause import pause_blocker, read_pause
 from batch_orchestration.queue.rate_limits import (
     SECONDS_PER_HOUR,
     Rate,
@@ -119,12 +119,6 @@ def closed_gate(paused: Pause | None, settings: Settings) -> Blocker | None:
         return Blocker(WaitReason.GPU_UNHEALTHY, problem)
     refusal = refusal_in_words(settings)
     return None if refusal is None else Blocker(WaitReason.ENGINE_REFUSES_US, refusal)
-
-
-def pause_blocker(paused: Pause) -> Blocker:
-    """Return the blocker of all entries while the queue is paused."""
-    why = f": {paused.reason}" if paused.reason else ""
-    return Blocker(WaitReason.PAUSED, f"{paused.actor} paused the queue{why}")
 
 
 def demand_of(plan: BatchPlan, batch_folder: Path) -> Demand:

@@ -16,6 +16,7 @@ from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.operations.health.damage import Damage, find_damage
 from batch_orchestration.queue import files as queue_files
+from batch_orchestration.queue import pause as queue_pause
 from batch_orchestration.queue.entries import QueueEntry, QueueView, WaitReason
 from batch_orchestration.status.views import BatchStatusView, view_batches
 from batch_orchestration.store.store import Store
@@ -104,7 +105,7 @@ def _ready(entry: QueueEntry | None, *, unread: bool) -> str:
 def _read_queue(folder: DataFolder) -> QueueView | None:
     """Return the queue with the present pause, which may be newer than the last tick."""
     with contextlib.suppress(StorageError):
-        view, paused = queue_files.read_queue(folder), queue_files.read_pause(folder)
+        view, paused = queue_files.read_queue(folder), queue_pause.read_pause(folder)
         if view is None and paused is None:
             return None
         view = view or QueueView(at=0.0)

@@ -27,7 +27,7 @@ from batch_orchestration.operations.alerts.findings import FROM_HEALTH, from_hea
 from batch_orchestration.operations.alerts.state import LOOK_BACK_SECONDS, AlertState, Observation
 from batch_orchestration.operations.health.links import CLI, batch_link, sensor_link
 from batch_orchestration.operations.health.report import AlertKind, Finding, Level
-from batch_orchestration.queue.files import read_pause
+from batch_orchestration.queue.pause import read_pause
 from batch_orchestration.settings import Settings
 from batch_orchestration.store import rows
 from batch_orchestration.store.store import Store

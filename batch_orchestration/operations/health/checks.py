@@ -28,7 +28,8 @@ from batch_orchestration.operations.health.links import CLI, RESTART, run_link, 
 from batch_orchestration.operations.health.report import Finding, Level, Standstill
 from batch_orchestration.operations.health.run_checks import engine, workers
 from batch_orchestration.queue.entries import QueueEntry
-from batch_orchestration.queue.files import read_needs_attention, read_pause, read_queue
+from batch_orchestration.queue.files import read_needs_attention, read_queue
+from batch_orchestration.queue.pause import read_pause
 from batch_orchestration.settings import ENV_FILE
 from batch_orchestration.workers.heartbeat_files import read_last_heartbeats
 

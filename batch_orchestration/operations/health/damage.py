@@ -13,8 +13,8 @@ from shlex import quote
 from typing import Any
 
 from batch_orchestration.admission.claims import Attempts, ClaimFolder
-from batch_orchestration.admission.known_files import FileScan
 from batch_orchestration.admission.results import AdmissionResult
+from batch_orchestration.admission.scans import FileScan
 from batch_orchestration.core.batches import BatchPlan, Origin, can_be_id
 from batch_orchestration.core.dead_letters import Replay
 from batch_orchestration.core.errors import BatchNotFound, BatchOrchestrationError, FileDamaged

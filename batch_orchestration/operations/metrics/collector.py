@@ -31,7 +31,8 @@ from batch_orchestration.operations.metrics.sources import (
     StoreSource,
 )
 from batch_orchestration.queue.entries import EntryState, QueueEntry
-from batch_orchestration.queue.files import read_pause, read_queue
+from batch_orchestration.queue.files import read_queue
+from batch_orchestration.queue.pause import read_pause
 from batch_orchestration.workers.heartbeat import Heartbeat, LastHeartbeat
 from batch_orchestration.workers.heartbeat_files import read_last_heartbeats
 from batch_orchestration.workers.progress import read_progress

@@ -4,7 +4,7 @@ import pytest
 
 from batch_orchestration.operations.health import examine as health_service
 from batch_orchestration.queue.entries import NeedsAttention, Pause
-from batch_orchestration.queue.files import pause
+from batch_orchestration.queue.pause import pause
 from batch_orchestration_tests.support.command_line import CommandLine
 from batch_orchestration_tests.support.health_bench import HealthBench
 

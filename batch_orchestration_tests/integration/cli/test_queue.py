@@ -4,7 +4,7 @@ import pytest
 
 from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.dispatch.refresh import refresh_queue
-from batch_orchestration.queue.files import read_pause
+from batch_orchestration.queue.pause import read_pause
 from batch_orchestration.settings import load_settings
 from batch_orchestration_tests.support.builders import make_input
 from batch_orchestration_tests.support.workbench import LATER

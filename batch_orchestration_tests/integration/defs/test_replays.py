@@ -15,7 +15,7 @@ from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.dead_letters.actions import request_replay
 from batch_orchestration.defs import replays
-from batch_orchestration.queue import files as queue_files
+from batch_orchestration.queue import pause as queue_pause
 from batch_orchestration.queue.entries import Pause
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.support.builders import NOW, make_body, make_line
@@ -108,11 +108,11 @@ def test_the_sensor_starts_what_was_asked_for_elsewhere_once(deployment: Deploym
 def test_a_replay_waits_while_the_queue_is_paused(deployment: Deployment) -> None:
     batch_id, folder = delivered(deployment), deployment.folder
     ask(deployment, batch_id)
-    queue_files.pause(folder, Pause(at=NOW, actor="ada", reason="maintenance"))
+    queue_pause.pause(folder, Pause(at=NOW, actor="ada", reason="maintenance"))
 
     assert deployment.reason("replay_sensor") == "paused: ada paused the queue: maintenance"
 
-    queue_files.unpause(folder)
+    queue_pause.unpause(folder)
     assert len(deployment.requests("replay_sensor")) == 1
 
 

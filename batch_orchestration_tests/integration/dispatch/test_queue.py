@@ -9,6 +9,7 @@ import pytest
 
 from batch_orchestration.dispatch.queue_building import with_expectations
 from batch_orchestration.queue import files as queue_files
+from batch_orchestration.queue import pause as queue_pause
 from batch_orchestration.queue.entries import EntryKind, Pause, QueueView, WaitReason
 from batch_orchestration_tests.support.builders import NOW, make_input
 from batch_orchestration_tests.support.deployment import Deployment
@@ -21,7 +22,7 @@ def deploy(tmp_path):
 
 
 def pause(deployment, reason="maintenance"):
-    queue_files.pause(deployment.folder, Pause(at=NOW, actor="ada", reason=reason))
+    queue_pause.pause(deployment.folder, Pause(at=NOW, actor="ada", reason=reason))
 
 
 def entries(deployment):
@@ -61,7 +62,7 @@ def test_a_paused_queue_admits_and_starts_nothing_and_says_so_until_it_goes_on(d
     assert "paused: ada paused the queue: maintenance" in waiting
     assert inbox == "b.jsonl: paused, ada paused the queue: maintenance"
     assert {entry.reason for entry in entries(deployment).values()} == {WaitReason.PAUSED}
-    queue_files.unpause(deployment.folder)
+    queue_pause.unpause(deployment.folder)
     assert len(deployment.requests("dispatch_sensor")) == 1
     assert len(deployment.requests("inbox_sensor")) == 1
 
@@ -73,9 +74,9 @@ def test_jobs_pause_the_queue_and_let_it_go_on(deploy):
     paused = deployment.run(dg.RunRequest(job_name="pause_queue"), run_config=config)
 
     assert paused.success
-    assert queue_files.read_pause(deployment.folder).reason == "because"
+    assert queue_pause.read_pause(deployment.folder).reason == "because"
     assert deployment.run(dg.RunRequest(job_name="resume_queue")).success
-    assert queue_files.read_pause(deployment.folder) is None
+    assert queue_pause.read_pause(deployment.folder) is None
 
 
 def test_a_change_of_reason_is_observed_once_and_not_at_each_tick(deploy):
@@ -89,7 +90,7 @@ def test_a_change_of_reason_is_observed_once_and_not_at_each_tick(deploy):
         deployment.tick("dispatch_sensor")
 
     assert observations(deployment)[: -before or None] == ["paused"]
-    queue_files.unpause(deployment.folder)
+    queue_pause.unpause(deployment.folder)
     deployment.tick("dispatch_sensor")
     assert observations(deployment)[0] == "none"
 

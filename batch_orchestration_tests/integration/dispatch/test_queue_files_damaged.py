@@ -4,7 +4,7 @@ from contextlib import closing
 
 import pytest
 
-from batch_orchestration.queue import files as queue_files
+from batch_orchestration.queue import pause as queue_pause
 from batch_orchestration_tests.support.builders import make_input
 from batch_orchestration_tests.support.deployment import Deployment
 
@@ -31,7 +31,7 @@ def test_a_damaged_pause_is_a_pause_that_can_be_ended(deployment):
     deployment.folder.paused.write_bytes(b'{"at": 17')
 
     reason = deployment.reason("dispatch_sensor")
-    queue_files.unpause(deployment.folder)
+    queue_pause.unpause(deployment.folder)
 
     assert "paused" in reason
     assert "damaged" in reason

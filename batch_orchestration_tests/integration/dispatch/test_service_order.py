@@ -16,7 +16,8 @@ from batch_orchestration.dispatch.queue_building import (
 )
 from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.queue.entries import EntryKind, EntryState, Pause, QueueEntry, QueueView
-from batch_orchestration.queue.files import pause, read_queue, unpause
+from batch_orchestration.queue.files import read_queue
+from batch_orchestration.queue.pause import pause, unpause
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import (
     NOW,

@@ -26,7 +26,7 @@ from batch_orchestration.queue.entries import (
     Pause,
     WaitReason,
 )
-from batch_orchestration.queue.files import pause
+from batch_orchestration.queue.pause import pause
 from batch_orchestration_tests.support.builders import NOW, make_batch, make_input, make_settings
 from batch_orchestration_tests.support.command_line import CommandLine
 from batch_orchestration_tests.support.deployment import Deployment

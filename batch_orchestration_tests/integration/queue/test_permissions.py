@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.queue.files import read_pause
+from batch_orchestration.queue.pause import read_pause
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.support.builders import make_line
 from batch_orchestration_tests.support.other_user import (

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from batch_orchestration.admission.claims import ClaimFolder
+from batch_orchestration.admission.inbox import origin_in
 from batch_orchestration.admission.reading.lines import BatchFileReading
 from batch_orchestration.admission.results import Admitted, AlreadyAdmitted
 from batch_orchestration.core.batches import Origin
@@ -176,3 +177,28 @@ def test_a_claim_of_an_older_version_counts_as_dropped_into_the_inbox(bench):
 
     assert isinstance(verdict, Admitted)
     assert bench.folder.read_plan(verdict.batch_id).source == "inbox"
+
+
+PRIORITIES = {"high": 10, "low": -10}
+
+
+@pytest.mark.parametrize(
+    ("folders", "source", "priority"),
+    [
+        ((), "inbox", 0),
+        (("high",), "inbox", 10),
+        (("HIGH",), "inbox", 10),
+        (("alice",), "alice", 0),
+        (("alice", "low"), "alice", -10),
+        (("low", "alice"), "alice", -10),
+        (("alice", "reports"), "alice", 0),
+        (("low", "high"), "inbox", 10),
+        (("x" * 100,), "x" * 64, 0),
+    ],
+)
+def test_folders_name_the_source_and_the_priority(folders, source, priority):
+    origin = origin_in(folders, PRIORITIES, arrived_at=7.0)
+
+    assert origin == Origin(
+        folder="/".join(folders), source=source, priority=priority, arrived_at=7.0
+    )

@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 
 from batch_orchestration.core.batches import (
     BatchOptions,
-    Origin,
     batch_id,
     chunk_key,
     identity,
-    origin_in,
     parse_chunk_key,
     settings_difference,
     settings_hash,
@@ -152,28 +150,3 @@ def test_a_key_that_was_not_made_here_is_refused(key: str) -> None:
 def test_a_chunk_number_of_six_digits_is_refused() -> None:
     with pytest.raises(ValueError, match="not a chunk key"):
         chunk_key("candidates", 100_000)
-
-
-PRIORITIES = {"high": 10, "low": -10}
-
-
-@pytest.mark.parametrize(
-    ("folders", "source", "priority"),
-    [
-        ((), "inbox", 0),
-        (("high",), "inbox", 10),
-        (("HIGH",), "inbox", 10),
-        (("alice",), "alice", 0),
-        (("alice", "low"), "alice", -10),
-        (("low", "alice"), "alice", -10),
-        (("alice", "reports"), "alice", 0),
-        (("low", "high"), "inbox", 10),
-        (("x" * 100,), "x" * 64, 0),
-    ],
-)
-def test_folders_name_the_source_and_the_priority(folders, source, priority):
-    origin = origin_in(folders, PRIORITIES, arrived_at=7.0)
-
-    assert origin == Origin(
-        folder="/".join(folders), source=source, priority=priority, arrived_at=7.0
-    )

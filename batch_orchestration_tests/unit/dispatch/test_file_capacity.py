@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from batch_orchestration.admission.known_files import FileScans
 from batch_orchestration.admission.results import Admitted, Queued, Rejected
+from batch_orchestration.admission.scans import FileScans
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.dispatch.queue_building import build_queue
-from batch_orchestration.queue import files as queue_files
 from batch_orchestration.queue import load
+from batch_orchestration.queue import pause as queue_pause
 from batch_orchestration.queue.entries import Pause, QueueEntry, WaitReason
 from batch_orchestration_tests.support.builders import NOW, make_input, make_settings
 from batch_orchestration_tests.support.workbench import LATER, Workbench
@@ -125,7 +125,7 @@ def test_each_limit_holds_a_file_and_lets_it_go_when_it_is_raised(tmp_path, limi
 def test_a_paused_queue_admits_nothing_not_even_a_claimed_file(tmp_path):
     bench = bench_with(tmp_path)
     claim = bench.claim("a.jsonl", make_input(3))
-    queue_files.pause(bench.folder, Pause(at=NOW, actor="ada", reason="maintenance"))
+    queue_pause.pause(bench.folder, Pause(at=NOW, actor="ada", reason="maintenance"))
 
     held = bench.admit(claim)
     waits = tick(bench)["a.jsonl"]
@@ -133,7 +133,7 @@ def test_a_paused_queue_admits_nothing_not_even_a_claimed_file(tmp_path):
     assert isinstance(held, Queued)
     assert held.reason is waits.reason is WaitReason.PAUSED
     assert waits.detail == "ada paused the queue: maintenance"
-    assert queue_files.unpause(bench.folder).actor == "ada"
+    assert queue_pause.unpause(bench.folder).actor == "ada"
     assert tick(bench) == {}
     assert len(bench.inbox.claims()) == 1
 
