@@ -137,7 +137,8 @@ def build_queue(
         StorageError: The store cannot be read.
     """
     faults = Faults() if faults is None else faults
-    records = store.unfinished()
+    # A missing store stays missing: `health` and `recover` must see that it is gone.
+    records = store.unfinished() if store.exists else []
     entries = list(_entries(files, records, folder=folder, inbox=inbox, now=now, faults=faults))
     served = served_of_late(store, now=now) if entries else {}
     ageing_seconds = settings.priority_ageing_seconds

@@ -1,7 +1,7 @@
 """State files: small JSON files in the data folder, each with one value of ours."""
 
 import contextlib
-import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -65,7 +65,7 @@ class StateFile(Generic[State]):
         Raises:
             OSError: The file cannot be written, or its folder is missing.
         """
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
         try:
             temporary.write_bytes(_encoded(value))
             temporary.replace(self.path)

@@ -55,6 +55,8 @@ def read_rates(store: Store, settings: Settings, *, now: float) -> SourceRates:
         ),
         requests=Rate(per_hour=per_hour, burst=settings.source_requests_burst),
     )
+    if not store.exists:
+        return rates
     submitted = store.submitted(
         since=max(0.0, now - rates.memory_seconds),
         requests_per_second=per_hour / SECONDS_PER_HOUR,

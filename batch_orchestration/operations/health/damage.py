@@ -33,6 +33,8 @@ from batch_orchestration.queue.entries import NeedsAttention, Pause, QueueView
 from batch_orchestration.store.operations import open_files
 from batch_orchestration.workers.heartbeat import Heartbeat
 from batch_orchestration.workers.progress import Progress
+from batch_orchestration.workers.utilization import TimeBreakdown
+from batch_orchestration.workers.utilization_files import accounts_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,8 @@ def _of_batch(folder: DataFolder, batch_id: str) -> Iterator[Damage]:
         (StateFile(progress, Progress), _replaced(progress)),
     ):
         yield from _unreadable(file, next_command, batch_id)
+    for path in accounts_path(folder, batch_id).glob("*.json"):
+        yield from _unreadable(StateFile(path, TimeBreakdown), _replaced(path), batch_id)
     if plan:
         end = f"{CLI} cancel {batch_id}"
         path = folder.input_path(batch_id)

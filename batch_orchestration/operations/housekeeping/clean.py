@@ -15,7 +15,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from batch_orchestration.core.batches import BatchStatus
-from batch_orchestration.core.errors import HousekeepingBusy
+from batch_orchestration.core.errors import HousekeepingBusy, StorageError
 from batch_orchestration.core.fault_isolation import Faults
 from batch_orchestration.core.lifecycle import FINAL, RESUMABLE
 from batch_orchestration.core.results import BatchRecord
@@ -273,6 +273,7 @@ def _alone(folder: DataFolder) -> Iterator[None]:
 
 
 def _save(results: Sequence[PartResult], folder: DataFolder) -> None:
-    # Old results that cannot be read are not worth a failure.
-    known = results_file(folder).read_if_sound() or {}
-    results_file(folder).write(known | {result.part: result for result in results})
+    known: Mapping[str, PartResult] = {}
+    with contextlib.suppress(StorageError):  # Old results are not worth a failure.
+        known = results_file(folder).read() or {}
+    results_file(folder).write({**known} | {result.part: result for result in results})

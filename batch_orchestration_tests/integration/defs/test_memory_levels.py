@@ -37,7 +37,7 @@ def test_the_level_is_shown_and_the_next_run_begins_on_it(deployment) -> None:
     conditions.unlink()
     assert levels_shown(deployment, "second.jsonl", 41) == {"max-num-seqs 8"}
     [(engine, descent)] = json.loads(deployment.folder.memory_levels.read_text()).items()
-    assert engine.startswith("simulated on cuda")
+    assert engine.startswith("simulated on simulated")
     assert descent["levels"] == [{"max_num_seqs": 16}, {"max_num_seqs": 8}]
 
 

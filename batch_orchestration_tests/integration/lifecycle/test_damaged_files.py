@@ -20,6 +20,7 @@ from batch_orchestration.lifecycle.clock import clock_path
 from batch_orchestration.operations.health.checks import files
 from batch_orchestration.operations.health.examine import examine_health
 from batch_orchestration.status.overview import read_overview
+from batch_orchestration.workers.utilization_files import account_path
 from batch_orchestration_tests.support.builders import (
     NOW,
     make_input,
@@ -43,6 +44,7 @@ OF_A_BATCH: dict[str, Callable[[DataFolder, str], Path]] = {
     "resumption": lambda folder, batch_id: folder.resumption(batch_id).path,
     "halt": lambda folder, batch_id: folder.halt(batch_id).path,
     "progress_path": DataFolder.progress_path,
+    "account_path": lambda folder, batch_id: account_path(folder, batch_id, "run-9"),
     "journal_path": lambda folder, batch_id: folder.journal_path(batch_id, 1),
 }
 #: That it is there is all that it says.
