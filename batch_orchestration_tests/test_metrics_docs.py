@@ -131,7 +131,7 @@ def test_the_page_knows_the_buckets_the_parts_and_the_limits() -> None:
     text = " ".join(PAGE.read_text().split())
 
     assert ", ".join(f"{bound:g}" for bound in LATENCY_BOUNDS) in text
-    parts = [name.strip("`") for name, *_ in table(PAGE, "The fraction of the engine kept")]
+    parts = [name.strip("`") for name, *_ in table(PAGE, "Utilization")]
     assert parts == list(PARTS)
     assert f"at most {MOST_NAMED} in all" in text
     assert f"silent for over {FRESH_SECONDS:.0f} s" in text

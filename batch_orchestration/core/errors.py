@@ -158,7 +158,13 @@ class EngineStartFailed(EngineError):
 
 
 class EngineDied(EngineError):
-    """The engine is gone; its requests in flight are unanswered."""
+    """The engine is gone; its requests in flight are unanswered.
+
+    Attributes:
+        deliberate: Another run or a person ended it: none of our requests can be to blame.
+    """
+
+    deliberate = False
 
 
 class EngineSick(EngineError):

@@ -27,7 +27,7 @@ from batch_orchestration.files.sharing import share
 from batch_orchestration.gpu.health import device_monitor, no_gate, require_healthy_gpu
 from batch_orchestration.gpu.sample_table import SampleTaker
 from batch_orchestration.hosting.hosted_process import device_of, hosted_process
-from batch_orchestration.hosting.hosts import end_leftovers
+from batch_orchestration.hosting.hosts import end_idle_engines, end_leftovers
 from batch_orchestration.hosting.records import hosts_lock
 from batch_orchestration.inference.faults.oom_recovery import remembered_fallback
 from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
@@ -180,6 +180,8 @@ class GpuResource(dg.ConfigurableResource):
             folder = data_folder(settings)
             with hosts_lock(folder):
                 ended = end_leftovers(folder)
+                if not settings.engine_keep_alive:
+                    ended = bool(end_idle_engines(folder)) or ended
             if ended and no_gate(settings) is None:
                 # The free memory is measured next, and the driver takes a while to release it.
                 time.sleep(SETTLE_SECONDS)

@@ -21,7 +21,12 @@ from batch_orchestration.engines.openai_server import (
     ServerOptions,
 )
 from batch_orchestration.engines.processes import logs
-from batch_orchestration.engines.processes.process import EngineProcess, Launch, ServerProcess
+from batch_orchestration.engines.processes.process import (
+    STOPPED,
+    EngineProcess,
+    Launch,
+    ServerProcess,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,8 @@ LOG_LINES_IN_ERROR = 30
 LAST_LINES = 3
 CAUSES = 3
 ALL_LINES = 10**9
+#: Starts that may be lost to other processes that end the same server meanwhile.
+LOST_STARTS = 3
 
 
 class ChildServerEngine(Engine):
@@ -93,14 +100,15 @@ class ChildServerEngine(Engine):
         self._server = None
         # A server that is here is dead, stuck, or of another memory level.
         await asyncio.to_thread(self.process.stop)
-        while True:
+        for _ in range(LOST_STARTS):
             warm = await asyncio.to_thread(self.process.obtain, self._launch, self._before_start)
             try:
                 return await self._become_ready(warm)
             except EngineStartFailed as error:
-                if warm is None or self._stopped:
+                if self._stopped or (warm is None and not self._was_ended_by_others()):
                     raise
-                logger.warning("a warm server is of no use, another one is started: %s", error)
+                logger.warning("another server is started, because of this one: %s", error)
+        raise EngineStartFailed(f"{self.name} was ended by others {LOST_STARTS} times in a row")
 
     async def _become_ready(self, warm: EngineInfo | None) -> EngineInfo:
         """Wait until the server answers; return its description."""
@@ -112,6 +120,10 @@ class ChildServerEngine(Engine):
                 info = await server.start()
         except TimeoutError as error:
             self._fail(f"was not ready in {seconds:g} s", error)
+        except asyncio.CancelledError:
+            # Other runs may wait for the same server.
+            self.process.release()
+            raise
         except BaseException:
             self.process.stop()
             raise
@@ -133,6 +145,7 @@ class ChildServerEngine(Engine):
             outcome = await self._server.answer(endpoint, body, request_id=request_id)
         except EngineDied as death:
             death.exhaustion = self._exhaustion_of(self._server)
+            death.deliberate = not self._stopped and self._was_ended_by_others()
             raise
         if isinstance(outcome, Completion):
             self.fallback.note_answer()
@@ -187,7 +200,7 @@ class ChildServerEngine(Engine):
     async def _wait_until_ready(self, server: OpenAIServerEngine) -> None:
         logged_at = began = time.monotonic()
         while not await server.is_well():
-            if (reason := self.process.exit_reason()) is not None:
+            if (reason := await asyncio.to_thread(self.process.exit_reason)) is not None:
                 self._require_not_stopped()
                 self._fail(f"{reason} before it was ready", None)
             self.process.note_members()
@@ -198,6 +211,10 @@ class ChildServerEngine(Engine):
                 logger.info("still starting %s, %.0f s: %s", self.name, now - began, line)
             await asyncio.sleep(min(POLL_MAX_SECONDS, POLL_SECONDS + (now - began) / 20))
         self.process.note_members()
+
+    def _was_ended_by_others(self) -> bool:
+        """Whether another run or a person ended the server that we used, too."""
+        return (self.process.exit_reason() or "").startswith(STOPPED)
 
     def _require_not_stopped(self) -> None:
         if self._stopped:

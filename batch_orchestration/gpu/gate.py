@@ -67,7 +67,7 @@ def unhealthy_reasons(
     Args:
         readings: The devices that CUDA will show, in its order, or why they are unreadable.
         max_celsius: See `limit_celsius`.
-        own: Pids of our own engines: they are no strangers, and their memory counts as free.
+        own: Pids of our own engines, which are no strangers.
         fences: Why a device is fenced, by the UUID of the whole device.
     """
     if isinstance(readings, GpuUnreadable):
@@ -108,7 +108,7 @@ def _reasons(
     for process in device.processes or ():
         if process.pid not in own and _holds_memory(process):
             yield f"{_described(process)}, which is not ours"
-    yield from _memory(device, need, own)
+    yield from _memory(device, need)
 
 
 def nonsense(device: GpuFacts) -> Iterator[str]:
@@ -171,14 +171,13 @@ def _described(process: GpuProcess) -> str:
     return f"pid {process.pid} ({process.name or 'name unknown'}) holds {held}"
 
 
-def _memory(device: GpuFacts, need: GpuNeed, own: frozenset[int]) -> Iterator[str]:
+def _memory(device: GpuFacts, need: GpuNeed) -> Iterator[str]:
     if device.memory_free_bytes is None or device.memory_total_bytes is None:
         yield "it does not report its memory"
         return
     if need.memory_bytes is None:
         return
-    ours = sum(p.memory_bytes or 0 for p in device.processes or () if p.pid in own)
-    free = device.memory_free_bytes + ours
+    free = device.memory_free_bytes
     if free < need.memory_bytes:
         yield (
             f"{free / _GIB:.1f} GiB of {device.memory_total_bytes / _GIB:.1f} GiB are free,"

@@ -143,7 +143,9 @@ def require_healthy_gpu(settings: Settings, *, seconds: float = READ_SECONDS) ->
         GpuUnhealthy: It may not.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while problem := gpu_problem(settings, seconds=seconds):
+    while no_gate(settings) is None and (
+        problem := check_gpu(settings, seconds=seconds, starting=True).problem
+    ):
         if time.monotonic() >= deadline:
             raise GpuUnhealthy(problem)
         time.sleep(_LOOK_SECONDS)
@@ -161,10 +163,16 @@ def no_gate(settings: Settings) -> str | None:
     return None
 
 
-def check_gpu(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuCheck:
+def check_gpu(
+    settings: Settings, *, seconds: float = READ_SECONDS, starting: bool = False
+) -> GpuCheck:
     """Read the devices, and judge them if the settings use any.
 
     Fences of devices that have visibly recovered come down (see `gpu.fences`).
+
+    Args:
+        starting: An engine is about to be started beside those that run. By default, an engine
+            that runs counts as the one that is asked about, with memory of its own.
     """
     readings = _reader.readings(seconds=seconds)
     unreadable = isinstance(readings, GpuUnreadable)
@@ -176,7 +184,8 @@ def check_gpu(settings: Settings, *, seconds: float = READ_SECONDS) -> GpuCheck:
         own = own_pids(DataFolder(settings.data_dir))
         need = engine_need(settings)
         # The running engine was judged before its start; it already has its memory.
-        judged = msgspec.structs.replace(need, memory_bytes=None) if own else need
+        is_there = bool(own) and not starting
+        judged = msgspec.structs.replace(need, memory_bytes=None) if is_there else need
         seen = () if isinstance(readings, GpuUnreadable) else readings
         fences = standing_fences(DataFolder(settings.data_dir), seen)
         against = partial(unhealthy_reasons, readings, need=judged, own=own, fences=fences)

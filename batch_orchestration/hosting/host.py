@@ -23,7 +23,7 @@ from batch_orchestration.core.errors import EngineError, EngineStartFailed, Stor
 from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.engines.processes import sockets
-from batch_orchestration.engines.processes.process import EngineProcess
+from batch_orchestration.engines.processes.process import STOPPED, EngineProcess
 from batch_orchestration.engines.processes.records import identify
 from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.data_folder import DataFolder
@@ -31,6 +31,7 @@ from batch_orchestration.files.regular import read_regular
 from batch_orchestration.files.sharing import keep_from_others
 from batch_orchestration.gpu.fences import read_fences
 from batch_orchestration.hosting.records import (
+    LOCK_SECONDS,
     Ask,
     HostOrder,
     HostRecord,
@@ -84,9 +85,11 @@ class EngineHost:
             first.cancel()
         finally:
             server.close()
-            self._process.stop()
-            Path(self._order.host_path).unlink(missing_ok=True)
-            sockets.remove_socket(control)
+            try:
+                self._process.stop()
+            finally:
+                Path(self._order.host_path).unlink(missing_ok=True)
+                sockets.remove_socket(control)
 
     def end(self) -> None:
         """End the server and the host, whoever uses them."""
@@ -134,14 +137,15 @@ class EngineHost:
         except asyncio.CancelledError:
             return  # The host ends; asyncio would log the cancellation as an error.
         finally:
-            self._leases -= is_lease
-            self._idle_since = time.monotonic()
+            if is_lease:
+                self._leases -= 1
+                self._idle_since = time.monotonic()
             writer.close()
 
     async def _obey(self, ask: Ask) -> None:
         self._info = ask.info or self._info
         if ask.what == "stop" or (ask.what == "stop idle" and not self._leases):
-            await self._stop_server(f"was stopped ({ask.what})")
+            await self._stop_server(f"{STOPPED} ({ask.what})")
 
     async def _answer(self, writer: asyncio.StreamWriter) -> None:
         state = HostState(
@@ -163,19 +167,22 @@ class EngineHost:
 
     async def _stop_server(self, why: str) -> None:
         logger.info("the engine %s", why)
-        reason = await self._exit_reason()
+        # First, so that whoever asks meanwhile is answered at once.
+        self._ended = await self._exit_reason() or why
         try:
             await asyncio.to_thread(self._process.stop)
         except EngineError:
             logger.exception("the engine cannot be ended")
-        self._ended = reason or why
 
     async def _watch(self) -> None:
         noted_at = 0.0
         while not self._over.is_set():
             if time.monotonic() - noted_at >= MEMBERS_SECONDS:
-                await asyncio.to_thread(self._process.note_members)
                 noted_at = time.monotonic()
+                try:
+                    await asyncio.to_thread(self._process.note_members)
+                except OSError as error:  # A full disk, say; the next attempt is soon.
+                    logger.warning("the processes of the engine cannot be recorded: %s", error)
             if not self._leases:
                 if await self._exit_reason() is not None:
                     return
@@ -205,15 +212,24 @@ class EngineHost:
 
     async def _end_idle(self, why: str) -> bool:
         """End the server unless a run attaches just now; return whether it was ended."""
+        overdue = time.monotonic() - self._idle_since - self._order.keep_alive_seconds
+        lock = hosts_lock(self._folder)
         try:
-            with hosts_lock(self._folder).acquire(timeout=0):
-                if self._leases:
-                    return False
-                await self._stop_server(why)
-                self._let_memory_level_rise()
-                return True
-        except (Timeout, OSError):
-            return False  # A run is attaching, or the folder is gone: look again.
+            lock.acquire(timeout=0)
+        except Timeout:
+            if overdue < LOCK_SECONDS:
+                return False  # A run is attaching, or waits for the gate: look again.
+            logger.warning("somebody has held %s for %.0f s", lock.lock_file, overdue)
+        except OSError as error:  # Without the lock, no run can attach either.
+            logger.warning("%s cannot be locked: %s", lock.lock_file, error)
+        try:
+            if self._leases:
+                return False
+            await self._stop_server(why)
+            self._let_memory_level_rise()
+            return True
+        finally:
+            lock.release()
 
     def _let_memory_level_rise(self) -> None:
         """Let the next start try more memory: whatever caused the shortage may be gone."""

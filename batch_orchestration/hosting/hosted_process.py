@@ -1,14 +1,18 @@
 """A server owned by an engine host, used like a child process of our own."""
 
+import contextlib
 import logging
 import secrets
 import socket as sockets
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import Timeout
+
+from batch_orchestration import __version__
 from batch_orchestration.core.batches import settings_hash
 from batch_orchestration.core.errors import EngineStartFailed
 from batch_orchestration.engines.base import EngineInfo
@@ -22,6 +26,7 @@ from batch_orchestration.hosting.hosts import end_idle_engines, end_leftovers
 from batch_orchestration.hosting.records import (
     ANSWER_SECONDS,
     END_SECONDS,
+    LOCK_SECONDS,
     RECORD_SUFFIX,
     Ask,
     EngineSpec,
@@ -92,7 +97,7 @@ class HostedProcess:
 
     def obtain(self, launch: Launch, before_start: Callable[[], None]) -> EngineInfo | None:
         """Use a warm server, or start one; see `ServerProcess.obtain`."""
-        with self._lock, hosts_lock(self._folder):
+        with self._lock, self._alone():
             self.stop()
             spec = self._spec()
             if self._attach(spec):
@@ -104,6 +109,26 @@ class HostedProcess:
             before_start()
             self._start_host(spec, launch)
             return None
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold `hosts_lock`.
+
+        Raises:
+            EngineStartFailed: Another process has held it for too long.
+        """
+        lock = hosts_lock(self._folder)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            raise EngineStartFailed(
+                f"another process has held {lock.lock_file} for {LOCK_SECONDS:.0f} s;"
+                f" `fuser {lock.lock_file}` shows which one"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def announce(self, info: EngineInfo) -> None:
         """Leave the description of a server that is ready to later runs."""
@@ -218,6 +243,15 @@ def device_of(settings: Settings) -> str:
     return str(settings.device if settings.engine is EngineKind.VLLM else settings.engine)
 
 
+def _fingerprint(model: str) -> list[tuple[str, int, int]]:
+    """Return name, size and time of each file of a model's folder: others make another engine."""
+    folder = Path(model).expanduser()
+    if not model or not folder.is_dir():
+        return []
+    files = ((path, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+    return [(path.name, stats.st_size, stats.st_mtime_ns) for path, stats in files]
+
+
 def hosted_process(
     settings: Settings, fallback: MemoryFallback, *, log_path: Path
 ) -> HostedProcess | None:
@@ -228,6 +262,8 @@ def hosted_process(
         "args": flags_of(settings.engine_args),
         "served_model_name": settings.served_model_name,
         "env": settings_hash(settings.engine_environment()),  # It may hold secrets.
+        "version": __version__,
+        "model_files": _fingerprint(settings.model),
     }
 
     def spec() -> EngineSpec:

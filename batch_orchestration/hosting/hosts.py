@@ -1,12 +1,23 @@
 """All engines of a data folder that outlive their runs: which there are, and how they are ended."""
 
+import contextlib
 import logging
+import os
+import signal
+import time
 
 import msgspec
 
-from batch_orchestration.engines.processes.records import end_recorded, group_members
+from batch_orchestration.engines.processes.records import (
+    POLL_SECONDS,
+    ProcessIdentity,
+    end_recorded,
+    group_members,
+    is_running,
+)
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.hosting.records import (
+    ANSWER_SECONDS,
     END_SECONDS,
     RECORD_SUFFIX,
     Ask,
@@ -71,8 +82,8 @@ def end_leftovers(folder: DataFolder) -> bool:
 
     The caller holds `hosts_lock`: a host that has just been started is not recorded yet.
     """
-    alive = {path for path, _ in running_hosts(folder)}
-    for path in set(folder.engines.glob(f"*{RECORD_SUFFIX}")) - alive:
+    paths = set(folder.engines.glob(f"*{RECORD_SUFFIX}"))
+    for path in paths - {path for path, _ in running_hosts(folder)}:
         path.unlink(missing_ok=True)
     ended = [end_recorded(path) for path in (folder.logs / "engines").glob("*.process.json")]
     return any(ended)
@@ -80,10 +91,23 @@ def end_leftovers(folder: DataFolder) -> bool:
 
 def _told_to_end(record: HostRecord, ask: Ask) -> bool:
     state = _asked(record, ask, seconds=END_SECONDS)
+    if state is None and is_running(record.host):
+        logger.warning("engine host %d does not answer and is killed", record.host.pid)
+        # The kernel kills its server; what vLLM started follows within two seconds.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(record.host.pid, signal.SIGKILL)
+        _wait_until_gone(record.host)
+        return True
     return state is not None and state.ended is not None
 
 
-def _asked(record: HostRecord, ask: Ask, *, seconds: float = 10.0) -> HostState | None:
+def _wait_until_gone(process: ProcessIdentity) -> None:
+    deadline = time.monotonic() + END_SECONDS
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _asked(record: HostRecord, ask: Ask, *, seconds: float = ANSWER_SECONDS) -> HostState | None:
     try:
         connection = HostConnection.open(record)
     except HostGone as error:

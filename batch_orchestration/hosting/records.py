@@ -18,12 +18,14 @@ from batch_orchestration.core.errors import EngineError
 from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.engines.processes.records import ProcessIdentity, is_running
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.regular import read_regular
+from batch_orchestration.files.regular import NO_DESCRIPTOR, read_regular
 from batch_orchestration.files.sharing import shared_lock
 
 RECORD_SUFFIX = ".host.json"
 #: A host that is asked for its state answers from memory.
 ANSWER_SECONDS = 10.0
+#: Whoever holds `hosts_lock` waits for the gate, and for a server to end; not for one to start.
+LOCK_SECONDS = 180.0
 #: Ending a server takes its grace period, and half a minute more if a process outlives SIGKILL.
 END_SECONDS = 60.0
 
@@ -136,12 +138,20 @@ def hosts_lock(folder: DataFolder) -> BaseFileLock:
 
 
 def running_hosts(folder: DataFolder) -> Iterator[tuple[Path, HostRecord]]:
-    """Yield the hosts that run, with the paths of their records."""
+    """Yield the hosts that run, with the paths of their records.
+
+    Raises:
+        OSError: This process has no free file descriptor.
+    """
     for path in sorted(folder.engines.glob(f"*{RECORD_SUFFIX}")):
         try:
             record = msgspec.json.decode(read_regular(path), type=HostRecord)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-            continue  # Removed meanwhile, or never finished: there is nothing to find by it.
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue  # Of another version, or damaged: there is nothing to find by it.
+        except OSError as error:
+            if error.errno in NO_DESCRIPTOR:
+                raise
+            continue  # Removed meanwhile.
         if is_running(record.host):
             yield path, record
 
@@ -180,7 +190,10 @@ class HostConnection:
             raise HostGone(f"the engine host does not answer: {error}") from error
         if not line.endswith(b"\n"):
             raise HostGone("the engine host has ended")
-        return msgspec.json.decode(line, type=HostState)
+        try:
+            return msgspec.json.decode(line, type=HostState)
+        except msgspec.DecodeError as error:
+            raise HostGone(f"the engine host is of another version: {error}") from error
 
     def close(self) -> None:
         """End the connection, and with it the lease. Idempotent."""

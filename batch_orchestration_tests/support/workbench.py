@@ -54,7 +54,6 @@ from batch_orchestration_tests.support.builders import (
     make_batch,
     make_settings,
 )
-from batch_orchestration_tests.support.forks import run_forked
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine, StickingEngine
 
 SETTINGS = ANSWER_SETTINGS
@@ -292,6 +291,9 @@ class Workbench:
             The exit code of the process.
         """
         work = self.folder.root, self._policy, verb, arguments
+        # Not at the top: users who may not read the standard library import this module, too.
+        from batch_orchestration_tests.support.forks import run_forked
+
         return run_forked(_do, *work, crash_point=at)
 
     # --- decisions, delivery ----------------------------------------------------------------------

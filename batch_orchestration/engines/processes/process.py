@@ -100,6 +100,8 @@ os.register_at_fork(after_in_child=_forget_thread)
 
 logger = logging.getLogger(__name__)
 STOP_GRACE_SECONDS = 15.0
+#: Begins the reason of a server that was ended on request.
+STOPPED = "was stopped"
 #: Without its API server, vLLM's EngineCore does not act on SIGTERM: waiting is pointless.
 ORPHAN_GRACE_SECONDS = 1.0
 
@@ -278,7 +280,7 @@ class EngineProcess:
             reason = self.exit_reason()
             if reason is not None:
                 grace_seconds = min(grace_seconds, ORPHAN_GRACE_SECONDS)
-            self._exit = reason or "was stopped"
+            self._exit = reason or STOPPED
             process_records.end_group(child.pid, grace_seconds=grace_seconds)
             child.wait()
             self._child = self._record = None

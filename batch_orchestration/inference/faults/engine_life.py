@@ -137,9 +137,9 @@ class EngineLife:
     async def ease(self, death: EngineDied) -> bool:
         """Reduce the engine's memory use if it ran out of memory; return whether that may help.
 
-        If it cannot help, the death is counted.
+        True as well if somebody else ended the engine. Otherwise the death is counted.
         """
-        if await self._memory.ease(death):
+        if death.deliberate or await self._memory.ease(death):
             return True
         self.deaths.note_death()
         return False

@@ -1,6 +1,7 @@
 """Engines that outlive the runs that use them: real hosts and servers, simulated answers."""
 
 import asyncio
+import errno
 import os
 import signal
 import threading
@@ -21,9 +22,11 @@ from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.gpu.faults import Fence
 from batch_orchestration.gpu.fences import put_up_fence
+from batch_orchestration.hosting import hosts as host_functions
+from batch_orchestration.hosting import records as host_records
 from batch_orchestration.hosting.hosted_process import HostedProcess
-from batch_orchestration.hosting.hosts import end_engines, running_engines
-from batch_orchestration.hosting.records import EngineSpec, HostRecord, running_hosts
+from batch_orchestration.hosting.hosts import end_engines, end_leftovers, running_engines
+from batch_orchestration.hosting.records import EngineSpec, HostRecord, hosts_lock, running_hosts
 from batch_orchestration_tests.support.forks import forked
 
 WARM = 600.0
@@ -348,3 +351,98 @@ def test_an_engine_that_ends_idle_on_a_lower_memory_level_is_tried_on_a_higher_o
     assert levels.recall(engine_name("other", "simulated", "hash")) == Descent(
         levels=low, since=100.0
     )
+
+
+def test_asking_for_the_state_does_not_keep_an_engine_warm(hosts: Hosts) -> None:
+    engine = hosts.engine("run", keep_alive_seconds=1.0)
+    answer(engine)
+    engine.release()
+    # Each look at the leases is such a question.
+    wait_until(lambda: hosts.leases() == [])
+
+
+def test_a_run_that_gives_up_while_a_shared_engine_starts_leaves_it_to_the_others(
+    hosts: Hosts,
+) -> None:
+    first = hosts.engine("first", startup_seconds=3.0)
+    starting = threading.Thread(target=answer, args=(first,))
+    starting.start()
+    wait_until(lambda: len(hosts.records()) == 1)
+
+    async def give_up() -> None:
+        start = asyncio.create_task(hosts.engine("second").start())
+        while hosts.leases() != [2]:
+            await asyncio.sleep(0.02)
+        start.cancel()
+        await asyncio.wait([start])
+
+    asyncio.run(give_up())
+    starting.join()
+
+    assert first.starts == 1
+    assert answer(first) == first.process.pid
+    assert hosts.leases() == [1]
+
+
+def test_a_run_whose_engine_another_run_stops_gets_a_new_one_and_suspects_nothing(
+    hosts: Hosts,
+) -> None:
+    first, second = hosts.engine("first"), hosts.engine("second")
+    assert answer(first) == answer(second)
+    first.stop()
+    with pytest.raises(EngineDied) as death:
+        ask(second)
+
+    assert death.value.deliberate
+    answer(second)
+
+
+def test_the_death_of_an_engine_is_not_deliberate(hosts: Hosts) -> None:
+    engine = hosts.engine("run")
+    os.kill(answer(engine), signal.SIGKILL)
+    with pytest.raises(EngineDied) as death:
+        ask(engine)
+
+    assert not death.value.deliberate
+
+
+def test_a_host_that_does_not_answer_is_killed_before_another_engine_starts(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (host_functions, host_records):
+        monkeypatch.setattr(module, "END_SECONDS", 1.0, raising=False)
+    first = hosts.engine("first", model="one")
+    pid = answer(first)
+    first.release()
+    [record] = hosts.records()
+    os.kill(record.host.pid, signal.SIGSTOP)
+    gone: list[bool] = []
+    answer(hosts.engine("second", model="two", before_start=lambda: gone.append(is_gone(pid))))
+
+    assert gone == [True]
+
+
+def test_an_engine_ends_when_idle_though_the_lock_is_unusable(hosts: Hosts) -> None:
+    engine = hosts.engine("run", keep_alive_seconds=0.5)
+    pid = answer(engine)
+    lock = hosts.folder.engines / "hosts.lock"
+    lock.unlink()
+    lock.mkdir()
+    engine.release()
+    wait_until(lambda: is_gone(pid))
+    lock.rmdir()
+
+
+def test_a_record_is_not_removed_while_it_cannot_be_read(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(hosts.engine("run"))
+
+    def no_descriptor(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host_records, "read_regular", no_descriptor)
+        with pytest.raises(OSError, match="Too many"), hosts_lock(hosts.folder):
+            end_leftovers(hosts.folder)
+    assert len(hosts.records()) == 1

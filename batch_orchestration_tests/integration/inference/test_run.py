@@ -175,7 +175,7 @@ def test_other_settings_stop_the_run_and_show_the_difference(bench: Workbench) -
     engine = ScriptedEngine()
     present = {"engine": "simulated", "model": "another"}
 
-    with pytest.raises(PlanMismatch, match="model: 'demo-model' → 'another'"):
+    with pytest.raises(PlanMismatch, match=r"model: 'http://engine\.invalid/v1' → 'another'"):
         bench.run(plan, engine, answer_settings=present)
 
     assert engine.starts == 0

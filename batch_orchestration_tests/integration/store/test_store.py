@@ -51,7 +51,7 @@ def test_a_new_batch_is_in_progress_with_every_chunk_pending(store: Store) -> No
 
     assert (record.total, record.completed, record.failed, record.pending) == (25, 0, 0, 25)
     assert (record.chunks, record.chunks_committed) == (3, 0)
-    assert (record.status, record.model) == (BatchStatus.IN_PROGRESS, "demo-model")
+    assert (record.status, record.model) == (BatchStatus.IN_PROGRESS, plan.settings["model"])
     assert record.times == {"validating": NOW, "in_progress": NOW + 1}
     assert (record.options, record.settings_hash) == (plan.options, plan.settings_hash)
     assert store.chunk_reports(plan.batch_id) == {}

@@ -188,10 +188,11 @@ def test_a_limit_that_is_set_is_the_one_that_counts(limit, healthy):
     assert (reasons_against(device, max_celsius=limit) == []) is healthy
 
 
-def test_our_own_engine_is_no_stranger_and_gives_back_what_it_holds():
+def test_our_own_engine_is_no_stranger_but_what_it_holds_is_not_free():
     device = with_facts(memory_free_bytes=GIB, processes=(process(memory_bytes=70 * GIB),))
 
-    assert reasons_against(device, own=[4242]) == []
+    assert reasons_against(device, own=[4242], need=GpuNeed()) == []
+    assert len(reasons_against(device, own=[4242])) == 1
     assert len(reasons_against(device, own=[1])) == 2
 
 
