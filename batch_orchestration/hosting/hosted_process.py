@@ -171,7 +171,7 @@ class HostedProcess:
     def _attach(self, spec: EngineSpec) -> bool:
         """Lease a warm engine that is the same; return whether there was one."""
         for _, record in running_hosts(self._folder):
-            if record.spec != spec:
+            if record.spec.key != spec.key:
                 continue
             try:
                 lease = HostConnection.open(record)

@@ -62,7 +62,7 @@ class Hosts:
                     kind="simulated",
                     model=model,
                     device="simulated",
-                    configured={},
+                    configured={"model_files": [("config.json", 1, 2)]},
                     memory_level=memory_level or {},
                 ),
                 keep_alive_seconds=keep_alive_seconds,
