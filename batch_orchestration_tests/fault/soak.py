@@ -129,7 +129,8 @@ class Workers:
             return
         if self._worker is not None:
             # It may be killed, but never fail by itself.
-            assert self._worker.returncode == -signal.SIGKILL, self.log()
+            ended = self._worker.returncode
+            assert ended == -signal.SIGKILL, f"the worker ended with {ended}: {self.log()}"
         command = [sys.executable, "-m", "batch_orchestration_tests.fault.soak_worker"]
         with (self.folder.logs / "worker.log").open("ab") as log:
             self._worker = subprocess.Popen(
