@@ -41,6 +41,10 @@ ALL_LINES = 10**9
 LOST_STARTS = 3
 
 
+class _EndedByOthers(EngineStartFailed):
+    """Another run or a person ended the server while it started."""
+
+
 class ChildServerEngine(Engine):
     """An engine whose server is a child process.
 
@@ -105,7 +109,7 @@ class ChildServerEngine(Engine):
             try:
                 return await self._become_ready(warm)
             except EngineStartFailed as error:
-                if self._stopped or (warm is None and not self._was_ended_by_others()):
+                if self._stopped or (warm is None and not isinstance(error, _EndedByOthers)):
                     raise
                 logger.warning("another server is started, because of this one: %s", error)
         raise EngineStartFailed(f"{self.name} was ended by others {LOST_STARTS} times in a row")
@@ -202,6 +206,8 @@ class ChildServerEngine(Engine):
         while not await server.is_well():
             if (reason := await asyncio.to_thread(self.process.exit_reason)) is not None:
                 self._require_not_stopped()
+                if reason.startswith(STOPPED):
+                    raise _EndedByOthers(f"{self.name} {reason} before it was ready")
                 self._fail(f"{reason} before it was ready", None)
             self.process.note_members()
             now = time.monotonic()
