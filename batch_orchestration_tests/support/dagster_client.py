@@ -1,6 +1,7 @@
 """The web server's GraphQL, asked as the UI asks it."""
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -161,11 +162,17 @@ class DagsterClient:
             assert answer["__typename"] == "Sensor", answer
             return
         query = """query($selector: SensorSelector!) { sensorOrError(sensorSelector: $selector) {
-            ... on Sensor { sensorState { id } } } }"""
-        state = self.graphql(query, selector=selector)["sensorOrError"]["sensorState"]
-        query = "mutation($id: String!) { stopSensor(id: $id) { __typename } }"
-        answer = self.graphql(query, id=state["id"])["stopSensor"]
-        assert answer["__typename"] == "StopSensorMutationResult", answer
+            ... on Sensor { sensorState { id status ticks(limit: 1) { status } } } } }"""
+        stop = "mutation($id: String!) { stopSensor(id: $id) { __typename } }"
+        while True:
+            state = self.graphql(query, selector=selector)["sensorOrError"]["sensorState"]
+            if state["status"] == "RUNNING":
+                answer = self.graphql(stop, id=state["id"])["stopSensor"]
+                assert answer["__typename"] == "StopSensorMutationResult", answer
+            elif "STARTED" not in [tick["status"] for tick in state["ticks"]]:
+                return
+            # A tick that began before writes the sensor's state as it was, which turns it on again.
+            time.sleep(0.5)
 
     def latest_tick(self, sensor: str) -> str:
         """Why the sensor skipped its latest tick; empty if it did not skip."""
