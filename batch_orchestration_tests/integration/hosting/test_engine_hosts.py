@@ -364,19 +364,20 @@ def test_asking_for_the_state_does_not_keep_an_engine_warm(hosts: Hosts) -> None
 def test_a_run_that_gives_up_while_a_shared_engine_starts_leaves_it_to_the_others(
     hosts: Hosts,
 ) -> None:
-    first = hosts.engine("first", startup_seconds=3.0)
+    first, second = hosts.engine("first", startup_seconds=3.0), hosts.engine("second")
     starting = threading.Thread(target=answer, args=(first,))
     starting.start()
     wait_until(lambda: len(hosts.records()) == 1)
 
     async def give_up() -> None:
-        start = asyncio.create_task(hosts.engine("second").start())
+        start = asyncio.create_task(second.start())
         while hosts.leases() != [2]:
             await asyncio.sleep(0.02)
         start.cancel()
         await asyncio.wait([start])
 
     asyncio.run(give_up())
+    second.release()
     starting.join()
 
     assert first.starts == 1
