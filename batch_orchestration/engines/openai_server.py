@@ -190,10 +190,11 @@ class OpenAIServerEngine(Engine):
             await connection.close()
 
     def stop(self) -> None:
-        """Do nothing: the server keeps running, since it was not started here."""
+        """Leave the server running, since it was not started here; `start` identifies it again."""
+        self.died = self.died or f"{self.name} was given up"
 
     def release(self) -> None:
-        """Do nothing, for the same reason."""
+        """Do nothing: the server was not started here."""
 
     async def _healthy(self, session: aiohttp.ClientSession) -> bool:
         # Any answer below 500 will do, even that the page does not exist.

@@ -135,6 +135,8 @@ class RunProgress:
     def write(self, phase: str) -> None:
         """Write the progress file. A full disk must not stop the run."""
         self.phase = phase
+        if phase != "feeding":
+            self.waiting = None
         try:
             write_progress(self._path, self.snapshot())
         except OSError as error:

@@ -94,19 +94,18 @@ def run_chunks(
         check_settings(plan, policy.answer_settings, force=force)
         check_input_size(plan, folder)
         refs = [ChunkRef.of(plan, number, folder) for number in numbers]
-        yield from _BatchRun(plan, refs, run, force=force).committed_chunks()
+        yield from _BatchRun(plan, refs, run).committed_chunks()
 
 
 class _BatchRun:
     """One run's work on the chunks of one batch, and on those of its guests."""
 
-    def __init__(
-        self, plan: BatchPlan, refs: Sequence[ChunkRef], run: RunContext, *, force: bool
-    ) -> None:
+    def __init__(self, plan: BatchPlan, refs: Sequence[ChunkRef], run: RunContext) -> None:
         self._run = run
         self._status = run.status
-        # The plan's demand is that of the plan's settings.
-        demand = MemoryDemand() if force else combined(ref.chunk.memory for ref in refs)
+        # The plan's demand is that of the plan's cap; under another one (`force`) it is not known.
+        is_of_plan = plan.settings.get("max_tokens_cap") == run.policy.max_tokens_cap
+        demand = combined(ref.chunk.memory for ref in refs) if is_of_plan else MemoryDemand()
         run.engine.fallback.expect(lambda: demand)
         self._settings_hash = settings_hash(dict(run.policy.answer_settings))
         self._identity: EngineInfo | None = None
@@ -187,11 +186,12 @@ class _BatchRun:
 
     async def _tick(self) -> None:
         while True:
+            for work in list(self._works.values()):
+                work.progress.waiting = self._feeder.waits.of(work.plan.batch_id)
             self._own.progress.tick()
             self._note_rates()
             self._turns.look()
             for work in list(self._works.values()):
-                work.progress.waiting = self._feeder.waits.of(work.plan.batch_id)
                 work.look_for_halt()
                 if work.has_left and self._drop(work) and work.is_guest:
                     work.close_journals()

@@ -23,6 +23,10 @@ class Heartbeat(RunStatus, kw_only=True):
         every_seconds: Between two heartbeats, by the settings with which the worker was started.
     """
 
+    # Without defaults: a heartbeat that lacks one of them is damaged, not alive.
+    phase: str
+    progress_at: float
+    patience_seconds: float
     run_id: str
     job: str
     pid: int

@@ -19,7 +19,7 @@ from batch_orchestration.workers.heartbeat_files import (
     touch_heartbeat,
     write_heartbeat,
 )
-from batch_orchestration.workers.run_status import WORK_SECONDS, RunStatus
+from batch_orchestration.workers.run_status import LONGEST_PATIENCE_SECONDS, WORK_SECONDS, RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -157,5 +157,6 @@ class _HeartbeatWriter:
             boot_id=self._me.boot_id,
             at=time.time(),
             every_seconds=self._every_seconds,
-            **msgspec.structs.asdict(self._status),
+            **msgspec.structs.asdict(self._status)
+            | {"patience_seconds": min(self._status.patience_seconds, LONGEST_PATIENCE_SECONDS)},
         )

@@ -54,7 +54,7 @@ class RunStatus(RunLoad, kw_only=True):
     def enter(self, phase: str, *, patience_seconds: float) -> None:
         """Begin a phase, in which this long without progress does not count as stuck."""
         self.phase = phase
-        self.patience_seconds = min(patience_seconds, LONGEST_PATIENCE_SECONDS)
+        self.patience_seconds = patience_seconds
         self.note_progress()
 
     def begin_batch(self, batch_id: str) -> None:

@@ -8,7 +8,7 @@ from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.engines.memory_fallback import MemoryFallback
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.engines.vllm.flags import top_level
-from batch_orchestration_tests.support.workbench import Workbench
+from batch_orchestration_tests.support.workbench import SETTINGS, Workbench
 
 pytestmark = pytest.mark.engine
 
@@ -20,7 +20,7 @@ def test_a_cache_too_small_for_the_context_is_enough_for_what_the_batch_needs(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     bench = Workbench(tmp_path)
-    plan = bench.admitted(20)
+    plan = bench.admitted(20, settings={**SETTINGS, "max_tokens_cap": 8})
     worked = []
     args = {"kv-cache-memory-bytes": SMALL_CACHE_BYTES}
     top = top_level(str(tiny_model), device="cpu", args=args, in_flight=1024)
@@ -33,7 +33,13 @@ def test_a_cache_too_small_for_the_context_is_enough_for_what_the_batch_needs(
     )
 
     try:
-        bench.run(plan, engine, model_aliases={"*": "tiny"}, max_tokens_cap=8)
+        bench.run(
+            plan,
+            engine,
+            model_aliases={"*": "tiny"},
+            max_tokens_cap=8,
+            answer_settings=plan.settings,
+        )
     finally:
         engine.stop()
 
