@@ -214,8 +214,9 @@ class PickyEngine(ScriptedEngine):
         return await super().start()
 
 
+@pytest.mark.parametrize("present", [{}, {"model": "another"}], ids=["as planned", "forced"])
 def test_a_start_without_room_for_the_context_is_repeated_with_what_the_batch_needs(
-    tmp_path: Path,
+    tmp_path: Path, present: dict[str, str]
 ) -> None:
     bench = Workbench(tmp_path)
     plan = bench.admitted(30, settings={**SETTINGS, "max_tokens_cap": 500})
@@ -228,7 +229,13 @@ def test_a_start_without_room_for_the_context_is_repeated_with_what_the_batch_ne
         ),
     )
 
-    bench.run(plan, engine, max_tokens_cap=500, answer_settings=plan.settings)
+    bench.run(
+        plan,
+        engine,
+        max_tokens_cap=500,
+        answer_settings={**plan.settings, **present},
+        force=bool(present),
+    )
 
     assert bench.indices(plan) == list(range(30))
     assert 500 < engine.tried[-1].max_model_len < 3000

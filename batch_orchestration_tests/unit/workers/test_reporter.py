@@ -162,6 +162,12 @@ def test_no_error_ends_the_heartbeats(folder, monkeypatch, caplog):
             lambda last: last.current and last.current.phase == "feeding",
         )
         assert beat.current.patience_seconds > 1e8
+        status.patience_seconds = float("inf")  # As the hang watch does, once per sign of progress.
+        status.phase = "answering"
+        beat = wait_for_heartbeat(
+            folder, lambda last: last.current and last.current.phase == "answering"
+        )
+        assert beat.current.patience_seconds > 1e8
 
         with monkeypatch.context() as broken:
             broken.setattr(status, "phase", object())
