@@ -116,6 +116,13 @@ class LocalProcessRunLauncher(RunLauncher[dg.DagsterInstance], ConfigurableClass
         except Exception as error:  # noqa: BLE001 - of any storage: the worker is at work
             logger.warning("cannot report the start of run worker %d: %s", worker.pid, error)
 
+    def dispose(self) -> None:
+        """Let go of the workers, which are detached and outlive this process."""
+        self._reap()
+        for worker in self._workers.values():
+            worker.returncode = 0  # Python warns of a forgotten child that still runs.
+        self._workers.clear()
+
     @property
     def supports_check_run_worker_health(self) -> bool:
         """Whether the launcher has health checks; the default launcher has none."""
