@@ -36,21 +36,29 @@ def engine(click_context: click.Context, as_json: bool) -> None:
 @engine.command()
 @click.option("--idle", is_flag=True, help="Leave engines alone that a run uses.")
 def stop(idle: bool) -> None:
-    """End the engines and free their memory; a run that uses one starts it again."""
-    ended = end_engines(open_context().folder, only_idle=idle)
+    """End the engines and free their memory; a run that uses one starts it again.
+
+    Exit 1 if one is left that should have ended: it belongs to another user or another version.
+    """
+    folder = open_context().folder
+    before = {each.record.host for each in running_engines(folder)}
+    ended = end_engines(folder, only_idle=idle)
     say(f"{ended} {'engine' if ended == 1 else 'engines'} ended.")
+    same = [each for each in running_engines(folder) if each.record.host in before]
+    if left := [each.record.host.pid for each in same if each.state is None or not idle]:
+        pids = ", ".join(map(str, left))
+        raise click.ClickException(
+            f"engine hosts that could not be ended: {pids}. End them as the user who owns them"
+            " (`ps -o user,args -p PID`)."
+        )
 
 
 def _row(engine: RunningEngine, now: float) -> tuple[object, ...]:
     spec, state = engine.record.spec, engine.state
     level = ", ".join(f"{name} {value}" for name, value in spec.memory_level.items())
-    return (
-        spec.model or spec.kind,
-        spec.device,
-        level or "as configured",
-        state.pid,
-        duration(max(0.0, now - engine.record.started_at)),
-        state.leases,
-        "" if state.idle_seconds is None else duration(state.idle_seconds),
-        state.log_path,
-    )
+    known = (spec.model or spec.kind, spec.device, level or "as configured")
+    age = duration(max(0.0, now - engine.record.started_at))
+    if state is None:
+        return (*known, "", age, "", "", f"its host, pid {engine.record.host.pid}, does not answer")
+    idle = "" if state.idle_seconds is None else duration(state.idle_seconds)
+    return (*known, state.pid, age, state.leases, idle, state.log_path)

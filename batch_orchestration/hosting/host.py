@@ -25,10 +25,9 @@ from batch_orchestration.engines.memory_level_file import MemoryLevelFile
 from batch_orchestration.engines.processes import sockets
 from batch_orchestration.engines.processes.process import STOPPED, EngineProcess
 from batch_orchestration.engines.processes.records import identify
-from batch_orchestration.files.atomic import write_atomically
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.regular import read_regular
 from batch_orchestration.files.sharing import keep_from_others
+from batch_orchestration.files.state_file import StateFile
 from batch_orchestration.gpu.fences import read_fences
 from batch_orchestration.hosting.records import (
     LOCK_SECONDS,
@@ -101,9 +100,7 @@ class EngineHost:
         record = HostRecord(
             host=host, control=self._order.control, spec=self._order.spec, started_at=time.time()
         )
-        write_atomically(
-            Path(self._order.host_path), msgspec.json.format(msgspec.json.encode(record)) + b"\n"
-        )
+        StateFile(Path(self._order.host_path), HostRecord).write(record)
 
     def _spawn(self) -> None:
         try:
@@ -204,9 +201,10 @@ class EngineHost:
         try:
             if read_fences(self._folder):
                 return "was idle when a device was fenced"
+            pause = StateFile(self._folder.paused, _Pause).read_if_sound()
         except StorageError as error:
-            return f"was idle when fences could not be read ({error})"
-        if _releases_gpu(self._folder):
+            return f"was idle when fences or the pause could not be read ({error})"
+        if pause is not None and pause.release_gpu:
             return "was idle when the queue was paused to release the GPU"
         return None
 
@@ -243,13 +241,6 @@ class _Pause(msgspec.Struct):
     """The part of a pause of the queue that concerns engines; see `queue.entries.Pause`."""
 
     release_gpu: bool = False
-
-
-def _releases_gpu(folder: DataFolder) -> bool:
-    try:
-        return msgspec.json.decode(read_regular(folder.paused), type=_Pause).release_gpu
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return False
 
 
 async def _run(first: socket.socket) -> None:

@@ -10,7 +10,6 @@ import msgspec
 
 from batch_orchestration.engines.processes.records import (
     POLL_SECONDS,
-    ProcessIdentity,
     end_recorded,
     group_members,
     is_running,
@@ -23,6 +22,7 @@ from batch_orchestration.hosting.records import (
     Ask,
     HostConnection,
     HostGone,
+    HostOfOtherVersion,
     HostRecord,
     HostState,
     hosts_lock,
@@ -33,29 +33,31 @@ logger = logging.getLogger(__name__)
 
 
 class RunningEngine(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine and its host."""
+    """An engine and its host.
+
+    Attributes:
+        state: None if the host does not answer, or does not answer this user.
+    """
 
     record: HostRecord
-    state: HostState
+    state: HostState | None
 
 
 def running_engines(folder: DataFolder) -> list[RunningEngine]:
-    """Return the engines that run, used or warm, oldest first.
-
-    An engine is left out if its host does not answer.
-    """
+    """Return the engines that run, used or warm, oldest first."""
     found = []
     for _, record in running_hosts(folder):
         state = _asked(record, Ask())
-        if state is not None and state.ended is None:
+        if state is None or state.ended is None:
             found.append(RunningEngine(record=record, state=state))
     return sorted(found, key=lambda engine: engine.record.started_at)
 
 
 def idle_pids(folder: DataFolder) -> frozenset[int]:
     """Return the pids of the engines that nothing uses: their memory is there for another one."""
-    idle = [each.state.pid for each in running_engines(folder) if not each.state.leases]
-    return frozenset(member.pid for pid in idle if pid is not None for member in group_members(pid))
+    states = [engine.state for engine in running_engines(folder)]
+    idle = [each.pid for each in states if each is not None and each.pid and not each.leases]
+    return frozenset(member.pid for pid in idle for member in group_members(pid))
 
 
 def end_engines(folder: DataFolder, *, only_idle: bool) -> int:
@@ -90,33 +92,38 @@ def end_leftovers(folder: DataFolder) -> bool:
 
 
 def _told_to_end(record: HostRecord, ask: Ask) -> bool:
-    state = _asked(record, ask, seconds=END_SECONDS)
-    if state is None and is_running(record.host):
-        logger.warning("engine host %d does not answer and is killed", record.host.pid)
-        # The kernel kills its server; what vLLM started follows within two seconds.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(record.host.pid, signal.SIGKILL)
-        _wait_until_gone(record.host)
+    """Ask a host to end its engine; kill a host that does not answer. Return whether it ended."""
+    try:
+        return _ask(record, ask, seconds=END_SECONDS).ended is not None
+    except HostOfOtherVersion as error:
+        logger.warning("%s", error)
+        return False
+    except HostGone as error:
+        logger.info("%s", error)
+    if not is_running(record.host):
+        return False
+    try:
+        # The kernel kills its server, too; what vLLM started follows within two seconds.
+        os.kill(record.host.pid, signal.SIGKILL)
+    except PermissionError:
+        return False  # It belongs to another user.
+    except ProcessLookupError:
         return True
-    return state is not None and state.ended is not None
-
-
-def _wait_until_gone(process: ProcessIdentity) -> None:
+    logger.warning("engine host %d did not answer and is killed", record.host.pid)
     deadline = time.monotonic() + END_SECONDS
-    while is_running(process) and time.monotonic() < deadline:
+    while is_running(record.host) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
+    return not is_running(record.host)
 
 
-def _asked(record: HostRecord, ask: Ask, *, seconds: float = ANSWER_SECONDS) -> HostState | None:
+def _asked(record: HostRecord, ask: Ask) -> HostState | None:
     try:
-        connection = HostConnection.open(record)
+        return _ask(record, ask, seconds=ANSWER_SECONDS)
     except HostGone as error:
         logger.info("%s", error)
         return None
-    try:
+
+
+def _ask(record: HostRecord, ask: Ask, *, seconds: float) -> HostState:
+    with contextlib.closing(HostConnection.open(record)) as connection:
         return connection.ask(ask, seconds=seconds)
-    except HostGone as error:
-        logger.info("%s", error)
-        return None
-    finally:
-        connection.close()

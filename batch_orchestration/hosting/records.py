@@ -18,8 +18,8 @@ from batch_orchestration.core.errors import EngineError
 from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.engines.processes.records import ProcessIdentity, is_running
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.files.regular import NO_DESCRIPTOR, read_regular
 from batch_orchestration.files.sharing import shared_lock
+from batch_orchestration.files.state_file import StateFile
 
 RECORD_SUFFIX = ".host.json"
 #: A host that is asked for its state answers from memory.
@@ -131,6 +131,10 @@ class HostGone(EngineError):
     """A host ended, or does not answer."""
 
 
+class HostOfOtherVersion(HostGone):
+    """A host answers what this version does not understand."""
+
+
 def hosts_lock(folder: DataFolder) -> BaseFileLock:
     """Return the lock under which engines are found, started, and ended when idle."""
     folder.engines.mkdir(parents=True, exist_ok=True)
@@ -141,18 +145,11 @@ def running_hosts(folder: DataFolder) -> Iterator[tuple[Path, HostRecord]]:
     """Yield the hosts that run, with the paths of their records.
 
     Raises:
-        OSError: This process has no free file descriptor.
+        TooManyOpenFiles: No descriptor is left; retry later.
     """
     for path in sorted(folder.engines.glob(f"*{RECORD_SUFFIX}")):
-        try:
-            record = msgspec.json.decode(read_regular(path), type=HostRecord)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            continue  # Of another version, or damaged: there is nothing to find by it.
-        except OSError as error:
-            if error.errno in NO_DESCRIPTOR:
-                raise
-            continue  # Removed meanwhile.
-        if is_running(record.host):
+        record = StateFile(path, HostRecord).read_if_sound()
+        if record is not None and is_running(record.host):
             yield path, record
 
 
@@ -193,7 +190,7 @@ class HostConnection:
         try:
             return msgspec.json.decode(line, type=HostState)
         except msgspec.DecodeError as error:
-            raise HostGone(f"the engine host is of another version: {error}") from error
+            raise HostOfOtherVersion(f"the engine host is of another version: {error}") from error
 
     def close(self) -> None:
         """End the connection, and with it the lease. Idempotent."""

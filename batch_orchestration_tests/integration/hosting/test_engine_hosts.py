@@ -8,12 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import pytest
 
-from batch_orchestration.core.errors import EngineDied, EngineStartFailed, GpuUnhealthy
+from batch_orchestration.core.errors import (
+    EngineDied,
+    EngineStartFailed,
+    GpuUnhealthy,
+    TooManyOpenFiles,
+)
 from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.engines.memory_fallback import MemoryLevel
 from batch_orchestration.engines.memory_level_file import Descent, MemoryLevelFile, engine_name
@@ -77,7 +82,7 @@ class Hosts:
         return [record for _, record in running_hosts(self.folder)]
 
     def leases(self) -> list[int]:
-        return [engine.state.leases for engine in running_engines(self.folder)]
+        return [engine.state.leases for engine in running_engines(self.folder) if engine.state]
 
     def end(self) -> None:
         for engine in self._engines:
@@ -439,11 +444,50 @@ def test_a_record_is_not_removed_while_it_cannot_be_read(
 ) -> None:
     answer(hosts.engine("run"))
 
-    def no_descriptor(path: Path) -> bytes:
-        raise OSError(errno.EMFILE, "Too many open files")
+    def no_descriptor(path: Path) -> BinaryIO:
+        raise TooManyOpenFiles(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(host_records, "read_regular", no_descriptor)
-        with pytest.raises(OSError, match="Too many"), hosts_lock(hosts.folder):
+        patch.setattr("batch_orchestration.files.state_file.open_regular", no_descriptor)
+        with pytest.raises(TooManyOpenFiles), hosts_lock(hosts.folder):
             end_leftovers(hosts.folder)
     assert len(hosts.records()) == 1
+
+
+def test_a_host_that_another_user_owns_is_left_alone_and_shown(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = answer(hosts.engine("run"))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host_records.socket, "socket", lambda *_: RefusedSocket())
+        patch.setattr(host_functions.os, "kill", refuse)
+        assert end_engines(hosts.folder, only_idle=False) == 0
+        [shown] = running_engines(hosts.folder)
+    assert shown.state is None
+    assert not is_gone(pid)
+
+
+def test_a_host_of_another_version_is_not_killed(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = answer(hosts.engine("run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(host_records, "HostState", HostRecord)
+        assert end_engines(hosts.folder, only_idle=True) == 0
+    assert not is_gone(pid)
+    assert hosts.leases() == [1]
+
+
+class RefusedSocket:
+    """A socket whose path another user may not enter."""
+
+    def settimeout(self, seconds: float) -> None: ...
+
+    def connect(self, path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def close(self) -> None: ...
