@@ -58,7 +58,7 @@ def main() -> None:
         write_file(path, options.requests)
         peaks = [admission_peak(path, Path(folder), count) for count in (FEWEST, options.requests)]
         (root := Path(folder) / "deployment").mkdir()
-        with dagster_dev(root, **limits) as dagster:
+        with dagster_dev(root, poll_seconds=1, **limits) as dagster:
             dropped = time.time()
             path.rename(dagster.folder.inbox / FILE_NAME)
             batch_id = wait_until_delivered(dagster, options.minutes * 60)

@@ -19,12 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from batch_orchestration.admission.admission import admit
-from batch_orchestration.admission.inbox import Inbox
-from batch_orchestration.admission.results import Admitted
-from batch_orchestration.admission.submit import submit
 from batch_orchestration.core.batches import BatchOptions
-from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.openai_server import ServerOptions
 from batch_orchestration.engines.vllm.engine import VllmEngine
 from batch_orchestration.estimates.batch_estimates import read_estimate
@@ -35,11 +30,8 @@ from batch_orchestration.estimates.estimate import Estimate, seconds_band, token
 from batch_orchestration.estimates.scores import Score, accuracy
 from batch_orchestration.estimates.tables import EstimateTables, cache_engine_info
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.inference.policy import RunPolicy
-from batch_orchestration.inference.run import run_chunks
-from batch_orchestration.settings import Device, EngineKind, Settings
 from batch_orchestration.store.store import Store
+from benchmarks.ours import answer, deployment
 
 ROUNDS = ("calibration only", "with history")
 CONTEXT = 2048
@@ -75,16 +67,11 @@ class Bench:
     def __init__(self, root: Path, options: argparse.Namespace) -> None:
         names = options.only or [path.name for path in options.files.glob("*.jsonl")]
         self.files = [options.files / name for name in sorted(names)]
-        self.settings = Settings(
-            data_dir=root,
-            engine=EngineKind.VLLM,
-            device=Device.CPU,
-            model=str(options.model),
-            model_aliases={"*": options.model.name},
+        self.settings = deployment(
+            root,
+            options.model,
             engine_args={"max-model-len": CONTEXT},
             max_tokens_cap=options.cap,
-            in_flight=DEFAULT_IN_FLIGHT,
-            settle_seconds=0,
             requests_per_chunk=50,
         )
         self.folder = DataFolder(root)
@@ -95,7 +82,7 @@ class Bench:
             log_path=self.folder.logs / "engine.log",
             device="cpu",
             args=self.settings.engine_args,
-            options=ServerOptions(connections=self.settings.in_flight),
+            options=ServerOptions(connections=DEFAULT_IN_FLIGHT),
         )
 
     def calibrate(self, *, requests: int, seconds: float) -> CalibrationReport:
@@ -115,43 +102,20 @@ class Bench:
         for number, name in enumerate(ROUNDS):
             for file in self.files:
                 estimate, score = self.run(file, BatchOptions(metadata={"round": str(number)}))
-                _say(f"{name}, {file.name}: {seconds_band(estimate.seconds)}, {score}")
+                seconds = estimate.seconds
+                expected = "not measured" if seconds is None else seconds_band(seconds)
+                _say(f"{name}, {file.name}: {expected}, {score}")
                 yield name, file.name, estimate, score
 
     def run(self, file: Path, options: BatchOptions) -> tuple[Estimate, Score]:
         """Answer one file from inbox to outbox; return what was expected and what it took."""
-        submit(file, options, self.folder)
-        inbox = Inbox(self.folder, self.settings)
-        (claim,) = inbox.claim_ready(now=time.time() + 1)
-        settings = self.settings
-        batch = admit(claim, folder=self.folder, store=self.store, settings=settings)
-        assert isinstance(batch, Admitted), batch
-        for _ in run_chunks(
-            {batch.batch_id: range(batch.chunks)},
-            engine=self.engine,
-            folder=self.folder,
-            store=self.store,
-            run_id=f"run-{batch.batch_id}",
-            policy=self.policy(),
-        ):
-            pass
-        assemble(batch.batch_id, folder=self.folder, store=self.store, clock=time.time)
-        estimate = read_estimate(self.folder, batch.batch_id)
-        score = EstimateTables(self.store).score_of(batch.batch_id)
+        answered = answer(file, self.engine, self.settings, self.store, options=options)
+        batch_id = answered.delivery.files.folder.name
+        estimate = read_estimate(self.folder, batch_id)
+        score = EstimateTables(self.store).score_of(batch_id)
         assert estimate is not None
         assert score is not None
         return estimate, score
-
-    def policy(self) -> RunPolicy:
-        """Return how chunks are fed."""
-        return RunPolicy(
-            in_flight=self.settings.in_flight,
-            retry=RetryPolicy(),
-            engine_restarts=0,
-            model_aliases=self.settings.model_aliases,
-            max_tokens_cap=self.settings.max_tokens_cap,
-            answer_settings=self.settings.answer_settings(),
-        )
 
 
 def render(

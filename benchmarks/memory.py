@@ -26,7 +26,7 @@ from batch_orchestration.delivery.snapshot import read_snapshot, take_snapshot
 from batch_orchestration.engines.simulated.engine import SimulatedEngine
 from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.operations.recovery import recover
-from batch_orchestration_tests.support.builders import MODEL, NOW, make_line, make_plan
+from batch_orchestration_tests.support.builders import MODEL, NOW, make_line, make_plan, write_plan
 from batch_orchestration_tests.support.workbench import Workbench
 
 ANSWERS = 1000
@@ -97,7 +97,7 @@ def admit(bench: Workbench, answers: int, tokens: int, *, per_chunk: int = 0) ->
         for number in range(answers)
     )
     plan = make_plan(content, requests_per_chunk=per_chunk or answers)
-    bench.folder.write_plan(plan)
+    write_plan(bench.folder, plan)
     bench.folder.input_path(plan.batch_id).write_bytes(content)
     bench.store.add_batch(plan, at=NOW)
     return plan

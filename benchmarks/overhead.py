@@ -1,6 +1,6 @@
 """What our path costs over the bare engine: four ways to answer one file, side by side.
 
-    python benchmarks/overhead.py --model DIR [--requests 160] [--chunk 40] [--rounds 3]
+    python -m benchmarks.overhead --model DIR [--requests 160] [--chunk 40] [--rounds 3]
 
 Rivals, each in a process of its own with the same engine flags and the same requests:
 
@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in RIVALS}
     for number in range(options.rounds):
         for name in RIVALS:
-            command = [sys.executable, __file__, "--model", str(options.model)]
+            command = [sys.executable, "-m", "benchmarks.overhead", "--model", str(options.model)]
             command += ["--chunk", str(options.chunk), "--rival", name, "--file", str(options.file)]
             with options.file.with_suffix(".log").open("a") as log:
                 done = subprocess.run(command, stdout=log, stderr=log, check=False)
@@ -163,7 +163,8 @@ def run_batch(options: argparse.Namespace) -> float:
     argv += ["--served-model-name", "m"]
     for name, value in FLAGS.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    args = launcher.make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
+    parser = FlexibleArgumentParser()  # type: ignore[no-untyped-call]
+    args = launcher.make_arg_parser(parser).parse_args(argv)
 
     async def answer() -> float:
         async with build_async_engine_client(args) as client:
@@ -176,7 +177,7 @@ def run_batch(options: argparse.Namespace) -> float:
 
 def ours(options: argparse.Namespace) -> float:
     """Answer the file through admission, window, journal and store."""
-    from ours import answer_file
+    from benchmarks.ours import answer_file
 
     return answer_file(options.file, model=options.model, flags=FLAGS, chunk=options.chunk)
 

@@ -209,7 +209,7 @@ ACCIDENTS = (
 
 def page(figures: list[Figures], load: tuple[float, float]) -> Iterator[str]:
     """Yield the lines of the page."""
-    settings = Settings(_env_file=None)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None)
     yield "# How soon trouble is noticed, and how soon work goes on"
     yield ""
     yield f"Measured {datetime.now(UTC):%Y-%m-%d} by `python -m benchmarks.recovery` on"

@@ -1,6 +1,6 @@
 """Whether our answers are those of vLLM's own batch runner, request by request.
 
-    python benchmarks/same_answers.py --model DIR [--requests 60]
+    python -m benchmarks.same_answers --model DIR [--requests 60]
 
 Answers one file at temperature 0 with `vllm run-batch` and with ours, on the same model and flags,
 and compares the text per custom_id. Batching changes the order of floating-point sums, so that a
@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ours import answer_lines
-from overhead import FLAGS, requests
+from benchmarks.ours import answer_lines
+from benchmarks.overhead import FLAGS, requests
 
 
 def main() -> None:
