@@ -19,21 +19,18 @@ from batch_orchestration.core.outcomes import Completion
 from batch_orchestration.core.requests import Fault, Request
 from batch_orchestration.core.results import Provenance
 from batch_orchestration.delivery.assembly import Delivery, assemble
-from batch_orchestration.engines.base import Engine, EngineInfo
+from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.engines.memory_demand import memory_demand
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import Journal
 from batch_orchestration.files.kept_input import check_settings, original_lines
-from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.chunk_pass import PendingRequest, RequestPass, TransientError
 from batch_orchestration.inference.feeder import Feeder, first_leaf
-from batch_orchestration.inference.policy import RunContext, RunPolicy
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.inference.run import SYNC_SECONDS
 from batch_orchestration.lifecycle.cancellation import EarlyEndWatch
 from batch_orchestration.store.operations import Operations
-from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import holding, loop_watched
-from batch_orchestration.workers.run_status import WORK_SECONDS, RunStatus
+from batch_orchestration.workers.run_status import WORK_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +54,9 @@ class ReplayReport:
 def run_replay(
     batch_id: str,
     number: int,
+    run: RunContext,
     *,
-    engine: Engine,
-    folder: DataFolder,
-    store: Store,
-    run_id: str,
-    policy: RunPolicy,
     clock: Callable[[], float] = time.time,
-    status: RunStatus | None = None,
-    throttle: Callable[[], Throttle] = Throttle,
 ) -> ReplayReport:
     """Answer the replay's unanswered requests, apply the outcomes and rewrite the files.
 
@@ -81,28 +72,19 @@ def run_replay(
         GpuUnhealthy: The device is not, or no longer, fit for an engine.
         StorageError: A journal or the store is unusable.
     """
-    plan, operations = folder.read_plan(batch_id), Operations(folder, batch_id)
+    plan, operations = run.folder.read_plan(batch_id), Operations(run.folder, batch_id)
     replay = operations.get(number)
-    run = RunContext(
-        engine=engine,
-        folder=folder,
-        store=store,
-        run_id=run_id,
-        policy=policy,
-        status=status or RunStatus(),
-        throttle=throttle,
-    )
     run.status.begin_batch(batch_id)
     if replay.closed_at is None:
-        check_settings(plan, policy.answer_settings, force=replay.force)
+        check_settings(plan, run.policy.answer_settings, force=replay.force)
         try:
             if len(list(operations.outcomes(replay))) < len(replay.indices):
                 _ReplayRun(plan, replay, operations, run).feed()
         finally:
             run.status.enter("committing", patience_seconds=WORK_SECONDS)
             with holding(operations.lock()):
-                operations.apply_to(store)
-    assembly = _assemble_if_complete(plan, folder, store, clock, run_id)
+                operations.apply_to(run.store)
+    assembly = _assemble_if_complete(plan, run, clock)
     with holding(operations.lock()):
         replay = operations.get(number)
         if replay.closed_at is None:
@@ -111,12 +93,14 @@ def run_replay(
 
 
 def _assemble_if_complete(
-    plan: BatchPlan, folder: DataFolder, store: Store, clock: Callable[[], float], run_id: str
+    plan: BatchPlan, run: RunContext, clock: Callable[[], float]
 ) -> Delivery | None:
-    record = store.batch(plan.batch_id)
+    record = run.store.batch(plan.batch_id)
     if record.chunks_committed < record.chunks:
         return None
-    return assemble(plan.batch_id, folder=folder, store=store, clock=clock, actor=run_id)
+    return assemble(
+        plan.batch_id, folder=run.folder, store=run.store, clock=clock, actor=run.run_id
+    )
 
 
 def _report(replay: Replay, operations: Operations, assembly: Delivery | None) -> ReplayReport:

@@ -28,7 +28,6 @@ from batch_orchestration.defs.resources import (
     SettingsResource,
     data_folder,
     open_store,
-    run_policy,
     sample_taker,
 )
 from batch_orchestration.defs.runs import claim_batch, engine_errors, mark_partial
@@ -110,19 +109,9 @@ def chunk_results(
     selection = _selection(context)
     by_person = BATCH_TAG not in context.run.tags
     claim_batch(context.instance, context.run, list(selection), data_folder(present))
-    engine = gpu.for_run(context.run.run_id, present, batch_ids=list(selection))
     with gpu.sampling(context.run.run_id, present) as sampler:
-        commits = run_chunks(
-            selection,
-            engine=engine,
-            folder=data_folder(present),
-            store=open_store(present),
-            run_id=context.run.run_id,
-            policy=run_policy(present, gpu.sizing),
-            force=force,
-            status=sampler.status,
-            throttle=sampler.throttle,
-        )
+        run = gpu.run_context(context.run.run_id, present, sampler, batch_ids=list(selection))
+        commits = run_chunks(selection, run, force=force)
         commits = _with_samples(commits, sampler, sample_taker(present))
         # Closed at once if the run is terminated, so that the journals are flushed.
         with contextlib.closing(commits):

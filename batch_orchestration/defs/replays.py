@@ -24,7 +24,6 @@ from batch_orchestration.defs.resources import (
     SettingsResource,
     data_folder,
     open_store,
-    run_policy,
 )
 from batch_orchestration.defs.runs import engine_errors, free_run_key, run_state, tags_about
 from batch_orchestration.dispatch.run_planning import MAX_FAILURES, RunState, backoff_left
@@ -98,19 +97,8 @@ def replay_failed_requests(
             tags = tags_about(batch_id, data_folder(present))
             tags |= {REPLAY_TAG: _tag(batch_id, number)}
             context.instance.add_run_tags(context.run.run_id, tags)
-            engine = gpu.for_run(context.run.run_id, present, batch_ids=[batch_id])
-            report = run_replay(
-                batch_id,
-                number,
-                engine=engine,
-                folder=data_folder(present),
-                store=open_store(present),
-                run_id=context.run.run_id,
-                policy=run_policy(present, gpu.sizing),
-                status=sampler.status,
-                throttle=sampler.throttle,
-            )
-            _report(context, report, present)
+            run = gpu.run_context(context.run.run_id, present, sampler, batch_ids=[batch_id])
+            _report(context, run_replay(batch_id, number, run), present)
 
 
 def _numbers(context: dg.OpExecutionContext, config: ReplayConfig, settings: Settings) -> list[int]:

@@ -31,7 +31,7 @@ from batch_orchestration.hosting.hosts import end_idle_engines, end_leftovers
 from batch_orchestration.hosting.records import hosts_lock
 from batch_orchestration.inference.faults.oom_recovery import remembered_fallback
 from batch_orchestration.inference.faults.retries import BreakerPolicy, RetryPolicy
-from batch_orchestration.inference.policy import RunPolicy
+from batch_orchestration.inference.policy import RunContext, RunPolicy
 from batch_orchestration.inference.sampler import RunSampler
 from batch_orchestration.inference.window.sizing import Sizing, size_run
 from batch_orchestration.settings import EngineKind, Settings
@@ -196,6 +196,21 @@ class GpuResource(dg.ConfigurableResource):
             self._engine = self._build(folder.logs / "engines" / f"{run_id}.log", settings)
             self._settings = settings
         return self._engine
+
+    def run_context(
+        self, run_id: str, settings: Settings, sampler: RunSampler, *, batch_ids: Sequence[str]
+    ) -> RunContext:
+        """Return what the parts of a run share, with the engine of `for_run`."""
+        engine = self.for_run(run_id, settings, batch_ids=batch_ids)
+        return RunContext(
+            engine=engine,
+            folder=data_folder(settings),
+            store=open_store(settings),
+            run_id=run_id,
+            policy=run_policy(settings, self._sizing),
+            status=sampler.status,
+            throttle=sampler.throttle,
+        )
 
     def sampling(self, run_id: str, settings: Settings) -> RunSampler:
         """Return a context manager that samples a run and monitors its devices."""

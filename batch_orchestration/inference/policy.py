@@ -60,12 +60,18 @@ class RunPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """The things that all parts of one run share."""
+    """The things that all parts of one run share.
+
+    Attributes:
+        policy: How requests are fed.
+        status: Updated by the parts of the run.
+        throttle: Returns the present throttling of the devices.
+    """
 
     engine: Engine
     folder: DataFolder
     store: Store
     run_id: str
     policy: RunPolicy
-    status: RunStatus
+    status: RunStatus = field(default_factory=RunStatus)
     throttle: Callable[[], Throttle] = Throttle

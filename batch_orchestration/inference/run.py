@@ -9,31 +9,28 @@ import logging
 import math
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 from batch_orchestration.core.batches import BatchPlan, MemoryDemand, settings_hash
 from batch_orchestration.core.errors import EngineError, GpuUnhealthy, IllegalTransition
 from batch_orchestration.core.outcomes import Outcome
 from batch_orchestration.core.results import Provenance
-from batch_orchestration.engines.base import Engine, EngineInfo
+from batch_orchestration.engines.base import EngineInfo
 from batch_orchestration.engines.memory_demand import combined
-from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.kept_input import ChunkRef, check_input_size, check_settings
-from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.batch_work import BatchWork
 from batch_orchestration.inference.chunk_pass import PendingRequest
 from batch_orchestration.inference.committer import Committed, Results
 from batch_orchestration.inference.faults.transient_errors import TransientErrors
 from batch_orchestration.inference.feeder import Feeder, first_leaf
-from batch_orchestration.inference.policy import RunContext, RunPolicy
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.inference.progress import CommittedChunk as CommittedChunk
 from batch_orchestration.inference.scheduling import Turns
 from batch_orchestration.inference.utilization import TimeBreakdowns
 from batch_orchestration.lifecycle.cancellation import EarlyEndWatch
 from batch_orchestration.queue.halts import halt_in_force
-from batch_orchestration.store.store import Store
 from batch_orchestration.workers.reporter import loop_watched
-from batch_orchestration.workers.run_status import COMMIT_SECONDS, MARGIN_SECONDS, RunStatus
+from batch_orchestration.workers.run_status import COMMIT_SECONDS, MARGIN_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +41,7 @@ WAIT_SECONDS = 0.5
 
 
 def run_chunks(
-    selection: Mapping[str, Sequence[int]],
-    *,
-    engine: Engine,
-    folder: DataFolder,
-    store: Store,
-    run_id: str,
-    policy: RunPolicy,
-    force: bool = False,
-    status: RunStatus | None = None,
-    throttle: Callable[[], Throttle] = Throttle,
+    selection: Mapping[str, Sequence[int]], run: RunContext, *, force: bool = False
 ) -> Generator[CommittedChunk, None, None]:
     """Answer the pending requests of the chunks, and yield each chunk right after its commit.
 
@@ -68,8 +56,6 @@ def run_chunks(
     Args:
         selection: Chunk numbers by batch id, in the order in which they are fed.
         force: Run even if settings differ from the plan's; rows carry the present hash.
-        status: Status of the run, updated here.
-        throttle: Returns the present throttling of the devices.
 
     Raises:
         BatchNotFound: There is no such batch.
@@ -78,22 +64,13 @@ def run_chunks(
         GpuUnhealthy: The device is not, or no longer, fit for an engine.
         StorageError: A journal or the store is unusable.
     """
-    run = RunContext(
-        engine=engine,
-        folder=folder,
-        store=store,
-        run_id=run_id,
-        policy=policy,
-        status=status or RunStatus(),
-        throttle=throttle,
-    )
     for batch_id, numbers in selection.items():
-        plan = folder.read_plan(batch_id)
-        if halt_in_force(folder, batch_id) is not None:
+        plan = run.folder.read_plan(batch_id)
+        if halt_in_force(run.folder, batch_id) is not None:
             continue
-        check_settings(plan, policy.answer_settings, force=force)
-        check_input_size(plan, folder)
-        refs = [ChunkRef.of(plan, number, folder) for number in numbers]
+        check_settings(plan, run.policy.answer_settings, force=force)
+        check_input_size(plan, run.folder)
+        refs = [ChunkRef.of(plan, number, run.folder) for number in numbers]
         yield from _BatchRun(plan, refs, run).committed_chunks()
 
 

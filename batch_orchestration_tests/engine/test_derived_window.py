@@ -6,6 +6,7 @@ import pytest
 
 from batch_orchestration.engines.openai_server import ServerOptions
 from batch_orchestration.engines.vllm.engine import VllmEngine
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.inference.window import window as engine_poll
 from batch_orchestration.inference.window.sizing import Sizing, size_run
@@ -41,12 +42,14 @@ def answer(site: Site, engine: VllmEngine, sizing: Sizing, status: RunStatus) ->
     )
     chunks = run_chunks(
         {site.plan.batch_id: range(len(site.plan.chunks))},
-        engine=engine,
-        folder=site.folder,
-        store=site.store,
-        run_id="run-1",
-        policy=policy,
-        status=status,
+        RunContext(
+            engine=engine,
+            folder=site.folder,
+            store=site.store,
+            run_id="run-1",
+            policy=policy,
+            status=status,
+        ),
     )
     return sum(chunk.report.completed for chunk in chunks)
 

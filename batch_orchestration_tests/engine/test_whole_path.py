@@ -15,11 +15,10 @@ import pytest
 from batch_orchestration.core.batches import BatchPlan
 from batch_orchestration.delivery.assembly import assemble
 from batch_orchestration.engines.vllm.engine import VllmEngine
-from batch_orchestration.inference.run import run_chunks
 from batch_orchestration_tests.support.builders import NOW, make_line
 from batch_orchestration_tests.support.engine_processes import engine_core_pid
 from batch_orchestration_tests.support.packaged_models import REPOSITORY, chat_model_folder
-from batch_orchestration_tests.support.workbench import Workbench, make_policy
+from batch_orchestration_tests.support.workbench import Workbench
 
 pytestmark = pytest.mark.engine
 
@@ -51,15 +50,7 @@ class WholePath:
         plan = self.bench.plan_of(name, content)
         served = "smollm2-135m-instruct"
         values = {"model_aliases": {"*": served}, "max_tokens_cap": 8, "in_flight": 32} | policy
-        for _ in run_chunks(
-            {plan.batch_id: range(len(plan.chunks))},
-            engine=self.engine,
-            folder=self.bench.folder,
-            store=self.bench.store,
-            run_id="run-1",
-            policy=make_policy(answer_settings=plan.settings, **values),
-        ):
-            pass
+        self.bench.run(plan, self.engine, answer_settings=plan.settings, **values)
         assemble(
             plan.batch_id,
             folder=self.bench.folder,

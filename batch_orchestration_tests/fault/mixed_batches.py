@@ -15,6 +15,7 @@ from batch_orchestration.files.data_folder import DataFolder
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.journal_records import OutcomeRecord, read_records
 from batch_orchestration.inference.faults.retries import RetryPolicy
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import MODEL, NOW, make_body, make_line
@@ -109,15 +110,17 @@ def run_to_the_end(
     plan = folder.read_plan(batch_id)
     commits = run_chunks(
         {batch_id: range(len(plan.chunks))},
-        engine=engine,
-        folder=folder,
-        store=store,
-        run_id=run_id,
-        policy=make_policy(
-            in_flight=in_flight,
-            engine_restarts=1_000,
-            retry=RETRY,
-            max_failure_rate=max_failure_rate,
+        RunContext(
+            engine=engine,
+            folder=folder,
+            store=store,
+            run_id=run_id,
+            policy=make_policy(
+                in_flight=in_flight,
+                engine_restarts=1_000,
+                retry=RETRY,
+                max_failure_rate=max_failure_rate,
+            ),
         ),
     )
     for _ in commits:

@@ -8,6 +8,7 @@ import pytest
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.dead_letters.replaying import run_replay
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.forks import run_forked
@@ -32,11 +33,13 @@ def replay(root: Path, batch_id: str) -> None:
     run_replay(
         batch_id,
         1,
-        engine=ScriptedEngine(),
-        folder=folder,
-        store=Store(folder.duckdb),
-        run_id="killed",
-        policy=make_policy(in_flight=4),
+        RunContext(
+            engine=ScriptedEngine(),
+            folder=folder,
+            store=Store(folder.duckdb),
+            run_id="killed",
+            policy=make_policy(in_flight=4),
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from batch_orchestration.delivery.assembly import Delivery, assemble
 from batch_orchestration.engines.base import Engine
 from batch_orchestration.files.journal import read_journal
 from batch_orchestration.files.kept_input import ChunkRef, settled_requests
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.operations.recovery import Recovery, find_problem, recover
 from batch_orchestration_tests.support.builders import NOW
 from batch_orchestration_tests.support.scripted_engine import ScriptedEngine
@@ -77,11 +78,13 @@ class LetterBench(Workbench):
         return run_replay(
             self.batch_id,
             number,
-            engine=engine or ScriptedEngine(),
-            folder=self.folder,
-            store=self.store,
-            run_id=run_id,
-            policy=make_policy(**policy),
+            RunContext(
+                engine=engine or ScriptedEngine(),
+                folder=self.folder,
+                store=self.store,
+                run_id=run_id,
+                policy=make_policy(**policy),
+            ),
             clock=lambda: NOW + 20,
         )
 

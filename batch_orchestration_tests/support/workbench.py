@@ -37,7 +37,7 @@ from batch_orchestration.files.journal import (
 )
 from batch_orchestration.gpu.thermal import Throttle
 from batch_orchestration.inference.faults.retries import RetryPolicy
-from batch_orchestration.inference.policy import RunPolicy
+from batch_orchestration.inference.policy import RunContext, RunPolicy
 from batch_orchestration.inference.run import CommittedChunk, run_chunks
 from batch_orchestration.lifecycle.cancellation import Cancellation, cancel, end_overdue
 from batch_orchestration.lifecycle.close_out import fail_unanswered
@@ -213,17 +213,17 @@ class Workbench:
             numbers: Of the chunks; None for all.
             policy: Fields of the run policy.
         """
-        return run_chunks(
-            {plan.batch_id: range(len(plan.chunks)) if numbers is None else numbers},
+        run = RunContext(
             engine=engine,
             folder=self.folder,
             store=self.store,
             run_id=run_id,
             policy=make_policy(**{**self._policy, **policy}),
-            force=force,
-            status=status,
+            status=status or RunStatus(),
             throttle=throttle,
         )
+        selection = {plan.batch_id: range(len(plan.chunks)) if numbers is None else numbers}
+        return run_chunks(selection, run, force=force)
 
     def run_until_stuck(
         self,

@@ -6,6 +6,7 @@ import pytest
 
 from batch_orchestration.core.dead_letters import Selection
 from batch_orchestration.dead_letters.replaying import run_replay
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.store.operations import open_replays
 from batch_orchestration_tests.support.builders import NOW
 from batch_orchestration_tests.support.letter_bench import refusing
@@ -28,11 +29,13 @@ def answer(cli, batch_id, number):
     return run_replay(
         batch_id,
         number,
-        engine=ScriptedEngine(),
-        folder=cli.folder,
-        store=cli.store,
-        run_id="r",
-        policy=make_policy(answer_settings=cli.folder.read_plan(batch_id).settings),
+        RunContext(
+            engine=ScriptedEngine(),
+            folder=cli.folder,
+            store=cli.store,
+            run_id="r",
+            policy=make_policy(answer_settings=cli.folder.read_plan(batch_id).settings),
+        ),
         clock=lambda: NOW,
     )
 

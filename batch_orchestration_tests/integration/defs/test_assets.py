@@ -10,6 +10,7 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.defs import runs
 from batch_orchestration.defs.partitions import BATCH_TAG, range_tags
 from batch_orchestration.defs.runs import ASKS_PERSON_TAG, PARTIAL_TAG, mark_partial
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.inference.run import run_chunks
 from batch_orchestration.queue.entries import QueueView
 from batch_orchestration.settings import EngineKind
@@ -61,16 +62,14 @@ def test_what_was_committed_but_never_told_is_told_at_delivery(deployment):
     """The run that served it for another batch was killed in between."""
     batch_id = deployment.admit("a.jsonl", make_input(12))
     plan = deployment.folder.read_plan(batch_id)
-    engine = PacedEngine(seconds=0)
-    policy = make_policy(answer_settings=plan.settings)
-    for _ in run_chunks(
-        {batch_id: range(3)},
-        engine=engine,
+    run = RunContext(
+        engine=PacedEngine(seconds=0),
         folder=deployment.folder,
         store=deployment.store,
         run_id="killed",
-        policy=policy,
-    ):
+        policy=make_policy(answer_settings=plan.settings),
+    )
+    for _ in run_chunks({batch_id: range(3)}, run):
         pass
     assert deployment.statuses("chunk_results") == set()
 

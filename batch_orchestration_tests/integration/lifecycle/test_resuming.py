@@ -9,6 +9,7 @@ from batch_orchestration.core.dead_letters import DeadLetterState, Selection
 from batch_orchestration.core.errors import BatchNotFound, IllegalTransition, StoreLocked
 from batch_orchestration.dead_letters.actions import request_replay
 from batch_orchestration.dead_letters.replaying import run_replay
+from batch_orchestration.inference.policy import RunContext
 from batch_orchestration.lifecycle.resumption import finish_resumptions, resume
 from batch_orchestration.operations.recovery import recover
 from batch_orchestration.status.views import view_batch
@@ -237,11 +238,13 @@ def run(bench, replay, script):
     run_replay(
         replay.batch_id,
         replay.number,
-        engine=ScriptedEngine(script),
-        folder=bench.folder,
-        store=bench.store,
-        run_id="replay",
-        policy=make_policy(),
+        RunContext(
+            engine=ScriptedEngine(script),
+            folder=bench.folder,
+            store=bench.store,
+            run_id="replay",
+            policy=make_policy(),
+        ),
     )
 
 
