@@ -244,13 +244,14 @@ def batch_output(
         context.log_event(event)
     sample_taker(settings).take_in(batch_id)
     _report_lost(context, folder.read_plan(batch_id), store)
-    record = store.batch(batch_id)
-    if record.chunks_committed < record.chunks:
-        mark_partial(context.instance, run_id)
-    delivery = deliver(batch_id, folder=folder, store=store, clock=time.time, actor=run_id)
-    if delivery.files.partial:
-        # Repeated for a batch that was resumed meanwhile.
-        mark_partial(context.instance, run_id)
+    delivery = deliver(
+        batch_id,
+        folder=folder,
+        store=store,
+        clock=time.time,
+        actor=run_id,
+        on_partial=partial(mark_partial, context.instance, run_id),
+    )
     return dg.MaterializeResult(metadata=output_metadata(delivery))
 
 

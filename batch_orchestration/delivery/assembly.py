@@ -126,7 +126,13 @@ def assemble(
 
 
 def deliver(
-    batch_id: str, *, folder: DataFolder, store: Store, clock: Callable[[], float], actor: str
+    batch_id: str,
+    *,
+    folder: DataFolder,
+    store: Store,
+    clock: Callable[[], float],
+    actor: str,
+    on_partial: Callable[[], None] = lambda: None,
 ) -> Delivery:
     """Assemble a batch if every chunk is committed; otherwise write partial files.
 
@@ -135,6 +141,8 @@ def deliver(
 
     Args:
         actor: Run or person that delivers.
+        on_partial: Called before partial files are written, once it is certain that the call writes
+            none but them, however it ends.
 
     Raises:
         BatchNotFound: There is no such batch.
@@ -144,6 +152,7 @@ def deliver(
     with holding(shared_lock(delivery_lock_path(batch_id, folder))):
         snapshot = take_snapshot(batch_id, folder=folder, store=store)
         if not snapshot.all_committed:
+            on_partial()
             files = OutboxFiles(folder.outbox_path(batch_id), partial=True)
             make_writable(files)
             settled = read_snapshot(snapshot, folder=folder, store=store)

@@ -390,3 +390,27 @@ def test_the_view_has_one_row_per_committed_request(bench):
 
     assert columns[0] == "status"
     assert rows == [("completed", 9, None, True), ("failed", 1, "engine_refused", True)]
+
+
+def test_a_delivery_says_that_it_is_partial_before_it_writes_and_only_if_it_is(bench):
+    """Dispatch passes over a run that is marked so, however it ends."""
+    plan = half_done(bench)
+    outbox = bench.folder.outbox_path(plan.batch_id)
+    seen = []
+
+    def deliver_now():
+        return deliver(
+            plan.batch_id,
+            folder=bench.folder,
+            store=bench.store,
+            clock=lambda: NOW,
+            actor="r",
+            on_partial=lambda: seen.append(sorted(path.name for path in outbox.glob("*"))),
+        )
+
+    assert deliver_now().files.partial
+    assert seen == [[]]
+    for number in (1, 2):
+        commit(bench, plan, number)
+    assert not deliver_now().files.partial
+    assert len(seen) == 1
