@@ -1,6 +1,7 @@
 """A deployment within the test's process: definitions, an instance, and runs as the daemon asks."""
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import dagster as dg
 from batch_orchestration.definitions import definitions
 from batch_orchestration.defs.job_factory import config_of
 from batch_orchestration.files.data_folder import DataFolder
+from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.settings import EngineKind, Settings
 from batch_orchestration.store.store import Store
 from batch_orchestration_tests.support.builders import believe_the_clock
@@ -151,6 +153,17 @@ class Deployment:
         assert self.run(request).success
         (batch_id,) = set(self.folder.batch_ids()) - known
         return batch_id
+
+    def cancel(self, batch_id: str) -> None:
+        """Cancel a batch, as a person does."""
+        cancel(
+            batch_id,
+            folder=self.folder,
+            store=self.store,
+            actor="tester",
+            reason="",
+            at=time.time(),
+        )
 
     def statuses(self, asset: str) -> set[str]:
         """Keys of the materialized partitions of an asset."""

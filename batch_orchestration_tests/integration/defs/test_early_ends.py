@@ -10,7 +10,6 @@ from dagster._core.remote_origin import (
 )
 
 from batch_orchestration.core.lifecycle import Resumption
-from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.close_out import fail_unanswered
 from batch_orchestration_tests.support.builders import make_input
 from batch_orchestration_tests.support.deployment import CANCELED, STARTED
@@ -21,17 +20,6 @@ ORIGIN = RemoteJobOrigin(
     RemoteRepositoryOrigin(GrpcServerCodeLocationOrigin(host="nowhere", port=1), "repository"),
     "answer_chunks",
 )
-
-
-def cancelled(deployment, batch_id):
-    cancel(
-        batch_id,
-        folder=deployment.folder,
-        store=deployment.store,
-        actor="tester",
-        reason="",
-        at=time.time(),
-    )
 
 
 def history(deployment, batch_id):
@@ -65,7 +53,7 @@ def test_a_batch_that_ends_early_is_delivered_once_no_run_is_at_work_on_it(deplo
     batch_id = deployment.admit("a.jsonl", make_input(12))
     (request,) = deployment.requests("dispatch_sensor")
     run = deployment.pretend(request, STARTED)
-    cancelled(deployment, batch_id)
+    deployment.cancel(batch_id)
 
     reason = deployment.reason("dispatch_sensor")
     deployment.instance.report_run_canceled(run)
@@ -84,7 +72,7 @@ def test_runs_that_wait_for_the_engine_leave_the_queue_with_their_batch(deployme
         tags=request.tags,
         remote_job_origin=ORIGIN,
     )
-    cancelled(deployment, batch_id)
+    deployment.cancel(batch_id)
 
     (delivering,) = deployment.requests("dispatch_sensor")
 
@@ -114,7 +102,7 @@ def test_an_overdue_batch_is_expired_by_the_sensor_and_delivered(deployment):
 def test_a_run_over_a_batch_that_ended_does_nothing_and_says_how_to_go_on(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
     (answering,) = deployment.requests("dispatch_sensor")
-    cancelled(deployment, batch_id)
+    deployment.cancel(batch_id)
 
     result = deployment.run(answering)
 
@@ -137,7 +125,7 @@ def test_the_job_cancels_a_batch_in_the_name_of_its_run(deployment):
 
 def test_chunks_that_a_killed_delivery_committed_silently_are_reported_by_the_next(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
-    cancelled(deployment, batch_id)
+    deployment.cancel(batch_id)
     list(
         fail_unanswered(
             batch_id,
@@ -171,7 +159,7 @@ def test_a_resumed_batch_is_dispatched_again_although_a_person_terminated_its_ru
 
 def test_a_resumption_whose_maker_was_killed_is_carried_out_by_the_sensor(deployment):
     batch_id = deployment.admit("a.jsonl", make_input(12))
-    cancelled(deployment, batch_id)
+    deployment.cancel(batch_id)
     assert deployment.run(deployment.requests("dispatch_sensor")[0]).success
     decided = Resumption(at=time.time(), actor="tester")
     deployment.folder.resumption(batch_id).write(decided)

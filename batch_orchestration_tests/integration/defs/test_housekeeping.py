@@ -13,7 +13,6 @@ from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.defs.housekeeping import partition_schedule
 from batch_orchestration.defs.housekeeping_in_dagster import dagster_parts
 from batch_orchestration.defs.partitions import BATCH_TAG
-from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.resumption import resume
 from batch_orchestration.operations.housekeeping.clean import (
     Cleanup,
@@ -105,14 +104,7 @@ def test_a_delivered_batch_leaves_dagster_and_an_unfinished_one_keeps_everything
 
 def test_a_cancelled_batch_that_is_resumed_has_its_partitions_again(deployment: Deployment) -> None:
     batch_id = deployment.admit("cut.jsonl", make_input(12))
-    cancel(
-        batch_id,
-        folder=deployment.folder,
-        store=deployment.store,
-        actor="me",
-        reason="",
-        at=time.time(),
-    )
+    deployment.cancel(batch_id)
     (last,) = deployment.requests("dispatch_sensor")
     assert deployment.run(last).success
     before = keys(deployment, batch_id)

@@ -15,7 +15,6 @@ from batch_orchestration.admission.inbox import Inbox
 from batch_orchestration.core.batches import BatchStatus
 from batch_orchestration.core.lifecycle import FINAL
 from batch_orchestration.files.data_folder import DataFolder
-from batch_orchestration.lifecycle.cancellation import cancel
 from batch_orchestration.lifecycle.clock import clock_path
 from batch_orchestration.operations.health.checks import files
 from batch_orchestration.operations.health.examine import examine_health
@@ -140,17 +139,6 @@ def serve(deployment, *batch_ids, ticks=25):
     raise AssertionError(f"{ended}; {deployment.reason('dispatch_sensor')}")
 
 
-def cancel_now(deployment, batch_id):
-    cancel(
-        batch_id,
-        folder=deployment.folder,
-        store=deployment.store,
-        actor="tester",
-        reason="",
-        at=time.time(),
-    )
-
-
 def at_work(deployment, batch_id):
     """Have the first of two chunks committed."""
     plan = deployment.folder.read_plan(batch_id)
@@ -158,7 +146,7 @@ def at_work(deployment, batch_id):
     deployment.store.commit_chunk(batch_id, 0, settled, run_id="r", at=NOW, seconds=2.0)
 
 
-STAGES = {"waits": lambda *_: None, "runs": at_work, "closes": cancel_now}
+STAGES = {"waits": lambda *_: None, "runs": at_work, "closes": Deployment.cancel}
 
 
 def test_every_kind_of_path_that_the_data_folder_names_is_attacked():
@@ -207,7 +195,7 @@ def test_damaged_files_of_batches_stop_no_other(deployment, stage):
     assert set(STOPPING) <= set(left)
     assert named(deployment, paths.values()) >= {paths[kind] for kind in left}
     for kind in left:
-        cancel_now(deployment, victims[kind])
+        deployment.cancel(victims[kind])
     endable = [victims[kind] for kind in left if kind not in NEEDED]
     assert serve(deployment, *endable) == {BatchStatus.CANCELLED}
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 
@@ -29,7 +28,7 @@ from batch_orchestration.gpu.health import (
 from batch_orchestration.gpu.nvml import read_gpus
 from batch_orchestration.operations.health.report import Level
 from batch_orchestration.settings import Settings
-from batch_orchestration_tests.support.fake_nvml import GIB, GPU_IS_LOST, FakeGpu, FakeNvml
+from batch_orchestration_tests.support.fake_nvml import GIB, GPU_IS_LOST, FakeGpu
 from batch_orchestration_tests.support.health_bench import HealthBench
 
 GPU = GpuFacts(index=0, uuid="GPU-1", name="Test")
@@ -42,18 +41,6 @@ def make_settings(tmp_path):
         return Settings(**values, _env_file=None)
 
     return make
-
-
-@pytest.fixture
-def install(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    def put(*devices, **fields):
-        nvml = FakeNvml(*devices, **fields)
-        monkeypatch.setitem(sys.modules, "pynvml", nvml)
-        return nvml
-
-    return put
 
 
 # --- a driver that does not answer ----------------------------------------------------------------
